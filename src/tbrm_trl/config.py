@@ -1,0 +1,215 @@
+"""Options of `TBRMTrainer`, and what becomes of each option of TRL's `GRPOConfig`."""
+
+from __future__ import annotations
+
+import warnings
+from dataclasses import dataclass, field
+from typing import Literal, get_args
+
+from trl import GRPOConfig
+
+SoftValue = Literal["policy", "calibrated"]
+LossUnits = Literal["reward", "logits"]
+
+# Every option that GRPOConfig declares stands in exactly one of these three; a test fails on one that does not.
+
+KEPT = frozenset(
+    """
+    model_init_kwargs trust_remote_code router_aux_loss_coef cast_lm_head_to_fp32 remove_unused_columns
+    num_generations_eval max_completion_length ds3_gather_for_generation shuffle_dataset pad_to_multiple_of
+    generation_batch_size generation_kwargs chat_template_kwargs cache_implementation
+    use_vllm vllm_mode vllm_model_impl vllm_enable_sleep_mode vllm_structured_outputs_regex vllm_server_base_url
+    vllm_server_host vllm_server_port vllm_server_timeout vllm_group_port vllm_gpu_memory_utilization
+    vllm_max_model_length vllm_tensor_parallel_size
+    use_transformers_continuous_batching transformers_continuous_batching_config use_transformers_paged
+    reward_weights sync_ref_model ref_model_mixup_alpha ref_model_sync_steps max_tool_calling_iterations
+    log_completions log_multimodal num_completions_to_print log_unique_prompts log_completions_hub_repo
+    """.split()
+)
+
+GIVEN_A_MEANING = {
+    "learning_rate": "2.5e-6 by default, as published",
+    "beta": "the temperature of the Bellman residual, 0.002 by default; must be positive",
+    "num_generations": "rollouts per prompt, 1 by default; nothing is normalised over them",
+    "num_iterations": "how often the rollouts of a window are trained on; later passes are off-policy and need no ratio",
+    "steps_per_generation": "must be a multiple of gradient_accumulation_steps, so that a window holds whole updates",
+    "temperature": "of sampling and of the soft value alike: the policy is softmax(logits / temperature)",
+    "disable_dropout": "always on: a noisy log-probability biases the squared residual",
+    "mask_truncated_completions": "truncated trajectories leave the loss and its denominator",
+    "top_p": "allowed with a warning: the scored policy is no longer the sampled one",
+    "top_k": "allowed with a warning: the scored policy is no longer the sampled one",
+    "min_p": "allowed with a warning: the scored policy is no longer the sampled one",
+    "repetition_penalty": "allowed with a warning: the scored policy is no longer the sampled one",
+}
+
+_NO_RATIO = "TBRM has no importance ratio, so there is nothing to clip or weight"
+_NO_ADVANTAGE = "TBRM uses the raw reward; there is no advantage to scale or normalise"
+_NO_POLICY_LOSS = "TBRM has one loss, the squared trajectory Bellman residual"
+_NO_SAMPLER_LOGPS = "TBRM uses no log-probabilities of the sampler, so there is no mismatch to correct"
+_NO_ENTROPY_BONUS = "the residual is already entropy-regularised through its soft value, and carries no entropy bonus"
+
+REFUSED = {
+    **dict.fromkeys(("epsilon", "delta", "epsilon_high", "importance_sampling_level"), _NO_RATIO),
+    **dict.fromkeys(
+        ("sapo_temperature_neg", "sapo_temperature_pos", "vespo_k_pos", "vespo_lambda_pos", "vespo_k_neg"),
+        _NO_POLICY_LOSS,
+    ),
+    **dict.fromkeys(("vespo_lambda_neg", "loss_type"), _NO_POLICY_LOSS),
+    **dict.fromkeys(("multi_objective_aggregation", "scale_rewards"), _NO_ADVANTAGE),
+    **dict.fromkeys(
+        ("entropy_coef", "use_adaptive_entropy", "entropy_coef_min", "entropy_coef_max", "entropy_coef_delta"),
+        _NO_ENTROPY_BONUS,
+    ),
+    "entropy_target": _NO_ENTROPY_BONUS,
+    "top_entropy_quantile": "a residual over part of the tokens is not the trajectory's Bellman residual",
+    **dict.fromkeys(
+        (
+            "vllm_importance_sampling_correction",
+            "vllm_importance_sampling_mode",
+            "vllm_importance_sampling_clip_max",
+            "vllm_importance_sampling_clip_min",
+            "vllm_importance_sampling_cap",
+        ),
+        _NO_SAMPLER_LOGPS,
+    ),
+    "off_policy_mask_threshold": "off-policy trajectories are valid data for TBRM and are not masked",
+    "use_bias_correction_kl": "the KL term is part of the residual and needs no estimator",
+}
+
+_SAMPLING_FILTERS = ("top_p", "top_k", "min_p", "repetition_penalty")
+
+
+@dataclass
+class TBRMConfig(GRPOConfig):
+    r"""
+    Options of [`TBRMTrainer`]. Those of `transformers.TrainingArguments` and of `trl.GRPOConfig` are inherited; which
+    of the latter are kept, given a meaning, or refused is listed in `docs/configuration.md`.
+
+    Parameters:
+        > Parameters that control the residual
+
+        beta (`float`, *optional*, defaults to `0.002`):
+            KL coefficient β of the objective `E[R] − β KL(π‖π_ref)`, in reward units per nat. Must be positive.
+        soft_value (`"policy"` or `"calibrated"`, *optional*, defaults to `"policy"`):
+            The value term of the residual. `"policy"` is TBRM's `V_θ(s_1)` (arXiv 2505.15311). `"calibrated"` is
+            `V_θ(s_1) − V_ref(s_1)` (ReVal, arXiv 2603.23355): the residual of the untrained model is then `−R/β`, not
+            `V − R/β`; use it wherever `1/β` does not dwarf V.
+        loss_units (`"reward"` or `"logits"`, *optional*, defaults to `"reward"`):
+            `"reward"`: mean of `(β δ)²`. `"logits"`: mean of `δ²`, the paper's scale, larger by `1/β²` and so are its
+            gradients: `max_grad_norm=1` then clips every step. Both have the same minimiser.
+
+        > Parameters whose defaults differ from GRPOConfig
+
+        num_generations (`int`, *optional*, defaults to `1`):
+            Rollouts per prompt. One suffices.
+        learning_rate (`float`, *optional*, defaults to `2.5e-6`):
+            As published for Qwen2.5-Math-1.5B.
+        disable_dropout (`bool`, *optional*, defaults to `True`):
+            Cannot be switched off.
+        vllm_importance_sampling_correction (`bool`, *optional*, defaults to `False`):
+            Cannot be switched on.
+
+    Raises:
+        ValueError: for an option without a meaning here, or numbers that do not fit together; it says what to change.
+    """
+
+    beta: float = field(
+        default=0.002,
+        metadata={"help": "KL coefficient beta of the objective, in reward units per nat. Must be positive."},
+    )
+    soft_value: str = field(
+        default="policy",
+        metadata={
+            "help": "Value term of the residual: 'policy' is TBRM's V(s_1); 'calibrated' subtracts the reference's."
+        },
+    )
+    loss_units: str = field(
+        default="reward",
+        metadata={"help": "'reward': mean of (beta*residual)^2; 'logits': mean of residual^2, the paper's scale."},
+    )
+    num_generations: int | None = field(
+        default=1, metadata={"help": "Rollouts per prompt. One suffices: nothing is normalised over a group."}
+    )
+    learning_rate: float = field(default=2.5e-6, metadata={"help": "Initial learning rate of the optimizer."})
+    disable_dropout: bool = field(
+        default=True, metadata={"help": "Dropout is always off: it biases a squared residual."}
+    )
+    vllm_importance_sampling_correction: bool = field(
+        default=False, metadata={"help": "Cannot be switched on: TBRM uses no log-probabilities of the sampler."}
+    )
+
+    def __post_init__(self):
+        self._refuse_options_without_meaning()
+        self._check_residual_options()
+        try:
+            super().__post_init__()
+        except ValueError as error:
+            if self.generation_batch_size and self.generation_batch_size % self.num_generations:
+                raise self._broken_groups() from error
+            # GRPO's last word on batches, after it has derived all their sizes. Here one rollout is enough.
+            if not (self.num_generations == 1 and str(error).startswith("GRPO requires at least 2 generations")):
+                raise
+        self._check_batch_arithmetic()
+        self._warn_of_sampling_filters()
+
+    def _refuse_options_without_meaning(self) -> None:
+        for name, reason in REFUSED.items():
+            default = type(self).__dataclass_fields__[name].default
+            if getattr(self, name) != default:
+                raise ValueError(
+                    f"`{name}={getattr(self, name)!r}` has no meaning for TBRM: {reason}. Leave it at {default!r}."
+                )
+        if not self.disable_dropout:
+            raise ValueError(
+                "`disable_dropout=False` is refused: a log-probability with noise ε gives E(δ+ε)² = δ² + Var ε, so "
+                "dropout biases the squared residual. Leave it at True."
+            )
+
+    def _check_residual_options(self) -> None:
+        if not self.beta > 0:
+            raise ValueError(
+                f"`beta={self.beta}` is refused: the residual V + log-ratio − R/β divides by it. The paper uses 0.002 "
+                "near 2,000 to 5,000 tokens; use about 0.02 for responses of some hundred tokens."
+            )
+        if not self.temperature > 0:
+            raise ValueError(f"`temperature={self.temperature}` is refused: the policy is softmax(logits / temperature).")
+        for name, allowed in (("soft_value", get_args(SoftValue)), ("loss_units", get_args(LossUnits))):
+            if getattr(self, name) not in allowed:
+                raise ValueError(f"`{name}={getattr(self, name)!r}` is unknown. Choose one of {', '.join(allowed)}.")
+        if self.num_generations is None or self.num_generations < 1:
+            raise ValueError(f"`num_generations={self.num_generations}` is refused: at least 1 rollout per prompt.")
+
+    def _broken_groups(self) -> ValueError:
+        batch, group = self.generation_batch_size, self.num_generations
+        fits = [size for size in (batch - batch % group, batch - batch % group + group) if size]
+        return ValueError(
+            f"A generation of {batch} rollouts (generation_batch_size, or per_device_train_batch_size "
+            f"{self.per_device_train_batch_size} × {self.world_size} processes × steps_per_generation "
+            f"{self.steps_per_generation}) does not hold whole groups of num_generations={group}. Make it "
+            f"{' or '.join(map(str, fits))}, or use num_generations=1."
+        )
+
+    def _check_batch_arithmetic(self) -> None:
+        generation, accumulation = self.steps_per_generation, self.gradient_accumulation_steps
+        if generation % accumulation:
+            down, up = generation - generation % accumulation, generation + accumulation - generation % accumulation
+            choices = " or ".join(str(steps) for steps in (down, up) if steps)
+            raise ValueError(
+                f"steps_per_generation={generation} is not a multiple of gradient_accumulation_steps={accumulation}: "
+                f"an optimizer step would mix two generations. Set steps_per_generation to {choices} (or "
+                f"generation_batch_size to {choices} × {self.per_device_train_batch_size * self.world_size}), or "
+                f"gradient_accumulation_steps to a divisor of {generation}."
+            )
+
+    def _warn_of_sampling_filters(self) -> None:
+        chosen = {name: getattr(self, name) for name in _SAMPLING_FILTERS}
+        chosen |= {k: v for k, v in (self.generation_kwargs or {}).items() if k in (*_SAMPLING_FILTERS, "temperature")}
+        off = {name: type(self).__dataclass_fields__[name].default for name in _SAMPLING_FILTERS}
+        active = {name: value for name, value in chosen.items() if value not in (None, off.get(name, self.temperature))}
+        if active:
+            warnings.warn(
+                f"{active} makes the sampler another policy than softmax(logits / temperature), which is the one "
+                "scored. The residual stays valid (any data is), but the metrics `kl` and `entropy` no longer "
+                "describe the sampled policy, and tokens that the filter removes are never corrected.",
+                stacklevel=4,
+            )

@@ -1,0 +1,66 @@
+"""From TRL's generation dictionary to trajectories: the one place that reads TRL's keys."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from typing import Any
+
+import torch
+from torch import Tensor
+from trl.trainer.utils import split_pixel_values_by_grid
+
+from .trajectory import PER_TOKEN_INPUTS, End, Trajectory
+
+VISION_INPUTS = (
+    "pixel_values",
+    "image_grid_thw",
+    "image_position_ids",
+    "image_sizes",
+    "pixel_attention_mask",
+    "spatial_shapes",
+    *PER_TOKEN_INPUTS,
+)
+
+
+def trajectories_from_trl(output: dict[str, Any], rewards: Tensor, end_token_ids: Collection[int]) -> list[Trajectory]:
+    """Unpad what `GRPOTrainer._generate_and_score_completions` returned.
+
+    Args:
+        output: its dictionary of padded tensors: prompts padded on the left, completions on the right.
+        rewards: `(B,)` raw rewards of these rows; NaN where no reward function could score.
+        end_token_ids: tokens that end a completion (TRL counts the padding token among them).
+    """
+    output = split_pixel_values_by_grid(output)
+    prompt_mask, completion_mask = output["prompt_mask"].bool().cpu(), output["completion_mask"].bool().cpu()
+    prompt_ids, completion_ids = output["prompt_ids"].cpu(), output["completion_ids"].cpu()
+    loss_mask = completion_mask if "tool_mask" not in output else completion_mask & output["tool_mask"].bool().cpu()
+
+    def vision_of(row: int) -> dict[str, Tensor]:
+        inputs = {}
+        for name in VISION_INPUTS:
+            if name not in output:
+                continue
+            value = output[name]
+            if name in PER_TOKEN_INPUTS:
+                value = value[row].cpu()[torch.cat([prompt_mask[row], completion_mask[row]])]
+            elif isinstance(value, list):  # split by image or tile: everything of this row
+                value = value[row].cpu()
+            else:  # already one entry per sample
+                value = value[row : row + 1].cpu()
+            inputs[name] = value
+        return inputs
+
+    trajectories = []
+    for row, reward in enumerate(rewards.tolist()):
+        completion = completion_ids[row][completion_mask[row]]
+        trajectories.append(
+            Trajectory(
+                prompt_ids=prompt_ids[row][prompt_mask[row]],
+                completion_ids=completion,
+                loss_mask=loss_mask[row][completion_mask[row]],
+                reward=reward,
+                end=End.EOS if int(completion[-1]) in end_token_ids else End.LENGTH,
+                vision=vision_of(row),
+            )
+        )
+    return trajectories

@@ -1,0 +1,163 @@
+"""One forward pass that scores a trajectory: log-probabilities, entropies and the soft value, without full logits."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import types
+from contextlib import nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+from transformers.utils import ModelOutput
+
+from .objective import at_least_float32
+from .trajectory import Batch
+
+
+@dataclass
+class TrajectoryScores(ModelOutput):
+    """What the model says of a batch of trajectories. All in float32 or wider.
+
+    Attributes:
+        log_probs: `(B, T)` log π of the token in each column; 0 where `action_mask` is false.
+        soft_value: `(B,)` V(s_1): logsumexp of the temperature-scaled logits at the state of the first action.
+        entropy: `(B, T)` entropy of the distribution that each action was drawn from, where the head computes it.
+        aux_loss: load-balancing loss of a mixture-of-experts model, where router logits are asked for.
+    """
+
+    log_probs: Tensor | None = None
+    soft_value: Tensor | None = None
+    entropy: Tensor | None = None
+    aux_loss: Tensor | None = None
+
+
+def logit_transform(model: PreTrainedModel, temperature: float):
+    """What the model does to the output of its head before the softmax (scale, soft-cap), then division by T.
+
+    The head's bias is applied by the head itself. Names of the scale differ by family: `logit_scale` (Cohere),
+    `output_multiplier` (Muse), `lm_head_multiplier` (Falcon-H1), `logits_scaling` (Granite and MiniCPM3 divide by it,
+    HyperCLOVA X multiplies).
+    """
+    config = model.config.get_text_config()
+    scale = 1.0
+    for name in ("logit_scale", "output_multiplier", "lm_head_multiplier"):
+        if getattr(config, name, None) is not None:
+            scale = getattr(config, name)
+            break
+    else:
+        if (scaling := getattr(config, "logits_scaling", None)) is not None:
+            scale = scaling if config.model_type == "hyperclovax" else 1.0 / scaling
+    soft_cap = getattr(config, "final_logit_softcapping", None)
+
+    def transform(logits: Tensor) -> Tensor:
+        logits = at_least_float32(logits) * scale
+        if soft_cap is not None:
+            logits = soft_cap * torch.tanh(logits / soft_cap)
+        return logits / temperature
+
+    return transform
+
+
+def add_trajectory_head(model: PreTrainedModel, temperature: float, cast_lm_head_to_fp32: bool = False) -> None:
+    """Teach `model` to score trajectories: `model(..., action_mask=mask)` returns `TrajectoryScores`.
+
+    Everything happens inside the model's own forward, so that the hooks of DDP, FSDP and DeepSpeed ZeRO fire. The
+    backbone runs once; only the states in which the policy acted go on to TRL's chunked head (which the model must
+    already have, see `trl.trainer.utils.add_fused_lm_head`), and one state per trajectory to the ordinary head, for
+    the soft value. Neither ever forms the `(B, T, vocabulary)` logits. Without `action_mask` the forward is unchanged.
+
+    Args:
+        model: causal language model with TRL's fused head, not wrapped by PEFT.
+        temperature: sampling temperature T; the policy is softmax(logits / T).
+        cast_lm_head_to_fp32: keep the head out of autocast, as TRL's option of that name does.
+    """
+    fused_forward = model.forward
+    transform = logit_transform(model, temperature)
+
+    @functools.wraps(fused_forward)  # `generate` reads the signature
+    def forward(self, *args: Any, action_mask: Tensor | None = None, **kwargs: Any) -> Any:
+        if action_mask is None:
+            return fused_forward(*args, **kwargs)
+
+        acting = action_mask[:, 1:]  # (B, T-1) column t: does the policy act in the state that ends with token t?
+        first = acting.int().argmax(dim=1)  # (B,) the column of s_1
+        rows = torch.arange(len(first), device=first.device)
+        first_state = None  # (B, hidden)
+
+        def keep_acting_states(module: nn.Module, inputs: Any, output: Any) -> Any:
+            nonlocal first_state
+            states = output.last_hidden_state  # (B, T, hidden)
+            first_state = states[rows.to(states.device), first.to(states.device)]
+            output.last_hidden_state = states[:, :-1][acting.to(states.device)].unsqueeze(0)  # (1, N, hidden)
+            return output
+
+        hook = self.base_model.register_forward_hook(keep_acting_states)
+        try:
+            actions = kwargs["input_ids"][action_mask].unsqueeze(0)  # (1, N)
+            scores = fused_forward(*args, shift_labels=actions, fused_lm_head=True, **kwargs)
+        finally:
+            hook.remove()
+
+        head = self.get_output_embeddings()
+        first_state = first_state.to(head.weight.device)
+        # The kernel computes in the autocast dtype, if any, and else in that of the states: so does the soft value.
+        in_head_dtype = (
+            torch.autocast(first_state.device.type, enabled=False) if cast_lm_head_to_fp32 else nullcontext()
+        )
+        with in_head_dtype:
+            soft_value = transform(head(first_state)).logsumexp(dim=-1)  # (B,)
+
+        def back_in_place(packed: Tensor | None) -> Tensor | None:
+            if packed is None:
+                return None
+            return packed.new_zeros(action_mask.shape).masked_scatter(action_mask.to(packed.device), packed)  # (B, T)
+
+        return TrajectoryScores(
+            log_probs=back_in_place(scores.log_probs),
+            soft_value=soft_value,
+            entropy=back_in_place(scores.entropy),
+            aux_loss=scores.aux_loss,
+        )
+
+    model.forward = types.MethodType(forward, model)
+
+
+def score(model: nn.Module, batch: Batch, *, is_text: bool, router_logits: bool = False) -> TrajectoryScores:
+    """Score a batch with a model that has the trajectory head, wrapped or not. One forward pass.
+
+    Args:
+        model: the policy or the reference, as prepared for training.
+        batch: from `collate`.
+        is_text: whether the model is text-only. Vision-language models derive positions from the image grid
+            themselves; text models receive them from the attention mask.
+        router_logits: ask a mixture-of-experts model for its load-balancing loss.
+    """
+    inputs: dict[str, Any] = {"input_ids": batch.input_ids, "attention_mask": batch.attention_mask, **batch.vision}
+    if is_text:
+        inputs["position_ids"] = (batch.attention_mask.cumsum(dim=1) - 1).clamp(min=0)  # (B, T)
+    if router_logits:
+        inputs["output_router_logits"] = True
+    return model(**inputs, action_mask=batch.action_mask)
+
+
+def accepts_position_ids(model: PreTrainedModel) -> bool:
+    """Whether the architecture takes `position_ids` (those with ALiBi derive distances from the mask instead)."""
+    return "position_ids" in inspect.signature(type(model).forward).parameters
+
+
+def disable_randomness(model: nn.Module) -> None:
+    """Switch off every dropout and router jitter of `model`, in place.
+
+    A noisy log-probability biases a squared sum: E(δ + ε)² = δ² + Var ε. Besides dropout modules, attention layers
+    keep a rate of their own as a plain number.
+    """
+    for module in model.modules():
+        if isinstance(module, nn.modules.dropout._DropoutNd):
+            module.p = 0.0
+        for name, value in vars(module).items():
+            if isinstance(value, float) and value > 0 and any(word in name for word in ("dropout", "pdrop", "jitter")):
+                setattr(module, name, 0.0)

@@ -1,0 +1,205 @@
+"""The trainer's own loss and gradient, out of `train()`, against brute force in float64."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from oracle import distance, solve
+from peft import LoraConfig, PeftModel, get_peft_model
+from scripted import script, scripted_trainer
+from tiny import ARCHITECTURES, perturb, save
+from transformers import AutoModelForCausalLM
+
+TOLERANCE = 1e-5
+
+
+def plain(model) -> torch.nn.Module:
+    """The model without any patch, hook or wrapper of the trainer, in float64."""
+    fresh = AutoModelForCausalLM.from_config(copy.deepcopy(model.config), dtype=torch.float32, attn_implementation="eager",
+                                                 experts_implementation="eager")
+    fresh.load_state_dict(model.state_dict())
+    return fresh.double().eval()
+
+
+def check(trainer, *, tolerance=TOLERANCE, reference=None, policy=None, steps=1, **settings):
+    """Train one step from a policy that differs from its reference, and compare."""
+    if trainer.ref_model is not None:
+        perturb(trainer.ref_model)
+    reference = reference or plain(trainer.ref_model)
+    policy = policy or plain(trainer.model)
+    trainer.train()
+    trajectories = trainer.windows[0]
+    answer = solve(
+        policy,
+        reference,
+        trajectories,
+        beta=trainer.args.beta,
+        temperature=trainer.args.temperature,
+        soft_value=trainer.args.soft_value,
+        loss_units=trainer.args.loss_units,
+        mask_truncated=trainer.args.mask_truncated_completions,
+    )
+    assert min(abs(r) for r in answer.residuals) > 0
+    assert max(abs(r) for r in answer.residuals) >= 1
+    assert sum(trainer.losses) == pytest.approx(answer.loss, rel=tolerance)
+    expected = {name: g for name, g in answer.gradient.items() if g.norm() > 0}
+    actual = {name: g for name, g in trainer.recorder.gradients[0].items() if name in expected}
+    assert distance(actual, expected) <= tolerance
+    return answer, trajectories
+
+
+@pytest.mark.parametrize("architecture", list(ARCHITECTURES))
+def test_architectures(architecture, tmp_path):
+    """Rotary, absolute, soft-capped, scaled, biased and routed models alike, with everything a trajectory can have."""
+    folder = save(tmp_path / "model", architecture)
+    trainer = scripted_trainer(folder, script(unscored=(3,)), tmp_path, temperature=0.7)
+    trainer.router_aux_loss_coef, trainer.aux_loss_enabled = 0.0, False  # the oracle has no load-balancing loss
+    _, trajectories = check(trainer)
+    assert any(not t.loss_mask[0] for t in trajectories)  # leading inserted tokens
+    assert any(t.loss_mask[0] and not t.loss_mask.all() for t in trajectories)  # inserted in the middle
+    assert {t.end.value for t in trajectories} == {"eos", "length"}
+    assert len({len(t.prompt_ids) for t in trajectories}) > 2
+
+
+@pytest.mark.parametrize("soft_value", ["policy", "calibrated"])
+@pytest.mark.parametrize("loss_units", ["reward", "logits"])
+@pytest.mark.parametrize("temperature", [1.0, 0.6])
+def test_options(soft_value, loss_units, temperature, tmp_path):
+    folder = save(tmp_path / "model")
+    trainer = scripted_trainer(
+        folder, script(unscored=(0, 5)), tmp_path, soft_value=soft_value, loss_units=loss_units, temperature=temperature
+    )
+    check(trainer)
+
+
+@pytest.mark.parametrize("accumulation", [1, 2, 4])
+def test_accumulation_changes_nothing(accumulation, tmp_path):
+    """The same eight trajectories in one, two or four micro-batches; the exclusions fall unevenly among them."""
+    folder = save(tmp_path / "model")
+    trainer = scripted_trainer(
+        folder,
+        script(unscored=(0, 1, 2)),
+        tmp_path,
+        per_device_train_batch_size=8 // accumulation,
+        gradient_accumulation_steps=accumulation,
+        mask_truncated_completions=True,
+    )
+    answer, _ = check(trainer)
+    assert len(answer.residuals) == 4  # 8 − 3 unscored − 2 truncated, one of which is unscored too
+
+
+@pytest.mark.parametrize("pad_to_multiple_of", [None, 16])
+def test_truncated_completions_leave_the_loss(pad_to_multiple_of, tmp_path):
+    trainer = scripted_trainer(
+        save(tmp_path / "model"),
+        script(),
+        tmp_path,
+        mask_truncated_completions=True,
+        pad_to_multiple_of=pad_to_multiple_of,
+    )
+    answer, _ = check(trainer)
+    assert len(answer.residuals) == 6
+
+
+def test_pad_is_eos(tmp_path):
+    """With one token for both, the end-of-sequence token still counts and padding still does not."""
+    trainer = scripted_trainer(save(tmp_path / "model", pad_is_eos=True), script(), tmp_path)
+    _, trajectories = check(trainer)
+    assert trainer._tokenizer.pad_token_id == trainer._tokenizer.eos_token_id == 1
+    ended = [t for t in trajectories if t.end.value == "eos"]
+    assert len(ended) == 6 and all(t.completion_ids[-1] == 1 and t.loss_mask[-1] for t in ended)
+
+
+def test_gradient_checkpointing(tmp_path):
+    check(scripted_trainer(save(tmp_path / "model"), script(), tmp_path, gradient_checkpointing=True))
+
+
+def test_bfloat16(tmp_path):
+    """bfloat16 weights: 8 bits of mantissa leave about 1e-2; the sequence-level sums are still float32."""
+    trainer = scripted_trainer(
+        save(tmp_path / "model"), script(), tmp_path, bf16=True, model_init_kwargs={"dtype": torch.bfloat16}
+    )
+    assert next(trainer.model.parameters()).dtype == torch.bfloat16
+    check(trainer, tolerance=5e-2)
+
+
+@pytest.mark.parametrize("trained_adapter", [False, True])
+def test_lora(trained_adapter, tmp_path):
+    """A fresh adapter's reference is the base model; a trained adapter's is its own copy. Neither ever moves."""
+    folder = save(tmp_path / "model")
+    lora = LoraConfig(r=4, target_modules=["q_proj", "v_proj", "down_proj"], lora_dropout=0.0)
+    base = AutoModelForCausalLM.from_pretrained(folder)
+    if trained_adapter:
+        model = get_peft_model(base, lora)
+        perturb_adapter(model, seed=3)
+        trainer = scripted_trainer(model, script(), tmp_path, learning_rate=0.1)
+    else:
+        trainer = scripted_trainer(folder, script(), tmp_path, peft_config=lora, learning_rate=0.1)
+    reference = merged(trainer.model)  # before the policy departs from it
+    perturb_adapter(trainer.model, seed=4)
+    frozen = {n: p.detach().clone() for n, p in trainer.model.named_parameters() if ".default." not in n}
+
+    oracle_policy = adapter_oracle(trainer.model, folder, lora)
+    trainer.train()
+    answer = solve(oracle_policy, reference, trainer.windows[0], beta=trainer.args.beta)
+    assert sum(trainer.losses) == pytest.approx(answer.loss, rel=TOLERANCE)
+    assert distance(trainer.recorder.gradients[0], answer.gradient) <= TOLERANCE
+    for name, parameter in trainer.model.named_parameters():
+        if ".default." not in name:
+            assert torch.equal(parameter, frozen[name]), name
+    moved = [n for n, p in trainer.model.named_parameters() if ".default." in n and p.requires_grad]
+    assert moved and all(g.norm() > 0 for g in trainer.recorder.gradients[0].values())
+
+
+def perturb_adapter(model: PeftModel, seed: int) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if ".default." in name:
+                parameter += 0.05 * torch.randn(parameter.shape, generator=generator)
+
+
+def merged(model: PeftModel) -> torch.nn.Module:
+    return plain_base(copy_of_adapter(model).merge_and_unload())
+
+
+def plain_base(model) -> torch.nn.Module:
+    return plain(model)
+
+
+def copy_of_adapter(model: PeftModel) -> PeftModel:
+    config = copy.deepcopy(model.peft_config["default"])
+    base = AutoModelForCausalLM.from_config(copy.deepcopy(model.config), dtype=torch.float32)
+    twin = get_peft_model(base, config)
+    twin.load_state_dict({n: t for n, t in model.state_dict().items() if ".ref." not in n})
+    return twin
+
+
+def adapter_oracle(model: PeftModel, folder: str, lora: LoraConfig) -> torch.nn.Module:
+    return copy_of_adapter(model).double().eval()
+
+
+@pytest.mark.parametrize("reward", [0.0, 1.0])
+def test_equal_rewards_still_teach(reward, tmp_path):
+    """All-0 and all-1 batches, on which a group-normalised advantage is zero, give finite non-zero gradients."""
+    rows = script()
+    for row in rows:
+        row.reward = reward
+    trainer = scripted_trainer(save(tmp_path / "model"), rows, tmp_path)
+    check(trainer)
+    norms = [g.norm() for g in trainer.recorder.gradients[0].values()]
+    assert all(norm.isfinite() for norm in norms) and any(norm > 0 for norm in norms)
+
+
+def test_nothing_counts(tmp_path):
+    """A step in which no trajectory could be scored: loss 0, zero gradients with a graph, and no NaN anywhere."""
+    rows = script(unscored=tuple(range(8)))
+    trainer = scripted_trainer(save(tmp_path / "model"), rows, tmp_path, learning_rate=1.0)
+    before = {n: p.detach().clone() for n, p in trainer.model.named_parameters()}
+    trainer.train()
+    assert trainer.losses == [0.0]
+    assert trainer.recorder.gradients[0] and all(g.norm() == 0 for g in trainer.recorder.gradients[0].values())
+    assert all(torch.equal(p, before[n]) for n, p in trainer.model.named_parameters())
+    assert trainer.state.log_history[0]["left_out/unscored"] == 1.0
