@@ -23,7 +23,7 @@ import matplotlib
 import reasoning_gym
 import torch
 from datasets import Dataset
-from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
+from transformers import AutoModelForCausalLM, AutoTokenizer, PrinterCallback, TrainerCallback
 
 from tbrm_trl import TBRMConfig, TBRMTrainer
 from tbrm_trl.evaluation import Accuracy, evaluate_accuracy
@@ -83,7 +83,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--difficulty", nargs="*", metavar="KEY=VALUE", help="its settings (default: two one-digit terms)")
     parser.add_argument("--model", default=SMOLLM2, help="a Hub id or a folder")
     parser.add_argument("--steps", type=int, default=30, help="optimizer steps")
-    parser.add_argument("--rollouts-per-step", type=int, default=32)
+    parser.add_argument("--rollouts-per-step", type=int, default=16)
     parser.add_argument("--train-problems", type=int, default=140)
     parser.add_argument("--eval-problems", type=int, default=60)
     parser.add_argument("--eval-samples", type=int, default=8, help="n of avg@n")
@@ -137,7 +137,7 @@ def draw(history: list[dict], before: Accuracy, after: Accuracy, path: Path) -> 
     )
     axes.set(xlabel="optimizer step", ylabel="accuracy", ylim=(0, 1), title="TBRM on held-out problems")
     axes.grid(alpha=0.3)
-    axes.legend(loc="lower right")
+    axes.legend(loc="upper left")
     figure.savefig(path, dpi=150)
 
 
@@ -198,6 +198,7 @@ def main() -> None:
         peft_config=peft_config,
         callbacks=[Progress()],
     )
+    trainer.remove_callback(PrinterCallback)  # Progress says it in fewer words
 
     def evaluate(when: str) -> dict[str, Accuracy]:
         results = {}

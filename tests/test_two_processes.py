@@ -1,0 +1,75 @@
+"""Two real processes over gloo: the same trajectories give the same gradient as one process, and as brute force."""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import subprocess
+import sys
+from dataclasses import asdict
+from pathlib import Path
+
+import pytest
+import torch
+from oracle import distance, solve
+from scripted import script, scripted_trainer
+from test_oracle import TOLERANCE, plain
+from tiny import perturb, save
+from transformers import AutoModelForCausalLM
+
+TESTS = Path(__file__).parent
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+def launch(arguments: list[str], launcher: list[str] | None = None) -> None:
+    launcher = launcher or ["torch.distributed.run", "--nproc_per_node=2", f"--master_port={free_port()}"]
+    environment = {**os.environ, "PYTHONPATH": str(TESTS), "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
+    done = subprocess.run(
+        [sys.executable, "-m", *launcher, str(TESTS / "two_processes.py"), *arguments],
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=240,
+    )
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
+
+
+@pytest.mark.parametrize("accumulation", [1, 2])
+def test_same_gradient_with_exclusions_on_one_process(accumulation, tmp_path):
+    """Rows 4 to 7 go to the second process and none of them counts; it still runs its forward and backward."""
+    folder = save(tmp_path / "model")
+    rows = script(unscored=(1, 4, 5, 6, 7))
+    rows_file = tmp_path / "rows.json"
+    rows_file.write_text(json.dumps([asdict(row) for row in rows]))
+    options = {"per_device_train_batch_size": 4 // accumulation, "gradient_accumulation_steps": accumulation}
+    launch([folder, str(rows_file), str(tmp_path), json.dumps(options)])
+    seen = torch.load(tmp_path / "seen.pt", weights_only=False)
+
+    on_first, on_second = seen["windows"]
+    assert len(on_first) == len(on_second) == 4
+    assert all(t.reward != t.reward for t in on_second) and sum(t.reward == t.reward for t in on_first) == 3
+
+    reference = plain(AutoModelForCausalLM.from_pretrained(folder))
+    perturbed = AutoModelForCausalLM.from_pretrained(folder)
+    perturb(perturbed)
+    answer = solve(reference, plain(perturbed), on_first + on_second, beta=0.1)
+    assert distance(strip(seen["gradients"]), answer.gradient) <= TOLERANCE
+    # What the log shows is the mean over processes.
+    assert sum(map(sum, seen["losses"])) / 2 == pytest.approx(answer.loss, rel=TOLERANCE)
+    assert seen["log"]["left_out/unscored"] == pytest.approx(5 / 8)
+    assert seen["log"]["residual/mean"] == pytest.approx(0.1 * sum(answer.residuals) / 3, rel=1e-3)
+
+    one = scripted_trainer(folder, rows, tmp_path, per_device_train_batch_size=8)
+    perturb(one.ref_model)
+    one.train()
+    assert distance(strip(seen["gradients"]), one.recorder.gradients[0]) <= TOLERANCE
+
+
+def strip(gradients: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    return {name.removeprefix("module."): gradient for name, gradient in gradients.items()}
