@@ -20,9 +20,9 @@ CHAT_TEMPLATE = (
 )
 
 
-def tokenizer(pad_is_eos: bool = False) -> PreTrainedTokenizerFast:
-    """One token per printable character."""
-    words = ["<pad>", "<eos>", "<bos>", *string.printable]
+def tokenizer(pad_is_eos: bool = False, alphabet: str = string.printable) -> PreTrainedTokenizerFast:
+    """One token per character of the alphabet."""
+    words = ["<pad>", "<eos>", "<bos>", *alphabet]
     backend = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="<pad>"))
     backend.pre_tokenizer = pre_tokenizers.Split(Regex("."), "isolated")
     backend.decoder = decoders.Fuse()

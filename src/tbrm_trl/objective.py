@@ -88,7 +88,3 @@ def squared_residual_loss(residual: Tensor, counted: Tensor, denominator: Tensor
     kept = torch.where(counted, residual, 0.0)  # selected before squaring: d(NaN²) would be NaN
     return kept.square().sum() / torch.as_tensor(denominator, device=residual.device).clamp(min=1)
 
-
-def masked_mean(values: Tensor, mask: Tensor) -> Tensor:
-    """Mean of `values` where `mask` is true, as a scalar; 0 where it is nowhere true."""
-    return torch.where(mask.bool(), values, 0.0).sum() / mask.sum().clamp(min=1)

@@ -30,7 +30,9 @@ def trajectories_from_trl(output: dict[str, Any], rewards: Tensor, end_token_ids
         rewards: `(B,)` raw rewards of these rows; NaN where no reward function could score.
         end_token_ids: tokens that end a completion (TRL counts the padding token among them).
     """
-    output = split_pixel_values_by_grid(output)
+    # Images padded to one entry per sample (Idefics) need no split; with as many images as samples, TRL would do one.
+    if "pixel_attention_mask" not in output or "spatial_shapes" in output:
+        output = split_pixel_values_by_grid(output)
     prompt_mask, completion_mask = output["prompt_mask"].bool().cpu(), output["completion_mask"].bool().cpu()
     prompt_ids, completion_ids = output["prompt_ids"].cpu(), output["completion_ids"].cpu()
     loss_mask = completion_mask if "tool_mask" not in output else completion_mask & output["tool_mask"].bool().cpu()
@@ -45,8 +47,8 @@ def trajectories_from_trl(output: dict[str, Any], rewards: Tensor, end_token_ids
                 value = value[row].cpu()[torch.cat([prompt_mask[row], completion_mask[row]])]
             elif isinstance(value, list):  # split by image or tile: everything of this row
                 value = value[row].cpu()
-            else:  # already one entry per sample
-                value = value[row : row + 1].cpu()
+            else:  # one entry per sample, nothing but padding where the sample has no image
+                value = value[[row] if output["num_images"][row] else []].cpu()
             inputs[name] = value
         return inputs
 

