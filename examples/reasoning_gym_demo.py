@@ -29,7 +29,7 @@ from tbrm_trl import TBRMConfig, TBRMTrainer
 from tbrm_trl.evaluation import Accuracy, evaluate_accuracy
 
 matplotlib.use("Agg")
-import matplotlib.pyplot as plt  # noqa: E402
+import matplotlib.pyplot as plt
 
 SMOLLM2 = "SmolLM2-135M-Instruct"
 PROMPT = "{question}"
@@ -80,7 +80,9 @@ def distinct_problems(task: str, difficulty: dict, train: int, held_out: int, se
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--task", default="chain_sum", help="a reasoning-gym data set")
-    parser.add_argument("--difficulty", nargs="*", metavar="KEY=VALUE", help="its settings (default: two one-digit terms)")
+    parser.add_argument(
+        "--difficulty", nargs="*", metavar="KEY=VALUE", help="its settings (default: two one-digit terms)"
+    )
     parser.add_argument("--model", default=SMOLLM2, help="a Hub id or a folder")
     parser.add_argument("--steps", type=int, default=30, help="optimizer steps")
     parser.add_argument("--rollouts-per-step", type=int, default=16)
@@ -229,7 +231,10 @@ def main() -> None:
         "temperature": 1.0,
         "held_out": {
             name: {
-                when: {key: getattr(result[name], key) for key in ("mean", "standard_error", "problems", "samples", "truncated")}
+                when: {
+                    key: getattr(result[name], key)
+                    for key in ("mean", "standard_error", "problems", "samples", "truncated")
+                }
                 for when, result in (("before", before), ("after", after))
             }
             for name in ("greedy", "sampled")

@@ -46,7 +46,15 @@ def residual(policy, reference, trajectory, *, beta: float, temperature: float, 
 
 
 def solve(
-    policy, reference, trajectories, *, beta, temperature=1.0, soft_value="policy", loss_units="reward", mask_truncated=False
+    policy,
+    reference,
+    trajectories,
+    *,
+    beta,
+    temperature=1.0,
+    soft_value="policy",
+    loss_units="reward",
+    mask_truncated=False,
 ) -> Answer:
     """Mean over the counted trajectories; `policy` and `reference` are plain models in float64 and eval mode."""
     counted = [
@@ -57,16 +65,16 @@ def solve(
     policy.zero_grad()
     loss, residuals = 0.0, []
     for trajectory in counted:
-        delta = residual(
-            policy, reference, trajectory, beta=beta, temperature=temperature, soft_value=soft_value
-        )
+        delta = residual(policy, reference, trajectory, beta=beta, temperature=temperature, soft_value=soft_value)
         residuals.append(delta.item())
         scaled = beta * delta if loss_units == "reward" else delta
         term = scaled**2 / len(counted)
         term.backward()
         loss += term.item()
     gradient = {
-        name: p.grad if p.grad is not None else torch.zeros_like(p) for name, p in policy.named_parameters() if p.requires_grad
+        name: p.grad if p.grad is not None else torch.zeros_like(p)
+        for name, p in policy.named_parameters()
+        if p.requires_grad
     }
     return Answer(loss, gradient, residuals)
 

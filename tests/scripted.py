@@ -85,7 +85,9 @@ class RecordingTrainer(TBRMTrainer):
         return loss
 
 
-def scripted_trainer(model, rows: list[Row], output_dir: Path | str, trainer=RecordingTrainer, peft_config=None, **options):
+def scripted_trainer(
+    model, rows: list[Row], output_dir: Path | str, trainer=RecordingTrainer, peft_config=None, **options
+):
     """A trainer for one optimizer step at learning rate 0 on exactly these rows, in order."""
     by_prompt = {row.prompt: row for row in rows}
 

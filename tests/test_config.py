@@ -6,10 +6,11 @@ import inspect
 import warnings
 
 import pytest
-from tbrm_trl import TBRMConfig
-from tbrm_trl.config import GIVEN_A_MEANING, KEPT, REFUSED
 from transformers import HfArgumentParser
 from trl import GRPOConfig
+
+from tbrm_trl import TBRMConfig
+from tbrm_trl.config import GIVEN_A_MEANING, KEPT, REFUSED
 
 
 def config(**options) -> TBRMConfig:
@@ -25,7 +26,12 @@ def test_every_grpo_option_is_in_exactly_one_list():
 
 def test_published_defaults():
     default = config()
-    assert (default.beta, default.num_generations, default.learning_rate, default.temperature) == (0.002, 1, 2.5e-6, 1.0)
+    assert (default.beta, default.num_generations, default.learning_rate, default.temperature) == (
+        0.002,
+        1,
+        2.5e-6,
+        1.0,
+    )
     assert (default.soft_value, default.loss_units, default.disable_dropout) == ("policy", "reward", True)
 
 
@@ -97,6 +103,17 @@ def test_no_warning_without_filters():
 
 def test_command_line():
     (parsed,) = HfArgumentParser(TBRMConfig).parse_args_into_dataclasses(
-        ["--output_dir", "unused", "--beta", "0.02", "--soft_value", "calibrated", "--bf16", "false", "--use_cpu", "true"]
+        [
+            "--output_dir",
+            "unused",
+            "--beta",
+            "0.02",
+            "--soft_value",
+            "calibrated",
+            "--bf16",
+            "false",
+            "--use_cpu",
+            "true",
+        ]
     )
     assert (parsed.beta, parsed.soft_value) == (0.02, "calibrated")

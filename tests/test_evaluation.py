@@ -6,8 +6,9 @@ import math
 
 import pytest
 import torch
-from tbrm_trl.evaluation import accuracy_from_scores, evaluate_accuracy
 from tiny import model, tokenizer
+
+from tbrm_trl.evaluation import accuracy_from_scores, evaluate_accuracy
 
 
 def test_by_hand():
@@ -36,7 +37,13 @@ POLICY = model()
 
 def evaluate(**options):
     return evaluate_accuracy(
-        POLICY, tokenizer(), PROMPTS, lambda index, text: float(len(text) % 2), max_new_tokens=6, batch_size=4, **options
+        POLICY,
+        tokenizer(),
+        PROMPTS,
+        lambda index, text: float(len(text) % 2),
+        max_new_tokens=6,
+        batch_size=4,
+        **options,
     )
 
 
@@ -55,7 +62,11 @@ def test_greedy_does_not_depend_on_the_batch():
     together = evaluate().completions
     policy, tok = POLICY.eval(), tokenizer()
     for prompt, completions in zip(PROMPTS, together, strict=True):
-        text = prompt if isinstance(prompt, str) else tok.apply_chat_template(prompt, tokenize=False, add_generation_prompt=True)
+        text = (
+            prompt
+            if isinstance(prompt, str)
+            else tok.apply_chat_template(prompt, tokenize=False, add_generation_prompt=True)
+        )
         inputs = tok(text, return_tensors="pt")
         ids = policy.generate(**inputs, do_sample=False, max_new_tokens=6)[0, inputs["input_ids"].shape[1] :]
         assert completions == [tok.decode(ids, skip_special_tokens=True)]

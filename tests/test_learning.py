@@ -6,9 +6,10 @@ import itertools
 
 import pytest
 from datasets import Dataset
+from tiny import model, tokenizer
+
 from tbrm_trl import TBRMConfig, TBRMTrainer
 from tbrm_trl.evaluation import evaluate_accuracy
-from tiny import model, tokenizer
 
 ALPHABET = "abcd"
 
@@ -36,9 +37,9 @@ def test_copying_the_first_letter(seed, soft_value, tmp_path):
         model=str(tmp_path / "model"),
         reward_funcs=reward,
         args=TBRMConfig(
-            output_dir=str(tmp_path / "out"), beta=0.1, soft_value=soft_value, learning_rate=0.02, max_steps=200, seed=seed,
-            lr_scheduler_type="linear",
-            per_device_train_batch_size=64, max_completion_length=3, gradient_checkpointing=False, bf16=False,
+            output_dir=str(tmp_path / "out"), beta=0.1, soft_value=soft_value, learning_rate=0.02, max_steps=200,
+            lr_scheduler_type="linear", seed=seed, per_device_train_batch_size=64, max_completion_length=3,
+            gradient_checkpointing=False, bf16=False,
             use_cpu=True, save_strategy="no", report_to="none", logging_steps=20, disable_tqdm=True,
         ),
         train_dataset=Dataset.from_list([{"prompt": word} for word in words]),

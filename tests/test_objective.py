@@ -6,6 +6,7 @@ import math
 
 import pytest
 import torch
+
 from tbrm_trl import bellman_residual, squared_residual_loss, trajectory_log_ratio
 
 
@@ -19,7 +20,9 @@ def test_log_ratio_by_hand():
 
 def test_residual_by_hand():
     """V + log-ratio − R/β: 3 + 0.75 − 1/0.5 = 1.75; 3 − 2 − 0 = 1; 3 + 0 + 1/0.5 = 5."""
-    residual = bellman_residual(torch.full((3,), 3.0), torch.tensor([0.75, -2.0, 0.0]), torch.tensor([1.0, 0.0, -1.0]), 0.5)
+    residual = bellman_residual(
+        torch.full((3,), 3.0), torch.tensor([0.75, -2.0, 0.0]), torch.tensor([1.0, 0.0, -1.0]), 0.5
+    )
     assert residual.tolist() == [1.75, 1.0, 5.0]
 
 
@@ -37,7 +40,9 @@ def test_gradient_by_hand():
     policy = torch.tensor([[-1.0, -0.5], [-9.0, -3.0]], requires_grad=True)
     reference = torch.tensor([[-2.0, -0.25], [-1.0, -1.0]])
     log_ratio = trajectory_log_ratio(policy, reference, torch.tensor([[1, 1], [0, 1]]))
-    loss = squared_residual_loss(bellman_residual(value, log_ratio, torch.tensor([1.0, 0.0]), 0.5), torch.tensor([True, True]), 2)
+    loss = squared_residual_loss(
+        bellman_residual(value, log_ratio, torch.tensor([1.0, 0.0]), 0.5), torch.tensor([True, True]), 2
+    )
     loss.backward()
     assert value.grad.tolist() == [1.75, 1.0]
     assert policy.grad.tolist() == [[1.75, 1.75], [0.0, 1.0]]
@@ -88,4 +93,3 @@ def test_shapes_must_agree():
         trajectory_log_ratio(torch.ones(2, 3), torch.ones(2, 3), torch.ones(2, 2))
     with pytest.raises(ValueError, match="one shape"):
         bellman_residual(torch.ones(2), torch.ones(2, 1), torch.ones(2), 0.1)
-

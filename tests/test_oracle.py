@@ -17,8 +17,9 @@ TOLERANCE = 1e-5
 
 def plain(model) -> torch.nn.Module:
     """The model without any patch, hook or wrapper of the trainer, in float64."""
-    fresh = AutoModelForCausalLM.from_config(copy.deepcopy(model.config), dtype=torch.float32, attn_implementation="eager",
-                                                 experts_implementation="eager")
+    config = copy.deepcopy(model.config)
+    config._experts_implementation = "eager"  # the grouped kernel knows no float64
+    fresh = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
     fresh.load_state_dict(model.state_dict())
     return fresh.double().eval()
 

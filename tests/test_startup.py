@@ -5,9 +5,10 @@ from __future__ import annotations
 import pytest
 from datasets import Dataset
 from scripted import script, scripted_trainer
-from tbrm_trl.startup import beta_for_length, check_dataset, startup_line, warn_of_beta, warn_of_soft_value
 from test_config import config
 from tiny import save
+
+from tbrm_trl.startup import beta_for_length, check_dataset, startup_line, warn_of_beta, warn_of_soft_value
 
 
 def prompts(n: int) -> Dataset:
@@ -42,7 +43,9 @@ def test_it_is_printed(tmp_path, capsys):
     ],
 )
 def test_too_few_prompts(n, options, largest):
-    with pytest.raises(ValueError, match=f"has {n} prompts, fewer than.*largest generation batch that fits is {largest}"):
+    with pytest.raises(
+        ValueError, match=f"has {n} prompts, fewer than.*largest generation batch that fits is {largest}"
+    ):
         check_dataset(prompts(n), config(**options))
     assert check_dataset(prompts(64), config(**options)) is None
 

@@ -144,7 +144,13 @@ def test_lm_head_in_float32(tmp_path):
     for model in (trainer.model, trainer.ref_model):
         assert model.lm_head.weight.dtype == torch.float32
         assert model.model.embed_tokens.weight.dtype == torch.bfloat16
-    assert logged(trainer, "residual/rms")[0] > 0 and logged(trainer, "log_ratio")[0] == ZERO
+        row = trainer.windows[0][0]
+        batch = trainer._collate([row])
+        with torch.no_grad(), trainer.accelerator.autocast():
+            states = model.base_model(input_ids=batch.input_ids, attention_mask=batch.attention_mask).last_hidden_state
+        expected = (states[0, len(row.prompt_ids) - 1].float() @ model.lm_head.weight.T).logsumexp(dim=-1)
+        assert trainer._score(model, batch).soft_value.item() == pytest.approx(expected.item(), rel=1e-5)
+    assert logged(trainer, "log_ratio")[0] == ZERO
 
 
 @pytest.mark.parametrize(("architecture", "changes"), [("gpt2", {}), ("llama", {"attention_dropout": 0.5})])

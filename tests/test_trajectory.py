@@ -6,6 +6,7 @@ import math
 
 import pytest
 import torch
+
 from tbrm_trl.trajectory import End, Trajectory, by_length, collate
 
 

@@ -8,11 +8,12 @@ import subprocess
 import sys
 
 import pytest
-import tbrm_trl
 import trl.trainer.utils
-from tbrm_trl import TBRMTrainer
 from transformers import Trainer
 from trl import GRPOTrainer
+
+import tbrm_trl
+from tbrm_trl import TBRMTrainer
 
 OVERRIDDEN = {
     "_calculate_rewards": "(self, inputs, prompts, completions, completion_ids_list)",

@@ -60,8 +60,9 @@ TOWER = dict(
     hidden_size=16, intermediate_size=24, num_hidden_layers=2, depth=2, num_attention_heads=2, num_heads=2,
     num_key_value_heads=2, head_dim=8, patch_size=4, image_size=16, initializer_range=0.2,
 )  # fmt: skip
-QWEN = {**TOWER, "embed_dim": 16, "out_hidden_size": 32, "window_size": 16, "fullatt_block_indexes": [1],
-        "num_position_embeddings": 16, "deepstack_visual_indexes": [0]}  # fmt: skip
+QWEN_TOWER = {**TOWER, "embed_dim": 16, "out_hidden_size": 32, "window_size": 16, "fullatt_block_indexes": [1],
+              "num_position_embeddings": 16, "deepstack_visual_indexes": [0]}  # fmt: skip
+QWEN = dict(text_config=MROPE, vision_config=QWEN_TOWER, **IMAGE)
 GRIDS = dict(image_grid_pinpoints=[[16, 32], [32, 16], [32, 32]])
 CLIP = {**TOWER, "model_type": "clip_vision_model"}
 LLAVA = dict(text_config=LLAMA, vision_config=CLIP, image_token_index=IDS["image_token"])
@@ -69,13 +70,6 @@ IDEFICS = dict(text_config=LLAMA, vision_config=TOWER, scale_factor=2, **IMAGE)
 GEMMA3 = dict(
     text_config={**LOCAL, "query_pre_attn_scalar": 8}, vision_config=TOWER, mm_tokens_per_image=4,
     image_token_index=IDS["image_token"], boi_token_index=IDS["boi_token"], eoi_token_index=IDS["eoi_token"],
-)  # fmt: skip
-GEMMA4 = dict(
-    text_config={
-        **LOCAL, "global_head_dim": 8, "hidden_size_per_layer_input": 0, "use_bidirectional_attention": "vision",
-    },
-    vision_config={**TOWER, "pooling_kernel_size": 2, "position_embedding_size": 128},
-    **IMAGE,
 )  # fmt: skip
 INTERN = dict(
     text_config={**TEXT, "model_type": "qwen2"}, image_seq_length=4, **IMAGE,
@@ -113,11 +107,6 @@ def gemma3():
     return hf.Gemma3Processor(hf.Gemma3ImageProcessorPil(size=SIZE), tokenizer(), image_seq_length=4)
 
 
-def gemma4():
-    images = hf.Gemma4ImageProcessorPil(patch_size=4, max_soft_tokens=70, pooling_kernel_size=2)
-    return image_only(hf.Gemma4Processor, images, feature_extractor=None)
-
-
 def internvl():
     images = hf.GotOcr2ImageProcessorPil(size=SIZE, crop_to_patches=True, max_patches=4)
     return image_only(hf.InternVLProcessor, images, image_seq_length=4)
@@ -126,14 +115,13 @@ def internvl():
 # model type: configuration, processor
 MODELS: dict[str, tuple[dict, Callable[[], hf.ProcessorMixin]]] = {
     # one row of pixel_values for each patch; image_grid_thw, mm_token_type_ids
-    "qwen2_vl": (dict(text_config=MROPE, vision_config={**QWEN, "hidden_size": 32}, **IMAGE), lambda: qwen(hf.Qwen2VLProcessor)),
-    "qwen2_5_vl": (dict(text_config=MROPE, vision_config=QWEN, **IMAGE), lambda: qwen(hf.Qwen2_5_VLProcessor)),
-    "qwen3_vl": (dict(text_config=MROPE, vision_config=QWEN, **IMAGE), lambda: qwen(hf.Qwen3VLProcessor)),
-    # for each image; with token_type_ids (Gemma 3), image_position_ids (Gemma 4), image_sizes (LLaVA-NeXT)
+    "qwen2_vl": ({**QWEN, "vision_config": {**QWEN_TOWER, "hidden_size": 32}}, lambda: qwen(hf.Qwen2VLProcessor)),
+    "qwen2_5_vl": (QWEN, lambda: qwen(hf.Qwen2_5_VLProcessor)),
+    "qwen3_vl": (QWEN, lambda: qwen(hf.Qwen3VLProcessor)),
+    # for each image; with token_type_ids (Gemma 3), image_sizes (LLaVA-NeXT)
     "llava": (LLAVA, lambda: llava(hf.LlavaProcessor, hf.CLIPImageProcessorPil)),
     "llava_next": ({**LLAVA, **GRIDS}, lambda: llava(hf.LlavaNextProcessor, hf.LlavaNextImageProcessorPil, **GRIDS)),
     "gemma3": (GEMMA3, gemma3),
-    "gemma4": (GEMMA4, gemma4),
     # for each sample, padded to the most tiles that one has; pixel_attention_mask
     "idefics3": (IDEFICS, lambda: idefics(hf.Idefics3ImageProcessorPil)),
     "smolvlm": (IDEFICS, lambda: idefics(hf.SmolVLMImageProcessorPil)),  # its own processor needs num2words
@@ -145,7 +133,8 @@ MODELS: dict[str, tuple[dict, Callable[[], hf.ProcessorMixin]]] = {
 def save(model_type: str, config: dict, processor: hf.ProcessorMixin, folder: Path) -> hf.ProcessorMixin | None:
     """Save a tiny model, and its processor if it can be loaded again; returns the processor if it cannot."""
     torch.manual_seed(0)
-    model = hf.AutoModelForImageTextToText.from_config(hf.AutoConfig.for_model(model_type, **config), dtype=torch.float32)
+    config = hf.AutoConfig.for_model(model_type, **config)
+    model = hf.AutoModelForImageTextToText.from_config(config, dtype=torch.float32)
     tiny.perturb(model, seed=2)  # Gemma 3 projects its images with zeros at first
     model.save_pretrained(folder)
     processor.chat_template = CHAT_TEMPLATE.replace("<image>", processor.image_token)
@@ -183,10 +172,8 @@ def trainer_on(data: list[dict], folder: Path, processor: hf.ProcessorMixin | No
             max_grad_norm=0.0,
             shuffle_dataset=False,
             max_completion_length=6,
-            # A sampled placeholder would have no image; the end of the sequence comes more often than once in a hundred.
+            # A sampled placeholder would have no image. The end of the sequence should come now and then.
             generation_kwargs={"suppress_tokens": sorted({*IDS.values()}), "sequence_bias": [[[1], 3.0]]},
-            # Gemma 4's processor would pad the prompts, and TRL would take the padding for a part of them.
-            chat_template_kwargs={"padding": False} if isinstance(processor, hf.Gemma4Processor) else {},
             gradient_checkpointing=False,
             bf16=False,
             use_cpu=True,
@@ -217,9 +204,10 @@ def plain(model: hf.PreTrainedModel) -> torch.nn.Module:
 
 def alone(trajectory: Trajectory, row: dict, processor: hf.ProcessorMixin) -> Trajectory:
     """The trajectory with the image inputs that its row gives by itself."""
-    content = [*({"type": "image", "image": i} for i in row["images"]), {"type": "text", "text": row["prompt"][0]["content"]}]
+    images = [{"type": "image", "image": image} for image in row["images"]]
+    text = {"type": "text", "text": row["prompt"][0]["content"]}
     inputs = processor.apply_chat_template(
-        [{"role": "user", "content": content}],
+        [{"role": "user", "content": [*images, text]}],
         add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt",
     )  # fmt: skip
     assert inputs.pop("input_ids")[0].equal(trajectory.prompt_ids)

@@ -31,7 +31,7 @@ GIVEN_A_MEANING = {
     "learning_rate": "2.5e-6 by default, as published",
     "beta": "the temperature of the Bellman residual, 0.002 by default; must be positive",
     "num_generations": "rollouts per prompt, 1 by default; nothing is normalised over them",
-    "num_iterations": "how often the rollouts of a window are trained on; later passes are off-policy and need no ratio",
+    "num_iterations": "how often the rollouts of a window are trained on; later passes need no ratio",
     "steps_per_generation": "must be a multiple of gradient_accumulation_steps, so that a window holds whole updates",
     "temperature": "of sampling and of the soft value alike: the policy is softmax(logits / temperature)",
     "disable_dropout": "always on: a noisy log-probability biases the squared residual",
@@ -127,7 +127,7 @@ class TBRMConfig(GRPOConfig):
         default="reward",
         metadata={"help": "'reward': mean of (beta*residual)^2; 'logits': mean of residual^2, the paper's scale."},
     )
-    num_generations: int | None = field(
+    num_generations: int = field(
         default=1, metadata={"help": "Rollouts per prompt. One suffices: nothing is normalised over a group."}
     )
     learning_rate: float = field(default=2.5e-6, metadata={"help": "Initial learning rate of the optimizer."})
@@ -172,11 +172,13 @@ class TBRMConfig(GRPOConfig):
                 "near 2,000 to 5,000 tokens; use about 0.02 for responses of some hundred tokens."
             )
         if not self.temperature > 0:
-            raise ValueError(f"`temperature={self.temperature}` is refused: the policy is softmax(logits / temperature).")
+            raise ValueError(
+                f"`temperature={self.temperature}` is refused: the policy is softmax(logits / temperature)."
+            )
         for name, allowed in (("soft_value", get_args(SoftValue)), ("loss_units", get_args(LossUnits))):
             if getattr(self, name) not in allowed:
                 raise ValueError(f"`{name}={getattr(self, name)!r}` is unknown. Choose one of {', '.join(allowed)}.")
-        if self.num_generations is None or self.num_generations < 1:
+        if self.num_generations < 1:
             raise ValueError(f"`num_generations={self.num_generations}` is refused: at least 1 rollout per prompt.")
 
     def _broken_groups(self) -> ValueError:

@@ -94,7 +94,9 @@ def evaluate_accuracy(
     if temperature == 0 and samples != 1:
         raise ValueError(f"{samples} greedy samples of a prompt are all the same: set temperature, or samples=1.")
     texts = [
-        prompt if isinstance(prompt, str) else tokenizer.apply_chat_template(prompt, tokenize=False, add_generation_prompt=True)
+        prompt
+        if isinstance(prompt, str)
+        else tokenizer.apply_chat_template(prompt, tokenize=False, add_generation_prompt=True)
         for prompt in prompts
     ]
     # Longest first: batches of equal lengths, and running out of memory shows at once.

@@ -66,6 +66,7 @@ def step_totals(
         beta: reward units per nat.
     """
     device = residual.device
+    assert scores.entropy is not None, "the policy's head computes entropies"
 
     def over(values: Tensor, mask: Tensor) -> Tensor:
         return torch.stack([torch.where(mask, at_least_float32(values), 0.0).sum(), mask.sum()]).float()

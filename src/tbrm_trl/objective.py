@@ -87,4 +87,3 @@ def squared_residual_loss(residual: Tensor, counted: Tensor, denominator: Tensor
     """
     kept = torch.where(counted, residual, 0.0)  # selected before squaring: d(NaN²) would be NaN
     return kept.square().sum() / torch.as_tensor(denominator, device=residual.device).clamp(min=1)
-

@@ -14,10 +14,8 @@ from .trajectory import PER_TOKEN_INPUTS, End, Trajectory
 VISION_INPUTS = (
     "pixel_values",
     "image_grid_thw",
-    "image_position_ids",
     "image_sizes",
     "pixel_attention_mask",
-    "spatial_shapes",
     *PER_TOKEN_INPUTS,
 )
 
@@ -31,7 +29,7 @@ def trajectories_from_trl(output: dict[str, Any], rewards: Tensor, end_token_ids
         end_token_ids: tokens that end a completion (TRL counts the padding token among them).
     """
     # Images padded to one entry per sample (Idefics) need no split; with as many images as samples, TRL would do one.
-    if "pixel_attention_mask" not in output or "spatial_shapes" in output:
+    if "pixel_attention_mask" not in output:
         output = split_pixel_values_by_grid(output)
     prompt_mask, completion_mask = output["prompt_mask"].bool().cpu(), output["completion_mask"].bool().cpu()
     prompt_ids, completion_ids = output["prompt_ids"].cpu(), output["completion_ids"].cpu()

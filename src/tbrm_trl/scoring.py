@@ -25,12 +25,13 @@ class TrajectoryScores(ModelOutput):
     Attributes:
         log_probs: `(B, T)` log π of the token in each column; 0 where `action_mask` is false.
         soft_value: `(B,)` V(s_1): logsumexp of the temperature-scaled logits at the state of the first action.
-        entropy: `(B, T)` entropy of the distribution that each action was drawn from, where the head computes it.
+        entropy: `(B, T)` entropy of the distribution that each action was drawn from; None from the reference.
         aux_loss: load-balancing loss of a mixture-of-experts model, where router logits are asked for.
     """
 
-    log_probs: Tensor | None = None
-    soft_value: Tensor | None = None
+    # `ModelOutput` wants a default for every field but one.
+    log_probs: Tensor = None  # type: ignore[assignment]
+    soft_value: Tensor = None  # type: ignore[assignment]
     entropy: Tensor | None = None
     aux_loss: Tensor | None = None
 
@@ -86,12 +87,11 @@ def add_trajectory_head(model: PreTrainedModel, temperature: float, cast_lm_head
         acting = action_mask[:, 1:]  # (B, T-1) column t: does the policy act in the state that ends with token t?
         first = acting.int().argmax(dim=1)  # (B,) the column of s_1
         rows = torch.arange(len(first), device=first.device)
-        first_state = None  # (B, hidden)
+        first_states: list[Tensor] = []  # will hold one (B, hidden)
 
         def keep_acting_states(module: nn.Module, inputs: Any, output: Any) -> Any:
-            nonlocal first_state
             states = output.last_hidden_state  # (B, T, hidden)
-            first_state = states[rows.to(states.device), first.to(states.device)]
+            first_states.append(states[rows.to(states.device), first.to(states.device)])
             output.last_hidden_state = states[:, :-1][acting.to(states.device)].unsqueeze(0)  # (1, N, hidden)
             return output
 
@@ -103,7 +103,7 @@ def add_trajectory_head(model: PreTrainedModel, temperature: float, cast_lm_head
             hook.remove()
 
         head = self.get_output_embeddings()
-        first_state = first_state.to(head.weight.device)
+        first_state = first_states[0].to(head.weight.device)
         # The kernel computes in the autocast dtype, if any, and else in that of the states: so does the soft value.
         in_head_dtype = (
             torch.autocast(first_state.device.type, enabled=False) if cast_lm_head_to_fp32 else nullcontext()
@@ -111,33 +111,34 @@ def add_trajectory_head(model: PreTrainedModel, temperature: float, cast_lm_head
         with in_head_dtype:
             soft_value = transform(head(first_state)).logsumexp(dim=-1)  # (B,)
 
-        def back_in_place(packed: Tensor | None) -> Tensor | None:
-            if packed is None:
-                return None
+        def back_in_place(packed: Tensor) -> Tensor:
             return packed.new_zeros(action_mask.shape).masked_scatter(action_mask.to(packed.device), packed)  # (B, T)
 
         return TrajectoryScores(
             log_probs=back_in_place(scores.log_probs),
             soft_value=soft_value,
-            entropy=back_in_place(scores.entropy),
+            entropy=None if scores.entropy is None else back_in_place(scores.entropy),
             aux_loss=scores.aux_loss,
         )
 
     model.forward = types.MethodType(forward, model)
 
 
-def score(model: nn.Module, batch: Batch, *, is_text: bool, router_logits: bool = False) -> TrajectoryScores:
+def score(
+    model: nn.Module, batch: Batch, *, positions_from_mask: bool, router_logits: bool = False
+) -> TrajectoryScores:
     """Score a batch with a model that has the trajectory head, wrapped or not. One forward pass.
 
     Args:
         model: the policy or the reference, as prepared for training.
         batch: from `collate`.
-        is_text: whether the model is text-only. Vision-language models derive positions from the image grid
-            themselves; text models receive them from the attention mask.
+        positions_from_mask: pass `position_ids` counted from the attention mask. So for every text model that takes
+            them; vision-language models derive positions from the image grid
+            themselves.
         router_logits: ask a mixture-of-experts model for its load-balancing loss.
     """
     inputs: dict[str, Any] = {"input_ids": batch.input_ids, "attention_mask": batch.attention_mask, **batch.vision}
-    if is_text:
+    if positions_from_mask:
         inputs["position_ids"] = (batch.attention_mask.cumsum(dim=1) - 1).clamp(min=0)  # (B, T)
     if router_logits:
         inputs["output_router_logits"] = True

@@ -14,7 +14,7 @@ from .config import TBRMConfig
 
 # Architectures whose image inputs are tested to survive unpadding and re-batching.
 VISION_MODEL_TYPES = frozenset(
-    "gemma3 gemma4 idefics3 internvl llava llava_next qwen2_5_vl qwen2_vl qwen3_vl smolvlm".split()
+    ("gemma3", "idefics3", "internvl", "llava", "llava_next", "qwen2_vl", "qwen2_5_vl", "qwen3_vl", "smolvlm")
 )
 
 # (response length, β) as published, arXiv 2603.23355: in between, β follows the power law through both.
@@ -33,7 +33,9 @@ def check_dataset(dataset: Any, args: TBRMConfig) -> None:
     if prompts >= needed:
         return
     unit = args.world_size * args.steps_per_generation
-    largest = next((b for b in range(prompts * args.num_generations // unit, 0, -1) if b * unit % args.num_generations == 0), 0)
+    largest = next(
+        (b for b in range(prompts * args.num_generations // unit, 0, -1) if b * unit % args.num_generations == 0), 0
+    )
     advice = (
         f"Set per_device_train_batch_size to at most {largest}"
         if largest

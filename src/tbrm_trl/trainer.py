@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import math
 import textwrap
 from collections.abc import Iterable, Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from accelerate.utils import is_peft_model
@@ -74,14 +75,15 @@ class TBRMTrainer(GRPOTrainer):
         ValueError: before anything is loaded, for a data set smaller than one generation or an adapter with dropout.
     """
 
-    _tag_names = ["trl", "tbrm"]
+    _tag_names: ClassVar = ["trl", "tbrm"]
     _name = "TBRM"
-    _paper = {
+    _paper: ClassVar = {
         "title": "Trajectory Bellman Residual Minimization: A Simple Value-Based Method for LLM Reasoning",
         "id": "2505.15311",
         "citation": textwrap.dedent("""\
             @inproceedings{yuan2025trajectory,
-                title        = {{Trajectory Bellman Residual Minimization: A Simple Value-Based Method for LLM Reasoning}},
+                title        = {{Trajectory Bellman Residual Minimization}: A Simple Value-Based Method for {LLM}
+                                Reasoning},
                 author       = {Yurun Yuan and Fan Chen and Zeyu Jia and Alexander Rakhlin and Tengyang Xie},
                 booktitle    = {Advances in Neural Information Processing Systems},
                 year         = 2025,
@@ -115,9 +117,7 @@ class TBRMTrainer(GRPOTrainer):
         disable_randomness(self.model)
         for scored in (policy, self.ref_model):
             if scored is not None:
-                add_trajectory_head(
-                    self.accelerator.unwrap_model(scored), self.temperature, args.cast_lm_head_to_fp32
-                )
+                add_trajectory_head(self.accelerator.unwrap_model(scored), self.temperature, args.cast_lm_head_to_fp32)
         self._positions_from_mask = not self._is_vlm and accepts_position_ids(policy)
         # TRL would hide truncated completions from attention as well; here they only leave the loss.
         self.mask_truncated_completions = False
@@ -139,7 +139,9 @@ class TBRMTrainer(GRPOTrainer):
         mine = slice(self.accelerator.process_index * len(prompts), (self.accelerator.process_index + 1) * len(prompts))
         local = rewards_per_func[mine]  # (B, F) NaN where a function did not apply
         unscored = local.isnan().all(dim=1)
-        self._raw_rewards = (local * self.reward_weights.to(local.device)).nansum(dim=1).masked_fill(unscored, torch.nan)
+        self._raw_rewards = (
+            (local * self.reward_weights.to(local.device)).nansum(dim=1).masked_fill(unscored, torch.nan)
+        )
         return rewards_per_func
 
     def _get_per_token_logps_and_entropies(self, *args, **kwargs):
@@ -178,7 +180,7 @@ class TBRMTrainer(GRPOTrainer):
 
     def _score(self, model: nn.Module, batch: Batch, router_logits: bool = False) -> TrajectoryScores:
         with self.accelerator.autocast():
-            return score(model, batch, is_text=self._positions_from_mask, router_logits=router_logits)
+            return score(model, batch, positions_from_mask=self._positions_from_mask, router_logits=router_logits)
 
     # ---- update ------------------------------------------------------------------------------------------------
 
@@ -209,7 +211,7 @@ class TBRMTrainer(GRPOTrainer):
 
     def _left_out(self, trajectory: Trajectory) -> str | None:
         """Why a trajectory does not count in the loss, or None if it does."""
-        if not trajectory.reward == trajectory.reward:  # NaN
+        if math.isnan(trajectory.reward):
             return "unscored"
         if self.args.mask_truncated_completions and trajectory.end is End.LENGTH:
             return "truncated"
