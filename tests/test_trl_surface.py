@@ -26,6 +26,7 @@ OVERRIDDEN = {
     "_generate_and_score_completions": "(self, inputs)",
     "_prepare_inputs": "(self, generation_batch)",
     "_compute_loss": "(self, model, inputs)",
+    "log": "(self, logs, start_time=None)",
 }
 CALLED = {
     "add_fused_lm_head": "(model, temperature=1.0, cast_lm_head_to_fp32=False, outputs=('log_probs',))",

@@ -23,8 +23,11 @@ class Totals:
 
     by_name: dict[str, Tensor] = field(default_factory=dict)
 
+    def __bool__(self) -> bool:
+        return bool(self.by_name)
+
     def __add__(self, other: Totals) -> Totals:
-        if not self.by_name:
+        if not self:
             return other
         return Totals({name: pair + other.by_name[name] for name, pair in self.by_name.items()})
 

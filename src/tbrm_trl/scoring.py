@@ -133,8 +133,7 @@ def score(
         model: the policy or the reference, as prepared for training.
         batch: from `collate`.
         positions_from_mask: pass `position_ids` counted from the attention mask. So for every text model that takes
-            them; vision-language models derive positions from the image grid
-            themselves.
+            them; vision-language models derive them from the image grid.
         router_logits: ask a mixture-of-experts model for its load-balancing loss.
     """
     inputs: dict[str, Any] = {"input_ids": batch.input_ids, "attention_mask": batch.attention_mask, **batch.vision}

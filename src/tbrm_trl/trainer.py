@@ -41,7 +41,8 @@ class TBRMTrainer(GRPOTrainer):
     - `_get_per_token_logps_and_entropies`: returns nothing, so that TRL runs no old-policy or reference pass;
     - `_generate_and_score_completions`: turns TRL's tensors into trajectories and scores the reference, once each;
     - `_prepare_inputs`: counts the trajectories of an optimizer step before its first backward;
-    - `_compute_loss`: the residual.
+    - `_compute_loss`: the residual;
+    - `log`: adds the residual's metrics to TRL's.
 
     Example:
 
@@ -122,7 +123,8 @@ class TBRMTrainer(GRPOTrainer):
         # TRL would hide truncated completions from attention as well; here they only leave the loss.
         self.mask_truncated_completions = False
         self._counted_in_step = 0  # trajectories that count in the current optimizer step, over all processes
-        self._totals = {"train": Totals(), "eval": Totals()}
+        self._step_totals = Totals()  # of this process, in the current optimizer step
+        self._totals = {"train": Totals(), "eval": Totals()}  # of all processes, since the last log
         self._beta_checked = False
         self.accelerator.print(startup_line(train_dataset, args))
 
@@ -226,18 +228,28 @@ class TBRMTrainer(GRPOTrainer):
     # ---- report ------------------------------------------------------------------------------------------------
 
     def _record(self, totals: Totals) -> None:
-        """Add up a micro-batch's totals; at the end of an optimizer step, log their means over all processes."""
+        """Add a micro-batch's totals; at the end of an optimizer step, those of all processes."""
         mode = "train" if self.model.training else "eval"
-        self._totals[mode] += totals
+        self._step_totals += totals
         if mode == "train" and not self.accelerator.sync_gradients:
             return
-        summed = self._totals[mode].over_processes(self.accelerator)
-        self._totals[mode] = Totals()
-        means = summed.means()
-        for name, value in means.items():
-            self._metrics[mode][name].append(value)
-        if mode == "train" and not self._beta_checked and self.accelerator.is_main_process:
+        summed = self._step_totals.over_processes(self.accelerator)
+        self._step_totals = Totals()
+        self._totals[mode] += summed
+        if mode == "train" and not self._beta_checked:
             self._beta_checked = True
-            warn_of_beta(self.args.beta, self._metrics["train"]["completions/mean_length"][-1])
-            if self.args.soft_value == "policy":
-                warn_of_soft_value(self.args.beta, means["soft_value"] / self.args.beta)
+            self._check_beta(summed.means()["soft_value"])
+
+    def _check_beta(self, soft_value: float) -> None:
+        if not self.accelerator.is_main_process:
+            return
+        warn_of_beta(self.args.beta, self._metrics["train"]["completions/mean_length"][-1])
+        if self.args.soft_value == "policy":
+            warn_of_soft_value(self.args.beta, soft_value / self.args.beta)
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        mode = "train" if self.model.training else "eval"
+        if self._totals[mode]:
+            self._metrics[mode].update({name: [mean] for name, mean in self._totals[mode].means().items()})
+            self._totals[mode] = Totals()
+        super().log(logs, start_time)
