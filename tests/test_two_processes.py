@@ -29,7 +29,7 @@ def free_port() -> int:
 
 def launch(arguments: list[str], launcher: list[str] | None = None) -> None:
     launcher = launcher or ["torch.distributed.run", "--nproc_per_node=2", f"--master_port={free_port()}"]
-    environment = {**os.environ, "PYTHONPATH": str(TESTS), "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
+    environment = {**os.environ, "PYTHONPATH": str(TESTS), "OMP_NUM_THREADS": "1"}
     done = subprocess.run(
         [sys.executable, "-m", *launcher, str(TESTS / "two_processes.py"), *arguments],
         env=environment,
@@ -69,6 +69,32 @@ def test_same_gradient_with_exclusions_on_one_process(accumulation, tmp_path):
     perturb(one.ref_model)
     one.train()
     assert distance(strip(seen["gradients"]), one.recorder.gradients[0]) <= TOLERANCE
+
+
+@pytest.mark.parametrize("stage", [2, 3])
+def test_deepspeed_zero(stage, tmp_path):
+    """ZeRO shards gradients (2) and parameters (3), the head's among them: loss and gradient norm stay the same."""
+    folder = save(tmp_path / "model")
+    rows = script(unscored=(1, 4, 5, 6, 7))
+    rows_file = tmp_path / "rows.json"
+    rows_file.write_text(json.dumps([asdict(row) for row in rows]))
+    launcher_config = tmp_path / "zero.yaml"
+    launcher_config.write_text(
+        "compute_environment: LOCAL_MACHINE\ndistributed_type: DEEPSPEED\nuse_cpu: true\nnum_machines: 1\n"
+        f"num_processes: 2\nmachine_rank: 0\nmixed_precision: 'no'\nmain_process_port: {free_port()}\n"
+        f"deepspeed_config: {{zero_stage: {stage}, gradient_accumulation_steps: 2, zero3_init_flag: {stage == 3}}}\n"
+    )
+    options = {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 2}
+    launch(
+        [folder, str(rows_file), str(tmp_path), json.dumps(options)],
+        launcher=["accelerate.commands.launch", "--config_file", str(launcher_config)],
+    )
+    seen = torch.load(tmp_path / "seen.pt", weights_only=False)
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    answer = solve(plain(model), plain(model), seen["windows"][0] + seen["windows"][1], beta=0.1)
+    norm = torch.stack([gradient.norm() for gradient in answer.gradient.values()]).norm().item()
+    assert sum(map(sum, seen["losses"])) / 2 == pytest.approx(answer.loss, rel=TOLERANCE)
+    assert float(seen["log"]["grad_norm"]) == pytest.approx(norm, rel=1e-4)
 
 
 def strip(gradients: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:

@@ -78,7 +78,7 @@ def step_totals(
         return torch.tensor([part, whole], dtype=torch.float32, device=device)
 
     behind = batch.ref_log_probs - scores.log_probs  # (B, T) log π_ref − log π_θ
-    return Totals(
+    totals = Totals(
         {
             "residual/mean": over(beta * residual, counted),
             "residual/mean_square": over((beta * residual).square(), counted),
@@ -91,3 +91,6 @@ def step_totals(
             "pad_fraction": share(batch.pad_fraction * batch.input_ids.numel(), batch.input_ids.numel()),
         }
     )
+    if scores.aux_loss is not None:
+        totals.by_name["aux_loss"] = share(scores.aux_loss.item(), 1.0)
+    return totals
