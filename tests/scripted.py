@@ -5,7 +5,6 @@ They go through TRL's own `rollout_func`, reward functions and `train()`: everyt
 
 from __future__ import annotations
 
-import json
 import random
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -86,7 +85,7 @@ class RecordingTrainer(TBRMTrainer):
 
 
 def scripted_trainer(
-    model, rows: list[Row], output_dir: Path | str, trainer=RecordingTrainer, peft_config=None, **options
+    model, rows: list[Row], output_dir: Path | str, peft_config=None, quantization_config=None, **options
 ):
     """A trainer for one optimizer step at learning rate 0 on exactly these rows, in order."""
     by_prompt = {row.prompt: row for row in rows}
@@ -121,21 +120,12 @@ def scripted_trainer(
         report_to="none",
         disable_tqdm=True,
     )
-    return trainer(
+    return RecordingTrainer(
         model=model,
         reward_funcs=reward,
         args=TBRMConfig(**{**defaults, **options}),
         train_dataset=Dataset.from_list([{"prompt": row.prompt} for row in rows]),
         rollout_func=rollout,
         peft_config=peft_config,
-    )
-
-
-def dump_trajectories(trajectories: list[Trajectory]) -> str:
-    """For handing trajectories from a worker process to the test."""
-    return json.dumps(
-        [
-            [t.prompt_ids.tolist(), t.completion_ids.tolist(), t.loss_mask.int().tolist(), t.reward, t.end.value]
-            for t in trajectories
-        ]
+        quantization_config=quantization_config,
     )

@@ -67,6 +67,11 @@ def test_options_without_meaning_are_refused(name):
             "Make it 4 or 6, or use num_generations=1",
         ),
         (
+            {"per_device_train_batch_size": 4, "generation_batch_size": 12, "num_generations": 8},
+            "Make it 8 or 16, or use num_generations=1",
+        ),
+        ({"neftune_noise_alpha": 5.0}, "noisy embeddings bias the squared residual"),
+        (
             {"gradient_accumulation_steps": 4, "steps_per_generation": 6},
             "Set steps_per_generation to 4 or 8 .*gradient_accumulation_steps to a divisor of 6",
         ),
@@ -88,7 +93,15 @@ def test_one_rollout_and_one_row():
 
 @pytest.mark.parametrize(
     "options",
-    [{"top_p": 0.9}, {"top_k": 5}, {"min_p": 0.1}, {"repetition_penalty": 1.2}, {"generation_kwargs": {"top_k": 5}}],
+    [
+        {"top_p": 0.9},
+        {"top_k": 5},
+        {"min_p": 0.1},
+        {"repetition_penalty": 1.2},
+        {"generation_kwargs": {"top_k": 5}},
+        {"generation_kwargs": {"do_sample": False}},
+        {"generation_kwargs": {"typical_p": 0.9}},
+    ],
 )
 def test_sampling_filters_warn(options):
     with pytest.warns(UserWarning, match="makes the sampler another policy"):
@@ -98,7 +111,7 @@ def test_sampling_filters_warn(options):
 def test_no_warning_without_filters():
     with warnings.catch_warnings():
         warnings.simplefilter("error", UserWarning)
-        config(generation_kwargs={"top_p": 1.0})
+        config(generation_kwargs={"top_p": 1.0, "do_sample": True, "max_new_tokens": 5})
 
 
 def test_command_line():

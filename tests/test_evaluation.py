@@ -72,6 +72,31 @@ def test_greedy_does_not_depend_on_the_batch():
         assert completions == [tok.decode(ids, skip_special_tokens=True)]
 
 
+@pytest.mark.parametrize("shipped", [{"repetition_penalty": 3.0}, {"min_p": 0.9}, {"typical_p": 0.2}])
+def test_what_a_model_ships_with_changes_nothing(shipped):
+    """Accuracy is of softmax(logits / T), the policy that is trained, not of a penalised or filtered one."""
+    biased = model()
+    biased.generation_config.update(**shipped)
+    options = dict(max_new_tokens=6, batch_size=4, samples=4, temperature=1.0)
+    plain, other = (
+        evaluate_accuracy(policy, tokenizer(), PROMPTS, lambda i, t: 1.0, **options) for policy in (POLICY, biased)
+    )
+    assert other.completions == plain.completions
+    assert biased.generation_config.to_dict().items() >= shipped.items()  # and it is put back
+
+
+def test_an_interrupted_evaluation_leaves_the_model_as_it_was():
+    policy = model().train()
+    shipped = policy.generation_config
+
+    def interrupt(done, total):
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        evaluate_accuracy(policy, tokenizer(), ["ab"], lambda i, t: 1.0, progress=interrupt)
+    assert policy.training and policy.generation_config is shipped
+
+
 def test_mode_and_truncation():
     policy = model().train()
     result = evaluate_accuracy(policy, tokenizer(), ["ab"], lambda i, t: 1.0, max_new_tokens=1)

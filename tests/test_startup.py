@@ -4,11 +4,19 @@ from __future__ import annotations
 
 import pytest
 from datasets import Dataset
+from peft import LoHaConfig, LoraConfig, PromptTuningConfig
 from scripted import script, scripted_trainer
 from test_config import config
 from tiny import save
 
-from tbrm_trl.startup import beta_for_length, check_dataset, startup_line, warn_of_beta, warn_of_soft_value
+from tbrm_trl.startup import (
+    beta_for_length,
+    check_adapters,
+    check_dataset,
+    startup_line,
+    warn_of_beta,
+    warn_of_soft_value,
+)
 
 
 def prompts(n: int) -> Dataset:
@@ -34,25 +42,45 @@ def test_it_is_printed(tmp_path, capsys):
 
 
 @pytest.mark.parametrize(
-    ("n", "options", "largest"),
+    ("n", "options", "advice"),
     [
-        (5, {"per_device_train_batch_size": 8}, "5 rollouts. Set per_device_train_batch_size to at most 5"),
-        (5, {"per_device_train_batch_size": 8, "gradient_accumulation_steps": 2}, "4 rollouts.*at most 2"),
-        (3, {"per_device_train_batch_size": 8, "num_generations": 2}, "6 rollouts.*at most 6"),
-        (3, {"gradient_accumulation_steps": 4}, "3 rollouts. Lower steps_per_generation"),
+        (5, {"per_device_train_batch_size": 8}, "fits is 5 rollouts: set per_device_train_batch_size=5 "),
+        (
+            5,
+            {"per_device_train_batch_size": 8, "gradient_accumulation_steps": 2},
+            "fits is 4 rollouts: set per_device_train_batch_size=2 .and generation_batch_size=4,",
+        ),
+        (
+            3,
+            {"per_device_train_batch_size": 8, "num_generations": 2},
+            "fits is 6 rollouts: set per_device_train_batch_size=6 ",
+        ),
+        (3, {"gradient_accumulation_steps": 4}, "Not even per_device_train_batch_size=1 fits 4 steps per generation"),
     ],
 )
-def test_too_few_prompts(n, options, largest):
-    with pytest.raises(
-        ValueError, match=f"has {n} prompts, fewer than.*largest generation batch that fits is {largest}"
-    ):
+def test_too_few_prompts(n, options, advice):
+    with pytest.raises(ValueError, match=f"has {n} prompts, fewer than.*{advice}"):
         check_dataset(prompts(n), config(**options))
     assert check_dataset(prompts(64), config(**options)) is None
 
 
 def test_too_few_prompts_before_anything_is_loaded(tmp_path):
-    with pytest.raises(ValueError, match="largest generation batch that fits is 8 rollouts"):
+    with pytest.raises(ValueError, match="fits is 8 rollouts"):
         scripted_trainer("no/such/model", script(rows=8), tmp_path, per_device_train_batch_size=9)
+
+
+@pytest.mark.parametrize(
+    ("adapter", "message"),
+    [
+        (LoraConfig(lora_dropout=0.1), "`lora_dropout=0.1` is refused"),
+        (LoHaConfig(rank_dropout=0.5), "`rank_dropout=0.5` is refused"),
+        (PromptTuningConfig(num_virtual_tokens=2), "PromptTuningConfig is refused"),
+    ],
+)
+def test_adapters_that_bias_the_residual(adapter, message):
+    with pytest.raises(ValueError, match=message):
+        check_adapters("a/model", adapter)
+    assert check_adapters("a/model", LoraConfig(lora_dropout=0.0)) is None
 
 
 def test_beta_rule():
@@ -84,3 +112,10 @@ def test_warnings_in_a_run(beta, soft_value, expected, tmp_path, recwarn):
     for words in ("soft value", "beta=0.1"):
         found = [m for m in messages if words in m and ("published" in m or "nats" in m)]
         assert len(found) == (1 if words in expected else 0), messages
+
+
+def test_the_warning_waits_for_a_step_that_counts(tmp_path, recwarn):
+    """Nothing of the first generation can be scored: the soft value is judged in the second."""
+    rows = script(rows=16, unscored=tuple(range(8)))
+    scripted_trainer(save(tmp_path / "model"), rows, tmp_path, per_device_train_batch_size=8, max_steps=2).train()
+    assert sum("nats on average" in str(w.message) for w in recwarn) == 1

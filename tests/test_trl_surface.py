@@ -9,6 +9,8 @@ import sys
 
 import pytest
 import trl.trainer.utils
+from packaging.requirements import Requirement
+from packaging.specifiers import SpecifierSet
 from transformers import Trainer
 from trl import GRPOTrainer
 
@@ -71,10 +73,8 @@ def test_the_trainer_leaves_loss_scaling_to_us():
 
 
 def test_declared_range():
-    requirements = importlib.metadata.requires("tbrm-trl")
-    assert f"trl{','.join(sorted(tbrm_trl.SUPPORTED_TRL.split(','), reverse=True))}" in {
-        r.replace("trl<1.17,>=1.16", "trl>=1.16,<1.17") for r in requirements
-    }
+    declared = [Requirement(line) for line in importlib.metadata.requires("tbrm-trl")]
+    assert [r.specifier for r in declared if r.name == "trl" and not r.extras] == [SpecifierSet(tbrm_trl.SUPPORTED_TRL)]
 
 
 @pytest.mark.parametrize("found", ["1.15.0", "1.17.0"])

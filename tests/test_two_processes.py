@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 from oracle import distance, solve
+from peft import LoraConfig
 from scripted import script, scripted_trainer
 from test_oracle import TOLERANCE, plain
 from tiny import perturb, save
@@ -30,6 +31,7 @@ def free_port() -> int:
 def launch(arguments: list[str], launcher: list[str] | None = None) -> None:
     launcher = launcher or ["torch.distributed.run", "--nproc_per_node=2", f"--master_port={free_port()}"]
     environment = {**os.environ, "PYTHONPATH": str(TESTS), "OMP_NUM_THREADS": "1"}
+    environment.pop("ACCELERATE_USE_CPU", None)  # accelerate would take it for "no DeepSpeed"
     done = subprocess.run(
         [sys.executable, "-m", *launcher, str(TESTS / "two_processes.py"), *arguments],
         env=environment,
@@ -40,30 +42,34 @@ def launch(arguments: list[str], launcher: list[str] | None = None) -> None:
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
 
 
-@pytest.mark.parametrize("accumulation", [1, 2])
-def test_same_gradient_with_exclusions_on_one_process(accumulation, tmp_path):
-    """Rows 4 to 7 go to the second process and none of them counts; it still runs its forward and backward."""
-    folder = save(tmp_path / "model")
-    rows = script(unscored=(1, 4, 5, 6, 7))
+def two_processes(tmp_path: Path, launcher: list[str] | None = None, **options):
+    """Train on rows of which only 0, 2 and 3 count, all on the first process; returns what was seen as well."""
+    folder, rows = save(tmp_path / "model"), script(unscored=(1, 4, 5, 6, 7))
     rows_file = tmp_path / "rows.json"
     rows_file.write_text(json.dumps([asdict(row) for row in rows]))
-    options = {"per_device_train_batch_size": 4 // accumulation, "gradient_accumulation_steps": accumulation}
-    launch([folder, str(rows_file), str(tmp_path), json.dumps(options)])
+    launch([folder, str(rows_file), str(tmp_path), json.dumps(options)], launcher)
     seen = torch.load(tmp_path / "seen.pt", weights_only=False)
-
     on_first, on_second = seen["windows"]
     assert len(on_first) == len(on_second) == 4
     assert all(t.reward != t.reward for t in on_second) and sum(t.reward == t.reward for t in on_first) == 3
+    return folder, rows, seen
 
-    reference = plain(AutoModelForCausalLM.from_pretrained(folder))
+
+@pytest.mark.parametrize("accumulation", [1, 2])
+def test_same_gradient_with_exclusions_on_one_process(accumulation, tmp_path):
+    """None of the second process's rows counts; it still runs its forward and backward."""
+    folder, rows, seen = two_processes(
+        tmp_path, per_device_train_batch_size=4 // accumulation, gradient_accumulation_steps=accumulation
+    )
     perturbed = AutoModelForCausalLM.from_pretrained(folder)
     perturb(perturbed)
-    answer = solve(reference, plain(perturbed), on_first + on_second, beta=0.1)
+    policy = plain(AutoModelForCausalLM.from_pretrained(folder))
+    answer = solve(policy, plain(perturbed), seen["windows"][0] + seen["windows"][1], beta=0.1)
     assert distance(strip(seen["gradients"]), answer.gradient) <= TOLERANCE
     # What the log shows is the mean over processes.
     assert sum(map(sum, seen["losses"])) / 2 == pytest.approx(answer.loss, rel=TOLERANCE)
-    assert seen["log"]["left_out/unscored"] == pytest.approx(5 / 8)
-    assert seen["log"]["residual/mean"] == pytest.approx(0.1 * sum(answer.residuals) / 3, rel=1e-3)
+    assert seen["log"][0]["left_out/unscored"] == pytest.approx(5 / 8)
+    assert seen["log"][0]["residual/mean"] == pytest.approx(0.1 * sum(answer.residuals) / 3, rel=1e-3)
 
     one = scripted_trainer(folder, rows, tmp_path, per_device_train_batch_size=8)
     perturb(one.ref_model)
@@ -71,30 +77,44 @@ def test_same_gradient_with_exclusions_on_one_process(accumulation, tmp_path):
     assert distance(strip(seen["gradients"]), one.recorder.gradients[0]) <= TOLERANCE
 
 
+def test_lora_gives_the_same_gradient(tmp_path):
+    """An adapter under DDP, with accumulation: the gradient of one process with everything in one batch."""
+    folder, rows, seen = two_processes(
+        tmp_path, lora=True, per_device_train_batch_size=2, gradient_accumulation_steps=2
+    )
+    lora = LoraConfig(r=4, target_modules="all-linear", lora_dropout=0.0)
+    one = scripted_trainer(folder, rows, tmp_path, peft_config=lora, per_device_train_batch_size=8)
+    one.train()
+    assert distance(strip(seen["gradients"]), one.recorder.gradients[0]) <= TOLERANCE
+
+
 @pytest.mark.parametrize("stage", [2, 3])
 def test_deepspeed_zero(stage, tmp_path):
-    """ZeRO shards gradients (2) and parameters (3), the head's among them: loss and gradient norm stay the same."""
-    folder = save(tmp_path / "model")
-    rows = script(unscored=(1, 4, 5, 6, 7))
-    rows_file = tmp_path / "rows.json"
-    rows_file.write_text(json.dumps([asdict(row) for row in rows]))
+    """ZeRO shards gradients (2) and parameters (3), the head's among them: two updates are those of one process.
+
+    The second one is off-policy and away from the reference, so its loss has every term of the residual.
+    """
     launcher_config = tmp_path / "zero.yaml"
     launcher_config.write_text(
         "compute_environment: LOCAL_MACHINE\ndistributed_type: DEEPSPEED\nuse_cpu: true\nnum_machines: 1\n"
         f"num_processes: 2\nmachine_rank: 0\nmixed_precision: 'no'\nmain_process_port: {free_port()}\n"
         f"deepspeed_config: {{zero_stage: {stage}, gradient_accumulation_steps: 2, zero3_init_flag: {stage == 3}}}\n"
     )
-    options = {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 2}
-    launch(
-        [folder, str(rows_file), str(tmp_path), json.dumps(options)],
-        launcher=["accelerate.commands.launch", "--config_file", str(launcher_config)],
-    )
-    seen = torch.load(tmp_path / "seen.pt", weights_only=False)
-    model = AutoModelForCausalLM.from_pretrained(folder)
-    answer = solve(plain(model), plain(model), seen["windows"][0] + seen["windows"][1], beta=0.1)
-    norm = torch.stack([gradient.norm() for gradient in answer.gradient.values()]).norm().item()
-    assert sum(map(sum, seen["losses"])) / 2 == pytest.approx(answer.loss, rel=TOLERANCE)
-    assert float(seen["log"]["grad_norm"]) == pytest.approx(norm, rel=1e-4)
+    updates = dict(num_iterations=2, max_steps=2, learning_rate=0.01, lr_scheduler_type="constant")
+    folder, rows, seen = two_processes(
+        tmp_path,
+        ["accelerate.commands.launch", "--config_file", str(launcher_config)],
+        deepspeed=True, per_device_train_batch_size=2, gradient_accumulation_steps=2, **updates,
+    )  # fmt: skip
+    one = scripted_trainer(folder, rows, tmp_path, per_device_train_batch_size=8, **updates)
+    one.train()
+    first, second = (sum(sum(losses[i : i + 2]) for losses in seen["losses"]) / 2 for i in (0, 2))
+    assert first == pytest.approx(one.losses[0], rel=TOLERANCE)
+    assert second == pytest.approx(one.losses[1], rel=1e-3)  # Adam amplifies rounding in its first step
+    assert abs(second - first) > 0.01
+    for ours, theirs in zip(seen["log"], one.state.log_history, strict=False):
+        if "grad_norm" in theirs:
+            assert float(ours["grad_norm"]) == pytest.approx(float(theirs["grad_norm"]), rel=1e-3)
 
 
 def strip(gradients: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:

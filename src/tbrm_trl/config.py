@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import warnings
 from dataclasses import dataclass, field
 from typing import Literal, get_args
@@ -77,6 +78,16 @@ REFUSED = {
 }
 
 _SAMPLING_FILTERS = ("top_p", "top_k", "min_p", "repetition_penalty")
+# What `generation_kwargs` may set without changing the sampled distribution.
+_HARMLESS = (
+    "max_new_tokens",
+    "max_length",
+    "cache_implementation",
+    "cache_config",
+    "use_cache",
+    "seed",
+    "disable_compile",
+)
 
 
 @dataclass
@@ -164,6 +175,11 @@ class TBRMConfig(GRPOConfig):
                 "`disable_dropout=False` is refused: a log-probability with noise ε gives E(δ+ε)² = δ² + Var ε, so "
                 "dropout biases the squared residual. Leave it at True."
             )
+        if self.neftune_noise_alpha:
+            raise ValueError(
+                f"`neftune_noise_alpha={self.neftune_noise_alpha}` is refused: a log-probability with noise ε gives "
+                "E(δ+ε)² = δ² + Var ε, so noisy embeddings bias the squared residual. Leave it at None."
+            )
 
     def _check_residual_options(self) -> None:
         if not self.beta > 0:
@@ -182,8 +198,13 @@ class TBRMConfig(GRPOConfig):
             raise ValueError(f"`num_generations={self.num_generations}` is refused: at least 1 rollout per prompt.")
 
     def _broken_groups(self) -> ValueError:
-        batch, group = self.generation_batch_size, self.num_generations
-        fits = [size for size in (batch - batch % group, batch - batch % group + group) if size]
+        rows, batch, group = (
+            self.per_device_train_batch_size * self.world_size,
+            self.generation_batch_size,
+            self.num_generations,
+        )
+        unit = math.lcm(rows, group) if batch % rows == 0 and batch != rows else group
+        fits = [size for size in (batch - batch % unit, batch - batch % unit + unit) if size]
         return ValueError(
             f"A generation of {batch} rollouts (generation_batch_size, or per_device_train_batch_size "
             f"{self.per_device_train_batch_size} × {self.world_size} processes × steps_per_generation "
@@ -205,9 +226,10 @@ class TBRMConfig(GRPOConfig):
 
     def _warn_of_sampling_filters(self) -> None:
         chosen = {name: getattr(self, name) for name in _SAMPLING_FILTERS}
-        chosen |= {k: v for k, v in (self.generation_kwargs or {}).items() if k in (*_SAMPLING_FILTERS, "temperature")}
+        chosen |= {name: value for name, value in (self.generation_kwargs or {}).items() if name not in _HARMLESS}
         off = {name: type(self).__dataclass_fields__[name].default for name in _SAMPLING_FILTERS}
-        active = {name: value for name, value in chosen.items() if value not in (None, off.get(name, self.temperature))}
+        off |= {"temperature": self.temperature, "do_sample": True}
+        active = {name: value for name, value in chosen.items() if value is not None and value != off.get(name)}
         if active:
             warnings.warn(
                 f"{active} makes the sampler another policy than softmax(logits / temperature), which is the one "

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 
 @dataclass(frozen=True)
@@ -58,6 +58,13 @@ def accuracy_from_scores(scores: Sequence[Sequence[float]]) -> tuple[float, floa
     return mean, math.sqrt(variance / n)
 
 
+def _tokenize(tokenizer: PreTrainedTokenizerBase, prompt: Any) -> list[int]:
+    if isinstance(prompt, str):
+        return tokenizer(prompt)["input_ids"]
+    text = tokenizer.apply_chat_template(prompt, tokenize=False, add_generation_prompt=True)
+    return tokenizer(text, add_special_tokens=False)["input_ids"]  # a chat template writes its own
+
+
 @torch.no_grad()
 def evaluate_accuracy(
     model: PreTrainedModel,
@@ -80,7 +87,7 @@ def evaluate_accuracy(
         prompts: strings, or lists of messages.
         score: called with the prompt's index and a completion's text; returns its score.
         samples: completions per prompt, n of avg@n. Greedy needs just 1.
-        temperature: of sampling, unfiltered (top_p = 1, no top_k); 0 is greedy.
+        temperature: of sampling, with no filter or penalty, whatever the model ships with; 0 is greedy.
         max_new_tokens: length limit of a completion; what is cut there counts as truncated and is scored as it is.
         batch_size: completions generated at once. With sampling, the draws depend on it.
         seed: of the sampling; the global random state is left as it was.
@@ -93,48 +100,38 @@ def evaluate_accuracy(
         raise ValueError("No prompts to evaluate on.")
     if temperature == 0 and samples != 1:
         raise ValueError(f"{samples} greedy samples of a prompt are all the same: set temperature, or samples=1.")
-    texts = [
-        prompt
-        if isinstance(prompt, str)
-        else tokenizer.apply_chat_template(prompt, tokenize=False, add_generation_prompt=True)
-        for prompt in prompts
-    ]
+    token_ids = [_tokenize(tokenizer, prompt) for prompt in prompts]
     # Longest first: batches of equal lengths, and running out of memory shows at once.
-    order = sorted((index for index in range(len(prompts)) for _ in range(samples)), key=lambda i: -len(texts[i]))
-    ends = model.generation_config.eos_token_id
-    ends = {*(ends if isinstance(ends, list) else [ends]), tokenizer.eos_token_id} - {None}
-    sampling: dict[str, Any] = {"do_sample": False, "temperature": None, "top_p": None, "top_k": None}
-    if temperature > 0:
-        sampling = {"do_sample": True, "temperature": temperature, "top_p": 1.0, "top_k": 0}
+    order = sorted((index for index in range(len(prompts)) for _ in range(samples)), key=lambda i: -len(token_ids[i]))
+    shipped = model.generation_config
+    ends = shipped.eos_token_id if isinstance(shipped.eos_token_id, list) else [shipped.eos_token_id]
+    ends = sorted({*ends, tokenizer.eos_token_id} - {None})
+    sampling = {"do_sample": True, "temperature": temperature, "top_k": 0} if temperature > 0 else {"do_sample": False}
 
     completions: list[list[str]] = [[] for _ in prompts]
     truncated = 0
     was_training = model.training
     model.eval()
-    with torch.random.fork_rng(devices=[model.device] if model.device.type == "cuda" else []):
-        torch.manual_seed(seed)
-        for start in range(0, len(order), batch_size):
-            chunk = order[start : start + batch_size]
-            inputs = tokenizer(
-                [texts[index] for index in chunk],
-                return_tensors="pt",
-                padding=True,
-                padding_side="left",
-                # A chat template writes its own special tokens.
-                add_special_tokens=isinstance(prompts[chunk[0]], str),
-            ).to(model.device)
-            output = model.generate(
-                **inputs,
-                **sampling,
-                max_new_tokens=max_new_tokens,
-                eos_token_id=sorted(ends),
-                pad_token_id=tokenizer.pad_token_id,
-            )[:, inputs["input_ids"].shape[1] :]
-            for index, ids in zip(chunk, output.tolist(), strict=True):
-                truncated += not ends.intersection(ids)
-                completions[index].append(tokenizer.decode(ids, skip_special_tokens=True))
-            progress(start + len(chunk), len(order))
-    model.train(was_training)
+    # Settings that a model ships with (a repetition penalty, say) would make another policy of it, so none is taken.
+    model.generation_config = GenerationConfig(
+        **sampling, max_new_tokens=max_new_tokens, eos_token_id=ends, pad_token_id=tokenizer.pad_token_id
+    )
+    try:
+        with torch.random.fork_rng(devices=[model.device] if model.device.type == "cuda" else []):
+            torch.manual_seed(seed)
+            for start in range(0, len(order), batch_size):
+                chunk = order[start : start + batch_size]
+                inputs = tokenizer.pad(
+                    {"input_ids": [token_ids[index] for index in chunk]}, padding_side="left", return_tensors="pt"
+                ).to(model.device)
+                output = model.generate(**inputs)[:, inputs["input_ids"].shape[1] :]
+                for index, ids in zip(chunk, output.tolist(), strict=True):
+                    truncated += not set(ends).intersection(ids)
+                    completions[index].append(tokenizer.decode(ids, skip_special_tokens=True))
+                progress(start + len(chunk), len(order))
+    finally:
+        model.generation_config = shipped
+        model.train(was_training)
 
     scores = [[score(index, text) for text in row] for index, row in enumerate(completions)]
     mean, standard_error = accuracy_from_scores(scores)

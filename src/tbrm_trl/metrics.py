@@ -37,11 +37,13 @@ class Totals:
         return Totals(dict(zip(self.by_name, stacked, strict=True)))
 
     def means(self) -> dict[str, float]:
-        """Sum over weight; NaN (which the trainer does not log) where nothing was counted. rms: its square root."""
+        """Sum over weight, of what had any; `residual/rms` is the root of its mean square."""
         means = {}
         for name, (total, weight) in zip(self.by_name, torch.stack(list(self.by_name.values())).tolist(), strict=True):
-            means[name] = total / weight if weight else math.nan
-        means["residual/rms"] = math.sqrt(means.pop("residual/mean_square"))
+            if weight:
+                means[name] = total / weight
+        if "residual/mean_square" in means:
+            means["residual/rms"] = math.sqrt(means.pop("residual/mean_square"))
         return means
 
 
@@ -55,6 +57,7 @@ def step_totals(
     log_ratio: Tensor,
     residual: Tensor,
     beta: float,
+    fresh: bool,
 ) -> Totals:
     """Totals of one micro-batch. Sequence-level metrics are in reward units (β × nats), token-level ones in nats.
 
@@ -67,6 +70,7 @@ def step_totals(
         log_ratio: `(B,)` nats.
         residual: `(B,)` nats.
         beta: reward units per nat.
+        fresh: whether these trajectories are trained on for the first time since the policy produced them.
     """
     device = residual.device
     assert scores.entropy is not None, "the policy's head computes entropies"
@@ -84,8 +88,8 @@ def step_totals(
             "residual/mean_square": over((beta * residual).square(), counted),
             "soft_value": over(beta * soft_value, counted),
             "log_ratio": over(beta * log_ratio, counted),
-            # The estimator of KL(π‖π_ref) that TRL logs under this name, from trajectories the policy just produced.
-            "kl": over(behind.exp() - behind - 1, batch.action_mask),
+            # The estimator of KL(π‖π_ref) that TRL logs under this name; on other policies' data it is none.
+            "kl": over(behind.exp() - behind - 1, batch.action_mask & fresh),
             "entropy": over(scores.entropy, batch.action_mask),
             **{f"left_out/{r}": share(list(left_out).count(r), len(left_out)) for r in LEFT_OUT_REASONS},
             "pad_fraction": share(batch.pad_fraction * batch.input_ids.numel(), batch.input_ids.numel()),

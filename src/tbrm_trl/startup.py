@@ -32,20 +32,20 @@ def check_dataset(dataset: Any, args: TBRMConfig) -> None:
     prompts, needed = len(dataset), prompts_per_generation(args)
     if prompts >= needed:
         return
-    unit = args.world_size * args.steps_per_generation
-    largest = next(
-        (b for b in range(prompts * args.num_generations // unit, 0, -1) if b * unit % args.num_generations == 0), 0
-    )
+    unit = args.world_size * args.steps_per_generation  # rollouts per row of per_device_train_batch_size
+    fitting = range(prompts * args.num_generations // unit, 0, -1)
+    rows = next((rows for rows in fitting if rows * unit % args.num_generations == 0), None)
     advice = (
-        f"Set per_device_train_batch_size to at most {largest}"
-        if largest
-        else "Lower steps_per_generation and gradient_accumulation_steps"
+        f"The largest generation batch that fits is {rows * unit} rollouts: set per_device_train_batch_size={rows} "
+        f"(and generation_batch_size={rows * unit}, if you set that), or add prompts."
+        if rows
+        else f"Not even per_device_train_batch_size=1 fits {args.steps_per_generation} steps per generation: lower "
+        "steps_per_generation and gradient_accumulation_steps, or add prompts."
     )
     raise ValueError(
         f"The training set has {prompts} prompts, fewer than the {needed} of one generation batch "
         f"({args.generation_batch_size} rollouts, {args.num_generations} per prompt): no batch would ever be full. "
-        f"The largest generation batch that fits is {largest * unit or prompts * args.num_generations} rollouts. "
-        f"{advice}, or add prompts."
+        f"{advice}"
     )
 
 
@@ -74,12 +74,12 @@ def check_adapters(model: Any, peft_config: Any) -> None:
     """Refuse adapters that would bias or misplace the residual: dropout, and prompt learning."""
     configs = list(model.peft_config.values()) if not isinstance(model, str) and is_peft_model(model) else []
     for config in [*configs, *([peft_config] if peft_config is not None else [])]:
-        rate = getattr(config, "lora_dropout", 0.0)
-        if rate:
-            raise ValueError(
-                f"`lora_dropout={rate}` is refused: a log-probability with noise ε gives E(δ+ε)² = δ² + Var ε, so "
-                "dropout biases the squared residual. Set lora_dropout=0.0."
-            )
+        for name, rate in vars(config).items():
+            if name.endswith("dropout") and isinstance(rate, (int, float)) and rate > 0:
+                raise ValueError(
+                    f"`{name}={rate}` is refused: a log-probability with noise ε gives E(δ+ε)² = δ² + Var ε, so "
+                    f"dropout biases the squared residual. Set {name}=0.0."
+                )
         if config.is_prompt_learning:
             raise ValueError(
                 f"{type(config).__name__} is refused: prompt learning puts virtual tokens before the prompt, which "

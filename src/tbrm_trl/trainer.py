@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import math
 import textwrap
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, ClassVar
 
 import torch
 from accelerate.utils import is_peft_model
 from datasets import Dataset, IterableDataset
 from torch import Tensor, nn
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, TrainerCallback
 from trl import GRPOTrainer
+from trl.trainer.grpo_trainer import RolloutFunc
 from trl.trainer.utils import get_config_model_id
 
 from .config import TBRMConfig
@@ -67,9 +68,8 @@ class TBRMTrainer(GRPOTrainer):
         reward_funcs: as in `GRPOTrainer`; R is the weighted sum of the raw rewards.
         args: [`TBRMConfig`]; its defaults when omitted.
         train_dataset: as in `GRPOTrainer`, with a column `prompt`.
-        **kwargs: every other argument of `GRPOTrainer`: `eval_dataset`, `processing_class`,
-            `reward_processing_classes`, `callbacks`, `optimizers`, `quantization_config`, `peft_config`, `tools`,
-            `rollout_func`, `environment_factory`.
+        eval_dataset, processing_class, reward_processing_classes, callbacks, optimizers, quantization_config,
+            peft_config, tools, rollout_func, environment_factory: as in `GRPOTrainer`.
 
     Raises:
         TypeError: if `args` is not a `TBRMConfig`.
@@ -98,7 +98,16 @@ class TBRMTrainer(GRPOTrainer):
         reward_funcs: Any = None,
         args: TBRMConfig | None = None,
         train_dataset: Dataset | IterableDataset | None = None,
-        **kwargs: Any,
+        eval_dataset: Any = None,
+        processing_class: Any = None,
+        reward_processing_classes: Any = None,
+        callbacks: list[TrainerCallback] | None = None,
+        optimizers: tuple[Any, Any] = (None, None),
+        quantization_config: Any = None,
+        peft_config: Any = None,
+        tools: list[Callable] | None = None,
+        rollout_func: RolloutFunc | None = None,
+        environment_factory: Any = None,
     ):
         if args is None:
             name = model if isinstance(model, str) else get_config_model_id(model.config)
@@ -106,9 +115,24 @@ class TBRMTrainer(GRPOTrainer):
         if not isinstance(args, TBRMConfig):
             raise TypeError(f"`args` must be a TBRMConfig, got {type(args).__name__}.")
         check_dataset(train_dataset, args)
-        check_adapters(model, kwargs.get("peft_config"))
+        check_adapters(model, peft_config)
 
-        super().__init__(model, reward_funcs, args=args, train_dataset=train_dataset, **kwargs)
+        super().__init__(
+            model,
+            reward_funcs,
+            args,
+            train_dataset,
+            eval_dataset,
+            processing_class,
+            reward_processing_classes,
+            callbacks,
+            optimizers,
+            quantization_config,
+            peft_config,
+            tools,
+            rollout_func,
+            environment_factory,
+        )
         self.args: TBRMConfig
 
         policy = self.model.get_base_model() if is_peft_model(self.model) else self.model
@@ -153,9 +177,12 @@ class TBRMTrainer(GRPOTrainer):
         output = super()._generate_and_score_completions(inputs)
         end_token_ids = {*self.eos_token_ids, self._tokenizer.pad_token_id}
         trajectories = trajectories_from_trl(output, self._raw_rewards, end_token_ids)
+        self._mean_length = sum(len(t.completion_ids) for t in trajectories) / len(trajectories)
+        training, args = self.model.training, self.args
+        batch_size = args.per_device_train_batch_size if training else args.per_device_eval_batch_size
         with reference_policy(self.model, self.ref_model, self.accelerator) as reference:
             score_reference(
-                by_length(trajectories, self.args.per_device_train_batch_size),
+                by_length(trajectories, batch_size),
                 self._collate,
                 lambda batch: self._score(reference, batch),
             )
@@ -208,7 +235,9 @@ class TBRMTrainer(GRPOTrainer):
             accumulation = self.current_gradient_accumulation_steps if self.model.training else 1
             loss = loss + self.router_aux_loss_coef * scores.aux_loss / accumulation
 
-        self._record(step_totals(batch, scores, counted, left_out, soft_value, log_ratio, residual, beta))
+        window = self.args.steps_per_generation * self.num_iterations
+        fresh = not self.model.training or self._step % window < self.args.steps_per_generation
+        self._record(step_totals(batch, scores, counted, left_out, soft_value, log_ratio, residual, beta, fresh))
         return loss
 
     def _left_out(self, trajectory: Trajectory) -> str | None:
@@ -236,14 +265,15 @@ class TBRMTrainer(GRPOTrainer):
         summed = self._step_totals.over_processes(self.accelerator)
         self._step_totals = Totals()
         self._totals[mode] += summed
-        if mode == "train" and not self._beta_checked:
+        means = summed.means()
+        if mode == "train" and not self._beta_checked and "soft_value" in means:  # the first step that counts
             self._beta_checked = True
-            self._check_beta(summed.means()["soft_value"])
+            self._check_beta(means["soft_value"])
 
     def _check_beta(self, soft_value: float) -> None:
         if not self.accelerator.is_main_process:
             return
-        warn_of_beta(self.args.beta, self._metrics["train"]["completions/mean_length"][-1])
+        warn_of_beta(self.args.beta, self._mean_length)
         if self.args.soft_value == "policy":
             warn_of_soft_value(self.args.beta, soft_value / self.args.beta)
 
