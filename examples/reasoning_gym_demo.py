@@ -90,15 +90,15 @@ def parse_arguments() -> argparse.Namespace:
         "--difficulty", nargs="*", metavar="KEY=VALUE", help="its settings (default: two one-digit terms)"
     )
     parser.add_argument("--model", default=SMOLLM2, help="a Hub id or a folder")
-    parser.add_argument("--steps", type=int, default=30, help="optimizer steps")
-    parser.add_argument("--rollouts-per-step", type=int, default=16)
+    parser.add_argument("--steps", type=int, default=20, help="optimizer steps")
+    parser.add_argument("--rollouts-per-step", type=int, default=24)
     parser.add_argument("--train-problems", type=int, default=140)
     parser.add_argument("--eval-problems", type=int, default=60)
     parser.add_argument("--eval-samples", type=int, default=8, help="n of avg@n")
     parser.add_argument("--max-completion-length", type=int, default=16)
     parser.add_argument("--beta", type=float, default=0.02)
     parser.add_argument("--soft-value", default="calibrated", choices=["policy", "calibrated"])
-    parser.add_argument("--learning-rate", type=float, help="default: 1e-5, with LoRA 2e-4")
+    parser.add_argument("--learning-rate", type=float, help="default: 2e-5, with LoRA 2e-4")
     parser.add_argument("--lora", type=int, default=0, metavar="RANK", help="train a LoRA adapter of this rank")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--output", type=Path, default=Path("outputs/demo"))
@@ -113,7 +113,7 @@ def parse_arguments() -> argparse.Namespace:
         except ValueError:
             parser.error(f"--difficulty takes KEY=VALUE with JSON values, not {' '.join(arguments.difficulty)!r}")
     if arguments.learning_rate is None:
-        arguments.learning_rate = 2e-4 if arguments.lora else 1e-5
+        arguments.learning_rate = 2e-4 if arguments.lora else 2e-5
     if arguments.steps < 1:
         parser.error("--steps must be at least 1")
     if arguments.rollouts_per_step > arguments.train_problems:

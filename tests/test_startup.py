@@ -30,8 +30,8 @@ def test_startup_line():
         num_iterations=2, num_train_epochs=3,
     )  # fmt: skip
     line = startup_line(prompts(70), args)
-    assert "16 prompts × 2 rollouts = 32 trajectories, for 4 updates on 16 each" in line
-    assert "(4 per device × 1 processes × 4 accumulation)" in line
+    assert "16 prompts × 2 rollouts = 32 trajectories, for 4 update(s) on 16 each" in line
+    assert "(4 per device × 1 process(es) × 4 accumulation)" in line
     assert "70 prompts give 16 updates per epoch, dropping 6 tail prompts; 48 updates in all" in line
     assert "\n" not in line
 

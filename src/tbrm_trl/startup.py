@@ -56,8 +56,8 @@ def startup_line(dataset: Any, args: TBRMConfig) -> str:
     updates = args.steps_per_generation // accumulation * args.num_iterations
     line = (
         f"TBRM: each generation takes {prompts_per_generation(args)} prompts × {args.num_generations} rollouts = "
-        f"{args.generation_batch_size} trajectories, for {updates} updates on {rollouts_per_update} each "
-        f"({args.per_device_train_batch_size} per device × {processes} processes × {accumulation} accumulation)"
+        f"{args.generation_batch_size} trajectories, for {updates} update(s) on {rollouts_per_update} each "
+        f"({args.per_device_train_batch_size} per device × {processes} process(es) × {accumulation} accumulation)"
     )
     if not isinstance(dataset, Sized):
         return f"{line}; {args.max_steps} updates in all."
