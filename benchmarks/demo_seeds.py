@@ -82,10 +82,11 @@ Written by `make slow` on {datetime.date.today()}; {first["device"]}, {platform.
 
 {settings["model"]} on `{settings["task"]}` of reasoning-gym, {settings["difficulty"]}:
 {settings["train_problems"]} training and {sampled["problems"]} held-out problems, distinct by question, split before
-anything is sampled. Prompt: the question in the model's chat template, system message "{first["system_prompt"]}".
-Answer: the last whole number of the completion, judged by the task's own verifier. {settings["steps"]} steps of {settings["rollouts_per_step"]} rollouts,
-one per prompt; β = {settings["beta"]}, {settings["soft_value"]} soft value, learning rate {settings["learning_rate"]},
-at most {settings["max_completion_length"]} tokens, temperature {first["temperature"]}.
+anything is sampled. Prompt: the question in the model's chat template, with the system message
+"{first["system_prompt"]}". Answer: the last whole number of the completion, judged by the task's own verifier.
+{settings["steps"]} steps of {settings["rollouts_per_step"]} rollouts, one per prompt; β = {settings["beta"]},
+{settings["soft_value"]} soft value, learning rate {settings["learning_rate"]}, at most
+{settings["max_completion_length"]} tokens, temperature {first["temperature"]}.
 
 | seed | sampled (avg@{sampled["samples"]}, T = 1) before | after | greedy before | after | seconds |
 |---|---|---|---|---|---|
