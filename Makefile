@@ -43,7 +43,7 @@ types: $(VENV)/.installed
 .venv-oldest/.installed: pyproject.toml constraints.txt constraints-oldest.txt Makefile
 	$(PYTHON) -m venv .venv-oldest
 	.venv-oldest/bin/pip install -q -c constraints-oldest.txt torch setuptools wheel
-	.venv-oldest/bin/pip install -q -c constraints-oldest.txt --no-build-isolation -e ".[peft]" pytest pillow
+	.venv-oldest/bin/pip install -q -c constraints-oldest.txt --no-build-isolation -e ".[peft,quantization]" pytest
 	touch $@
 
 oldest: .venv-oldest/.installed
