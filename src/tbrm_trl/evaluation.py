@@ -105,7 +105,7 @@ def evaluate_accuracy(
     order = sorted((index for index in range(len(prompts)) for _ in range(samples)), key=lambda i: -len(token_ids[i]))
     shipped = model.generation_config
     ends = shipped.eos_token_id if isinstance(shipped.eos_token_id, list) else [shipped.eos_token_id]
-    ends = sorted({*ends, tokenizer.eos_token_id} - {None})
+    end_ids = {*ends, tokenizer.eos_token_id} - {None}
     sampling = {"do_sample": True, "temperature": temperature, "top_k": 0} if temperature > 0 else {"do_sample": False}
 
     completions: list[list[str]] = [[] for _ in prompts]
@@ -114,7 +114,7 @@ def evaluate_accuracy(
     model.eval()
     # Settings that a model ships with (a repetition penalty, say) would make another policy of it, so none is taken.
     model.generation_config = GenerationConfig(
-        **sampling, max_new_tokens=max_new_tokens, eos_token_id=ends, pad_token_id=tokenizer.pad_token_id
+        **sampling, max_new_tokens=max_new_tokens, eos_token_id=sorted(end_ids), pad_token_id=tokenizer.pad_token_id
     )
     try:
         with torch.random.fork_rng(devices=[model.device] if model.device.type == "cuda" else []):
@@ -126,7 +126,7 @@ def evaluate_accuracy(
                 ).to(model.device)
                 output = model.generate(**inputs)[:, inputs["input_ids"].shape[1] :]
                 for index, ids in zip(chunk, output.tolist(), strict=True):
-                    truncated += not set(ends).intersection(ids)
+                    truncated += not end_ids.intersection(ids)
                     completions[index].append(tokenizer.decode(ids, skip_special_tokens=True))
                 progress(start + len(chunk), len(order))
     finally:

@@ -265,10 +265,11 @@ class TBRMTrainer(GRPOTrainer):
         summed = self._step_totals.over_processes(self.accelerator)
         self._step_totals = Totals()
         self._totals[mode] += summed
-        means = summed.means()
-        if mode == "train" and not self._beta_checked and "soft_value" in means:  # the first step that counts
-            self._beta_checked = True
-            self._check_beta(means["soft_value"])
+        if mode == "train" and not self._beta_checked:
+            means = summed.means()
+            if "soft_value" in means:  # the first step in which a trajectory counts
+                self._beta_checked = True
+                self._check_beta(means["soft_value"])
 
     def _check_beta(self, soft_value: float) -> None:
         if not self.accelerator.is_main_process:
