@@ -73,10 +73,10 @@ class RecordingTrainer(TBRMTrainer):
         self.losses: list[float] = []
         self.windows: list[list[Trajectory]] = []
 
-    def _generate_and_score_completions(self, inputs):
-        output = super()._generate_and_score_completions(inputs)
-        self.windows.append(output["trajectory"])
-        return output
+    def _roll_out(self, rows):
+        trajectories = super()._roll_out(rows)
+        self.windows.append(trajectories)
+        return trajectories
 
     def training_step(self, *args, **kwargs):
         loss = super().training_step(*args, **kwargs)

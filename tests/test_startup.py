@@ -29,7 +29,7 @@ def test_startup_line():
         per_device_train_batch_size=4, gradient_accumulation_steps=4, steps_per_generation=8, num_generations=2,
         num_iterations=2, num_train_epochs=3,
     )  # fmt: skip
-    line = startup_line(prompts(70), args)
+    line = startup_line(prompts(70), args, *check_dataset(prompts(70), args))
     assert "16 prompts × 2 rollouts = 32 trajectories, for 4 update(s) on 16 each" in line
     assert "(4 per device × 1 process(es) × 4 accumulation)" in line
     assert "70 prompts give 16 updates per epoch, dropping 6 tail prompts; 48 updates in all" in line
@@ -61,7 +61,8 @@ def test_it_is_printed(tmp_path, capsys):
 def test_too_few_prompts(n, options, advice):
     with pytest.raises(ValueError, match=f"has {n} prompts, fewer than.*{advice}"):
         check_dataset(prompts(n), config(**options))
-    assert check_dataset(prompts(64), config(**options)) is None
+    logged, window = check_dataset(prompts(64), config(**options))
+    assert not logged.any() and window.logged == 0
 
 
 def test_too_few_prompts_before_anything_is_loaded(tmp_path):
@@ -79,8 +80,8 @@ def test_too_few_prompts_before_anything_is_loaded(tmp_path):
 )
 def test_adapters_that_bias_the_residual(adapter, message):
     with pytest.raises(ValueError, match=message):
-        check_adapters("a/model", adapter)
-    assert check_adapters("a/model", LoraConfig(lora_dropout=0.0)) is None
+        check_adapters("a/model", adapter, config())
+    assert check_adapters("a/model", LoraConfig(lora_dropout=0.0), config()) is None
 
 
 def test_beta_rule():

@@ -11,6 +11,8 @@ from trl import GRPOConfig
 
 SoftValue = Literal["policy", "calibrated"]
 LossUnits = Literal["reward", "logits"]
+ReferencePolicy = Literal["initial", "previous"]
+ReplaySampling = Literal["uniform", "prioritized"]
 
 # Every option that GRPOConfig declares stands in exactly one of these three; a test fails on one that does not.
 
@@ -23,7 +25,7 @@ KEPT = frozenset(
     vllm_server_host vllm_server_port vllm_server_timeout vllm_group_port vllm_gpu_memory_utilization
     vllm_max_model_length vllm_tensor_parallel_size
     use_transformers_continuous_batching transformers_continuous_batching_config use_transformers_paged
-    reward_weights sync_ref_model ref_model_mixup_alpha ref_model_sync_steps max_tool_calling_iterations
+    reward_weights max_tool_calling_iterations
     log_completions log_multimodal num_completions_to_print log_unique_prompts log_completions_hub_repo
     """.split()
 )
@@ -32,9 +34,12 @@ GIVEN_A_MEANING = {
     "learning_rate": "2.5e-6 by default, as published",
     "beta": "the temperature of the Bellman residual, 0.002 by default; must be positive",
     "num_generations": "rollouts per prompt, 1 by default; nothing is normalised over them",
-    "num_iterations": "how often the rollouts of a window are trained on; later passes need no ratio",
+    "num_iterations": "updates per fresh one: the others take replayed trajectories, or the same again; no ratio",
     "steps_per_generation": "must be a multiple of gradient_accumulation_steps, so that a window holds whole updates",
     "temperature": "of sampling and of the soft value alike: the policy is softmax(logits / temperature)",
+    "sync_ref_model": "with adapters too, where only a hard reset (ref_model_mixup_alpha=1) has a meaning",
+    "ref_model_mixup_alpha": "share of the policy in the new reference; 1 is a hard reset",
+    "ref_model_sync_steps": "updates between two syncs",
     "disable_dropout": "always on: a noisy log-probability biases the squared residual",
     "mask_truncated_completions": "truncated trajectories leave the loss and its denominator",
     "top_p": "allowed with a warning: the scored policy is no longer the sampled one",
@@ -109,6 +114,38 @@ class TBRMConfig(GRPOConfig):
             `"reward"`: mean of `(β δ)²`. `"logits"`: mean of `δ²`, the paper's scale, larger by `1/β²` and so are its
             gradients: `max_grad_norm=1` then clips every step. Both have the same minimiser.
 
+        > Parameters that control replay
+
+        replay_buffer_size (`int`, *optional*, defaults to `0`):
+            Trajectories that the first-in-first-out buffer holds, over all processes; 0 is no buffer. With one, the
+            first of the `num_iterations` updates on a window takes its fresh trajectories and the others take a sample
+            of the buffer; without one all of them take the window's. ReVal uses 5120 with `num_iterations=2`.
+        replay_max_age (`int` or `None`, *optional*):
+            Updates after which a trajectory leaves the buffer.
+        replay_sampling (`"uniform"` or `"prioritized"`, *optional*, defaults to `"uniform"`):
+            `"prioritized"` draws by |residual| (Schaul et al. 2016, arXiv 1511.05952).
+        replay_priority_exponent (`float`, *optional*, defaults to `0.6`):
+            Of |residual| in the probability to be drawn; 0 is uniform.
+        replay_priority_correction (`float`, *optional*, defaults to `0.4`):
+            Exponent of the weight `(N P)^-c` on the squared residual that makes up for being drawn more often.
+
+        > Parameters that control logged trajectories
+
+        logged_fraction (`float` or `None`, *optional*):
+            Share of logged trajectories in every generation window, where the training set has both prompts and rows
+            with a completion. By default their share in the data set, counting each prompt `num_generations` times.
+        precompute_ref_log_probs (`bool` or `None`, *optional*):
+            Score the reference on all logged trajectories before training, keep the scores in `output_dir` for the next
+            run, and free the reference. Only for a training set of logs alone, where it is the default unless the
+            reference changes.
+        save_rollouts (`bool`, *optional*, defaults to `False`):
+            Write every rollout to `output_dir/rollouts` as Parquet; `load_rollouts` makes a training set of them.
+
+        > Parameters that control the reference
+
+        reference (`"initial"` or `"previous"`, *optional*, defaults to `"initial"`):
+            `"previous"` is the policy that produced the trajectory, as in REBEL, Kimi k1.5 and GVPO.
+
         > Parameters whose defaults differ from GRPOConfig
 
         num_generations (`int`, *optional*, defaults to `1`):
@@ -138,6 +175,36 @@ class TBRMConfig(GRPOConfig):
         default="reward",
         metadata={"help": "'reward': mean of (beta*residual)^2; 'logits': mean of residual^2, the paper's scale."},
     )
+    replay_buffer_size: int = field(
+        default=0, metadata={"help": "Trajectories in the replay buffer, over all processes; 0 is no buffer."}
+    )
+    replay_max_age: int | None = field(
+        default=None, metadata={"help": "Updates after which a trajectory leaves the replay buffer."}
+    )
+    replay_sampling: str = field(
+        default="uniform", metadata={"help": "'uniform', or 'prioritized': by the absolute residual."}
+    )
+    replay_priority_exponent: float = field(
+        default=0.6, metadata={"help": "Exponent of the absolute residual in the probability to be drawn."}
+    )
+    replay_priority_correction: float = field(
+        default=0.4, metadata={"help": "Exponent of the weight that makes up for being drawn more often."}
+    )
+    logged_fraction: float | None = field(
+        default=None,
+        metadata={"help": "Share of logged trajectories in every window; by default their share in the data set."},
+    )
+    precompute_ref_log_probs: bool | None = field(
+        default=None,
+        metadata={"help": "Score the reference on a data set of logs once, before training, and free it."},
+    )
+    save_rollouts: bool = field(
+        default=False, metadata={"help": "Write every rollout to output_dir/rollouts as Parquet."}
+    )
+    reference: str = field(
+        default="initial",
+        metadata={"help": "'initial', or 'previous': the policy that produced the trajectory."},
+    )
     num_generations: int = field(
         default=1, metadata={"help": "Rollouts per prompt. One suffices: nothing is normalised over a group."}
     )
@@ -161,6 +228,8 @@ class TBRMConfig(GRPOConfig):
             if not (self.num_generations == 1 and str(error).startswith("GRPO requires at least 2 generations")):
                 raise
         self._check_batch_arithmetic()
+        self._check_reference()
+        self._check_replay()
         self._warn_of_sampling_filters()
 
     def _refuse_options_without_meaning(self) -> None:
@@ -191,7 +260,13 @@ class TBRMConfig(GRPOConfig):
             raise ValueError(
                 f"`temperature={self.temperature}` is refused: the policy is softmax(logits / temperature)."
             )
-        for name, allowed in (("soft_value", get_args(SoftValue)), ("loss_units", get_args(LossUnits))):
+        for name, literal in (
+            ("soft_value", SoftValue),
+            ("loss_units", LossUnits),
+            ("reference", ReferencePolicy),
+            ("replay_sampling", ReplaySampling),
+        ):
+            allowed = get_args(literal)
             if getattr(self, name) not in allowed:
                 raise ValueError(f"`{name}={getattr(self, name)!r}` is unknown. Choose one of {', '.join(allowed)}.")
         if self.num_generations < 1:
@@ -223,6 +298,61 @@ class TBRMConfig(GRPOConfig):
                 f"generation_batch_size to {choices} × {self.per_device_train_batch_size * self.world_size}), or "
                 f"gradient_accumulation_steps to a divisor of {generation}."
             )
+
+    @property
+    def rows_per_update(self) -> int:
+        """Trajectories of one optimizer step, over all processes."""
+        return self.per_device_train_batch_size * self.world_size * self.gradient_accumulation_steps
+
+    def _check_reference(self) -> None:
+        if not self.sync_ref_model:
+            return
+        if self.reference == "previous":
+            raise ValueError(
+                '`sync_ref_model=True` with `reference="previous"` is refused: the previous policy is the reference '
+                "already. Use one of the two."
+            )
+        if self.precompute_ref_log_probs:
+            raise ValueError(
+                "`precompute_ref_log_probs=True` with `sync_ref_model=True` is refused: scores that were computed once "
+                "would go stale at the first sync. Use one of the two."
+            )
+        if not (0 < self.ref_model_mixup_alpha <= 1 and self.ref_model_sync_steps >= 1):
+            raise ValueError(
+                f"`ref_model_mixup_alpha={self.ref_model_mixup_alpha}` must lie in (0, 1], and "
+                f"`ref_model_sync_steps={self.ref_model_sync_steps}` must be at least 1."
+            )
+
+    def _check_replay(self) -> None:
+        size, rows = self.replay_buffer_size, self.rows_per_update
+        if size == 0:
+            for name in ("replay_max_age", "replay_sampling"):
+                default = type(self).__dataclass_fields__[name].default
+                if getattr(self, name) != default:
+                    raise ValueError(f"`{name}={getattr(self, name)!r}` needs a buffer: set `replay_buffer_size`.")
+            return
+        if size < rows:
+            raise ValueError(
+                f"`replay_buffer_size={size}` is smaller than one update of {rows} trajectories "
+                f"({self.per_device_train_batch_size} per device × {self.world_size} process(es) × "
+                f"{self.gradient_accumulation_steps} accumulation): no replay update could ever be filled. Set it to "
+                f"{rows} or more, or to 0 for no buffer."
+            )
+        if size % self.world_size:
+            raise ValueError(
+                f"`replay_buffer_size={size}` does not divide over {self.world_size} processes: each holds a shard of "
+                f"one size. Use {size - size % self.world_size + self.world_size}."
+            )
+        if self.num_iterations == 1:
+            raise ValueError(
+                "`replay_buffer_size` has no effect with `num_iterations=1`, whose only update takes the fresh "
+                "trajectories. Use 2 or more, or no buffer."
+            )
+        if self.replay_max_age is not None and self.replay_max_age < 1:
+            raise ValueError(f"`replay_max_age={self.replay_max_age}` must be at least 1 update.")
+        for name in ("replay_priority_exponent", "replay_priority_correction"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise ValueError(f"`{name}={getattr(self, name)}` must lie between 0 and 1.")
 
     def _warn_of_sampling_filters(self) -> None:
         chosen = {name: getattr(self, name) for name in _SAMPLING_FILTERS}

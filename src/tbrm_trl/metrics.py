@@ -15,6 +15,8 @@ from .scoring import TrajectoryScores
 from .trajectory import Batch
 
 LEFT_OUT_REASONS = ("unscored", "truncated", "no_action")
+# Of a trajectory in one update: drawn for it, trained on before without a buffer, sampled from it, or logged.
+ORIGINS = ("fresh", "reused", "replayed", "logged")
 
 
 @dataclass
@@ -37,14 +39,23 @@ class Totals:
         return Totals(dict(zip(self.by_name, stacked, strict=True)))
 
     def means(self) -> dict[str, float]:
-        """Sum over weight, of what had any; `residual/rms` is the root of its mean square."""
+        """Sum over weight, of what had any; of a mean square its root, as `rms`."""
         means = {}
         for name, (total, weight) in zip(self.by_name, torch.stack(list(self.by_name.values())).tolist(), strict=True):
             if weight:
                 means[name] = total / weight
-        if "residual/mean_square" in means:
-            means["residual/rms"] = math.sqrt(means.pop("residual/mean_square"))
-        return means
+        return {
+            name.replace("mean_square", "rms"): math.sqrt(mean) if name.endswith("mean_square") else mean
+            for name, mean in means.items()
+        }
+
+    def state(self) -> dict[str, list[float]]:
+        """Plain values, for a checkpoint."""
+        return {name: pair.tolist() for name, pair in self.by_name.items()}
+
+    @classmethod
+    def from_state(cls, state: dict[str, list[float]], device: torch.device) -> Totals:
+        return cls({name: torch.tensor(pair, dtype=torch.float32, device=device) for name, pair in state.items()})
 
 
 @torch.no_grad()
@@ -57,7 +68,8 @@ def step_totals(
     log_ratio: Tensor,
     residual: Tensor,
     beta: float,
-    fresh: bool,
+    origins: Sequence[str],
+    ages: Sequence[int],
 ) -> Totals:
     """Totals of one micro-batch. Sequence-level metrics are in reward units (β × nats), token-level ones in nats.
 
@@ -70,7 +82,8 @@ def step_totals(
         log_ratio: `(B,)` nats.
         residual: `(B,)` nats.
         beta: reward units per nat.
-        fresh: whether these trajectories are trained on for the first time since the policy produced them.
+        origins: per row, one of `ORIGINS`.
+        ages: updates since they were generated, of the replayed rows.
     """
     device = residual.device
     assert scores.entropy is not None, "the policy's head computes entropies"
@@ -81,17 +94,21 @@ def step_totals(
     def share(part: float, whole: float) -> Tensor:
         return torch.tensor([part, whole], dtype=torch.float32, device=device)
 
+    origin = {name: torch.tensor([o == name for o in origins], device=device) for name in ORIGINS}  # (B,) each
+    squared = (beta * residual).square()  # (B,)
     behind = batch.ref_log_probs - scores.log_probs  # (B, T) log π_ref − log π_θ
     totals = Totals(
         {
             "residual/mean": over(beta * residual, counted),
-            "residual/mean_square": over((beta * residual).square(), counted),
+            "residual/mean_square": over(squared, counted),
+            **{f"residual/{name}_mean_square": over(squared, counted & rows) for name, rows in origin.items()},
             "soft_value": over(beta * soft_value, counted),
             "log_ratio": over(beta * log_ratio, counted),
             # The estimator of KL(π‖π_ref) that TRL logs under this name; on other policies' data it is none.
-            "kl": over(behind.exp() - behind - 1, batch.action_mask & fresh),
+            "kl": over(behind.exp() - behind - 1, batch.action_mask & origin["fresh"].unsqueeze(1)),
             "entropy": over(scores.entropy, batch.action_mask),
             **{f"left_out/{r}": share(list(left_out).count(r), len(left_out)) for r in LEFT_OUT_REASONS},
+            "replay/age": share(sum(ages), len(ages)),
             "pad_fraction": share(batch.pad_fraction * batch.input_ids.numel(), batch.input_ids.numel()),
         }
     )

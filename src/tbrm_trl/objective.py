@@ -69,8 +69,10 @@ def bellman_residual(soft_value: Tensor, log_ratio: Tensor, reward: Tensor, beta
     return at_least_float32(soft_value) + at_least_float32(log_ratio) - at_least_float32(reward) / beta
 
 
-def squared_residual_loss(residual: Tensor, counted: Tensor, denominator: Tensor | float) -> Tensor:
-    """`Σ residual² / denominator` over the counted trajectories.
+def squared_residual_loss(
+    residual: Tensor, counted: Tensor, denominator: Tensor | float, weight: Tensor | None = None
+) -> Tensor:
+    """`Σ weight · residual² / denominator` over the counted trajectories.
 
     The denominator is an argument, not the size of this batch: it is the number of counted trajectories of the whole
     optimizer step, so that every split of them into micro-batches and processes adds up to the same gradient.
@@ -79,6 +81,7 @@ def squared_residual_loss(residual: Tensor, counted: Tensor, denominator: Tensor
         residual: `(B,)` residuals, in the units the loss shall have (squared).
         counted: `(B,)` bool; rows that are false leave the sum, whatever their residual holds (NaN included).
         denominator: number of counted trajectories of the optimizer step; 0 is taken as 1.
+        weight: `(B,)` what each row counts, for rows that were not drawn uniformly; 1 where omitted.
 
     Returns:
         Scalar loss. Where no row counts it is 0 and still attached to the graph, with zero gradients.
@@ -86,4 +89,5 @@ def squared_residual_loss(residual: Tensor, counted: Tensor, denominator: Tensor
     Source: arXiv 2505.15311, Algorithm 1 (the mean over trajectories).
     """
     kept = torch.where(counted, residual, 0.0)  # selected before squaring: d(NaN²) would be NaN
-    return kept.square().sum() / torch.as_tensor(denominator, device=residual.device).clamp(min=1)
+    squared = kept.square() if weight is None else weight * kept.square()  # (B,)
+    return squared.sum() / torch.as_tensor(denominator, device=residual.device).clamp(min=1)

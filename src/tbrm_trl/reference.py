@@ -1,47 +1,265 @@
-"""The reference policy π_ref: which module computes it, and the scores it leaves on trajectories."""
+"""The reference policy π_ref: which module computes it, its identity, its resets, and the scores it leaves behind."""
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
+from pathlib import Path
+from typing import Any
 
+import pyarrow.parquet as pq
 import torch
+import xxhash
 from accelerate import Accelerator
-from torch import nn
+from accelerate.utils import gather_object
+from datasets import Dataset, concatenate_datasets
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from transformers import PreTrainedTokenizerBase, TrainerCallback
+from trl.trainer.callbacks import SyncRefModelCallback
 from trl.trainer.utils import use_adapter
 
 from .scoring import TrajectoryScores
-from .trajectory import Batch, Trajectory
+from .storage import from_row, read_trajectories, write_trajectories
+from .trajectory import Batch, Trajectory, by_length
+
+ADAPTER = "ref"  # TRL's name for it
 
 
-@contextmanager
-def reference_policy(policy: nn.Module, frozen_copy: nn.Module | None, accelerator: Accelerator) -> Iterator[nn.Module]:
-    """Yield the module that computes π_ref.
+class Reference:
+    """π_ref of a policy: a frozen copy (full fine-tuning), the adapter `ref`, or the base model without adapters.
 
-    It is the frozen copy of a fully fine-tuned model. A PEFT policy needs none: its reference is the adapter named
-    `ref` where TRL made one (the policy arrived with a trained adapter), else the base model, adapters disabled.
+    Args:
+        policy: gives the model being trained, wrapped or not.
+        frozen_copy: the reference of a fully fine-tuned model, as prepared for the process group; None for PEFT.
+        accelerator: the trainer's.
+        settings: what the scores depend on besides weights (temperature, dtype, …), as JSON-able values.
     """
-    if frozen_copy is not None:
-        yield frozen_copy
+
+    def __init__(
+        self,
+        policy: Callable[[], nn.Module],
+        frozen_copy: nn.Module | None,
+        accelerator: Accelerator,
+        settings: dict[str, Any],
+    ):
+        self.policy, self.frozen_copy, self.accelerator, self.settings = policy, frozen_copy, accelerator, settings
+        self.key = self._fingerprint()
+
+    @contextmanager
+    def module(self) -> Iterator[nn.Module]:
+        """The module that computes π_ref."""
+        if self.frozen_copy is not None:
+            yield self.frozen_copy
+            return
+        policy = self.policy()
+        adapters = self.accelerator.unwrap_model(policy)
+        with use_adapter(adapters, ADAPTER if ADAPTER in adapters.peft_config else None):
+            yield policy
+
+    def sync(self, alpha: float) -> None:
+        """Move the reference to `alpha × policy + (1 − alpha) × reference`; alpha = 1 is a hard reset.
+
+        Scores that trajectories carry go stale by this, and are renewed when next one is trained on.
+        """
+        sources = dict(self._trained())
+        targets = dict(self._synced())
+        SyncRefModelCallback.sync_target_model(
+            nn.ParameterList([sources[name] for name in targets]), nn.ParameterList(list(targets.values())), alpha
+        )
+        self.key = self._fingerprint()
+
+    def save(self, folder: Path) -> None:
+        """Write what `sync` changes: the whole of it once, or every process its own FSDP2 shard."""
+        parameters = self._synced()
+        with _gathered(parameters):
+            if self.accelerator.is_main_process or _is_dtensor(parameters):
+                tensors = {name: _local(parameter).detach().cpu().contiguous() for name, parameter in parameters}
+                save_file(tensors, _file(folder))
+
+    @torch.no_grad()
+    def load(self, folder: Path, main_folder: Path) -> None:
+        """Read back what `save` wrote.
+
+        Args:
+            folder: this process's.
+            main_folder: the main process's, which holds the whole where nothing is sharded.
+        """
+        parameters = self._synced()
+        with _gathered(parameters):
+            saved = load_file(_file(folder if _is_dtensor(parameters) else main_folder))
+            for name, parameter in parameters:
+                _local(parameter).copy_(saved[name])
+        self.key = self._fingerprint()
+
+    def _synced(self) -> list[tuple[str, nn.Parameter]]:
+        if self.frozen_copy is not None:
+            return list(self.accelerator.unwrap_model(self.frozen_copy).named_parameters())
+        policy = self.accelerator.unwrap_model(self.policy())
+        return [(name, p) for name, p in policy.named_parameters() if f".{ADAPTER}." in f"{name}."]
+
+    def _trained(self) -> list[tuple[str, nn.Parameter]]:
+        policy = self.accelerator.unwrap_model(self.policy())
+        if self.frozen_copy is not None:
+            return list(policy.named_parameters())
+        active = policy.active_adapter
+        return [
+            (f"{name}.".replace(f".{active}.", f".{ADAPTER}.")[:-1], p)
+            for name, p in policy.named_parameters()
+            if f".{active}." in f"{name}."
+        ]
+
+    def _fingerprint(self) -> str:
+        """Digest of the weights of π_ref and of the settings: equal if and only if stored scores are still its own."""
+        if self.frozen_copy is not None:
+            weights = list(self.accelerator.unwrap_model(self.frozen_copy).named_parameters())
+        else:
+            policy = self.accelerator.unwrap_model(self.policy())
+            others = [f".{name}." for name in policy.peft_config if name != ADAPTER]
+            weights = [(n, p) for n, p in policy.named_parameters() if not any(o in f"{n}." for o in others)]
+        digest = xxhash.xxh3_128()
+        for name, parameter in weights:
+            # A ZeRO-3 parameter is fingerprinted by this process's partition, without gathering it.
+            local = getattr(parameter, "ds_tensor", _local(parameter)).detach().contiguous()
+            digest.update(f"{name} {tuple(local.shape)} {local.dtype}".encode())
+            digest.update(local.reshape(-1).view(torch.uint8).cpu().numpy().data)
+        # Processes with a whole copy each agree; those with a shard each make up one key together.
+        parts = sorted(set(gather_object([digest.hexdigest()])))
+        return xxhash.xxh3_128_hexdigest(json.dumps([parts, self.settings], sort_keys=True).encode())
+
+
+def _file(folder: Path) -> Path:
+    return folder / "reference.safetensors"
+
+
+def _is_dtensor(parameters: list[tuple[str, nn.Parameter]]) -> bool:
+    return any(hasattr(parameter, "to_local") for _, parameter in parameters)
+
+
+def _local(parameter: nn.Parameter) -> Tensor:
+    """What this process holds of a parameter: its FSDP2 shard, else all of it."""
+    return parameter.to_local() if hasattr(parameter, "to_local") else parameter
+
+
+def _gathered(parameters: list[tuple[str, nn.Parameter]]):
+    """Makes ZeRO-3 parameters whole inside, and partitions what the main process wrote to them at the end."""
+    if any(hasattr(parameter, "ds_id") for _, parameter in parameters):
+        import deepspeed
+
+        return deepspeed.zero.GatheredParameters([parameter for _, parameter in parameters], modifier_rank=0)
+    return nullcontext()
+
+
+def add_reference_adapter(policy: Any) -> None:
+    """Give a PEFT policy the frozen adapter `ref`, equal to the one being trained, unless it has one already."""
+    if ADAPTER in policy.peft_config:
         return
-    adapters = accelerator.unwrap_model(policy)
-    with use_adapter(adapters, "ref" if "ref" in adapters.peft_config else None):
-        yield policy
+    active = policy.active_adapter
+    policy.add_adapter(ADAPTER, policy.peft_config[active])
+    weights = dict(policy.named_parameters())
+    for name, parameter in weights.items():
+        if f".{ADAPTER}." in f"{name}.":
+            parameter.data.copy_(weights[f"{name}.".replace(f".{ADAPTER}.", f".{active}.")[:-1]].data)
+    policy.set_adapter(active)  # leaves `ref` frozen
+
+
+class SyncReference(TrainerCallback):
+    """Moves the reference to the policy every `ref_model_sync_steps` updates."""
+
+    def __init__(self, reference: Reference):
+        self.reference = reference
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if state.global_step % args.ref_model_sync_steps == 0:
+            self.reference.sync(args.ref_model_mixup_alpha)
 
 
 @torch.no_grad()
 def score_reference(
-    chunks: Iterator[list[Trajectory]],
+    stale: Sequence[Trajectory],
+    size: int,
+    forwards: int,
+    key: str,
     collate: Callable[[Sequence[Trajectory]], Batch],
     score: Callable[[Batch], TrajectoryScores],
+    filler: Trajectory,
 ) -> None:
-    """Write log π_ref and V_ref(s_1) onto each trajectory: one forward per chunk, both numbers from the same one."""
+    """Write log π_ref, V_ref(s_1) and their key onto each trajectory: both numbers from the same forward.
+
+    Args:
+        stale: trajectories to score.
+        size: most trajectories of one forward.
+        forwards: how many to run, the same on every process: sharded models need all of them at each.
+        key: of the reference that scores.
+        collate: trajectories → padded batch.
+        score: padded batch → scores of the reference.
+        filler: what is run where this process has fewer forwards to make; its scores are not kept.
+    """
+    chunks = list(by_length(stale, size))
     for chunk in chunks:
         scores = score(collate(chunk))
         log_probs, soft_values = scores.log_probs.cpu(), scores.soft_value.tolist()
         for trajectory, row, soft_value in zip(chunk, log_probs, soft_values, strict=True):
             trajectory.ref_log_probs = row[len(trajectory.prompt_ids) : len(trajectory)].clone()
             trajectory.ref_soft_value = soft_value
+            trajectory.ref_key = key
+    for _ in range(forwards - len(chunks)):
+        score(collate([filler]))
+
+
+def precompute_scores(
+    dataset: Dataset,
+    output_dir: Path,
+    reference: Reference,
+    score: Callable[[Sequence[Trajectory], Trajectory], None],
+    block: int = 1024,
+) -> Dataset:
+    """Give every row of a data set of logged trajectories its reference scores, once for all runs on it.
+
+    They are kept in `output_dir/reference_scores`, under a name that depends on the reference and on the trajectories:
+    another run on the same ones reads them back.
+
+    Args:
+        dataset: rows as `storage.from_row` reads them.
+        output_dir: of the run.
+        reference: whose key the scores carry.
+        score: writes the scores onto trajectories; also given one to run where a process has none left.
+        block: trajectories in memory at once, on each process.
+    """
+    digest = xxhash.xxh3_128(reference.key.encode())
+    ids = dataset.select_columns(["prompt_ids", "completion_ids", "loss_mask"])
+    for row in ids.with_format("numpy"):
+        for values in row.values():
+            digest.update(len(values).to_bytes(8, "little") + values.tobytes())
+    file = output_dir / "reference_scores" / f"{digest.hexdigest()}.parquet"
+    accelerator = reference.accelerator
+    process, processes = accelerator.process_index, accelerator.num_processes
+    if not file.exists():
+        mine: list[Trajectory] = []
+        for first in range(0, len(dataset), block * processes):  # the same number of blocks on every process
+            rows = range(first + process, min(first + block * processes, len(dataset)), processes)
+            trajectories = [from_row(dataset[row]) for row in rows]
+            score(trajectories, trajectories[0] if trajectories else from_row(dataset[0]))
+            mine += trajectories
+        write_trajectories(_part(file, process), mine)
+        accelerator.wait_for_everyone()
+        if accelerator.is_main_process:
+            parts = [read_trajectories(_part(file, one)) for one in range(processes)]
+            write_trajectories(file, [parts[row % processes][row // processes] for row in range(len(dataset))])
+            for one in range(processes):
+                _part(file, one).unlink()
+        accelerator.wait_for_everyone()
+    scores = Dataset(pq.read_table(file, columns=list(_SCORES)))
+    kept = dataset.remove_columns([name for name in _SCORES if name in dataset.column_names])
+    return concatenate_datasets([kept, scores], axis=1)
+
+
+_SCORES = ("ref_log_probs", "ref_soft_value", "ref_key")
+
+
+def _part(file: Path, process: int) -> Path:
+    return file.with_name(f"{file.stem}-process-{process}.parquet")
 
 
 def require_equal_weights(policy: nn.Module, reference: nn.Module) -> None:
@@ -61,3 +279,7 @@ def require_equal_weights(policy: nn.Module, reference: nn.Module) -> None:
                 f"object and what was loaded from {getattr(policy.config, '_name_or_path', '')!r}. Save the model with "
                 "`save_pretrained(folder)` and its tokenizer beside it, and pass `model=folder`."
             )
+
+
+def tokenizer_digest(tokenizer: PreTrainedTokenizerBase) -> str:
+    return xxhash.xxh3_64_hexdigest(json.dumps(sorted(tokenizer.get_vocab().items())).encode())

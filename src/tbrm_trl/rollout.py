@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -20,13 +21,32 @@ VISION_INPUTS = (
 )
 
 
-def trajectories_from_trl(output: dict[str, Any], rewards: Tensor, end_token_ids: Collection[int]) -> list[Trajectory]:
+@dataclass
+class Rewards:
+    """What the reward functions said of this process's rows.
+
+    Attributes:
+        total: `(B,)` weighted sum over the functions that applied; NaN where none did.
+        by_function: per row, the raw reward by function's name; NaN where it did not apply.
+        tool_limit: per row, whether its last message calls a tool that was not run any more.
+    """
+
+    total: Tensor
+    by_function: list[dict[str, float]]
+    tool_limit: list[bool]
+
+
+def trajectories_from_trl(
+    output: dict[str, Any], rewards: Rewards, end_token_ids: Collection[int], groups: Sequence[int], policy_step: int
+) -> list[Trajectory]:
     """Unpad what `GRPOTrainer._generate_and_score_completions` returned.
 
     Args:
         output: its dictionary of padded tensors: prompts padded on the left, completions on the right.
-        rewards: `(B,)` raw rewards of these rows; NaN where no reward function could score.
+        rewards: of these rows.
         end_token_ids: tokens that end a completion (TRL counts the padding token among them).
+        groups: per row, the number that rollouts of one prompt share.
+        policy_step: updates that the policy had made.
     """
     # Images padded to one entry per sample (Idefics) need no split; with as many images as samples, TRL would do one.
     if "pixel_attention_mask" not in output:
@@ -51,15 +71,19 @@ def trajectories_from_trl(output: dict[str, Any], rewards: Tensor, end_token_ids
         return inputs
 
     trajectories = []
-    for row, reward in enumerate(rewards.tolist()):
+    for row, reward in enumerate(rewards.total.tolist()):
         completion = completion_ids[row][completion_mask[row]]
+        end = End.EOS if int(completion[-1]) in end_token_ids else End.LENGTH
         trajectories.append(
             Trajectory(
                 prompt_ids=prompt_ids[row][prompt_mask[row]],
                 completion_ids=completion,
                 loss_mask=loss_mask[row][completion_mask[row]],
                 reward=reward,
-                end=End.EOS if int(completion[-1]) in end_token_ids else End.LENGTH,
+                end=End.TOOL_LIMIT if end is End.EOS and rewards.tool_limit[row] else end,
+                rewards=rewards.by_function[row],
+                group=groups[row],
+                policy_step=policy_step,
                 vision=vision_of(row),
             )
         )

@@ -1,16 +1,20 @@
-"""What is checked and said before and at the first step: data set size, adapters, vision layout, β."""
+"""What is checked and said before and at the first step: data set, sources, adapters, vision layout, β."""
 
 from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Sized
+from collections.abc import Iterator, Sized
+from contextlib import contextmanager
 from typing import Any
 
+import numpy as np
 from accelerate.utils import is_peft_model
 from transformers import PreTrainedModel
 
 from .config import TBRMConfig
+from .logged import logged_rows
+from .sampler import Window, window_of
 
 # Architectures whose image inputs are tested to survive unpadding and re-batching.
 VISION_MODEL_TYPES = frozenset(
@@ -21,17 +25,51 @@ VISION_MODEL_TYPES = frozenset(
 BETA_BY_LENGTH = ((600, 0.02), (5000, 0.002))
 
 
-def prompts_per_generation(args: TBRMConfig) -> int:
-    return args.generation_batch_size // args.num_generations
+@contextmanager
+def without(args: Any, **changes: Any) -> Iterator[None]:
+    """Change options for as long as code that would act on them runs."""
+    before = {name: getattr(args, name) for name in changes}
+    try:
+        for name, value in changes.items():
+            setattr(args, name, value)
+        yield
+    finally:
+        for name, value in before.items():
+            setattr(args, name, value)
 
 
-def check_dataset(dataset: Any, args: TBRMConfig) -> None:
-    """Refuse a data set on which not a single generation could be filled: TRL would train on nothing, silently."""
+def check_dataset(dataset: Any, args: TBRMConfig) -> tuple[np.ndarray, Window]:
+    """Which rows are logged, and how a generation window is made up.
+
+    Raises:
+        ValueError: for a data set on which not a single generation window could be filled: TRL would train on nothing,
+            silently. Also for a stream with completions, which cannot be divided into its two kinds of rows.
+    """
     if not isinstance(dataset, Sized):
-        return
-    prompts, needed = len(dataset), prompts_per_generation(args)
+        if dataset is not None and {"completion", "completion_ids"} & set(dataset.column_names or ()):
+            raise ValueError(
+                "A streamed training set has a column of completions. Logged trajectories need a data set whose rows "
+                "can be counted: load it without streaming, or drop the column to have the prompts rolled out."
+            )
+        return np.zeros(0, dtype=bool), Window(args.generation_batch_size, 0)
+    logged = logged_rows(dataset)
+    prompts, logs = int((~logged).sum()), int(logged.sum())
+    window = window_of(prompts, logs, args)
+    if logs and logs < window.logged:
+        raise ValueError(
+            f"The training set has {logs} logged trajectories, fewer than the {window.logged} of one generation window "
+            f"of {args.generation_batch_size}. Lower per_device_train_batch_size, steps_per_generation"
+            f"{' or logged_fraction' if window.rollouts else ''}, or add rows."
+        )
+    needed = window.rollouts // args.num_generations
     if prompts >= needed:
-        return
+        return logged, window
+    if logs:
+        raise ValueError(
+            f"The training set has {prompts} prompts without a completion, fewer than the {needed} of one generation "
+            f"window ({window.rollouts} rollouts, {args.num_generations} per prompt). Raise logged_fraction, lower "
+            "per_device_train_batch_size or steps_per_generation, or add prompts."
+        )
     unit = args.world_size * args.steps_per_generation  # rollouts per row of per_device_train_batch_size
     fitting = range(prompts * args.num_generations // unit, 0, -1)
     rows = next((rows for rows in fitting if rows * unit % args.num_generations == 0), None)
@@ -49,29 +87,63 @@ def check_dataset(dataset: Any, args: TBRMConfig) -> None:
     )
 
 
-def startup_line(dataset: Any, args: TBRMConfig) -> str:
-    """Prompts, rollouts, updates, and what each epoch drops, in one line."""
+def check_sources(window: Window, args: TBRMConfig, reward_funcs: Any, environments: Any) -> None:
+    """Refuse options that ask for trajectories of a kind that the data set does not give."""
+    if window.logged and args.remove_unused_columns:
+        raise ValueError(
+            "`remove_unused_columns=True` would drop the columns of the logged trajectories. Leave it at False."
+        )
+    if window.rollouts and not (reward_funcs or environments):
+        raise ValueError("Prompts are to be rolled out, but no `reward_funcs` are given to reward the completions.")
+    if not window.rollouts and args.replay_buffer_size:
+        raise ValueError(
+            "`replay_buffer_size` keeps rollouts, but every row of the training set has a completion: nothing is "
+            "rolled out. Set it to 0; logged trajectories come again in every epoch."
+        )
+    if not window.rollouts and args.save_rollouts:
+        raise ValueError("`save_rollouts=True`, but every row of the training set has a completion. Leave it False.")
+    if args.precompute_ref_log_probs and (window.rollouts or args.reference == "previous"):
+        raise ValueError(
+            "`precompute_ref_log_probs=True` is for a training set in which every row has a completion, with "
+            '`reference="initial"`: rollouts cannot be scored before they exist. Leave it at None.'
+        )
+
+
+def startup_line(dataset: Any, args: TBRMConfig, logged: np.ndarray, window: Window) -> str:
+    """Prompts, rollouts, logged trajectories, updates, and what each epoch drops, in one line."""
     accumulation, processes = args.gradient_accumulation_steps, args.world_size
-    rollouts_per_update = args.per_device_train_batch_size * processes * accumulation
-    updates = args.steps_per_generation // accumulation * args.num_iterations
+    fresh = args.steps_per_generation // accumulation
+    updates = fresh * args.num_iterations
+    parts = []
+    if window.rollouts:
+        parts.append(
+            f"{window.rollouts // args.num_generations} prompts × {args.num_generations} rollouts = "
+            f"{window.rollouts} trajectories"
+        )
+    if window.logged:
+        parts.append(f"{window.logged} logged trajectories")
+    replayed = f", {updates - fresh} of them on replayed trajectories" if args.replay_buffer_size else ""
     line = (
-        f"TBRM: each generation takes {prompts_per_generation(args)} prompts × {args.num_generations} rollouts = "
-        f"{args.generation_batch_size} trajectories, for {updates} update(s) on {rollouts_per_update} each "
-        f"({args.per_device_train_batch_size} per device × {processes} process(es) × {accumulation} accumulation)"
+        f"TBRM: each generation takes {' and '.join(parts)}, for {updates} update(s) on {args.rows_per_update} each"
+        f"{replayed} ({args.per_device_train_batch_size} per device × {processes} process(es) × {accumulation} "
+        "accumulation)"
     )
     if not isinstance(dataset, Sized):
         return f"{line}; {args.max_steps} updates in all."
-    windows, tail = divmod(len(dataset), prompts_per_generation(args))
-    per_epoch = windows * updates
-    total = args.max_steps if args.max_steps > 0 else math.ceil(args.num_train_epochs * per_epoch)
-    return (
-        f"{line}; {len(dataset)} prompts give {per_epoch} updates per epoch, dropping {tail} tail prompts; "
-        f"{total} updates in all."
-    )
+    prompts, logs = int((~logged).sum()), int(logged.sum())
+    if window.rollouts:
+        windows, tail = divmod(prompts, window.rollouts // args.num_generations)
+        epoch = f"{prompts} prompts give {windows * updates} updates per epoch, dropping {tail} tail prompts"
+        epoch += f", beside {logs} logged trajectories in turn" if logs else ""
+    else:
+        windows = logs // window.logged
+        epoch = f"{logs} logged trajectories give {windows * updates} updates per epoch; the tail opens the next"
+    total = args.max_steps if args.max_steps > 0 else math.ceil(args.num_train_epochs * windows * updates)
+    return f"{line}; {epoch}; {total} updates in all."
 
 
-def check_adapters(model: Any, peft_config: Any) -> None:
-    """Refuse adapters that would bias or misplace the residual: dropout, and prompt learning."""
+def check_adapters(model: Any, peft_config: Any, args: TBRMConfig) -> None:
+    """Refuse adapters that would bias or misplace the residual, or that no sync could follow."""
     configs = list(model.peft_config.values()) if not isinstance(model, str) and is_peft_model(model) else []
     for config in [*configs, *([peft_config] if peft_config is not None else [])]:
         for name, rate in vars(config).items():
@@ -85,11 +157,26 @@ def check_adapters(model: Any, peft_config: Any) -> None:
                 f"{type(config).__name__} is refused: prompt learning puts virtual tokens before the prompt, which "
                 "moves the state whose soft value the residual needs. Use a LoRA adapter."
             )
+        if args.sync_ref_model and args.ref_model_mixup_alpha != 1:
+            raise ValueError(
+                f"`ref_model_mixup_alpha={args.ref_model_mixup_alpha}` is refused with adapters: mixing the factors A "
+                "and B of two adapters does not mix their products BA. Use ref_model_mixup_alpha=1.0, a hard reset."
+            )
 
 
-def check_vision(model: PreTrainedModel, is_vision: bool) -> None:
-    """Refuse vision-language architectures whose image inputs are not known to be carried correctly."""
-    if is_vision and model.config.model_type not in VISION_MODEL_TYPES:
+def check_vision(model: PreTrainedModel, is_vision: bool, args: TBRMConfig, window: Window) -> None:
+    """Refuse vision-language models where a source of trajectories cannot carry their image inputs."""
+    if not is_vision:
+        return
+    for name, asked in (("replay_buffer_size", args.replay_buffer_size), ("save_rollouts", args.save_rollouts)):
+        if asked:
+            raise ValueError(f"`{name}` stores text alone, and this model reads images. Leave it at its default.")
+    if window.logged:
+        raise ValueError(
+            "Logged trajectories hold text alone, and this model reads images. For text-only training pass the "
+            "tokenizer as `processing_class`; else drop the column of completions."
+        )
+    if model.config.model_type not in VISION_MODEL_TYPES:
         raise ValueError(
             f"Vision-language models of type {model.config.model_type!r} are not supported: their layout of image "
             f"inputs is not tested. Supported: {', '.join(sorted(VISION_MODEL_TYPES))}. For text-only training pass "

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import gc
+import itertools
 import math
 import textwrap
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
@@ -12,21 +16,49 @@ from accelerate.utils import is_peft_model
 from datasets import Dataset, IterableDataset
 from torch import Tensor, nn
 from transformers import PreTrainedModel, TrainerCallback
-from trl import GRPOTrainer
 from trl.trainer.grpo_trainer import RolloutFunc
 from trl.trainer.utils import get_config_model_id
 
+from .checkpoint import dataset_digest
 from .config import TBRMConfig
+from .logged import (
+    CompletionTokenizer,
+    check_logged_rows,
+    columns_for_rewards,
+    completion_of,
+    tokenize_logged_rows,
+)
 from .metrics import Totals, step_totals
 from .objective import bellman_residual, squared_residual_loss, trajectory_log_ratio
-from .reference import reference_policy, require_equal_weights, score_reference
-from .rollout import trajectories_from_trl
+from .reference import (
+    Reference,
+    SyncReference,
+    add_reference_adapter,
+    precompute_scores,
+    require_equal_weights,
+    score_reference,
+    tokenizer_digest,
+)
+from .replay import ReplayBuffer
+from .resume import ExactResume
+from .rollout import Rewards, trajectories_from_trl
+from .sampler import WindowSampler
 from .scoring import TrajectoryScores, accepts_position_ids, add_trajectory_head, disable_randomness, score
-from .startup import check_adapters, check_dataset, check_vision, startup_line, warn_of_beta, warn_of_soft_value
-from .trajectory import Batch, End, Trajectory, by_length, collate
+from .startup import (
+    check_adapters,
+    check_dataset,
+    check_sources,
+    check_vision,
+    startup_line,
+    warn_of_beta,
+    warn_of_soft_value,
+    without,
+)
+from .storage import from_row, write_trajectories
+from .trajectory import Batch, End, Source, Trajectory, collate
 
 
-class TBRMTrainer(GRPOTrainer):
+class TBRMTrainer(ExactResume):
     """
     Trainer for Trajectory Bellman Residual Minimization (TBRM, arXiv 2505.15311).
 
@@ -34,16 +66,18 @@ class TBRMTrainer(GRPOTrainer):
 
         δ = V_θ(s_1) + Σ_h m_h (log π_θ − log π_ref) − R/β,        loss = mean of (β δ)².
 
-    There is no critic, importance ratio, clipping or group; one rollout per prompt suffices. Everything that
-    `GRPOTrainer` gives (models, reward functions, prompts, tools, environments, vision, vLLM, logging, evaluation) is
-    inherited. The overridden methods are
+    There is no critic, importance ratio, clipping or group; one rollout per prompt suffices, and trajectories may come
+    from anywhere: rollouts of this policy, a replay buffer of them, rows of the data set that have a completion.
+    Everything that `GRPOTrainer` gives (models, reward functions, prompts, tools, environments, vision, vLLM, logging,
+    evaluation) is inherited. The overridden methods are
 
+    - `_get_train_sampler`: two streams of rows, prompts to roll out and logged trajectories;
     - `_calculate_rewards`: keeps the raw rewards, of which TRL only returns normalised advantages;
-    - `_get_per_token_logps_and_entropies`: returns nothing, so that TRL runs no old-policy or reference pass;
-    - `_generate_and_score_completions`: turns TRL's tensors into trajectories and scores the reference, once each;
-    - `_prepare_inputs`: counts the trajectories of an optimizer step before its first backward;
+    - `_get_per_token_logps_and_entropies`: returns nothing, so that TRL runs no old-policy pass;
+    - `_prepare_inputs`: collects the trajectories of an optimizer step, and scores the reference where it has not;
     - `_compute_loss`: the residual;
-    - `log`: adds the residual's metrics to TRL's.
+    - `log`: adds the residual's metrics to TRL's;
+    - those of [`~resume.ExactResume`], so that a resumed run ends where an uninterrupted one would.
 
     Example:
 
@@ -65,15 +99,19 @@ class TBRMTrainer(GRPOTrainer):
 
     Args:
         model: id, folder, `PreTrainedModel` or `PeftModel` of the policy. The reference is the model as it stands.
-        reward_funcs: as in `GRPOTrainer`; R is the weighted sum of the raw rewards.
+        reward_funcs: as in `GRPOTrainer`; R is the weighted sum of the raw rewards. May be omitted where every row of
+            the training set has a completion and a reward.
         args: [`TBRMConfig`]; its defaults when omitted.
-        train_dataset: as in `GRPOTrainer`, with a column `prompt`.
+        train_dataset: as in `GRPOTrainer`, with a column `prompt`. A row with a `completion` (text or messages), or
+            with `prompt_ids` and `completion_ids` (and `loss_mask`), is a logged trajectory and trained on as it is,
+            with its `reward`, or where that is None with what the reward functions say.
         eval_dataset, processing_class, reward_processing_classes, callbacks, optimizers, quantization_config,
             peft_config, tools, rollout_func, environment_factory: as in `GRPOTrainer`.
 
     Raises:
         TypeError: if `args` is not a `TBRMConfig`.
-        ValueError: before anything is loaded, for a data set smaller than one generation or an adapter with dropout.
+        ValueError: for a data set smaller than one generation, a logged row that cannot be trained on, an adapter with
+            dropout, and options that do not go together.
     """
 
     _tag_names: ClassVar = ["trl", "tbrm"]
@@ -114,29 +152,37 @@ class TBRMTrainer(GRPOTrainer):
             args = TBRMConfig(f"{name.split('/')[-1]}-TBRM")
         if not isinstance(args, TBRMConfig):
             raise TypeError(f"`args` must be a TBRMConfig, got {type(args).__name__}.")
-        check_dataset(train_dataset, args)
-        check_adapters(model, peft_config)
+        self._logged, self._window_parts = check_dataset(train_dataset, args)
+        check_sources(self._window_parts, args, reward_funcs, environment_factory)
+        if self._window_parts.logged:
+            check_logged_rows(train_dataset, self._logged, bool(reward_funcs), args.reference == "previous")
+        check_adapters(model, peft_config, args)
 
-        super().__init__(
-            model,
-            reward_funcs,
-            args,
-            train_dataset,
-            eval_dataset,
-            processing_class,
-            reward_processing_classes,
-            callbacks,
-            optimizers,
-            quantization_config,
-            peft_config,
-            tools,
-            rollout_func,
-            environment_factory,
-        )
+        # TRL would sync no adapter, and load a reference that the previous policy makes superfluous.
+        with without(args, sync_ref_model=False, **({"beta": 0.0} if args.reference == "previous" else {})):
+            super().__init__(
+                model,
+                reward_funcs if self._window_parts.rollouts else reward_funcs or _no_reward,
+                args,
+                train_dataset,
+                eval_dataset,
+                processing_class,
+                reward_processing_classes,
+                callbacks,
+                optimizers,
+                quantization_config,
+                peft_config,
+                tools,
+                rollout_func,
+                environment_factory,
+            )
         self.args: TBRMConfig
+        self.ref_model: nn.Module | None
+        self.train_dataset: Any
+        self.beta = 0.0  # TRL's own reference pass stays off
 
         policy = self.model.get_base_model() if is_peft_model(self.model) else self.model
-        check_vision(policy, self._is_vlm)
+        check_vision(policy, self._is_vlm, args, self._window_parts)
         if isinstance(model, PreTrainedModel) and self.ref_model is not None:
             require_equal_weights(policy, self.accelerator.unwrap_model(self.ref_model))
         disable_randomness(self.model)
@@ -146,13 +192,123 @@ class TBRMTrainer(GRPOTrainer):
         self._positions_from_mask = not self._is_vlm and accepts_position_ids(policy)
         # TRL would hide truncated completions from attention as well; here they only leave the loss.
         self.mask_truncated_completions = False
-        self._counted_in_step = 0  # trajectories that count in the current optimizer step, over all processes
+        self._end_token_ids = {*self.eos_token_ids, self._tokenizer.pad_token_id}
+
+        self._window: list[Trajectory] = []  # of the current generation window, on this process
+        self._micro_batches: list[dict[str, list]] = []  # of the current update
+        self._counted_in_step = 0  # trajectories that count in the current update, over all processes
+        self._rows_drawn = self._rows_trained = 0  # by this process: into windows, and over all updates
+        self._replay: ReplayBuffer | None = None
+        if args.replay_buffer_size:
+            self._replay = ReplayBuffer(
+                args.replay_buffer_size // args.world_size,
+                args.replay_max_age,
+                args.replay_sampling == "prioritized",
+                args.replay_priority_exponent,
+                args.replay_priority_correction,
+            )
         self._step_totals = Totals()  # of this process, in the current optimizer step
         self._totals = {"train": Totals(), "eval": Totals()}  # of all processes, since the last log
+        self._mean_length = 0.0
         self._beta_checked = False
-        self.accelerator.print(startup_line(train_dataset, args))
+
+        self._identity = {
+            "processes": args.world_size,
+            "data set": dataset_digest(train_dataset),
+            "trajectories per update": args.rows_per_update,
+            "updates per window": args.steps_per_generation // args.gradient_accumulation_steps,
+            "num_iterations": args.num_iterations,
+            "num_generations": args.num_generations,
+            "replay_buffer_size": args.replay_buffer_size,
+        }
+        self._scored_logged: dict[int, Trajectory] = {}  # by row: logged trajectories that carry their scores
+        self._reference = self._make_reference()
+        if self._window_parts.logged:
+            self._prepare_logged_rows(policy)
+        self.accelerator.print(startup_line(train_dataset, args, self._logged, self._window_parts))
 
     # ---- collect -----------------------------------------------------------------------------------------------
+
+    def _make_reference(self) -> Reference | None:
+        """π_ref as a policy of its own; None where each trajectory is scored by the policy that produced it."""
+        args = self.args
+        if args.reference == "previous":
+            return None
+        if args.sync_ref_model and self.ref_model is None:
+            add_reference_adapter(self.model)
+        settings = {
+            "temperature": self.temperature,
+            "precision": self.accelerator.mixed_precision,
+            "tokenizer": tokenizer_digest(self._tokenizer),
+        }
+        reference = Reference(lambda: self.model, self.ref_model, self.accelerator, settings)
+        if args.sync_ref_model:
+            self.add_callback(SyncReference(reference))
+        return reference
+
+    def _prepare_logged_rows(self, policy: PreTrainedModel) -> None:
+        """Tokenize the logged rows; of a training set of logs alone, score the reference as well and let it go."""
+        text_config = policy.config.get_text_config()
+        tokenize = CompletionTokenizer(
+            self._tokenizer,
+            self._end_token_ids,
+            prompt_ids=lambda prompt: list(self._tokenize_prompts([prompt])[0][0]),
+            template=self._render_messages,
+        )
+        self.train_dataset = tokenize_logged_rows(
+            self.train_dataset,
+            self._logged,
+            tokenize,
+            text_config.vocab_size,
+            getattr(text_config, "max_position_embeddings", None),
+        )
+        given = self.train_dataset["reward"] if "reward" in self.train_dataset.column_names else [None]
+        self._some_logged_unrewarded = any(
+            reward is None for reward, logged in zip(itertools.cycle(given), self._logged, strict=False) if logged
+        )
+        # A policy with adapters is its own reference, and is not yet wrapped here.
+        wrapped_later = self.ref_model is None and (self.is_deepspeed_enabled or self.is_fsdp_enabled)
+        wanted = self.args.precompute_ref_log_probs
+        if wanted and wrapped_later:
+            raise ValueError(
+                "`precompute_ref_log_probs=True` with adapters under DeepSpeed or FSDP is refused: the policy, whose "
+                "base is the reference, is only sharded when training starts. Leave it at None."
+            )
+        if wanted is None:
+            wanted = not (self._window_parts.rollouts or self.args.sync_ref_model or wrapped_later)
+        if wanted and self._reference is not None:
+            self.train_dataset = precompute_scores(
+                self.train_dataset, Path(self.args.output_dir), self._reference, self._score_stale
+            )
+            if self.eval_dataset is None and self.ref_model is not None:
+                self._reference = self.ref_model = None
+                gc.collect()
+                if torch.cuda.is_available():
+                    torch.cuda.empty_cache()
+
+    def _render_messages(self, messages: list[dict[str, Any]], open_turn: bool) -> list[int]:
+        rendered = self.processing_class.apply_chat_template(
+            conversation=[messages],
+            tools=self.tools or None,
+            chat_template=self.chat_template,
+            add_generation_prompt=open_turn,
+            tokenize=True,
+            return_dict=True,
+            **self.chat_template_kwargs,
+        )
+        return list(rendered["input_ids"][0])
+
+    def _get_train_sampler(self, dataset: Any = None) -> WindowSampler:
+        args = self.args
+        return WindowSampler(
+            self._logged,
+            self._window_parts,
+            args.num_generations,
+            args.world_size,
+            args.num_iterations * args.steps_per_generation,
+            epoch=lambda: int(self.state.epoch or 0),
+            seed=args.seed if self.shuffle_dataset else None,
+        )
 
     def _calculate_rewards(self, inputs, prompts, completions, completion_ids_list):
         rewards_per_func = super()._calculate_rewards(inputs, prompts, completions, completion_ids_list)  # (N, F)
@@ -164,41 +320,107 @@ class TBRMTrainer(GRPOTrainer):
             )
         mine = slice(self.accelerator.process_index * len(prompts), (self.accelerator.process_index + 1) * len(prompts))
         local = rewards_per_func[mine]  # (B, F) NaN where a function did not apply
-        unscored = local.isnan().all(dim=1)
-        self._raw_rewards = (
-            (local * self.reward_weights.to(local.device)).nansum(dim=1).masked_fill(unscored, torch.nan)
+        total = (local * self.reward_weights.to(local.device)).nansum(dim=1)
+        self._rewards = Rewards(
+            total.masked_fill(local.isnan().all(dim=1), torch.nan),
+            [dict(zip(self.reward_func_names, row, strict=True)) for row in local.tolist()],
+            [bool(self.tools and isinstance(one, list) and one[-1].get("tool_calls")) for one in completions],
         )
         return rewards_per_func
 
     def _get_per_token_logps_and_entropies(self, *args, **kwargs):
         return None, None, None  # TBRM has no old policy, and scores the reference on trajectories
 
-    def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> dict[str, Any]:
-        output = super()._generate_and_score_completions(inputs)
-        end_token_ids = {*self.eos_token_ids, self._tokenizer.pad_token_id}
-        trajectories = trajectories_from_trl(output, self._raw_rewards, end_token_ids)
-        self._mean_length = sum(len(t.completion_ids) for t in trajectories) / len(trajectories)
-        training, args = self.model.training, self.args
-        batch_size = args.per_device_train_batch_size if training else args.per_device_eval_batch_size
-        with reference_policy(self.model, self.ref_model, self.accelerator) as reference:
-            score_reference(
-                by_length(trajectories, batch_size),
-                self._collate,
-                lambda batch: self._score(reference, batch),
-            )
-        # TRL splits and shuffles a dictionary of columns whose first one is a tensor.
-        return {"row": torch.arange(len(trajectories)), "trajectory": trajectories}
-
-    def _prepare_inputs(self, generation_batch):
-        inputs = super()._prepare_inputs(generation_batch)
-        accumulation = self.args.gradient_accumulation_steps
+    def _prepare_inputs(self, generation_batch: list[dict[str, Any]]) -> dict[str, list]:
         if not self.model.training:
-            self._counted_in_step = self._count(inputs["trajectory"])
-        elif self._step % accumulation == 0:
-            first = self._step % self.args.steps_per_generation
-            step = self._buffered_inputs[first : first + accumulation]
-            self._counted_in_step = self._count(t for micro_batch in step for t in micro_batch["trajectory"])
-        return inputs
+            trajectories = self._roll_out(generation_batch)
+            self._score_stale(trajectories)
+            self._counted_in_step = self._count(trajectories)
+            return _micro_batch(trajectories, "fresh")
+        accumulation = self.args.gradient_accumulation_steps
+        if self._step % accumulation == 0:
+            self._micro_batches = self._collect(generation_batch)
+        return self._micro_batches[self._step % accumulation]
+
+    def _collect(self, rows: list[dict[str, Any]]) -> list[dict[str, list]]:
+        """The trajectories of one update, in micro-batches: the next part of the window, or replayed ones."""
+        args, size = self.args, self.args.per_device_train_batch_size
+        rows_here = size * args.gradient_accumulation_steps
+        fresh_updates = args.steps_per_generation // args.gradient_accumulation_steps
+        update = self._step // args.gradient_accumulation_steps % (fresh_updates * args.num_iterations)
+        if update == 0:
+            self._window = self._new_window(rows)
+
+        sample = None
+        if update >= fresh_updates and self._replay is not None:
+            sample = self._replay.sample(rows_here, self.state.global_step, self._gather)
+        if sample is None:
+            part = update % fresh_updates * rows_here
+            origin = "fresh" if update < fresh_updates else "reused"
+            collected = _micro_batch(self._window[part : part + rows_here], origin)
+        else:
+            collected = _micro_batch(sample.trajectories, "replayed", sample.weights, sample.ages)
+            oldest = self._gather([max(sample.ages)]).max().item()
+            self._metrics["train"]["replay/age_max"].append(oldest)
+
+        self._score_stale(collected["trajectory"])
+        self._counted_in_step = self._count(collected["trajectory"])
+        self._rows_trained += rows_here
+        if self._replay is not None:
+            self._metrics["train"]["replay/fill"].append(self._gather([len(self._replay)]).sum().item())
+            self._metrics["train"]["replay/updates_per_trajectory"].append(self._rows_trained / self._rows_drawn)
+        return [
+            {name: values[first : first + size] for name, values in collected.items()}
+            for first in range(0, rows_here, size)
+        ]
+
+    def _new_window(self, rows: list[dict[str, Any]]) -> list[Trajectory]:
+        logged = [row for row in rows if self._window_parts.logged and row["completion_ids"] is not None]
+        fresh = [row for row in rows if not self._window_parts.logged or row["completion_ids"] is None]
+        rollouts = self._roll_out(fresh) if fresh else []
+        window = rollouts + (self._take_logged(logged) if logged else [])
+        self._mean_length = sum(len(t.completion_ids) for t in window) / len(window)
+        self._rows_drawn += len(window)
+        self._score_stale(window)
+        if self.args.save_rollouts and rollouts:
+            self._save_rollouts(rollouts)
+        if self._replay is not None:
+            self._replay.add(t for t in rollouts if self._left_out(t) is None)
+        return [window[i] for i in torch.randperm(len(window))]
+
+    def _roll_out(self, rows: list[dict[str, Any]]) -> list[Trajectory]:
+        """Generate a completion for every row, and reward it. Only here TRL's dictionary is read."""
+        if self._window_parts.logged:
+            rows = columns_for_rewards(rows)
+        output = self._generate_and_score_completions(rows)
+        per_prompt = self.num_generations if self.model.training else self.num_generations_eval
+        first = self.accelerator.process_index * len(rows)
+        step = self.state.global_step
+        groups = [step * self.args.generation_batch_size + (first + i) // per_prompt for i in range(len(rows))]
+        return trajectories_from_trl(output, self._rewards, self._end_token_ids, groups, step)
+
+    def _take_logged(self, rows: list[dict[str, Any]]) -> list[Trajectory]:
+        """The logged trajectories of these rows, each the same object whenever its row comes up again."""
+        trajectories = [self._scored_logged.setdefault(row["row"], from_row(row)) for row in rows]
+        if self._some_logged_unrewarded:
+            prompts, completions = zip(*(completion_of(row, self._tokenizer) for row in rows), strict=True)
+            ids = [t.completion_ids.tolist() for t in trajectories]
+            self._calculate_rewards(columns_for_rewards(rows), list(prompts), list(completions), ids)
+            for row, trajectory, reward in zip(rows, trajectories, self._rewards.total.tolist(), strict=True):
+                if row.get("reward") is None:
+                    trajectory.reward = reward
+        return trajectories
+
+    def _save_rollouts(self, trajectories: list[Trajectory]) -> None:
+        def texts(ids: str) -> list[str]:
+            return self._tokenizer.batch_decode([getattr(t, ids) for t in trajectories], skip_special_tokens=True)
+
+        name = f"step-{self.state.global_step:08d}-process-{self.accelerator.process_index}.parquet"
+        write_trajectories(
+            Path(self.args.output_dir) / "rollouts" / name,
+            trajectories,
+            {"prompt": texts("prompt_ids"), "completion": texts("completion_ids")},
+        )
 
     # ---- score -------------------------------------------------------------------------------------------------
 
@@ -211,13 +433,48 @@ class TBRMTrainer(GRPOTrainer):
         with self.accelerator.autocast():
             return score(model, batch, positions_from_mask=self._positions_from_mask, router_logits=router_logits)
 
+    def _is_stale(self, trajectory: Trajectory) -> bool:
+        key = trajectory.ref_key
+        return key is None or (self._reference is not None and key != self._reference.key)
+
+    @torch.no_grad()
+    def _score_stale(self, trajectories: Sequence[Trajectory], filler: Trajectory | None = None) -> None:
+        """Have π_ref score those of the trajectories that do not carry its scores; every process calls this."""
+        stale = [t for t in {id(t): t for t in trajectories}.values() if self._is_stale(t)]
+        args = self.args
+        size = args.per_device_train_batch_size if self.model.training else args.per_device_eval_batch_size
+        forwards = int(self._gather([math.ceil(len(stale) / size)]).max())
+        if not forwards:
+            return
+        policy: AbstractContextManager[nn.Module]
+        if self._reference is not None:
+            key, policy = self._reference.key, self._reference.module()
+        elif args.reference == "previous":
+            key, policy = f"previous/{self.state.global_step}", nullcontext(self.model)
+        else:
+            raise ValueError(
+                "The reference was freed after it had scored the logged trajectories, so nothing new can be scored. "
+                "Give the trainer its `eval_dataset` at construction, or set `precompute_ref_log_probs=False`."
+            )
+        with policy as reference:
+            score_reference(
+                stale,
+                size,
+                forwards,
+                key,
+                self._collate,
+                lambda batch: self._score(reference, batch),
+                filler or trajectories[0],
+            )
+
     # ---- update ------------------------------------------------------------------------------------------------
 
     def _compute_loss(self, model: nn.Module, inputs: dict[str, Any]) -> Tensor:
-        beta, processes = self.args.beta, self.accelerator.num_processes
+        beta, processes, device = self.args.beta, self.accelerator.num_processes, self.accelerator.device
         trajectories = inputs["trajectory"]
         left_out = [self._left_out(trajectory) for trajectory in trajectories]
-        counted = torch.tensor([reason is None for reason in left_out], device=self.accelerator.device)  # (B,)
+        counted = torch.tensor([reason is None for reason in left_out], device=device)  # (B,)
+        weight = torch.tensor(inputs["weight"], dtype=torch.float32, device=device)  # (B,)
 
         batch = self._collate(trajectories)
         scores = self._score(model, batch, router_logits=self.aux_loss_enabled)
@@ -230,14 +487,30 @@ class TBRMTrainer(GRPOTrainer):
 
         unit = beta if self.args.loss_units == "reward" else 1.0
         # Gradients are averaged over processes; the factor makes that the sum over them, as the denominator expects.
-        loss = processes * squared_residual_loss(unit * residual, counted, self._counted_in_step)
+        loss = processes * squared_residual_loss(unit * residual, counted, self._counted_in_step, weight)
         if self.aux_loss_enabled:
             accumulation = self.current_gradient_accumulation_steps if self.model.training else 1
             loss = loss + self.router_aux_loss_coef * scores.aux_loss / accumulation
 
-        window = self.args.steps_per_generation * self.num_iterations
-        fresh = not self.model.training or self._step % window < self.args.steps_per_generation
-        self._record(step_totals(batch, scores, counted, left_out, soft_value, log_ratio, residual, beta, fresh))
+        self._record(
+            step_totals(
+                batch,
+                scores,
+                counted,
+                left_out,
+                soft_value,
+                log_ratio,
+                residual,
+                beta,
+                inputs["origin"],
+                inputs["age"],
+            )
+        )
+        if self._replay is not None and self._replay.prioritized:
+            priorities = (beta * residual).detach().abs().tolist()
+            for trajectory, origin, priority in zip(trajectories, inputs["origin"], priorities, strict=True):
+                if origin == "replayed":
+                    trajectory.priority = priority
         return loss
 
     def _left_out(self, trajectory: Trajectory) -> str | None:
@@ -250,9 +523,14 @@ class TBRMTrainer(GRPOTrainer):
             return "no_action"
         return None
 
-    def _count(self, trajectories: Iterable[Trajectory]) -> int:
-        counted = sum(self._left_out(trajectory) is None for trajectory in trajectories)
-        return int(self.accelerator.reduce(torch.tensor(counted, device=self.accelerator.device), reduction="sum"))
+    def _count(self, trajectories: Sequence[Trajectory]) -> int:
+        return int(self._gather([sum(self._left_out(trajectory) is None for trajectory in trajectories)]).sum())
+
+    def _gather(self, values: Sequence[float]) -> Tensor:
+        """This process's numbers beside those of the others. `(n,)` → `(P, n)`, on the CPU."""
+        return self.accelerator.gather(
+            torch.tensor([values], dtype=torch.float32, device=self.accelerator.device)
+        ).cpu()
 
     # ---- report ------------------------------------------------------------------------------------------------
 
@@ -284,3 +562,51 @@ class TBRMTrainer(GRPOTrainer):
             self._metrics[mode].update({name: [mean] for name, mean in self._totals[mode].means().items()})
             self._totals[mode] = Totals()
         super().log(logs, start_time)
+
+    # ---- resume ------------------------------------------------------------------------------------------------
+
+    def _fresh_start(self) -> None:
+        self._window, self._rows_drawn, self._rows_trained = [], 0, 0
+        if self._replay is not None:
+            self._replay.trajectories.clear()
+
+    def _own_state(self) -> tuple[dict[str, Any], dict[str, list[Trajectory]]]:
+        state = {
+            "totals": self._totals["train"].state(),
+            "rows_drawn": self._rows_drawn,
+            "rows_trained": self._rows_trained,
+            "mean_length": self._mean_length,
+            "beta_checked": self._beta_checked,
+            "logged_rows": list(self._scored_logged),
+        }
+        lists = {
+            "window": self._window,
+            "replay": [] if self._replay is None else list(self._replay.trajectories),
+            "logged": list(self._scored_logged.values()),
+        }
+        return state, lists
+
+    def _restore(self, state: dict[str, Any], lists: dict[str, list[Trajectory]]) -> None:
+        self._totals["train"] = Totals.from_state(state["totals"], self.accelerator.device)
+        self._rows_drawn, self._rows_trained = state["rows_drawn"], state["rows_trained"]
+        self._mean_length, self._beta_checked = state["mean_length"], state["beta_checked"]
+        self._window = lists["window"]
+        self._scored_logged = dict(zip(state["logged_rows"], lists["logged"], strict=True))
+        if self._replay is not None:
+            self._replay.add(lists["replay"])
+
+
+def _micro_batch(
+    trajectories: list[Trajectory], origin: str, weights: list[float] | None = None, ages: list[int] | None = None
+) -> dict[str, list]:
+    """Trajectories with what the update needs to know of each beside it."""
+    return {
+        "trajectory": trajectories,
+        "origin": ["logged" if t.source is Source.LOGGED else origin for t in trajectories],
+        "weight": weights or [1.0] * len(trajectories),
+        "age": ages or [],  # of replayed rows only
+    }
+
+
+def _no_reward(**kwargs: Any) -> list[float]:
+    raise RuntimeError("There is no reward function: every trajectory has its own reward.")

@@ -1,0 +1,114 @@
+"""`ExactResume`: a GRPOTrainer whose resumed run ends, bit for bit on CPU, where an uninterrupted one would."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from trl import GRPOTrainer
+
+from .checkpoint import (
+    checkpoint_to_resume,
+    load_state,
+    mark_complete,
+    mark_incomplete,
+    process_folder,
+    remove_old_checkpoints,
+    save_state,
+)
+from .reference import Reference
+from .startup import without
+from .trajectory import Trajectory
+
+
+class ExactResume(GRPOTrainer):
+    """What TRL and transformers leave out of a checkpoint, and when a checkpoint counts as one.
+
+    The Trainer saves weights, optimizer, schedule, its own state, and each process's random state. Here each process
+    adds its trajectories, its place in the generation window, its unlogged metrics, and the reference where that moves.
+    The overridden methods are
+
+    - `train`: resumes only from a checkpoint that every process has finished, and that belongs to this run;
+    - `_save_checkpoint`: marks a checkpoint as complete, and removes old ones only after that;
+    - `_save_rng_state`, `_load_rng_state`: called on every process where its own part is due.
+    """
+
+    _identity: dict[str, Any]  # what a run must share with a checkpoint to resume from it
+    _reference: Reference | None
+
+    def _fresh_start(self) -> None:
+        """Forget what an earlier call of `train` left behind."""
+        raise NotImplementedError
+
+    def _own_state(self) -> tuple[dict[str, Any], dict[str, list[Trajectory]]]:
+        """JSON-able values, and lists of trajectories, that decide how this process goes on."""
+        raise NotImplementedError
+
+    def _restore(self, state: dict[str, Any], lists: dict[str, list[Trajectory]]) -> None:
+        """The inverse of `_own_state`."""
+        raise NotImplementedError
+
+    def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
+        """As in `transformers.Trainer`.
+
+        Args:
+            resume_from_checkpoint: a checkpoint folder, or True for the last complete one in `output_dir`.
+
+        Raises:
+            ValueError: for a checkpoint that is not complete, or of a run with other processes, data or batches.
+        """
+        self._step = 0
+        self._fresh_start()
+        if resume_from_checkpoint:
+            resume_from_checkpoint = checkpoint_to_resume(resume_from_checkpoint, self.args.output_dir, self._identity)
+        return super().train(resume_from_checkpoint, *args, **kwargs)
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        run = Path(self._get_output_dir(trial))
+        folder = run / f"checkpoint-{self.state.global_step}"
+        if self.args.should_save:
+            mark_incomplete(folder)
+        self.accelerator.wait_for_everyone()
+        # The Trainer would remove old checkpoints, and push this one, before every process has written its part.
+        with without(self.args, save_total_limit=None, push_to_hub=False):
+            super()._save_checkpoint(model, trial)
+        self.accelerator.wait_for_everyone()
+        if self.args.should_save:
+            torch.save(self.args, folder / "training_args.bin")  # again, with these two as they were given
+            if not self.args.save_only_model:
+                mark_complete(folder, {**self._identity, "step": self.state.global_step})
+            remove_old_checkpoints(run, self.args.save_total_limit, self.state.best_model_checkpoint)
+        if self.args.push_to_hub:
+            self._push_from_checkpoint(str(folder))
+
+    def _save_rng_state(self, output_dir: str) -> None:
+        super()._save_rng_state(output_dir)
+        folder = process_folder(output_dir, self.accelerator.process_index)
+        own, lists = self._own_state()
+        trainers = {
+            "metrics": dict(self._metrics["train"]),
+            "loss": self._tr_loss.item(),
+            "last_logged": self._globalstep_last_logged,
+        }
+        save_state(folder, {"trainer": trainers, "own": own}, lists)
+        if self.args.sync_ref_model and self._reference is not None:
+            self._reference.save(folder)
+
+    def _load_rng_state(self, checkpoint: str | None) -> None:
+        super()._load_rng_state(checkpoint)
+        if checkpoint is None:
+            return
+        folder = process_folder(checkpoint, self.accelerator.process_index)
+        state, lists = load_state(folder)
+        trainers = state["trainer"]
+        self._step = self.state.global_step * self.args.gradient_accumulation_steps
+        for name, values in trainers["metrics"].items():
+            self._metrics["train"][name] = [math.nan if value is None else value for value in values]
+        self._tr_loss.fill_(trainers["loss"])
+        self._globalstep_last_logged = trainers["last_logged"]
+        self._restore(state["own"], lists)
+        if self.args.sync_ref_model and self._reference is not None:
+            self._reference.load(folder, process_folder(checkpoint, 0))

@@ -1,0 +1,128 @@
+"""Which rows make up a generation window: prompts to roll out and logged trajectories, in two streams."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch.utils.data import Sampler
+
+from .config import TBRMConfig
+
+
+@dataclass(frozen=True)
+class Window:
+    """How many trajectories of one generation window come from where, over all processes."""
+
+    rollouts: int
+    logged: int
+
+
+def window_of(fresh_rows: int, logged_rows: int, args: TBRMConfig) -> Window:
+    """Divide a generation batch between the two kinds of rows of a data set.
+
+    The rollouts must be whole groups of `num_generations` and the same number on every process. A given
+    `logged_fraction` must come out exactly; by default the share is that of the data set, as nearly as fits.
+
+    Raises:
+        ValueError: for a fraction that does not come out, or is given where only one kind of row exists.
+    """
+    size, wanted = args.generation_batch_size, args.logged_fraction
+    if not (fresh_rows and logged_rows):
+        if wanted is not None:
+            kind = "logged trajectories" if logged_rows else "prompts without a completion"
+            raise ValueError(
+                f"`logged_fraction={wanted}` mixes logged trajectories with rollouts, but the training set has only "
+                f"{kind}. Leave it at None."
+            )
+        return Window(size, 0) if fresh_rows else Window(0, size)
+    unit = math.lcm(args.num_generations, args.world_size)
+    possible = [size - rollouts for rollouts in range(unit, size, unit)]
+    if not possible:
+        raise ValueError(
+            f"A generation batch of {size} trajectories cannot be divided between rollouts and logged trajectories: "
+            f"rollouts come in multiples of {unit} (num_generations {args.num_generations}, {args.world_size} "
+            "processes). Raise per_device_train_batch_size or steps_per_generation."
+        )
+    share = logged_rows / (logged_rows + fresh_rows * args.num_generations) if wanted is None else wanted
+    logged = min(possible, key=lambda count: abs(count - share * size))
+    if wanted is not None and abs(logged - share * size) > 1e-6 * size:
+        near = sorted(sorted(possible, key=lambda count: abs(count - share * size))[:2])
+        raise ValueError(
+            f"`logged_fraction={wanted}` of a generation batch of {size} trajectories leaves no whole number of "
+            f"rollouts (multiples of {unit}). Nearest: {' or '.join(f'{count / size:g}' for count in near)}."
+        )
+    return Window(size - logged, logged)
+
+
+class WindowSampler(Sampler[int]):
+    """Row indices, window after window; each process's share holds its rollouts first, then its logged rows.
+
+    An epoch is one pass over the prompts (over the logged rows where there is no prompt). Every prompt stands
+    `num_generations` times, every logged row once. The logged stream begins anew, in another order, as often as needed,
+    across windows and epochs. A window is repeated for each micro-step it is trained on, as TRL's loader expects.
+
+    The order is a function of seed and epoch alone, so a run resumed in any epoch sees the rows it would have seen.
+
+    Args:
+        logged: `(N,)` bool, which rows are logged.
+        window: its composition.
+        generations: rollouts per prompt.
+        processes: number of processes that share a window.
+        repeats: micro-steps per window.
+        epoch: returns the number of the epoch that begins.
+        seed: of the shuffling; None keeps the order of the data set.
+    """
+
+    def __init__(
+        self,
+        logged: np.ndarray,
+        window: Window,
+        generations: int,
+        processes: int,
+        repeats: int,
+        epoch: Callable[[], int],
+        seed: int | None,
+    ):
+        self.prompts, self.logged = np.flatnonzero(~logged), np.flatnonzero(logged)
+        self.window, self.generations, self.processes, self.repeats = window, generations, processes, repeats
+        self.epoch, self.seed = epoch, seed
+        self.windows = (
+            len(self.prompts) * generations // window.rollouts if window.rollouts else len(self.logged) // window.logged
+        )
+
+    def __len__(self) -> int:
+        return self.windows * (self.window.rollouts + self.window.logged) * self.repeats
+
+    def __iter__(self) -> Iterator[int]:
+        epoch = self.epoch()
+        prompts = self._order(self.prompts, epoch) if self.window.rollouts else self.prompts
+        prompts = prompts.repeat(self.generations)
+        for number in range(self.windows):
+            rollouts = prompts[number * self.window.rollouts : (number + 1) * self.window.rollouts]
+            first = (epoch * self.windows + number) * self.window.logged
+            logged = self._logged_stream(first, self.window.logged)
+            shares = zip(np.split(rollouts, self.processes), np.split(logged, self.processes), strict=True)
+            indices = np.concatenate([part for share in shares for part in share]).tolist()
+            for _ in range(self.repeats):
+                yield from indices
+
+    def _order(self, rows: np.ndarray, number: int) -> np.ndarray:
+        """The order of the pass with this number: the same draws as TRL's sampler makes one after the other."""
+        if self.seed is None:
+            return rows
+        generator = torch.Generator().manual_seed(self.seed)
+        for _ in range(number + 1):
+            order = torch.randperm(len(rows), generator=generator)
+        return rows[order.numpy()]
+
+    def _logged_stream(self, start: int, count: int) -> np.ndarray:
+        if not count:
+            return self.logged[:0]
+        first, last = start // len(self.logged), (start + count - 1) // len(self.logged)
+        passes = np.concatenate([self._order(self.logged, number) for number in range(first, last + 1)])
+        offset = start - first * len(self.logged)
+        return passes[offset : offset + count]
