@@ -28,12 +28,12 @@ def free_port() -> int:
         return probe.getsockname()[1]
 
 
-def launch(arguments: list[str], launcher: list[str] | None = None) -> None:
+def launch(arguments: list[str], launcher: list[str] | None = None, script: str = "two_processes.py") -> None:
     launcher = launcher or ["torch.distributed.run", "--nproc_per_node=2", f"--master_port={free_port()}"]
     environment = {**os.environ, "PYTHONPATH": str(TESTS), "OMP_NUM_THREADS": "1"}
     environment.pop("ACCELERATE_USE_CPU", None)  # accelerate would take it for "no DeepSpeed"
     done = subprocess.run(
-        [sys.executable, "-m", *launcher, str(TESTS / "two_processes.py"), *arguments],
+        [sys.executable, "-m", *launcher, str(TESTS / script), *arguments],
         env=environment,
         capture_output=True,
         text=True,

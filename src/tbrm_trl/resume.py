@@ -1,4 +1,4 @@
-"""`ExactResume`: a GRPOTrainer whose resumed run ends, bit for bit on CPU, where an uninterrupted one would."""
+"""`ExactResume`: a trainer whose resumed run ends, bit for bit on CPU, where an uninterrupted one would."""
 
 from __future__ import annotations
 
@@ -8,7 +8,6 @@ from typing import Any
 
 import torch
 from torch import nn
-from trl import GRPOTrainer
 
 from .checkpoint import (
     checkpoint_to_resume,
@@ -20,11 +19,12 @@ from .checkpoint import (
     save_state,
 )
 from .reference import Reference
+from .sources import TrajectorySources
 from .startup import without
 from .trajectory import Trajectory
 
 
-class ExactResume(GRPOTrainer):
+class ExactResume(TrajectorySources):
     """What TRL and transformers leave out of a checkpoint, and when a checkpoint counts as one.
 
     The Trainer saves weights, optimizer, schedule, its own state, and each process's random state. Here each process

@@ -79,6 +79,13 @@ def add_trajectory_head(model: PreTrainedModel, temperature: float, cast_lm_head
     fused_forward = model.forward
     transform = logit_transform(model, temperature)
 
+    def soft_value(state: Tensor) -> Tensor:
+        head = model.get_output_embeddings()
+        # The kernel computes in the autocast dtype, if any, and else in that of the states: so does the soft value.
+        in_head_dtype = torch.autocast(state.device.type, enabled=False) if cast_lm_head_to_fp32 else nullcontext()
+        with in_head_dtype:
+            return transform(head(state.to(head.weight.device))).logsumexp(dim=-1)  # (B,)
+
     @functools.wraps(fused_forward)  # `generate` reads the signature
     def forward(self, *args: Any, action_mask: Tensor | None = None, **kwargs: Any) -> Any:
         if action_mask is None:
@@ -87,11 +94,13 @@ def add_trajectory_head(model: PreTrainedModel, temperature: float, cast_lm_head
         acting = action_mask[:, 1:]  # (B, T-1) column t: does the policy act in the state that ends with token t?
         first = acting.int().argmax(dim=1)  # (B,) the column of s_1
         rows = torch.arange(len(first), device=first.device)
-        first_states: list[Tensor] = []  # will hold one (B, hidden)
+        soft_values: list[Tensor] = []  # will hold one (B,)
 
         def keep_acting_states(module: nn.Module, inputs: Any, output: Any) -> Any:
             states = output.last_hidden_state  # (B, T, hidden)
-            first_states.append(states[rows.to(states.device), first.to(states.device)])
+            # FSDP2 frees the head's weights when backward is through its module. So the module's call goes before the
+            # kernel, which has the bare weights: backward is then through the kernel first.
+            soft_values.append(soft_value(states[rows.to(states.device), first.to(states.device)]))
             output.last_hidden_state = states[:, :-1][acting.to(states.device)].unsqueeze(0)  # (1, N, hidden)
             return output
 
@@ -102,21 +111,12 @@ def add_trajectory_head(model: PreTrainedModel, temperature: float, cast_lm_head
         finally:
             hook.remove()
 
-        head = self.get_output_embeddings()
-        first_state = first_states[0].to(head.weight.device)
-        # The kernel computes in the autocast dtype, if any, and else in that of the states: so does the soft value.
-        in_head_dtype = (
-            torch.autocast(first_state.device.type, enabled=False) if cast_lm_head_to_fp32 else nullcontext()
-        )
-        with in_head_dtype:
-            soft_value = transform(head(first_state)).logsumexp(dim=-1)  # (B,)
-
         def back_in_place(packed: Tensor) -> Tensor:
             return packed.new_zeros(action_mask.shape).masked_scatter(action_mask.to(packed.device), packed)  # (B, T)
 
         return TrajectoryScores(
             log_probs=back_in_place(scores.log_probs),
-            soft_value=soft_value,
+            soft_value=soft_values[0],
             entropy=None if scores.entropy is None else back_in_place(scores.entropy),
             aux_loss=scores.aux_loss,
         )

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import gc
-import itertools
 import math
 import textwrap
 from collections.abc import Callable, Sequence
@@ -21,13 +20,7 @@ from trl.trainer.utils import get_config_model_id
 
 from .checkpoint import dataset_digest
 from .config import TBRMConfig
-from .logged import (
-    CompletionTokenizer,
-    check_logged_rows,
-    columns_for_rewards,
-    completion_of,
-    tokenize_logged_rows,
-)
+from .logged import check_logged_rows
 from .metrics import Totals, step_totals
 from .objective import bellman_residual, squared_residual_loss, trajectory_log_ratio
 from .reference import (
@@ -41,9 +34,8 @@ from .reference import (
 )
 from .replay import ReplayBuffer
 from .resume import ExactResume
-from .rollout import Rewards, trajectories_from_trl
-from .sampler import WindowSampler
 from .scoring import TrajectoryScores, accepts_position_ids, add_trajectory_head, disable_randomness, score
+from .sources import no_reward
 from .startup import (
     check_adapters,
     check_dataset,
@@ -54,7 +46,6 @@ from .startup import (
     warn_of_soft_value,
     without,
 )
-from .storage import from_row, write_trajectories
 from .trajectory import Batch, End, Source, Trajectory, collate
 
 
@@ -71,13 +62,10 @@ class TBRMTrainer(ExactResume):
     Everything that `GRPOTrainer` gives (models, reward functions, prompts, tools, environments, vision, vLLM, logging,
     evaluation) is inherited. The overridden methods are
 
-    - `_get_train_sampler`: two streams of rows, prompts to roll out and logged trajectories;
-    - `_calculate_rewards`: keeps the raw rewards, of which TRL only returns normalised advantages;
-    - `_get_per_token_logps_and_entropies`: returns nothing, so that TRL runs no old-policy pass;
     - `_prepare_inputs`: collects the trajectories of an optimizer step, and scores the reference where it has not;
     - `_compute_loss`: the residual;
     - `log`: adds the residual's metrics to TRL's;
-    - those of [`~resume.ExactResume`], so that a resumed run ends where an uninterrupted one would.
+    - those of [`~sources.TrajectorySources`], which makes trajectories of rows, and of [`~resume.ExactResume`].
 
     Example:
 
@@ -162,7 +150,7 @@ class TBRMTrainer(ExactResume):
         with without(args, sync_ref_model=False, **({"beta": 0.0} if args.reference == "previous" else {})):
             super().__init__(
                 model,
-                reward_funcs if self._window_parts.rollouts else reward_funcs or _no_reward,
+                reward_funcs if self._window_parts.rollouts else reward_funcs or no_reward,
                 args,
                 train_dataset,
                 eval_dataset,
@@ -192,7 +180,6 @@ class TBRMTrainer(ExactResume):
         self._positions_from_mask = not self._is_vlm and accepts_position_ids(policy)
         # TRL would hide truncated completions from attention as well; here they only leave the loss.
         self.mask_truncated_completions = False
-        self._end_token_ids = {*self.eos_token_ids, self._tokenizer.pad_token_id}
 
         self._window: list[Trajectory] = []  # of the current generation window, on this process
         self._micro_batches: list[dict[str, list]] = []  # of the current update
@@ -221,10 +208,11 @@ class TBRMTrainer(ExactResume):
             "num_generations": args.num_generations,
             "replay_buffer_size": args.replay_buffer_size,
         }
-        self._scored_logged: dict[int, Trajectory] = {}  # by row: logged trajectories that carry their scores
+        self._logged_by_row: dict[int, Trajectory] = {}
         self._reference = self._make_reference()
         if self._window_parts.logged:
-            self._prepare_logged_rows(policy)
+            self._tokenize_logged_rows(policy)
+            self._precompute_reference()
         self.accelerator.print(startup_line(train_dataset, args, self._logged, self._window_parts))
 
     # ---- collect -----------------------------------------------------------------------------------------------
@@ -246,26 +234,8 @@ class TBRMTrainer(ExactResume):
             self.add_callback(SyncReference(reference))
         return reference
 
-    def _prepare_logged_rows(self, policy: PreTrainedModel) -> None:
-        """Tokenize the logged rows; of a training set of logs alone, score the reference as well and let it go."""
-        text_config = policy.config.get_text_config()
-        tokenize = CompletionTokenizer(
-            self._tokenizer,
-            self._end_token_ids,
-            prompt_ids=lambda prompt: list(self._tokenize_prompts([prompt])[0][0]),
-            template=self._render_messages,
-        )
-        self.train_dataset = tokenize_logged_rows(
-            self.train_dataset,
-            self._logged,
-            tokenize,
-            text_config.vocab_size,
-            getattr(text_config, "max_position_embeddings", None),
-        )
-        given = self.train_dataset["reward"] if "reward" in self.train_dataset.column_names else [None]
-        self._some_logged_unrewarded = any(
-            reward is None for reward, logged in zip(itertools.cycle(given), self._logged, strict=False) if logged
-        )
+    def _precompute_reference(self) -> None:
+        """Of a training set of logs alone, have the reference score all of it now, and let the reference go."""
         # A policy with adapters is its own reference, and is not yet wrapped here.
         wrapped_later = self.ref_model is None and (self.is_deepspeed_enabled or self.is_fsdp_enabled)
         wanted = self.args.precompute_ref_log_probs
@@ -285,51 +255,6 @@ class TBRMTrainer(ExactResume):
                 gc.collect()
                 if torch.cuda.is_available():
                     torch.cuda.empty_cache()
-
-    def _render_messages(self, messages: list[dict[str, Any]], open_turn: bool) -> list[int]:
-        rendered = self.processing_class.apply_chat_template(
-            conversation=[messages],
-            tools=self.tools or None,
-            chat_template=self.chat_template,
-            add_generation_prompt=open_turn,
-            tokenize=True,
-            return_dict=True,
-            **self.chat_template_kwargs,
-        )
-        return list(rendered["input_ids"][0])
-
-    def _get_train_sampler(self, dataset: Any = None) -> WindowSampler:
-        args = self.args
-        return WindowSampler(
-            self._logged,
-            self._window_parts,
-            args.num_generations,
-            args.world_size,
-            args.num_iterations * args.steps_per_generation,
-            epoch=lambda: int(self.state.epoch or 0),
-            seed=args.seed if self.shuffle_dataset else None,
-        )
-
-    def _calculate_rewards(self, inputs, prompts, completions, completion_ids_list):
-        rewards_per_func = super()._calculate_rewards(inputs, prompts, completions, completion_ids_list)  # (N, F)
-        if torch.isinf(rewards_per_func).any():
-            row, column = torch.isinf(rewards_per_func).nonzero()[0].tolist()
-            raise ValueError(
-                f"Reward function {self.reward_func_names[column]!r} returned {rewards_per_func[row, column].item()} "
-                f"for rollout {row} of {len(rewards_per_func)}. Return a finite number, or None to leave it out."
-            )
-        mine = slice(self.accelerator.process_index * len(prompts), (self.accelerator.process_index + 1) * len(prompts))
-        local = rewards_per_func[mine]  # (B, F) NaN where a function did not apply
-        total = (local * self.reward_weights.to(local.device)).nansum(dim=1)
-        self._rewards = Rewards(
-            total.masked_fill(local.isnan().all(dim=1), torch.nan),
-            [dict(zip(self.reward_func_names, row, strict=True)) for row in local.tolist()],
-            [bool(self.tools and isinstance(one, list) and one[-1].get("tool_calls")) for one in completions],
-        )
-        return rewards_per_func
-
-    def _get_per_token_logps_and_entropies(self, *args, **kwargs):
-        return None, None, None  # TBRM has no old policy, and scores the reference on trajectories
 
     def _prepare_inputs(self, generation_batch: list[dict[str, Any]]) -> dict[str, list]:
         if not self.model.training:
@@ -387,40 +312,6 @@ class TBRMTrainer(ExactResume):
         if self._replay is not None:
             self._replay.add(t for t in rollouts if self._left_out(t) is None)
         return [window[i] for i in torch.randperm(len(window))]
-
-    def _roll_out(self, rows: list[dict[str, Any]]) -> list[Trajectory]:
-        """Generate a completion for every row, and reward it. Only here TRL's dictionary is read."""
-        if self._window_parts.logged:
-            rows = columns_for_rewards(rows)
-        output = self._generate_and_score_completions(rows)
-        per_prompt = self.num_generations if self.model.training else self.num_generations_eval
-        first = self.accelerator.process_index * len(rows)
-        step = self.state.global_step
-        groups = [step * self.args.generation_batch_size + (first + i) // per_prompt for i in range(len(rows))]
-        return trajectories_from_trl(output, self._rewards, self._end_token_ids, groups, step)
-
-    def _take_logged(self, rows: list[dict[str, Any]]) -> list[Trajectory]:
-        """The logged trajectories of these rows, each the same object whenever its row comes up again."""
-        trajectories = [self._scored_logged.setdefault(row["row"], from_row(row)) for row in rows]
-        if self._some_logged_unrewarded:
-            prompts, completions = zip(*(completion_of(row, self._tokenizer) for row in rows), strict=True)
-            ids = [t.completion_ids.tolist() for t in trajectories]
-            self._calculate_rewards(columns_for_rewards(rows), list(prompts), list(completions), ids)
-            for row, trajectory, reward in zip(rows, trajectories, self._rewards.total.tolist(), strict=True):
-                if row.get("reward") is None:
-                    trajectory.reward = reward
-        return trajectories
-
-    def _save_rollouts(self, trajectories: list[Trajectory]) -> None:
-        def texts(ids: str) -> list[str]:
-            return self._tokenizer.batch_decode([getattr(t, ids) for t in trajectories], skip_special_tokens=True)
-
-        name = f"step-{self.state.global_step:08d}-process-{self.accelerator.process_index}.parquet"
-        write_trajectories(
-            Path(self.args.output_dir) / "rollouts" / name,
-            trajectories,
-            {"prompt": texts("prompt_ids"), "completion": texts("completion_ids")},
-        )
 
     # ---- score -------------------------------------------------------------------------------------------------
 
@@ -577,12 +468,12 @@ class TBRMTrainer(ExactResume):
             "rows_trained": self._rows_trained,
             "mean_length": self._mean_length,
             "beta_checked": self._beta_checked,
-            "logged_rows": list(self._scored_logged),
+            "logged_rows": list(self._logged_by_row),
         }
         lists = {
             "window": self._window,
             "replay": [] if self._replay is None else list(self._replay.trajectories),
-            "logged": list(self._scored_logged.values()),
+            "logged": list(self._logged_by_row.values()),
         }
         return state, lists
 
@@ -591,7 +482,7 @@ class TBRMTrainer(ExactResume):
         self._rows_drawn, self._rows_trained = state["rows_drawn"], state["rows_trained"]
         self._mean_length, self._beta_checked = state["mean_length"], state["beta_checked"]
         self._window = lists["window"]
-        self._scored_logged = dict(zip(state["logged_rows"], lists["logged"], strict=True))
+        self._logged_by_row = dict(zip(state["logged_rows"], lists["logged"], strict=True))
         if self._replay is not None:
             self._replay.add(lists["replay"])
 
@@ -606,7 +497,3 @@ def _micro_batch(
         "weight": weights or [1.0] * len(trajectories),
         "age": ages or [],  # of replayed rows only
     }
-
-
-def _no_reward(**kwargs: Any) -> list[float]:
-    raise RuntimeError("There is no reward function: every trajectory has its own reward.")

@@ -1,0 +1,420 @@
+"""Logged trajectories: tokenized as the policy would have produced them, mixed with rollouts, scored once."""
+
+from __future__ import annotations
+
+from collections import Counter
+
+import numpy as np
+import pytest
+import torch
+from datasets import Dataset
+from oracle import distance, solve
+from test_config import config
+from test_oracle import TOLERANCE, plain
+from test_trainer import CHATS, TOKENIZER, build, completion, differ, folder, logged, prompt, train  # noqa: F401
+from test_two_processes import launch
+from tiny import VOCABULARY, perturb, save
+from transformers import AutoTokenizer
+
+from tbrm_trl import load_rollouts
+from tbrm_trl.sampler import Window, WindowSampler, window_of
+from tbrm_trl.trajectory import End, Source
+
+IDS = [{"prompt_ids": [5, 6 + i], "completion_ids": [20 + i, 30, 1], "reward": i / 8} for i in range(8)]
+
+
+def never(*args, **kwargs):
+    raise AssertionError("nothing is to be generated")
+
+
+CLOSING = (
+    "{% for m in messages %}{{ '<' + m['role'][0] + '>' + m['content'] }}"
+    "{{ '<eos>' if m['role'] == 'assistant' else '' }}{{ '\n' }}{% endfor %}"
+    "{{ '<a>' if add_generation_prompt else '' }}"
+)
+
+
+def closing(folder, template: str = CLOSING):  # noqa: F811
+    """The tokenizer with a template that closes the assistant's turn, as real ones do."""
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    tokenizer.chat_template = template
+    return tokenizer
+
+
+def on(trainer):
+    trainer.model.generate = never
+    return trainer
+
+
+def seen(trainer) -> list:
+    """Train, and return the trajectories of every window as they went into the loss."""
+    windows, fill = [], trainer._new_window
+    trainer._new_window = lambda rows: windows.append(fill(rows)) or windows[-1]
+    trainer.train()
+    return windows
+
+
+# ---- rows to trajectories --------------------------------------------------------------------------------------------
+
+
+def test_ids_as_they_are(folder, tmp_path):  # noqa: F811
+    """Ids, mask and reward come through, and loss and gradient are the oracle's: never a call to generate."""
+    rows = [{**row, "loss_mask": [1, 0, 1] if i % 2 else None} for i, row in enumerate(IDS)]
+    trainer = on(build(folder, tmp_path, None, Dataset.from_list(rows), per_device_train_batch_size=8, max_steps=1,
+                       max_grad_norm=0.0, precompute_ref_log_probs=False, shuffle_dataset=False))  # fmt: skip
+    perturb(trainer.model)
+    policy, reference = plain(trainer.model), plain(trainer.ref_model)
+    (window,) = seen(trainer)
+    window = sorted(window, key=lambda t: int(t.prompt_ids[1]))
+    for i, (trajectory, row) in enumerate(zip(window, rows, strict=True)):
+        assert trajectory.prompt_ids.tolist() == row["prompt_ids"]
+        assert trajectory.completion_ids.tolist() == row["completion_ids"]
+        assert trajectory.loss_mask.tolist() == ([True, False, True] if i % 2 else [True] * 3)
+        assert (trajectory.reward, trajectory.end, trajectory.source) == (i / 8, End.EOS, Source.LOGGED)
+    answer = solve(policy, reference, window, beta=0.1)
+    assert trainer.losses[0] == pytest.approx(answer.loss, rel=TOLERANCE)
+    assert distance(trainer.recorder.gradients[0], answer.gradient) <= TOLERANCE
+
+
+@pytest.mark.parametrize("data", ["text", "messages", "text answers to messages"])
+def test_tokenized_as_the_policy_would_have(data, folder, tmp_path):  # noqa: F811
+    """What the policy generated, decoded and logged, has the ids that were generated: prompt, completion, <eos>."""
+    chats = data != "text"
+    tokenizer = closing(folder)
+    texts = [f"{i}: ab?" for i in range(32)]
+    dataset = Dataset.from_list([{"prompt": [{"role": "user", "content": p}] if chats else p} for p in texts])
+    first = train(folder, tmp_path, train_dataset=dataset, max_completion_length=32, per_device_train_batch_size=16,
+                  processing_class=tokenizer)  # fmt: skip
+    made, rows = {}, []
+    for trajectory in (t for window in first.windows for t in window):
+        ids = trajectory.completion_ids.tolist()
+        # A tokenizer cannot give special tokens in the middle back from text, and templates strip white space.
+        if (
+            {0, 1, 2} & set(ids[:-1])
+            or ids[-1] in (0, 2)
+            or len(ids) == 1
+            or completion(trajectory).strip() != completion(trajectory)
+        ):
+            continue
+        made[prompt(trajectory)] = trajectory
+        content, text = prompt(trajectory).removeprefix("<u>").removesuffix("\n<a>"), completion(trajectory)
+        rows.append(
+            {
+                "prompt": [{"role": "user", "content": content}] if chats else content,
+                "completion": [{"role": "assistant", "content": text}] if data == "messages" else text,
+                "reward": 0.5,
+                "end": None if trajectory.end is End.EOS else "length",
+            }
+        )
+    assert len(rows) >= 6 and {t.end for t in made.values()} == {End.EOS, End.LENGTH}
+    second = on(build(folder, tmp_path / "2", None, Dataset.from_list(rows), per_device_train_batch_size=1,
+                      max_steps=len(rows), processing_class=tokenizer))  # fmt: skip
+    again = {prompt(t): t for window in seen(second) for t in window}
+    assert again.keys() == made.keys()
+    for text, trajectory in again.items():
+        assert trajectory.completion_ids.tolist() == made[text].completion_ids.tolist()
+        assert trajectory.loss_mask.all() and trajectory.end is made[text].end
+
+
+def test_turns_of_a_conversation(folder, tmp_path):  # noqa: F811
+    """Only what the assistant said is an action; the tool's turn, and the opening of the next, are not.
+
+    The template writes `<u>hi\n<a>` for the prompt, and closes each of the assistant's turns by <eos>.
+    """
+    rows = [{
+        "prompt": [{"role": "user", "content": "hi"}],
+        "completion": [
+            {"role": "assistant", "content": "call"}, {"role": "tool", "content": "42"},
+            {"role": "assistant", "content": "it is 42"},
+        ],
+        "reward": 1.0,
+    }]  # fmt: skip
+    trainer = on(build(folder, tmp_path, None, Dataset.from_list(rows), per_device_train_batch_size=1, max_steps=1,
+                       processing_class=closing(folder)))  # fmt: skip
+    ((trajectory,),) = seen(trainer)
+    said = [TOKENIZER.decode(int(t)) for t, m in zip(trajectory.completion_ids, trajectory.loss_mask, strict=True) if m]
+    assert prompt(trajectory) == "<u>hi\n<a>"
+    assert TOKENIZER.decode(trajectory.completion_ids) == "call<eos>\n<t>42\n<a>it is 42<eos>"
+    assert "".join(said) == "call<eos>it is 42<eos>"
+
+
+@pytest.mark.parametrize(
+    ("rows", "message"),
+    [
+        ([{"completion": ""}], "Row 8 .*`completion` is empty"),
+        ([{"prompt_ids": [5], "completion_ids": []}], "Row 8 .*`completion_ids` is empty"),
+        ([{"prompt_ids": [], "completion_ids": [5]}], "Row 8 .*without `prompt_ids`"),
+        ([{"prompt_ids": [5], "completion_ids": [6], "reward": None}], "Row 8 .*no `reward`, and there is no reward"),
+        ([{"prompt_ids": [5], "completion_ids": [6], "reward": float("nan")}], "Row 8 .*`reward` is nan"),
+        ([{"prompt_ids": [5], "completion_ids": [6], "reward": float("inf")}], "Row 8 .*`reward` is inf"),
+        ([{"prompt_ids": [5], "completion_ids": [6, VOCABULARY]}], f"Row 8 .*id {VOCABULARY} is outside"),
+        ([{"prompt_ids": [-1], "completion_ids": [6]}], "Row 8 .*id -1 is outside"),
+        ([{"prompt_ids": [5], "completion_ids": [6, 7], "loss_mask": [1]}], "Row 8 .*`loss_mask` has 1 entries for 2"),
+        ([{"prompt_ids": [5], "completion_ids": [6], "loss_mask": [2]}], "Row 8 .*other than 0 and 1"),
+        ([{"completion": "a", "loss_mask": [1]}], "Row 8 .*needs `prompt_ids` and `completion_ids`"),
+        ([{"prompt_ids": [5] * 200, "completion_ids": [6] * 57}], "Row 8 .*200 prompt and 57 .*context of 256"),
+        ([{"prompt_ids": [5], "completion_ids": [6], "end": "stop"}], "Row 8 .*`end` is 'stop'"),
+        ([{"completion": "ünknown"}], "Row 8 .*does not give the completion 'ünknown' back"),
+    ],
+)  # fmt: skip
+def test_bad_rows_are_named(rows, message, folder, tmp_path):  # noqa: F811
+    empty = dict.fromkeys(("prompt_ids", "completion_ids", "loss_mask", "end", "completion"))
+    good = [{**empty, **row, "prompt": "a"} for row in IDS]
+    bad = [{**empty, "prompt": "a", "reward": 0.0, **row} for row in rows]
+    with pytest.raises(ValueError, match=message):
+        build(folder, tmp_path, None, Dataset.from_list(good + bad))
+
+
+def test_structure_is_checked_before_anything_is_loaded(tmp_path):
+    with pytest.raises(ValueError, match=r"Row 0 .*`completion_ids` is empty"):
+        build(
+            "no/such/model",
+            tmp_path,
+            None,
+            Dataset.from_list([{"prompt_ids": [5], "completion_ids": [], "reward": 0.0}] * 4),
+        )
+
+
+@pytest.mark.parametrize(
+    ("template", "message"),
+    [
+        (CLOSING.replace("'<eos>' if", "'' if"), "does not close the assistant's turn"),
+        (CLOSING.replace("'<a>' if", "'<a>think' if"), "opens the assistant's turn differently"),
+        (CLOSING.replace("m['content']", "m['content'].upper()"), "drops or changes part"),
+    ],
+)
+def test_templates_that_guarantee_nothing(template, message, folder, tmp_path):  # noqa: F811
+    rows = [{"prompt": [{"role": "user", "content": "hi"}], "completion": "ab", "reward": 1.0}] * 2
+    with pytest.raises(ValueError, match=f"Row 0 .*{message}"):
+        build(folder, tmp_path, None, Dataset.from_list(rows), processing_class=closing(folder, template))
+
+
+# ---- two streams -----------------------------------------------------------------------------------------------------
+
+
+def sampler(logged_mask, window: Window, generations=1, processes=1, repeats=1, epoch=0, seed=0) -> list[int]:
+    return list(WindowSampler(np.array(logged_mask), window, generations, processes, repeats, lambda: epoch, seed))
+
+
+@pytest.mark.parametrize("sorted_rows", [True, False])
+def test_every_process_rolls_out_the_same_number(sorted_rows):
+    """n = 4, two processes, half of a window of 16 logged; also where all logged rows come first in the data set."""
+    mask = [True] * 40 + [False] * 10 if sorted_rows else [True, True, False, True, True] * 10
+    indices = sampler(mask, Window(8, 8), generations=4, processes=2)
+    assert len(indices) == 5 * 16  # ten prompts, two per window
+    for start in range(0, len(indices), 16):
+        window = indices[start : start + 16]
+        for share in (window[:8], window[8:]):
+            assert [mask[i] for i in share] == [False] * 4 + [True] * 4
+        counts = Counter(window)
+        assert all(counts[i] == (1 if mask[i] else 4) for i in counts)
+    prompts = Counter(i for i in indices if not mask[i])
+    assert len(prompts) == 10 and set(prompts.values()) == {4}
+
+
+def test_the_logged_stream_goes_on():
+    """40 logged draws from 20 rows, in windows that do not divide them, over epochs: every row before any twice."""
+    mask = [False] * 6 + [True] * 20
+    drawn = []
+    for epoch in range(4):
+        drawn += [i for i in sampler(mask, Window(2, 3), epoch=epoch) if mask[i]]
+    assert len(drawn) == 36 and len(set(drawn[:20])) == 20
+    assert drawn[:18] != drawn[18:]
+
+
+def test_fresh_rows_in_trls_order():
+    """Without logged rows the order is TRL's, epoch after epoch."""
+    from trl.trainer.utils import RepeatSampler
+
+    theirs = RepeatSampler(range(10), mini_repeat_count=2, batch_size=3, repeat_count=2, seed=7)
+    for epoch in range(3):
+        assert sampler([False] * 10, Window(6, 0), generations=2, repeats=2, epoch=epoch, seed=7) == list(theirs)
+
+
+@pytest.mark.parametrize(
+    ("rows", "fraction", "result"),
+    [
+        ((30, 10), None, (12, 4)),  # the share of the data set
+        ((10, 0), None, (16, 0)),
+        ((0, 10), None, (0, 16)),
+        ((30, 10), 0.5, (8, 8)),
+        ((1000, 1), None, (15, 1)),  # never none of a kind
+        ((30, 10), 0.3, "Nearest: 0.25 or 0.3125"),
+        ((10, 0), 0.5, "has only prompts"),
+        ((0, 10), 0.5, "has only logged"),
+    ],
+)
+def test_window_composition(rows, fraction, result):
+    args = config(per_device_train_batch_size=16, logged_fraction=fraction)
+    if isinstance(result, str):
+        with pytest.raises(ValueError, match=result):
+            window_of(*rows, args)
+    else:
+        assert window_of(*rows, args) == Window(*result)
+
+
+def test_rollouts_come_in_groups():
+    args = config(per_device_train_batch_size=16, num_generations=4, logged_fraction=0.4)
+    with pytest.raises(ValueError, match=r"multiples of 4.*Nearest: 0.25 or 0.5"):
+        window_of(10, 10, args)
+
+
+def test_mixed(folder, tmp_path):  # noqa: F811
+    """Groups of 4 rollouts beside logged rows, whose own reward counts; where there is none, the function's does."""
+    rows = [{"prompt": f"{i}", "completion": None, "reward": None} for i in range(8)]
+    rows += [{"prompt": f"{i}!", "completion": "abc", "reward": 7.0 if i % 2 else None} for i in range(8)]
+    trainer = build(folder, tmp_path, train_dataset=Dataset.from_list(rows), per_device_train_batch_size=8,
+                    num_generations=4, logged_fraction=0.5, max_steps=3)  # fmt: skip
+    for window in seen(trainer):
+        rollouts = [t for t in window if t.source is Source.ROLLOUT]
+        logs = [t for t in window if t.source is Source.LOGGED]
+        assert len(rollouts) == len(logs) == 4 and len({t.group for t in rollouts}) == 1
+        assert len({prompt(t) for t in rollouts}) == 1
+        assert all(t.reward == (7.0 if int(prompt(t)[:-1]) % 2 else 3 / 8) for t in logs)
+    assert logged(trainer, "residual/logged_rms") and logged(trainer, "residual/fresh_rms")
+    assert all(value == 0.0 for value in logged(trainer, "left_out/unscored"))
+
+
+def test_two_processes(tmp_path):
+    """The same data on two processes, n = 4, messages beside logged text, the logged rows first in the data set."""
+    launch([str(tmp_path)], script="logged_processes.py")
+    shares = [torch.load(tmp_path / f"seen-{rank}.pt", weights_only=False) for rank in (0, 1)]
+    for windows in zip(*shares, strict=True):
+        for window in windows:
+            assert Counter(source for source, _ in window) == {"rollout": 4, "logged": 4}
+        together = Counter(text for window in windows for source, text in window if source == "logged")
+        assert len(together) == 8  # each logged row once
+        assert len({text for window in windows for source, text in window if source == "rollout"}) == 2
+
+
+# ---- scored once -----------------------------------------------------------------------------------------------------
+
+
+def reference_rows(trainer) -> list[int]:
+    rows = []
+    trainer.ref_model.base_model.register_forward_pre_hook(
+        lambda module, args, kwargs: rows.append(len(kwargs["input_ids"])), with_kwargs=True
+    )
+    return rows
+
+
+def test_precomputed_and_freed(folder, tmp_path, monkeypatch):  # noqa: F811
+    """The reference scores every row once, is gone before training, and the run is the one that keeps it."""
+    from tbrm_trl import reference as module
+
+    scored, score_reference = [], module.score_reference
+    monkeypatch.setattr(
+        "tbrm_trl.trainer.score_reference",
+        lambda stale, *rest, **kwargs: scored.extend(stale) or score_reference(stale, *rest, **kwargs),
+    )
+    data = Dataset.from_list(IDS)
+    first = on(build(folder, tmp_path, None, data, max_steps=12, per_device_train_batch_size=2))
+    assert len(scored) == 8 and first.ref_model is None
+    first.train()
+    assert len(scored) == 8
+    kept = on(build(folder, tmp_path / "2", None, data, max_steps=12, precompute_ref_log_probs=False))
+    kept.train()
+    assert kept.ref_model is not None and len(scored) == 16  # in training, and three epochs score each row once too
+    assert kept.losses == pytest.approx(first.losses, rel=1e-4)
+
+    again = on(build(folder, tmp_path, None, data, max_steps=12))
+    assert len(scored) == 16  # cached
+    again.train()
+    assert again.losses == first.losses
+    build(folder, tmp_path, None, Dataset.from_list([{**row, "prompt_ids": [9, 9]} for row in IDS]))
+    assert len(scored) == 24  # other data
+    build(save(tmp_path / "other", "llama", seed=3), tmp_path, None, data)
+    assert len(scored) == 32  # another model
+    build(folder, tmp_path, None, data, temperature=0.5)
+    assert len(scored) == 40  # another temperature
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"precompute_ref_log_probs": True, "sync_ref_model": True}, "would go stale at the first sync"),
+        ({"precompute_ref_log_probs": True, "reference": "previous"}, 'with `reference="initial"`'),
+        ({"replay_buffer_size": 8, "num_iterations": 2}, "nothing is rolled out"),
+        ({"save_rollouts": True}, "Leave it False"),
+        ({"remove_unused_columns": True}, "would drop the columns"),
+        ({"reference": "previous"}, "Row 0 .*must bring what the policy that produced it said"),
+        ({"per_device_train_batch_size": 9}, "has 8 logged trajectories, fewer than the 9"),
+        ({"logged_fraction": 0.5}, "has only logged trajectories"),
+    ],
+)
+def test_options_that_do_not_go_with_logs(options, message, tmp_path):
+    with pytest.raises(ValueError, match=message):
+        build("no/such/model", tmp_path, None, Dataset.from_list(IDS), **options)
+
+
+def test_streams_cannot_be_divided(tmp_path):
+    with pytest.raises(ValueError, match="streamed training set has a column of completions"):
+        build("no/such/model", tmp_path, None, Dataset.from_list(IDS).to_iterable_dataset())
+
+
+def test_evaluation_keeps_the_reference(folder, tmp_path):  # noqa: F811
+    """With an evaluation set the scores are precomputed all the same, but the reference stays for its rollouts."""
+    from test_trainer import DATA
+
+    trainer = build(folder, tmp_path, None, Dataset.from_list(IDS), eval_dataset=DATA)
+    assert trainer.ref_model is not None and trainer.train_dataset["ref_key"] == [trainer._reference.key] * 8
+
+
+# ---- saved rollouts --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("reference", ["initial", "previous"])
+def test_a_run_can_be_replayed_into_another(reference, folder, tmp_path):  # noqa: F811
+    """Saved rollouts are the trajectories of the run; another run on them never generates nor scores, and learns."""
+
+    def second(completions, **kwargs):
+        return [None if len(text) % 2 else 1.0 for text in completions]
+
+    from test_trainer import letters
+
+    first = train(folder, tmp_path, [letters, second], max_steps=4, save_rollouts=True, reference=reference,
+                  num_generations=2, per_device_train_batch_size=4)  # fmt: skip
+    made = [t for window in first.windows for t in window]
+    saved = load_rollouts(tmp_path / "out")
+    assert len(saved) == len(made) == 16
+    for row, trajectory in zip(saved, made, strict=True):
+        assert row["prompt_ids"] == trajectory.prompt_ids.tolist() and row["prompt"] == prompt(trajectory)
+        assert row["completion_ids"] == trajectory.completion_ids.tolist()
+        assert row["completion"] == completion(trajectory)
+        assert (row["reward"], row["end"], row["policy_step"]) == (
+            trajectory.reward, trajectory.end.value, trajectory.policy_step,
+        )  # fmt: skip
+        assert row["rewards/letters"] == pytest.approx(trajectory.rewards["letters"])
+        assert torch.tensor(row["ref_log_probs"]).equal(trajectory.ref_log_probs)
+        assert row["ref_soft_value"] == trajectory.ref_soft_value
+    assert saved["policy_step"] == [step for step in range(4) for _ in range(4)]
+
+    changes = {"precompute_ref_log_probs": False} if reference == "initial" else {}
+    other = on(build(folder, tmp_path / "2", None, saved, max_steps=4, reference=reference, shuffle_dataset=False,
+                     per_device_train_batch_size=4, **changes))  # fmt: skip
+    scored = reference_rows(other) if reference == "initial" else []
+    windows = seen(other)
+    assert not scored  # the stored scores are those of this reference
+    assert [sorted(prompt(t) for t in w) for w in windows] == [sorted(prompt(t) for t in w) for w in first.windows]
+    assert other.losses == pytest.approx(first.losses, rel=1e-4)
+    assert not any(
+        differ([a], [b]) and not torch.allclose(a, b, atol=1e-5)
+        for a, b in zip(other.model.parameters(), first.model.parameters(), strict=True)
+    )
+
+
+def test_unrewarded_rollouts_are_left_out_aloud(folder, tmp_path):  # noqa: F811
+    train(folder, tmp_path, lambda completions, **kwargs: [1.0, None], save_rollouts=True)
+    with pytest.warns(UserWarning, match="2 of 4 saved rollouts have no reward"):
+        assert load_rollouts([tmp_path / "out"])["reward"] == [1.0, 1.0]
+    with pytest.raises(FileNotFoundError, match="save_rollouts=True"):
+        load_rollouts(tmp_path)
+
+
+def test_previous_policy_is_the_reference(folder, tmp_path):  # noqa: F811
+    """log π_θ − log π_ref is 0 at a window's first update, and not at its second; no reference model is loaded."""
+    trainer = train(folder, tmp_path, reference="previous", num_iterations=2, max_steps=4, soft_value="calibrated")
+    assert trainer.ref_model is None
+    ratios = logged(trainer, "log_ratio")
+    assert max(map(abs, (ratios[0], ratios[2]))) < 1e-5 and min(map(abs, (ratios[1], ratios[3]))) > 1e-4
+    assert logged(trainer, "soft_value")[2] == pytest.approx(0, abs=1e-5)

@@ -1,0 +1,225 @@
+"""The replay buffer: its arithmetic by hand, and through `train()` with real generations."""
+
+from __future__ import annotations
+
+import copy
+import math
+
+import pytest
+import torch
+from oracle import distance, solve
+from test_oracle import TOLERANCE, plain
+from test_trainer import build, folder, logged, prompt, train  # noqa: F401
+from test_two_processes import launch
+from transformers import TrainerCallback
+
+from tbrm_trl.replay import LEAST_PRIORITY, ReplayBuffer
+from tbrm_trl.trajectory import End, Trajectory
+
+
+def row(step: int, name: int = 0, priority: float | None = None) -> Trajectory:
+    return Trajectory(
+        prompt_ids=torch.tensor([name]),
+        completion_ids=torch.tensor([1]),
+        loss_mask=torch.tensor([True]),
+        reward=0.0,
+        end=End.EOS,
+        policy_step=step,
+        priority=priority,
+    )
+
+
+def alone(values) -> torch.Tensor:
+    """What a single process gathers."""
+    return torch.tensor([values])
+
+
+def names(trajectories) -> list[int]:
+    return [int(t.prompt_ids[0]) for t in trajectories]
+
+
+# ---- arithmetic ------------------------------------------------------------------------------------------------------
+
+
+def test_first_in_first_out():
+    buffer = ReplayBuffer(capacity=3)
+    buffer.add(row(0, name) for name in range(5))
+    assert names(buffer.trajectories) == [2, 3, 4]
+
+
+def test_age():
+    """At update 7 with a maximal age of 3, what was drawn at updates 4 to 7 remains."""
+    buffer = ReplayBuffer(capacity=10, max_age=3)
+    buffer.add(row(step, step) for step in range(8))
+    sample = buffer.sample(4, 7, alone)
+    assert sorted(names(sample.trajectories)) == [4, 5, 6, 7]
+    assert sample.ages == [7 - t.policy_step for t in sample.trajectories] and len(buffer) == 4
+
+
+def test_uniform_draws_without_replacement():
+    """1,200 draws of 2 out of 4: each row about 600 times (sd 17), none twice in one draw, all with weight 1."""
+    torch.manual_seed(0)
+    buffer = ReplayBuffer(capacity=4)
+    buffer.add(row(0, name) for name in range(4))
+    counts = [0] * 4
+    for _ in range(1200):
+        sample = buffer.sample(2, 0, alone)
+        assert len(set(names(sample.trajectories))) == 2 and sample.weights == [1.0, 1.0]
+        for name in names(sample.trajectories):
+            counts[name] += 1
+    assert all(abs(count - 600) < 85 for count in counts)
+
+
+def test_any_process_that_is_short_stops_all():
+    buffer = ReplayBuffer(capacity=4)
+    buffer.add(row(0) for _ in range(4))
+    assert buffer.sample(3, 0, lambda mine: torch.tensor([mine, [2, 0, 0, 0, math.inf]])) is None
+    assert buffer.sample(2, 0, lambda mine: torch.tensor([mine, [2, 0, 0, 0, math.inf]])) is not None
+
+
+def test_prioritized_by_hand():
+    """Exponent 1, priorities 1, 3 and a new row, on this process; 4 (twice) on the other, whose maximum is 4.
+
+    The new row gets 4, so P = 1/8, 3/8, 4/8 of this process's half of the draws. N = 5, hence N P = 5/16, 15/16, 20/16
+    here, and 5/2 · 4/8 = 20/16 there. The smallest is 5/16, so with correction 1 the weights are 1, 1/3, 1/4.
+    """
+    torch.manual_seed(0)
+    buffer = ReplayBuffer(capacity=3, prioritized=True, exponent=1.0, correction=1.0)
+    buffer.add([row(0, 0, priority=1.0), row(0, 1, priority=3.0), row(0, 2)])
+    counts, weights = [0] * 3, {}
+    for _ in range(500):
+        sample = buffer.sample(2, 0, lambda mine: torch.tensor([mine, [2.0, 2.0, 8.0, 4.0, 4.0]]))
+        for name, weight in zip(names(sample.trajectories), sample.weights, strict=True):
+            counts[name] += 1
+            weights[name] = weight
+    assert [count / 1000 for count in counts] == pytest.approx([1 / 8, 3 / 8, 4 / 8], abs=0.06)
+    assert [weights[name] for name in range(3)] == pytest.approx([1, 1 / 3, 1 / 4], rel=1e-4)
+
+
+def test_a_fitted_trajectory_is_still_drawn():
+    buffer = ReplayBuffer(capacity=2, prioritized=True)
+    buffer.add([row(0, 0, priority=0.0), row(0, 1, priority=0.0)])
+    sample = buffer.sample(2, 0, alone)
+    assert sample.weights == pytest.approx([1.0, 1.0])
+    assert LEAST_PRIORITY > 0
+
+
+# ---- through train() -------------------------------------------------------------------------------------------------
+
+REPLAY = dict(num_iterations=3, replay_buffer_size=8, max_steps=9, per_device_train_batch_size=4)
+
+
+class At(TrainerCallback):
+    """Calls back before one update."""
+
+    def __init__(self, update: int, action):
+        self.update, self.action = update, action
+
+    def on_step_begin(self, args, state, control, **kwargs):
+        if state.global_step == self.update:
+            self.action()
+
+
+def test_the_buffer_feeds_the_loss(folder, tmp_path):  # noqa: F811
+    """Two runs that differ in the rewards stored in the buffer alone: the fresh update agrees, the next does not."""
+    runs = []
+    for change in (0.0, 1.0):
+        trainer = build(folder, tmp_path, **REPLAY)
+
+        def add(trainer=trainer, change=change):
+            for stored in trainer._replay.trajectories:
+                stored.reward += change
+
+        trainer.add_callback(At(1, add))
+        trainer.train()
+        runs.append(trainer.losses)
+    assert runs[0][0] == runs[1][0] and runs[0][1] != runs[1][1]
+
+
+@pytest.mark.parametrize("sampling", ["uniform", "prioritized"])
+def test_a_replay_update_is_the_oracles(sampling, folder, tmp_path):  # noqa: F811
+    """The gradient of a replay update is the weighted mean over what was drawn, stored reference scores included."""
+    trainer = build(
+        folder, tmp_path, **{**REPLAY, "learning_rate": 0.05, "max_grad_norm": 0.0}, replay_sampling=sampling
+    )
+    seen = {}
+    collect = trainer._collect
+
+    def watch(rows):
+        micro_batches = collect(rows)
+        if trainer.state.global_step == 7:
+            seen.update(batch=copy.deepcopy(micro_batches[0]), policy=plain(trainer.model))
+        return micro_batches
+
+    trainer._collect = watch
+    trainer.train()
+    batch = seen["batch"]
+    assert batch["origin"] == ["replayed"] * 4 and min(batch["age"]) < max(batch["age"])
+    assert (set(batch["weight"]) == {1.0}) is (sampling == "uniform")
+    reference, expected, loss = plain(trainer.ref_model), None, 0.0
+    for trajectory, weight in zip(batch["trajectory"], batch["weight"], strict=True):
+        answer = solve(seen["policy"], reference, [trajectory], beta=0.1)
+        loss += weight * answer.loss / 4
+        part = {name: weight * g.clone() / 4 for name, g in answer.gradient.items()}
+        expected = part if expected is None else {name: expected[name] + g for name, g in part.items()}
+    assert trainer.losses[7] == pytest.approx(loss, rel=TOLERANCE)
+    assert distance(trainer.recorder.gradients[7], expected) <= TOLERANCE
+
+
+def test_ages_eviction_and_metrics(folder, tmp_path):  # noqa: F811
+    """Windows at updates 0, 3, 6 of 4 rows each, a buffer of 8, ages up to 4.
+
+    Replay updates 1, 2 see ages 1 and 2; updates 4, 5 see rows of update 3 (ages 1, 2) and of update 0 (age 4, then 5:
+    gone); updates 7, 8 see rows of 6 (1, 2) and of 3 (4, then gone). So the fill goes 4 4 4 8 8 4 8 8 4.
+    """
+    trainer = train(folder, tmp_path, **REPLAY, replay_max_age=4)
+    assert logged(trainer, "replay/fill") == [4, 4, 4, 8, 8, 4, 8, 8, 4]
+    ages = [entry["replay/age_max"] for entry in trainer.state.log_history if "replay/age_max" in entry]
+    assert [ages[i] for i in (0, 1, 3, 5)] == [1, 2, 2, 2] and {ages[2], ages[4]} <= {1, 4}
+    assert all(age >= 1 for age in logged(trainer, "replay/age"))
+    assert logged(trainer, "replay/updates_per_trajectory") == pytest.approx(
+        [1, 2, 3, 2, 2.5, 3, 7 / 3, 8 / 3, 3], rel=1e-3
+    )
+    for entry in trainer.state.log_history[:9]:
+        replay = "replay/age" in entry
+        assert ("residual/replayed_rms" in entry) is replay and ("residual/fresh_rms" in entry) is not replay
+        assert ("kl" in entry) is not replay
+        assert entry["residual/rms"] == entry["residual/replayed_rms" if replay else "residual/fresh_rms"]
+
+
+def test_what_does_not_count_does_not_enter(folder, tmp_path):  # noqa: F811
+    """Unscored rows and, where they are masked, truncated ones: too few remain, so the window is used again."""
+
+    def half(completions, **kwargs):
+        return [1.0 if index % 2 else None for index in range(len(completions))]
+
+    options = {**REPLAY, "max_steps": 6}
+    trainer = train(folder, tmp_path, half, **options, mask_truncated_completions=True)
+    kept = list(trainer._replay.trajectories)
+    assert all(t.reward == 1.0 and t.end is End.EOS for t in kept)
+    assert len(kept) == sum(t.reward == 1.0 and t.end is End.EOS for w in trainer.windows for t in w) < 4
+    assert not logged(trainer, "replay/age") and logged(trainer, "residual/reused_rms")
+
+
+def test_no_reference_forward_for_replayed_rows(folder, tmp_path):  # noqa: F811
+    trainer = build(folder, tmp_path, **REPLAY)
+    scored = []
+    trainer.ref_model.base_model.register_forward_pre_hook(
+        lambda module, args, kwargs: scored.append(len(kwargs["input_ids"])), with_kwargs=True
+    )
+    trainer.train()
+    assert scored == [4, 4, 4]  # three windows, nine updates
+
+
+def test_two_processes(tmp_path):
+    """Disjoint shards; when one shard is emptied by age, both processes fall back on the window, and none stalls."""
+    launch([str(tmp_path)], script="replay_processes.py")
+    first, second = (torch.load(tmp_path / f"seen-{rank}.pt", weights_only=False) for rank in (0, 1))
+    assert first["origins"] == second["origins"]
+    # Window 0 (updates 0 to 2) replays; then process 1 gets no reward, its rows age out, and nobody replays.
+    assert (
+        first["origins"] == ["fresh", "replayed", "replayed", "fresh", "replayed", "reused", "fresh"] + ["reused"] * 2
+    )
+    assert len(first["shard"]) == 2 and not second["shard"]  # of the last window; what came before is too old
+    assert first["prompts"] and not set(first["prompts"]) & set(second["prompts"])
+    assert first["drawn"] <= set(first["prompts"]) and second["drawn"] <= set(second["prompts"])
