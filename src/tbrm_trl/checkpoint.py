@@ -12,7 +12,6 @@ Layout, inside `checkpoint-<step>/tbrm/`:
 from __future__ import annotations
 
 import json
-import math
 import os
 import shutil
 from collections.abc import Mapping, Sequence
@@ -48,7 +47,7 @@ def save_state(folder: Path, state: dict[str, Any], lists: Mapping[str, Sequence
     vision = {f"{index}/{name}": value for index, one in enumerate(pool) for name, value in one.vision.items()}
     save_file({name: value.contiguous() for name, value in vision.items()}, folder / "vision.safetensors")
     indices = {name: [place[id(one)] for one in trajectories] for name, trajectories in lists.items()}
-    _write_json(folder / "state.json", _without_nan({"state": state, "lists": indices}))
+    _write_json(folder / "state.json", {"state": state, "lists": indices})
 
 
 def load_state(folder: Path) -> tuple[dict[str, Any], dict[str, list[Trajectory]]]:
@@ -111,14 +110,16 @@ def checkpoint_to_resume(resume_from: str | Path | Literal[True], output_dir: st
     return str(resume_from)
 
 
-def remove_old_checkpoints(output_dir: str | Path, limit: int | None, best: str | None) -> None:
-    """Keep the `limit` newest checkpoints, the best one among them. Each loses its mark before it loses its files."""
+def remove_old_checkpoints(written: Path, limit: int | None, best: str | None) -> None:
+    """Keep `limit` checkpoints: the one just written, the best one, and the newest others.
+
+    Each loses its mark before it loses its files. What an interrupted run left behind may seem newer than `written`.
+    """
     if limit is None or limit <= 0:
         return
-    checkpoints = sort_checkpoints(str(output_dir), use_mtime=True)
-    kept = {checkpoints[-1], str(Path(best)) if best else checkpoints[-1]}
-    removable = [folder for folder in checkpoints if folder not in kept]
-    for folder in removable[: max(len(checkpoints) - max(limit, len(kept)), 0)]:
+    kept = {str(written), str(Path(best or written))}
+    others = [folder for folder in sort_checkpoints(str(written.parent), use_mtime=True) if folder not in kept]
+    for folder in others[: max(len(others) - max(limit - len(kept), 0), 0)]:
         mark_incomplete(folder)
         shutil.rmtree(folder, ignore_errors=True)
 
@@ -139,14 +140,5 @@ def dataset_digest(dataset: Any) -> str | None:
 
 def _write_json(path: Path, value: Any) -> None:
     partial = path.with_suffix(".partial")
-    partial.write_text(json.dumps(value, allow_nan=False))
+    partial.write_text(json.dumps(value))  # with NaN and Infinity, as in the Trainer's own file
     os.replace(partial, path)
-
-
-def _without_nan(value: Any) -> Any:
-    """JSON has no NaN; None stands for it among the numbers of a metric."""
-    if isinstance(value, dict):
-        return {key: _without_nan(inner) for key, inner in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_without_nan(inner) for inner in value]
-    return None if isinstance(value, float) and math.isnan(value) else value

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from pathlib import Path
 from typing import Any
 
@@ -33,11 +32,13 @@ class ExactResume(TrajectorySources):
 
     - `train`: resumes only from a checkpoint that every process has finished, and that belongs to this run;
     - `_save_checkpoint`: marks a checkpoint as complete, and removes old ones only after that;
-    - `_save_rng_state`, `_load_rng_state`: called on every process where its own part is due.
+    - `_save_rng_state`, `_load_rng_state`: called on every process where its own part is due;
+    - `_run_epoch`, `_finalize_training`: from the checkpoint of its last update, a run ends without another one.
     """
 
     _identity: dict[str, Any]  # what a run must share with a checkpoint to resume from it
     _reference: Reference | None
+    _resumed_from: str | None
 
     def _fresh_start(self) -> None:
         """Forget what an earlier call of `train` left behind."""
@@ -64,11 +65,20 @@ class ExactResume(TrajectorySources):
         self._fresh_start()
         if resume_from_checkpoint:
             resume_from_checkpoint = checkpoint_to_resume(resume_from_checkpoint, self.args.output_dir, self._identity)
+        self._resumed_from = resume_from_checkpoint or None
         return super().train(resume_from_checkpoint, *args, **kwargs)
 
+    def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
+        if self.state.global_step < self.state.max_steps:
+            super()._run_epoch(*args, **kwargs)
+
+    def _finalize_training(self, *args: Any, **kwargs: Any) -> Any:
+        if self._step == 0:  # there was nothing left to train
+            self._load_rng_state(self._resumed_from)
+        return super()._finalize_training(*args, **kwargs)
+
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
-        run = Path(self._get_output_dir(trial))
-        folder = run / f"checkpoint-{self.state.global_step}"
+        folder = Path(self._get_output_dir(trial)) / f"checkpoint-{self.state.global_step}"
         if self.args.should_save:
             mark_incomplete(folder)
         self.accelerator.wait_for_everyone()
@@ -80,7 +90,7 @@ class ExactResume(TrajectorySources):
             torch.save(self.args, folder / "training_args.bin")  # again, with these two as they were given
             if not self.args.save_only_model:
                 mark_complete(folder, {**self._identity, "step": self.state.global_step})
-            remove_old_checkpoints(run, self.args.save_total_limit, self.state.best_model_checkpoint)
+            remove_old_checkpoints(folder, self.args.save_total_limit, self.state.best_model_checkpoint)
         if self.args.push_to_hub:
             self._push_from_checkpoint(str(folder))
 
@@ -92,6 +102,7 @@ class ExactResume(TrajectorySources):
             "metrics": dict(self._metrics["train"]),
             "loss": self._tr_loss.item(),
             "last_logged": self._globalstep_last_logged,
+            "training": self.model.training,  # what is logged at the end depends on it
         }
         save_state(folder, {"trainer": trainers, "own": own}, lists)
         if self.args.sync_ref_model and self._reference is not None:
@@ -105,10 +116,11 @@ class ExactResume(TrajectorySources):
         state, lists = load_state(folder)
         trainers = state["trainer"]
         self._step = self.state.global_step * self.args.gradient_accumulation_steps
-        for name, values in trainers["metrics"].items():
-            self._metrics["train"][name] = [math.nan if value is None else value for value in values]
+        self._metrics["train"].clear()
+        self._metrics["train"].update(trainers["metrics"])
         self._tr_loss.fill_(trainers["loss"])
         self._globalstep_last_logged = trainers["last_logged"]
+        self.model.train(trainers["training"])
         self._restore(state["own"], lists)
         if self.args.sync_ref_model and self._reference is not None:
             self._reference.load(folder, process_folder(checkpoint, 0))

@@ -90,7 +90,10 @@ class TrajectorySources(GRPOTrainer):
 
     def _take_logged(self, rows: list[dict[str, Any]]) -> list[Trajectory]:
         """The logged trajectories of these rows, each the same object whenever its row comes up again."""
-        trajectories = [self._logged_by_row.setdefault(row["row"], from_row(row)) for row in rows]
+        for row in rows:
+            if row["row"] not in self._logged_by_row:
+                self._logged_by_row[row["row"]] = from_row(row)
+        trajectories = [self._logged_by_row[row["row"]] for row in rows]
         if self._some_logged_unrewarded:
             prompts, completions = zip(*(completion_of(row, self._tokenizer) for row in rows), strict=True)
             ids = [t.completion_ids.tolist() for t in trajectories]

@@ -1,0 +1,262 @@
+"""Where TBRM and GRPO end on one log of off-policy trajectories, against the optimum in closed form.
+
+    python benchmarks/exact_optimum.py        # writes docs/benchmarks/exact_optimum.{md,png}
+
+The task and its log are those of tests/test_exact_optimum.py; nothing is downloaded.
+"""
+
+from __future__ import annotations
+
+import datetime
+import importlib.metadata
+import math
+import random
+import sys
+import tempfile
+import warnings
+from dataclasses import dataclass
+from pathlib import Path
+
+import matplotlib
+import torch
+from datasets import Dataset
+from transformers import PreTrainedModel, TrainerCallback
+from trl import GRPOConfig, GRPOTrainer
+
+from tbrm_trl import TBRMConfig, TBRMTrainer
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT / "tests"))
+import token_tree as tree  # noqa: E402
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt  # noqa: E402
+
+BETAS = (0.5, 0.1)
+LOG_SIZE, STEPS, BATCH, GROUP = 2048, 300, 128, 8
+TBRM_LEARNING_RATE = 1.0
+GRPO_LEARNING_RATES = (0.03, 0.1, 0.3, 1.0)
+PROMPT_TEXTS = ["<bos>a", "<bos>bc"]  # tree.PROMPTS as text
+BEHAVIOUR_LOG_PROB = -math.log(len(tree.ACTIONS))  # of every logged token
+PACKAGES = ("torch", "transformers", "trl")
+
+REWARDS = tree.random_rewards()  # (P, N)
+LOG = tree.uniform_log(REWARDS, LOG_SIZE)
+
+
+class BehaviourAsOldPolicy(GRPOTrainer):
+    """GRPO whose importance ratio is π_θ/π_behaviour: the sampler's log-probabilities stand in for the old policy's.
+
+    TRL keeps those that a `rollout_func` returns, but corrects for them only when vLLM samples.
+    """
+
+    def _generate_and_score_completions(self, inputs):
+        output = super()._generate_and_score_completions(inputs)
+        output["old_per_token_logps"] = output["sampling_per_token_logps"]  # (B, T)
+        return output
+
+
+@dataclass
+class Method:
+    name: str
+    trainer: type[GRPOTrainer]
+    options: dict
+    on_log: bool = True
+
+
+TBRM_POLICY = Method("TBRM, `policy`", TBRMTrainer, {"soft_value": "policy"})
+TBRM_CALIBRATED = Method("TBRM, `calibrated`", TBRMTrainer, {"soft_value": "calibrated"})
+GRPO_UNCORRECTED = Method("GRPO, log taken for its own rollouts", GRPOTrainer, {})
+GRPO_CLIPPED = Method("GRPO, ratio to the behaviour policy, clipped", BehaviourAsOldPolicy, {})
+GRPO_UNCLIPPED = Method("GRPO, ratio to the behaviour policy, not clipped", BehaviourAsOldPolicy, {"epsilon": 1e6})
+GRPO_ON_POLICY = Method("GRPO, on-policy: no log, its own rollouts", GRPOTrainer, {}, on_log=False)
+METHODS = (TBRM_POLICY, TBRM_CALIBRATED, GRPO_UNCORRECTED, GRPO_CLIPPED, GRPO_UNCLIPPED, GRPO_ON_POLICY)
+
+
+@dataclass
+class Outcome:
+    """A policy, measured exactly. The distance is that of the worse prompt; the others are means over prompts."""
+
+    distance: float
+    reward: float
+    objective: float  # E[R] − β KL(π‖π_ref)
+
+    @classmethod
+    def of(cls, policy: tree.Policy, reference: tree.Policy, beta: float) -> Outcome:
+        reward = (policy.probs * REWARDS).sum(dim=1).mean().item()
+        kl = (policy.probs * (policy.log_probs - reference.log_probs)).sum(dim=1).mean().item()
+        best = tree.optimum(reference, REWARDS, beta)
+        return cls(tree.total_variation(policy, best), reward, reward - beta * kl)
+
+
+@dataclass
+class Run:
+    learning_rate: float
+    outcome: Outcome
+    curve: list[tuple[int, float]]  # step, total variation
+
+
+class Distance(TrainerCallback):
+    """Keeps the total variation to π* every tenth step."""
+
+    def __init__(self, reference: tree.Policy, beta: float):
+        self.best = tree.optimum(reference, REWARDS, beta)
+        self.curve: list[tuple[int, float]] = []
+
+    def measure(self, step: int, model: PreTrainedModel) -> None:
+        self.curve.append((step, tree.total_variation(tree.enumerate_policy(model), self.best)))
+
+    def on_train_begin(self, args, state, control, model=None, **kwargs):
+        self.measure(0, model)
+
+    def on_step_end(self, args, state, control, model=None, **kwargs):
+        if state.global_step % 10 == 0:
+            self.measure(state.global_step, model)
+
+
+def reward(prompts, completion_ids, **kwargs) -> list[float]:
+    return [
+        REWARDS[PROMPT_TEXTS.index(prompt), tree.COMPLETIONS.index(ids)].item()
+        for prompt, ids in zip(prompts, completion_ids, strict=True)
+    ]
+
+
+class FromLog:
+    """GRPO's `rollout_func`: for each prompt its next logged completion, in random order, all before any again."""
+
+    def __init__(self) -> None:
+        self.rng = random.Random(0)
+        self.decks: list[list[list[int]]] = [[] for _ in tree.PROMPTS]
+
+    def draw(self, prompt: int) -> list[int]:
+        if not self.decks[prompt]:
+            self.decks[prompt] = [row["completion_ids"] for row in LOG if row["prompt_ids"] == tree.PROMPTS[prompt]]
+            self.rng.shuffle(self.decks[prompt])
+        return self.decks[prompt].pop()
+
+    def __call__(self, prompts: list[str], trainer: GRPOTrainer) -> dict[str, list]:
+        indices = [PROMPT_TEXTS.index(prompt) for prompt in prompts]
+        drawn = [self.draw(index) for index in indices]
+        return {
+            "prompt_ids": [tree.PROMPTS[index] for index in indices],
+            "completion_ids": drawn,
+            "logprobs": [[BEHAVIOUR_LOG_PROB] * len(ids) for ids in drawn],
+        }
+
+
+def train(method: Method, beta: float, learning_rate: float, folder: Path) -> Run:
+    options = dict(
+        output_dir=str(folder / "out"), beta=beta, learning_rate=learning_rate, max_steps=STEPS,
+        max_grad_norm=0.0, per_device_train_batch_size=BATCH, max_completion_length=tree.DEPTH,
+        gradient_checkpointing=False, bf16=False, use_cpu=True,
+        save_strategy="no", report_to="none", logging_strategy="no", disable_tqdm=True, **method.options,
+    )  # fmt: skip
+    model = tree.save(folder / "model")
+    if method.trainer is TBRMTrainer:
+        trainer: GRPOTrainer = TBRMTrainer(
+            model=model, args=TBRMConfig(**options), train_dataset=Dataset.from_list(LOG)
+        )
+    else:
+        prompts = [{"prompt": text} for text in PROMPT_TEXTS] * (BATCH // GROUP)
+        trainer = method.trainer(
+            model=model,
+            reward_funcs=reward,
+            args=GRPOConfig(num_generations=GROUP, scale_rewards="none", **options),
+            train_dataset=Dataset.from_list(prompts),
+            rollout_func=FromLog() if method.on_log else None,
+        )
+    reference = tree.enumerate_policy(trainer.model)
+    distance = Distance(reference, beta)
+    trainer.add_callback(distance)
+    trainer.train()
+    return Run(learning_rate, Outcome.of(tree.enumerate_policy(trainer.model), reference, beta), distance.curve)
+
+
+def best_run(method: Method, beta: float, folder: Path) -> Run:
+    """Of a run per learning rate, the one that ends nearest to π*; TBRM has one run."""
+    rates = (TBRM_LEARNING_RATE,) if method.trainer is TBRMTrainer else GRPO_LEARNING_RATES
+    runs = []
+    for rate in rates:
+        run = train(method, beta, rate, folder)
+        print(f"beta {beta:g}, {method.name}, learning rate {rate:g}: {run.outcome}", flush=True)
+        runs.append(run)
+    return min(runs, key=lambda run: run.outcome.distance)
+
+
+def draw(runs: dict[float, dict[str, Run]], path: Path) -> None:
+    figure, axes = plt.subplots(1, len(runs), figsize=(10, 4), layout="constrained", sharey=True)
+    for axis, (beta, by_name) in zip(axes, runs.items(), strict=True):
+        for name, run in by_name.items():
+            steps, distances = zip(*run.curve, strict=True)
+            axis.semilogy(steps, distances, "-" if "TBRM" in name else "--", label=name.replace("`", ""))
+        axis.axhline(0.01, color="gray", linewidth=0.8)
+        axis.set(title=f"β = {beta:g}", xlabel="optimizer step")
+        axis.grid(alpha=0.3)
+    axes[0].set_ylabel("total variation to π*")
+    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=2, fontsize=8)
+    figure.savefig(path, dpi=130)
+
+
+def table(runs: dict[float, dict[str, Run]], reference: tree.Policy) -> str:
+    lines = [
+        "| β | | total variation to π* | E[R] | E[R] − β KL(π‖π_ref) | learning rate |",
+        "|---|---|---|---|---|---|",
+    ]
+    for beta, by_name in runs.items():
+        exact = {"π_ref, where all start": reference, "π*": tree.optimum(reference, REWARDS, beta)}
+        rows = {name: (Outcome.of(policy, reference, beta), "") for name, policy in exact.items()}
+        rows |= {name: (run.outcome, f"{run.learning_rate:g}") for name, run in by_name.items()}
+        for name, (outcome, rate) in rows.items():
+            far = f"{outcome.distance:.3f}" if outcome.distance >= 0.001 or name in exact else f"{outcome.distance:.0e}"
+            lines.append(f"| {beta:g} | {name} | {far} | {outcome.reward:.3f} | {outcome.objective:.4f} | {rate} |")
+    return "\n".join(lines)
+
+
+def report(runs: dict[float, dict[str, Run]], reference: tree.Policy) -> str:
+    versions = ", ".join(f"{name} {importlib.metadata.version(name)}" for name in PACKAGES)
+    return f"""# Off-policy, to the exact optimum
+
+Written by `python benchmarks/exact_optimum.py` on {datetime.date.today()}; CPU, {versions}.
+That TBRM comes within 0.01 of π* is a test ([test_exact_optimum.py](../../tests/test_exact_optimum.py)); the rest is
+reported, not asserted.
+
+The policy is a table of logits on a token tree: {len(tree.PROMPTS)} prompts, {len(tree.ACTIONS)} actions (letters and
+`<eos>`), at most {tree.DEPTH} tokens, hence {len(tree.COMPLETIONS)} trajectories per prompt, each with a random reward
+in [0, 1). The reference is a random table. So `π* ∝ π_ref exp(R/β)` and every number below are exact sums, not
+estimates; only training is sampled. The data are {LOG_SIZE:,} trajectories of a policy that takes every action with
+probability {1 / len(tree.ACTIONS):g}. {STEPS} steps of {BATCH} trajectories, Adam, learning rate falling linearly to 0,
+no gradient clipping. GRPO is TRL's own, in groups of {GROUP}, with KL weight β and `scale_rewards="none"`, all else at
+its defaults; of its learning rates {", ".join(f"{rate:g}" for rate in GRPO_LEARNING_RATES)} the one that ends nearest
+to π*. TBRM has one.
+
+{table(runs, reference)}
+
+Total variation is that of the worse prompt, the others are means over prompts. `E[R] − β KL` is what both methods set
+out to maximise, and π* is its maximum.
+
+![total variation during training](exact_optimum.png)
+
+- **Log taken for its own rollouts**: what TRL does with logged completions that a `rollout_func` returns. It corrects
+  for their log-probabilities only where vLLM samples; else, with one update per generation as here, the old policy is
+  the current one and the ratio 1.
+- **Ratio to the behaviour policy**: TRL has no option for it. A small subclass puts the behaviour's
+  log-probabilities where the loss reads the old policy's; clipped at TRL's default ε = {GRPOConfig.epsilon:g}, and not
+  clipped. The ratio is that of each token, without those of the tokens before it, so even unclipped its expectation is
+  not the policy gradient.
+- **On-policy** is GRPO on its own ground, for comparison: it draws {STEPS * BATCH:,} fresh rollouts.
+"""
+
+
+def main() -> None:
+    warnings.simplefilter("ignore")
+    torch.set_num_threads(1)
+    with tempfile.TemporaryDirectory() as folder:
+        runs = {beta: {m.name: best_run(m, beta, Path(folder)) for m in METHODS} for beta in BETAS}
+        reference = tree.enumerate_policy(tree.TokenTreeForCausalLM.from_pretrained(tree.save(Path(folder) / "model")))
+    print(table(runs, reference))
+    (ROOT / "docs/benchmarks/exact_optimum.md").write_text(report(runs, reference))
+    draw(runs, ROOT / "docs/benchmarks/exact_optimum.png")
+
+
+if __name__ == "__main__":
+    main()
