@@ -130,3 +130,28 @@ def test_command_line():
         ]
     )
     assert (parsed.beta, parsed.soft_value) == (0.02, "calibrated")
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"replay_buffer_size": 7, "num_iterations": 2}, r"smaller than one update of 8 trajectories .*Set it to 8"),
+        ({"replay_buffer_size": 16}, "no effect with `num_iterations=1`"),
+        ({"replay_buffer_size": 16, "num_iterations": 2, "replay_max_age": 0}, "at least 1 update"),
+        ({"replay_buffer_size": 16, "num_iterations": 2, "replay_sampling": "recent"}, "one of uniform, prioritized"),
+        (
+            {"replay_buffer_size": 16, "num_iterations": 2, "replay_priority_exponent": 1.5},
+            "must lie between 0 and 1",
+        ),
+        ({"replay_max_age": 3}, "needs a buffer: set `replay_buffer_size`"),
+        ({"replay_sampling": "prioritized"}, "needs a buffer: set `replay_buffer_size`"),
+        ({"reference": "next"}, "one of initial, previous"),
+        ({"reference": "previous", "sync_ref_model": True}, "the previous policy is the reference already"),
+        ({"precompute_ref_log_probs": True, "sync_ref_model": True}, "would go stale at the first sync"),
+        ({"sync_ref_model": True, "ref_model_mixup_alpha": 1.5}, r"must lie in \(0, 1\]"),
+        ({"sync_ref_model": True, "ref_model_sync_steps": 0}, "must be at least 1"),
+    ],
+)
+def test_bad_replay_and_references_say_what_to_change(options, message):
+    with pytest.raises(ValueError, match=message):
+        config(per_device_train_batch_size=8, **options)

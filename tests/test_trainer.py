@@ -421,6 +421,7 @@ def check_calls(trainer) -> None:
         assert row.completion_ids[row.loss_mask].tolist() == [CALL_ID, 1, CALL_ID, 1]
         assert "<tool_response>\n42\n</tool_response>" in TOKENIZER.decode(row.completion_ids[~row.loss_mask])
         assert row.ref_log_probs.ne(0).tolist() == row.loss_mask.tolist()
+        assert row.end is End.TOOL_LIMIT  # its last call is not made any more
     assert logged(trainer, "tools/call_frequency") == [1, 1] and logged(trainer, "tools/failure_frequency") == [0, 0]
 
 

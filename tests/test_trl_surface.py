@@ -13,11 +13,15 @@ from packaging.requirements import Requirement
 from packaging.specifiers import SpecifierSet
 from transformers import Trainer
 from trl import GRPOTrainer
+from trl.trainer.callbacks import SyncRefModelCallback
 
 import tbrm_trl
 from tbrm_trl import TBRMTrainer
+from tbrm_trl.resume import ExactResume
+from tbrm_trl.sources import TrajectorySources
 
 OVERRIDDEN = {
+    "_get_train_sampler": "(self, dataset=None)",
     "_calculate_rewards": "(self, inputs, prompts, completions, completion_ids_list)",
     "_get_per_token_logps_and_entropies": (
         "(self, model, input_ids, attention_mask, logits_to_keep, batch_size=None, compute_entropy=False, "
@@ -25,16 +29,28 @@ OVERRIDDEN = {
         "spatial_shapes=None, num_tiles=None, image_sizes=None, token_type_ids=None, mm_token_type_ids=None, "
         "image_position_ids=None)"
     ),
-    "_generate_and_score_completions": "(self, inputs)",
     "_prepare_inputs": "(self, generation_batch)",
     "_compute_loss": "(self, model, inputs)",
     "log": "(self, logs, start_time=None)",
+    "train": "(self, resume_from_checkpoint=None, trial=None, ignore_keys_for_eval=None)",
+    "_save_checkpoint": "(self, model, trial)",
+    "_save_rng_state": "(self, output_dir)",
+    "_load_rng_state": "(self, checkpoint)",
+    "_run_epoch": (
+        "(self, model, epoch, train_dataloader, steps_in_epoch, num_update_steps_per_epoch, trial, "
+        "ignore_keys_for_eval, start_time, resume_from_checkpoint, epochs_trained, steps_trained_in_current_epoch)"
+    ),
+    "_finalize_training": "(self, trial, num_train_samples, start_time)",
+}
+CALLED_METHODS = {
+    "_generate_and_score_completions": "(self, inputs)",
+    "_tokenize_prompts": "(self, prompts)",
+    "_get_output_dir": "(self, trial)",
+    "_push_from_checkpoint": "(self, checkpoint_folder)",
 }
 CALLED = {
     "add_fused_lm_head": "(model, temperature=1.0, cast_lm_head_to_fp32=False, outputs=('log_probs',))",
     "split_pixel_values_by_grid": "(batch)",
-    "split_tensor_dict": "(tensor_dict, num_chunks)",
-    "shuffle_sequence_dict": "(seq_dict)",
     "use_adapter": "(model, adapter_name)",
     "get_config_model_id": "(config)",
 }
@@ -47,9 +63,9 @@ def signature(function) -> str:
     return str(bare.replace(parameters=parameters, return_annotation=inspect.Signature.empty))
 
 
-@pytest.mark.parametrize("name", OVERRIDDEN)
-def test_overridden_methods(name):
-    assert signature(getattr(GRPOTrainer, name)) == OVERRIDDEN[name]
+@pytest.mark.parametrize(("name", "expected"), [*OVERRIDDEN.items(), *CALLED_METHODS.items()])
+def test_methods(name, expected):
+    assert signature(getattr(GRPOTrainer, name)) == expected
 
 
 @pytest.mark.parametrize("name", CALLED)
@@ -57,14 +73,21 @@ def test_called_functions(name):
     assert signature(getattr(trl.trainer.utils, name)) == CALLED[name]
 
 
-def test_the_docstring_names_every_override():
-    ours = {
-        name
-        for name, member in vars(TBRMTrainer).items()
-        if inspect.isfunction(member) and name != "__init__" and hasattr(GRPOTrainer, name)
-    }
-    assert ours == set(OVERRIDDEN)
-    assert all(f"`{name}`" in TBRMTrainer.__doc__ for name in ours)
+def test_the_sync_that_resets_use():
+    assert signature(SyncRefModelCallback.sync_target_model) == "(model, target_model, alpha)"
+
+
+def test_the_docstrings_name_every_override():
+    overridden = set()
+    for layer in (TBRMTrainer, ExactResume, TrajectorySources):
+        ours = {
+            name
+            for name, member in vars(layer).items()
+            if inspect.isfunction(member) and name != "__init__" and hasattr(GRPOTrainer, name)
+        }
+        assert all(f"`{name}`" in layer.__doc__ for name in ours)
+        overridden |= ours
+    assert overridden == set(OVERRIDDEN)
 
 
 def test_the_trainer_leaves_loss_scaling_to_us():

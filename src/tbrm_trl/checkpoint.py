@@ -14,6 +14,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+from collections import deque
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -140,5 +141,11 @@ def dataset_digest(dataset: Any) -> str | None:
 
 def _write_json(path: Path, value: Any) -> None:
     partial = path.with_suffix(".partial")
-    partial.write_text(json.dumps(value))  # with NaN and Infinity, as in the Trainer's own file
+    partial.write_text(json.dumps(value, default=_plain))  # with NaN and Infinity, as in the Trainer's own file
     os.replace(partial, path)
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, deque):
+        return list(value)
+    return value.tolist() if hasattr(value, "tolist") else str(value)  # a user may log anything

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +14,10 @@ import xxhash
 from accelerate import Accelerator
 from accelerate.utils import gather_object
 from datasets import Dataset, concatenate_datasets
-from safetensors.torch import load_file, save_file
+from safetensors import safe_open
+from safetensors.torch import save_file
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from transformers import PreTrainedTokenizerBase, TrainerCallback
 from trl.trainer.callbacks import SyncRefModelCallback
 from trl.trainer.utils import use_adapter
@@ -63,20 +65,22 @@ class Reference:
 
         Scores that trajectories carry go stale by this, and are renewed when next one is trained on.
         """
-        sources = dict(self._trained())
-        targets = dict(self._synced())
-        SyncRefModelCallback.sync_target_model(
-            nn.ParameterList([sources[name] for name in targets]), nn.ParameterList(list(targets.values())), alpha
-        )
+        trained = dict(self._trained())
+        for name, parameter in self._synced():  # one by one: ZeRO-3 makes whole what is synced
+            SyncRefModelCallback.sync_target_model(
+                nn.ParameterList([trained[name]]), nn.ParameterList([parameter]), alpha
+            )
         self.key = self._fingerprint()
 
     def save(self, folder: Path) -> None:
         """Write what `sync` changes: the whole of it once, or every process its own FSDP2 shard."""
-        parameters = self._synced()
-        with _gathered(parameters):
-            if self.accelerator.is_main_process or _is_dtensor(parameters):
-                tensors = {name: _local(parameter).detach().cpu().contiguous() for name, parameter in parameters}
-                save_file(tensors, _file(folder))
+        tensors = {}
+        for name, parameter in self._synced():
+            with _whole(parameter):
+                if self.accelerator.is_main_process or isinstance(parameter, DTensor):
+                    tensors[name] = _local(parameter).detach().to("cpu", copy=True).contiguous()
+        if tensors:
+            save_file(tensors, _file(folder))
 
     @torch.no_grad()
     def load(self, folder: Path, main_folder: Path) -> None:
@@ -87,10 +91,11 @@ class Reference:
             main_folder: the main process's, which holds the whole where nothing is sharded.
         """
         parameters = self._synced()
-        with _gathered(parameters):
-            saved = load_file(_file(folder if _is_dtensor(parameters) else main_folder))
+        sharded = any(isinstance(parameter, DTensor) for _, parameter in parameters)
+        with safe_open(_file(folder if sharded else main_folder), framework="pt") as saved:
             for name, parameter in parameters:
-                _local(parameter).copy_(saved[name])
+                with _whole(parameter):
+                    _local(parameter).copy_(saved.get_tensor(name))
         self.key = self._fingerprint()
 
     def _synced(self) -> list[tuple[str, nn.Parameter]]:
@@ -133,35 +138,31 @@ def _file(folder: Path) -> Path:
     return folder / "reference.safetensors"
 
 
-def _is_dtensor(parameters: list[tuple[str, nn.Parameter]]) -> bool:
-    return any(hasattr(parameter, "to_local") for _, parameter in parameters)
-
-
-def _local(parameter: nn.Parameter) -> Tensor:
+def _local(parameter: Tensor) -> Tensor:
     """What this process holds of a parameter: its FSDP2 shard, else all of it."""
-    return parameter.to_local() if hasattr(parameter, "to_local") else parameter
+    return parameter.to_local() if isinstance(parameter, DTensor) else parameter
 
 
-def _gathered(parameters: list[tuple[str, nn.Parameter]]):
-    """Makes ZeRO-3 parameters whole inside, and partitions what the main process wrote to them at the end."""
-    if any(hasattr(parameter, "ds_id") for _, parameter in parameters):
+def _whole(parameter: nn.Parameter) -> AbstractContextManager[None]:
+    """Makes a ZeRO-3 parameter whole inside, and partitions what the main process wrote to it at the end."""
+    if hasattr(parameter, "ds_id"):
         import deepspeed
 
-        return deepspeed.zero.GatheredParameters([parameter for _, parameter in parameters], modifier_rank=0)
+        return deepspeed.zero.GatheredParameters([parameter], modifier_rank=0)
     return nullcontext()
 
 
 def add_reference_adapter(policy: Any) -> None:
-    """Give a PEFT policy the frozen adapter `ref`, equal to the one being trained, unless it has one already."""
-    if ADAPTER in policy.peft_config:
-        return
+    """Give a PEFT policy the frozen adapter `ref`, equal to the one being trained; TRL may have added one already."""
     active = policy.active_adapter
-    policy.add_adapter(ADAPTER, policy.peft_config[active])
+    if ADAPTER not in policy.peft_config:
+        policy.add_adapter(ADAPTER, policy.peft_config[active])
+        policy.set_adapter(active)  # leaves `ref` frozen
     weights = dict(policy.named_parameters())
     for name, parameter in weights.items():
         if f".{ADAPTER}." in f"{name}.":
-            parameter.data.copy_(weights[f"{name}.".replace(f".{ADAPTER}.", f".{active}.")[:-1]].data)
-    policy.set_adapter(active)  # leaves `ref` frozen
+            # In its dtype too: PEFT makes adapters float32, and TRL trains some in bfloat16.
+            parameter.data = weights[f"{name}.".replace(f".{ADAPTER}.", f".{active}.")[:-1]].data.clone()
 
 
 class SyncReference(TrainerCallback):
@@ -269,7 +270,8 @@ def require_equal_weights(policy: nn.Module, reference: nn.Module) -> None:
     or never saved, would silently get another reference.
     """
     weights = dict(policy.named_parameters())
-    for name, loaded in reference.named_parameters():
+    for name, parameter in reference.named_parameters():
+        loaded = parameter.full_tensor() if isinstance(parameter, DTensor) else parameter
         start = weights.get(name)
         if start is None or start.shape != loaded.shape or start.is_meta:
             continue  # partitioned or renamed by a wrapper: not comparable here

@@ -22,6 +22,9 @@ from .sources import TrajectorySources
 from .startup import without
 from .trajectory import Trajectory
 
+# Of what TRL keeps to log as completions; images are not kept.
+_COMPLETIONS = ("prompt", "completion", "rewards", "advantages", "extra")
+
 
 class ExactResume(TrajectorySources):
     """What TRL and transformers leave out of a checkpoint, and when a checkpoint counts as one.
@@ -103,6 +106,7 @@ class ExactResume(TrajectorySources):
             "loss": self._tr_loss.item(),
             "last_logged": self._globalstep_last_logged,
             "training": self.model.training,  # what is logged at the end depends on it
+            "completions": {name: self._logs[name] for name in _COMPLETIONS} if self.log_completions else {},
         }
         save_state(folder, {"trainer": trainers, "own": own}, lists)
         if self.args.sync_ref_model and self._reference is not None:
@@ -121,6 +125,12 @@ class ExactResume(TrajectorySources):
         self._tr_loss.fill_(trainers["loss"])
         self._globalstep_last_logged = trainers["last_logged"]
         self.model.train(trainers["training"])
+        for name, saved in trainers["completions"].items():
+            if isinstance(saved, list):
+                self._logs[name].extend(saved)
+                continue
+            for column, values in saved.items():
+                self._logs[name][column].extend(values)
         self._restore(state["own"], lists)
         if self.args.sync_ref_model and self._reference is not None:
             self._reference.load(folder, process_folder(checkpoint, 0))
