@@ -275,6 +275,19 @@ def test_mixed(folder, tmp_path):  # noqa: F811
     assert all(value == 0.0 for value in logged(trainer, "left_out/unscored"))
 
 
+def test_columns_of_the_user_reach_the_reward_functions(folder, tmp_path):  # noqa: F811
+    """Also those whose names a trajectory has for itself, such as `source` and `group`."""
+    asked = []
+
+    def reward(completions, source, group, **kwargs):
+        asked.append((source, group))
+        return [0.0] * len(completions)
+
+    rows = [{"prompt": "a", "completion": "b" if i % 2 else None, "source": "web", "group": 7} for i in range(8)]
+    train(folder, tmp_path, reward, Dataset.from_list(rows), per_device_train_batch_size=4, max_steps=1)
+    assert asked == [(["web"] * 2, [7] * 2)] * 2
+
+
 def test_two_processes(tmp_path):
     """The same data on two processes, n = 4, messages beside logged text, the logged rows first in the data set."""
     launch([str(tmp_path)], script="logged_processes.py")

@@ -13,24 +13,23 @@ from datasets import Dataset, Features, List, Value
 from datasets.fingerprint import generate_random_fingerprint
 from transformers import PreTrainedTokenizerBase
 
-from .storage import COLUMNS
-from .trajectory import End, Source
+from .storage import from_row
+from .trajectory import End, Source, Trajectory
 
 _COMPLETION_COLUMNS = ("completion_ids", "completion")
+_INDEX = "_row"  # of the row in the training set
 # What a row says about its own trajectory; everything else goes to the reward functions.
-ROW_COLUMNS = frozenset((*COLUMNS, "completion", "row"))
+_OWN_COLUMNS = frozenset(
+    ("completion", "prompt_ids", "completion_ids", "loss_mask", "end", "reward", "ref_log_probs", "ref_soft_value")
+) | {"ref_key", _INDEX}
 
 _FEATURES = Features(
     {
-        "row": Value("int64"),
+        _INDEX: Value("int64"),
         "prompt_ids": List(Value("int32")),
         "completion_ids": List(Value("int32")),
         "loss_mask": List(Value("bool")),
         "end": Value("string"),
-        "source": Value("string"),
-        "group": Value("int64"),
-        "policy_step": Value("int64"),
-        "priority": Value("float64"),
     }
 )
 
@@ -59,7 +58,7 @@ def check_logged_rows(dataset: Dataset, logged: np.ndarray, rewarded: bool, scor
         ValueError: for an empty completion, ids without prompt ids, a mask of the wrong length or content, an unknown
             end, a reward that is missing or not finite.
     """
-    known = [name for name in dataset.column_names if name in ROW_COLUMNS]
+    known = [name for name in dataset.column_names if name in _OWN_COLUMNS]
     rows = dataset.select_columns(known)
     for index in np.flatnonzero(logged).tolist():
         row = rows[index]
@@ -219,7 +218,7 @@ def tokenize_logged_rows(
         if not logged[index]:
             return dict.fromkeys(_FEATURES)
         try:
-            return {"row": index, **_trajectory_columns(row, tokenize, vocabulary, context)}
+            return {_INDEX: index, **_trajectory_columns(row, tokenize, vocabulary, context)}
         except ValueError as error:
             raise ValueError(f"Row {index} of the training set: {error}") from error
 
@@ -260,12 +259,20 @@ def _trajectory_columns(
         "completion_ids": ids,
         "loss_mask": mask,
         "end": end.value,
-        "source": Source.LOGGED.value,
-        # One prompt, one group: whatever run a row comes from.
-        "group": xxhash.xxh3_64_intdigest(np.asarray(prompt_ids, dtype=np.int64).tobytes()) >> 1,
-        "policy_step": None,
-        "priority": None,
     }
+
+
+def logged_trajectory(row: Mapping[str, Any]) -> Trajectory:
+    """The trajectory of a row that `tokenize_logged_rows` has been over. Rows of one prompt are one group."""
+    prompt = np.asarray(row["prompt_ids"], dtype=np.int64).tobytes()
+    origin = {"source": Source.LOGGED.value, "group": xxhash.xxh3_64_intdigest(prompt) >> 1}
+    own = {name: row.get(name) for name in _OWN_COLUMNS}
+    return from_row({**own, **origin})
+
+
+def row_index(row: Mapping[str, Any]) -> int:
+    """Which row of the training set this is."""
+    return row[_INDEX]
 
 
 def completion_of(row: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase) -> tuple[Any, Any]:
@@ -282,4 +289,4 @@ def completion_of(row: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase) ->
 
 def columns_for_rewards(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     """The rows without what they say about their own trajectory."""
-    return [{name: value for name, value in row.items() if name not in ROW_COLUMNS} for row in rows]
+    return [{name: value for name, value in row.items() if name not in _OWN_COLUMNS} for row in rows]

@@ -22,8 +22,9 @@ from transformers import PreTrainedTokenizerBase, TrainerCallback
 from trl.trainer.callbacks import SyncRefModelCallback
 from trl.trainer.utils import use_adapter
 
+from .logged import logged_trajectory
 from .scoring import TrajectoryScores
-from .storage import from_row, read_trajectories, write_trajectories
+from .storage import read_trajectories, write_trajectories
 from .trajectory import Batch, Trajectory, by_length
 
 ADAPTER = "ref"  # TRL's name for it
@@ -47,7 +48,7 @@ class Reference:
         settings: dict[str, Any],
     ):
         self.policy, self.frozen_copy, self.accelerator, self.settings = policy, frozen_copy, accelerator, settings
-        self.key = self._fingerprint()
+        self.renew_key()
 
     @contextmanager
     def module(self) -> Iterator[nn.Module]:
@@ -70,7 +71,7 @@ class Reference:
             SyncRefModelCallback.sync_target_model(
                 nn.ParameterList([trained[name]]), nn.ParameterList([parameter]), alpha
             )
-        self.key = self._fingerprint()
+        self.renew_key()
 
     def save(self, folder: Path) -> None:
         """Write what `sync` changes: the whole of it once, or every process its own FSDP2 shard."""
@@ -96,6 +97,10 @@ class Reference:
             for name, parameter in parameters:
                 with _whole(parameter):
                     _local(parameter).copy_(saved.get_tensor(name))
+        self.renew_key()
+
+    def renew_key(self) -> None:
+        """After a change of the weights, or of how they are sharded."""
         self.key = self._fingerprint()
 
     def _synced(self) -> list[tuple[str, nn.Parameter]]:
@@ -171,6 +176,9 @@ class SyncReference(TrainerCallback):
     def __init__(self, reference: Reference):
         self.reference = reference
 
+    def on_train_begin(self, args, state, control, **kwargs):
+        self.reference.renew_key()  # a policy with adapters is sharded by now, as when `load` renews it
+
     def on_step_end(self, args, state, control, **kwargs):
         if state.global_step % args.ref_model_sync_steps == 0:
             self.reference.sync(args.ref_model_mixup_alpha)
@@ -222,7 +230,7 @@ def precompute_scores(
     another run on the same ones reads them back.
 
     Args:
-        dataset: rows as `storage.from_row` reads them.
+        dataset: rows as `logged.logged_trajectory` reads them.
         output_dir: of the run.
         reference: whose key the scores carry.
         score: writes the scores onto trajectories; also given one to run where a process has none left.
@@ -240,8 +248,8 @@ def precompute_scores(
         mine: list[Trajectory] = []
         for first in range(0, len(dataset), block * processes):  # the same number of blocks on every process
             rows = range(first + process, min(first + block * processes, len(dataset)), processes)
-            trajectories = [from_row(dataset[row]) for row in rows]
-            score(trajectories, trajectories[0] if trajectories else from_row(dataset[0]))
+            trajectories = [logged_trajectory(dataset[row]) for row in rows]
+            score(trajectories, trajectories[0] if trajectories else logged_trajectory(dataset[0]))
             mine += trajectories
         write_trajectories(_part(file, process), mine)
         accelerator.wait_for_everyone()

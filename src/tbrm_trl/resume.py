@@ -39,9 +39,13 @@ class ExactResume(TrajectorySources):
     - `_run_epoch`, `_finalize_training`: from the checkpoint of its last update, a run ends without another one.
     """
 
-    _identity: dict[str, Any]  # what a run must share with a checkpoint to resume from it
     _reference: Reference | None
     _resumed_from: str | None
+
+    @property
+    def _identity(self) -> dict[str, Any]:
+        """What a run must share with a checkpoint to resume from it."""
+        raise NotImplementedError
 
     def _fresh_start(self) -> None:
         """Forget what an earlier call of `train` left behind."""

@@ -11,10 +11,17 @@ import torch
 from transformers import PreTrainedModel
 from trl import GRPOTrainer
 
-from .logged import CompletionTokenizer, columns_for_rewards, completion_of, tokenize_logged_rows
+from .logged import (
+    CompletionTokenizer,
+    columns_for_rewards,
+    completion_of,
+    logged_trajectory,
+    row_index,
+    tokenize_logged_rows,
+)
 from .rollout import Rewards, trajectories_from_trl
 from .sampler import Window, WindowSampler
-from .storage import from_row, write_trajectories
+from .storage import write_trajectories
 from .trajectory import Trajectory
 
 
@@ -91,13 +98,16 @@ class TrajectorySources(GRPOTrainer):
     def _take_logged(self, rows: list[dict[str, Any]]) -> list[Trajectory]:
         """The logged trajectories of these rows, each the same object whenever its row comes up again."""
         for row in rows:
-            if row["row"] not in self._logged_by_row:
-                self._logged_by_row[row["row"]] = from_row(row)
-        trajectories = [self._logged_by_row[row["row"]] for row in rows]
+            if row_index(row) not in self._logged_by_row:
+                self._logged_by_row[row_index(row)] = logged_trajectory(row)
+        trajectories = [self._logged_by_row[row_index(row)] for row in rows]
         if self._some_logged_unrewarded:
             prompts, completions = zip(*(completion_of(row, self._tokenizer) for row in rows), strict=True)
             ids = [t.completion_ids.tolist() for t in trajectories]
             self._calculate_rewards(columns_for_rewards(rows), list(prompts), list(completions), ids)
+            # What the functions log is of rollouts: TRL would count this among the next ones.
+            self._pending_metrics.clear()
+            self._pending_extra_logs.clear()
             for row, trajectory, reward in zip(rows, trajectories, self._rewards.total.tolist(), strict=True):
                 if row.get("reward") is None:
                     trajectory.reward = reward

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import gc
 import math
 import textwrap
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from functools import cached_property
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -199,15 +199,7 @@ class TBRMTrainer(ExactResume):
         self._mean_length = 0.0
         self._beta_checked = False
 
-        self._identity = {
-            "processes": args.world_size,
-            "data set": dataset_digest(train_dataset),
-            "trajectories per update": args.rows_per_update,
-            "updates per window": args.steps_per_generation // args.gradient_accumulation_steps,
-            "num_iterations": args.num_iterations,
-            "num_generations": args.num_generations,
-            "replay_buffer_size": args.replay_buffer_size,
-        }
+        self._given_dataset = train_dataset
         self._logged_by_row: dict[int, Trajectory] = {}
         self._reference = self._make_reference()
         if self._window_parts.logged:
@@ -252,9 +244,7 @@ class TBRMTrainer(ExactResume):
             )
             if self.eval_dataset is None and self.ref_model is not None:
                 self._reference = self.ref_model = None
-                gc.collect()
-                if torch.cuda.is_available():
-                    torch.cuda.empty_cache()
+                self.accelerator.free_memory()  # it keeps a list of what it prepared
 
     def _prepare_inputs(self, generation_batch: list[dict[str, Any]]) -> dict[str, list]:
         if not self.model.training:
@@ -456,8 +446,22 @@ class TBRMTrainer(ExactResume):
 
     # ---- resume ------------------------------------------------------------------------------------------------
 
+    @cached_property
+    def _identity(self) -> dict[str, Any]:
+        args = self.args
+        return {
+            "processes": args.world_size,
+            "data set": dataset_digest(self._given_dataset),
+            "trajectories per update": args.rows_per_update,
+            "updates per window": args.steps_per_generation // args.gradient_accumulation_steps,
+            "num_iterations": args.num_iterations,
+            "num_generations": args.num_generations,
+            "replay_buffer_size": args.replay_buffer_size,
+        }
+
     def _fresh_start(self) -> None:
         self._window, self._rows_drawn, self._rows_trained = [], 0, 0
+        self._step_totals, self._totals["train"] = Totals(), Totals()
         if self._replay is not None:
             self._replay.trajectories.clear()
 
