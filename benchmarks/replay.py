@@ -687,7 +687,7 @@ def smollm2_section(curves: Curves) -> str:
 one-digit numbers), {settings.updates} updates of {settings.rows} trajectories. Accuracy is on 60 held-out problems,
 avg@2 at T = 1; before training it is {starts[0]:.3f}. Nothing was tuned here: TBRM has the demo's learning rate and β,
 GRPO and RLOO ten times TRL's default learning rate (1e-6, too small for so few updates) and TRL's KL coefficients.
-**One seed: the standard error over problems alone is about 0.05, so small differences mean nothing.**
+**One seed: small differences mean nothing.**
 
 {table(["", "rollouts", "final accuracy", "learning rate", "buffer", "seconds of training"], rows)}
 """

@@ -1,61 +1,92 @@
-"""Run by test_reference.py under a launcher: trains on scripted rows as asked; rank 0 saves what was seen."""
+"""Runs of test_reference.py, in its own process or under a launcher: trains as asked; rank 0 saves what was seen."""
 
 from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 import torch
 from accelerate.state import AcceleratorState, PartialState
 from accelerate.utils import DistributedType, gather_object
 from peft import LoraConfig
 from scripted import script, scripted_trainer
+from torch.distributed.tensor import DTensor
+from transformers import AutoModelForCausalLM, TrainerCallback
 
 
-def fsdp_on_cpu() -> None:
-    """accelerate makes DDP of FSDP on the CPU, where torch runs it as well."""
+def train(folder: str, out: str, lora=False, loaded=False, resume: str | None = None, **options: Any) -> dict[str, Any]:
+    """One run.
+
+    Args:
+        folder: of the model.
+        out: where checkpoints go.
+        lora: train an adapter.
+        loaded: pass the model as an object, not as a folder.
+        resume: the checkpoint in `out` to resume from.
+    """
+    adapter = LoraConfig(r=4, target_modules="all-linear", lora_dropout=0.0) if lora else None
+    model = AutoModelForCausalLM.from_pretrained(folder) if loaded else folder
+    trainer = scripted_trainer(model, script(unscored=(1,)), out, peft_config=adapter, **options)
+    references: dict[int, dict[str, torch.Tensor]] = {}  # by the number of updates before
+    scored_at = []  # updates made before each forward of the reference
+    score = trainer._score
+
+    def watched_score(*args, **kwargs):
+        if not torch.is_grad_enabled():
+            scored_at.append(trainer.state.global_step)
+        return score(*args, **kwargs)
+
+    class Watch(TrainerCallback):
+        def on_step_begin(self, args, state, control, **kwargs):
+            references[state.global_step] = whole(trainer._reference._synced())
+
+    trainer.add_callback(Watch())
+    trainer._score = watched_score
+    trainer.train(resume_from_checkpoint=resume and f"{out}/{resume}")
+    assert isinstance(next(trainer.model.parameters()), DTensor) == trainer.is_fsdp_enabled
+    losses = gather_object([trainer.losses])
+    return {
+        "strategy": trainer.accelerator.distributed_type.value,
+        "losses": [sum(step) / len(losses) for step in zip(*losses, strict=True)],
+        "scored_at": scored_at,
+        "references": references,
+        "reference": whole(trainer._reference._synced()),
+        "policy": whole(trainer._reference._trained()),
+    }
+
+
+def whole(parameters: Iterable[tuple[str, torch.nn.Parameter]]) -> dict[str, torch.Tensor]:
+    """Copies of all of them, however they are sharded."""
+    parameters = list(parameters)
+    if any(hasattr(parameter, "ds_id") for _, parameter in parameters):
+        import deepspeed
+
+        with deepspeed.zero.GatheredParameters([parameter for _, parameter in parameters]):
+            return {name: parameter.detach().clone() for name, parameter in parameters}
+    return {n: (p.full_tensor() if isinstance(p, DTensor) else p).detach().clone() for n, p in parameters}
+
+
+def allow_fsdp_on_cpu() -> None:
+    """Without an accelerator, accelerate makes DDP of FSDP; torch runs it there just as well."""
     init = AcceleratorState.__init__
 
     def init_with_fsdp(self, *args, fsdp_plugin=None, **kwargs):
         init(self, *args, fsdp_plugin=fsdp_plugin, **kwargs)
         if fsdp_plugin is not None:
-            self.distributed_type, self.fsdp_plugin = DistributedType.FSDP, fsdp_plugin
-            PartialState._shared_state["distributed_type"] = DistributedType.FSDP
+            self.fsdp_plugin = fsdp_plugin
+            self.distributed_type = PartialState._shared_state["distributed_type"] = DistributedType.FSDP
 
     AcceleratorState.__init__ = init_with_fsdp
 
 
-def whole(named) -> dict[str, torch.Tensor]:
-    """Full copies of parameters, whatever they are sharded by."""
-    named = list(named)
-    if any(hasattr(p, "ds_id") for _, p in named):
-        import deepspeed
-
-        with deepspeed.zero.GatheredParameters([p for _, p in named]):
-            return {name: p.detach().clone() for name, p in named}
-    return {n: (p.full_tensor() if hasattr(p, "full_tensor") else p).detach().clone() for n, p in named}
-
-
-def train(folder: str, out: str, *, lora: bool = False, **options) -> dict:
-    adapter = LoraConfig(r=4, target_modules="all-linear", lora_dropout=0.0) if lora else None
-    trainer = scripted_trainer(folder, script(unscored=(1,)), out, peft_config=adapter, **options)
-    trainer.train()
-    losses = gather_object([trainer.losses])
-    return {
-        "losses": [sum(step) / len(losses) for step in zip(*losses, strict=True)],
-        "reference": whole(trainer._reference._synced()),
-        "policy": whole(trainer.accelerator.unwrap_model(trainer.model).named_parameters()),
-        "type": str(trainer.accelerator.distributed_type),
-        "log": trainer.state.log_history,
-    }
-
-
 def main(folder: str, out: str, runs: str) -> None:
-    fsdp_on_cpu()
+    allow_fsdp_on_cpu()
     seen = {}
     for name, options in json.loads(runs).items():
-        seen[name] = train(folder, out, **options)
+        seen[name] = train(folder, f"{out}/{options.pop('out', name)}", **options)
     if torch.distributed.get_rank() == 0:
         torch.save(seen, Path(out) / "seen.pt")
     torch.distributed.destroy_process_group()

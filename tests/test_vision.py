@@ -20,9 +20,11 @@ from datasets import Dataset
 from oracle import distance, solve
 from PIL import Image
 from scripted import RecordingTrainer
+from test_config import config
 
 from tbrm_trl import TBRMConfig
-from tbrm_trl.startup import VISION_MODEL_TYPES, check_vision
+from tbrm_trl.sampler import Window
+from tbrm_trl.startup import VISION_MODEL_TYPES, check_sources_of_vision, check_vision
 from tbrm_trl.trajectory import PER_TOKEN_INPUTS, Trajectory
 
 TOLERANCE = 1e-5
@@ -246,3 +248,16 @@ def test_untested_models_are_refused(tmp_path):
     with pytest.raises(ValueError, match=r"type 'vipllava' are not supported.*qwen2_vl.*pass the tokenizer"):
         trainer_on(dataset((1, 1)), tmp_path, None)
     check_vision(hf.AutoModelForImageTextToText.from_pretrained(tmp_path), is_vision=False)
+
+
+@pytest.mark.parametrize(
+    ("options", "window", "message"),
+    [
+        ({"replay_buffer_size": 8, "num_iterations": 2}, Window(8, 0), "`replay_buffer_size` stores text alone"),
+        ({"save_rollouts": True}, Window(8, 0), "`save_rollouts` stores text alone"),
+        ({}, Window(4, 4), "Logged trajectories hold text alone"),
+    ],
+)
+def test_sources_without_images_are_refused(options, window, message):
+    with pytest.raises(ValueError, match=message):
+        check_sources_of_vision(config(**options), window)

@@ -164,10 +164,8 @@ def check_adapters(model: Any, peft_config: Any, args: TBRMConfig) -> None:
             )
 
 
-def check_vision(model: PreTrainedModel, is_vision: bool, args: TBRMConfig, window: Window) -> None:
-    """Refuse vision-language models where a source of trajectories cannot carry their image inputs."""
-    if not is_vision:
-        return
+def check_sources_of_vision(args: TBRMConfig, window: Window) -> None:
+    """With a model that reads images, refuse every source of trajectories that cannot carry them."""
     for name, asked in (("replay_buffer_size", args.replay_buffer_size), ("save_rollouts", args.save_rollouts)):
         if asked:
             raise ValueError(f"`{name}` stores text alone, and this model reads images. Leave it at its default.")
@@ -176,7 +174,11 @@ def check_vision(model: PreTrainedModel, is_vision: bool, args: TBRMConfig, wind
             "Logged trajectories hold text alone, and this model reads images. For text-only training pass the "
             "tokenizer as `processing_class`; else drop the column of completions."
         )
-    if model.config.model_type not in VISION_MODEL_TYPES:
+
+
+def check_vision(model: PreTrainedModel, is_vision: bool) -> None:
+    """Refuse vision-language architectures whose image inputs are not known to be carried correctly."""
+    if is_vision and model.config.model_type not in VISION_MODEL_TYPES:
         raise ValueError(
             f"Vision-language models of type {model.config.model_type!r} are not supported: their layout of image "
             f"inputs is not tested. Supported: {', '.join(sorted(VISION_MODEL_TYPES))}. For text-only training pass "

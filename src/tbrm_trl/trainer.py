@@ -24,6 +24,7 @@ from .logged import check_logged_rows
 from .metrics import Totals, step_totals
 from .objective import bellman_residual, squared_residual_loss, trajectory_log_ratio
 from .reference import (
+    ADAPTER,
     Reference,
     SyncReference,
     add_reference_adapter,
@@ -40,6 +41,7 @@ from .startup import (
     check_adapters,
     check_dataset,
     check_sources,
+    check_sources_of_vision,
     check_vision,
     startup_line,
     warn_of_beta,
@@ -170,7 +172,9 @@ class TBRMTrainer(ExactResume):
         self.beta = 0.0  # TRL's own reference pass stays off
 
         policy = self.model.get_base_model() if is_peft_model(self.model) else self.model
-        check_vision(policy, self._is_vlm, args, self._window_parts)
+        check_vision(policy, self._is_vlm)
+        if self._is_vlm:
+            check_sources_of_vision(args, self._window_parts)
         if isinstance(model, PreTrainedModel) and self.ref_model is not None:
             require_equal_weights(policy, self.accelerator.unwrap_model(self.ref_model))
         disable_randomness(self.model)
@@ -214,7 +218,7 @@ class TBRMTrainer(ExactResume):
         args = self.args
         if args.reference == "previous":
             return None
-        if args.sync_ref_model and self.ref_model is None:
+        if self.ref_model is None and (args.sync_ref_model or ADAPTER in self.model.peft_config):
             add_reference_adapter(self.model)
         settings = {
             "temperature": self.temperature,

@@ -1,0 +1,226 @@
+"""Run by test_resume.py in processes of their own: one training run, which may kill itself at a named point."""
+
+from __future__ import annotations
+
+import gc
+import json
+import os
+import random
+import shutil
+import signal
+import sys
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from datasets import Dataset
+from peft import LoraConfig
+from transformers import TrainerCallback
+
+import tbrm_trl.resume
+from tbrm_trl import TBRMConfig, TBRMTrainer
+from tbrm_trl.reference import Reference
+from tbrm_trl.storage import to_row
+
+WORDS = ["1+1=", "Say: ab", "c", "What is it? ", "longer than the others", "x y", "z", "0:", "tail"]
+PROMPTS = [{"prompt": word} for word in WORDS]
+LOGGED = [{"prompt": word, "completion": f"{i}abc"[: i % 5 + 1], "reward": i / 7} for i, word in enumerate(WORDS * 2)]
+MIXED = [{"prompt": word, "completion": None, "reward": None} for word in WORDS[:5]] + [
+    {**row, "reward": row["reward"] if i % 3 else None} for i, row in enumerate(LOGGED[:11])
+]
+
+# Updates 1 to 4 are on the first window, twice two; 8 updates are an epoch; 14 end in the middle of a window.
+OPTIONS: dict[str, Any] = dict(
+    beta=0.1, learning_rate=0.01, max_steps=14, max_completion_length=6, num_generations=2,
+    per_device_train_batch_size=2, gradient_accumulation_steps=2, steps_per_generation=4, num_iterations=2,
+    save_strategy="steps", save_steps=3, save_total_limit=1, logging_steps=1, save_rollouts=True,
+    gradient_checkpointing=False, bf16=False, use_cpu=True, report_to="none", disable_tqdm=True,
+)  # fmt: skip
+SYNC = dict(sync_ref_model=True, ref_model_sync_steps=4)
+CASES: dict[str, dict[str, Any]] = {
+    "fresh": dict(eval_strategy="steps", eval_steps=5, log_completions=True),
+    "replay": dict(replay_buffer_size=12, replay_max_age=5),
+    "prioritized": dict(replay_buffer_size=20, replay_max_age=9, replay_sampling="prioritized"),
+    "logged": dict(data=LOGGED[:17], save_rollouts=False),
+    "mixed": dict(data=MIXED, logged_fraction=0.5, replay_buffer_size=8),
+    "lora": dict(lora=True),
+    "lora, reset": dict(lora=True, ref_model_mixup_alpha=1.0, replay_buffer_size=16, **SYNC),
+    "reset": dict(ref_model_mixup_alpha=1.0, replay_buffer_size=16, **SYNC),
+    "moving average": dict(ref_model_mixup_alpha=0.6, data=MIXED, **SYNC),
+    # Checkpoints at steps that are not logged, at the end of a window, and at the end of an epoch.
+    "unlogged": dict(
+        reference="previous", max_steps=16, logging_steps=3, save_steps=4, replay_buffer_size=16,
+        replay_sampling="prioritized",
+    ),
+    # The numbers of a case above, over two processes.
+    "two, prioritized": dict(
+        replay_buffer_size=20, replay_max_age=9, replay_sampling="prioritized", per_device_train_batch_size=1
+    ),
+    "two, mixed": dict(
+        data=MIXED, logged_fraction=0.5, ref_model_mixup_alpha=0.6, per_device_train_batch_size=1,
+        **SYNC,
+    ),
+}  # fmt: skip
+
+
+def letters(completions, log_metric, log_extra, **kwargs) -> list[float]:
+    shares = [sum(map(str.islower, text)) / 8 for text in completions]
+    log_metric("length", sum(map(len, completions)) / len(completions))
+    log_extra("letters", shares)
+    return shares
+
+
+def digits(completions, **kwargs) -> list[float | None]:
+    """Scores only completions that hold a digit."""
+    return [float(sum(map(str.isdigit, text))) or None for text in completions]
+
+
+def build(case: str, model: str, output_dir: Path, **changes: Any) -> TBRMTrainer:
+    options = {**OPTIONS, **CASES[case], **changes}
+    data, lora = options.pop("data", PROMPTS), options.pop("lora", False)
+    return TBRMTrainer(
+        model,
+        [letters, digits],
+        TBRMConfig(output_dir=str(output_dir), **options),
+        Dataset.from_list(data),
+        Dataset.from_list(PROMPTS[:2]) if "eval_steps" in options else None,
+        peft_config=LoraConfig(r=4, target_modules="all-linear", lora_dropout=0.0) if lora else None,
+    )
+
+
+def kill_at(trainer: TBRMTrainer, point: str, step: int, evidence: Path) -> None:
+    """Have this process kill itself at a point of the run, once `step` updates were made."""
+    policy = trainer.model.get_base_model() if hasattr(trainer.model, "peft_config") else trainer.model
+    before, after = True, False
+    owner, name, when, file = {
+        "generating": (policy, "_update_model_kwargs_for_generation", after, None),  # after the first token
+        "between micro-batches": (trainer, "training_step", after, None),
+        "weights stepped": (trainer.callback_handler, "on_optimizer_step", before, None),
+        "update made": (trainer, "_maybe_log_save_evaluate", before, None),
+        "reference synced": (Reference, "sync", after, None),
+        # Writing a checkpoint, in order.
+        "nothing written": (trainer, "save_model", before, None),
+        "model written": (trainer, "_save_optimizer_and_scheduler", before, None),
+        "optimizer written": (trainer, "_save_optimizer_and_scheduler", after, None),
+        "random state written": (tbrm_trl.resume, "save_state", before, None),
+        "rollouts half-written": (os, "replace", before, f"step-{step:08d}-process-0.partial"),
+        "trajectories half-written": (os, "replace", before, "trajectories.partial"),
+        "state half-written": (os, "replace", before, "state.partial"),
+        "own state written": (tbrm_trl.resume, "save_state", after, None),
+        "reference written": (Reference, "save", after, None),
+        "all written": (tbrm_trl.resume, "mark_complete", before, None),
+        "mark half-written": (os, "replace", before, "complete.partial"),
+        "marked": (tbrm_trl.resume, "mark_complete", after, None),
+        # Removing the one before.
+        "old one unmarked": (shutil, "rmtree", before, None),
+        "old one half-removed": (os, "unlink", after, "scheduler.pt"),
+        "old one removed": (tbrm_trl.resume, "remove_old_checkpoints", after, None),
+        "ending": (trainer, "_finalize_training", before, None),
+    }[point]  # fmt: skip
+    original = getattr(owner, name)
+
+    def wrapped(*args, **kwargs):
+        due = trainer.state.global_step == step and (file is None or Path(args[0]).name == file)
+        due = due and not evidence.exists()
+        if not (due and when is before):
+            result = original(*args, **kwargs)
+        if due:
+            evidence.write_text(f"{point} {step}")
+            os.kill(os.getpid(), signal.SIGKILL)
+        return result
+
+    setattr(owner, name, wrapped)
+
+
+class ControlC(TrainerCallback):
+    """Interrupts an update between its micro-batches, once."""
+
+    done = False
+
+    def on_substep_end(self, args, state, control, **kwargs):
+        if state.global_step == 7 and not self.done:
+            self.done = True
+            raise KeyboardInterrupt
+
+
+def outcome(trainer: TBRMTrainer) -> dict[str, Any]:
+    """Everything that training has made, of this process."""
+    logs = [
+        {
+            name: value
+            for name, value in entry.items()
+            if not (name.endswith(("_time", "_runtime", "_per_second")) or name in ("train_loss", "total_flos"))
+        }
+        for entry in trainer.state.log_history
+    ]
+    unwrap = trainer.accelerator.unwrap_model
+    state, lists = trainer._own_state()
+    return {
+        "log": logs,
+        "model": dict(unwrap(trainer.model).state_dict()),
+        "reference": {} if trainer.ref_model is None else dict(unwrap(trainer.ref_model).state_dict()),
+        "reference key": trainer._reference and trainer._reference.key,
+        "optimizer": trainer.optimizer.state_dict(),
+        "schedule": trainer.lr_scheduler.state_dict(),
+        "own": state,
+        **{name: [to_row(trajectory) for trajectory in trajectories] for name, trajectories in lists.items()},
+        "random": [torch.get_rng_state(), random.getstate(), np.random.get_state()],
+    }
+
+
+def run(
+    case: str,
+    model: str,
+    output_dir: str,
+    kill: tuple[str, int] | None = None,
+    resume: bool = False,
+    interrupt: bool = False,
+    process: int | None = None,
+    port: int | None = None,
+    **changes: Any,
+) -> None:
+    """One training run, from the start or from the last complete checkpoint.
+
+    Args:
+        case: its settings, of `CASES`.
+        model: folder of the policy.
+        output_dir: of the run; what it made in the end is beside it.
+        kill: point, and updates made by then; None to reach the end.
+        resume: whether from the last complete checkpoint.
+        interrupt: leave `train` in the middle, and call it again.
+        process: its number among two, None where it is alone or a launcher has said so.
+        port: of the first of two processes.
+        changes: to the settings.
+    """
+    if process is not None:
+        os.environ |= {
+            "RANK": str(process), "LOCAL_RANK": str(process), "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2",
+            "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port),
+        }  # fmt: skip
+    out = Path(output_dir)
+    trainer = build(case, model, out, **changes)
+    if kill is not None:
+        kill_at(trainer, *kill, out.parent / "killed")
+    if interrupt:
+        trainer.add_callback(ControlC())
+        with suppress(KeyboardInterrupt):
+            trainer.train()
+        resume = True
+    trainer.train(resume_from_checkpoint=resume or None)
+    torch.save(outcome(trainer), out.parent / f"outcome-{trainer.accelerator.process_index}.pt")
+
+
+def child(log: str, **job: Any) -> None:
+    """`run`, with what it prints in a file."""
+    descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+    os.dup2(descriptor, 1)
+    os.dup2(descriptor, 2)
+    gc.freeze()  # what was imported: the Trainer collects garbage when it starts
+    run(**job)
+
+
+if __name__ == "__main__":
+    jobs = [json.loads(argument) for argument in sys.argv[1:]]  # one for each process
+    run(**jobs[int(os.environ["RANK"])])

@@ -1,0 +1,260 @@
+"""The reference moves when asked to: full models and adapters, one process and every way to shard over two."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import pytest
+import torch
+from oracle import solve
+from peft import LoraConfig, get_peft_model
+from reference_processes import train
+from scripted import script, scripted_trainer
+from test_oracle import TOLERANCE, plain
+from test_two_processes import free_port, launch
+from tiny import perturb, save
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig, TrainerCallback
+
+from tbrm_trl.trajectory import Trajectory
+
+ZERO = pytest.approx(0, abs=1e-5)
+SYNC: dict[str, Any] = dict(
+    sync_ref_model=True, ref_model_sync_steps=2, learning_rate=0.01, lr_scheduler_type="constant"
+)
+
+
+def lora() -> LoraConfig:
+    return LoraConfig(r=4, target_modules="all-linear", lora_dropout=0.0)
+
+
+def keep_before_each_update(trainer, look) -> list:
+    """What `look()` returned before the first update, before the second, and so on."""
+    kept = []
+
+    class Keep(TrainerCallback):
+        def on_step_begin(self, args, state, control, **kwargs):
+            kept.append(look())
+
+    trainer.add_callback(Keep())
+    return kept
+
+
+# ---- one process -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("alpha", [1.0, 0.3])
+def test_the_reference_follows_the_formula(alpha, tmp_path):
+    """After every second update, to the bit; and each loss is that of the reference of its time, by brute force."""
+    trainer = scripted_trainer(
+        save(tmp_path / "model"), script(), tmp_path, num_iterations=5, max_steps=5, ref_model_mixup_alpha=alpha, **SYNC
+    )
+    kept = keep_before_each_update(trainer, lambda: (plain(trainer.model), plain(trainer.ref_model)))
+    trainer.train()
+    expected = {name: p.float() for name, p in kept[0][1].named_parameters()}
+    for update, (policy, reference) in enumerate(kept):
+        if update in (2, 4):
+            weights = dict(policy.named_parameters())
+            expected = {n: (p * (1 - alpha)).add(weights[n].float(), alpha=alpha) for n, p in expected.items()}
+        assert all(torch.equal(p.float(), expected[name]) for name, p in reference.named_parameters())
+        answer = solve(policy, reference, trainer.windows[0], beta=0.1)
+        assert trainer.losses[update] == pytest.approx(answer.loss, rel=TOLERANCE)
+
+
+def test_a_replayed_trajectory_is_scored_again_only_by_another_reference(tmp_path, monkeypatch):
+    trainer = scripted_trainer(
+        save(tmp_path / "model"), script(), tmp_path, per_device_train_batch_size=4, num_iterations=3, max_steps=15,
+        replay_buffer_size=12, **SYNC | dict(ref_model_sync_steps=4),
+    )  # fmt: skip
+    counted, updates = 0, []  # rows the reference has read; of each update, its trajectories and that count
+
+    def count(module, args, kwargs):
+        nonlocal counted
+        counted += len(kwargs["input_ids"])
+
+    trainer.ref_model.base_model.register_forward_pre_hook(count, with_kwargs=True)
+    compute_loss = trainer._compute_loss
+
+    def keep(model, inputs):
+        updates.append((inputs["trajectory"], counted))
+        return compute_loss(model, inputs)
+
+    monkeypatch.setattr(trainer, "_compute_loss", keep)
+    trainer.train()
+    before, free, renewed = 0, 0, 0
+    scored, ever = set(), set()
+    for update, (trajectories, after) in enumerate(updates):
+        if update % 4 == 0:
+            scored = set()  # the reference has changed
+        here = {id(t) for t in trajectories}
+        assert after - before == len(here - scored)
+        free += len(here & scored)
+        renewed += len((here - scored) & ever)
+        before, scored, ever = after, scored | here, ever | here
+    assert renewed >= 4 and free >= 4
+    assert any(t.ref_key != trainer._reference.key for t in trainer._replay.trajectories)  # not trained on since then
+
+
+@pytest.mark.parametrize("policy", ["new adapter", "trained adapter", "4-bit base"])
+def test_hard_reset_of_an_adapter(policy, tmp_path):
+    """The adapter `ref` takes over the trained one's weights every second update, and nothing else moves it."""
+    folder, given = save(tmp_path / "model", "llama"), {}
+    model: Any = folder
+    if policy == "trained adapter":
+        model = get_peft_model(AutoModelForCausalLM.from_pretrained(folder), lora())
+        perturb(torch.nn.ParameterList([p for p in model.parameters() if p.requires_grad]))
+    else:
+        given["peft_config"] = lora()
+    if policy == "4-bit base":
+        given["quantization_config"] = BitsAndBytesConfig(
+            load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.float32
+        )
+    trainer = scripted_trainer(model, script(), tmp_path, max_steps=5, ref_model_mixup_alpha=1.0, **SYNC, **given)
+
+    model = trainer.model.train()
+    assert set(model.peft_config) == {"default", "ref"} and trainer.ref_model is None
+    row = Trajectory(torch.arange(3, 9), torch.arange(20, 28), torch.ones(8, dtype=torch.bool), 1.0, "length")
+    batch = trainer._collate([row])
+    with torch.no_grad():
+        with trainer._reference.module() as reference:
+            of_reference = trainer._score(reference, batch)
+        with model.disable_adapter():
+            of_base = trainer._score(model, batch)
+    starts_at_base = torch.equal(of_reference.log_probs, of_base.log_probs)
+    assert starts_at_base == torch.equal(of_reference.soft_value, of_base.soft_value) == (policy != "trained adapter")
+
+    def look():
+        parameters = dict(model.named_parameters())
+        for name, p in parameters.items():
+            assert p.requires_grad == (".default." in name)
+            assert p.requires_grad or p.grad is None
+        return {name: p.detach().clone() for name, p in parameters.items()}
+
+    kept = keep_before_each_update(trainer, look)
+    trainer.train()
+    kept.append(look())
+
+    trained = {name for name in kept[0] if ".default." in name}
+    assert {id(p) for group in trainer.optimizer.param_groups for p in group["params"]} == {
+        id(p) for name, p in model.named_parameters() if name in trained
+    }
+    for update, weights in enumerate(kept):
+        latest_reset = kept[update - update % 2]
+        for name in trained:
+            ref = weights[name.replace(".default.", ".ref.")]
+            assert torch.equal(ref, latest_reset[name]) and ref.dtype == latest_reset[name].dtype
+        if update:
+            assert any(not torch.equal(weights[name], kept[update - 1][name]) for name in trained)
+        assert all(torch.equal(p, kept[0][name]) for name, p in weights.items() if "lora_" not in name)
+    ratios = [entry["log_ratio"] for entry in trainer.state.log_history if "log_ratio" in entry]
+    assert [ratio == ZERO for ratio in ratios] == [True, False, True, False, True]
+
+
+@pytest.mark.parametrize("form", ["configuration", "model"])
+def test_a_mixture_of_adapters_is_refused_before_anything_is_loaded(form, tmp_path):
+    model: Any = "no such folder"
+    if form == "model":
+        model = get_peft_model(AutoModelForCausalLM.from_pretrained(save(tmp_path / "model")), lora())
+    adapter = lora() if form == "configuration" else None
+    with pytest.raises(ValueError, match=r"`ref_model_mixup_alpha=0\.5` is refused with adapters"):
+        scripted_trainer(model, script(), tmp_path, peft_config=adapter, ref_model_mixup_alpha=0.5, **SYNC)
+
+
+# ---- two processes ---------------------------------------------------------------------------------------------------
+
+OPTIONS = dict(num_iterations=3, max_steps=6, save_strategy="steps", save_steps=5, **SYNC)
+RUNS: dict[str, dict[str, Any]] = {
+    "hard reset": dict(OPTIONS, ref_model_mixup_alpha=1.0, save_strategy="no"),
+    "moving average": dict(OPTIONS, ref_model_mixup_alpha=0.5),
+    "adapter": dict(OPTIONS, ref_model_mixup_alpha=1.0, lora=True, save_steps=1),
+}
+STRATEGIES: dict[str, dict[str, Any]] = {
+    "MULTI_CPU": {},
+    "ZeRO-2": dict(distributed_type="DEEPSPEED", deepspeed_config=dict(zero_stage=2, gradient_accumulation_steps=1)),
+    "ZeRO-3": dict(
+        distributed_type="DEEPSPEED",
+        deepspeed_config=dict(zero_stage=3, gradient_accumulation_steps=1, zero3_init_flag=True),
+    ),
+    "FSDP2": dict(
+        distributed_type="FSDP",
+        fsdp_config=dict(
+            fsdp_version=2,
+            fsdp_auto_wrap_policy="TRANSFORMER_BASED_WRAP",
+            fsdp_reshard_after_forward=True,
+            fsdp_state_dict_type="SHARDED_STATE_DICT",
+            fsdp_cpu_ram_efficient_loading=True,
+            fsdp_sync_module_states=True,
+        ),
+    ),
+}
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory) -> str:
+    return save(tmp_path_factory.mktemp("model"))
+
+
+@pytest.fixture(scope="module")
+def in_one_process(model, tmp_path_factory) -> dict[str, dict[str, Any]]:
+    out = tmp_path_factory.mktemp("one")
+    return {
+        name: train(model, str(out / name), per_device_train_batch_size=8, **options | dict(save_strategy="no"))
+        for name, options in RUNS.items()
+    }
+
+
+@pytest.mark.parametrize("strategy", list(STRATEGIES))
+def test_two_processes_sync_as_one_does(strategy, model, in_one_process, tmp_path):
+    """Six updates on two windows, three syncs: within the first window, within the second, and at the end.
+
+    Resumed before the first or after the second, a run ends with the same bits, and scores nothing again.
+    """
+    runs = {name: dict(options, per_device_train_batch_size=4) for name, options in RUNS.items()}
+    runs["hard reset"]["loaded"] = strategy == "FSDP2"  # there, the reference to compare it with is sharded
+    resumed = [("moving average", 5), ("adapter", 5), ("adapter", 1)]
+    runs |= {f"{name} from {step}": dict(runs[name], out=name, resume=f"checkpoint-{step}") for name, step in resumed}
+    launcher = None
+    if settings := STRATEGIES[strategy]:
+        config = tmp_path / "launch.json"
+        config.write_text(
+            json.dumps(
+                dict(
+                    compute_environment="LOCAL_MACHINE", use_cpu=True, num_machines=1, num_processes=2, machine_rank=0,
+                    mixed_precision="no", main_process_port=free_port(), **settings,
+                )
+            )
+        )  # fmt: skip
+        launcher = ["accelerate.commands.launch", "--config_file", str(config)]
+    launch([model, str(tmp_path), json.dumps(runs)], launcher, "reference_processes.py")
+    seen = torch.load(tmp_path / "seen.pt", weights_only=False)
+
+    for name, expected in in_one_process.items():
+        run = seen[name]
+        assert run["strategy"] == settings.get("distributed_type", strategy)
+        assert run["losses"] == pytest.approx(expected["losses"], rel=1e-4)  # Adam amplifies rounding
+        assert run["references"].keys() == set(range(6))
+        for update, reference in run["references"].items():
+            assert_close(reference, expected["references"][update])
+        assert_close(run["reference"], expected["reference"])
+        assert same(run["reference"], run["policy"]) == (name != "moving average")
+        assert run["scored_at"] == [0, 2, 3, 4]  # each window by both references that it meets
+    assert abs(seen["hard reset"]["losses"][2] - seen["moving average"]["losses"][2]) > 0.1
+
+    for name, step in resumed:
+        run, again = seen[name], seen[f"{name} from {step}"]
+        assert again["losses"] == run["losses"][step:]
+        assert again["scored_at"] == [update for update in run["scored_at"] if update >= step]
+        assert again["references"].keys() == set(range(step, 6))
+        assert all(same(reference, run["references"][update]) for update, reference in again["references"].items())
+        assert same(again["reference"], run["reference"]) and same(again["policy"], run["policy"])
+    assert not same(seen["adapter"]["references"][5], seen["adapter"]["references"][0])
+
+
+def same(some: dict[str, torch.Tensor], others: dict[str, torch.Tensor]) -> bool:
+    assert some.keys() == others.keys()
+    return all(torch.equal(some[name], others[name]) for name in some)
+
+
+def assert_close(some: dict[str, torch.Tensor], others: dict[str, torch.Tensor]) -> None:
+    assert some.keys() == others.keys()
+    assert max((some[name] - others[name]).abs().max().item() for name in some) < 1e-4  # of steps of 0.01

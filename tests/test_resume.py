@@ -1,0 +1,275 @@
+"""A run killed with SIGKILL, at any point and several times, ends bit for bit where an uninterrupted one does."""
+
+from __future__ import annotations
+
+import json
+import math
+import multiprocessing
+import signal
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from multiprocessing import forkserver
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from resume import CASES, OPTIONS, PROMPTS, build, child
+from test_two_processes import TESTS, free_port
+from tiny import save
+
+from tbrm_trl.checkpoint import (
+    checkpoint_to_resume,
+    complete_checkpoints,
+    load_state,
+    mark_complete,
+    process_folder,
+    remove_old_checkpoints,
+    save_state,
+)
+
+PROCESSES = multiprocessing.get_context("forkserver")
+# Points at which the checkpoint of that step is not complete yet, and at which it is.
+WRITING = (
+    "nothing written", "model written", "optimizer written", "random state written", "trajectories half-written",
+    "state half-written", "own state written", "reference written", "all written", "mark half-written",
+)  # fmt: skip
+WRITTEN = ("marked", "old one unmarked", "old one half-removed", "old one removed", "ending")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def imported_once() -> Iterator[None]:
+    """Every run is a process of its own, forked from one that has imported everything and run nothing."""
+    with pytest.MonkeyPatch.context() as environment:
+        environment.setenv("OMP_NUM_THREADS", "1")
+        environment.setenv("PYTHONPATH", str(TESTS))
+        PROCESSES.set_forkserver_preload(["resume"])
+        forkserver.ensure_running()
+        yield
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory) -> str:
+    return save(tmp_path_factory.mktemp("model") / "model")
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(model, tmp_path_factory) -> Callable[[str], Path]:
+    """The folder of a case's run that nothing disturbed."""
+    done: dict[str, Path] = {}
+
+    def of(case: str) -> Path:
+        if case not in done:
+            folder = tmp_path_factory.mktemp("uninterrupted")
+            assert not any(train(folder, case, model)), printed(folder)
+            done[case] = folder
+        return done[case]
+
+    return of
+
+
+def processes_of(case: str) -> int:
+    return 2 if case.startswith("two") else 1
+
+
+def train(folder: Path, case: str, model: str, kill: tuple | None = None, **options: Any) -> list[int]:
+    """One run, in as many processes as the case has, with options of `resume.run`. Returns their exit codes."""
+    number, port = processes_of(case), free_port()
+    killed = kill[2] if kill and len(kill) > 2 else 0
+    processes = [
+        PROCESSES.Process(
+            target=child,
+            kwargs=dict(
+                log=str(folder / f"log-{process}"), case=case, model=model, output_dir=str(folder / "out"),
+                kill=kill[:2] if kill and process == killed else None, process=process if number > 1 else None,
+                port=port, **options,
+            ),
+        )
+        for process in range(number)
+    ]  # fmt: skip
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join(200)
+        process.kill()  # where it waits for one that is no more
+        process.join()
+    return [process.exitcode for process in processes]
+
+
+def printed(folder: Path) -> str:
+    return "\n".join(file.read_text()[-3000:] for file in folder.glob("log-*"))
+
+
+def flat(value: Any, path: str = "") -> Iterator[tuple[str, Any]]:
+    """Every value in it, as something that is equal only if all bits are."""
+    if isinstance(value, dict):
+        for name, inner in value.items():
+            yield from flat(inner, f"{path}/{name}")
+    elif isinstance(value, (list, tuple)):
+        for index, inner in enumerate(value):
+            yield from flat(inner, f"{path}/{index}")
+    elif isinstance(value, (torch.Tensor, np.ndarray)):
+        yield path, (value.dtype, value.shape, np.asarray(value).tobytes())
+    else:
+        yield path, repr(value)
+
+
+def differing(folder: Path, other: Path) -> list[str]:
+    """What differs between the outcomes of two runs."""
+    names = []
+    files = sorted(file.name for file in folder.glob("outcome-*.pt"))
+    assert files and files == sorted(file.name for file in other.glob("outcome-*.pt"))
+    for file in files:
+        first, second = (dict(flat(torch.load(one / file, weights_only=False))) for one in (folder, other))
+        names += [f"{file}{path}" for path in {**first, **second} if first.get(path) != second.get(path)]
+    tables = [
+        {str(file.relative_to(run)): file.read_bytes() for file in run.glob("out/*/*.parquet")}
+        for run in (folder, other)
+    ]
+    return names + [name for name in {**tables[0], **tables[1]} if tables[0].get(name) != tables[1].get(name)]
+
+
+KILLS: dict[str, list[tuple]] = {
+    "fresh": [
+        ("generating", 0), ("model written", 3), ("between micro-batches", 4), ("generating", 5),
+        ("optimizer written", 6), ("update made", 8), ("marked", 12), ("ending", 14),
+    ],
+    "replay": [
+        ("weights stepped", 4), ("random state written", 6), ("between micro-batches", 7),
+        ("trajectories half-written", 9), ("old one unmarked", 12),
+    ],
+    "prioritized": [
+        ("state half-written", 6), ("between micro-batches", 10), ("own state written", 12), ("all written", 14),
+    ],
+    "logged": [
+        ("nothing written", 3), ("between micro-batches", 4), ("mark half-written", 9), ("old one half-removed", 12),
+    ],
+    "mixed": [("rollouts half-written", 4), ("all written", 6), ("weights stepped", 9), ("generating", 12)],
+    "lora": [("model written", 6), ("between micro-batches", 10), ("old one half-removed", 12)],
+    "lora, reset": [("reference synced", 4), ("reference written", 6), ("reference synced", 8), ("marked", 12)],
+    "reset": [("reference synced", 4), ("random state written", 9), ("reference synced", 12)],
+    "moving average": [("reference synced", 4), ("reference written", 9), ("reference synced", 12)],
+    "unlogged": [
+        ("weights stepped", 4), ("between micro-batches", 9), ("own state written", 12), ("old one removed", 16),
+    ],
+    "two, prioritized": [
+        ("own state written", 6, 0), ("random state written", 9, 1), ("between micro-batches", 10, 1),
+        ("all written", 12, 0),
+    ],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", KILLS)
+def test_a_killed_run_ends_as_an_uninterrupted_one(case, model, uninterrupted, tmp_path):
+    every = {**OPTIONS, **CASES[case]}["save_steps"]
+    out = tmp_path / "out"
+    for kill in KILLS[case]:
+        point, step = kill[:2]
+        codes = train(tmp_path, case, model, kill, resume=bool(complete_checkpoints(out)))
+        assert codes[kill[2] if len(kill) > 2 else 0] == -signal.SIGKILL and all(codes), printed(tmp_path)
+        assert (tmp_path / "killed").read_text() == f"{point} {step}"
+        (tmp_path / "killed").unlink()
+
+        before, at = (step - 1) // every * every, out / f"checkpoint-{step}"
+        complete = [folder.name for folder in complete_checkpoints(out)]
+        if point in WRITTEN:
+            assert complete == [f"checkpoint-{last}" for last in ([before, step] if point == "marked" else [step])]
+            assert (out / f"checkpoint-{before}").exists() == (point not in ("old one removed", "ending"))
+            continue
+        last = before if point in (*WRITING, "reference synced", "update made") else step // every * every
+        assert complete == [f"checkpoint-{last}"] * (last > 0)
+        if len(kill) > 2:  # the other process has written, or waits before it goes on
+            states = [(at / "tbrm" / f"process-{process}" / "state.json").exists() for process in range(2)]
+            assert states == {"own state": [1, 1], "random state": [1, 0]}.get(point.removesuffix(" written"), states)
+        if point in WRITING:
+            assert at.exists() == (point != "nothing written")
+            with pytest.raises(ValueError, match=rf"{at.name} is not a complete TBRM checkpoint: it was cut short"):
+                checkpoint_to_resume(at, str(out), {})
+
+    assert not any(train(tmp_path, case, model, resume=True)), printed(tmp_path)
+    assert differing(tmp_path, uninterrupted(case)) == []
+    files = [{file.relative_to(run) for file in run.glob("out/**/*")} for run in (tmp_path, uninterrupted(case))]
+    assert files[0] == files[1]
+    own = [file for file in out.glob("checkpoint-*/tbrm/**/*") if file.is_file()]
+    assert own and {file.suffix for file in own} <= {".json", ".safetensors", ".parquet"}
+
+
+def test_under_a_launcher(model, uninterrupted, tmp_path):
+    """One of two processes dies before it has written its part; the launcher ends the other, and starts both again."""
+    kill = ["random state written", 6]
+    job = {"case": "two, mixed", "model": model, "output_dir": str(tmp_path / "out")}
+    for jobs in ([job, {**job, "kill": kill}], [{**job, "resume": True}] * 2):
+        command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", f"--master_port={free_port()}"]
+        done = subprocess.run(
+            [*command, str(TESTS / "resume.py"), *map(json.dumps, jobs)], capture_output=True, text=True, timeout=240
+        )
+        assert (done.returncode != 0) == ("kill" in jobs[1]), done.stdout[-2000:] + done.stderr[-4000:]
+        if done.returncode:
+            assert (tmp_path / "killed").read_text() == "random state written 6"
+            assert [folder.name for folder in complete_checkpoints(tmp_path / "out")] == ["checkpoint-3"]
+    assert differing(tmp_path, uninterrupted("two, mixed")) == []
+
+
+def test_an_interrupted_call_of_train_resumes_in_its_process(model, uninterrupted, tmp_path):
+    """As in a notebook: what the interrupted update had begun is forgotten."""
+    assert not any(train(tmp_path, "unlogged", model, interrupt=True)), printed(tmp_path)
+    assert differing(tmp_path, uninterrupted("unlogged")) == []
+
+
+@pytest.mark.parametrize(
+    ("source", "changes", "message"),
+    [
+        ("two, prioritized", {}, "processes was 2 and is 1"),
+        ("prioritized", {"data": PROMPTS[::-1]}, "data set was '[0-9a-f]{16}' and is '[0-9a-f]{16}'"),
+        ("prioritized", {"gradient_accumulation_steps": 1}, "trajectories per update was 4 and is 2; updates per"),
+        ("prioritized", {"num_iterations": 3}, "num_iterations was 2 and is 3"),
+        ("prioritized", {"num_generations": 1}, "num_generations was 2 and is 1"),
+        ("prioritized", {"replay_buffer_size": 8}, "replay_buffer_size was 20 and is 8"),
+    ],
+)
+def test_a_checkpoint_of_another_run_is_refused(source, changes, message, model, uninterrupted, tmp_path):
+    [checkpoint] = complete_checkpoints(uninterrupted(source) / "out")
+    trainer = build("prioritized", model, tmp_path / "out", **changes)
+    with pytest.raises(ValueError, match=rf"{checkpoint.name} belongs to another run: {message}"):
+        trainer.train(resume_from_checkpoint=str(checkpoint))
+    assert trainer.state.global_step == 0
+
+
+def test_no_complete_checkpoint(model, uninterrupted, tmp_path):
+    """None at all; one without optimizer; one of another trainer; one that does not exist."""
+    out = tmp_path / "out"
+    trainer = build("fresh", model, out, save_only_model=True, max_steps=3)
+    with pytest.raises(ValueError, match=rf"No complete checkpoint in {out}. Start without `resume_from_checkpoint`"):
+        trainer.train(resume_from_checkpoint=True)
+    trainer.train()
+    assert (out / "checkpoint-3" / "model.safetensors").exists()
+    for name in ("checkpoint-3", "checkpoint-5"):
+        with pytest.raises(ValueError, match=rf"{name} is not a complete .* There is no complete one beside it"):
+            trainer.train(resume_from_checkpoint=str(out / name))
+    with pytest.raises(ValueError, match="No complete checkpoint"):
+        trainer.train(resume_from_checkpoint=True)
+    [complete] = complete_checkpoints(uninterrupted("fresh") / "out")
+    with pytest.raises(ValueError, match=rf"checkpoint-9 is not a complete .* The last complete one is {complete}\."):
+        trainer.train(resume_from_checkpoint=complete.parent / "checkpoint-9")
+
+
+@pytest.mark.parametrize("limit", [None, 1, 2])
+def test_what_an_interrupted_run_left_behind_displaces_no_new_checkpoint(limit, tmp_path):
+    """Checkpoint 6 was never finished and checkpoint 4 is new, after a change of `save_steps`: 4 stays."""
+    for step in (2, 3, 6, 4):
+        process_folder(tmp_path / f"checkpoint-{step}", 0).mkdir(parents=True)
+        if step != 6:
+            mark_complete(tmp_path / f"checkpoint-{step}", {})
+    remove_old_checkpoints(tmp_path / "checkpoint-4", limit, None)
+    kept = {None: {2, 3, 6, 4}, 1: {4}, 2: {4, 6}}[limit]
+    assert {int(folder.name.removeprefix("checkpoint-")) for folder in tmp_path.iterdir()} == kept
+
+
+def test_any_state_can_be_saved(tmp_path):
+    """A diverged run has infinite metrics, and users log what they like: neither may stop a run at its checkpoint."""
+    state = {"kl": [math.inf, -math.inf, 0.1], "rms": math.nan, "extra": [np.float32(0.5), np.arange(2), Path("x")]}
+    save_state(tmp_path, state, {})
+    loaded, _ = load_state(tmp_path)
+    assert repr(loaded) == repr({**state, "extra": [0.5, [0, 1], "x"]})
