@@ -131,6 +131,7 @@ def differing(folder: Path, other: Path) -> list[str]:
     return names + [name for name in {**tables[0], **tables[1]} if tables[0].get(name) != tables[1].get(name)]
 
 
+# By case, one after the other in the same run: the point, how many updates were made by then, and in which process.
 KILLS: dict[str, list[tuple]] = {
     "fresh": [
         ("generating", 0), ("model written", 3), ("between micro-batches", 4), ("generating", 5),
@@ -163,6 +164,11 @@ KILLS: dict[str, list[tuple]] = {
 
 @pytest.mark.parametrize("case", KILLS)
 def test_a_killed_run_ends_as_an_uninterrupted_one(case, model, uninterrupted, tmp_path):
+    """Weights, optimizer, reference, trajectories, random state, logs and files; and always a checkpoint to go on from.
+
+    Each kill leaves the checkpoints that it should, and the one being written is refused. Then the run is started again
+    from the last complete one, or anew while there is none.
+    """
     every = {**OPTIONS, **CASES[case]}["save_steps"]
     out = tmp_path / "out"
     for kill in KILLS[case]:
@@ -238,9 +244,9 @@ def test_a_checkpoint_of_another_run_is_refused(source, changes, message, model,
 
 
 def test_no_complete_checkpoint(model, uninterrupted, tmp_path):
-    """None at all; one without optimizer; one of another trainer; one that does not exist."""
+    """None at all; one that holds the model alone; one that does not exist."""
     out = tmp_path / "out"
-    trainer = build("fresh", model, out, save_only_model=True, max_steps=3)
+    trainer = build("replay", model, out, save_only_model=True, max_steps=3)
     with pytest.raises(ValueError, match=rf"No complete checkpoint in {out}. Start without `resume_from_checkpoint`"):
         trainer.train(resume_from_checkpoint=True)
     trainer.train()
@@ -250,7 +256,7 @@ def test_no_complete_checkpoint(model, uninterrupted, tmp_path):
             trainer.train(resume_from_checkpoint=str(out / name))
     with pytest.raises(ValueError, match="No complete checkpoint"):
         trainer.train(resume_from_checkpoint=True)
-    [complete] = complete_checkpoints(uninterrupted("fresh") / "out")
+    [complete] = complete_checkpoints(uninterrupted("replay") / "out")
     with pytest.raises(ValueError, match=rf"checkpoint-9 is not a complete .* The last complete one is {complete}\."):
         trainer.train(resume_from_checkpoint=complete.parent / "checkpoint-9")
 

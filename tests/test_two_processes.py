@@ -37,7 +37,7 @@ def launch(arguments: list[str], launcher: list[str] | None = None, script: str 
         env=environment,
         capture_output=True,
         text=True,
-        timeout=240,
+        timeout=600,  # DeepSpeed compiles an operator on its first launch
     )
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
 
