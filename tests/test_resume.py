@@ -233,6 +233,8 @@ def test_an_interrupted_call_of_train_resumes_in_its_process(model, uninterrupte
         ("prioritized", {"num_iterations": 3}, "num_iterations was 2 and is 3"),
         ("prioritized", {"num_generations": 1}, "num_generations was 2 and is 1"),
         ("prioritized", {"replay_buffer_size": 8}, "replay_buffer_size was 20 and is 8"),
+        ("prioritized", {"seed": 7}, "seed of the data order was 42 and is 7"),
+        ("prioritized", {"sync_ref_model": True}, "reference was 'initial' and is 'synced'"),
     ],
 )
 def test_a_checkpoint_of_another_run_is_refused(source, changes, message, model, uninterrupted, tmp_path):

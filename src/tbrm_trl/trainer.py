@@ -461,6 +461,9 @@ class TBRMTrainer(ExactResume):
             "num_iterations": args.num_iterations,
             "num_generations": args.num_generations,
             "replay_buffer_size": args.replay_buffer_size,
+            "logged trajectories per window": self._window_parts.logged,
+            "seed of the data order": args.seed if self.shuffle_dataset else None,
+            "reference": "synced" if args.sync_ref_model else args.reference,
         }
 
     def _fresh_start(self) -> None:
