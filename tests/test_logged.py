@@ -151,6 +151,7 @@ def test_turns_of_a_conversation(folder, tmp_path):  # noqa: F811
         ([{"prompt_ids": [-1], "completion_ids": [6]}], "Row 8 .*id -1 is outside"),
         ([{"prompt_ids": [5], "completion_ids": [6, 7], "loss_mask": [1]}], "Row 8 .*`loss_mask` has 1 entries for 2"),
         ([{"prompt_ids": [5], "completion_ids": [6], "loss_mask": [2]}], "Row 8 .*other than 0 and 1"),
+        ([{"completion": "a", "prompt": None}], "Row 8 .*`completion` without `prompt`"),
         ([{"completion": "a", "loss_mask": [1]}], "Row 8 .*needs `prompt_ids` and `completion_ids`"),
         ([{"prompt_ids": [5] * 200, "completion_ids": [6] * 57}], "Row 8 .*200 prompt and 57 .*context of 256"),
         ([{"prompt_ids": [5], "completion_ids": [6], "end": "stop"}], "Row 8 .*`end` is 'stop'"),
@@ -360,6 +361,22 @@ def test_options_that_do_not_go_with_logs(options, message, tmp_path):
         build("no/such/model", tmp_path, None, Dataset.from_list(IDS), **options)
 
 
+def test_evaluation_needs_a_reward(tmp_path):
+    with pytest.raises(ValueError, match="`eval_dataset` are to be rolled out, but no `reward_funcs`"):
+        build("no/such/model", tmp_path, None, Dataset.from_list(IDS), eval_dataset=CHATS)
+
+
+def test_given_scores_of_the_producing_policy_are_kept(folder, tmp_path):  # noqa: F811
+    """With `reference="previous"` the user's own scores stand; those of another reference are refused."""
+    rows = [{**row, "ref_log_probs": [-1.0, -2.0, -3.0], "ref_soft_value": 4.0} for row in IDS]
+    trainer = on(build(folder, tmp_path, None, Dataset.from_list(rows), reference="previous"))
+    for window in seen(trainer):
+        assert all(t.ref_log_probs.tolist() == [-1, -2, -3] and t.ref_soft_value == 4 for t in window)
+    with pytest.raises(ValueError, match=r"Row 0 .*these are another reference's"):
+        rows = [{**row, "ref_key": "0123"} for row in rows]
+        build(folder, tmp_path, None, Dataset.from_list(rows), reference="previous")
+
+
 def test_streams_cannot_be_divided(tmp_path):
     with pytest.raises(ValueError, match="streamed training set has a column of completions"):
         build("no/such/model", tmp_path, None, Dataset.from_list(IDS).to_iterable_dataset())
@@ -369,7 +386,7 @@ def test_evaluation_keeps_the_reference(folder, tmp_path):  # noqa: F811
     """With an evaluation set the scores are precomputed all the same, but the reference stays for its rollouts."""
     from test_trainer import DATA
 
-    trainer = build(folder, tmp_path, None, Dataset.from_list(IDS), eval_dataset=DATA)
+    trainer = build(folder, tmp_path, train_dataset=Dataset.from_list(IDS), eval_dataset=DATA)
     assert trainer.ref_model is not None and trainer.train_dataset["ref_key"] == [trainer._reference.key] * 8
 
 
@@ -420,6 +437,8 @@ def test_unrewarded_rollouts_are_left_out_aloud(folder, tmp_path):  # noqa: F811
     train(folder, tmp_path, lambda completions, **kwargs: [1.0, None], save_rollouts=True)
     with pytest.warns(UserWarning, match="2 of 4 saved rollouts have no reward"):
         assert load_rollouts([tmp_path / "out"])["reward"] == [1.0, 1.0]
+    with pytest.warns(UserWarning, match="holds rollouts of another run"):
+        train(folder, tmp_path, save_rollouts=True)
     with pytest.raises(FileNotFoundError, match="save_rollouts=True"):
         load_rollouts(tmp_path)
 

@@ -245,6 +245,11 @@ def test_a_checkpoint_of_another_run_is_refused(source, changes, message, model,
     assert trainer.state.global_step == 0
 
 
+def test_the_data_cannot_be_started_anew(model, tmp_path):
+    with pytest.raises(ValueError, match="restores no position to go on at"):
+        build("fresh", model, tmp_path, ignore_data_skip=True).train(resume_from_checkpoint=True)
+
+
 def test_no_complete_checkpoint(model, uninterrupted, tmp_path):
     """None at all; one that holds the model alone; one that does not exist."""
     out = tmp_path / "out"

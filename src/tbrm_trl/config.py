@@ -117,9 +117,9 @@ class TBRMConfig(GRPOConfig):
         > Parameters that control replay
 
         replay_buffer_size (`int`, *optional*, defaults to `0`):
-            Trajectories that the first-in-first-out buffer holds, over all processes; 0 is no buffer. With one, the
-            first of the `num_iterations` updates on a window takes its fresh trajectories and the others take a sample
-            of the buffer; without one all of them take the window's. ReVal uses 5120 with `num_iterations=2`.
+            Trajectories that the first-in-first-out buffer holds, over all processes; 0 is no buffer. A window has S
+            fresh updates and then (`num_iterations` − 1)·S others: with a buffer these take samples of it, without one
+            the window's trajectories again. ReVal uses 5120 with `num_iterations=2`.
         replay_max_age (`int` or `None`, *optional*):
             Updates after which a trajectory leaves the buffer.
         replay_sampling (`"uniform"` or `"prioritized"`, *optional*, defaults to `"uniform"`):

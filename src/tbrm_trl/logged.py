@@ -17,6 +17,7 @@ from .storage import from_row
 from .trajectory import End, Source, Trajectory
 
 _COMPLETION_COLUMNS = ("completion_ids", "completion")
+PREVIOUS = "previous/"  # begins the `ref_key` of scores by the policy that produced the trajectory
 _INDEX = "_row"  # of the row in the training set
 # What a row says about its own trajectory; everything else goes to the reward functions.
 _OWN_COLUMNS = frozenset(
@@ -58,7 +59,7 @@ def check_logged_rows(dataset: Dataset, logged: np.ndarray, rewarded: bool, scor
         ValueError: for an empty completion, ids without prompt ids, a mask of the wrong length or content, an unknown
             end, a reward that is missing or not finite.
     """
-    known = [name for name in dataset.column_names if name in _OWN_COLUMNS]
+    known = [name for name in dataset.column_names if name in _OWN_COLUMNS or name == "prompt"]
     rows = dataset.select_columns(known)
     for index in np.flatnonzero(logged).tolist():
         row = rows[index]
@@ -81,6 +82,8 @@ def _problem(row: Mapping[str, Any], rewarded: bool) -> str | None:
             )
         if mask is not None and not set(mask) <= {0, 1}:
             return "`loss_mask` holds values other than 0 and 1."
+    elif row.get("prompt") is None:
+        return "`completion` without `prompt`. Give both, or `prompt_ids` and `completion_ids`."
     elif not row["completion"]:
         return "`completion` is empty. Drop the row, or leave it None to have the prompt rolled out."
     elif mask is not None:
@@ -95,7 +98,12 @@ def _problem(row: Mapping[str, Any], rewarded: bool) -> str | None:
 
 
 def _problem_of_scores(row: Mapping[str, Any]) -> str | None:
-    ids, log_probs = row.get("completion_ids"), row.get("ref_log_probs")
+    ids, log_probs, key = row.get("completion_ids"), row.get("ref_log_probs"), row.get("ref_key")
+    if key is not None and not key.startswith(PREVIOUS):
+        return (
+            'with `reference="previous"` a logged row must bring the scores of the policy that produced it, but these '
+            'are another reference\'s. Use `reference="initial"`, or rollouts of a run with `reference="previous"`.'
+        )
     if ids is None or log_probs is None or len(ids) != len(log_probs) or row.get("ref_soft_value") is None:
         return (
             'with `reference="previous"` a logged row must bring what the policy that produced it said of it: '
@@ -267,6 +275,8 @@ def logged_trajectory(row: Mapping[str, Any]) -> Trajectory:
     prompt = np.asarray(row["prompt_ids"], dtype=np.int64).tobytes()
     origin = {"source": Source.LOGGED.value, "group": xxhash.xxh3_64_intdigest(prompt) >> 1}
     own = {name: row.get(name) for name in _OWN_COLUMNS}
+    if own["ref_key"] is None and own["ref_log_probs"] is not None:
+        own["ref_key"] = f"{PREVIOUS}unknown"  # the user's own: of the policy that produced it, if of any
     return from_row({**own, **origin})
 
 

@@ -227,7 +227,7 @@ def precompute_scores(
     """Give every row of a data set of logged trajectories its reference scores, once for all runs on it.
 
     They are kept in `output_dir/reference_scores`, under a name that depends on the reference and on the trajectories:
-    another run on the same ones reads them back.
+    another run on the same ones reads them back. All processes must see the same `output_dir`.
 
     Args:
         dataset: rows as `logged.logged_trajectory` reads them.
@@ -244,7 +244,7 @@ def precompute_scores(
     file = output_dir / "reference_scores" / f"{digest.hexdigest()}.parquet"
     accelerator = reference.accelerator
     process, processes = accelerator.process_index, accelerator.num_processes
-    if not file.exists():
+    if not all(gather_object([file.exists()])):
         mine: list[Trajectory] = []
         for first in range(0, len(dataset), block * processes):  # the same number of blocks on every process
             rows = range(first + process, min(first + block * processes, len(dataset)), processes)

@@ -19,7 +19,7 @@ from .checkpoint import (
 )
 from .reference import Reference
 from .sources import TrajectorySources
-from .startup import without
+from .startup import warn_of_rollouts, without
 from .trajectory import Trajectory
 
 # Of what TRL keeps to log as completions; images are not kept.
@@ -70,6 +70,13 @@ class ExactResume(TrajectorySources):
         """
         self._step = 0
         self._fresh_start()
+        if resume_from_checkpoint and self.args.ignore_data_skip:
+            raise ValueError(
+                "`ignore_data_skip=True` starts the data anew, and transformers then restores no position to go on at. "
+                "Leave it at False."
+            )
+        if self.args.save_rollouts and not resume_from_checkpoint and self.accelerator.is_main_process:
+            warn_of_rollouts(Path(self.args.output_dir))
         if resume_from_checkpoint:
             resume_from_checkpoint = checkpoint_to_resume(resume_from_checkpoint, self.args.output_dir, self._identity)
         self._resumed_from = resume_from_checkpoint or None

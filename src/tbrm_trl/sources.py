@@ -39,6 +39,7 @@ class TrajectorySources(GRPOTrainer):
     _logged: np.ndarray  # (N,) bool, which rows of the training set are logged
     _window_parts: Window
     _logged_by_row: dict[int, Trajectory]  # those seen so far, with their reference scores
+    _logged_bring_scores: bool  # whether the rows themselves hold those
 
     def _get_train_sampler(self, dataset: Any = None) -> WindowSampler:
         args = self.args
@@ -97,10 +98,13 @@ class TrajectorySources(GRPOTrainer):
 
     def _take_logged(self, rows: list[dict[str, Any]]) -> list[Trajectory]:
         """The logged trajectories of these rows, each the same object whenever its row comes up again."""
-        for row in rows:
-            if row_index(row) not in self._logged_by_row:
-                self._logged_by_row[row_index(row)] = logged_trajectory(row)
-        trajectories = [self._logged_by_row[row_index(row)] for row in rows]
+        if self._logged_bring_scores:  # the data set holds all there is to know
+            trajectories = [logged_trajectory(row) for row in rows]
+        else:
+            for row in rows:
+                if row_index(row) not in self._logged_by_row:
+                    self._logged_by_row[row_index(row)] = logged_trajectory(row)
+            trajectories = [self._logged_by_row[row_index(row)] for row in rows]
         if self._some_logged_unrewarded:
             prompts, completions = zip(*(completion_of(row, self._tokenizer) for row in rows), strict=True)
             ids = [t.completion_ids.tolist() for t in trajectories]
@@ -152,4 +156,4 @@ class TrajectorySources(GRPOTrainer):
 
 def no_reward(**kwargs: Any) -> list[float]:
     """Stands in where every trajectory brings its reward, since TRL wants a function."""
-    raise RuntimeError("There is no reward function: every trajectory has its own reward.")
+    raise RuntimeError("There is no reward function to reward a rollout: pass `reward_funcs`.")

@@ -6,6 +6,7 @@ import math
 import warnings
 from collections.abc import Iterator, Sized
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -87,14 +88,15 @@ def check_dataset(dataset: Any, args: TBRMConfig) -> tuple[np.ndarray, Window]:
     )
 
 
-def check_sources(window: Window, args: TBRMConfig, reward_funcs: Any, environments: Any) -> None:
+def check_sources(window: Window, args: TBRMConfig, rewarded: bool, evaluated: bool) -> None:
     """Refuse options that ask for trajectories of a kind that the data set does not give."""
     if window.logged and args.remove_unused_columns:
         raise ValueError(
             "`remove_unused_columns=True` would drop the columns of the logged trajectories. Leave it at False."
         )
-    if window.rollouts and not (reward_funcs or environments):
-        raise ValueError("Prompts are to be rolled out, but no `reward_funcs` are given to reward the completions.")
+    if (window.rollouts or evaluated) and not rewarded:
+        rows = "Prompts" if window.rollouts else "The prompts of `eval_dataset`"
+        raise ValueError(f"{rows} are to be rolled out, but no `reward_funcs` are given to reward the completions.")
     if not window.rollouts and args.replay_buffer_size:
         raise ValueError(
             "`replay_buffer_size` keeps rollouts, but every row of the training set has a completion: nothing is "
@@ -214,4 +216,14 @@ def warn_of_soft_value(beta: float, soft_value: float) -> None:
             'reward. Use soft_value="calibrated", or a smaller beta '
             f"(below {0.1 / abs(soft_value):.2g}).",
             stacklevel=2,
+        )
+
+
+def warn_of_rollouts(output_dir: Path) -> None:
+    """Warn when rollouts of another run lie where this one will save its own: `load_rollouts` reads all of them."""
+    if any((output_dir / "rollouts").glob("step-*.parquet")):
+        warnings.warn(
+            f"{output_dir / 'rollouts'} holds rollouts of another run. Those of the same update are overwritten, the "
+            "others stay, and `load_rollouts` would mix both. Move them, or use another output_dir.",
+            stacklevel=3,
         )

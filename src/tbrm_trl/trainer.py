@@ -20,7 +20,7 @@ from trl.trainer.utils import get_config_model_id
 
 from .checkpoint import dataset_digest
 from .config import TBRMConfig
-from .logged import check_logged_rows
+from .logged import PREVIOUS, check_logged_rows
 from .metrics import Totals, step_totals
 from .objective import bellman_residual, squared_residual_loss, trajectory_log_ratio
 from .reference import (
@@ -143,7 +143,7 @@ class TBRMTrainer(ExactResume):
         if not isinstance(args, TBRMConfig):
             raise TypeError(f"`args` must be a TBRMConfig, got {type(args).__name__}.")
         self._logged, self._window_parts = check_dataset(train_dataset, args)
-        check_sources(self._window_parts, args, reward_funcs, environment_factory)
+        check_sources(self._window_parts, args, bool(reward_funcs or environment_factory), eval_dataset is not None)
         if self._window_parts.logged:
             check_logged_rows(train_dataset, self._logged, bool(reward_funcs), args.reference == "previous")
         check_adapters(model, peft_config, args)
@@ -205,6 +205,7 @@ class TBRMTrainer(ExactResume):
 
         self._given_dataset = train_dataset
         self._logged_by_row: dict[int, Trajectory] = {}
+        self._logged_bring_scores = args.reference == "previous"
         self._reference = self._make_reference()
         if self._window_parts.logged:
             self._tokenize_logged_rows(policy)
@@ -246,6 +247,7 @@ class TBRMTrainer(ExactResume):
             self.train_dataset = precompute_scores(
                 self.train_dataset, Path(self.args.output_dir), self._reference, self._score_stale
             )
+            self._logged_bring_scores = True
             if self.eval_dataset is None and self.ref_model is not None:
                 self._reference = self.ref_model = None
                 self.accelerator.free_memory()  # it keeps a list of what it prepared
@@ -335,7 +337,7 @@ class TBRMTrainer(ExactResume):
         if self._reference is not None:
             key, policy = self._reference.key, self._reference.module()
         elif args.reference == "previous":
-            key, policy = f"previous/{self.state.global_step}", nullcontext(self.model)
+            key, policy = f"{PREVIOUS}{self.state.global_step}", nullcontext(self.model)
         else:
             raise ValueError(
                 "The reference was freed after it had scored the logged trajectories, so nothing new can be scored. "
