@@ -26,11 +26,11 @@ def main(folder: str) -> None:
     rank, collect, origins, drawn = trainer.accelerator.process_index, trainer._collect, [], set()
 
     def watch(rows):
-        micro_batches = collect(rows)
-        origins.append(micro_batches[0]["origin"][0])
+        uses = collect(rows)
+        origins.append(uses[0].origin)
         if origins[-1] == "replayed":
-            drawn.update(map(prompt, micro_batches[0]["trajectory"]))
-        return micro_batches
+            drawn.update(prompt(use.trajectory) for use in uses)
+        return uses
 
     trainer._collect = watch
     trainer.train()

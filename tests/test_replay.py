@@ -146,21 +146,21 @@ def test_a_replay_update_is_the_oracles(sampling, folder, tmp_path):  # noqa: F8
     collect = trainer._collect
 
     def watch(rows):
-        micro_batches = collect(rows)
+        uses = collect(rows)
         if trainer.state.global_step == 7:
-            seen.update(batch=copy.deepcopy(micro_batches[0]), policy=plain(trainer.model))
-        return micro_batches
+            seen.update(uses=copy.deepcopy(uses), policy=plain(trainer.model))
+        return uses
 
     trainer._collect = watch
     trainer.train()
-    batch = seen["batch"]
-    assert batch["origin"] == ["replayed"] * 4 and min(batch["age"]) < max(batch["age"])
-    assert (set(batch["weight"]) == {1.0}) is (sampling == "uniform")
+    uses = seen["uses"]
+    assert [use.origin for use in uses] == ["replayed"] * 4 and len({use.age for use in uses}) > 1
+    assert ({use.weight for use in uses} == {1.0}) is (sampling == "uniform")
     reference, expected, loss = plain(trainer.ref_model), None, 0.0
-    for trajectory, weight in zip(batch["trajectory"], batch["weight"], strict=True):
-        answer = solve(seen["policy"], reference, [trajectory], beta=0.1)
-        loss += weight * answer.loss / 4
-        part = {name: weight * g.clone() / 4 for name, g in answer.gradient.items()}
+    for use in uses:
+        answer = solve(seen["policy"], reference, [use.trajectory], beta=0.1)
+        loss += use.weight * answer.loss / 4
+        part = {name: use.weight * g.clone() / 4 for name, g in answer.gradient.items()}
         expected = part if expected is None else {name: expected[name] + g for name, g in part.items()}
     assert trainer.losses[7] == pytest.approx(loss, rel=TOLERANCE)
     assert distance(trainer.recorder.gradients[7], expected) <= TOLERANCE

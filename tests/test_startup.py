@@ -9,6 +9,7 @@ from scripted import script, scripted_trainer
 from test_config import config
 from tiny import save
 
+from tbrm_trl.sampler import WindowSampler
 from tbrm_trl.startup import (
     beta_for_length,
     check_adapters,
@@ -29,7 +30,9 @@ def test_startup_line():
         per_device_train_batch_size=4, gradient_accumulation_steps=4, steps_per_generation=8, num_generations=2,
         num_iterations=2, num_train_epochs=3,
     )  # fmt: skip
-    line = startup_line(prompts(70), args, *check_dataset(prompts(70), args))
+    logged, window = check_dataset(prompts(70), args)
+    sampler = WindowSampler(logged, window, args.num_generations, 1, 4, epoch=lambda: 0, seed=None)
+    line = startup_line(window, args, sampler)
     assert "16 prompts × 2 rollouts = 32 trajectories, for 4 update(s) on 16 each" in line
     assert "(4 per device × 1 process(es) × 4 accumulation)" in line
     assert "70 prompts give 16 updates per epoch, dropping 6 tail prompts; 48 updates in all" in line

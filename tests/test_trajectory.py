@@ -35,7 +35,6 @@ def test_collate_by_hand():
     assert batch.action_mask.tolist() == [[False, False, False, True], [False, False, True, False]]
     assert batch.ref_log_probs[0].tolist() == [0, 0, 0, -1.5]
     assert batch.ref_log_probs[1].isnan().tolist() == [False, True, True, False]
-    assert batch.reward[0] == 1 and batch.reward[1].isnan()
     assert batch.ref_soft_value[0] == 2 and batch.ref_soft_value[1].isnan()
     assert batch.pad_fraction == 1 / 8
 

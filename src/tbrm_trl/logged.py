@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
@@ -22,7 +23,7 @@ _INDEX = "_row"  # of the row in the training set
 # What a row says about its own trajectory; everything else goes to the reward functions.
 _OWN_COLUMNS = frozenset(
     ("completion", "prompt_ids", "completion_ids", "loss_mask", "end", "reward", "ref_log_probs", "ref_soft_value")
-) | {"ref_key", _INDEX}
+) | {"ref_end_value", "ref_key", "optimal_value", _INDEX}
 
 _FEATURES = Features(
     {
@@ -44,6 +45,18 @@ def logged_rows(dataset: Any) -> np.ndarray:
     for table in dataset.select_columns(columns).with_format("arrow").iter(batch_size=1000):
         parts.append(np.any([table[name].is_valid().to_numpy() for name in columns], axis=0))
     return np.concatenate(parts) if parts else np.zeros(0, dtype=bool)
+
+
+def prompt_numbers(dataset: Dataset, logged: np.ndarray) -> np.ndarray:
+    """`(N,)` for each logged row a number that rows with the same prompt share; −1 for the others."""
+    numbers: dict[str, int] = {}
+    of_row = np.full(len(dataset), -1)
+    names = [name for name in ("prompt_ids", "prompt") if name in dataset.column_names]
+    for index in np.flatnonzero(logged).tolist():
+        row = dataset[index]
+        prompt = next(row[name] for name in names if row[name] is not None)
+        of_row[index] = numbers.setdefault(json.dumps(prompt), len(numbers))
+    return of_row
 
 
 def check_logged_rows(dataset: Dataset, logged: np.ndarray, rewarded: bool, scored: bool) -> None:

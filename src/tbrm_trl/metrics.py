@@ -12,9 +12,10 @@ from torch import Tensor
 
 from .objective import at_least_float32
 from .scoring import TrajectoryScores
-from .trajectory import Batch
+from .soft_value import Rows
+from .trajectory import Batch, Use
 
-LEFT_OUT_REASONS = ("unscored", "truncated", "no_action")
+LEFT_OUT_REASONS = ("unscored", "truncated", "no_action", "no_value")
 # Of a trajectory in one update: drawn for it, trained on before without a buffer, sampled from it, or logged.
 ORIGINS = ("fresh", "reused", "replayed", "logged")
 
@@ -60,32 +61,19 @@ class Totals:
 
 @torch.no_grad()
 def step_totals(
-    batch: Batch,
-    scores: TrajectoryScores,
-    counted: Tensor,
-    left_out: Sequence[str | None],
-    soft_value: Tensor,
-    log_ratio: Tensor,
-    residual: Tensor,
-    beta: float,
-    origins: Sequence[str],
-    ages: Sequence[int],
+    uses: Sequence[Use], batch: Batch, scores: TrajectoryScores, rows: Rows, soft_value: Tensor, residual: Tensor
 ) -> Totals:
     """Totals of one micro-batch. Sequence-level metrics are in reward units (β × nats), token-level ones in nats.
 
     Args:
-        batch: the micro-batch, (B, T).
+        uses: the micro-batch's trajectories, B of them.
+        batch: the same, collated: (B, T).
         scores: the policy's scores of it.
-        counted: `(B,)` bool, rows that enter the loss; sequence-level metrics are means over these.
-        left_out: per row, why it does not count, or None.
+        rows: what the residual is made of; sequence-level metrics are means over those that count.
         soft_value: `(B,)` the value term of the residual, nats.
-        log_ratio: `(B,)` nats.
         residual: `(B,)` nats.
-        beta: reward units per nat.
-        origins: per row, one of `ORIGINS`.
-        ages: updates since they were generated, of the replayed rows.
     """
-    device = residual.device
+    device, beta, counted = residual.device, rows.beta, rows.counted
     assert scores.entropy is not None, "the policy's head computes entropies"
 
     def over(values: Tensor, mask: Tensor) -> Tensor:
@@ -94,20 +82,21 @@ def step_totals(
     def share(part: float, whole: float) -> Tensor:
         return torch.tensor([part, whole], dtype=torch.float32, device=device)
 
-    origin = {name: torch.tensor([o == name for o in origins], device=device) for name in ORIGINS}  # (B,) each
+    origin = {name: torch.tensor([u.origin == name for u in uses], device=device) for name in ORIGINS}  # (B,) each
+    ages = [use.age for use in uses if use.age is not None]
     squared = (beta * residual).square()  # (B,)
     behind = batch.ref_log_probs - scores.log_probs  # (B, T) log π_ref − log π_θ
     totals = Totals(
         {
             "residual/mean": over(beta * residual, counted),
             "residual/mean_square": over(squared, counted),
-            **{f"residual/{name}_mean_square": over(squared, counted & rows) for name, rows in origin.items()},
+            **{f"residual/{name}_mean_square": over(squared, counted & mine) for name, mine in origin.items()},
             "soft_value": over(beta * soft_value, counted),
-            "log_ratio": over(beta * log_ratio, counted),
+            "log_ratio": over(beta * rows.log_ratio, counted),
             # The estimator of KL(π‖π_ref) that TRL logs under this name; on other policies' data it is none.
             "kl": over(behind.exp() - behind - 1, batch.action_mask & origin["fresh"].unsqueeze(1)),
             "entropy": over(scores.entropy, batch.action_mask),
-            **{f"left_out/{r}": share(list(left_out).count(r), len(left_out)) for r in LEFT_OUT_REASONS},
+            **{f"left_out/{r}": share([use.left_out for use in uses].count(r), len(uses)) for r in LEFT_OUT_REASONS},
             "replay/age": share(sum(ages), len(ages)),
             "pad_fraction": share(batch.pad_fraction * batch.input_ids.numel(), batch.input_ids.numel()),
         }

@@ -89,5 +89,41 @@ def squared_residual_loss(
     Source: arXiv 2505.15311, Algorithm 1 (the mean over trajectories).
     """
     kept = torch.where(counted, residual, 0.0)  # selected before squaring: d(NaN²) would be NaN
-    squared = kept.square() if weight is None else weight * kept.square()  # (B,)
-    return squared.sum() / torch.as_tensor(denominator, device=residual.device).clamp(min=1)
+    return mean_over_counted(kept.square(), counted, denominator, weight)
+
+
+def mean_over_counted(
+    values: Tensor, counted: Tensor, denominator: Tensor | float, weight: Tensor | None = None
+) -> Tensor:
+    """`Σ weight · value / denominator` over the counted rows: `squared_residual_loss` of what is squared already."""
+    kept = torch.where(counted, values, 0.0)  # (B,)
+    weighted = kept if weight is None else weight * kept  # (B,)
+    return weighted.sum() / torch.as_tensor(denominator, device=values.device).clamp(min=1)
+
+
+def token_residuals(log_ratio: Tensor, values: Tensor, mask: Tensor, reward: Tensor, beta: float) -> Tensor:
+    """The classical Bellman residual of every action, `logit_θ(s_h, a_h) − log π_ref(a_h|s_h) − V_θ(s_{h+1}) − R_h/β`.
+
+    The reward falls on the last action, after which the value is 0; s_{h+1} is the next state in which the policy acts.
+    The residuals of a trajectory sum to its trajectory residual. For ablations: it collapses on language models.
+
+    Args:
+        log_ratio: `(B, T)` log π_θ − log π_ref of each action, nats.
+        values: `(B, T)` V_θ of the state in which it was chosen, nats.
+        mask: `(B, T)` m_h.
+        reward: `(B,)` R, reward units.
+        beta: β.
+
+    Returns:
+        `(B, T)` nats, 0 where the policy did not act.
+
+    Source: arXiv 2505.15311, App. H.3.
+    """
+    columns = torch.arange(mask.shape[1], device=mask.device).expand_as(mask)  # (B, T)
+    never = mask.shape[1]
+    upcoming = torch.where(mask, columns, never).flip(1).cummin(dim=1).values.flip(1)  # (B, T) action at or after each
+    following = torch.cat([upcoming[:, 1:], upcoming.new_full((len(mask), 1), never)], dim=1)  # (B, T) after each
+    last = following == never  # (B, T)
+    next_value = torch.where(last, 0.0, values.gather(1, following.clamp(max=never - 1)))  # (B, T)
+    residual = log_ratio + values - next_value - torch.where(last, reward[:, None] / beta, 0.0)  # (B, T)
+    return torch.where(mask, residual, 0.0)

@@ -209,9 +209,10 @@ def score_reference(
     for chunk in chunks:
         scores = score(collate(chunk))
         log_probs, soft_values = scores.log_probs.cpu(), scores.soft_value.tolist()
-        for trajectory, row, soft_value in zip(chunk, log_probs, soft_values, strict=True):
+        end_values = [None] * len(chunk) if scores.end_value is None else scores.end_value.tolist()
+        for trajectory, row, soft_value, end_value in zip(chunk, log_probs, soft_values, end_values, strict=True):
             trajectory.ref_log_probs = row[len(trajectory.prompt_ids) : len(trajectory)].clone()
-            trajectory.ref_soft_value = soft_value
+            trajectory.ref_soft_value, trajectory.ref_end_value = soft_value, end_value
             trajectory.ref_key = key
     for _ in range(forwards - len(chunks)):
         score(collate([filler]))
@@ -264,7 +265,7 @@ def precompute_scores(
     return concatenate_datasets([kept, scores], axis=1)
 
 
-_SCORES = ("ref_log_probs", "ref_soft_value", "ref_key")
+_SCORES = ("ref_log_probs", "ref_soft_value", "ref_end_value", "ref_key")
 
 
 def _part(file: Path, process: int) -> Path:

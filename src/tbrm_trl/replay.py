@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import torch
 
-from .trajectory import Trajectory
+from .trajectory import Trajectory, random_order
 
 # |residual| of a perfectly fitted trajectory, so that it is still drawn now and then. In reward units.
 LEAST_PRIORITY = 1e-6
@@ -45,6 +45,7 @@ class ReplayBuffer:
         prioritized: draw by |residual| instead of uniformly.
         exponent: 0 is uniform, 1 fully prioritized.
         correction: 0 leaves the draws' distribution as it is, 1 undoes it.
+        together: trajectories that are added and drawn together, as a group; 1 where each is by itself.
     """
 
     def __init__(
@@ -54,9 +55,11 @@ class ReplayBuffer:
         prioritized: bool = False,
         exponent: float = 0.6,
         correction: float = 0.4,
+        together: int = 1,
     ):
         self.trajectories: deque[Trajectory] = deque(maxlen=capacity)
         self.max_age, self.prioritized, self.exponent, self.correction = max_age, prioritized, exponent, correction
+        self.together = together
 
     def __len__(self) -> int:
         return len(self.trajectories)
@@ -85,7 +88,7 @@ class ReplayBuffer:
 
         rows = list(self.trajectories)
         if not self.prioritized:
-            drawn = torch.randperm(len(rows))[:size].tolist()
+            drawn = random_order(len(rows), self.together)[:size]
             weights = [1.0] * size
         else:
             top = highests.max().item() if replayed.sum() else 1.0

@@ -51,6 +51,9 @@ class ExactResume(TrajectorySources):
         """Forget what an earlier call of `train` left behind."""
         raise NotImplementedError
 
+    def _before_training(self) -> None:
+        """What a run needs before its first row is drawn."""
+
     def _own_state(self) -> tuple[dict[str, Any], dict[str, list[Trajectory]]]:
         """JSON-able values, and lists of trajectories, that decide how this process goes on."""
         raise NotImplementedError
@@ -80,6 +83,7 @@ class ExactResume(TrajectorySources):
         if resume_from_checkpoint:
             resume_from_checkpoint = checkpoint_to_resume(resume_from_checkpoint, self.args.output_dir, self._identity)
         self._resumed_from = resume_from_checkpoint or None
+        self._before_training()
         return super().train(resume_from_checkpoint, *args, **kwargs)
 
     def _run_epoch(self, *args: Any, **kwargs: Any) -> None:

@@ -40,6 +40,8 @@ def window_of(fresh_rows: int, logged_rows: int, args: TBRMConfig) -> Window:
             )
         return Window(size, 0) if fresh_rows else Window(0, size)
     unit = math.lcm(args.num_generations, args.world_size)
+    if args.drawn_together > 1:
+        unit = args.num_generations * args.world_size  # whole groups on every process
     possible = [size - rollouts for rollouts in range(unit, size, unit)]
     if not possible:
         raise ValueError(
@@ -62,8 +64,10 @@ class WindowSampler(Sampler[int]):
     """Row indices, window after window; each process's share holds its rollouts first, then its logged rows.
 
     An epoch is one pass over the prompts (over the logged rows where there is no prompt). Every prompt stands
-    `num_generations` times, every logged row once. The logged stream begins anew, in another order, as often as needed,
-    across windows and epochs. A window is repeated for each micro-step it is trained on, as TRL's loader expects.
+    `num_generations` times, every logged row once; where logged rows are to be compared, `together` rows of one prompt
+    at a time, others of them in each pass where their number is no multiple of that. The logged stream begins anew, in
+    another order, as often as needed, across windows and epochs. A window is repeated for each micro-step it is trained
+    on, as TRL's loader expects.
 
     The order is a function of seed and epoch alone, so a run resumed in any epoch sees the rows it would have seen.
 
@@ -75,6 +79,8 @@ class WindowSampler(Sampler[int]):
         repeats: micro-steps per window.
         epoch: returns the number of the epoch that begins.
         seed: of the shuffling; None keeps the order of the data set.
+        together: logged rows of one prompt that follow one another.
+        prompts: `(N,)` a number for each row, equal for rows of one prompt; needed where `together` is not 1.
     """
 
     def __init__(
@@ -86,12 +92,18 @@ class WindowSampler(Sampler[int]):
         repeats: int,
         epoch: Callable[[], int],
         seed: int | None,
+        together: int = 1,
+        prompts: np.ndarray | None = None,
     ):
         self.prompts, self.logged = np.flatnonzero(~logged), np.flatnonzero(logged)
+        self.together, self.prompt_numbers = together, prompts
+        self.logged_per_pass = len(self._together(self.logged))
         self.window, self.generations, self.processes, self.repeats = window, generations, processes, repeats
         self.epoch, self.seed = epoch, seed
         self.windows = (
-            len(self.prompts) * generations // window.rollouts if window.rollouts else len(self.logged) // window.logged
+            len(self.prompts) * generations // window.rollouts
+            if window.rollouts
+            else self.logged_per_pass // window.logged
         )
 
     def __len__(self) -> int:
@@ -122,7 +134,21 @@ class WindowSampler(Sampler[int]):
     def _logged_stream(self, start: int, count: int) -> np.ndarray:
         if not count:
             return self.logged[:0]
-        first, last = start // len(self.logged), (start + count - 1) // len(self.logged)
-        passes = np.concatenate([self._order(self.logged, number) for number in range(first, last + 1)])
-        offset = start - first * len(self.logged)
+        first, last = start // self.logged_per_pass, (start + count - 1) // self.logged_per_pass
+        orders = [self._together(self._order(self.logged, number)) for number in range(first, last + 1)]
+        passes = np.concatenate(orders)
+        offset = start - first * self.logged_per_pass
         return passes[offset : offset + count]
+
+    def _together(self, rows: np.ndarray) -> np.ndarray:
+        """The rows in groups of one prompt, in the order in which each group is full; without what fills no group."""
+        if self.together == 1 or self.prompt_numbers is None:
+            return rows
+        waiting: dict[int, list[int]] = {}
+        groups: list[list[int]] = []
+        for row, prompt in zip(rows.tolist(), self.prompt_numbers[rows].tolist(), strict=True):
+            group = waiting.setdefault(prompt, [])
+            group.append(row)
+            if len(group) == self.together:
+                groups.append(waiting.pop(prompt))
+        return np.array(groups, dtype=rows.dtype).reshape(-1)

@@ -25,6 +25,8 @@ class TrajectoryScores(ModelOutput):
     Attributes:
         log_probs: `(B, T)` log π of the token in each column; 0 where `action_mask` is false.
         soft_value: `(B,)` V(s_1): logsumexp of the temperature-scaled logits at the state of the first action.
+        end_value: `(B,)` V of the state after the last token, where asked for.
+        state_values: `(B, T)` V of the state in which the token of each column was chosen, where asked for.
         entropy: `(B, T)` entropy of the distribution that each action was drawn from; None from the reference.
         aux_loss: load-balancing loss of a mixture-of-experts model, where router logits are asked for.
     """
@@ -32,6 +34,8 @@ class TrajectoryScores(ModelOutput):
     # `ModelOutput` wants a default for every field but one.
     log_probs: Tensor = None  # type: ignore[assignment]
     soft_value: Tensor = None  # type: ignore[assignment]
+    end_value: Tensor | None = None
+    state_values: Tensor | None = None
     entropy: Tensor | None = None
     aux_loss: Tensor | None = None
 
@@ -66,6 +70,9 @@ def logit_transform(model: PreTrainedModel, temperature: float):
 def add_trajectory_head(model: PreTrainedModel, temperature: float, cast_lm_head_to_fp32: bool = False) -> None:
     """Teach `model` to score trajectories: `model(..., action_mask=mask)` returns `TrajectoryScores`.
 
+    `scored` (the action mask by default) picks the tokens whose log-probability and entropy are computed; s_1 is the
+    state of the first action in any case. `end_value` and `every_value` ask for more soft values.
+
     Everything happens inside the model's own forward, so that the hooks of DDP, FSDP and DeepSpeed ZeRO fire. The
     backbone runs once; only the states in which the policy acted go on to TRL's chunked head (which the model must
     already have, see `trl.trainer.utils.add_fused_lm_head`), and one state per trajectory to the ordinary head, for
@@ -79,53 +86,72 @@ def add_trajectory_head(model: PreTrainedModel, temperature: float, cast_lm_head
     fused_forward = model.forward
     transform = logit_transform(model, temperature)
 
-    def soft_value(state: Tensor) -> Tensor:
+    def soft_value(states: Tensor) -> Tensor:
         head = model.get_output_embeddings()
         # The kernel computes in the autocast dtype, if any, and else in that of the states: so does the soft value.
-        in_head_dtype = torch.autocast(state.device.type, enabled=False) if cast_lm_head_to_fp32 else nullcontext()
+        in_head_dtype = torch.autocast(states.device.type, enabled=False) if cast_lm_head_to_fp32 else nullcontext()
         with in_head_dtype:
-            return transform(head(state.to(head.weight.device))).logsumexp(dim=-1)  # (B,)
+            return transform(head(states.to(head.weight.device))).logsumexp(dim=-1)  # (N,)
 
     @functools.wraps(fused_forward)  # `generate` reads the signature
-    def forward(self, *args: Any, action_mask: Tensor | None = None, **kwargs: Any) -> Any:
+    def forward(
+        self,
+        *args: Any,
+        action_mask: Tensor | None = None,
+        scored: Tensor | None = None,
+        end_value: bool = False,
+        every_value: bool = False,
+        **kwargs: Any,
+    ) -> Any:
         if action_mask is None:
             return fused_forward(*args, **kwargs)
 
+        scored = action_mask if scored is None else scored  # (B, T)
         acting = action_mask[:, 1:]  # (B, T-1) column t: does the policy act in the state that ends with token t?
         first = acting.int().argmax(dim=1)  # (B,) the column of s_1
-        rows = torch.arange(len(first), device=first.device)
-        soft_values: list[Tensor] = []  # will hold one (B,)
+        last = kwargs["attention_mask"].sum(dim=1) - 1  # (B,) the column of the last token
+        soft_values: dict[str, Tensor] = {}
 
         def keep_acting_states(module: nn.Module, inputs: Any, output: Any) -> Any:
             states = output.last_hidden_state  # (B, T, hidden)
-            # FSDP2 frees the head's weights when backward is through its module. So the module's call goes before the
-            # kernel, which has the bare weights: backward is then through the kernel first.
-            soft_values.append(soft_value(states[rows.to(states.device), first.to(states.device)]))
-            output.last_hidden_state = states[:, :-1][acting.to(states.device)].unsqueeze(0)  # (1, N, hidden)
+            device = states.device
+            rows = torch.arange(len(states), device=device)
+            wanted = {"soft_value": states[rows, first.to(device)]}  # (B, hidden)
+            if end_value:
+                wanted["end_value"] = states[rows, last.to(device)]  # (B, hidden)
+            if every_value:
+                wanted["state_values"] = states[:, :-1][acting.to(device)]  # (N, hidden)
+            # FSDP2 frees the head's weights when backward is through its module. So the module's one call goes before
+            # the kernel, which has the bare weights: backward is then through the kernel first.
+            packed = soft_value(torch.cat(list(wanted.values())))
+            soft_values.update(zip(wanted, packed.split([len(one) for one in wanted.values()]), strict=True))
+            output.last_hidden_state = states[:, :-1][scored[:, 1:].to(device)].unsqueeze(0)  # (1, N, hidden)
             return output
 
         hook = self.base_model.register_forward_hook(keep_acting_states)
         try:
-            actions = kwargs["input_ids"][action_mask].unsqueeze(0)  # (1, N)
+            actions = kwargs["input_ids"][scored].unsqueeze(0)  # (1, N)
             scores = fused_forward(*args, shift_labels=actions, fused_lm_head=True, **kwargs)
         finally:
             hook.remove()
 
-        def back_in_place(packed: Tensor) -> Tensor:
-            return packed.new_zeros(action_mask.shape).masked_scatter(action_mask.to(packed.device), packed)  # (B, T)
+        def in_place(packed: Tensor, mask: Tensor) -> Tensor:
+            return packed.new_zeros(mask.shape).masked_scatter(mask.to(packed.device), packed)  # (B, T)
 
+        if every_value:
+            soft_values["state_values"] = in_place(soft_values["state_values"], action_mask)
         return TrajectoryScores(
-            log_probs=back_in_place(scores.log_probs),
-            soft_value=soft_values[0],
-            entropy=None if scores.entropy is None else back_in_place(scores.entropy),
+            log_probs=in_place(scores.log_probs, scored),
+            entropy=None if scores.entropy is None else in_place(scores.entropy, scored),
             aux_loss=scores.aux_loss,
+            **soft_values,
         )
 
     model.forward = types.MethodType(forward, model)
 
 
 def score(
-    model: nn.Module, batch: Batch, *, positions_from_mask: bool, router_logits: bool = False
+    model: nn.Module, batch: Batch, *, positions_from_mask: bool, router_logits: bool = False, **wanted: Any
 ) -> TrajectoryScores:
     """Score a batch with a model that has the trajectory head, wrapped or not. One forward pass.
 
@@ -135,13 +161,14 @@ def score(
         positions_from_mask: pass `position_ids` counted from the attention mask. So for every text model that takes
             them; vision-language models derive them from the image grid.
         router_logits: ask a mixture-of-experts model for its load-balancing loss.
+        wanted: `scored`, `end_value`, `every_value`, as the trajectory head takes them.
     """
     inputs: dict[str, Any] = {"input_ids": batch.input_ids, "attention_mask": batch.attention_mask, **batch.vision}
     if positions_from_mask:
         inputs["position_ids"] = (batch.attention_mask.cumsum(dim=1) - 1).clamp(min=0)  # (B, T)
     if router_logits:
         inputs["output_router_logits"] = True
-    return model(**inputs, action_mask=batch.action_mask)
+    return model(**inputs, action_mask=batch.action_mask, **wanted)
 
 
 def accepts_position_ids(model: PreTrainedModel) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import itertools
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ from .logged import (
     row_index,
     tokenize_logged_rows,
 )
+from .rewards import total_reward
 from .rollout import Rewards, trajectories_from_trl
 from .sampler import Window, WindowSampler
 from .storage import write_trajectories
@@ -36,8 +38,11 @@ class TrajectorySources(GRPOTrainer):
     """
 
     train_dataset: Any
+    _metrics: Any
+    _logs: Any
     _logged: np.ndarray  # (N,) bool, which rows of the training set are logged
     _window_parts: Window
+    _prompt_numbers: np.ndarray | None  # (N,) equal for logged rows of one prompt, where these are compared
     _logged_by_row: dict[int, Trajectory]  # those seen so far, with their reference scores
     _logged_bring_scores: bool  # whether the rows themselves hold those
 
@@ -51,6 +56,8 @@ class TrajectorySources(GRPOTrainer):
             args.num_iterations * args.steps_per_generation,
             epoch=lambda: int(self.state.epoch or 0),
             seed=args.seed if self.shuffle_dataset else None,
+            together=args.drawn_together,
+            prompts=self._prompt_numbers,
         )
 
     def _calculate_rewards(self, inputs, prompts, completions, completion_ids_list):
@@ -63,9 +70,8 @@ class TrajectorySources(GRPOTrainer):
             )
         mine = slice(self.accelerator.process_index * len(prompts), (self.accelerator.process_index + 1) * len(prompts))
         local = rewards_per_func[mine]  # (B, F) NaN where a function did not apply
-        total = (local * self.reward_weights.to(local.device)).nansum(dim=1)
         self._rewards = Rewards(
-            total.masked_fill(local.isnan().all(dim=1), torch.nan),
+            total_reward(local, self.reward_weights.to(local.device), self.args.reward_pessimism),
             [dict(zip(self.reward_func_names, row, strict=True)) for row in local.tolist()],
             [bool(self.tools and isinstance(one, list) and one[-1].get("tool_calls")) for one in completions],
         )
@@ -76,14 +82,22 @@ class TrajectorySources(GRPOTrainer):
 
     def _roll_out(self, rows: list[dict[str, Any]]) -> list[Trajectory]:
         """Generate a completion for every row, and reward it. Only here TRL's dictionary is read."""
-        if self._window_parts.logged:
-            rows = columns_for_rewards(rows)
+        rows = columns_for_rewards(rows)
         output = self._generate_and_score_completions(rows)
         per_prompt = self.num_generations if self.model.training else self.num_generations_eval
         first = self.accelerator.process_index * len(rows)
         step = self.state.global_step
         groups = [step * self.args.generation_batch_size + (first + i) // per_prompt for i in range(len(rows))]
         return trajectories_from_trl(output, self._rewards, self._end_token_ids(), groups, step)
+
+    def sample(self, rows: list[dict[str, Any]]) -> list[Trajectory]:
+        """Roll out rows of the training set before training, on every process equally many; nothing of it is logged."""
+        kept = copy.deepcopy((self._metrics, self._logs, self.state.num_input_tokens_seen))
+        self.model.train()
+        try:
+            return self._roll_out(rows)
+        finally:
+            self._metrics, self._logs, self.state.num_input_tokens_seen = kept
 
     def _save_rollouts(self, trajectories: list[Trajectory]) -> None:
         def texts(ids: str) -> list[str]:

@@ -14,8 +14,8 @@ from accelerate.utils import is_peft_model
 from transformers import PreTrainedModel
 
 from .config import TBRMConfig
-from .logged import logged_rows
-from .sampler import Window, window_of
+from .logged import logged_rows, prompt_numbers
+from .sampler import Window, WindowSampler, window_of
 
 # Architectures whose image inputs are tested to survive unpadding and re-batching.
 VISION_MODEL_TYPES = frozenset(
@@ -88,6 +88,32 @@ def check_dataset(dataset: Any, args: TBRMConfig) -> tuple[np.ndarray, Window]:
     )
 
 
+def check_logged_groups(dataset: Any, logged: np.ndarray, window: Window, args: TBRMConfig) -> np.ndarray | None:
+    """Where logged rows of a prompt are compared, which belong to one prompt: `(N,)`, or None where none are.
+
+    Raises:
+        ValueError: for a prompt with fewer logged rows than a group; a group would never be full.
+    """
+    if args.drawn_together == 1 or not window.logged:
+        return None
+    prompts = prompt_numbers(dataset, logged)
+    sizes = np.bincount(prompts[logged])
+    if sizes.min() < args.num_generations:
+        row = int(np.flatnonzero(prompts == sizes.argmin())[0])
+        raise ValueError(
+            f"Row {row} of the training set: its prompt has {sizes.min()} logged completions, fewer than a group of "
+            f"num_generations={args.num_generations} that are to be compared. Drop it, or lower num_generations."
+        )
+    usable = int((sizes // args.num_generations).sum()) * args.num_generations
+    if usable < window.logged:
+        raise ValueError(
+            f"The training set has {usable} logged trajectories in whole groups of num_generations="
+            f"{args.num_generations}, fewer than the {window.logged} of one generation window. Lower "
+            "per_device_train_batch_size or steps_per_generation, or add rows."
+        )
+    return prompts
+
+
 def check_sources(window: Window, args: TBRMConfig, rewarded: bool, evaluated: bool) -> None:
     """Refuse options that ask for trajectories of a kind that the data set does not give."""
     if window.logged and args.remove_unused_columns:
@@ -104,6 +130,11 @@ def check_sources(window: Window, args: TBRMConfig, rewarded: bool, evaluated: b
         )
     if not window.rollouts and args.save_rollouts:
         raise ValueError("`save_rollouts=True`, but every row of the training set has a completion. Leave it False.")
+    if window.logged and args.truncation == "bootstrap" and args.reference == "previous":
+        raise ValueError(
+            '`truncation="bootstrap"` with `reference="previous"` is refused for logged trajectories: they do not '
+            'bring the value of their last state under the policy that produced them. Use `reference="initial"`.'
+        )
     if args.precompute_ref_log_probs and (window.rollouts or args.reference == "previous"):
         raise ValueError(
             "`precompute_ref_log_probs=True` is for a training set in which every row has a completion, with "
@@ -111,10 +142,10 @@ def check_sources(window: Window, args: TBRMConfig, rewarded: bool, evaluated: b
         )
 
 
-def startup_line(dataset: Any, args: TBRMConfig, logged: np.ndarray, window: Window) -> str:
-    """Prompts, rollouts, logged trajectories, updates, and what each epoch drops, in one line."""
+def startup_line(window: Window, args: TBRMConfig, sampler: WindowSampler | None) -> str:
+    """Prompts, rollouts, logged trajectories, updates, and what each epoch drops, in one line; no epoch of a stream."""
     accumulation, processes = args.gradient_accumulation_steps, args.world_size
-    fresh = args.steps_per_generation // accumulation
+    fresh = args.fresh_updates
     updates = fresh * args.num_iterations
     parts = []
     if window.rollouts:
@@ -130,16 +161,17 @@ def startup_line(dataset: Any, args: TBRMConfig, logged: np.ndarray, window: Win
         f"{replayed} ({args.per_device_train_batch_size} per device × {processes} process(es) × {accumulation} "
         "accumulation)"
     )
-    if not isinstance(dataset, Sized):
+    if sampler is None:
         return f"{line}; {args.max_steps} updates in all."
-    prompts, logs = int((~logged).sum()), int(logged.sum())
+    prompts, logs, windows = len(sampler.prompts), len(sampler.logged), sampler.windows
     if window.rollouts:
-        windows, tail = divmod(prompts, window.rollouts // args.num_generations)
+        tail = prompts - windows * window.rollouts // args.num_generations
         epoch = f"{prompts} prompts give {windows * updates} updates per epoch, dropping {tail} tail prompts"
         epoch += f", beside {logs} logged trajectories in turn" if logs else ""
     else:
-        windows = logs // window.logged
         epoch = f"{logs} logged trajectories give {windows * updates} updates per epoch; the tail opens the next"
+        if left := logs - sampler.logged_per_pass:
+            epoch += f"; {left} of them fill no group of {args.num_generations}, others in each epoch"
     total = args.max_steps if args.max_steps > 0 else math.ceil(args.num_train_epochs * windows * updates)
     return f"{line}; {epoch}; {total} updates in all."
 

@@ -29,10 +29,12 @@ _SCHEMA = {
     "policy_step": pa.int64(),
     "ref_log_probs": pa.list_(pa.float32()),
     "ref_soft_value": pa.float64(),
+    "ref_end_value": pa.float64(),
     "ref_key": pa.string(),
+    "value": pa.float64(),
+    "baseline": pa.float64(),
     "priority": pa.float64(),
 }
-COLUMNS = tuple(_SCHEMA)
 
 
 def to_row(trajectory: Trajectory) -> dict[str, Any]:
@@ -49,7 +51,10 @@ def to_row(trajectory: Trajectory) -> dict[str, Any]:
         "policy_step": trajectory.policy_step,
         "ref_log_probs": None if log_probs is None else log_probs.numpy(),
         "ref_soft_value": trajectory.ref_soft_value,
+        "ref_end_value": trajectory.ref_end_value,
         "ref_key": trajectory.ref_key,
+        "value": trajectory.value,
+        "baseline": trajectory.baseline,
         "priority": trajectory.priority,
         **{REWARD_PREFIX + name: reward for name, reward in trajectory.rewards.items()},
     }
@@ -74,7 +79,10 @@ def from_row(row: Mapping[str, Any]) -> Trajectory:
         policy_step=row.get("policy_step"),
         ref_log_probs=None if log_probs is None else torch.as_tensor(np.asarray(log_probs, dtype=np.float32)),
         ref_soft_value=row.get("ref_soft_value"),
+        ref_end_value=row.get("ref_end_value"),
         ref_key=row.get("ref_key"),
+        value=row.get("value"),
+        baseline=row.get("baseline") or 0.0,
         priority=row.get("priority"),
     )
 
@@ -91,9 +99,14 @@ def write_trajectories(
     columns = {name: pa.array([row[name] for row in rows], type) for name, type in _SCHEMA.items()}
     columns |= {name: pa.array([row.get(name) for row in rows], pa.float64()) for name in by_function}
     columns |= {name: pa.array(values) for name, values in (extra or {}).items()}
+    write_table(path, pa.table(columns))
+
+
+def write_table(path: Path, table: pa.Table) -> None:
+    """Write a Parquet file that appears under its name only when it is whole."""
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_suffix(".partial")
-    pq.write_table(pa.table(columns), partial)
+    pq.write_table(table, partial)
     os.replace(partial, path)
 
 

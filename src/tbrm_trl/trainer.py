@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import math
 import textwrap
-from collections.abc import Callable, Sequence
+from collections import Counter
+from collections.abc import Callable, Sequence, Sized
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any, ClassVar
@@ -22,7 +24,7 @@ from .checkpoint import dataset_digest
 from .config import TBRMConfig
 from .logged import PREVIOUS, check_logged_rows
 from .metrics import Totals, step_totals
-from .objective import bellman_residual, squared_residual_loss, trajectory_log_ratio
+from .objective import bellman_residual, mean_over_counted, token_residuals, trajectory_log_ratio
 from .reference import (
     ADAPTER,
     Reference,
@@ -35,11 +37,14 @@ from .reference import (
 )
 from .replay import ReplayBuffer
 from .resume import ExactResume
+from .rewards import mean_reward
 from .scoring import TrajectoryScores, accepts_position_ids, add_trajectory_head, disable_randomness, score
+from .soft_value import Rows, SoftValue
 from .sources import no_reward
 from .startup import (
     check_adapters,
     check_dataset,
+    check_logged_groups,
     check_sources,
     check_sources_of_vision,
     check_vision,
@@ -48,7 +53,8 @@ from .startup import (
     warn_of_soft_value,
     without,
 )
-from .trajectory import Batch, End, Source, Trajectory, collate
+from .terms import advantage_weighted_entropy, cut, scatter, subset_surrogate, success_nll
+from .trajectory import Batch, End, Source, Trajectory, Use, collate, numbers, random_order
 
 
 class TBRMTrainer(ExactResume):
@@ -59,10 +65,11 @@ class TBRMTrainer(ExactResume):
 
         δ = V_θ(s_1) + Σ_h m_h (log π_θ − log π_ref) − R/β,        loss = mean of (β δ)².
 
-    There is no critic, importance ratio, clipping or group; one rollout per prompt suffices, and trajectories may come
-    from anywhere: rollouts of this policy, a replay buffer of them, rows of the data set that have a completion.
-    Everything that `GRPOTrainer` gives (models, reward functions, prompts, tools, environments, vision, vLLM, logging,
-    evaluation) is inherited. The overridden methods are
+    Another `soft_value` in place of V_θ(s_1) makes another published method of it. There is no critic, importance
+    ratio, clipping or group; one rollout per prompt suffices, and trajectories may come from anywhere: rollouts of this
+    policy, a replay buffer of them, rows of the data set that have a completion. Everything that `GRPOTrainer` gives
+    (models, reward functions, prompts, tools, environments, vision, vLLM, logging, evaluation) is inherited. The
+    overridden methods are
 
     - `_prepare_inputs`: collects the trajectories of an optimizer step, and scores the reference where it has not;
     - `_compute_loss`: the residual;
@@ -146,6 +153,9 @@ class TBRMTrainer(ExactResume):
         check_sources(self._window_parts, args, bool(reward_funcs or environment_factory), eval_dataset is not None)
         if self._window_parts.logged:
             check_logged_rows(train_dataset, self._logged, bool(reward_funcs), args.reference == "previous")
+        self._prompt_numbers = check_logged_groups(train_dataset, self._logged, self._window_parts, args)
+        self._soft_value = SoftValue.registry[args.soft_value](args)
+        self._soft_value.check_data(train_dataset, self._logged)
         check_adapters(model, peft_config, args)
 
         # TRL would sync no adapter, and load a reference that the previous policy makes superfluous.
@@ -186,7 +196,7 @@ class TBRMTrainer(ExactResume):
         self.mask_truncated_completions = False
 
         self._window: list[Trajectory] = []  # of the current generation window, on this process
-        self._micro_batches: list[dict[str, list]] = []  # of the current update
+        self._uses: list[Use] = []  # of the current update, on this process
         self._counted_in_step = 0  # trajectories that count in the current update, over all processes
         self._rows_drawn = self._rows_trained = 0  # by this process: into windows, and over all updates
         self._replay: ReplayBuffer | None = None
@@ -197,6 +207,7 @@ class TBRMTrainer(ExactResume):
                 args.replay_sampling == "prioritized",
                 args.replay_priority_exponent,
                 args.replay_priority_correction,
+                args.updated_together,
             )
         self._step_totals = Totals()  # of this process, in the current optimizer step
         self._totals = {"train": Totals(), "eval": Totals()}  # of all processes, since the last log
@@ -210,7 +221,8 @@ class TBRMTrainer(ExactResume):
         if self._window_parts.logged:
             self._tokenize_logged_rows(policy)
             self._precompute_reference()
-        self.accelerator.print(startup_line(train_dataset, args, self._logged, self._window_parts))
+        sampler = self._get_train_sampler() if isinstance(train_dataset, Sized) else None
+        self.accelerator.print(startup_line(self._window_parts, args, sampler))
 
     # ---- collect -----------------------------------------------------------------------------------------------
 
@@ -225,6 +237,7 @@ class TBRMTrainer(ExactResume):
             "temperature": self.temperature,
             "precision": self.accelerator.mixed_precision,
             "tokenizer": tokenizer_digest(self._tokenizer),
+            **({"end_value": True} if args.truncation == "bootstrap" else {}),
         }
         reference = Reference(lambda: self.model, self.ref_model, self.accelerator, settings)
         if args.sync_ref_model:
@@ -252,48 +265,62 @@ class TBRMTrainer(ExactResume):
                 self._reference = self.ref_model = None
                 self.accelerator.free_memory()  # it keeps a list of what it prepared
 
-    def _prepare_inputs(self, generation_batch: list[dict[str, Any]]) -> dict[str, list]:
+    def _before_training(self) -> None:
+        self._soft_value.prepare(self)
+
+    def replace_prompts(self, dataset: Dataset) -> None:
+        """Go on with another training set of prompts, before anything was drawn."""
+        self._logged, self._window_parts = check_dataset(dataset, self.args)
+        self.train_dataset = dataset
+
+    def _prepare_inputs(self, generation_batch: list[dict[str, Any]]) -> dict[str, list[Use]]:
         if not self.model.training:
             trajectories = self._roll_out(generation_batch)
             self._score_stale(trajectories)
-            self._counted_in_step = self._count(trajectories)
-            return _micro_batch(trajectories, "fresh")
-        accumulation = self.args.gradient_accumulation_steps
+            self._value(trajectories, generation_batch, self.num_generations_eval)
+            together = self.num_generations_eval if self._soft_value.group == "ratios" else 1
+            uses = _in_groups([Use(t, "fresh") for t in trajectories], together)
+            self._counted_in_step = int(self._gather([self._settle(uses)]).sum())
+            return {"uses": uses}
+        accumulation, size = self.args.gradient_accumulation_steps, self.args.per_device_train_batch_size
         if self._step % accumulation == 0:
-            self._micro_batches = self._collect(generation_batch)
-        return self._micro_batches[self._step % accumulation]
+            self._uses = self._collect(generation_batch)
+        first = self._step % accumulation * size
+        return {"uses": self._uses[first : first + size]}
 
-    def _collect(self, rows: list[dict[str, Any]]) -> list[dict[str, list]]:
-        """The trajectories of one update, in micro-batches: the next part of the window, or replayed ones."""
-        args, size = self.args, self.args.per_device_train_batch_size
-        rows_here = size * args.gradient_accumulation_steps
-        fresh_updates = args.steps_per_generation // args.gradient_accumulation_steps
-        update = self._step // args.gradient_accumulation_steps % (fresh_updates * args.num_iterations)
+    def _collect(self, rows: list[dict[str, Any]]) -> list[Use]:
+        """The trajectories of one update on this process: the next part of the window, or replayed ones."""
+        args, metrics = self.args, self._metrics["train"]
+        rows_here = args.per_device_train_batch_size * args.gradient_accumulation_steps
+        update = self._step // args.gradient_accumulation_steps % (args.fresh_updates * args.num_iterations)
         if update == 0:
             self._window = self._new_window(rows)
 
         sample = None
-        if update >= fresh_updates and self._replay is not None:
+        if update >= args.fresh_updates and self._replay is not None:
             sample = self._replay.sample(rows_here, self.state.global_step, self._gather)
         if sample is None:
-            part = update % fresh_updates * rows_here
-            origin = "fresh" if update < fresh_updates else "reused"
-            collected = _micro_batch(self._window[part : part + rows_here], origin)
+            first = update % args.fresh_updates * rows_here
+            origin = "fresh" if update < args.fresh_updates else "reused"
+            part = self._window[first : first + rows_here]
+            uses = [Use(t, "logged" if t.source is Source.LOGGED else origin) for t in part]
         else:
-            collected = _micro_batch(sample.trajectories, "replayed", sample.weights, sample.ages)
-            oldest = self._gather([max(sample.ages)]).max().item()
-            self._metrics["train"]["replay/age_max"].append(oldest)
+            drawn = zip(sample.trajectories, sample.weights, sample.ages, strict=True)
+            uses = [Use(trajectory, "replayed", weight, age) for trajectory, weight, age in drawn]
+        uses = _in_groups(uses, args.updated_together)
+        self._score_stale([use.trajectory for use in uses])
 
-        self._score_stale(collected["trajectory"])
-        self._counted_in_step = self._count(collected["trajectory"])
+        oldest = max((use.age for use in uses if use.age is not None), default=0)
+        numbers_of_all = self._gather([self._settle(uses), oldest, len(self._replay or ())])  # (P, 3)
+        self._counted_in_step = int(numbers_of_all[:, 0].sum())
         self._rows_trained += rows_here
+        if sample is not None:
+            metrics["replay/age_max"].append(numbers_of_all[:, 1].max().item())
         if self._replay is not None:
-            self._metrics["train"]["replay/fill"].append(self._gather([len(self._replay)]).sum().item())
-            self._metrics["train"]["replay/updates_per_trajectory"].append(self._rows_trained / self._rows_drawn)
-        return [
-            {name: values[first : first + size] for name, values in collected.items()}
-            for first in range(0, rows_here, size)
-        ]
+            metrics["replay/fill"].append(numbers_of_all[:, 2].sum().item())
+            metrics["replay/updates_per_trajectory"].append(self._rows_trained / self._rows_drawn)
+        self._value_split_groups(uses)
+        return uses
 
     def _new_window(self, rows: list[dict[str, Any]]) -> list[Trajectory]:
         logged = [row for row in rows if self._window_parts.logged and row["completion_ids"] is not None]
@@ -303,11 +330,68 @@ class TBRMTrainer(ExactResume):
         self._mean_length = sum(len(t.completion_ids) for t in window) / len(window)
         self._rows_drawn += len(window)
         self._score_stale(window)
+        self._value(window, fresh + logged, self.num_generations)
         if self.args.save_rollouts and rollouts:
             self._save_rollouts(rollouts)
+        together = self.args.updated_together
         if self._replay is not None:
-            self._replay.add(t for t in rollouts if self._left_out(t) is None)
-        return [window[i] for i in torch.randperm(len(window))]
+            for first in range(0, len(rollouts), together):
+                group = rollouts[first : first + together]
+                if all(self._left_out(trajectory) is None for trajectory in group):
+                    self._replay.add(group)
+        return [window[i] for i in random_order(len(window), together)]
+
+    def _value(self, trajectories: Sequence[Trajectory], rows: Sequence[dict[str, Any]], group_size: int) -> None:
+        """What is known of a trajectory's reward and soft value when it is drawn."""
+        baseline, reward_of = self.args.reward_baseline, self.args.reward_of
+        if baseline == "batch_mean":
+            given = [reward for t in trajectories if not math.isnan(reward := reward_of(t))]
+            total, count = self._gather([sum(given), len(given)]).sum(dim=0).tolist()
+            for trajectory in trajectories:
+                trajectory.baseline = total / max(count, 1)
+        elif baseline == "group_mean":
+            for first in range(0, len(trajectories), group_size):
+                group = trajectories[first : first + group_size]
+                mean = mean_reward([reward_of(trajectory) for trajectory in group])
+                for trajectory in group:
+                    trajectory.baseline = mean
+        self._soft_value.on_window(trajectories, rows, group_size)
+
+    def _settle(self, uses: Sequence[Use]) -> int:
+        """Decide what is left out of the loss; returns how many count."""
+        for use in uses:
+            use.left_out = self._left_out(use.trajectory)
+        if self._soft_value.group == "ratios":
+            in_group = Counter(use.group for use in uses if use.left_out is None)
+            for use in uses:
+                if in_group[use.group] == 1 and use.left_out is None:
+                    use.left_out = "no_value"  # its own ratio would be its value
+        return sum(use.left_out is None for use in uses)
+
+    def _left_out(self, trajectory: Trajectory) -> str | None:
+        """Why a trajectory does not count in the loss, or None if it does."""
+        if math.isnan(self.args.reward_of(trajectory)):
+            return "unscored"
+        if self.args.truncation == "mask" and trajectory.end is End.LENGTH:
+            return "truncated"
+        if not trajectory.loss_mask.any():
+            return "no_action"
+        if self._soft_value.gives_constants and trajectory.value is None:
+            return "no_value"
+        return None
+
+    @torch.no_grad()
+    def _value_split_groups(self, uses: Sequence[Use]) -> None:
+        """Where groups do not stand whole in a micro-batch, their soft value takes a pass of its own."""
+        size = self.args.per_device_train_batch_size
+        if size % self.args.updated_together == 0:
+            return
+        parts = []
+        for first in range(0, len(uses), size):
+            batch = self._collate([use.trajectory for use in uses[first : first + size]])
+            parts.append(self._rows(uses[first : first + size], batch, self._score(self.model, batch)))
+        for use, value in zip(uses, self._soft_value(Rows.joined(parts)).tolist(), strict=True):
+            use.value = value
 
     # ---- score -------------------------------------------------------------------------------------------------
 
@@ -316,9 +400,10 @@ class TBRMTrainer(ExactResume):
             trajectories, self._tokenizer.pad_token_id, self.accelerator.device, self.args.pad_to_multiple_of
         )
 
-    def _score(self, model: nn.Module, batch: Batch, router_logits: bool = False) -> TrajectoryScores:
+    def _score(self, model: nn.Module, batch: Batch, **wanted: Any) -> TrajectoryScores:
+        wanted.setdefault("end_value", self.args.truncation == "bootstrap")
         with self.accelerator.autocast():
-            return score(model, batch, positions_from_mask=self._positions_from_mask, router_logits=router_logits)
+            return score(model, batch, positions_from_mask=self._positions_from_mask, **wanted)
 
     def _is_stale(self, trajectory: Trajectory) -> bool:
         key = trajectory.ref_key
@@ -357,61 +442,98 @@ class TBRMTrainer(ExactResume):
     # ---- update ------------------------------------------------------------------------------------------------
 
     def _compute_loss(self, model: nn.Module, inputs: dict[str, Any]) -> Tensor:
-        beta, processes, device = self.args.beta, self.accelerator.num_processes, self.accelerator.device
-        trajectories = inputs["trajectory"]
-        left_out = [self._left_out(trajectory) for trajectory in trajectories]
-        counted = torch.tensor([reason is None for reason in left_out], device=device)  # (B,)
-        weight = torch.tensor(inputs["weight"], dtype=torch.float32, device=device)  # (B,)
-
+        args, beta, uses = self.args, self.args.beta, inputs["uses"]
+        trajectories = [use.trajectory for use in uses]
         batch = self._collate(trajectories)
-        scores = self._score(model, batch, router_logits=self.aux_loss_enabled)
+        in_part = args.token_fraction < 1 and self.model.training
+        with torch.no_grad() if in_part else nullcontext():
+            every_value = args.residual == "token"
+            scores = self._score(model, batch, router_logits=self.aux_loss_enabled, every_value=every_value)
+            rows = self._rows(uses, batch, scores)
+            soft_value = self._soft_value_of(uses, rows)  # (B,)
+            upcoming = self._value_after_cut(trajectories, batch, scores, rows)  # (B,)
+            residual = bellman_residual(soft_value - upcoming, rows.log_ratio, rows.reward, beta)  # (B,)
+            residual = torch.where(rows.counted, residual, 0.0)
 
-        soft_value = scores.soft_value  # (B,)
-        if self.args.soft_value == "calibrated":
-            soft_value = soft_value - batch.ref_soft_value
-        log_ratio = trajectory_log_ratio(scores.log_probs, batch.ref_log_probs, batch.action_mask)  # (B,)
-        residual = bellman_residual(soft_value, log_ratio, batch.reward, beta)  # (B,)
+        if in_part:
+            squared, scores.aux_loss = self._squared_in_part(model, uses, batch, residual)  # (B,) and a scalar
+        elif args.residual == "token":
+            assert scores.state_values is not None, "asked for above"
+            log_ratio = scores.log_probs - batch.ref_log_probs  # (B, T)
+            each = token_residuals(log_ratio, scores.state_values, batch.action_mask, rows.reward, beta)  # (B, T)
+            squared = each.square().sum(dim=1)  # (B,)
+        else:
+            squared = residual.square()  # (B,)
 
-        unit = beta if self.args.loss_units == "reward" else 1.0
+        loss = beta**2 * squared  # (B,) in reward units, as the weights of what is added
+        if args.sft_coef:
+            earned = numbers([args.reward_of(trajectory) for trajectory in trajectories], residual.device)  # (B,)
+            nll = success_nll(scores.log_probs, batch.action_mask, earned, args.sft_threshold)
+            loss = loss + args.sft_coef * nll
+        if args.entropy_advantage_coef:
+            assert scores.entropy is not None, "the policy's head computes entropies"
+            weighted = advantage_weighted_entropy(scores.entropy, batch.action_mask, residual, beta)
+            loss = loss - args.entropy_advantage_coef * weighted
+        if args.loss_units == "logits":
+            loss = loss / beta**2
+        weight = numbers([use.weight for use in uses], residual.device)  # (B,)
         # Gradients are averaged over processes; the factor makes that the sum over them, as the denominator expects.
-        loss = processes * squared_residual_loss(unit * residual, counted, self._counted_in_step, weight)
+        processes = self.accelerator.num_processes
+        loss = processes * mean_over_counted(loss, rows.counted, self._counted_in_step, weight)
         if self.aux_loss_enabled:
             accumulation = self.current_gradient_accumulation_steps if self.model.training else 1
             loss = loss + self.router_aux_loss_coef * scores.aux_loss / accumulation
 
-        self._record(
-            step_totals(
-                batch,
-                scores,
-                counted,
-                left_out,
-                soft_value,
-                log_ratio,
-                residual,
-                beta,
-                inputs["origin"],
-                inputs["age"],
-            )
-        )
+        self._record(step_totals(uses, batch, scores, rows, soft_value, residual))
         if self._replay is not None and self._replay.prioritized:
-            priorities = (beta * residual).detach().abs().tolist()
-            for trajectory, origin, priority in zip(trajectories, inputs["origin"], priorities, strict=True):
-                if origin == "replayed":
-                    trajectory.priority = priority
+            for use, priority in zip(uses, (beta * residual).detach().abs().tolist(), strict=True):
+                if use.origin == "replayed":
+                    use.trajectory.priority = priority
         return loss
 
-    def _left_out(self, trajectory: Trajectory) -> str | None:
-        """Why a trajectory does not count in the loss, or None if it does."""
-        if math.isnan(trajectory.reward):
-            return "unscored"
-        if self.args.mask_truncated_completions and trajectory.end is End.LENGTH:
-            return "truncated"
-        if not trajectory.loss_mask.any():
-            return "no_action"
-        return None
+    def _rows(self, uses: Sequence[Use], batch: Batch, scores: TrajectoryScores) -> Rows:
+        device, reward_of = batch.input_ids.device, self.args.reward_of
+        return Rows(
+            policy_value=scores.soft_value,
+            ref_value=batch.ref_soft_value,
+            log_ratio=trajectory_log_ratio(scores.log_probs, batch.ref_log_probs, batch.action_mask),
+            reward=numbers([reward_of(use.trajectory) - use.trajectory.baseline for use in uses], device),
+            value=numbers([use.trajectory.value for use in uses], device),
+            group=torch.tensor([use.group for use in uses], device=device),
+            counted=torch.tensor([use.left_out is None for use in uses], device=device),
+            beta=self.args.beta,
+        )
 
-    def _count(self, trajectories: Sequence[Trajectory]) -> int:
-        return int(self._gather([sum(self._left_out(trajectory) is None for trajectory in trajectories)]).sum())
+    def _soft_value_of(self, uses: Sequence[Use], rows: Rows) -> Tensor:
+        if uses[0].value is not None:
+            return numbers([use.value for use in uses], rows.reward.device)  # (B,)
+        return self._soft_value(rows)  # (B,)
+
+    def _value_after_cut(
+        self, trajectories: Sequence[Trajectory], batch: Batch, scores: TrajectoryScores, rows: Rows
+    ) -> Tensor:
+        """`(B,)` with `truncation="bootstrap"`, the value of the state in which a trajectory was cut; else 0."""
+        if self.args.truncation != "bootstrap":
+            return torch.zeros_like(rows.log_ratio)
+        assert scores.end_value is not None, "asked for where truncation is bootstrapped"
+        is_cut = torch.tensor([t.end is End.LENGTH for t in trajectories], device=rows.reward.device)
+        there = replace(rows, policy_value=scores.end_value, ref_value=batch.ref_end_value)
+        return torch.where(is_cut, self._soft_value(there), 0.0)
+
+    def _squared_in_part(
+        self, model: nn.Module, uses: Sequence[Use], batch: Batch, residual: Tensor
+    ) -> tuple[Tensor, Tensor | None]:
+        """`(B,)` δ² whose gradient comes from a random part of the tokens, in a second forward; and its router loss."""
+        select = scatter if self.args.token_selection == "scatter" else cut
+        chosen, probability = select(batch.action_mask, self.args.token_fraction)  # (B, T) each
+        if self.args.token_selection == "cut":
+            width = max(chosen.any(dim=0).nonzero().flatten().tolist(), default=0) + 1
+            batch, chosen, probability = batch.until(width), chosen[:, :width], probability[:, :width]
+        scores = self._score(model, batch, scored=chosen, router_logits=self.aux_loss_enabled)
+        rows = self._rows(uses, batch, scores)
+        upcoming = self._value_after_cut([use.trajectory for use in uses], batch, scores, rows)  # (B,)
+        value = torch.where(rows.counted, self._soft_value_of(uses, rows) - upcoming, 0.0)  # (B,)
+        return subset_surrogate(residual, value, scores.log_probs, chosen, probability), scores.aux_loss
 
     def _gather(self, values: Sequence[float]) -> Tensor:
         """This process's numbers beside those of the others. `(n,)` → `(P, n)`, on the CPU."""
@@ -459,13 +581,15 @@ class TBRMTrainer(ExactResume):
             "processes": args.world_size,
             "data set": dataset_digest(self._given_dataset),
             "trajectories per update": args.rows_per_update,
-            "updates per window": args.steps_per_generation // args.gradient_accumulation_steps,
+            "updates per window": args.fresh_updates,
             "num_iterations": args.num_iterations,
             "num_generations": args.num_generations,
             "replay_buffer_size": args.replay_buffer_size,
             "logged trajectories per window": self._window_parts.logged,
             "seed of the data order": args.seed if self.shuffle_dataset else None,
             "reference": "synced" if args.sync_ref_model else args.reference,
+            "soft_value": args.soft_value,
+            "truncation": args.truncation,
         }
 
     def _fresh_start(self) -> None:
@@ -500,13 +624,8 @@ class TBRMTrainer(ExactResume):
             self._replay.add(lists["replay"])
 
 
-def _micro_batch(
-    trajectories: list[Trajectory], origin: str, weights: list[float] | None = None, ages: list[int] | None = None
-) -> dict[str, list]:
-    """Trajectories with what the update needs to know of each beside it."""
-    return {
-        "trajectory": trajectories,
-        "origin": ["logged" if t.source is Source.LOGGED else origin for t in trajectories],
-        "weight": weights or [1.0] * len(trajectories),
-        "age": ages or [],  # of replayed rows only
-    }
+def _in_groups(uses: list[Use], size: int) -> list[Use]:
+    """Number the groups that stand together."""
+    for place, use in enumerate(uses):
+        use.group = place // size
+    return uses

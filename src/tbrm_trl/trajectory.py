@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from enum import Enum
 
 import torch
@@ -44,7 +44,10 @@ class Trajectory:
         policy_step: updates that the policy had made when it drew the completion; None where another run's did.
         ref_log_probs: `(C,)` log π_ref of the completion tokens (0 where not chosen); None until scored.
         ref_soft_value: V_ref(s_1); None until scored.
+        ref_end_value: V_ref of the state after the last token, where `truncation="bootstrap"` asks for it.
         ref_key: which reference these scores come from (see `reference.Reference.key`); None until scored.
+        value: the constant that an estimator of the soft value gave it (see `soft_value.SoftValue`), in reward units.
+        baseline: subtracted from the reward in the residual.
         priority: |β δ| when it was last replayed, in reward units; None before that.
         vision: the vision inputs of this trajectory alone, by the model's argument name; empty for text.
     """
@@ -60,7 +63,10 @@ class Trajectory:
     policy_step: int | None = None
     ref_log_probs: Tensor | None = None
     ref_soft_value: float | None = None
+    ref_end_value: float | None = None
     ref_key: str | None = None
+    value: float | None = None
+    baseline: float = 0.0
     priority: float | None = None
     vision: dict[str, Tensor] = field(default_factory=dict)
 
@@ -81,6 +87,29 @@ class Trajectory:
 
 
 @dataclass
+class Use:
+    """A trajectory in one update.
+
+    Attributes:
+        trajectory: shared with the window, the buffer or the log.
+        origin: one of `metrics.ORIGINS`.
+        weight: what its squared residual counts.
+        age: updates since it was generated, of a replayed one.
+        group: equal for those that are compared with one another.
+        left_out: why it does not count in the loss, or None.
+        value: V in nats, where it had to be known before the loss.
+    """
+
+    trajectory: Trajectory
+    origin: str
+    weight: float = 1.0
+    age: int | None = None
+    group: int = 0
+    left_out: str | None = None
+    value: float | None = None
+
+
+@dataclass
 class Batch:
     """Trajectories padded on the right to the longest of them. T counts prompt and completion together.
 
@@ -91,10 +120,16 @@ class Batch:
     input_ids: Tensor  # (B, T)
     attention_mask: Tensor  # (B, T) 1 on real tokens
     action_mask: Tensor  # (B, T) bool, m_h at the column of the token that was chosen; never true in column 0
-    reward: Tensor  # (B,) NaN where unscored
     ref_log_probs: Tensor  # (B, T) 0 where not an action; NaN until scored
     ref_soft_value: Tensor  # (B,) NaN until scored
+    ref_end_value: Tensor  # (B,) NaN until scored
     vision: dict[str, Tensor]
+
+    def until(self, width: int) -> Batch:
+        """The first `width` columns."""
+        per_token = {n: v[:, :width] if n in PER_TOKEN_INPUTS else v for n, v in self.vision.items()}
+        cut = {n: getattr(self, n)[:, :width] for n in ("input_ids", "attention_mask", "action_mask", "ref_log_probs")}
+        return replace(self, **cut, vision=per_token)
 
     @property
     def pad_fraction(self) -> float:
@@ -138,15 +173,16 @@ def collate(
         input_ids=padded([torch.cat([t.prompt_ids, t.completion_ids]) for t in trajectories], pad_token_id),
         attention_mask=padded([torch.ones(len(t), dtype=torch.long) for t in trajectories], 0),
         action_mask=padded([after_prompt(t, t.loss_mask) for t in trajectories], False),
-        reward=torch.tensor([t.reward for t in trajectories], dtype=torch.float32, device=device),
         ref_log_probs=padded([after_prompt(t, reference(t)) for t in trajectories], 0.0),
-        ref_soft_value=torch.tensor(
-            [torch.nan if t.ref_soft_value is None else t.ref_soft_value for t in trajectories],
-            dtype=torch.float32,
-            device=device,
-        ),
+        ref_soft_value=numbers([t.ref_soft_value for t in trajectories], device),
+        ref_end_value=numbers([t.ref_end_value for t in trajectories], device),
         vision=vision,
     )
+
+
+def numbers(values: Sequence[float | None], device: torch.device | str = "cpu") -> Tensor:
+    """`(B,)` float32, NaN where there is none."""
+    return torch.tensor([torch.nan if v is None else v for v in values], dtype=torch.float32, device=device)
 
 
 def by_length(trajectories: Sequence[Trajectory], size: int) -> Iterator[list[Trajectory]]:
@@ -154,3 +190,9 @@ def by_length(trajectories: Sequence[Trajectory], size: int) -> Iterator[list[Tr
     ordered = sorted(trajectories, key=len)
     for start in range(0, len(ordered), size):
         yield ordered[start : start + size]
+
+
+def random_order(count: int, together: int = 1) -> list[int]:
+    """A permutation of `count` places that moves blocks of `together` as one."""
+    blocks = torch.randperm(count // together) * together  # (count / together,)
+    return (blocks[:, None] + torch.arange(together)).flatten().tolist()

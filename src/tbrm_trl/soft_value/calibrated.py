@@ -1,0 +1,16 @@
+"""ReVal: the policy's soft value, less the reference's."""
+
+from torch import Tensor
+
+from .base import Rows, SoftValue
+
+
+class CalibratedValue(SoftValue):
+    """`V_θ(s_1) − V_ref(s_1)`, with gradient (ReVal, arXiv 2603.23355): 0 before training, so that R = 0 moves "
+    "nothing."""
+
+    name = "calibrated"
+    takes_baseline = bootstraps = True
+
+    def __call__(self, rows: Rows) -> Tensor:
+        return rows.policy_value - rows.ref_value

@@ -1,0 +1,550 @@
+"""Each estimator of the soft value, out of `train()`, against loops in float64; and what each refuses."""
+
+from __future__ import annotations
+
+import math
+import random
+from collections import defaultdict
+from dataclasses import dataclass
+
+import pytest
+import torch
+from datasets import Dataset
+from oracle import distance, logits_of
+from test_oracle import TOLERANCE, plain
+from test_trainer import build, letters
+from tiny import VOCABULARY, perturb, save, tokenizer
+from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForSequenceClassification
+
+from tbrm_trl import SoftValue, TBRMConfig
+from tbrm_trl.soft_value.log_mean_exp import log_mean_exp
+from tbrm_trl.trajectory import End, Trajectory
+
+BETA = 0.1
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return save(tmp_path_factory.mktemp("llama"), "llama")
+
+
+def log(prompts: int = 4, each: int = 2, seed: int = 0, unscored: tuple[int, ...] = ()) -> list[dict]:
+    """`each` completions for each prompt, some with inserted tokens, some cut, in mixed order."""
+    rng, rows = random.Random(seed), []
+    for prompt in range(prompts):
+        prompt_ids = [2, *(rng.randrange(3, 60) for _ in range(rng.randint(1, 6)))]
+        for one in range(each):
+            completion = [rng.randrange(3, 60) for _ in range(rng.randint(3, 8))]
+            mask = [1] * len(completion)
+            if one == 1:
+                mask[:1] = [0]  # inserted first: s_1 is not the prompt's end
+            else:
+                completion[-1] = 1
+            rows.append(
+                {
+                    "prompt": f"{prompt}:",
+                    "prompt_ids": prompt_ids,
+                    "completion_ids": completion,
+                    "loss_mask": mask,
+                    "reward": None if len(rows) in unscored else round(rng.uniform(-1, 1), 2),
+                }
+            )
+    rng.shuffle(rows)
+    return rows
+
+
+@dataclass
+class Seen:
+    """One update of a trainer at learning rate 0, and float64 copies of its policy and reference."""
+
+    loss: float
+    gradient: dict[str, torch.Tensor]
+    uses: list
+    policy: torch.nn.Module
+    reference: torch.nn.Module
+    trainer: object
+
+    @property
+    def counted(self) -> list[Trajectory]:
+        return [use.trajectory for use in self.uses if use.left_out is None]
+
+
+def one_update(folder, tmp_path, rows=None, reward_funcs=None, **options) -> Seen:
+    rows = log() if rows is None else rows
+    defaults = dict(beta=BETA, learning_rate=0.0, max_steps=1, max_grad_norm=0.0, per_device_train_batch_size=8)
+    data = Dataset.from_list(rows)
+    trainer = build(folder, tmp_path, reward_funcs, data, **{**defaults, **options})
+    reference = plain(AutoModelForCausalLM.from_pretrained(folder))
+    perturb(trainer.model)
+    collect, seen = trainer._collect, []
+    trainer._collect = lambda rows: seen.append(collect(rows)) or seen[-1]
+    trainer.train()
+    loss = trainer.state.log_history[0]["loss"]
+    return Seen(loss, trainer.recorder.gradients[0], seen[0], plain(trainer.model), reference, trainer)
+
+
+@dataclass
+class Parts:
+    """The terms of a residual, float64, in nats."""
+
+    value: torch.Tensor
+    ref_value: torch.Tensor
+    log_ratio: torch.Tensor
+
+
+def parts(seen: Seen, trajectory: Trajectory) -> Parts:
+    logits = logits_of(seen.policy, trajectory, 1.0)
+    with torch.no_grad():
+        ref_logits = logits_of(seen.reference, trajectory, 1.0)
+    prompt = len(trajectory.prompt_ids)
+    chosen = [h for h in range(len(trajectory.completion_ids)) if trajectory.loss_mask[h]]
+    log_ratio = 0.0
+    for h in chosen:
+        state, token = prompt + h - 1, int(trajectory.completion_ids[h])
+        log_ratio = log_ratio + logits[state].log_softmax(-1)[token] - ref_logits[state].log_softmax(-1)[token]
+    first = prompt + chosen[0] - 1
+    return Parts(logits[first].logsumexp(-1), ref_logits[first].logsumexp(-1), log_ratio)
+
+
+def by_prompt(trajectories) -> dict[tuple, list[Trajectory]]:
+    groups = defaultdict(list)
+    for trajectory in trajectories:
+        groups[tuple(trajectory.prompt_ids.tolist())].append(trajectory)
+    return groups
+
+
+def solve(seen: Seen, values) -> tuple[float, dict[str, torch.Tensor]]:
+    """Loss and gradient of the mean of (β δ)², V in nats from `values(trajectory, its parts)`."""
+    seen.policy.zero_grad()
+    counted, loss = seen.counted, 0.0
+    for trajectory in counted:
+        of = parts(seen, trajectory)
+        delta = values(trajectory, of) + of.log_ratio - trajectory.reward / BETA
+        term = (BETA * delta) ** 2 / len(counted)
+        term.backward()
+        loss += term.item()
+    return loss, {name: p.grad for name, p in seen.policy.named_parameters()}
+
+
+def check(seen: Seen, values) -> None:
+    loss, gradient = solve(seen, values)
+    assert loss > 1e-4 and seen.loss == pytest.approx(loss, rel=TOLERANCE)
+    assert distance(seen.gradient, gradient) <= TOLERANCE
+
+
+def group_value(seen: Seen, trajectory: Trajectory) -> float:
+    group = by_prompt(seen.counted)[tuple(trajectory.prompt_ids.tolist())]
+    with torch.no_grad():
+        return sum(t.reward / BETA - parts(seen, t).log_ratio.item() for t in group) / len(group)
+
+
+def test_zero(folder, tmp_path):
+    check(one_update(folder, tmp_path, soft_value="zero"), lambda t, of: 0.0)
+
+
+# ---- groups under the current policy -------------------------------------------------------------------------------
+
+
+def test_group(folder, tmp_path):
+    seen = one_update(folder, tmp_path, soft_value="group", num_generations=2)
+    assert sorted(map(len, by_prompt(seen.counted).values())) == [2, 2, 2, 2]
+    check(seen, lambda t, of: group_value(seen, t))
+
+
+@pytest.mark.parametrize("size", [1, 2, 3, 6])
+def test_a_group_split_over_micro_batches(size, folder, tmp_path):
+    """Groups of 3 in micro-batches of 1, 2, 3 and 6: where they are split, a pass of its own gives the same value."""
+    rows = log(prompts=2, each=3)
+    options = dict(soft_value="group", num_generations=3, gradient_accumulation_steps=6 // size)
+    seen = one_update(folder, tmp_path, rows, per_device_train_batch_size=size, **options)
+    assert (seen.uses[0].value is None) is (size % 3 == 0)
+    check(seen, lambda t, of: group_value(seen, t))
+
+
+def test_a_group_with_one_scored_row_leaves_the_loss(folder, tmp_path):
+    """Of 4 pairs one has a row that nobody can score: 6 count, one is `unscored`, its partner has `no_value`."""
+    rows = log(unscored=(3,))
+    seen = one_update(
+        folder, tmp_path, rows, lambda prompts, **kwargs: [None] * len(prompts), soft_value="group", num_generations=2
+    )
+    metrics = seen.trainer.state.log_history[0]
+    assert (metrics["left_out/unscored"], metrics["left_out/no_value"]) == (1 / 8, 1 / 8)
+    assert len(seen.counted) == 6
+    check(seen, lambda t, of: group_value(seen, t))
+
+
+def test_pairs_are_rebel(folder, tmp_path):
+    """REBEL squares `β (log-ratio_1 − log-ratio_2) − (r_1 − r_2)`: of a pair, four times the group's mean square."""
+    seen = one_update(folder, tmp_path, soft_value="group", num_generations=2)
+    seen.policy.zero_grad()
+    loss = 0.0
+    for first, second in by_prompt(seen.counted).values():
+        of = parts(seen, first).log_ratio - parts(seen, second).log_ratio
+        pair = (BETA * of - (first.reward - second.reward)) ** 2 / 4  # mean over 4 pairs
+        pair.backward()
+        loss += pair.item()
+    assert seen.loss == pytest.approx(loss / 4, rel=TOLERANCE)
+    expected = {name: p.grad / 4 for name, p in seen.policy.named_parameters()}
+    assert distance(seen.gradient, expected) <= TOLERANCE
+
+
+def test_variance_with_gradient_in_the_mean(folder, tmp_path):
+    """VarGrad's variance, `1/k Σ (d − mean d)²`, differentiated through the mean too; GVPO's is k/(k − 1) of it."""
+    k = 4
+    seen = one_update(folder, tmp_path, log(prompts=2, each=k), soft_value="group", num_generations=k)
+    seen.policy.zero_grad()
+    loss = 0.0
+    for group in by_prompt(seen.counted).values():
+        d = torch.stack([BETA * parts(seen, t).log_ratio - t.reward for t in group])
+        gvpo = (d - d.mean()).square().sum() / (k - 1) / 2  # mean over 2 groups
+        gvpo.backward()
+        loss += gvpo.item()
+    assert seen.loss == pytest.approx(loss * (k - 1) / k, rel=TOLERANCE)
+    expected = {name: p.grad * (k - 1) / k for name, p in seen.policy.named_parameters()}
+    assert distance(seen.gradient, expected) <= TOLERANCE
+
+
+def test_groups_are_replayed_whole(folder, tmp_path):
+    trainer = build(
+        folder, tmp_path, soft_value="group", num_generations=2, per_device_train_batch_size=4, max_steps=6,
+        num_iterations=3, replay_buffer_size=8,
+    )  # fmt: skip
+    collect, replayed = trainer._collect, []
+
+    def watch(rows):
+        uses = collect(rows)
+        replayed.extend(
+            (a, b) for a, b in zip(uses[::2], uses[1::2], strict=True) if a.origin == b.origin == "replayed"
+        )
+        return uses
+
+    trainer._collect = watch
+    trainer.train()
+    assert len(replayed) == 8  # two pairs in each of four replay updates
+    for a, b in replayed:
+        assert a.trajectory is not b.trajectory and a.trajectory.group == b.trajectory.group and a.group == b.group
+
+
+# ---- constants of the group ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("soft_value_beta", [None, 1.0, math.inf])
+def test_log_mean_exp(soft_value_beta, folder, tmp_path):
+    seen = one_update(
+        folder, tmp_path, soft_value="log_mean_exp", num_generations=2, soft_value_beta=soft_value_beta
+    )  # fmt: skip
+    b = soft_value_beta or BETA
+
+    def value(trajectory, of):
+        rewards = [t.reward for t in by_prompt(seen.counted)[tuple(trajectory.prompt_ids.tolist())]]
+        if math.isinf(b):
+            return sum(rewards) / 2 / BETA
+        return b * math.log(sum(math.exp(r / b) for r in rewards) / 2) / BETA
+
+    check(seen, value)
+
+
+def test_log_mean_exp_by_hand():
+    """r = 0 and ln 3 at β₁ = 1: log((1 + 3)/2) = log 2; at ∞ the mean; near 0 the largest."""
+    rewards = torch.tensor([0.0, math.log(3)], dtype=torch.float64)
+    assert log_mean_exp(rewards, 1.0).item() == pytest.approx(math.log(2), abs=1e-15)
+    assert log_mean_exp(rewards, math.inf).item() == rewards.mean().item()
+    assert log_mean_exp(rewards, 1e-6).item() == pytest.approx(math.log(3), abs=1e-5)
+
+
+# ---- constants of the prompt ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("self_normalized", [False, True])
+def test_partition(self_normalized, folder, tmp_path):
+    """Over the distinct completions of a prompt: a repeated one is one term of the sum, with its mean reward."""
+    rows = log(prompts=2, each=3)
+    repeated = {**rows[0], "reward": rows[0]["reward"] + 0.5}
+    rows = [*rows, repeated, {**rows[1]}]
+    seen = one_update(folder, tmp_path, rows, soft_value="partition", soft_value_self_normalized=self_normalized)
+    assert len(seen.counted) == 8
+    ids = list(rows[0]["prompt_ids"]), list(rows[0]["completion_ids"])
+
+    def value(trajectory, of):
+        terms, mass, done = [], [], set()
+        for t in by_prompt(seen.counted)[tuple(trajectory.prompt_ids.tolist())]:
+            completion = tuple(t.completion_ids.tolist())
+            if completion in done:
+                continue
+            done.add(completion)
+            is_repeated = (t.prompt_ids.tolist(), list(completion)) == ids
+            reward = rows[0]["reward"] + 0.25 if is_repeated else t.reward
+            logits = logits_of(seen.reference, t, 1.0).detach()
+            log_prob = sum(
+                logits[len(t.prompt_ids) + h - 1].log_softmax(-1)[token].item()
+                for h, token in enumerate(completion)
+                if t.loss_mask[h]
+            )
+            terms.append(math.exp(log_prob + reward / BETA))
+            mass.append(math.exp(log_prob))
+        return math.log(sum(terms) / (sum(mass) if self_normalized else 1))
+
+    check(seen, value)
+
+
+def test_optimal_from_a_column(folder, tmp_path):
+    rows = [{**row, "optimal_value": 0.1 * len(row["prompt_ids"])} for row in log()]
+    seen = one_update(folder, tmp_path, rows, soft_value="optimal")
+    check(seen, lambda t, of: 0.1 * len(t.prompt_ids) / BETA)
+
+
+def test_optimal_is_a2pos_loss(folder, tmp_path):
+    """TRL's experimental A*-PO on the same trajectories: `(β₂ log-ratio − (r − V*))²`, its loss with β₂ = β.
+
+    Intended differences, none of which shows here: A2PO counts completions of equal length alike (so do we), keeps the
+    prompts whose samples all fail out by default (`soft_value_drop_unsolved`), has no loss mask for inserted tokens,
+    and fixes V* by the prompt's text, we by the row.
+    """
+    from trl.experimental.a2po import A2POConfig, A2POTrainer
+
+    rows = [{**row, "loss_mask": None, "optimal_value": 0.3} for row in log()]
+    seen = one_update(folder, tmp_path, rows, soft_value="optimal")
+    peer = object.__new__(A2POTrainer)
+    peer.args = object.__new__(A2POConfig)
+    peer.args.beta2 = BETA
+    peer.model_kwarg_keys = {"logits_to_keep"}
+    peer._metrics = {"train": defaultdict(list)}
+    peer.model = seen.policy.train()
+    peer.accelerator = seen.trainer.accelerator
+    seen.policy.zero_grad()
+    total = 0.0
+    for trajectory in seen.counted:  # one by one, so that nothing is padded
+        ids = torch.cat([trajectory.prompt_ids, trajectory.completion_ids])[None]
+        keep = len(trajectory.completion_ids)
+        mask = torch.ones_like(ids)
+        with torch.no_grad():
+            ref_logps = peer._get_sequence_logps(seen.reference, ids, mask, keep)
+        inputs = {
+            "input_ids": ids, "attention_mask": mask, "logits_to_keep": keep, "ref_logps": ref_logps,
+            "rewards": torch.tensor([trajectory.reward]).double(), "v_star": torch.tensor([0.3]).double(),
+        }  # fmt: skip
+        loss = peer.compute_loss(seen.policy, inputs) / len(seen.counted)
+        loss.backward()
+        total += loss.item()
+    assert seen.loss == pytest.approx(total, rel=TOLERANCE)
+    assert distance(seen.gradient, {name: p.grad for name, p in seen.policy.named_parameters()}) <= TOLERANCE
+
+
+PROMPTS = Dataset.from_list([{"prompt": text} for text in ("1+1=", "Say: ab", "c", "What? ", "longer", "x y")])
+
+
+def test_optimal_by_sampling(folder, tmp_path):
+    """V̂* of 4 samples per prompt, kept on disk: a second run reads them and samples nothing; training is unmoved."""
+    options = dict(
+        soft_value="optimal", soft_value_samples=4, soft_value_beta=0.5, per_device_train_batch_size=3, max_steps=2
+    )
+    first = build(folder, tmp_path, letters, PROMPTS, **options)
+    first.train()
+    [file] = (tmp_path / "out" / "optimal_values").glob("*.parquet")
+    rewards = Dataset.from_parquet(str(file), cache_dir=str(tmp_path))["rewards"]
+    assert [len(row) for row in rewards] == [4] * 6 and len({tuple(row) for row in rewards}) > 3
+    for value, row in zip(first.train_dataset["optimal_value"], rewards, strict=True):
+        assert value == pytest.approx(0.5 * math.log(sum(math.exp(r / 0.5) for r in row) / 4))
+    sampled = sum(len(window) for window in first.windows) - 2 * 3
+    assert sampled == 6 * 4
+    by_prompt_ids = {tuple(map(ord, row["prompt"])): row["optimal_value"] for row in first.train_dataset}
+    for trajectory in first.windows[-1]:
+        text = tuple(map(ord, first.processing_class.decode(trajectory.prompt_ids, skip_special_tokens=True)))
+        assert trajectory.value == by_prompt_ids[text]
+
+    again = build(folder, tmp_path, letters, PROMPTS, **options)
+    again.train()
+    assert sum(len(window) for window in again.windows) == 2 * 3
+    assert again.losses == first.losses  # sampling left no trace in training's random numbers
+    other = build(folder, tmp_path, letters, PROMPTS, **{**options, "soft_value_samples": 2})
+    other.train()
+    assert len(list((tmp_path / "out" / "optimal_values").glob("*.parquet"))) == 2
+
+
+def test_optimal_goes_on_where_it_was_interrupted(folder, tmp_path):
+    """Blocks of one prompt (4 samples, windows of 3): killed in the fourth, the next run samples three more."""
+    options = dict(soft_value="optimal", soft_value_samples=4, per_device_train_batch_size=3, max_steps=1)
+    calls = []
+
+    def dies(completions, **kwargs):
+        calls.append(len(completions))
+        if len(calls) == 4:
+            raise KeyboardInterrupt
+        return letters(completions)
+
+    with pytest.raises(KeyboardInterrupt):
+        build(folder, tmp_path, dies, PROMPTS, **options).train()
+    whole = build(folder, tmp_path / "whole", letters, PROMPTS, **options)
+    whole.train()
+    assert calls == [4] * 4
+
+    def resumed(completions, **kwargs):
+        calls.append(len(completions))
+        return letters(completions)
+
+    resumed.__name__ = "dies"
+    trainer = build(folder, tmp_path, resumed, PROMPTS, **options)
+    calls.clear()
+    trainer.train()
+    assert calls == [4] * 3 + [3]
+    assert trainer.train_dataset["optimal_value"] == whole.train_dataset["optimal_value"]
+
+
+def test_unsolved_prompts_can_be_dropped(folder, tmp_path):
+    def only_some(prompts, **kwargs):
+        return [float(prompt in ("c", "x y", "longer")) for prompt in prompts]
+
+    trainer = build(
+        folder, tmp_path, only_some, PROMPTS, soft_value="optimal", soft_value_samples=2, soft_value_drop_unsolved=True,
+        per_device_train_batch_size=3, max_steps=3,
+    )  # fmt: skip
+    trainer.train()
+    assert trainer.train_dataset["prompt"] == ["c", "longer", "x y"]
+    trained = {trainer.processing_class.decode(t.prompt_ids) for window in trainer.windows[-3:] for t in window}
+    assert trained == {"c", "x y", "longer"}
+
+
+def test_model(folder, tmp_path):
+    """A value model scores the tokens up to s_1, inserted ones included."""
+    torch.manual_seed(3)
+    config = LlamaConfig(
+        vocab_size=VOCABULARY, hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2,
+        num_labels=1, pad_token_id=0,
+    )  # fmt: skip
+    value_model = LlamaForSequenceClassification(config).eval()
+    value_model.save_pretrained(tmp_path / "value")
+    tokenizer().save_pretrained(tmp_path / "value")
+    seen = one_update(folder, tmp_path, soft_value="model", soft_value_model=str(tmp_path / "value"))
+    value_model.double()
+
+    def value(trajectory, of):
+        first = trajectory.loss_mask.tolist().index(True)
+        ids = torch.cat([trajectory.prompt_ids, trajectory.completion_ids[:first]])[None]
+        return value_model(ids).logits.item() / BETA
+
+    assert len({round(value(t, None), 4) for t in seen.counted}) > 2
+    check(seen, value)
+
+
+# ---- nothing to learn ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("soft_value", ["calibrated", "zero", "group", "log_mean_exp", "optimal"])
+def test_without_reward_the_reference_is_the_optimum(soft_value, folder, tmp_path):
+    """R = 0 at θ = θ_ref: |β δ| below 1e-6, and a step of SGD moves no parameter by more than 1e-7."""
+    rows = [{**row, "reward": 0.0} for row in log()]
+    if soft_value == "optimal":
+        rows = [{**row, "optimal_value": 0.0} for row in rows]
+    trainer = build(
+        folder, tmp_path, None, Dataset.from_list(rows), soft_value=soft_value, max_steps=1, learning_rate=0.1,
+        optim="sgd", num_generations=2, per_device_train_batch_size=8, max_grad_norm=0.0,
+    )  # fmt: skip
+    start = [p.detach().clone() for p in trainer.model.parameters()]
+    trainer.train()
+    assert trainer.state.log_history[0]["residual/rms"] < 1e-6
+    assert max((a - b).abs().max().item() for a, b in zip(start, trainer.model.parameters(), strict=True)) < 1e-7
+
+
+def test_with_the_policys_value_it_is_not(folder, tmp_path):
+    """What the bound above is measured against: V itself, some nats, is then the residual of TBRM."""
+    rows = [{**row, "reward": 0.0} for row in log()]
+    seen = one_update(folder, tmp_path, rows, soft_value="policy")
+    assert seen.trainer.state.log_history[0]["residual/rms"] > 0.1
+
+
+# ---- refusals ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"soft_value": "group"}, "num_generations=1 each would be compared with itself"),
+        ({"soft_value": "log_mean_exp"}, "num_generations=1 each would be compared with itself"),
+        ({"soft_value": "group", "num_generations": 3, "per_device_train_batch_size": 2,
+          "steps_per_generation": 3}, "2 rows .*not whole groups of num_generations=3.*multiple of 3"),
+        ({"soft_value": "log_mean_exp", "num_generations": 2, "soft_value_beta": 0.0}, "soft_value_beta=0.0.*'inf'"),
+        ({"soft_value": "optimal", "soft_value_beta": 0.0}, "soft_value_beta=0.0.*'inf'"),
+        ({"soft_value": "optimal", "top_p": 0.9}, "top_p.*is refused"),
+        ({"soft_value": "optimal", "generation_kwargs": {"top_k": 5}}, "top_k.*is refused"),
+        ({"soft_value": "optimal", "sync_ref_model": True}, "initial reference"),
+        ({"soft_value": "optimal", "reference": "previous"}, "initial reference"),
+        ({"soft_value": "optimal", "num_generations": 3, "per_device_train_batch_size": 3}, "Use 9"),
+        ({"soft_value": "partition", "sync_ref_model": True}, "one fixed reference"),
+        ({"soft_value": "partition", "precompute_ref_log_probs": False}, "Leave `precompute_ref_log_probs` at None"),
+        ({"soft_value": "model"}, "needs `soft_value_model`"),
+        ({"soft_value": "policy", "soft_value_beta": 1.0}, "has no effect.*belongs to.*optimal"),
+        ({"soft_value": "zero", "soft_value_model": "x"}, "has no effect.*belongs to model"),
+        ({"soft_value": "group", "num_generations": 2, "per_device_train_batch_size": 2, "num_iterations": 2,
+          "replay_buffer_size": 3}, "multiple of 2"),
+        ({"soft_value": "group", "num_generations": 2, "per_device_train_batch_size": 2, "num_iterations": 2,
+          "replay_buffer_size": 4, "replay_sampling": "prioritized"}, "draws single trajectories"),
+    ],
+)  # fmt: skip
+def test_options_that_an_estimator_cannot_work_with(options, message, tmp_path):
+    with pytest.raises(ValueError, match=message):
+        TBRMConfig(str(tmp_path), use_cpu=True, bf16=False, **options)
+
+
+@pytest.mark.parametrize(
+    ("rows", "options", "message"),
+    [
+        (log(each=2)[:7], {"soft_value": "group", "num_generations": 2}, "Row . of .*has 1 logged completions"),
+        (log(each=3), {"soft_value": "group", "num_generations": 2, "per_device_train_batch_size": 10},
+         "has 8 logged trajectories in whole groups"),
+        (log(), {"soft_value": "optimal"}, "add a column `optimal_value`"),
+        ([{**row, "optimal_value": i / 0.5 if i else math.nan} for i, row in enumerate(log())],
+         {"soft_value": "optimal"}, "Row 0 .*`optimal_value` is nan"),
+        ([*log(), {"prompt": "a"}], {"soft_value": "partition"}, "every row of the training set needs a `completion`"),
+        (log(unscored=(2,)), {"soft_value": "partition"}, r"Row \d of .*no `reward`"),
+    ],
+)  # fmt: skip
+def test_data_that_an_estimator_cannot_work_with(rows, options, message, tmp_path):
+    """Before any model is loaded: there is none of that name."""
+    with pytest.raises(ValueError, match=message):
+        build("no/such-model", tmp_path, letters, Dataset.from_list(rows), **options)
+
+
+def test_value_model_of_another_vocabulary(folder, tmp_path):
+    config = LlamaConfig(
+        vocab_size=20, hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2, num_labels=1
+    )
+    LlamaForSequenceClassification(config).save_pretrained(tmp_path / "value")
+    tokenizer(alphabet="abc").save_pretrained(tmp_path / "value")
+    trainer = build(
+        folder, tmp_path, None, Dataset.from_list(log()), soft_value="model", soft_value_model=str(tmp_path / "value")
+    )
+    with pytest.raises(ValueError, match="another vocabulary"):
+        trainer.train()
+
+
+# ---- evaluation, extension -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("soft_value", ["group", "log_mean_exp", "optimal"])
+def test_evaluation(soft_value, folder, tmp_path):
+    """Groups of the evaluation set have their own size; its prompts have no sampled value, and leave the loss."""
+    trainer = build(
+        folder, tmp_path, letters, PROMPTS, soft_value=soft_value, num_generations=2, num_generations_eval=3,
+        per_device_train_batch_size=6, per_device_eval_batch_size=6, eval_dataset=PROMPTS,
+        **({"soft_value_samples": 2} if soft_value == "optimal" else {}),
+    )  # fmt: skip
+    trainer.train()
+    metrics = trainer.evaluate()
+    assert metrics["eval_left_out/no_value"] == float(soft_value == "optimal")
+    if soft_value != "optimal":
+        assert metrics["eval_residual/rms"] > 0
+
+
+def test_an_estimator_of_ones_own(folder, tmp_path):
+    class Half(SoftValue):
+        name = "half"
+
+        def __call__(self, rows):
+            return 0.5 * rows.policy_value
+
+    try:
+        seen = one_update(folder, tmp_path, soft_value="half")
+    finally:
+        del SoftValue.registry["half"]
+    check(seen, lambda t, of: 0.5 * of.value)
+    assert all(t.end in (End.EOS, End.LENGTH) for t in seen.counted)
