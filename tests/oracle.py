@@ -1,11 +1,14 @@
 """The residual, loss and gradient by brute force: float64, one unpadded row at a time, full logits, Python loops.
 
-Shares no code with the library; it only reads trajectories (token ids, mask, reward, end).
+Shares no code with the library; it only reads trajectories (token ids, mask, reward, end). Its options have the names
+and meanings of `TBRMConfig`'s.
 """
 
 from __future__ import annotations
 
 import math
+import statistics
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -18,6 +21,16 @@ class Answer:
     residuals: list[float]
 
 
+@dataclass
+class Steps:
+    """What a model says of one trajectory, in nats: an entry per action, and V of the state after the last token."""
+
+    log_probs: list[torch.Tensor]
+    values: list[torch.Tensor]
+    entropies: list[torch.Tensor]
+    end_value: torch.Tensor
+
+
 def logits_of(model, trajectory, temperature: float) -> torch.Tensor:
     ids = torch.cat([trajectory.prompt_ids, trajectory.completion_ids])[None]
     extra = {name: value.double() if value.is_floating_point() else value for name, value in trajectory.vision.items()}
@@ -25,24 +38,42 @@ def logits_of(model, trajectory, temperature: float) -> torch.Tensor:
     return model(input_ids=ids, use_cache=False, **extra).logits[0] / temperature  # (T, V)
 
 
-def residual(policy, reference, trajectory, *, beta: float, temperature: float, soft_value: str) -> torch.Tensor:
+def steps(model, trajectory, temperature: float) -> Steps:
+    logits = logits_of(model, trajectory, temperature)
     prompt = len(trajectory.prompt_ids)
-    logits = logits_of(policy, trajectory, temperature)
-    with torch.no_grad():
-        ref_logits = logits_of(reference, trajectory, temperature)
-    chosen = [h for h in range(len(trajectory.completion_ids)) if trajectory.loss_mask[h]]
-    first_state = prompt + chosen[0] - 1
-    value = torch.log(torch.exp(logits[first_state]).sum())
-    if soft_value == "calibrated":
-        value = value - torch.log(torch.exp(ref_logits[first_state]).sum())
-    total = value - trajectory.reward / beta
-    for h in chosen:
-        token = int(trajectory.completion_ids[h])
-        state = prompt + h - 1
-        log_policy = logits[state, token] - torch.log(torch.exp(logits[state]).sum())
-        log_reference = ref_logits[state, token] - torch.log(torch.exp(ref_logits[state]).sum())
-        total = total + log_policy - log_reference
-    return total
+    log_probs, values, entropies = [], [], []
+    for h in range(len(trajectory.completion_ids)):
+        if trajectory.loss_mask[h]:
+            state = logits[prompt + h - 1]  # (V,)
+            value = torch.log(torch.exp(state).sum())
+            probs = torch.exp(state - value)
+            log_probs.append(state[int(trajectory.completion_ids[h])] - value)
+            values.append(value)
+            entropies.append(-(probs * torch.log(probs)).sum())
+    return Steps(log_probs, values, entropies, torch.log(torch.exp(logits[-1]).sum()))
+
+
+def reward_of(trajectory, truncation: str, truncated_reward: float, reward_pessimism: float) -> float:
+    if truncation == "bootstrap" and trajectory.end.value == "length":
+        return truncated_reward
+    if reward_pessimism:  # of functions that all weigh 1
+        verdicts = [reward for reward in trajectory.rewards.values() if not math.isnan(reward)]
+        spread = statistics.stdev(verdicts) if len(verdicts) > 1 else 0.0
+        return sum(verdicts) - reward_pessimism * math.sqrt(len(verdicts)) * spread if verdicts else math.nan
+    return trajectory.reward
+
+
+def baselines(trajectories, rewards: list[float], reward_baseline: str) -> list[float]:
+    of = []
+    for trajectory in trajectories:
+        compared = [
+            reward
+            for other, reward in zip(trajectories, rewards, strict=True)
+            if not math.isnan(reward)
+            and (reward_baseline == "batch_mean" or torch.equal(other.prompt_ids, trajectory.prompt_ids))
+        ]
+        of.append(sum(compared) / len(compared) if compared and reward_baseline != "none" else 0.0)
+    return of
 
 
 def solve(
@@ -50,27 +81,70 @@ def solve(
     reference,
     trajectories,
     *,
-    beta,
-    temperature=1.0,
-    soft_value="policy",
-    loss_units="reward",
-    mask_truncated=False,
+    beta: float,
+    temperature: float = 1.0,
+    soft_value: str = "policy",
+    residual: str = "trajectory",
+    loss_units: str = "reward",
+    truncation: str = "terminal",
+    truncated_reward: float = 0.0,
+    reward_baseline: str = "none",
+    reward_pessimism: float = 0.0,
+    sft_coef: float = 0.0,
+    sft_threshold: float = 1.0,
+    entropy_advantage_coef: float = 0.0,
+    subset: Callable[[int], dict[int, float]] | None = None,
 ) -> Answer:
-    """Mean over the counted trajectories; `policy` and `reference` are plain models in float64 and eval mode."""
+    """Mean over the counted trajectories; `policy` and `reference` are plain models in float64 and eval mode.
+
+    Args:
+        subset: number of actions → those that are back-propagated through (from 0), each with its probability to be.
+    """
+    rewards = [reward_of(t, truncation, truncated_reward, reward_pessimism) for t in trajectories]
     counted = [
-        t
-        for t in trajectories
-        if not math.isnan(t.reward) and t.loss_mask.any() and not (mask_truncated and t.end.value == "length")
+        (trajectory, reward, baseline)
+        for trajectory, reward, baseline in zip(
+            trajectories, rewards, baselines(trajectories, rewards, reward_baseline), strict=True
+        )
+        if not math.isnan(reward)
+        and trajectory.loss_mask.any()
+        and not (truncation == "mask" and trajectory.end.value == "length")
     ]
     policy.zero_grad()
     loss, residuals = 0.0, []
-    for trajectory in counted:
-        delta = residual(policy, reference, trajectory, beta=beta, temperature=temperature, soft_value=soft_value)
+    for trajectory, reward, baseline in counted:
+        ours = steps(policy, trajectory, temperature)
+        with torch.no_grad():
+            theirs = steps(reference, trajectory, temperature)
+        value, after = ours.values[0], ours.end_value
+        if soft_value == "calibrated":
+            value, after = value - theirs.values[0], after - theirs.end_value
+        elif soft_value == "zero":
+            value = torch.zeros_like(value)
+        if truncation == "bootstrap" and trajectory.end.value == "length":
+            value = value - after
+        delta = value + sum(ours.log_probs) - sum(theirs.log_probs) - (reward - baseline) / beta
         residuals.append(delta.item())
-        scaled = beta * delta if loss_units == "reward" else delta
-        term = scaled**2 / len(counted)
-        term.backward()
-        loss += term.item()
+
+        if subset is not None:
+            kept = subset(len(ours.log_probs))
+            slope = 2 * delta.item() * (value + sum(ours.log_probs[h] / p for h, p in kept.items()))
+            squared = slope + (delta.item() ** 2 - slope.item())  # δ² with that gradient
+        elif residual == "token":
+            squared = 0.0
+            for h, own_value in enumerate(ours.values):
+                last = h == len(ours.values) - 1
+                upcoming = (reward - baseline) / beta if last else ours.values[h + 1]
+                squared = squared + (own_value + ours.log_probs[h] - theirs.log_probs[h] - upcoming) ** 2
+        else:
+            squared = delta**2
+        term = beta**2 * squared + entropy_advantage_coef * beta * delta.item() * sum(ours.entropies)
+        if reward >= sft_threshold:
+            term = term - sft_coef * sum(ours.log_probs)
+        if loss_units == "logits":
+            term = term / beta**2
+        (term / len(counted)).backward()
+        loss += term.item() / len(counted)
     gradient = {
         name: p.grad if p.grad is not None else torch.zeros_like(p)
         for name, p in policy.named_parameters()

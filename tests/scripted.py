@@ -85,9 +85,10 @@ class RecordingTrainer(TBRMTrainer):
 
 
 def scripted_trainer(
-    model, rows: list[Row], output_dir: Path | str, peft_config=None, quantization_config=None, **options
-):
-    """A trainer for one optimizer step at learning rate 0 on exactly these rows, in order."""
+    model, rows: list[Row], output_dir: Path | str, peft_config=None, quantization_config=None, reward_funcs=None,
+    **options,
+):  # fmt: skip
+    """A trainer for one optimizer step at learning rate 0 on exactly these rows, in order, with their rewards."""
     by_prompt = {row.prompt: row for row in rows}
 
     def rollout(prompts, trainer):
@@ -122,7 +123,7 @@ def scripted_trainer(
     )
     return RecordingTrainer(
         model=model,
-        reward_funcs=reward,
+        reward_funcs=reward_funcs or reward,
         args=TBRMConfig(**{**defaults, **options}),
         train_dataset=Dataset.from_list([{"prompt": row.prompt} for row in rows]),
         rollout_func=rollout,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import inspect
 
 import pytest
 import torch
@@ -11,6 +12,8 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from scripted import script, scripted_trainer
 from tiny import ARCHITECTURES, perturb, save
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+
+from tbrm_trl import TBRMConfig
 
 TOLERANCE = 1e-5
 
@@ -24,22 +27,19 @@ def plain(model) -> torch.nn.Module:
     return fresh.double().eval()
 
 
-def check(trainer, *, tolerance=TOLERANCE):
+def options_of(trainer) -> dict:
+    """The trainer's options that the brute force knows, which calls them by the same names."""
+    known = inspect.getfullargspec(solve).kwonlyargs
+    return {name: getattr(trainer.args, name) for name in known if name in TBRMConfig.__dataclass_fields__}
+
+
+def check(trainer, *, tolerance=TOLERANCE, subset=None):
     """Train one step from a policy that differs from its reference, and compare."""
     perturb(trainer.ref_model)
     policy, reference = plain(trainer.model), plain(trainer.ref_model)
     trainer.train()
     trajectories = trainer.windows[0]
-    answer = solve(
-        policy,
-        reference,
-        trajectories,
-        beta=trainer.args.beta,
-        temperature=trainer.args.temperature,
-        soft_value=trainer.args.soft_value,
-        loss_units=trainer.args.loss_units,
-        mask_truncated=trainer.args.mask_truncated_completions,
-    )
+    answer = solve(policy, reference, trajectories, **options_of(trainer), subset=subset)
     assert (
         sum(abs(r) for r in answer.residuals) / len(answer.residuals) >= 1
     )  # so that a relative error means something

@@ -65,7 +65,7 @@ def subset_surrogate(residual: Tensor, value: Tensor, log_probs: Tensor, chosen:
     """
     weighted = torch.where(chosen, at_least_float32(log_probs) / probability.clamp(min=1e-30), 0.0).sum(dim=1)  # (B,)
     slope = 2 * residual.detach() * (value + weighted)  # (B,)
-    return residual.detach().square() + slope - slope.detach()
+    return residual.detach().square() + (slope - slope.detach())
 
 
 def scatter(mask: Tensor, fraction: float) -> tuple[Tensor, Tensor]:
@@ -99,6 +99,6 @@ def cut(mask: Tensor, fraction: float, draw: float | None = None) -> tuple[Tenso
     u = torch.rand(()).item() if draw is None else draw
     actions = mask.sum(dim=1, keepdim=True)  # (B, 1)
     before = mask.cumsum(dim=1) - 1  # (B, T) h − 1
-    share = before.clamp(min=0) / actions.clamp(min=1)  # (B, T)
+    share = before.clamp(min=0).double() / actions.clamp(min=1)  # (B, T) in float64: 1 − share may be small
     kept = mask & (share < max(math.pow(u, power), 1e-12))
-    return kept, torch.where(mask, (1 - share.double().pow(1 / power)).float(), 1.0)
+    return kept, torch.where(mask, (1 - share.pow(1 / power)).float(), 1.0)

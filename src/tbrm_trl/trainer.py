@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import math
 import textwrap
-from collections import Counter
 from collections.abc import Callable, Sequence, Sized
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any, ClassVar
@@ -23,8 +21,9 @@ from trl.trainer.utils import get_config_model_id
 from .checkpoint import dataset_digest
 from .config import TBRMConfig
 from .logged import PREVIOUS, check_logged_rows
+from .loss import Scorer, TrajectoryLoss
 from .metrics import Totals, step_totals
-from .objective import bellman_residual, mean_over_counted, token_residuals, trajectory_log_ratio
+from .objective import mean_over_counted
 from .reference import (
     ADAPTER,
     Reference,
@@ -39,7 +38,7 @@ from .replay import ReplayBuffer
 from .resume import ExactResume
 from .rewards import mean_reward
 from .scoring import TrajectoryScores, accepts_position_ids, add_trajectory_head, disable_randomness, score
-from .soft_value import Rows, SoftValue
+from .soft_value import SoftValue
 from .sources import no_reward
 from .startup import (
     check_adapters,
@@ -53,8 +52,7 @@ from .startup import (
     warn_of_soft_value,
     without,
 )
-from .terms import advantage_weighted_entropy, cut, scatter, subset_surrogate, success_nll
-from .trajectory import Batch, End, Source, Trajectory, Use, collate, numbers, random_order
+from .trajectory import Batch, Source, Trajectory, Use, collate, numbers, random_order
 
 
 class TBRMTrainer(ExactResume):
@@ -191,6 +189,7 @@ class TBRMTrainer(ExactResume):
         for scored in (policy, self.ref_model):
             if scored is not None:
                 add_trajectory_head(self.accelerator.unwrap_model(scored), self.temperature, args.cast_lm_head_to_fp32)
+        self._loss = TrajectoryLoss(args, self._soft_value, router_loss=self.aux_loss_enabled)
         self._positions_from_mask = not self._is_vlm and accepts_position_ids(policy)
         # TRL would hide truncated completions from attention as well; here they only leave the loss.
         self.mask_truncated_completions = False
@@ -280,7 +279,7 @@ class TBRMTrainer(ExactResume):
             self._value(trajectories, generation_batch, self.num_generations_eval)
             together = self.num_generations_eval if self._soft_value.group == "ratios" else 1
             uses = _in_groups([Use(t, "fresh") for t in trajectories], together)
-            self._counted_in_step = int(self._gather([self._settle(uses)]).sum())
+            self._counted_in_step = int(self._gather([self._loss.settle(uses)]).sum())
             return {"uses": uses}
         accumulation, size = self.args.gradient_accumulation_steps, self.args.per_device_train_batch_size
         if self._step % accumulation == 0:
@@ -311,7 +310,7 @@ class TBRMTrainer(ExactResume):
         self._score_stale([use.trajectory for use in uses])
 
         oldest = max((use.age for use in uses if use.age is not None), default=0)
-        numbers_of_all = self._gather([self._settle(uses), oldest, len(self._replay or ())])  # (P, 3)
+        numbers_of_all = self._gather([self._loss.settle(uses), oldest, len(self._replay or ())])  # (P, 3)
         self._counted_in_step = int(numbers_of_all[:, 0].sum())
         self._rows_trained += rows_here
         if sample is not None:
@@ -337,7 +336,7 @@ class TBRMTrainer(ExactResume):
         if self._replay is not None:
             for first in range(0, len(rollouts), together):
                 group = rollouts[first : first + together]
-                if all(self._left_out(trajectory) is None for trajectory in group):
+                if all(self._loss.left_out(trajectory) is None for trajectory in group):
                     self._replay.add(group)
         return [window[i] for i in random_order(len(window), together)]
 
@@ -357,41 +356,13 @@ class TBRMTrainer(ExactResume):
                     trajectory.baseline = mean
         self._soft_value.on_window(trajectories, rows, group_size)
 
-    def _settle(self, uses: Sequence[Use]) -> int:
-        """Decide what is left out of the loss; returns how many count."""
-        for use in uses:
-            use.left_out = self._left_out(use.trajectory)
-        if self._soft_value.group == "ratios":
-            in_group = Counter(use.group for use in uses if use.left_out is None)
-            for use in uses:
-                if in_group[use.group] == 1 and use.left_out is None:
-                    use.left_out = "no_value"  # its own ratio would be its value
-        return sum(use.left_out is None for use in uses)
-
-    def _left_out(self, trajectory: Trajectory) -> str | None:
-        """Why a trajectory does not count in the loss, or None if it does."""
-        if math.isnan(self.args.reward_of(trajectory)):
-            return "unscored"
-        if self.args.truncation == "mask" and trajectory.end is End.LENGTH:
-            return "truncated"
-        if not trajectory.loss_mask.any():
-            return "no_action"
-        if self._soft_value.gives_constants and trajectory.value is None:
-            return "no_value"
-        return None
-
-    @torch.no_grad()
     def _value_split_groups(self, uses: Sequence[Use]) -> None:
         """Where groups do not stand whole in a micro-batch, their soft value takes a pass of its own."""
         size = self.args.per_device_train_batch_size
-        if size % self.args.updated_together == 0:
-            return
-        parts = []
-        for first in range(0, len(uses), size):
-            batch = self._collate([use.trajectory for use in uses[first : first + size]])
-            parts.append(self._rows(uses[first : first + size], batch, self._score(self.model, batch)))
-        for use, value in zip(uses, self._soft_value(Rows.joined(parts)).tolist(), strict=True):
-            use.value = value
+        if size % self.args.updated_together:
+            parts = [uses[first : first + size] for first in range(0, len(uses), size)]
+            batches = ((part, self._collate([use.trajectory for use in part])) for part in parts)
+            self._loss.value_beforehand(batches, self._scorer(self.model))
 
     # ---- score -------------------------------------------------------------------------------------------------
 
@@ -400,10 +371,15 @@ class TBRMTrainer(ExactResume):
             trajectories, self._tokenizer.pad_token_id, self.accelerator.device, self.args.pad_to_multiple_of
         )
 
-    def _score(self, model: nn.Module, batch: Batch, **wanted: Any) -> TrajectoryScores:
-        wanted.setdefault("end_value", self.args.truncation == "bootstrap")
-        with self.accelerator.autocast():
-            return score(model, batch, positions_from_mask=self._positions_from_mask, **wanted)
+    def _scorer(self, model: nn.Module) -> Scorer:
+        """How `model` scores a batch."""
+
+        def scorer(batch: Batch, **wanted: Any) -> TrajectoryScores:
+            wanted["end_value"] = self.args.truncation == "bootstrap"
+            with self.accelerator.autocast():
+                return score(model, batch, positions_from_mask=self._positions_from_mask, **wanted)
+
+        return scorer
 
     def _is_stale(self, trajectory: Trajectory) -> bool:
         key = trajectory.ref_key
@@ -435,105 +411,30 @@ class TBRMTrainer(ExactResume):
                 forwards,
                 key,
                 self._collate,
-                lambda batch: self._score(reference, batch),
+                self._scorer(reference),
                 filler or trajectories[0],
             )
 
     # ---- update ------------------------------------------------------------------------------------------------
 
     def _compute_loss(self, model: nn.Module, inputs: dict[str, Any]) -> Tensor:
-        args, beta, uses = self.args, self.args.beta, inputs["uses"]
-        trajectories = [use.trajectory for use in uses]
-        batch = self._collate(trajectories)
-        in_part = args.token_fraction < 1 and self.model.training
-        with torch.no_grad() if in_part else nullcontext():
-            every_value = args.residual == "token"
-            scores = self._score(model, batch, router_logits=self.aux_loss_enabled, every_value=every_value)
-            rows = self._rows(uses, batch, scores)
-            soft_value = self._soft_value_of(uses, rows)  # (B,)
-            upcoming = self._value_after_cut(trajectories, batch, scores, rows)  # (B,)
-            residual = bellman_residual(soft_value - upcoming, rows.log_ratio, rows.reward, beta)  # (B,)
-            residual = torch.where(rows.counted, residual, 0.0)
-
-        if in_part:
-            squared, scores.aux_loss = self._squared_in_part(model, uses, batch, residual)  # (B,) and a scalar
-        elif args.residual == "token":
-            assert scores.state_values is not None, "asked for above"
-            log_ratio = scores.log_probs - batch.ref_log_probs  # (B, T)
-            each = token_residuals(log_ratio, scores.state_values, batch.action_mask, rows.reward, beta)  # (B, T)
-            squared = each.square().sum(dim=1)  # (B,)
-        else:
-            squared = residual.square()  # (B,)
-
-        loss = beta**2 * squared  # (B,) in reward units, as the weights of what is added
-        if args.sft_coef:
-            earned = numbers([args.reward_of(trajectory) for trajectory in trajectories], residual.device)  # (B,)
-            nll = success_nll(scores.log_probs, batch.action_mask, earned, args.sft_threshold)
-            loss = loss + args.sft_coef * nll
-        if args.entropy_advantage_coef:
-            assert scores.entropy is not None, "the policy's head computes entropies"
-            weighted = advantage_weighted_entropy(scores.entropy, batch.action_mask, residual, beta)
-            loss = loss - args.entropy_advantage_coef * weighted
-        if args.loss_units == "logits":
-            loss = loss / beta**2
-        weight = numbers([use.weight for use in uses], residual.device)  # (B,)
+        uses, args = inputs["uses"], self.args
+        batch = self._collate([use.trajectory for use in uses])
+        seen = self._loss(uses, batch, self._scorer(model), in_part=self.model.training and args.token_fraction < 1)
+        weight = numbers([use.weight for use in uses], seen.loss.device)  # (B,)
         # Gradients are averaged over processes; the factor makes that the sum over them, as the denominator expects.
         processes = self.accelerator.num_processes
-        loss = processes * mean_over_counted(loss, rows.counted, self._counted_in_step, weight)
-        if self.aux_loss_enabled:
+        loss = processes * mean_over_counted(seen.loss, seen.rows.counted, self._counted_in_step, weight)
+        if seen.aux_loss is not None:
             accumulation = self.current_gradient_accumulation_steps if self.model.training else 1
-            loss = loss + self.router_aux_loss_coef * scores.aux_loss / accumulation
+            loss = loss + self.router_aux_loss_coef * seen.aux_loss / accumulation
 
-        self._record(step_totals(uses, batch, scores, rows, soft_value, residual))
+        self._record(step_totals(uses, batch, seen.scores, seen.rows, seen.soft_value, seen.residual))
         if self._replay is not None and self._replay.prioritized:
-            for use, priority in zip(uses, (beta * residual).detach().abs().tolist(), strict=True):
+            for use, priority in zip(uses, (args.beta * seen.residual).detach().abs().tolist(), strict=True):
                 if use.origin == "replayed":
                     use.trajectory.priority = priority
         return loss
-
-    def _rows(self, uses: Sequence[Use], batch: Batch, scores: TrajectoryScores) -> Rows:
-        device, reward_of = batch.input_ids.device, self.args.reward_of
-        return Rows(
-            policy_value=scores.soft_value,
-            ref_value=batch.ref_soft_value,
-            log_ratio=trajectory_log_ratio(scores.log_probs, batch.ref_log_probs, batch.action_mask),
-            reward=numbers([reward_of(use.trajectory) - use.trajectory.baseline for use in uses], device),
-            value=numbers([use.trajectory.value for use in uses], device),
-            group=torch.tensor([use.group for use in uses], device=device),
-            counted=torch.tensor([use.left_out is None for use in uses], device=device),
-            beta=self.args.beta,
-        )
-
-    def _soft_value_of(self, uses: Sequence[Use], rows: Rows) -> Tensor:
-        if uses[0].value is not None:
-            return numbers([use.value for use in uses], rows.reward.device)  # (B,)
-        return self._soft_value(rows)  # (B,)
-
-    def _value_after_cut(
-        self, trajectories: Sequence[Trajectory], batch: Batch, scores: TrajectoryScores, rows: Rows
-    ) -> Tensor:
-        """`(B,)` with `truncation="bootstrap"`, the value of the state in which a trajectory was cut; else 0."""
-        if self.args.truncation != "bootstrap":
-            return torch.zeros_like(rows.log_ratio)
-        assert scores.end_value is not None, "asked for where truncation is bootstrapped"
-        is_cut = torch.tensor([t.end is End.LENGTH for t in trajectories], device=rows.reward.device)
-        there = replace(rows, policy_value=scores.end_value, ref_value=batch.ref_end_value)
-        return torch.where(is_cut, self._soft_value(there), 0.0)
-
-    def _squared_in_part(
-        self, model: nn.Module, uses: Sequence[Use], batch: Batch, residual: Tensor
-    ) -> tuple[Tensor, Tensor | None]:
-        """`(B,)` δ² whose gradient comes from a random part of the tokens, in a second forward; and its router loss."""
-        select = scatter if self.args.token_selection == "scatter" else cut
-        chosen, probability = select(batch.action_mask, self.args.token_fraction)  # (B, T) each
-        if self.args.token_selection == "cut":
-            width = max(chosen.any(dim=0).nonzero().flatten().tolist(), default=0) + 1
-            batch, chosen, probability = batch.until(width), chosen[:, :width], probability[:, :width]
-        scores = self._score(model, batch, scored=chosen, router_logits=self.aux_loss_enabled)
-        rows = self._rows(uses, batch, scores)
-        upcoming = self._value_after_cut([use.trajectory for use in uses], batch, scores, rows)  # (B,)
-        value = torch.where(rows.counted, self._soft_value_of(uses, rows) - upcoming, 0.0)  # (B,)
-        return subset_surrogate(residual, value, scores.log_probs, chosen, probability), scores.aux_loss
 
     def _gather(self, values: Sequence[float]) -> Tensor:
         """This process's numbers beside those of the others. `(n,)` → `(P, n)`, on the CPU."""

@@ -6,8 +6,10 @@ from .base import Rows, SoftValue
 
 
 class CalibratedValue(SoftValue):
-    """`V_θ(s_1) − V_ref(s_1)`, with gradient (ReVal, arXiv 2603.23355): 0 before training, so that R = 0 moves "
-    "nothing."""
+    """`V_θ(s_1) − V_ref(s_1)`, with gradient (ReVal, arXiv 2603.23355).
+
+    It is 0 before training, so that R = 0 moves nothing.
+    """
 
     name = "calibrated"
     takes_baseline = bootstraps = True

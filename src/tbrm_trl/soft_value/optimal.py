@@ -51,8 +51,7 @@ class OptimalValue(ConstantValue):
         if filters := args.sampling_filters():
             raise ValueError(
                 f'{filters} with `soft_value="optimal"` is refused: the samples would come from another policy than '
-                "the "
-                "reference, and their log-mean-exp would be another value. Leave them at their defaults."
+                "the reference, and their log-mean-exp would be another value. Leave them at their defaults."
             )
         samples, group = args.soft_value_samples, args.num_generations
         if samples < 1 or samples % group:
@@ -108,9 +107,9 @@ class OptimalValue(ConstantValue):
             if trainer.is_deepspeed_enabled or trainer.is_fsdp_enabled:
                 raise ValueError(
                     '`soft_value="optimal"` samples the reference before the model is sharded, which DeepSpeed and '
-                    "FSDP "
-                    f"do not allow. Run the script once without them, on the same `output_dir` ({args.output_dir}) and "
-                    f"with `max_steps=1`: the values are then read from there. Or add a column `{COLUMN}`."
+                    f"FSDP do not allow. Run the script once without them, on the same `output_dir` "
+                    f"({args.output_dir}) and with `max_steps=1`: the values are then read from there. Or add a column "
+                    f"`{COLUMN}`."
                 )
             process, processes = accelerator.process_index, accelerator.num_processes
             rollouts = args.per_device_train_batch_size * args.steps_per_generation

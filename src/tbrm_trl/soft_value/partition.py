@@ -30,8 +30,7 @@ class PartitionValue(ConstantValue):
         if args.reference == "previous" or args.sync_ref_model:
             raise ValueError(
                 '`soft_value="partition"` sums over the log with one fixed reference. Use `reference="initial"` '
-                "without "
-                "`sync_ref_model`."
+                "without `sync_ref_model`."
             )
         if args.precompute_ref_log_probs is False:
             raise ValueError(

@@ -1,0 +1,166 @@
+"""The loss of each trajectory: its residual with the chosen soft value, squared, and what is added to it."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from .config import TBRMConfig
+from .objective import bellman_residual, token_residuals, trajectory_log_ratio
+from .scoring import TrajectoryScores
+from .soft_value import Rows, SoftValue
+from .terms import advantage_weighted_entropy, cut, scatter, subset_surrogate, success_nll
+from .trajectory import Batch, End, Trajectory, Use, numbers
+
+Scorer = Callable[..., TrajectoryScores]  # batch, and what is wanted of it besides → scores
+
+
+@dataclass
+class Seen:
+    """What the loss saw of a micro-batch of B trajectories.
+
+    Attributes:
+        loss: `(B,)` with gradient, in reward units squared (or nats squared); of no meaning where a row does not count.
+        residual: `(B,)` δ in nats, 0 where a row does not count.
+        soft_value: `(B,)` the value term of it, nats.
+        rows: what it was made of.
+        scores: the policy's, of all tokens.
+        aux_loss: load-balancing loss of a mixture-of-experts model, with gradient.
+    """
+
+    loss: Tensor
+    residual: Tensor
+    soft_value: Tensor
+    rows: Rows
+    scores: TrajectoryScores
+    aux_loss: Tensor | None
+
+
+class TrajectoryLoss:
+    """`(β δ)²` of each trajectory, and the optional terms; arithmetic alone, whoever scores.
+
+    Args:
+        args: the options.
+        soft_value: the value term.
+        router_loss: ask the policy for its load-balancing loss.
+    """
+
+    def __init__(self, args: TBRMConfig, soft_value: SoftValue, router_loss: bool = False):
+        self.args, self.soft_value, self.router_loss = args, soft_value, router_loss
+
+    def left_out(self, trajectory: Trajectory) -> str | None:
+        """Why a trajectory does not count, or None if it does."""
+        if math.isnan(self.args.reward_of(trajectory)):
+            return "unscored"
+        if self.args.truncation == "mask" and trajectory.end is End.LENGTH:
+            return "truncated"
+        if not trajectory.loss_mask.any():
+            return "no_action"
+        if self.soft_value.gives_constants and trajectory.value is None:
+            return "no_value"
+        return None
+
+    def settle(self, uses: Sequence[Use]) -> int:
+        """Decide for all trajectories of an update what is left out; returns how many count."""
+        for use in uses:
+            use.left_out = self.left_out(use.trajectory)
+        if self.soft_value.group == "ratios":
+            in_group = Counter(use.group for use in uses if use.left_out is None)
+            for use in uses:
+                if use.left_out is None and in_group[use.group] == 1:
+                    use.left_out = "no_value"  # its own ratio would be its value
+        return sum(use.left_out is None for use in uses)
+
+    @torch.no_grad()
+    def value_beforehand(self, batches: Iterable[tuple[Sequence[Use], Batch]], scorer: Scorer) -> None:
+        """Give V to all trajectories of an update, from one pass over its micro-batches."""
+        seen = [(uses, self._rows(uses, batch, scorer(batch))) for uses, batch in batches]
+        values = self.soft_value(Rows.joined([rows for _, rows in seen]))  # (N,)
+        for use, value in zip((use for uses, _ in seen for use in uses), values.tolist(), strict=True):
+            use.value = value
+
+    def __call__(self, uses: Sequence[Use], batch: Batch, scorer: Scorer, in_part: bool = False) -> Seen:
+        """Score a micro-batch and take its loss.
+
+        Args:
+            uses: B trajectories, settled.
+            batch: the same, collated.
+            scorer: the policy.
+            in_part: back-propagate through `token_fraction` of the tokens, in a second forward.
+        """
+        args, beta = self.args, self.args.beta
+        with torch.no_grad() if in_part else nullcontext():
+            scores = scorer(batch, router_logits=self.router_loss, every_value=args.residual == "token")
+            rows = self._rows(uses, batch, scores)
+            soft_value, upcoming = self._values(uses, batch, scores, rows)  # (B,) each
+            residual = bellman_residual(soft_value - upcoming, rows.log_ratio, rows.reward, beta)  # (B,)
+            residual = torch.where(rows.counted, residual, 0.0)
+
+        aux_loss = scores.aux_loss
+        if in_part:
+            squared, aux_loss = self._squared_in_part(uses, batch, scorer, residual)
+        elif args.residual == "token":
+            assert scores.state_values is not None, "asked for above"
+            log_ratio = scores.log_probs - batch.ref_log_probs  # (B, T)
+            each = token_residuals(log_ratio, scores.state_values, batch.action_mask, rows.reward, beta)  # (B, T)
+            squared = torch.where(rows.counted[:, None], each, 0.0).square().sum(dim=1)  # (B,)
+        else:
+            squared = residual.square()  # (B,)
+
+        loss = beta**2 * squared  # (B,) in reward units, as the weights of what is added
+        if args.sft_coef:
+            earned = numbers([args.reward_of(use.trajectory) for use in uses], loss.device)  # (B,)
+            loss = loss + args.sft_coef * success_nll(scores.log_probs, batch.action_mask, earned, args.sft_threshold)
+        if args.entropy_advantage_coef:
+            assert scores.entropy is not None, "the policy's head computes entropies"
+            weighted = advantage_weighted_entropy(scores.entropy, batch.action_mask, residual, beta)  # (B,)
+            loss = loss - args.entropy_advantage_coef * weighted
+        if args.loss_units == "logits":
+            loss = loss / beta**2
+        return Seen(loss, residual, soft_value, rows, scores, aux_loss if self.router_loss else None)
+
+    def _rows(self, uses: Sequence[Use], batch: Batch, scores: TrajectoryScores) -> Rows:
+        device, reward_of = batch.input_ids.device, self.args.reward_of
+        return Rows(
+            policy_value=scores.soft_value,
+            ref_value=batch.ref_soft_value,
+            log_ratio=trajectory_log_ratio(scores.log_probs, batch.ref_log_probs, batch.action_mask),
+            reward=numbers([reward_of(use.trajectory) - use.trajectory.baseline for use in uses], device),
+            value=numbers([use.trajectory.value for use in uses], device),
+            group=torch.tensor([use.group for use in uses], device=device),
+            counted=torch.tensor([use.left_out is None for use in uses], device=device),
+            beta=self.args.beta,
+        )
+
+    def _values(self, uses: Sequence[Use], batch: Batch, scores: TrajectoryScores, rows: Rows) -> tuple[Tensor, Tensor]:
+        """`(B,)` V(s_1); and with `truncation="bootstrap"` `(B,)` V of the state in which a row was cut, else 0."""
+        known = uses[0].value is not None
+        value = numbers([use.value for use in uses], rows.reward.device) if known else self.soft_value(rows)
+        if self.args.truncation != "bootstrap":
+            return value, torch.zeros_like(value)
+        assert scores.end_value is not None, "the scorer gives it where truncation is bootstrapped"
+        is_cut = torch.tensor([use.trajectory.end is End.LENGTH for use in uses], device=value.device)
+        there = replace(rows, policy_value=scores.end_value, ref_value=batch.ref_end_value)
+        return value, torch.where(is_cut, self.soft_value(there), 0.0)
+
+    def _squared_in_part(
+        self, uses: Sequence[Use], batch: Batch, scorer: Scorer, residual: Tensor
+    ) -> tuple[Tensor, Tensor | None]:
+        """`(B,)` δ² whose gradient comes from a random part of the tokens, in a second forward; and its router loss."""
+        select = scatter if self.args.token_selection == "scatter" else cut
+        chosen, probability = select(batch.action_mask, self.args.token_fraction)  # (B, T) each
+        if self.args.token_selection == "cut":
+            # A row without an action keeps its whole width: it may be the only one.
+            idle = batch.attention_mask.bool() & ~batch.action_mask.any(dim=1, keepdim=True)  # (B, T)
+            width = int((chosen | idle).any(dim=0).nonzero().max()) + 1
+            batch, chosen, probability = batch.until(width), chosen[:, :width], probability[:, :width]
+        scores = scorer(batch, scored=chosen, router_logits=self.router_loss)
+        value, upcoming = self._values(uses, batch, scores, self._rows(uses, batch, scores))
+        value = torch.where(residual != 0, value - upcoming, 0.0)  # (B,) a row that does not count may have none
+        return subset_surrogate(residual, value, scores.log_probs, chosen, probability), scores.aux_loss

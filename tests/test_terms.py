@@ -1,0 +1,524 @@
+"""Optional terms, rewards and back-propagation through part of the tokens: by hand, by enumeration, by brute force."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import math
+import statistics
+from collections import Counter
+from dataclasses import asdict
+
+import pytest
+import torch
+from oracle import distance, solve
+from peft import LoraConfig
+from scripted import Row, script, scripted_trainer
+from test_config import config
+from test_oracle import TOLERANCE, check, copy_of_adapter, merged, options_of, perturb_adapter, plain
+from test_soft_values import log, one_update
+from test_two_processes import launch, strip
+from tiny import perturb, save
+from transformers import AutoModelForCausalLM
+
+import tbrm_trl.loss
+import tbrm_trl.trainer
+from tbrm_trl import TBRMConfig
+from tbrm_trl.objective import token_residuals
+from tbrm_trl.rewards import mean_reward, total_reward
+from tbrm_trl.terms import advantage_weighted_entropy, cut, scatter, subset_surrogate, success_nll
+
+NAN = math.nan
+MASK = torch.tensor([[0, 1, 1, 0, 1, 1], [0, 0, 1, 0, 1, 0]]).bool()  # 4 and 2 actions, an inserted token between
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return save(tmp_path_factory.mktemp("qwen2"))
+
+
+def float64(*shape, seed=0) -> torch.Tensor:
+    return torch.randn(*shape, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
+
+
+# ---- added terms -----------------------------------------------------------------------------------------------------
+
+
+def test_success_nll_by_hand():
+    """Rewards 1 and 2 reach the threshold 1: −(−1 − 2) = 3 and 7; 0.9 and NaN do not. Masked NaNs touch nothing."""
+    log_probs = torch.tensor([[-1.0, -2.0, NAN], [-3.0, -4.0, NAN], [-5.0, NAN, -6.0], [-7.0, NAN, NAN]])
+    mask = ~log_probs.isnan()
+    log_probs.requires_grad_()
+    nll = success_nll(log_probs, mask, torch.tensor([1.0, 0.9, NAN, 2.0]), threshold=1.0)
+    nll.sum().backward()
+    assert nll.tolist() == [3.0, 0.0, 0.0, 7.0]
+    assert log_probs.grad.tolist() == [[-1, -1, 0], [0, 0, 0], [0, 0, 0], [-1, 0, 0]]
+
+
+def test_advantage_weighted_entropy_by_hand():
+    """A = −β δ: −0.5·(−4) = 2 and −0.5·3 = −1.5; times 1 + 0.5 and 2 nats. δ is a constant here."""
+    entropy = torch.tensor([[1.0, 0.5, 9.0], [9.0, 2.0, 9.0]], requires_grad=True)
+    residual = torch.tensor([-4.0, 3.0], requires_grad=True)
+    mask = torch.tensor([[True, True, False], [False, True, False]])
+    weighted = advantage_weighted_entropy(entropy, mask, residual, beta=0.5)
+    weighted.sum().backward()
+    assert weighted.tolist() == [3.0, -3.0]
+    assert entropy.grad.tolist() == [[2.0, 2.0, 0.0], [0.0, -1.5, 0.0]] and residual.grad is None
+
+
+TERMS = [
+    {"sft_coef": 0.5, "sft_threshold": 0.2},
+    {"entropy_advantage_coef": 0.05},
+    {"sft_coef": 0.5, "sft_threshold": 0.2, "entropy_advantage_coef": 0.05, "loss_units": "logits"},
+]
+
+
+@pytest.mark.parametrize("accumulation", [1, 2, 4])
+@pytest.mark.parametrize("terms", TERMS, ids=str)
+def test_added_terms(terms, accumulation, folder, tmp_path):
+    """In either unit the same multiple of (β δ)²: with `logits`, all of it is divided by β²."""
+    trainer = scripted_trainer(
+        folder, script(unscored=(3,)), tmp_path, **terms, temperature=0.7,
+        per_device_train_batch_size=8 // accumulation, gradient_accumulation_steps=accumulation,
+    )  # fmt: skip
+    answer, trajectories = check(trainer)
+    assert sum(t.reward >= 0.2 for t in trajectories) in range(2, 6)  # some do and some do not
+    unit = 1 if terms.get("loss_units") == "logits" else trainer.args.beta**2
+    alone = unit * statistics.mean(r * r for r in answer.residuals)
+    assert abs(answer.loss - alone) > 0.1 * alone
+
+
+# ---- the classical residual of every token ---------------------------------------------------------------------------
+
+
+def test_token_residuals_by_a_loop():
+    """Of each action; they telescope to the trajectory's residual."""
+    mask = torch.cat([MASK, torch.tensor([[0, 0, 0, 0, 0, 1], [0, 0, 0, 0, 0, 0]]).bool()])
+    log_ratio, values = float64(4, 6), float64(4, 6, seed=1)
+    reward, beta = torch.tensor([1.0, -0.5, 0.25, 3.0], dtype=torch.float64), 0.3
+    residuals = token_residuals(log_ratio, values, mask, reward, beta)
+    expected = torch.zeros(4, 6, dtype=torch.float64)
+    for b in range(4):
+        acting = [t for t in range(6) if mask[b, t]]
+        for t, following in itertools.zip_longest(acting, acting[1:]):
+            upcoming = reward[b] / beta if following is None else values[b, following]
+            expected[b, t] = values[b, t] + log_ratio[b, t] - upcoming
+    torch.testing.assert_close(residuals, expected, rtol=0, atol=1e-14)
+    for b, first in enumerate([1, 2, 5]):
+        whole = values[b, first] + log_ratio[b][mask[b]].sum() - reward[b] / beta
+        assert residuals[b].sum().item() == pytest.approx(whole.item(), abs=1e-13)
+    assert residuals[3].eq(0).all()
+
+
+@pytest.mark.parametrize("accumulation", [1, 2, 4])
+def test_token_residual(accumulation, folder, tmp_path):
+    """With rows that no function could score, and whose NaN may not reach the gradient."""
+    trainer = scripted_trainer(
+        folder, script(unscored=(3,)), tmp_path, residual="token", truncation="mask", temperature=0.7,
+        reward_baseline="batch_mean", per_device_train_batch_size=8 // accumulation,
+        gradient_accumulation_steps=accumulation,
+    )  # fmt: skip
+    answer, _ = check(trainer)
+    of_trajectories = trainer.args.beta**2 * statistics.mean(r * r for r in answer.residuals)
+    assert abs(answer.loss - of_trajectories) > 0.1 * of_trajectories
+
+
+# ---- rewards ---------------------------------------------------------------------------------------------------------
+
+
+def test_total_reward_by_hand():
+    """1·1 + 2·0.5 = 2; a function that did not apply leaves the sum: 2·2 = 4; none applied: NaN."""
+    rewards = torch.tensor([[1.0, 0.5], [NAN, 2.0], [NAN, NAN]])
+    total = total_reward(rewards, torch.tensor([1.0, 2.0]))
+    assert total[:2].tolist() == [2.0, 4.0] and total[2].isnan()
+
+
+def test_pessimism_by_hand():
+    """Verdicts 0, 0, 0, 2 of weight 2: m = 0.5, s² = 4/3 · (3·0.25 + 2.25)/4 = 1, W s/√n = 8·1/2 = 4 below W m = 4.
+
+    Weights 1, 2, 1 on 3, 0, 1: m = 1, s² = 3/2 · (4 + 2 + 0)/4 = 2.25, W s/√n = 4·1.5/√3 = √12 below 4.
+    """
+    four = torch.tensor([[0.0, 0.0, 0.0, 2.0], [0.0, 2.0, NAN, NAN], [1.0, 1.0, 1.0, 1.0], [NAN, 1.0, NAN, NAN]])
+    four = torch.cat([four, torch.full((1, 4), NAN)]).double()
+    lower = total_reward(four, torch.full((4,), 2.0).double(), pessimism=0.5)
+    assert lower[:4].tolist() == [2.0, 2.0, 8.0, 2.0]  # the second: 4 − 0.5·4·√(2/2); then nothing to disagree on
+    assert lower[4].isnan()
+    three = torch.tensor([[3.0, 0.0, 1.0]]).double()
+    lower = total_reward(three, torch.tensor([1.0, 2.0, 1.0]).double(), pessimism=1.0)
+    assert lower.item() == pytest.approx(4 - math.sqrt(12), abs=1e-14)
+
+
+def test_pessimism_is_standard_errors_of_the_sum():
+    rewards = float64(5, 3)
+    lower = total_reward(rewards, torch.ones(3).double(), pessimism=1.7)
+    for row, value in zip(rewards.tolist(), lower.tolist(), strict=True):
+        standard_error = 3 * statistics.stdev(row) / math.sqrt(3)
+        assert value == pytest.approx(sum(row) - 1.7 * standard_error, abs=1e-14)
+
+
+def test_mean_reward():
+    assert mean_reward([1.0, NAN, 0.0]) == 0.5 and mean_reward([NAN]) == mean_reward([]) == 0.0
+
+
+def test_pessimism(folder, tmp_path):
+    """Three functions judge every completion, one of them not all: the residual has the lower bound of their sum."""
+
+    def first(completion_ids, **kwargs):
+        return [float(ids[0] % 2) for ids in completion_ids]
+
+    def second(completion_ids, **kwargs):
+        return [float(ids[0] % 3 == 0) for ids in completion_ids]
+
+    def third(completion_ids, **kwargs):
+        return [None if ids[0] % 5 == 0 else 1.0 for ids in completion_ids]
+
+    trainer = scripted_trainer(
+        folder, script(), tmp_path, reward_funcs=[first, second, third], reward_pessimism=0.8, soft_value="calibrated"
+    )
+    _, trajectories = check(trainer)
+    gaps = [sum(r for r in t.rewards.values() if not math.isnan(r)) - t.reward for t in trajectories]
+    assert sum(gap > 0.5 for gap in gaps) >= 3 and min(gaps) >= 0
+
+
+@pytest.mark.parametrize("accumulation", [1, 2, 4])
+def test_batch_mean(accumulation, folder, tmp_path):
+    """Of the window, whatever its micro-batches; rows that nobody could score or that are masked enter as they can."""
+    trainer = scripted_trainer(
+        folder, script(unscored=(0, 3)), tmp_path, reward_baseline="batch_mean", soft_value="calibrated",
+        truncation="mask", per_device_train_batch_size=8 // accumulation, gradient_accumulation_steps=accumulation,
+    )  # fmt: skip
+    _, trajectories = check(trainer)
+    scored = [t.reward for t in trajectories if not math.isnan(t.reward)]
+    assert len(scored) == 6 and abs(sum(scored)) > 0.1
+    assert [t.baseline for t in trajectories] == [pytest.approx(sum(scored) / 6, abs=1e-6)] * 8
+
+
+@pytest.mark.parametrize("soft_value", ["policy", "calibrated", "zero"])
+def test_group_mean(soft_value, folder, tmp_path):
+    """Of the prompt's rows, in whatever order and micro-batch they stand; one of them has no reward."""
+    seen = one_update(
+        folder, tmp_path, log(unscored=(3,)), lambda prompts, **kwargs: [None] * len(prompts), soft_value=soft_value,
+        reward_baseline="group_mean", num_generations=2, per_device_train_batch_size=4, gradient_accumulation_steps=2,
+    )  # fmt: skip
+    window = [use.trajectory for use in seen.uses]
+    assert len({t.baseline for t in window}) == 4 and len(seen.counted) == 7
+    answer = solve(seen.policy, seen.reference, window, **options_of(seen.trainer))
+    assert seen.loss == pytest.approx(answer.loss, rel=TOLERANCE)
+    assert distance(seen.gradient, answer.gradient) <= TOLERANCE
+
+
+def test_batch_mean_over_two_processes(tmp_path):
+    """The mean is over both processes' rows, whose own means differ."""
+    folder, rows = save(tmp_path / "model"), script()
+    (tmp_path / "rows.json").write_text(json.dumps([asdict(row) for row in rows]))
+    options = {"reward_baseline": "batch_mean", "soft_value": "calibrated", "per_device_train_batch_size": 4}
+    launch([folder, str(tmp_path / "rows.json"), str(tmp_path), json.dumps(options)])
+    seen = torch.load(tmp_path / "seen.pt", weights_only=False)
+    means = [sum(t.reward for t in window) / 4 for window in seen["windows"]]
+    assert abs(means[0] - means[1]) > 0.1
+    policy, reference = (AutoModelForCausalLM.from_pretrained(folder) for _ in range(2))
+    perturb(reference)
+    answer = solve(
+        plain(policy), plain(reference), [*seen["windows"][0], *seen["windows"][1]], beta=0.1, soft_value="calibrated",
+        reward_baseline="batch_mean",
+    )  # fmt: skip
+    assert distance(strip(seen["gradients"]), answer.gradient) <= TOLERANCE
+
+
+# ---- part of the tokens: which ---------------------------------------------------------------------------------------
+
+
+def places(chosen: torch.Tensor) -> tuple[int, ...]:
+    return tuple(chosen.nonzero().flatten().tolist())
+
+
+def test_scatter_draws_every_subset_alike():
+    """2 of 4 actions: each of the 6 subsets in 6000 draws within 4.5 standard deviations of 1000, so P_h = 1/2."""
+    torch.manual_seed(0)
+    chosen, probability = scatter(MASK[:1].expand(6000, 6), 0.5)
+    assert probability.unique().tolist() == [0.5]
+    counts = Counter(map(places, chosen))
+    assert set(counts) == set(itertools.combinations((1, 2, 4, 5), 2))
+    assert max(abs(count - 1000) for count in counts.values()) < 4.5 * math.sqrt(6000 * 1 / 6 * 5 / 6)
+
+
+@pytest.mark.parametrize(
+    ("fraction", "kept"), [(0.5, (2, 1, 0)), (0.01, (1, 1, 0)), (0.7, (3, 2, 0)), (1.0, (4, 2, 0))]
+)
+def test_scatter_keeps_so_many(fraction, kept):
+    """⌈f n⌉ of n = 4, 2 and 0 actions, at least one where there is any."""
+    mask = torch.cat([MASK, torch.zeros(1, 6).bool()])
+    chosen, probability = scatter(mask, fraction)
+    assert tuple(chosen.sum(dim=1).tolist()) == kept and not (chosen & ~mask).any()
+    for row, (k, n) in enumerate(zip(kept, (4, 2), strict=False)):
+        assert probability[row, mask[row]].tolist() == pytest.approx([k / n] * n)
+
+
+@pytest.mark.parametrize("fraction", [0.02, 0.25, 0.5, 0.9])
+def test_cut_keeps_each_action_as_often_as_it_says(fraction):
+    """Over a grid of u, the share in which action h is kept is `P_h = 1 − ((h − 1)/n)^(f/(1 − f))`; P_1 = 1."""
+    draws = [(i + 0.5) / 2000 for i in range(2000)]
+    kept = torch.stack([cut(MASK, fraction, draw)[0] for draw in draws]).double().mean(dim=0)  # (B, T)
+    probability = cut(MASK, fraction)[1]
+    for row, n in ((0, 4), (1, 2)):
+        formula = [1 - (before / n) ** (fraction / (1 - fraction)) for before in range(n)]
+        assert probability[row, MASK[row]].tolist() == pytest.approx(formula, rel=1e-6)
+        assert kept[row, MASK[row]].tolist() == pytest.approx(formula, abs=1 / 2000)
+        assert formula[0] == 1 and min(formula) > 0
+    assert not kept[~MASK].any()
+
+
+def test_cut_draws_uniformly():
+    """With u of its own: 4000 cuts of 4 actions, each kept within 4.5 standard deviations of P = 1, 3/4, 1/2, 1/4."""
+    torch.manual_seed(0)
+    kept = torch.stack([cut(MASK[:1], 0.5)[0] for _ in range(4000)]).double().mean(dim=0)[0, MASK[0]]  # (4,)
+    for share, p in zip(kept.tolist(), (1, 0.75, 0.5, 0.25), strict=True):
+        assert abs(share - p) <= 4.5 * math.sqrt(p * (1 - p) / 4000)
+
+
+@pytest.mark.parametrize("fraction", [1e-3, 0.1, 0.5, 0.99])
+def test_cut_keeps_a_prefix_and_excludes_no_token(fraction):
+    """Of 5000 tokens the first is always kept, and the last with probability `1 − (1 − 1/5000)^(f/(1 − f)) > 0`."""
+    mask = torch.ones(1, 5000).bool()
+    for draw in (0.0, 1e-30, 0.5, 1 - 2**-24):
+        chosen, probability = cut(mask, fraction, draw)
+        kept = int(chosen.sum())
+        assert kept >= 1 and chosen[0, :kept].all()
+    assert probability[0, 0] == 1 and (probability > 0).all() and probability.diff().le(0).all()
+    last = -math.expm1(math.log1p(-1 / 5000) * fraction / (1 - fraction))
+    assert probability[0, -1].item() == pytest.approx(last, rel=1e-6)
+
+
+@pytest.mark.parametrize("fraction", [0.1, 0.5, 0.9])
+@pytest.mark.parametrize("selection", [scatter, cut])
+def test_on_average_so_large_a_part(selection, fraction):
+    probability = selection(torch.ones(1, 1000).bool(), fraction)[1]
+    assert probability.mean().item() == pytest.approx(fraction, abs=1.1e-3)  # up to one token is rounded up
+
+
+# ---- part of the tokens: what is expected of it ----------------------------------------------------------------------
+
+
+class Scores:
+    """A log-probability per token of `(2, 6)` states over 5 letters, and the value of the first state; by autograd."""
+
+    def __init__(self, beta=0.1):
+        self.logits = float64(2, 6, 5).requires_grad_()
+        self.value = self.logits[[0, 1], [1, 2]].logsumexp(dim=-1)  # (2,) the states of the first actions
+        self.log_probs = self.logits.log_softmax(dim=-1)[..., 0]  # (2, 6)
+        offset = float64(2, seed=1) / beta  # of reward and reference
+        self.residual = self.value + torch.where(MASK, self.log_probs, 0.0).sum(dim=1) + offset  # (2,)
+
+    def gradient(self, loss: torch.Tensor) -> torch.Tensor:
+        return torch.autograd.grad(loss.sum(), self.logits, retain_graph=True)[0]
+
+    def in_part(self, chosen, probability) -> torch.Tensor:
+        loss = subset_surrogate(self.residual.detach(), self.value, self.log_probs, chosen, probability)
+        torch.testing.assert_close(loss, self.residual.square(), rtol=1e-15, atol=0)
+        return self.gradient(loss)
+
+
+def all_scattered(fraction: float) -> list[tuple[torch.Tensor, float]]:
+    """Every pair of subsets of the sizes that `scatter` keeps, and its probability."""
+    of_rows = []
+    for row in MASK:
+        places = row.nonzero().flatten().tolist()
+        of_rows.append(list(itertools.combinations(places, math.ceil(fraction * len(places)))))
+    pairs = []
+    for pair in itertools.product(*of_rows):
+        chosen = torch.zeros_like(MASK)
+        for row, kept in enumerate(pair):
+            chosen[row, list(kept)] = True
+        pairs.append((chosen, 1 / math.prod(map(len, of_rows))))
+    return pairs
+
+
+def all_cut(fraction: float, lengths=(4, 2)) -> list[tuple[float, float]]:
+    """A draw u inside each interval in which the same tokens are kept, and the length of the interval."""
+    power = 1 / fraction - 1
+    ends = sorted({(before / n) ** (1 / power) for n in lengths for before in range(n + 1)})
+    return [((low + high) / 2, high - low) for low, high in itertools.pairwise(ends)]
+
+
+@pytest.mark.parametrize(("fraction", "precision"), [(0.5, 1e-14), (0.25, 1e-14), (0.7, 1e-6)])
+def test_all_scattered_subsets_average_to_the_full_gradient(fraction, precision):
+    """Exactly so, up to the float32 of P_h = 3/4 and 1."""
+    scores, probability = Scores(), scatter(MASK, fraction)[1]
+    mean = sum(p * scores.in_part(chosen, probability) for chosen, p in all_scattered(fraction))
+    torch.testing.assert_close(mean, scores.gradient(scores.residual.square()), rtol=precision, atol=100 * precision)
+    one = scores.in_part(all_scattered(fraction)[0][0], probability)
+    assert (one - mean).norm() > 0.1 * mean.norm()
+
+
+@pytest.mark.parametrize(("fraction", "precision"), [(0.5, 1e-14), (0.25, 1e-6), (0.7, 1e-6)])
+def test_all_cuts_average_to_the_full_gradient(fraction, precision):
+    scores, pieces = Scores(), all_cut(fraction)
+    assert sum(p for _, p in pieces) == pytest.approx(1) and len(pieces) == 4
+    mean = sum(p * scores.in_part(*cut(MASK, fraction, draw)) for draw, p in pieces)
+    torch.testing.assert_close(mean, scores.gradient(scores.residual.square()), rtol=precision, atol=100 * precision)
+
+
+def test_squaring_a_part_of_the_residual_is_biased():
+    """What the surrogate avoids: the mean of the squares' gradients is another one."""
+    scores, probability = Scores(), scatter(MASK, 0.5)[1]
+    mean = 0.0
+    for chosen, p in all_scattered(0.5):
+        missing = scores.log_probs * (chosen / probability - MASK.double())  # (2, 6) of mean 0
+        mean = mean + p * scores.gradient((scores.residual + missing.sum(dim=1)).square())
+    full = scores.gradient(scores.residual.square())
+    assert (mean - full).norm() > 0.02 * full.norm()
+
+
+# ---- part of the tokens: in the trainer ------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("accumulation", [1, 2, 4])
+@pytest.mark.parametrize(("soft_value", "truncation"), [("policy", "bootstrap"), ("calibrated", "terminal")])
+def test_a_given_subset(soft_value, truncation, accumulation, folder, tmp_path, monkeypatch):
+    """Every other action, as if each stood in with probability 1/2, in any split into micro-batches."""
+
+    def every_other(mask, fraction):
+        chosen = mask & (mask.cumsum(dim=1) % 2 == 1)
+        return chosen, torch.full(mask.shape, fraction)
+
+    monkeypatch.setattr(tbrm_trl.loss, "scatter", every_other)
+    trainer = scripted_trainer(
+        folder, script(unscored=(3,)), tmp_path, token_fraction=0.5, soft_value=soft_value, truncation=truncation,
+        per_device_train_batch_size=8 // accumulation, gradient_accumulation_steps=accumulation,
+    )  # fmt: skip
+    check(trainer, subset=lambda n: dict.fromkeys(range(0, n, 2), 0.5))
+
+
+@pytest.mark.parametrize(("accumulation", "checkpointing"), [(1, False), (2, False), (4, False), (2, True)])
+def test_a_given_cut(accumulation, checkpointing, folder, tmp_path, monkeypatch):
+    """The first ⌈0.4 n⌉ of n actions; what comes later is not even computed a second time."""
+    monkeypatch.setattr(tbrm_trl.loss, "cut", lambda mask, fraction: cut(mask, fraction, draw=0.4))
+    trainer = scripted_trainer(
+        folder, script(unscored=(3,)), tmp_path, token_fraction=0.5, token_selection="cut",
+        gradient_checkpointing=checkpointing, per_device_train_batch_size=8 // accumulation,
+        gradient_accumulation_steps=accumulation,
+    )  # fmt: skip
+    score, widths = tbrm_trl.trainer.score, []
+
+    def watch(model, batch, **wanted):
+        widths.append(batch.input_ids.shape[1])
+        return score(model, batch, **wanted)
+
+    monkeypatch.setattr(tbrm_trl.trainer, "score", watch)
+    check(trainer, subset=lambda n: {h: 1 - h / n for h in range(math.ceil(0.4 * n))})
+    wide, narrow = widths[-2:]
+    assert narrow < wide - 1
+
+
+FOURS = [Row(prompt, [*completion, 1], [1, 0, 1, 1, 1], reward) for prompt, completion, reward in
+         (("ab", [10, 11, 12, 13], 0.5), ("cde", [20, 21, 22, 23], -0.3))]  # fmt: skip
+
+
+@pytest.mark.parametrize("selection", ["scatter", "cut"])
+def test_all_parts_average_to_the_full_gradient_in_the_trainer(selection, folder, tmp_path, monkeypatch):
+    """One update, at learning rate 0, for each of the 6 pairs of 4 tokens, or each of 4 places to cut."""
+    if selection == "scatter":
+        parts = [(kept, 1 / 6) for kept in itertools.combinations(range(4), 2)]
+    else:
+        parts = all_cut(0.5, (4,))
+    upcoming = iter(parts)
+
+    def next_scattered(mask, fraction):
+        kept, _ = next(upcoming)
+        place = mask.cumsum(dim=1) - 1  # (B, T)
+        return mask & torch.isin(place, torch.tensor(kept)), scatter(mask, fraction)[1]
+
+    monkeypatch.setattr(tbrm_trl.loss, "scatter", next_scattered)
+    monkeypatch.setattr(tbrm_trl.loss, "cut", lambda mask, fraction: cut(mask, fraction, next(upcoming)[0]))
+    trainer = scripted_trainer(
+        folder, FOURS, tmp_path, token_fraction=0.5, token_selection=selection, num_iterations=len(parts),
+        max_steps=len(parts),
+    )  # fmt: skip
+    perturb(trainer.ref_model)
+    policy, reference = plain(trainer.model), plain(trainer.ref_model)
+    trainer.train()
+    answer = solve(policy, reference, trainer.windows[0], beta=0.1)
+    gradients = trainer.recorder.gradients
+    mean = {name: sum(p * g[name] for (_, p), g in zip(parts, gradients, strict=True)) for name in gradients[0]}
+    assert distance(mean, answer.gradient) <= TOLERANCE
+    assert all(distance(gradient, answer.gradient) > 0.05 for gradient in gradients[:3])
+    assert trainer.losses == [pytest.approx(answer.loss, rel=TOLERANCE)] * len(parts)
+
+
+@pytest.mark.parametrize("selection", ["scatter", "cut"])
+def test_each_update_draws_anew(selection, folder, tmp_path):
+    """The loss is that of all tokens, the gradient another at every update."""
+    trainer = scripted_trainer(
+        folder, script(), tmp_path, token_fraction=0.5, token_selection=selection, num_iterations=2, max_steps=2
+    )
+    trainer.train()
+    assert trainer.losses[0] == pytest.approx(trainer.losses[1], rel=TOLERANCE)
+    assert distance(*trainer.recorder.gradients) > 0.05
+
+
+@pytest.mark.parametrize("selection", ["scatter", "cut"])
+def test_a_micro_batch_without_an_action(selection, folder, tmp_path):
+    """Nothing of it counts, in part as in full."""
+    rows = [*script(3), Row("only tools", [10, 11, 1], [0, 0, 0], 1.0)]
+    trainer = scripted_trainer(
+        folder, rows, tmp_path, token_fraction=0.5, token_selection=selection, per_device_train_batch_size=1,
+        gradient_accumulation_steps=4,
+    )  # fmt: skip
+    trainer.train()
+    assert trainer.state.log_history[0]["left_out/no_action"] == 0.25
+    assert all(g.isfinite().all() for g in trainer.recorder.gradients[0].values())
+
+
+def test_lora(folder, tmp_path, monkeypatch):
+    """Through an adapter, whose base model is the reference."""
+    monkeypatch.setattr(tbrm_trl.loss, "cut", lambda mask, fraction: cut(mask, fraction, draw=0.4))
+    lora = LoraConfig(r=4, target_modules=["q_proj", "v_proj", "down_proj"], lora_dropout=0.0)
+    trainer = scripted_trainer(folder, script(), tmp_path, peft_config=lora, token_fraction=0.5, token_selection="cut")
+    reference = merged(trainer.model)
+    perturb_adapter(trainer.model, seed=4)
+    policy = copy_of_adapter(trainer.model).double().eval()
+    trainer.train()
+    answer = solve(
+        policy, reference, trainer.windows[0], beta=0.1,
+        subset=lambda n: {h: 1 - h / n for h in range(math.ceil(0.4 * n))},
+    )  # fmt: skip
+    assert distance(trainer.recorder.gradients[0], answer.gradient) <= TOLERANCE
+
+
+# ---- options ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        *(({name: bad}, rf"`{name}={bad}` must be 0 \(off\) or positive")
+          for name in ("sft_coef", "entropy_advantage_coef", "reward_pessimism") for bad in (-0.1, NAN)),
+        *(({"token_fraction": bad}, rf"`token_fraction={bad}` must lie in \(0, 1\]") for bad in (0.0, -0.5, 1.5, NAN)),
+        ({"residual": "turn"}, "`residual='turn'` is unknown. Choose one of trajectory, token"),
+        ({"token_selection": "suffix"}, "`token_selection='suffix'` is unknown. Choose one of scatter, cut"),
+        ({"reward_baseline": "median"}, "Choose one of none, group_mean, batch_mean"),
+        ({"residual": "token", "soft_value": "calibrated"}, "it needs `soft_value=\"policy\"`, and no bootstrap"),
+        ({"token_fraction": 0.5, "residual": "token"}, "`token_fraction=0.5` with `residual='token'` is refused"),
+        ({"token_fraction": 0.5, "sft_coef": 0.1}, "`token_fraction=0.5` with `sft_coef=0.1` is refused"),
+        ({"token_fraction": 0.5, "entropy_advantage_coef": 0.1}, "with `entropy_advantage_coef=0.1` is refused"),
+        ({"reward_pessimism": 1.0, "reward_weights": [1.0, 0.0]}, "`reward_weights` must be positive"),
+        ({"reward_baseline": "batch_mean", "soft_value": "optimal"}, "a baseline would be taken off twice. Use 'none'"),
+        ({"reward_baseline": "group_mean", "soft_value": "group", "num_generations": 2}, "be taken off twice"),
+        ({"reward_baseline": "group_mean"}, "`reward_baseline='group_mean'` compares .* Use 2 or more"),
+    ],
+)  # fmt: skip
+def test_options_that_do_not_go_together(options, message):
+    with pytest.raises(ValueError, match=message):
+        config(**options)
+
+
+def test_groups_stand_whole_on_a_process(monkeypatch):
+    """3 rows on each of 2 processes are 3 pairs, but one would be torn; 4 may be split over updates, not processes."""
+    monkeypatch.setattr(TBRMConfig, "world_size", 2)
+    pairs = {"reward_baseline": "group_mean", "num_generations": 2}
+    with pytest.raises(ValueError, match=r"on one process, but 3 rows \(per_device_train_batch_size 3 × steps_per_gen"):
+        config(**pairs, per_device_train_batch_size=3)
+    whole = config(**pairs, per_device_train_batch_size=1, steps_per_generation=4)
+    assert (whole.drawn_together, whole.updated_together) == (2, 1)
+    with pytest.raises(ValueError, match=r"1 rows \(per_device_train_batch_size 1 × gradient_accumulation_steps 1\)"):
+        config(soft_value="group", num_generations=2, per_device_train_batch_size=1, steps_per_generation=4)
