@@ -13,12 +13,13 @@ from datasets import Dataset
 from oracle import distance, logits_of
 from test_oracle import TOLERANCE, plain
 from test_trainer import build, letters
+from test_two_processes import launch
 from tiny import VOCABULARY, perturb, save, tokenizer
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForSequenceClassification
 
 from tbrm_trl import SoftValue, TBRMConfig
 from tbrm_trl.soft_value.log_mean_exp import log_mean_exp
-from tbrm_trl.trajectory import End, Trajectory
+from tbrm_trl.trajectory import End, Trajectory, Use
 
 BETA = 0.1
 
@@ -59,10 +60,10 @@ class Seen:
 
     loss: float
     gradient: dict[str, torch.Tensor]
-    uses: list
+    uses: list[Use]
     policy: torch.nn.Module
     reference: torch.nn.Module
-    trainer: object
+    trainer: object = None
 
     @property
     def counted(self) -> list[Trajectory]:
@@ -76,11 +77,17 @@ def one_update(folder, tmp_path, rows=None, reward_funcs=None, **options) -> See
     trainer = build(folder, tmp_path, reward_funcs, data, **{**defaults, **options})
     reference = plain(AutoModelForCausalLM.from_pretrained(folder))
     perturb(trainer.model)
-    collect, seen = trainer._collect, []
-    trainer._collect = lambda rows: seen.append(collect(rows)) or seen[-1]
+    updates = watch_updates(trainer)
     trainer.train()
     loss = trainer.state.log_history[0]["loss"]
-    return Seen(loss, trainer.recorder.gradients[0], seen[0], plain(trainer.model), reference, trainer)
+    return Seen(loss, trainer.recorder.gradients[0], updates[0], plain(trainer.model), reference, trainer)
+
+
+def watch_updates(trainer) -> list[list[Use]]:
+    """Keeps what each update of this process is made of."""
+    collect, updates = trainer._collect, []
+    trainer._collect = lambda rows: updates.append(collect(rows)) or updates[-1]
+    return updates
 
 
 @dataclass
@@ -202,6 +209,23 @@ def test_variance_with_gradient_in_the_mean(folder, tmp_path):
     assert seen.loss == pytest.approx(loss * (k - 1) / k, rel=TOLERANCE)
     expected = {name: p.grad * (k - 1) / k for name, p in seen.policy.named_parameters()}
     assert distance(seen.gradient, expected) <= TOLERANCE
+
+
+def test_two_processes(folder, tmp_path):
+    """A pair on each process and in micro-batches of one row; prompts are sampled in blocks of both processes."""
+    launch([folder, str(tmp_path)], script="soft_value_processes.py")
+    seen = torch.load(tmp_path / "seen.pt", weights_only=False)
+    policy = AutoModelForCausalLM.from_pretrained(folder)
+    policy.load_state_dict(seen["policy"])
+    reference = plain(AutoModelForCausalLM.from_pretrained(folder))
+    both = Seen(seen["losses"][0], seen["gradient"], seen["uses"], plain(policy), reference)
+    assert len(both.counted) == 8 and sorted(map(len, by_prompt(both.counted).values())) == [2, 2, 2, 2]
+    assert all(use.value is not None for use in both.uses)
+    check(both, lambda t, of: group_value(both, t))
+
+    first, second = seen["columns"]
+    assert first == second and len(first) == 6 and len(set(first)) > 2
+    assert {value for values in seen["values"] for value in values} <= set(first)
 
 
 def test_groups_are_replayed_whole(folder, tmp_path):

@@ -6,7 +6,7 @@ import math
 import textwrap
 from collections.abc import Callable, Sequence, Sized
 from contextlib import AbstractContextManager, nullcontext
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -21,7 +21,7 @@ from trl.trainer.utils import get_config_model_id
 from .checkpoint import dataset_digest
 from .config import TBRMConfig
 from .logged import PREVIOUS, check_logged_rows
-from .loss import Scorer, TrajectoryLoss
+from .loss import TrajectoryLoss
 from .metrics import Totals, step_totals
 from .objective import mean_over_counted
 from .reference import (
@@ -362,7 +362,7 @@ class TBRMTrainer(ExactResume):
         if size % self.args.updated_together:
             parts = [uses[first : first + size] for first in range(0, len(uses), size)]
             batches = ((part, self._collate([use.trajectory for use in part])) for part in parts)
-            self._loss.value_beforehand(batches, self._scorer(self.model))
+            self._loss.value_beforehand(batches, partial(self._score, self.model))
 
     # ---- score -------------------------------------------------------------------------------------------------
 
@@ -371,15 +371,10 @@ class TBRMTrainer(ExactResume):
             trajectories, self._tokenizer.pad_token_id, self.accelerator.device, self.args.pad_to_multiple_of
         )
 
-    def _scorer(self, model: nn.Module) -> Scorer:
-        """How `model` scores a batch."""
-
-        def scorer(batch: Batch, **wanted: Any) -> TrajectoryScores:
-            wanted["end_value"] = self.args.truncation == "bootstrap"
-            with self.accelerator.autocast():
-                return score(model, batch, positions_from_mask=self._positions_from_mask, **wanted)
-
-        return scorer
+    def _score(self, model: nn.Module, batch: Batch, **wanted: Any) -> TrajectoryScores:
+        wanted["end_value"] = self.args.truncation == "bootstrap"
+        with self.accelerator.autocast():
+            return score(model, batch, positions_from_mask=self._positions_from_mask, **wanted)
 
     def _is_stale(self, trajectory: Trajectory) -> bool:
         key = trajectory.ref_key
@@ -411,7 +406,7 @@ class TBRMTrainer(ExactResume):
                 forwards,
                 key,
                 self._collate,
-                self._scorer(reference),
+                partial(self._score, reference),
                 filler or trajectories[0],
             )
 
@@ -420,7 +415,9 @@ class TBRMTrainer(ExactResume):
     def _compute_loss(self, model: nn.Module, inputs: dict[str, Any]) -> Tensor:
         uses, args = inputs["uses"], self.args
         batch = self._collate([use.trajectory for use in uses])
-        seen = self._loss(uses, batch, self._scorer(model), in_part=self.model.training and args.token_fraction < 1)
+        seen = self._loss(
+            uses, batch, partial(self._score, model), in_part=self.model.training and args.token_fraction < 1
+        )
         weight = numbers([use.weight for use in uses], seen.loss.device)  # (B,)
         # Gradients are averaged over processes; the factor makes that the sum over them, as the denominator expects.
         processes = self.accelerator.num_processes
