@@ -41,7 +41,7 @@ def train(folder: str, out: str, lora=False, loaded=False, resume: str | None = 
 
     class Watch(TrainerCallback):
         def on_step_begin(self, args, state, control, **kwargs):
-            references[state.global_step] = whole(trainer._reference._synced())
+            references[state.global_step] = whole(trainer._reference._synced().items())
 
     trainer.add_callback(Watch())
     trainer._score = watched_score
@@ -53,8 +53,8 @@ def train(folder: str, out: str, lora=False, loaded=False, resume: str | None = 
         "losses": [sum(step) / len(losses) for step in zip(*losses, strict=True)],
         "scored_at": scored_at,
         "references": references,
-        "reference": whole(trainer._reference._synced()),
-        "policy": whole(trainer._reference._trained()),
+        "reference": whole(trainer._reference._synced().items()),
+        "policy": whole(trainer._reference._trained().items()),
     }
 
 

@@ -7,7 +7,7 @@ import json
 import math
 import statistics
 from collections import Counter
-from dataclasses import asdict
+from dataclasses import asdict, replace
 
 import pytest
 import torch
@@ -66,10 +66,11 @@ def test_advantage_weighted_entropy_by_hand():
     assert entropy.grad.tolist() == [[2.0, 2.0, 0.0], [0.0, -1.5, 0.0]] and residual.grad is None
 
 
+SFT = {"sft_coef": 0.5, "sft_threshold": 1.2}
 TERMS = [
-    {"sft_coef": 0.5, "sft_threshold": 0.2},
+    {**SFT, "reward_baseline": "batch_mean"},  # the threshold is one of rewards, not of what is left of them
     {"entropy_advantage_coef": 0.05},
-    {"sft_coef": 0.5, "sft_threshold": 0.2, "entropy_advantage_coef": 0.05, "loss_units": "logits"},
+    {**SFT, "entropy_advantage_coef": 0.05, "loss_units": "logits"},
 ]
 
 
@@ -77,12 +78,13 @@ TERMS = [
 @pytest.mark.parametrize("terms", TERMS, ids=str)
 def test_added_terms(terms, accumulation, folder, tmp_path):
     """In either unit the same multiple of (β δ)²: with `logits`, all of it is divided by β²."""
+    rows = [replace(row, reward=row.reward and 1 + row.reward) for row in script(unscored=(3,))]
     trainer = scripted_trainer(
-        folder, script(unscored=(3,)), tmp_path, **terms, temperature=0.7,
+        folder, rows, tmp_path, **terms, temperature=0.7,
         per_device_train_batch_size=8 // accumulation, gradient_accumulation_steps=accumulation,
     )  # fmt: skip
     answer, trajectories = check(trainer)
-    assert sum(t.reward >= 0.2 for t in trajectories) in range(2, 6)  # some do and some do not
+    assert sum(t.reward >= 1.2 for t in trajectories) in range(2, 6)  # some do and some do not
     unit = 1 if terms.get("loss_units") == "logits" else trainer.args.beta**2
     alone = unit * statistics.mean(r * r for r in answer.residuals)
     assert abs(answer.loss - alone) > 0.1 * alone

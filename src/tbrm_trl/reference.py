@@ -28,6 +28,7 @@ from .storage import read_trajectories, write_trajectories
 from .trajectory import Batch, Trajectory, by_length
 
 ADAPTER = "ref"  # TRL's name for it
+_SCORES = ("ref_log_probs", "ref_soft_value", "ref_end_value", "ref_key")  # columns of a scored log
 
 
 class Reference:
@@ -66,8 +67,8 @@ class Reference:
 
         Scores that trajectories carry go stale by this, and are renewed when next one is trained on.
         """
-        trained = dict(self._trained())
-        for name, parameter in self._synced():  # one by one: ZeRO-3 makes whole what is synced
+        trained = self._trained()
+        for name, parameter in self._synced().items():  # one by one: ZeRO-3 makes whole what is synced
             SyncRefModelCallback.sync_target_model(
                 nn.ParameterList([trained[name]]), nn.ParameterList([parameter]), alpha
             )
@@ -76,7 +77,7 @@ class Reference:
     def save(self, folder: Path) -> None:
         """Write what `sync` changes: the whole of it once, or every process its own FSDP2 shard."""
         tensors = {}
-        for name, parameter in self._synced():
+        for name, parameter in self._synced().items():
             with _whole(parameter):
                 if self.accelerator.is_main_process or isinstance(parameter, DTensor):
                     tensors[name] = _local(parameter).detach().to("cpu", copy=True).contiguous()
@@ -92,36 +93,18 @@ class Reference:
             main_folder: the main process's, which holds the whole where nothing is sharded.
         """
         parameters = self._synced()
-        sharded = any(isinstance(parameter, DTensor) for _, parameter in parameters)
+        sharded = any(isinstance(parameter, DTensor) for parameter in parameters.values())
         with safe_open(_file(folder if sharded else main_folder), framework="pt") as saved:
-            for name, parameter in parameters:
+            for name, parameter in parameters.items():
                 with _whole(parameter):
                     _local(parameter).copy_(saved.get_tensor(name))
         self.renew_key()
 
     def renew_key(self) -> None:
-        """After a change of the weights, or of how they are sharded."""
-        self.key = self._fingerprint()
+        """Digest of the weights of π_ref and of the settings: equal if and only if stored scores are still its own.
 
-    def _synced(self) -> list[tuple[str, nn.Parameter]]:
-        if self.frozen_copy is not None:
-            return list(self.accelerator.unwrap_model(self.frozen_copy).named_parameters())
-        policy = self.accelerator.unwrap_model(self.policy())
-        return [(name, p) for name, p in policy.named_parameters() if f".{ADAPTER}." in f"{name}."]
-
-    def _trained(self) -> list[tuple[str, nn.Parameter]]:
-        policy = self.accelerator.unwrap_model(self.policy())
-        if self.frozen_copy is not None:
-            return list(policy.named_parameters())
-        active = policy.active_adapter
-        return [
-            (f"{name}.".replace(f".{active}.", f".{ADAPTER}.")[:-1], p)
-            for name, p in policy.named_parameters()
-            if f".{active}." in f"{name}."
-        ]
-
-    def _fingerprint(self) -> str:
-        """Digest of the weights of π_ref and of the settings: equal if and only if stored scores are still its own."""
+        To be called after a change of the weights, or of how they are sharded.
+        """
         if self.frozen_copy is not None:
             weights = list(self.accelerator.unwrap_model(self.frozen_copy).named_parameters())
         else:
@@ -136,7 +119,25 @@ class Reference:
             digest.update(local.reshape(-1).view(torch.uint8).cpu().numpy().data)
         # Processes with a whole copy each agree; those with a shard each make up one key together.
         parts = sorted(set(gather_object([digest.hexdigest()])))
-        return xxhash.xxh3_128_hexdigest(json.dumps([parts, self.settings], sort_keys=True).encode())
+        self.key = xxhash.xxh3_128_hexdigest(json.dumps([parts, self.settings], sort_keys=True).encode())
+
+    def _synced(self) -> dict[str, nn.Parameter]:
+        """What a sync changes, by a name that the policy's own parameter shares."""
+        if self.frozen_copy is not None:
+            return dict(self.accelerator.unwrap_model(self.frozen_copy).named_parameters())
+        return _adapter(self.accelerator.unwrap_model(self.policy()), ADAPTER)
+
+    def _trained(self) -> dict[str, nn.Parameter]:
+        policy = self.accelerator.unwrap_model(self.policy())
+        return (
+            dict(policy.named_parameters()) if self.frozen_copy is not None else _adapter(policy, policy.active_adapter)
+        )
+
+
+def _adapter(policy: nn.Module, adapter: str) -> dict[str, nn.Parameter]:
+    """The parameters of one adapter, by a name that another's counterpart shares."""
+    inside = f".{adapter}."
+    return {f"{n}.".replace(inside, ".")[:-1]: p for n, p in policy.named_parameters() if inside in f"{n}."}
 
 
 def _file(folder: Path) -> Path:
@@ -163,11 +164,10 @@ def add_reference_adapter(policy: Any) -> None:
     if ADAPTER not in policy.peft_config:
         policy.add_adapter(ADAPTER, policy.peft_config[active])
         policy.set_adapter(active)  # leaves `ref` frozen
-    weights = dict(policy.named_parameters())
-    for name, parameter in weights.items():
-        if f".{ADAPTER}." in f"{name}.":
-            # In its dtype too: PEFT makes adapters float32, and TRL trains some in bfloat16.
-            parameter.data = weights[f"{name}.".replace(f".{ADAPTER}.", f".{active}.")[:-1]].data.clone()
+    trained = _adapter(policy, active)
+    for name, parameter in _adapter(policy, ADAPTER).items():
+        # In its dtype too: PEFT makes adapters float32, and TRL trains some in bfloat16.
+        parameter.data = trained[name].data.clone()
 
 
 class SyncReference(TrainerCallback):
@@ -263,9 +263,6 @@ def precompute_scores(
     scores = Dataset(pq.read_table(file, columns=list(_SCORES)))
     kept = dataset.remove_columns([name for name in _SCORES if name in dataset.column_names])
     return concatenate_datasets([kept, scores], axis=1)
-
-
-_SCORES = ("ref_log_probs", "ref_soft_value", "ref_end_value", "ref_key")
 
 
 def _part(file: Path, process: int) -> Path:

@@ -318,6 +318,7 @@ class TBRMTrainer(ExactResume):
         if self._replay is not None:
             metrics["replay/fill"].append(numbers_of_all[:, 2].sum().item())
             metrics["replay/updates_per_trajectory"].append(self._rows_trained / self._rows_drawn)
+        uses = self._by_length(uses)
         self._value_split_groups(uses)
         return uses
 
@@ -355,6 +356,18 @@ class TBRMTrainer(ExactResume):
                 for trajectory in group:
                     trajectory.baseline = mean
         self._soft_value.on_window(trajectories, rows, group_size)
+
+    def _by_length(self, uses: list[Use]) -> list[Use]:
+        """Rows of similar length next to each other, so that little of a micro-batch is padding.
+
+        The longest come first: what does not fit into memory fails at once. Groups stay whole where micro-batches can
+        hold whole ones.
+        """
+        whole = self.args.per_device_train_batch_size % self.args.updated_together == 0
+        together = self.args.updated_together if whole else 1
+        blocks = [uses[first : first + together] for first in range(0, len(uses), together)]
+        blocks.sort(key=lambda block: max(len(use.trajectory) for use in block), reverse=True)
+        return [use for block in blocks for use in block]
 
     def _value_split_groups(self, uses: Sequence[Use]) -> None:
         """Where groups do not stand whole in a micro-batch, their soft value takes a pass of its own."""
