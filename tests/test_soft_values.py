@@ -180,6 +180,21 @@ def test_a_group_with_one_scored_row_leaves_the_loss(folder, tmp_path):
     check(seen, lambda t, of: group_value(seen, t))
 
 
+def test_nor_has_one_scored_row_a_mean(folder, tmp_path):
+    rows = log(unscored=(3,))
+    seen = one_update(
+        folder, tmp_path, rows, lambda prompts, **kwargs: [None] * len(prompts), soft_value="zero", num_generations=2,
+        reward_baseline="group_mean",
+    )  # fmt: skip
+    assert sorted(use.left_out or "counts" for use in seen.uses) == ["counts"] * 6 + ["no_value", "unscored"]
+
+    def centred(trajectory, of):
+        first, second = by_prompt(seen.counted)[tuple(trajectory.prompt_ids.tolist())]
+        return (first.reward + second.reward) / 2 / BETA
+
+    check(seen, centred)
+
+
 def test_pairs_are_rebel(folder, tmp_path):
     """REBEL squares `β (log-ratio_1 − log-ratio_2) − (r_1 − r_2)`: of a pair, four times the group's mean square."""
     seen = one_update(folder, tmp_path, soft_value="group", num_generations=2)

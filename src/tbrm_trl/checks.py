@@ -166,6 +166,10 @@ def check_terms(args: TBRMConfig) -> None:
                     f"`token_fraction={args.token_fraction}` with `{name}={getattr(args, name)!r}` is refused: "
                     "that needs the gradient of every token. Use one of the two."
                 )
+    for name, beside in (("sft_threshold", args.sft_coef), ("token_selection", args.token_fraction < 1)):
+        if not beside and getattr(args, name) != type(args).__dataclass_fields__[name].default:
+            needed = {"sft_threshold": "sft_coef", "token_selection": "token_fraction"}[name]
+            raise ValueError(f"`{name}={getattr(args, name)!r}` has no effect without `{needed}`. Set that too.")
     if args.reward_pessimism and args.reward_weights and min(args.reward_weights) <= 0:
         raise ValueError(
             "`reward_pessimism` reads the reward functions as verdicts on one thing, so `reward_weights` must be "

@@ -62,7 +62,7 @@ class TrajectoryLoss:
             return "truncated"
         if not trajectory.loss_mask.any():
             return "no_action"
-        if self.soft_value.gives_constants and trajectory.value is None:
+        if math.isnan(trajectory.baseline) or (self.soft_value.gives_constants and trajectory.value is None):
             return "no_value"
         return None
 

@@ -352,9 +352,10 @@ class TBRMTrainer(ExactResume):
         elif baseline == "group_mean":
             for first in range(0, len(trajectories), group_size):
                 group = trajectories[first : first + group_size]
-                mean = mean_reward([reward_of(trajectory) for trajectory in group])
+                rewards = [reward_of(trajectory) for trajectory in group]
+                alone = sum(not math.isnan(reward) for reward in rewards) < 2  # its own reward would be its baseline
                 for trajectory in group:
-                    trajectory.baseline = mean
+                    trajectory.baseline = math.nan if alone else mean_reward(rewards)
         self._soft_value.on_window(trajectories, rows, group_size)
 
     def _by_length(self, uses: list[Use]) -> list[Use]:

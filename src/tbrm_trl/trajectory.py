@@ -47,7 +47,7 @@ class Trajectory:
         ref_end_value: V_ref of the state after the last token, where `truncation="bootstrap"` asks for it.
         ref_key: which reference these scores come from (see `reference.Reference.key`); None until scored.
         value: the constant that an estimator of the soft value gave it (see `soft_value.SoftValue`), in reward units.
-        baseline: subtracted from the reward in the residual.
+        baseline: subtracted from the reward in the residual; NaN where the group gives none.
         priority: |β δ| when it was last replayed, in reward units; None before that.
         vision: the vision inputs of this trajectory alone, by the model's argument name; empty for text.
     """

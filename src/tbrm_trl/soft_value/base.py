@@ -26,7 +26,7 @@ class Rows:
     Attributes:
         policy_value: V_θ(s_1) in nats, with gradient.
         ref_value: V_ref(s_1) in nats.
-        log_ratio: `Σ_h m_h log π_θ/π_ref` in nats, with gradient.
+        log_ratio: `Σ_h m_h log π_θ/π_ref` in nats, with gradient (none with `token_fraction` below 1).
         reward: R(τ) as the residual takes it, in reward units; NaN where it does not count.
         value: the constant that the estimator gave the trajectory, in reward units; NaN where it gave none.
         group: int64, equal for the rollouts of one prompt that were drawn together.
