@@ -72,7 +72,12 @@ def baselines(trajectories, rewards: list[float], reward_baseline: str) -> list[
             if not math.isnan(reward)
             and (reward_baseline == "batch_mean" or torch.equal(other.prompt_ids, trajectory.prompt_ids))
         ]
-        of.append(sum(compared) / len(compared) if compared and reward_baseline != "none" else 0.0)
+        if reward_baseline == "none":
+            of.append(0.0)
+        elif reward_baseline == "group_mean" and len(compared) < 2:
+            of.append(math.nan)  # its own reward would be its mean
+        else:
+            of.append(sum(compared) / len(compared))
     return of
 
 
@@ -106,7 +111,7 @@ def solve(
         for trajectory, reward, baseline in zip(
             trajectories, rewards, baselines(trajectories, rewards, reward_baseline), strict=True
         )
-        if not math.isnan(reward)
+        if not math.isnan(reward - baseline)
         and trajectory.loss_mask.any()
         and not (truncation == "mask" and trajectory.end.value == "length")
     ]

@@ -18,6 +18,7 @@ from tiny import VOCABULARY, perturb, save, tokenizer
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForSequenceClassification
 
 from tbrm_trl import SoftValue, TBRMConfig
+from tbrm_trl.soft_value import ConstantValue
 from tbrm_trl.soft_value.log_mean_exp import log_mean_exp
 from tbrm_trl.trajectory import End, Trajectory, Use
 
@@ -178,21 +179,6 @@ def test_a_group_with_one_scored_row_leaves_the_loss(folder, tmp_path):
     assert (metrics["left_out/unscored"], metrics["left_out/no_value"]) == (1 / 8, 1 / 8)
     assert len(seen.counted) == 6
     check(seen, lambda t, of: group_value(seen, t))
-
-
-def test_nor_has_one_scored_row_a_mean(folder, tmp_path):
-    rows = log(unscored=(3,))
-    seen = one_update(
-        folder, tmp_path, rows, lambda prompts, **kwargs: [None] * len(prompts), soft_value="zero", num_generations=2,
-        reward_baseline="group_mean",
-    )  # fmt: skip
-    assert sorted(use.left_out or "counts" for use in seen.uses) == ["counts"] * 6 + ["no_value", "unscored"]
-
-    def centred(trajectory, of):
-        first, second = by_prompt(seen.counted)[tuple(trajectory.prompt_ids.tolist())]
-        return (first.reward + second.reward) / 2 / BETA
-
-    check(seen, centred)
 
 
 def test_pairs_are_rebel(folder, tmp_path):
@@ -403,30 +389,47 @@ def test_optimal_by_sampling(folder, tmp_path):
 def test_optimal_goes_on_where_it_was_interrupted(folder, tmp_path):
     """Blocks of one prompt (4 samples, windows of 3): killed in the fourth, the next run samples three more."""
     options = dict(soft_value="optimal", soft_value_samples=4, per_device_train_batch_size=3, max_steps=1)
-    calls = []
+    calls, dies = [], True
 
-    def dies(completions, **kwargs):
+    def counted(completions, **kwargs):
         calls.append(len(completions))
-        if len(calls) == 4:
+        if dies and len(calls) == 4:
             raise KeyboardInterrupt
         return letters(completions)
 
     with pytest.raises(KeyboardInterrupt):
-        build(folder, tmp_path, dies, PROMPTS, **options).train()
+        build(folder, tmp_path, counted, PROMPTS, **options).train()
+    assert calls == [4] * 4
+    calls, dies = [], False
+    resumed = build(folder, tmp_path, counted, PROMPTS, **options)
+    resumed.train()
+    assert calls == [4] * 3 + [3]
     whole = build(folder, tmp_path / "whole", letters, PROMPTS, **options)
     whole.train()
-    assert calls == [4] * 4
+    assert resumed.train_dataset["optimal_value"] == whole.train_dataset["optimal_value"]
 
-    def resumed(completions, **kwargs):
-        calls.append(len(completions))
-        return letters(completions)
 
-    resumed.__name__ = "dies"
-    trainer = build(folder, tmp_path, resumed, PROMPTS, **options)
-    calls.clear()
-    trainer.train()
-    assert calls == [4] * 3 + [3]
-    assert trainer.train_dataset["optimal_value"] == whole.train_dataset["optimal_value"]
+def test_another_reward_or_template_is_sampled_again(folder, tmp_path):
+    """The name on disk is made of what the functions do, not of what they are called."""
+    options = dict(soft_value="optimal", soft_value_samples=2, per_device_train_batch_size=3, max_steps=1)
+
+    def reward(completions, **kwargs):
+        return [0.0] * len(completions)
+
+    first = build(folder, tmp_path, reward, PROMPTS, **options)
+    first.train()
+
+    def reward(completions, **kwargs):
+        return [1.0] * len(completions)
+
+    second = build(folder, tmp_path, reward, PROMPTS, **options)
+    second.train()
+    assert set(first.train_dataset["optimal_value"]) == {0.0}
+    assert second.train_dataset["optimal_value"] == pytest.approx([1.0] * 6)
+    unlike = build(folder, tmp_path, reward, PROMPTS, **options)
+    unlike.chat_template = "{{ messages }}"
+    unlike.train()
+    assert len(list((tmp_path / "out" / "optimal_values").glob("*.parquet"))) == 3
 
 
 def test_unsolved_prompts_can_be_dropped(folder, tmp_path):
@@ -441,6 +444,50 @@ def test_unsolved_prompts_can_be_dropped(folder, tmp_path):
     assert trainer.train_dataset["prompt"] == ["c", "longer", "x y"]
     trained = {trainer.processing_class.decode(t.prompt_ids) for window in trainer.windows[-3:] for t in window}
     assert trained == {"c", "x y", "longer"}
+
+
+def test_too_few_solved_prompts(folder, tmp_path):
+    trainer = build(
+        folder, tmp_path, lambda prompts, **kwargs: [float(p == "c") for p in prompts], PROMPTS, soft_value="optimal",
+        soft_value_samples=2, soft_value_drop_unsolved=True, per_device_train_batch_size=3,
+    )  # fmt: skip
+    with pytest.raises(ValueError, match="leaves 1 of 6 prompts, fewer than the 3 of one generation window"):
+        trainer.train()
+
+
+def test_what_leaves_the_loss_leaves_the_sum(folder, tmp_path):
+    """A logged row without an action would count in the partition function with π_ref = exp(0) = 1."""
+    rows = log(prompts=2, each=3)
+    idle = {**rows[0], "loss_mask": [0] * len(rows[0]["loss_mask"]), "completion_ids": [5] * len(rows[0]["loss_mask"])}
+    values = []
+    for data in ([*rows, *rows[:2]], [*rows, idle, rows[1]]):
+        seen = one_update(folder, tmp_path, data, soft_value="partition")
+        values.append({round(t.value, 6) for t in seen.counted})
+    assert values[0] == values[1] and len(values[0]) == 2
+
+
+def test_a_value_that_is_not_a_number_leaves_the_loss(folder, tmp_path):
+    class SomeNaN(ConstantValue):
+        name = "some_nan"
+
+        def on_window(self, trajectories, rows, group_size):
+            for place, trajectory in enumerate(trajectories):
+                trajectory.value = math.nan if place == 2 else 0.0
+
+    try:
+        seen = one_update(folder, tmp_path, soft_value="some_nan")
+    finally:
+        del SoftValue.registry["some_nan"]
+    assert len(seen.counted) == 7
+    check(seen, lambda t, of: 0.0)
+
+
+def test_whole_groups_in_evaluation(folder, tmp_path):
+    with pytest.raises(ValueError, match="per_device_eval_batch_size=3 does not hold whole groups of 2"):
+        build(
+            folder, tmp_path, letters, PROMPTS, soft_value="group", num_generations=2, per_device_eval_batch_size=3,
+            eval_dataset=PROMPTS,
+        )  # fmt: skip
 
 
 def test_model(folder, tmp_path):
@@ -507,7 +554,7 @@ def test_with_the_policys_value_it_is_not(folder, tmp_path):
         ({"soft_value": "optimal", "generation_kwargs": {"top_k": 5}}, "top_k.*is refused"),
         ({"soft_value": "optimal", "sync_ref_model": True}, "initial reference"),
         ({"soft_value": "optimal", "reference": "previous"}, "initial reference"),
-        ({"soft_value": "optimal", "num_generations": 3, "per_device_train_batch_size": 3}, "Use 9"),
+        ({"soft_value": "optimal", "remove_unused_columns": True}, "would drop the column `optimal_value`"),
         ({"soft_value": "partition", "sync_ref_model": True}, "one fixed reference"),
         ({"soft_value": "partition", "precompute_ref_log_probs": False}, "Leave `precompute_ref_log_probs` at None"),
         ({"soft_value": "model"}, "needs `soft_value_model`"),
@@ -531,6 +578,10 @@ def test_options_that_an_estimator_cannot_work_with(options, message, tmp_path):
         (log(each=3), {"soft_value": "group", "num_generations": 2, "per_device_train_batch_size": 10},
          "has 8 logged trajectories in whole groups"),
         (log(), {"soft_value": "optimal"}, "add a column `optimal_value`"),
+        ([{"prompt": "a"}] * 6, {"soft_value": "optimal", "num_generations": 3, "per_device_train_batch_size": 3},
+         "Use 9"),
+        ([{**row, "optimal_value": 0.0} for row in log()], {"soft_value": "optimal", "soft_value_drop_unsolved": True},
+         "`soft_value_drop_unsolved=True` has no effect: the training set brings"),
         ([{**row, "optimal_value": i / 0.5 if i else math.nan} for i, row in enumerate(log())],
          {"soft_value": "optimal"}, "Row 0 .*`optimal_value` is nan"),
         ([*log(), {"prompt": "a"}], {"soft_value": "partition"}, "every row of the training set needs a `completion`"),
@@ -549,11 +600,11 @@ def test_value_model_of_another_vocabulary(folder, tmp_path):
     )
     LlamaForSequenceClassification(config).save_pretrained(tmp_path / "value")
     tokenizer(alphabet="abc").save_pretrained(tmp_path / "value")
-    trainer = build(
-        folder, tmp_path, None, Dataset.from_list(log()), soft_value="model", soft_value_model=str(tmp_path / "value")
-    )
     with pytest.raises(ValueError, match="another vocabulary"):
-        trainer.train()
+        build(
+            folder, tmp_path, None, Dataset.from_list(log()), soft_value="model",
+            soft_value_model=str(tmp_path / "value"),
+        )  # fmt: skip
 
 
 # ---- evaluation, extension -----------------------------------------------------------------------------------------

@@ -83,8 +83,7 @@ def test_a_trajectory_is_the_sum_of_its_parts(soft_value, folder, tmp_path, monk
     assert abs(cut) > 0.1 and abs(remainder) > 0.1
 
 
-@pytest.mark.parametrize("soft_value", ["policy", "calibrated"])
-@pytest.mark.parametrize("precompute", [True, False])
+@pytest.mark.parametrize(("soft_value", "precompute"), [("policy", True), ("calibrated", True), ("calibrated", False)])
 def test_logged_rows(soft_value, precompute, folder, tmp_path):
     """Scored beforehand or on the way, the reference's value after the cut travels with the trajectory.
 
@@ -143,7 +142,7 @@ def test_evaluation(folder, tmp_path):
     assert metrics["eval_loss"] == pytest.approx(answer.loss, rel=TOLERANCE)
 
 
-# ---- mask and terminal -----------------------------------------------------------------------------------------------
+# ---- mask ------------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("options", [{"truncation": "mask"}, {"mask_truncated_completions": True}])
@@ -153,14 +152,6 @@ def test_mask(options, folder, tmp_path):
     answer, _ = check(trainer)
     assert len(answer.residuals) == 5
     assert trainer.state.log_history[0]["left_out/truncated"] == 2 / 8
-
-
-def test_terminal_is_the_default(folder, tmp_path):
-    """A cut completion is an end like any other, with its own reward."""
-    trainer = scripted_trainer(folder, script(), tmp_path)
-    assert trainer.args.truncation == "terminal" and not trainer.args.mask_truncated_completions
-    answer, _ = check(trainer)
-    assert len(answer.residuals) == 8
 
 
 # ---- options ---------------------------------------------------------------------------------------------------------
@@ -186,7 +177,8 @@ def test_options_that_do_not_go_together(options, message):
         config(**options)
 
 
-def test_the_alias_agrees_with_itself():
+def test_the_default_and_the_alias():
+    assert config().truncation == "terminal" and not config().mask_truncated_completions
     assert config(truncation="mask", mask_truncated_completions=True).truncation == "mask"
 
 

@@ -98,21 +98,24 @@ def check_soft_value(args: TBRMConfig) -> None:
     estimator = SoftValue.registry[args.soft_value]
     for other in SoftValue.registry.values():
         for name in other.options - estimator.options:
-            if getattr(args, name) != type(args).__dataclass_fields__[name].default:
+            field = type(args).__dataclass_fields__.get(name)  # another's estimator may have options of another class
+            if field is not None and getattr(args, name) != field.default:
                 raise ValueError(
                     f"`{name}={getattr(args, name)!r}` has no effect with `soft_value={args.soft_value!r}`; it "
                     f"belongs to {', '.join(n for n, one in SoftValue.registry.items() if name in one.options)}."
                 )
     if args.reward_baseline != "none" and not estimator.takes_baseline:
         raise ValueError(
-            f"`reward_baseline={args.reward_baseline!r}` with `soft_value={args.soft_value!r}` is refused: that "
-            "value is made of the rewards already, and a baseline would be taken off twice. Use 'none'."
+            f"`reward_baseline={args.reward_baseline!r}` with `soft_value={args.soft_value!r}` is refused: it takes no "
+            "baseline (`takes_baseline`). From a value made of rewards, a baseline would be taken off twice. Use "
+            "'none'."
         )
     if args.truncation == "bootstrap" and not estimator.bootstraps:
         able = [name for name, one in SoftValue.registry.items() if one.bootstraps]
         raise ValueError(
-            f'`truncation="bootstrap"` with `soft_value={args.soft_value!r}` is refused: it needs a value of the '
-            f"state after the cut, and this one is a constant of the prompt. Use {' or '.join(able)}, or mask."
+            f'`truncation="bootstrap"` with `soft_value={args.soft_value!r}` is refused: it gives no value of the '
+            "state "
+            f"after the cut (`bootstraps`). Use {' or '.join(able)}, or truncation='mask'."
         )
     estimator.check(args)
     check_groups(args)
@@ -146,8 +149,10 @@ def check_groups(args: TBRMConfig) -> None:
 
 def check_terms(args: TBRMConfig) -> None:
     for name in ("sft_coef", "entropy_advantage_coef", "reward_pessimism"):
-        if not getattr(args, name) >= 0:
-            raise ValueError(f"`{name}={getattr(args, name)}` must be 0 (off) or positive.")
+        if not 0 <= getattr(args, name) < math.inf:
+            raise ValueError(f"`{name}={getattr(args, name)}` must be 0 (off) or positive, and finite.")
+    if not math.isfinite(args.truncated_reward):
+        raise ValueError(f"`truncated_reward={args.truncated_reward}` must be a finite number.")
     if not 0 < args.token_fraction <= 1:
         raise ValueError(f"`token_fraction={args.token_fraction}` must lie in (0, 1].")
     if args.residual == "token" and (args.soft_value != "policy" or args.truncation == "bootstrap"):
@@ -200,7 +205,12 @@ def check_reference(args: TBRMConfig) -> None:
 def check_replay(args: TBRMConfig) -> None:
     size, rows = args.replay_buffer_size, args.rows_per_update
     if size == 0:
-        for name in ("replay_max_age", "replay_sampling"):
+        for name in (
+            "replay_max_age",
+            "replay_sampling",
+            "replay_priority_exponent",
+            "replay_priority_correction",
+        ):
             default = type(args).__dataclass_fields__[name].default
             if getattr(args, name) != default:
                 raise ValueError(f"`{name}={getattr(args, name)!r}` needs a buffer: set `replay_buffer_size`.")

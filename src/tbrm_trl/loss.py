@@ -62,7 +62,8 @@ class TrajectoryLoss:
             return "truncated"
         if not trajectory.loss_mask.any():
             return "no_action"
-        if math.isnan(trajectory.baseline) or (self.soft_value.gives_constants and trajectory.value is None):
+        value = 0.0 if not self.soft_value.gives_constants else trajectory.value
+        if value is None or math.isnan(value) or math.isnan(trajectory.baseline):
             return "no_value"
         return None
 
@@ -104,7 +105,7 @@ class TrajectoryLoss:
 
         aux_loss = scores.aux_loss
         if in_part:
-            squared, aux_loss = self._squared_in_part(uses, batch, scorer, residual)
+            squared, aux_loss = self._squared_in_part(uses, batch, scorer, rows, residual)
         elif args.residual == "token":
             assert scores.state_values is not None, "asked for above"
             log_ratio = scores.log_probs - batch.ref_log_probs  # (B, T)
@@ -142,6 +143,8 @@ class TrajectoryLoss:
         """`(B,)` V(s_1); and with `truncation="bootstrap"` `(B,)` V of the state in which a row was cut, else 0."""
         known = uses[0].value is not None
         value = numbers([use.value for use in uses], rows.reward.device) if known else self.soft_value(rows)
+        if self.soft_value.group == "ratios":
+            value = value.detach()  # as it is where groups are split: any split gives the same gradient
         if self.args.truncation != "bootstrap":
             return value, torch.zeros_like(value)
         assert scores.end_value is not None, "the scorer gives it where truncation is bootstrapped"
@@ -150,7 +153,7 @@ class TrajectoryLoss:
         return value, torch.where(is_cut, self.soft_value(there), 0.0)
 
     def _squared_in_part(
-        self, uses: Sequence[Use], batch: Batch, scorer: Scorer, residual: Tensor
+        self, uses: Sequence[Use], batch: Batch, scorer: Scorer, rows: Rows, residual: Tensor
     ) -> tuple[Tensor, Tensor | None]:
         """`(B,)` δ² whose gradient comes from a random part of the tokens, in a second forward; and its router loss."""
         select = scatter if self.args.token_selection == "scatter" else cut
@@ -161,6 +164,6 @@ class TrajectoryLoss:
             width = int((chosen | idle).any(dim=0).nonzero().max()) + 1
             batch, chosen, probability = batch.until(width), chosen[:, :width], probability[:, :width]
         scores = scorer(batch, scored=chosen, router_logits=self.router_loss)
-        value, upcoming = self._values(uses, batch, scores, self._rows(uses, batch, scores))
+        value, upcoming = self._values(uses, batch, scores, replace(rows, policy_value=scores.soft_value))
         value = torch.where(residual != 0, value - upcoming, 0.0)  # (B,) a row that does not count may have none
         return subset_surrogate(residual, value, scores.log_probs, chosen, probability), scores.aux_loss

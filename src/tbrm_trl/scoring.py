@@ -76,7 +76,8 @@ def add_trajectory_head(model: PreTrainedModel, temperature: float, cast_lm_head
     Everything happens inside the model's own forward, so that the hooks of DDP, FSDP and DeepSpeed ZeRO fire. The
     backbone runs once; only the states in which the policy acted go on to TRL's chunked head (which the model must
     already have, see `trl.trainer.utils.add_fused_lm_head`), and one state per trajectory to the ordinary head, for
-    the soft value. Neither ever forms the `(B, T, vocabulary)` logits. Without `action_mask` the forward is unchanged.
+    the soft value. Neither ever forms the `(B, T, vocabulary)` logits (but `every_value` those of all actions). Without
+    `action_mask` the forward is unchanged.
 
     Args:
         model: causal language model with TRL's fused head, not wrapped by PEFT.

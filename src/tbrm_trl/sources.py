@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import itertools
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -119,6 +120,9 @@ class TrajectorySources(GRPOTrainer):
                 if row_index(row) not in self._logged_by_row:
                     self._logged_by_row[row_index(row)] = logged_trajectory(row)
             trajectories = [self._logged_by_row[row_index(row)] for row in rows]
+            # Where the stream begins anew within a window, a row may stand in it twice, in two groups.
+            first = {id(one): place for place, one in reversed(list(enumerate(trajectories)))}
+            trajectories = [one if first[id(one)] == i else replace(one) for i, one in enumerate(trajectories)]
         if self._some_logged_unrewarded:
             prompts, completions = zip(*(completion_of(row, self._tokenizer) for row in rows), strict=True)
             ids = [t.completion_ids.tolist() for t in trajectories]

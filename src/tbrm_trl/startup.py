@@ -130,6 +130,12 @@ def check_sources(window: Window, args: TBRMConfig, rewarded: bool, evaluated: b
         )
     if not window.rollouts and args.save_rollouts:
         raise ValueError("`save_rollouts=True`, but every row of the training set has a completion. Leave it False.")
+    per_prompt = args.num_generations_eval or args.num_generations
+    if evaluated and args.drawn_together > 1 and args.per_device_eval_batch_size % per_prompt:
+        raise ValueError(
+            f"per_device_eval_batch_size={args.per_device_eval_batch_size} does not hold whole groups of "
+            f"{per_prompt} (num_generations_eval), whose trajectories are compared. Make it a multiple of {per_prompt}."
+        )
     if window.logged and args.truncation == "bootstrap" and args.reference == "previous":
         raise ValueError(
             '`truncation="bootstrap"` with `reference="previous"` is refused for logged trajectories: they do not '
@@ -203,6 +209,10 @@ def check_sources_of_vision(args: TBRMConfig, window: Window) -> None:
     for name, asked in (("replay_buffer_size", args.replay_buffer_size), ("save_rollouts", args.save_rollouts)):
         if asked:
             raise ValueError(f"`{name}` stores text alone, and this model reads images. Leave it at its default.")
+    if args.soft_value == "model":
+        raise ValueError('`soft_value="model"` scores text alone, and this model reads images. Use another.')
+    if args.token_selection == "cut":
+        raise ValueError('`token_selection="cut"` could cut images off, and this model reads them. Use "scatter".')
     if window.logged:
         raise ValueError(
             "Logged trajectories hold text alone, and this model reads images. For text-only training pass the "

@@ -220,6 +220,7 @@ class TBRMTrainer(ExactResume):
         if self._window_parts.logged:
             self._tokenize_logged_rows(policy)
             self._precompute_reference()
+        self._soft_value.attach(self)
         sampler = self._get_train_sampler() if isinstance(train_dataset, Sized) else None
         self.accelerator.print(startup_line(self._window_parts, args, sampler))
 
@@ -500,7 +501,7 @@ class TBRMTrainer(ExactResume):
             "logged trajectories per window": self._window_parts.logged,
             "seed of the data order": args.seed if self.shuffle_dataset else None,
             "reference": "synced" if args.sync_ref_model else args.reference,
-            "soft_value": args.soft_value,
+            "soft_value": [args.soft_value, *(getattr(args, name) for name in sorted(self._soft_value.options))],
             "truncation": args.truncation,
         }
 

@@ -29,7 +29,7 @@ class Rows:
         log_ratio: `Σ_h m_h log π_θ/π_ref` in nats, with gradient (none with `token_fraction` below 1).
         reward: R(τ) as the residual takes it, in reward units; NaN where it does not count.
         value: the constant that the estimator gave the trajectory, in reward units; NaN where it gave none.
-        group: int64, equal for the rollouts of one prompt that were drawn together.
+        group: int64, equal for the trajectories that an estimator with `group = "ratios"` compares; else each its own.
         counted: bool, rows that enter the loss.
         beta: β, in reward units per nat.
     """
@@ -62,7 +62,8 @@ class SoftValue:
         options: those of `TBRMConfig` that only it reads; they are refused beside an estimator without them.
         group: None; "rewards" if it compares the rewards of `num_generations` trajectories of one prompt, which then
             stand whole in a window of one process; "ratios" if it also needs their log-ratios under the current policy,
-            and they stand whole in an update too. A group of which one row counts is left out.
+            and they stand whole in an update too. Its value is then detached, and a group of which one row counts is
+            left out.
         gives_constants: V comes from `Trajectory.value`; a trajectory without one is left out of the loss.
         takes_baseline: whether `reward_baseline` has a meaning beside it.
         bootstraps: whether it is a value of states, so that `truncation="bootstrap"` can ask for that of the last.
@@ -91,6 +92,9 @@ class SoftValue:
 
     def check_data(self, dataset: Any, logged: np.ndarray) -> None:
         """The same for the training set, before any model is loaded. `logged`: `(N,)` bool, rows with a completion."""
+
+    def attach(self, trainer: TBRMTrainer) -> None:
+        """Called at the end of the trainer's construction, on every process."""
 
     def prepare(self, trainer: TBRMTrainer) -> None:
         """Called at the beginning of `train`, on every process, before the model is wrapped and a row is drawn."""

@@ -49,4 +49,6 @@ class LogMeanExpValue(ConstantValue):
             rewards = [r for t in group if not math.isnan(r := self.args.reward_of(t))]
             for trajectory in group:
                 alone = len(rewards) < 2  # its own reward would be its value
-                trajectory.value = None if alone else log_mean_exp(torch.tensor(rewards).double(), temperature).item()
+                trajectory.value = (
+                    None if alone else log_mean_exp(torch.tensor(rewards, dtype=torch.float64), temperature).item()
+                )

@@ -1,11 +1,14 @@
 """DVPO: a frozen value model."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from itertools import groupby
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
+from transformers.integrations import deepspeed as hf_deepspeed
+from transformers.integrations import is_deepspeed_zero3_enabled
 
 from ..trajectory import Trajectory
 from .base import ConstantValue
@@ -32,14 +35,15 @@ class ModelValue(ConstantValue):
                 "label."
             )
 
-    def prepare(self, trainer: "TBRMTrainer") -> None:
+    def attach(self, trainer: "TBRMTrainer") -> None:
         tokenizer = AutoTokenizer.from_pretrained(self.args.soft_value_model)
         if tokenizer.get_vocab() != trainer._tokenizer.get_vocab():
             raise ValueError(
                 f"`soft_value_model={self.args.soft_value_model!r}` has another vocabulary than the policy, whose "
                 "tokens it is to score. Use a value model of the same family."
             )
-        model = AutoModelForSequenceClassification.from_pretrained(self.args.soft_value_model)
+        with _whole():
+            model = AutoModelForSequenceClassification.from_pretrained(self.args.soft_value_model)
         if model.config.num_labels != 1:
             raise ValueError(
                 f"`soft_value_model={self.args.soft_value_model!r}` has {model.config.num_labels} labels. A value "
@@ -62,6 +66,20 @@ class ModelValue(ConstantValue):
                 values |= dict(zip(alike[first : first + size], scores.float().tolist(), strict=True))
         for trajectory, state in zip(trajectories, states, strict=True):
             trajectory.value = values[state]
+
+
+@contextmanager
+def _whole() -> Iterator[None]:
+    """Loads a whole model on every process, also where DeepSpeed ZeRO-3 would partition what is loaded."""
+    if not is_deepspeed_zero3_enabled():
+        yield
+        return
+    config = hf_deepspeed._hf_deepspeed_config_weak_ref()
+    hf_deepspeed.unset_hf_deepspeed_config()
+    try:
+        yield
+    finally:
+        hf_deepspeed.set_hf_deepspeed_config(config)
 
 
 def _until_first_action(trajectory: Trajectory) -> list[int]:

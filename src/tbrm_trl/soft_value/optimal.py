@@ -1,5 +1,6 @@
 """A*-PO: the optimal value of each prompt, estimated once from samples of the reference."""
 
+import inspect
 import json
 import math
 from collections.abc import Iterator, Mapping, Sequence
@@ -53,11 +54,11 @@ class OptimalValue(ConstantValue):
                 f'{filters} with `soft_value="optimal"` is refused: the samples would come from another policy than '
                 "the reference, and their log-mean-exp would be another value. Leave them at their defaults."
             )
-        samples, group = args.soft_value_samples, args.num_generations
-        if samples < 1 or samples % group:
+        if args.remove_unused_columns:
             raise ValueError(
-                f"`soft_value_samples={samples}` must be a positive multiple of num_generations={group}: generation "
-                f"takes prompts in groups of that size. Use {max(samples + group - samples % group, group)}."
+                f'`remove_unused_columns=True` would drop the column `{COLUMN}` that `soft_value="optimal"` reads. '
+                "Leave it "
+                "at False."
             )
 
     def check_data(self, dataset: Any, logged: np.ndarray) -> None:
@@ -70,7 +71,20 @@ class OptimalValue(ConstantValue):
             for index, value in enumerate(dataset[COLUMN]):
                 if value is None or not math.isfinite(value):
                     raise ValueError(f"Row {index} of the training set: `{COLUMN}` is {value}. It must be finite.")
-        elif logged.any():
+            for name in self.options:
+                if getattr(self.args, name) != type(self.args).__dataclass_fields__[name].default:
+                    raise ValueError(
+                        f"`{name}={getattr(self.args, name)!r}` has no effect: the training set brings `{COLUMN}`, and "
+                        "nothing is sampled. Leave it at its default, or drop the column."
+                    )
+            return
+        samples, group = self.args.soft_value_samples, self.args.num_generations
+        if samples < 1 or samples % group:
+            raise ValueError(
+                f"`soft_value_samples={samples}` must be a positive multiple of num_generations={group}: generation "
+                f"takes prompts in groups of that size. Use {max(samples + group - samples % group, group)}."
+            )
+        if logged.any():
             raise ValueError(
                 f'`soft_value="optimal"` samples prompts without a completion. For logged rows add a column `{COLUMN}` '
                 "(V̂*, in reward units) to the training set."
@@ -91,13 +105,19 @@ class OptimalValue(ConstantValue):
                 f"TBRM: {len(dataset) - len(solved)} of {len(dataset)} prompts dropped: no reference sample was "
                 "rewarded."
             )
+            needed = trainer._window_parts.rollouts // self.args.num_generations
+            if len(solved) < needed:
+                raise ValueError(
+                    f"`soft_value_drop_unsolved=True` leaves {len(solved)} of {len(dataset)} prompts, fewer than the "
+                    f"{needed} of one generation window. Raise soft_value_samples, give easier prompts, or train on "
+                    "all."
+                )
             dataset = dataset.select(solved)
         trainer.replace_prompts(dataset)
 
     def on_window(self, trajectories: Sequence[Trajectory], rows: Sequence[Mapping[str, Any]], group_size: int) -> None:
         for trajectory, row in zip(trajectories, rows, strict=True):
-            value = row.get(COLUMN, math.nan)  # prompts of an evaluation set have none
-            trajectory.value = None if math.isnan(value) else value
+            trajectory.value = row.get(COLUMN)  # prompts of an evaluation set have none
 
     def _sampled_rewards(self, trainer: "TBRMTrainer") -> torch.Tensor:
         """`(prompts, N)` rewards of the reference's samples, NaN where unscored; from disk what is there."""
@@ -107,9 +127,9 @@ class OptimalValue(ConstantValue):
             if trainer.is_deepspeed_enabled or trainer.is_fsdp_enabled:
                 raise ValueError(
                     '`soft_value="optimal"` samples the reference before the model is sharded, which DeepSpeed and '
-                    f"FSDP do not allow. Run the script once without them, on the same `output_dir` "
-                    f"({args.output_dir}) and with `max_steps=1`: the values are then read from there. Or add a column "
-                    f"`{COLUMN}`."
+                    "FSDP do "
+                    "not allow. Run the script once without them and with `max_steps=1`; `trainer.train_dataset` then "
+                    f"has a column `{COLUMN}`: save it, and train on that."
                 )
             process, processes = accelerator.process_index, accelerator.num_processes
             rollouts = args.per_device_train_batch_size * args.steps_per_generation
@@ -132,6 +152,8 @@ class OptimalValue(ConstantValue):
             if accelerator.is_main_process:
                 write_table(file, pa.concat_tables([pq.read_table(part) for part in parts]))
             accelerator.wait_for_everyone()
+        else:
+            accelerator.print(f"TBRM: rewards of the reference's samples read from {file}.")
         return torch.tensor(pq.read_table(file)["rewards"].to_pylist(), dtype=torch.float64)
 
     def _key(self, trainer: "TBRMTrainer") -> str:
@@ -141,14 +163,26 @@ class OptimalValue(ConstantValue):
         settings = {
             "reference": trainer._reference.key,
             "data set": dataset_digest(trainer.train_dataset),
-            "rewards": [trainer.reward_func_names, trainer.reward_weights.tolist(), args.reward_pessimism],
+            "rewards": [[_source(function) for function in trainer.reward_funcs], trainer.reward_weights.tolist()],
+            "pessimism": args.reward_pessimism,
             "samples": args.soft_value_samples,
             "temperature": args.temperature,
             "max_completion_length": args.max_completion_length,
-            "truncation": [args.truncation, args.truncated_reward],
             "generation": [args.generation_kwargs, args.chat_template_kwargs, args.use_vllm],
+            "template": trainer.chat_template or getattr(trainer.processing_class, "chat_template", None),
+            "tools": [[_source(tool) for tool in trainer.tools or ()], args.max_tool_calling_iterations],
+            "rollouts": _source(trainer.rollout_func),
+            "environments": {name: _source(one) for name, one in (trainer.environment_factories or {}).items()},
         }
         return xxhash.xxh3_128_hexdigest(json.dumps(settings, sort_keys=True, default=str).encode())
+
+
+def _source(thing: Any) -> str | None:
+    """What a function or class does, as far as its own text says; of a model its name."""
+    try:
+        return inspect.getsource(thing)
+    except (TypeError, OSError):
+        return getattr(getattr(thing, "config", thing), "_name_or_path", None) or getattr(thing, "__name__", None)
 
 
 @contextmanager

@@ -6,7 +6,9 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 import torch
+from torch import Tensor
 
+from ..logged import logged_trajectory
 from ..trajectory import Trajectory
 from .base import ConstantValue
 
@@ -52,16 +54,23 @@ class PartitionValue(ConstantValue):
                     "every logged completion before training. Add the column."
                 )
 
-    def prepare(self, trainer: "TBRMTrainer") -> None:
-        columns = ["prompt_ids", "completion_ids", "loss_mask", "reward", "ref_log_probs"]
+    def attach(self, trainer: "TBRMTrainer") -> None:
+        if not trainer._logged_bring_scores:
+            raise ValueError(
+                '`soft_value="partition"` needs the reference\'s score of every completion before training, which '
+                "adapters "
+                "under DeepSpeed or FSDP do not give. Train the full model, or launch without them."
+            )
         completions: dict[bytes, dict[bytes, tuple[float, list[float]]]] = defaultdict(dict)
-        for row in trainer.train_dataset.select_columns(columns).with_format("numpy"):
-            chosen = row["loss_mask"].astype(bool)
-            log_prob = row["ref_log_probs"][chosen].sum(dtype=np.float64).item()
-            said = row["completion_ids"].tobytes()
+        for trajectory in map(logged_trajectory, trainer.train_dataset):
+            if trainer._loss.left_out(trajectory) not in (None, "no_value"):
+                continue  # a fragment or a row without an action is no completion
+            assert trajectory.ref_log_probs is not None, "precomputed, as checked above"
+            log_prob = trajectory.ref_log_probs[trajectory.loss_mask].double().sum().item()
+            said = _key(trajectory.completion_ids)
             # A completion that was logged more than once is one term of the sum, with its mean reward.
-            _, rewards = completions[_key(row["prompt_ids"])].setdefault(said, (log_prob, []))
-            rewards.append(float(row["reward"]))
+            _, rewards = completions[_key(trajectory.prompt_ids)].setdefault(said, (log_prob, []))
+            rewards.append(trajectory.reward)
         self.values = {prompt: self._value(list(said.values())) for prompt, said in completions.items()}
 
     def _value(self, completions: list[tuple[float, list[float]]]) -> float:
@@ -75,8 +84,8 @@ class PartitionValue(ConstantValue):
 
     def on_window(self, trajectories: Sequence[Trajectory], rows: Sequence[Mapping[str, Any]], group_size: int) -> None:
         for trajectory in trajectories:
-            trajectory.value = self.values.get(_key(trajectory.prompt_ids.numpy()))
+            trajectory.value = self.values.get(_key(trajectory.prompt_ids))
 
 
-def _key(prompt_ids: np.ndarray) -> bytes:
-    return prompt_ids.astype(np.int64).tobytes()
+def _key(ids: Tensor) -> bytes:
+    return ids.numpy().tobytes()

@@ -1,0 +1,299 @@
+"""The papers' ablations on a small model: token-level residual, frozen V, calibration over β, shape of the reward.
+
+    python benchmarks/ablations.py                        # about ten minutes on one core
+    python benchmarks/ablations.py --smoke                # a minute, to a temporary folder
+
+Everything is written to docs/benchmarks/ablations.{json,md,png}. A run whose result is already in the JSON is not
+repeated; delete the JSON to start over. The task is that of benchmarks/replay.py; nothing is downloaded.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import importlib.metadata
+import io
+import json
+import statistics
+import sys
+import tempfile
+import time
+import warnings
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+
+import matplotlib
+import replay
+import torch
+import transformers
+from replay import mean_and_error, show, table
+
+from tbrm_trl import TBRMConfig, TBRMTrainer
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT / "examples"))
+import frozen_soft_value  # noqa: E402, F401  adds soft_value="frozen"
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt  # noqa: E402
+
+VERSIONS = {name: importlib.metadata.version(name) for name in ("torch", "transformers", "trl", "tbrm-trl")}
+ROWS, GROUP = 64, 4  # trajectories per update, and per prompt in (d)
+SELECTION_SEED = 100  # its words are in no final run
+T_95 = {2: 12.71, 3: 4.30, 4: 3.18, 5: 2.78}  # Student's t, two-sided 95%, by number of seeds
+
+
+@dataclass(frozen=True)
+class Variant:
+    """What differs between runs: TBRM by default. Its text is part of a run's key in the JSON."""
+
+    soft_value: str = "policy"
+    beta: float = 0.02
+    residual: str = "trajectory"
+    num_generations: int = 1
+    reward_baseline: str = "none"
+    rewards: str = "0/1"
+
+    def __str__(self) -> str:
+        return " ".join(f"{name}={value}" for name, value in asdict(self).items())
+
+
+TBRM = Variant()
+CALIBRATED = Variant(soft_value="calibrated", num_generations=GROUP)
+PAIRS = [(name, beta) for beta in (0.2, 0.02, 0.002) for name in ("policy", "calibrated")]
+
+
+@dataclass(frozen=True)
+class Ablation:
+    """Variants by label, each against the first, or in `pairs` the second against the first."""
+
+    title: str
+    published: str
+    variants: dict[str, Variant]
+    pairs: bool = False
+
+    def base(self, place: int) -> int:
+        return place - place % 2 if self.pairs else 0
+
+
+ABLATIONS = (
+    Ablation(
+        "(a) The residual of the trajectory or of each token",
+        "the token-level residual collapses on language models (arXiv 2505.15311, App. H.3).",
+        {"trajectory": TBRM, "token": replace(TBRM, residual="token")},
+    ),
+    Ablation(
+        "(b) V with gradient or frozen",
+        "freezing V is worse (arXiv 2505.15311, App. F).",
+        {"with gradient": TBRM, "frozen": replace(TBRM, soft_value="frozen")},
+    ),
+    Ablation(
+        "(c) V of the policy or calibrated",
+        "calibration matters once R/β no longer dwarfs V; a large β is stiff, a small one collapses in the end on long "
+        "runs (arXiv 2603.23355).",
+        {f"{name}, β = {beta:g}": Variant(soft_value=name, beta=beta) for name, beta in PAIRS},
+        pairs=True,
+    ),
+    Ablation(
+        "(d) The shape of the reward",
+        "rewards of ±1 hurt, those centred per group help models that do not reason (arXiv 2603.23355).",
+        {
+            "0/1": CALIBRATED,
+            "±1": replace(CALIBRATED, rewards="±1"),
+            "±1, twice β": replace(CALIBRATED, rewards="±1", beta=2 * CALIBRATED.beta),
+            "0/1 less group mean": replace(CALIBRATED, reward_baseline="group_mean"),
+        },
+    ),
+)
+
+
+@dataclass(frozen=True)
+class Scale:
+    updates: int
+    seeds: range
+    learning_rates: tuple[float, ...] = (2.5e-4, 5e-4, 1e-3, 2e-3, 4e-3)
+    task: replay.Settings = replay.TINY
+
+
+def train(variant: Variant, learning_rate: float, seed: int, updates: int, task: replay.Task) -> dict:
+    measure = replay.Measure(task, {updates * eighth // 8 for eighth in range(1, 9)})
+    scale, shift = (2, -1) if variant.rewards == "±1" else (1, 0)
+
+    def reward(**kwargs) -> list[float]:
+        return [scale * earned + shift for earned in measure.reward(**kwargs)]
+
+    options = {name: value for name, value in asdict(variant).items() if name != "rewards"}
+    with tempfile.TemporaryDirectory() as output, contextlib.redirect_stdout(io.StringIO()):
+        args = TBRMConfig(
+            output_dir=output, learning_rate=learning_rate, lr_scheduler_type="linear", max_steps=updates, seed=seed,
+            per_device_train_batch_size=ROWS, max_completion_length=task.max_completion_length,
+            gradient_checkpointing=False, bf16=False, use_cpu=True, save_strategy="no", report_to="none",
+            logging_first_step=True, logging_steps=updates, disable_tqdm=True, **options,
+        )  # fmt: skip
+        trainer = TBRMTrainer(task.model, reward, args, task.train, callbacks=[measure])
+        trainer.remove_callback(transformers.PrinterCallback)
+        measure.measure(0, trainer.model)
+        started = time.process_time()
+        trainer.train()
+    return {
+        "points": [[updates, accuracy] for updates, _, accuracy in measure.points],
+        "soft_value": round(trainer.state.log_history[0]["soft_value"] / variant.beta, 3),  # nats, before training
+        "seconds": round(time.process_time() - started, 1),
+    }
+
+
+class Results:
+    """What has been measured, by run; the raw JSON."""
+
+    def __init__(self, path: Path, scale: Scale, models: Path) -> None:
+        self.path, self.scale, self.models = path, scale, models
+        self.tasks: dict[tuple[str, int], replay.Task] = {}  # each with its starting model, which all variants share
+        self.runs: dict[str, dict] = json.loads(path.read_text())["runs"] if path.exists() else {}
+
+    def task(self, stage: str, seed: int) -> replay.Task:
+        if (stage, seed) not in self.tasks:
+            run = replay.Run("tiny", stage, replay.CONFIGURATIONS["TBRM K=1"], 0.0, 0.0, buffer_size=0, seed=seed)
+            self.tasks[stage, seed] = replay.sorting_task(run, self.scale.task, self.models / f"{stage}{seed}")
+        return self.tasks[stage, seed]
+
+    def run(self, variant: Variant, stage: str, learning_rate: float, seed: int) -> dict:
+        key = f"{stage}: {variant} lr={learning_rate:g} updates={self.scale.updates} seed={seed}"
+        if key not in self.runs:
+            self.runs[key] = train(variant, learning_rate, seed, self.scale.updates, self.task(stage, seed))
+            lines = ",\n".join(f"{json.dumps(k, ensure_ascii=False)}: {json.dumps(v)}" for k, v in self.runs.items())
+            self.path.write_text(f'{{"environment": {json.dumps(VERSIONS)},\n"runs": {{\n{lines}\n}}}}\n')
+            print(key, *(f"{accuracy:.3f}" for _, accuracy in self.runs[key]["points"]), flush=True)
+        return self.runs[key]
+
+    def selection(self, variant: Variant) -> dict[float, float]:
+        """Final accuracy by learning rate, on the seed and words that are only for this."""
+        runs = {rate: self.run(variant, "selection", rate, SELECTION_SEED) for rate in self.scale.learning_rates}
+        return {rate: run["points"][-1][1] for rate, run in runs.items()}
+
+    def learning_rate(self, variant: Variant) -> float:
+        rates = self.selection(variant)
+        return max(rates, key=rates.__getitem__)
+
+    def final(self, variant: Variant) -> list[dict]:
+        return [self.run(variant, "final", self.learning_rate(variant), seed) for seed in self.scale.seeds]
+
+    def curve(self, variant: Variant) -> dict[int, list[float]]:
+        """Accuracies over seeds, by updates."""
+        along = zip(*(run["points"] for run in self.final(variant)), strict=True)
+        return {points[0][0]: [accuracy for _, accuracy in points] for points in along}
+
+
+def section(ablation: Ablation, results: Results) -> str:
+    rates, labels = results.scale.learning_rates, list(ablation.variants)
+    curves = [list(results.curve(variant).values()) for variant in ablation.variants.values()]
+    rows, found = [], []
+    for place, (variant, curve) in enumerate(zip(ablation.variants.values(), curves, strict=True)):
+        rate, base = results.learning_rate(variant), ablation.base(place)
+        edge, highest = " (edge)" if rate in (rates[0], rates[-1]) else "", max(map(statistics.mean, curve))
+        difference, remarks = "", []
+        if place != base:
+            pairs = [mine - other for mine, other in zip(curve[-1], curves[base][-1], strict=True)]
+            mean, error = mean_and_error(pairs)
+            difference = f"{mean:+.3f} ± {error:.3f} to {labels[base]}"
+            clear = abs(mean) > T_95.get(len(pairs), 2.6) * error
+            verdict = ("better" if mean > 0 else "worse") if clear else "no clear difference"
+            found.append(f"{labels[place]}: {verdict}")
+            remarks.append(f"higher on {sum(pair > 0 for pair in pairs)} of {len(pairs)} seeds")
+        if statistics.mean(curve[-1]) < statistics.mean(curve[0]):
+            remarks.append("ends below its start")
+        cells = [labels[place], f"{rate:g}{edge}", f"{highest:.3f}", show(curve[-1])]
+        rows.append([*cells, difference, ", ".join(remarks)])
+    header = ["", "learning rate", "highest mean", "final accuracy", "difference, paired by seed", ""]
+    here = "; ".join(found)
+    return f"## {ablation.title}\n\n- Published: {ablation.published}\n- Here: {here}.\n\n{table(header, rows)}"
+
+
+def selection_section(results: Results) -> str:
+    rows: dict[Variant, list[str]] = {}
+    for ablation in ABLATIONS:
+        for label, variant in ablation.variants.items():
+            best = results.learning_rate(variant)
+            cells = [f"**{x:.3f}**" if rate == best else f"{x:.3f}" for rate, x in results.selection(variant).items()]
+            rows.setdefault(variant, [f"{ablation.title[:3]} {label}", *cells])
+    return table(["", *(f"{rate:g}" for rate in results.scale.learning_rates)], list(rows.values()))
+
+
+def report(results: Results) -> str:
+    sections = "\n\n".join(section(ablation, results) for ablation in ABLATIONS)  # trains what is missing
+    base, seeds, updates = results.final(TBRM), len(results.scale.seeds), results.scale.updates
+    start, value = (statistics.mean(of) for of in ([r["points"][0][1] for r in base], [r["soft_value"] for r in base]))
+    seconds = sum(run["seconds"] for run in results.runs.values())
+    compared = sum(ablation.base(i) != i for ablation in ABLATIONS for i in range(len(ablation.variants)))
+    return f"""# Ablations on a small model
+
+Written by `python benchmarks/ablations.py`; raw numbers: [ablations.json](ablations.json). {seconds:.0f} CPU seconds of
+training on one thread; {", ".join(map(" ".join, VERSIONS.items()))}.
+
+![held-out accuracy during training](ablations.png)
+
+The task is that of [replay.md](replay.md): a two-layer Llama of width 32, made from random weights and noisy
+demonstrations, sorts the letters of words. Accuracy is the exact probability of the right completion at T = 1 on words
+that no run trains on; before training it is {start:.3f}, and V_θ(s_1) is {value:.1f} nats (in real models 15 to 35).
+Every run has {updates} updates of {ROWS} fresh trajectories, AdamW, linear decay, gradient norm clipped at 1. Unless
+said otherwise: soft value `policy`, β = {TBRM.beta:g}, one rollout per prompt, reward 1 if right, else 0.
+
+± is the standard error over {seeds} seeds, on which all variants share their start. "Highest mean" is that of the
+curve. "Better" and "worse": the difference, paired by seed, is significant at 5% (Student's t); {seeds} seeds only
+show large effects, and one of {compared} may be by chance. The learning rate is each variant's best on another seed
+and other words (below); "edge": at the end of the grid.
+
+{sections}
+
+All of (d) has the soft value `calibrated` and {GROUP} rollouts per prompt. Rewards of ±1 are `2R − 1`: their span is
+twice that of R, and at twice β only the shift is left.
+
+## Selection of the learning rate
+
+Final accuracy on seed {SELECTION_SEED} and the other half of the words.
+
+{selection_section(results)}
+"""
+
+
+def draw(results: Results, path: Path) -> None:
+    figure, panels = plt.subplots(1, len(ABLATIONS), figsize=(15, 4.4), sharey=True, layout="constrained")
+    for axes, ablation in zip(panels, ABLATIONS, strict=True):
+        for place, (label, variant) in enumerate(ablation.variants.items()):
+            updates, accuracies = zip(*results.curve(variant).items(), strict=True)
+            mean, error = zip(*map(mean_and_error, accuracies), strict=True)
+            color, style = (place // 2, "-" if place % 2 else "--") if ablation.pairs else (place, "-")
+            axes.plot(updates, mean, style, color=f"C{color}", marker="o", markersize=3, label=label)
+            low, high = ([m + sign * e for m, e in zip(mean, error, strict=True)] for sign in (-1, 1))
+            axes.fill_between(updates, low, high, color=f"C{color}", alpha=0.15, linewidth=0)
+        axes.set(xlabel="updates", ylim=(0, 1))
+        axes.set_title(ablation.title, fontsize=10)
+        axes.grid(alpha=0.25)
+        axes.legend(loc="upper left", fontsize=8)
+    panels[0].set_ylabel("held-out accuracy (mean ± s.e. over seeds)")
+    figure.savefig(path, dpi=130)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--seeds", type=int, default=3, help="how many (default: 3)")
+    parser.add_argument("--updates", type=int, default=160, help="of each run (default: 160)")
+    parser.add_argument("--output", type=Path, default=ROOT / "docs/benchmarks")
+    parser.add_argument("--smoke", action="store_true", help="one short run of each, to a temporary folder")
+    arguments = parser.parse_args()
+    scale, output = Scale(arguments.updates, range(arguments.seeds)), arguments.output
+    if arguments.smoke:
+        scale, output = Scale(8, range(1), (1e-3,), replay.SMOKE), Path(tempfile.mkdtemp(prefix="ablations-"))
+    warnings.simplefilter("ignore")
+    torch.set_num_threads(1)
+    transformers.utils.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
+    output.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory() as folder:
+        results = Results(output / "ablations.json", scale, Path(folder))
+        (output / "ablations.md").write_text(report(results))
+        draw(results, output / "ablations.png")
+    print(output / "ablations.md")
+
+
+if __name__ == "__main__":
+    main()
