@@ -27,7 +27,7 @@ from tbrm_trl import TBRMConfig, TBRMTrainer
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT / "tests"))
-import token_tree as tree  # noqa: E402
+from token_tree import Policy, TokenTreeForCausalLM, Tree, enumerate_policy, optimum, total_variation  # noqa: E402
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt  # noqa: E402
@@ -36,12 +36,12 @@ BETAS = (0.5, 0.1)
 LOG_SIZE, STEPS, BATCH, GROUP = 2048, 300, 128, 8
 TBRM_LEARNING_RATE = 1.0
 GRPO_LEARNING_RATES = (0.03, 0.1, 0.3, 1.0)
-PROMPT_TEXTS = ["<bos>a", "<bos>bc"]  # tree.PROMPTS as text
-BEHAVIOUR_LOG_PROB = -math.log(len(tree.ACTIONS))  # of every logged token
 PACKAGES = ("torch", "transformers", "trl")
 
-REWARDS = tree.random_rewards()  # (P, N)
-LOG = tree.uniform_log(REWARDS, LOG_SIZE)
+TREE = Tree()
+REWARDS = TREE.random_rewards()  # (P, N)
+LOG = TREE.sampled_log(REWARDS, TREE.uniform, LOG_SIZE)
+BEHAVIOUR_LOG_PROB = -math.log(len(TREE.actions))  # of every logged token
 
 
 class BehaviourAsOldPolicy(GRPOTrainer):
@@ -82,11 +82,11 @@ class Outcome:
     objective: float  # E[R] − β KL(π‖π_ref)
 
     @classmethod
-    def of(cls, policy: tree.Policy, reference: tree.Policy, beta: float) -> Outcome:
+    def of(cls, policy: Policy, reference: Policy, beta: float) -> Outcome:
         reward = (policy.probs * REWARDS).sum(dim=1).mean().item()
         kl = (policy.probs * (policy.log_probs - reference.log_probs)).sum(dim=1).mean().item()
-        best = tree.optimum(reference, REWARDS, beta)
-        return cls(tree.total_variation(policy, best), reward, reward - beta * kl)
+        best = optimum(reference, REWARDS, beta)
+        return cls(total_variation(policy, best), reward, reward - beta * kl)
 
 
 @dataclass
@@ -99,12 +99,12 @@ class Run:
 class Distance(TrainerCallback):
     """Keeps the total variation to π* every tenth step."""
 
-    def __init__(self, reference: tree.Policy, beta: float):
-        self.best = tree.optimum(reference, REWARDS, beta)
+    def __init__(self, reference: Policy, beta: float):
+        self.best = optimum(reference, REWARDS, beta)
         self.curve: list[tuple[int, float]] = []
 
     def measure(self, step: int, model: PreTrainedModel) -> None:
-        self.curve.append((step, tree.total_variation(tree.enumerate_policy(model), self.best)))
+        self.curve.append((step, total_variation(enumerate_policy(model, TREE), self.best)))
 
     def on_train_begin(self, args, state, control, model=None, **kwargs):
         self.measure(0, model)
@@ -114,31 +114,24 @@ class Distance(TrainerCallback):
             self.measure(state.global_step, model)
 
 
-def reward(prompts, completion_ids, **kwargs) -> list[float]:
-    return [
-        REWARDS[PROMPT_TEXTS.index(prompt), tree.COMPLETIONS.index(ids)].item()
-        for prompt, ids in zip(prompts, completion_ids, strict=True)
-    ]
-
-
 class FromLog:
     """GRPO's `rollout_func`: for each prompt its next logged completion, in random order, all before any again."""
 
     def __init__(self) -> None:
         self.rng = random.Random(0)
-        self.decks: list[list[list[int]]] = [[] for _ in tree.PROMPTS]
+        self.decks: list[list[list[int]]] = [[] for _ in TREE.prompts]
 
     def draw(self, prompt: int) -> list[int]:
         if not self.decks[prompt]:
-            self.decks[prompt] = [row["completion_ids"] for row in LOG if row["prompt_ids"] == tree.PROMPTS[prompt]]
+            self.decks[prompt] = [row["completion_ids"] for row in LOG if row["prompt_ids"] == TREE.prompt_ids[prompt]]
             self.rng.shuffle(self.decks[prompt])
         return self.decks[prompt].pop()
 
     def __call__(self, prompts: list[str], trainer: GRPOTrainer) -> dict[str, list]:
-        indices = [PROMPT_TEXTS.index(prompt) for prompt in prompts]
+        indices = [TREE.prompts.index(prompt.removeprefix("<bos>")) for prompt in prompts]
         drawn = [self.draw(index) for index in indices]
         return {
-            "prompt_ids": [tree.PROMPTS[index] for index in indices],
+            "prompt_ids": [TREE.prompt_ids[index] for index in indices],
             "completion_ids": drawn,
             "logprobs": [[BEHAVIOUR_LOG_PROB] * len(ids) for ids in drawn],
         }
@@ -147,29 +140,29 @@ class FromLog:
 def train(method: Method, beta: float, learning_rate: float, folder: Path) -> Run:
     options = dict(
         output_dir=str(folder / "out"), beta=beta, learning_rate=learning_rate, max_steps=STEPS,
-        max_grad_norm=0.0, per_device_train_batch_size=BATCH, max_completion_length=tree.DEPTH,
+        max_grad_norm=0.0, per_device_train_batch_size=BATCH, max_completion_length=TREE.depth,
         gradient_checkpointing=False, bf16=False, use_cpu=True,
         save_strategy="no", report_to="none", logging_strategy="no", disable_tqdm=True, **method.options,
     )  # fmt: skip
-    model = tree.save(folder / "model")
+    model = TREE.save(folder / "model")
     if method.trainer is TBRMTrainer:
         trainer: GRPOTrainer = TBRMTrainer(
             model=model, args=TBRMConfig(**options), train_dataset=Dataset.from_list(LOG)
         )
     else:
-        prompts = [{"prompt": text} for text in PROMPT_TEXTS] * (BATCH // GROUP)
+        prompts = TREE.prompt_rows(len(TREE.prompts) * BATCH // GROUP)
         trainer = method.trainer(
             model=model,
-            reward_funcs=reward,
+            reward_funcs=TREE.reward_function(REWARDS),
             args=GRPOConfig(num_generations=GROUP, scale_rewards="none", **options),
             train_dataset=Dataset.from_list(prompts),
             rollout_func=FromLog() if method.on_log else None,
         )
-    reference = tree.enumerate_policy(trainer.model)
+    reference = enumerate_policy(trainer.model, TREE)
     distance = Distance(reference, beta)
     trainer.add_callback(distance)
     trainer.train()
-    return Run(learning_rate, Outcome.of(tree.enumerate_policy(trainer.model), reference, beta), distance.curve)
+    return Run(learning_rate, Outcome.of(enumerate_policy(trainer.model, TREE), reference, beta), distance.curve)
 
 
 def best_run(method: Method, beta: float, folder: Path) -> Run:
@@ -197,13 +190,13 @@ def draw(runs: dict[float, dict[str, Run]], path: Path) -> None:
     figure.savefig(path, dpi=130)
 
 
-def table(runs: dict[float, dict[str, Run]], reference: tree.Policy) -> str:
+def table(runs: dict[float, dict[str, Run]], reference: Policy) -> str:
     lines = [
         "| β | | total variation to π* | E[R] | E[R] − β KL(π‖π_ref) | learning rate |",
         "|---|---|---|---|---|---|",
     ]
     for beta, by_name in runs.items():
-        exact = {"π_ref, where all start": reference, "π*": tree.optimum(reference, REWARDS, beta)}
+        exact = {"π_ref, where all start": reference, "π*": optimum(reference, REWARDS, beta)}
         rows = {name: (Outcome.of(policy, reference, beta), "") for name, policy in exact.items()}
         rows |= {name: (run.outcome, f"{run.learning_rate:g}") for name, run in by_name.items()}
         for name, (outcome, rate) in rows.items():
@@ -212,7 +205,7 @@ def table(runs: dict[float, dict[str, Run]], reference: tree.Policy) -> str:
     return "\n".join(lines)
 
 
-def report(runs: dict[float, dict[str, Run]], reference: tree.Policy) -> str:
+def report(runs: dict[float, dict[str, Run]], reference: Policy) -> str:
     versions = ", ".join(f"{name} {importlib.metadata.version(name)}" for name in PACKAGES)
     return f"""# Off-policy, to the exact optimum
 
@@ -220,11 +213,11 @@ Written by `python benchmarks/exact_optimum.py` on {datetime.date.today()}; CPU,
 That TBRM comes within 0.01 of π* is a test ([test_exact_optimum.py](../../tests/test_exact_optimum.py)); the rest is
 reported, not asserted.
 
-The policy is a table of logits on a token tree: {len(tree.PROMPTS)} prompts, {len(tree.ACTIONS)} actions (letters and
-`<eos>`), at most {tree.DEPTH} tokens, hence {len(tree.COMPLETIONS)} trajectories per prompt, each with a random reward
+The policy is a table of logits on a token tree: {len(TREE.prompts)} prompts, {len(TREE.actions)} actions (letters and
+`<eos>`), at most {TREE.depth} tokens, hence {len(TREE.completions)} trajectories per prompt, each with a random reward
 in [0, 1). The reference is a random table. So `π* ∝ π_ref exp(R/β)` and every number below are exact sums, not
 estimates; only training is sampled. The data are {LOG_SIZE:,} trajectories of a policy that takes every action with
-probability {1 / len(tree.ACTIONS):g}. {STEPS} steps of {BATCH} trajectories, Adam, learning rate falling linearly to 0,
+probability {1 / len(TREE.actions):g}. {STEPS} steps of {BATCH} trajectories, Adam, learning rate falling linearly to 0,
 no gradient clipping. GRPO is TRL's own, in groups of {GROUP}, with KL weight β and `scale_rewards="none"`, all else at
 its defaults; of its learning rates {", ".join(f"{rate:g}" for rate in GRPO_LEARNING_RATES)} the one that ends nearest
 to π*. TBRM has one.
@@ -252,7 +245,7 @@ def main() -> None:
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as folder:
         runs = {beta: {m.name: best_run(m, beta, Path(folder)) for m in METHODS} for beta in BETAS}
-        reference = tree.enumerate_policy(tree.TokenTreeForCausalLM.from_pretrained(tree.save(Path(folder) / "model")))
+        reference = enumerate_policy(TokenTreeForCausalLM.from_pretrained(TREE.save(Path(folder) / "model")), TREE)
     print(table(runs, reference))
     (ROOT / "docs/benchmarks/exact_optimum.md").write_text(report(runs, reference))
     draw(runs, ROOT / "docs/benchmarks/exact_optimum.png")

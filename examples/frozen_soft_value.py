@@ -11,7 +11,7 @@ from tbrm_trl.soft_value import Rows
 
 
 class FrozenValue(SoftValue):
-    """`sg(V_θ(s_1))`: a constant of the prompt that moves with θ, but is never fitted. Published as the worse variant."""
+    """`sg(V_θ(s_1))`: a constant of the prompt that moves with θ, never fitted. Published as the worse variant."""
 
     name = "frozen"
 

@@ -2,36 +2,37 @@
 
 from __future__ import annotations
 
-import itertools
-
 import pytest
-import token_tree as tree
+import token_tree
 import torch
 from datasets import Dataset
+from token_tree import Tree, enumerate_policy, optimum, total_variation
 from transformers import AutoModelForCausalLM
 
 from tbrm_trl import TBRMConfig, TBRMTrainer
 
 BETAS = (0.5, 0.1)
-REWARDS = tree.random_rewards()
+TREE = Tree()
+REWARDS = TREE.random_rewards()
 
 
 def test_the_model_is_the_table(tmp_path):
     """Padding on either side changes nothing, <pad> and <bos> are never said, the trajectories have probability 1."""
-    model = AutoModelForCausalLM.from_pretrained(tree.save(tmp_path))
-    policy = tree.enumerate_policy(model)
-    torch.testing.assert_close(policy.probs.sum(dim=1), torch.ones(len(tree.PROMPTS), dtype=torch.float64))
+    model = AutoModelForCausalLM.from_pretrained(TREE.save(tmp_path))
+    policy = enumerate_policy(model, TREE)
+    torch.testing.assert_close(policy.probs.sum(dim=1), torch.ones(len(TREE.prompts), dtype=torch.float64))
 
-    width = max(map(len, tree.PROMPTS)) + tree.DEPTH + 1
-    for (p, prompt), (n, completion) in itertools.product(enumerate(tree.PROMPTS), enumerate(tree.COMPLETIONS)):
+    width = max(map(len, TREE.prompt_ids)) + TREE.depth + 1
+    for p, n in TREE.trajectories:
+        prompt, completion = TREE.prompt_ids[p], TREE.completions[n]
         ids = torch.tensor([*prompt, *completion])
-        pads = torch.full((width - len(ids),), tree.PAD)
+        pads = torch.full((width - len(ids),), token_tree.PAD)
         for padded, start in ((torch.cat([ids, pads]), 0), (torch.cat([pads, ids]), len(pads))):
             with torch.no_grad():
-                logits = model(padded[None], (padded != tree.PAD).long()[None]).logits[0]  # (T, vocabulary)
+                logits = model(padded[None], (padded != token_tree.PAD).long()[None]).logits[0]  # (T, vocabulary)
             acting = logits[start + len(prompt) - 1 : start + len(ids) - 1]  # (C, vocabulary)
             log_probs = acting.log_softmax(dim=-1)[range(len(completion)), completion]  # (C,)
-            assert acting.softmax(dim=-1)[:, [tree.PAD, tree.BOS]].eq(0).all()
+            assert acting.softmax(dim=-1)[:, [token_tree.PAD, token_tree.BOS]].eq(0).all()
             assert log_probs.sum().item() == pytest.approx(policy.log_probs[p, n].item(), abs=1e-4)
             assert acting[0].logsumexp(dim=-1).item() == pytest.approx(policy.soft_value[p].item(), abs=1e-5)
 
@@ -45,25 +46,25 @@ def test_a_log_of_a_uniform_policy_leads_to_the_optimum(soft_value, beta, tmp_pa
     value term ends at log Z: β V_θ(s_1), or when calibrated β (V_θ − V_ref)(s_1), within 0.002 of β log E_ref exp(R/β).
     """
     trainer = TBRMTrainer(
-        model=tree.save(tmp_path / "model"),
+        model=TREE.save(tmp_path / "model"),
         args=TBRMConfig(
             output_dir=str(tmp_path / "out"), beta=beta, soft_value=soft_value, learning_rate=1.0, max_steps=200,
             lr_scheduler_type="linear", max_grad_norm=0.0, per_device_train_batch_size=128,
             gradient_checkpointing=False, bf16=False,
             use_cpu=True, save_strategy="no", report_to="none", logging_steps=50, disable_tqdm=True,
         ),
-        train_dataset=Dataset.from_list(tree.uniform_log(REWARDS, 2048)),
+        train_dataset=Dataset.from_list(TREE.sampled_log(REWARDS, TREE.uniform, 2048)),
     )  # fmt: skip
-    reference = tree.enumerate_policy(trainer.model)
-    optimal = {b: tree.optimum(reference, REWARDS, b) for b in BETAS}
+    reference = enumerate_policy(trainer.model, TREE)
+    optimal = {b: optimum(reference, REWARDS, b) for b in BETAS}
     # It is far to go, and the other β is another place.
-    assert tree.total_variation(reference, optimal[beta]) > 0.1
-    assert tree.total_variation(optimal[BETAS[0]], optimal[BETAS[1]]) > 0.1
+    assert total_variation(reference, optimal[beta]) > 0.1
+    assert total_variation(optimal[BETAS[0]], optimal[BETAS[1]]) > 0.1
 
     trainer.train()
 
-    trained = tree.enumerate_policy(trainer.model)
-    distance = tree.total_variation(trained, optimal[beta])
+    trained = enumerate_policy(trainer.model, TREE)
+    distance = total_variation(trained, optimal[beta])
     soft_value_learned = trained.soft_value - (reference.soft_value if soft_value == "calibrated" else 0.0)  # (P,)
     error = beta * (soft_value_learned - optimal[beta].soft_value).abs().max().item()
     print(f"total variation {distance:.1e}, β V off by {error:.1e}")

@@ -1,23 +1,25 @@
-"""A language model small enough to write its optimal policy down: a token tree with a table of logits.
+"""Language models small enough to write their optimal policy down: token trees with a table of logits.
 
 The model is real to TRL (a `PreTrainedModel` in a folder, with a backbone and an output embedding), but its backbone
 only looks up which prefix it has read, as a one-hot state, so that its logits are a table: logits[s, a] = W[a, s].
 Every trajectory can be enumerated, hence π_θ, π* and V* are known exactly.
 
-Two prompts of different lengths; the policy then says letters until it says <eos>, at most `DEPTH` tokens in all:
-40 trajectories per prompt, of lengths 1 to 3, those without <eos> cut at the limit. The actions are <eos> and the
-letters. <pad> and <bos> are none: their logits are −10⁴ in policy and reference alike, where the probability is exactly
-0 in float32, and so is its gradient. No step moves them (weight decay is off), and the 40 trajectories have all the
-probability.
+After a prompt the policy says letters until it says <eos>, at most `depth` tokens in all; completions without <eos> are
+cut at that limit. The actions are <eos> and the letters. <pad> and <bos> are none: their logits are −10⁴ in policy and
+reference alike, where the probability is exactly 0 in float32, and so is its gradient. No step moves them (weight decay
+is off), and the enumerated trajectories have all the probability.
 """
 
 from __future__ import annotations
 
 import itertools
+import math
 import random
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from tiny import tokenizer
@@ -25,43 +27,163 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, GenerationMixin, PreTrainedConfig, PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutput, CausalLMOutput
 
-PAD, EOS, BOS, A, B, C = range(6)
-VOCABULARY = 6
-LETTERS = (A, B, C)
-ACTIONS = (EOS, *LETTERS)
-DEPTH = 3
-PROMPTS = ([BOS, A], [BOS, B, C])
+PAD, EOS, BOS = range(3)  # then the letters
 FORBIDDEN = -1e4
 
 ELSEWHERE, ROOT = 0, 1  # states: outside the tree, and nothing read yet
 
-
-def completions() -> list[list[int]]:
-    """Everything that the policy can say: letters and then <eos>, or `DEPTH` letters."""
-    ended = [[*words, EOS] for n in range(DEPTH) for words in itertools.product(LETTERS, repeat=n)]
-    return ended + [list(words) for words in itertools.product(LETTERS, repeat=DEPTH)]
+# A behaviour policy: (prompt, completion so far) → an urn, from which the next action is drawn. As the probabilities
+# are fractions of small integers, a finite log can hold every trajectory in exactly its proportion.
+Urn = Callable[[int, list[int]], Sequence[int]]
 
 
-COMPLETIONS = completions()
+# ---- the task --------------------------------------------------------------------------------------------------------
 
 
-def transitions() -> list[list[int]]:
-    """State after each token in each state, (S, vocabulary), for all prefixes of prompts and completions."""
-    table = [[ELSEWHERE] * VOCABULARY, [ELSEWHERE] * VOCABULARY]
-    for prompt, completion in itertools.product(PROMPTS, COMPLETIONS):
-        state = ROOT
-        for token in [*prompt, *completion[:-1]]:  # nobody acts after the last token
-            if table[state][token] == ELSEWHERE:
-                table[state][token] = len(table)
-                table.append([ELSEWHERE] * VOCABULARY)
-            state = table[state][token]
-    return table
+@dataclass(frozen=True)
+class Tree:
+    """P prompts, and N completions that may follow each. Tensors over trajectories are `(P, N)`, in this order.
+
+    Attributes:
+        depth: most tokens of a completion.
+        letters: what the policy may say, besides <eos>.
+        prompts: as text, after <bos>; none begins with another.
+    """
+
+    depth: int = 3
+    letters: str = "abc"
+    prompts: tuple[str, ...] = ("a", "bc")
+
+    def ids(self, word: str) -> list[int]:
+        return [BOS + 1 + self.letters.index(letter) for letter in word]
+
+    @cached_property
+    def actions(self) -> tuple[int, ...]:
+        return (EOS, *self.ids(self.letters))
+
+    @cached_property
+    def prompt_ids(self) -> list[list[int]]:
+        return [[BOS, *self.ids(prompt)] for prompt in self.prompts]
+
+    @cached_property
+    def completions(self) -> list[list[int]]:
+        """Everything that the policy can say: letters and then <eos>, or `depth` letters."""
+        letters = self.actions[1:]
+        ended = [[*words, EOS] for n in range(self.depth) for words in itertools.product(letters, repeat=n)]
+        return ended + [list(words) for words in itertools.product(letters, repeat=self.depth)]
+
+    @cached_property
+    def trajectories(self) -> list[tuple[int, int]]:
+        """All (prompt, completion), by number."""
+        return list(itertools.product(range(len(self.prompts)), range(len(self.completions))))
+
+    def random_rewards(self, seed: int = 0) -> Tensor:
+        """R(τ), `(P, N)`: uniform on [0, 1), one for each trajectory."""
+        shape = len(self.prompts), len(self.completions)
+        return torch.rand(shape, generator=torch.Generator().manual_seed(seed)).double()
+
+    def save(self, folder: Path, seed: int = 0) -> str:
+        """Save the reference, a random table, and its tokenizer; returns the folder, as a user would pass it."""
+        model = TokenTreeForCausalLM(
+            TokenTreeConfig(vocab_size=BOS + 1 + len(self.letters), transitions=self._transitions())
+        )
+        with torch.no_grad():
+            model.lm_head.weight.normal_(generator=torch.Generator().manual_seed(seed))  # far from uniform
+            model.lm_head.weight[[PAD, BOS]] = FORBIDDEN
+        model.save_pretrained(folder)
+        tokenizer(alphabet=self.letters).save_pretrained(folder)
+        return str(folder)
+
+    def _transitions(self) -> list[list[int]]:
+        """State after each token in each state, (S, vocabulary), for all prefixes of prompts and completions."""
+        nowhere = [ELSEWHERE] * (BOS + 1 + len(self.letters))
+        table = [list(nowhere), list(nowhere)]
+        for prompt, completion in itertools.product(self.prompt_ids, self.completions):
+            state = ROOT
+            for token in [*prompt, *completion[:-1]]:  # nobody acts after the last token
+                if table[state][token] == ELSEWHERE:
+                    table[state][token] = len(table)
+                    table.append(list(nowhere))
+                state = table[state][token]
+        return table
+
+    # ---- data --------------------------------------------------------------------------------------------------------
+
+    def uniform(self, prompt: int, said: list[int]) -> Sequence[int]:
+        """The urn of a behaviour policy that knows nothing."""
+        return self.actions
+
+    def bad(self, rewards: Tensor) -> Urn:
+        """A behaviour policy that prefers what leads to low rewards, with coverage.
+
+        The action after which the reward is lowest, averaged over what may follow, is drawn half the time; each of the
+        A − 1 others with probability 1 / (2A − 2).
+        """
+
+        def worst(prompt: int, said: list[int]) -> int:
+            def average(action: int) -> float:
+                begin = [*said, action]
+                follow = [n for n, completion in enumerate(self.completions) if completion[: len(begin)] == begin]
+                return rewards[prompt, follow].mean().item()
+
+            return min(self.actions, key=average)
+
+        return lambda prompt, said: [*self.actions, *[worst(prompt, said)] * (len(self.actions) - 2)]
+
+    def counts(self, urn: Urn) -> Tensor:
+        """`(P, N)`: how often each trajectory stands in a log that holds them in the exact proportions of an urn."""
+
+        def count(prompt: int, completion: list[int]) -> int:
+            urns = [urn(prompt, completion[:h]) for h in range(len(completion))]
+            said = math.prod(urn.count(token) for urn, token in zip(urns, completion, strict=True))
+            return said * len(urns[0]) ** (self.depth - len(completion))  # all urns hold the same number
+
+        return torch.tensor([[count(p, tau) for tau in self.completions] for p in range(len(self.prompts))])
+
+    def row(self, prompt: int, completion: int, rewards: Tensor) -> dict[str, Any]:
+        """A logged trajectory as a row of a data set."""
+        return {
+            "prompt_ids": self.prompt_ids[prompt],
+            "completion_ids": self.completions[completion],
+            "reward": rewards[prompt, completion].item(),
+        }
+
+    def exact_log(self, rewards: Tensor, counts: Tensor) -> list[dict[str, Any]]:
+        """Every trajectory, as often as `counts` `(P, N)` says."""
+        return [self.row(p, n, rewards) for p, n in self.trajectories for _ in range(int(counts[p, n]))]
+
+    def sampled_log(self, rewards: Tensor, urn: Urn, size: int, seed: int = 0) -> list[dict[str, Any]]:
+        """`size` trajectories drawn from a behaviour policy, prompts uniformly."""
+        rng = random.Random(seed)
+        rows = []
+        for _ in range(size):
+            prompt, said = rng.randrange(len(self.prompts)), []
+            while len(said) < self.depth and EOS not in said:
+                said.append(rng.choice(urn(prompt, said)))
+            rows.append(self.row(prompt, self.completions.index(said), rewards))
+        return rows
+
+    def prompt_rows(self, size: int) -> list[dict[str, Any]]:
+        """Prompts to roll out, as rows of a data set."""
+        return [{"prompt": f"<bos>{self.prompts[i % len(self.prompts)]}"} for i in range(size)]
+
+    def reward_function(self, rewards: Tensor) -> Callable[..., list[float]]:
+        def reward(prompts: list[str], completion_ids: list[list[int]], **kwargs) -> list[float]:
+            indices = [self.prompts.index(prompt.removeprefix("<bos>")) for prompt in prompts]
+            return [
+                rewards[p, self.completions.index(said)].item() for p, said in zip(indices, completion_ids, strict=True)
+            ]
+
+        return reward
+
+
+# ---- the model -------------------------------------------------------------------------------------------------------
 
 
 class TokenTreeConfig(PreTrainedConfig):
     model_type = "token_tree"
 
-    vocab_size: int = VOCABULARY
+    vocab_size: int = 0
     transitions: list[list[int]] | None = None
     use_cache: bool = False
     tie_word_embeddings: bool = False
@@ -109,20 +231,12 @@ AutoConfig.register(TokenTreeConfig.model_type, TokenTreeConfig)
 AutoModelForCausalLM.register(TokenTreeConfig, TokenTreeForCausalLM)
 
 
-def save(folder: Path, seed: int = 0) -> str:
-    """Save the reference, a random table, and its tokenizer; returns the folder, as a user would pass it."""
-    model = TokenTreeForCausalLM(TokenTreeConfig(transitions=transitions()))
-    with torch.no_grad():
-        model.lm_head.weight.normal_(generator=torch.Generator().manual_seed(seed))  # far from uniform
-        model.lm_head.weight[[PAD, BOS]] = FORBIDDEN
-    model.save_pretrained(folder)
-    tokenizer(alphabet="abc").save_pretrained(folder)
-    return str(folder)
+# ---- policies, enumerated --------------------------------------------------------------------------------------------
 
 
 @dataclass
 class Policy:
-    """A policy, enumerated. N = 40 completions for each of P = 2 prompts; float64.
+    """A policy, enumerated: N completions for each of P prompts; float64.
 
     Attributes:
         log_probs: `(P, N)` log π(τ|s_1).
@@ -138,28 +252,25 @@ class Policy:
 
 
 @torch.no_grad()
-def enumerate_policy(model: PreTrainedModel) -> Policy:
+def logits_after(model: PreTrainedModel, read: list[int]) -> Tensor:
+    """`(vocabulary,)` the logits, that is the soft Q-values, at the state in which these tokens were read; float64."""
+    state = ROOT
+    for token in read:
+        state = model.config.transitions[state][token]
+    return model.get_output_embeddings().weight[:, state].double()
+
+
+def enumerate_policy(model: PreTrainedModel, tree: Tree) -> Policy:
     """The exact distribution of a model over all trajectories, and its soft values."""
-    logits = model.get_output_embeddings().weight.T.double()  # (S, vocabulary)
-    log_probs, table = logits.log_softmax(dim=-1), model.config.transitions
 
-    def walk(state: int, tokens: list[int]) -> tuple[int, float]:
-        total = 0.0
-        for token in tokens:
-            total += log_probs[state, token].item()
-            state = table[state][token]
-        return state, total
+    def log_prob(prompt: list[int], said: list[int]) -> Tensor:
+        steps = [logits_after(model, [*prompt, *said[:h]]).log_softmax(dim=0)[token] for h, token in enumerate(said)]
+        return torch.stack(steps).sum()
 
-    starts = [walk(ROOT, prompt)[0] for prompt in PROMPTS]
     return Policy(
-        log_probs=torch.tensor([[walk(start, tau)[1] for tau in COMPLETIONS] for start in starts], dtype=torch.float64),
-        soft_value=logits[starts].logsumexp(dim=-1),
+        torch.stack([torch.stack([log_prob(prompt, tau) for tau in tree.completions]) for prompt in tree.prompt_ids]),
+        torch.stack([logits_after(model, prompt).logsumexp(dim=0) for prompt in tree.prompt_ids]),
     )
-
-
-def random_rewards(seed: int = 0) -> Tensor:
-    """R(τ), `(P, N)`: uniform on [0, 1), one for each trajectory."""
-    return torch.rand(len(PROMPTS), len(COMPLETIONS), generator=torch.Generator().manual_seed(seed)).double()
 
 
 def optimum(reference: Policy, rewards: Tensor, beta: float) -> Policy:
@@ -172,16 +283,3 @@ def optimum(reference: Policy, rewards: Tensor, beta: float) -> Policy:
 def total_variation(policy: Policy, other: Policy) -> float:
     """Half the L1 distance between two distributions over trajectories; of the prompts, the worse."""
     return 0.5 * (policy.probs - other.probs).abs().sum(dim=1).max().item()
-
-
-def uniform_log(rewards: Tensor, size: int, seed: int = 0) -> list[dict]:
-    """Rows of a data set: sampled from a behaviour policy that knows nothing, each action with probability 1/4."""
-    rng = random.Random(seed)
-    rows = []
-    for _ in range(size):
-        prompt, completion = rng.randrange(len(PROMPTS)), []
-        while len(completion) < DEPTH and EOS not in completion:
-            completion.append(rng.choice(ACTIONS))
-        reward = rewards[prompt, COMPLETIONS.index(completion)].item()
-        rows.append({"prompt_ids": PROMPTS[prompt], "completion_ids": completion, "reward": reward})
-    return rows

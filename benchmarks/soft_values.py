@@ -1,0 +1,497 @@
+"""How far the estimators of the soft value end from π*, and what each does where there is no reward at all.
+
+    python benchmarks/soft_values.py          # writes docs/benchmarks/soft_values.{md,png}; a few minutes on one core
+
+The token trees and the exact targets are those of tests/test_soft_values_converge.py; nothing is downloaded.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import datetime
+import importlib.metadata
+import io
+import math
+import sys
+import tempfile
+import warnings
+from dataclasses import dataclass
+from pathlib import Path
+
+import matplotlib
+import torch
+from torch import Tensor
+from transformers import AutoConfig, AutoModelForSequenceClassification, PreTrainedModel, TrainerCallback
+
+from tbrm_trl import TBRMTrainer
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT / "tests"))
+import tiny  # noqa: E402
+import tree_targets as targets  # noqa: E402
+from token_tree import BOS, EOS, Policy, Tree, total_variation  # noqa: E402
+from tree_task import Task  # noqa: E402
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt  # noqa: E402
+
+BETA, SEED = 0.3, 2
+GROUP_SIZES = (2, 4, 8, 16, 32)
+SAMPLES, DRAWS, TRAINED_SAMPLES = tuple(2**i for i in range(9)), 200, (1, 4, 16, 64)
+RATIOS = (0.1, 0.25, 0.5, 1.0, 2.0, 4.0, math.inf)  # β₁/β
+LOG_SIZE = 64  # rows per prompt
+KL_STEPS, KL_EVERY, KL_SEEDS = 300, 5, 3
+KL_RATES = {"table": 0.05, "transformer": 1e-3}
+ESTIMATORS = ("policy", "calibrated", "zero", "group", "log_mean_exp", "optimal", "partition", "model")
+PACKAGES = ("torch", "transformers", "trl")
+
+TREE = Tree(depth=2, letters="abc", prompts=("a", "b", "cab"))
+VOCABULARY = BOS + 1 + len(TREE.letters)
+
+
+# ---- bias ------------------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Point:
+    """Total variation to π*: of the target computed in float64, and of the trained policy; and between the two."""
+
+    exact: float
+    trained: float
+    apart: float
+
+
+class Bias:
+    """Trains on logs that hold every trajectory in a known proportion, and sets the result beside its exact target."""
+
+    def __init__(self, folder: Path):
+        self.task = Task(TREE, BETA, folder, SEED)
+        uniform = TREE.counts(TREE.uniform)  # (P, N)
+        # In proportion to π_ref, rounded to at least one row each; the commonest takes up what rounding left over.
+        like_ref = (LOG_SIZE * self.task.reference.probs).round().long().clamp(min=1)
+        like_ref.scatter_add_(1, like_ref.argmax(dim=1, keepdim=True), LOG_SIZE - like_ref.sum(dim=1, keepdim=True))
+        self.logs = {"uniform": uniform * LOG_SIZE // uniform.sum(dim=1, keepdim=True), "π_ref": like_ref}
+
+    def target(self, value: Tensor, log: str) -> Policy:
+        """`value`: nats, `(P, 1)` or `(P, N)`."""
+        return targets.minimiser(self.task.reference, self.task.rewards, BETA, value, self.logs[log])
+
+    def point(self, target: Policy, trained: Policy) -> Point:
+        best = self.task.best
+        return Point(total_variation(target, best), total_variation(trained, best), total_variation(trained, target))
+
+    def train(self, log: str, soft_value: str, value: Tensor | None = None, **options) -> Policy:
+        """`value`: V̂* of each prompt, in reward units, `(P,)`."""
+        rows = self.task.tree.exact_log(self.task.rewards, self.logs[log])
+        if value is not None:
+            rows = self.task.with_values(rows, value)
+        noisy = soft_value == "log_mean_exp"  # its groups are other ones in every pass: small steps, more of them
+        return quietly(
+            self.task.train, rows, soft_value=soft_value, per_device_train_batch_size=len(rows),
+            learning_rate=0.05 if noisy else 0.3, max_steps=200 if noisy else 150, **options,
+        )  # fmt: skip
+
+    def by_group_size(self, log: str) -> tuple[dict[int, Point], dict[int, Point]]:
+        """`log_mean_exp` and `group`, by k."""
+        mixed, grouped = {}, {}
+        for k in GROUP_SIZES:
+            value = targets.group_value(self.task.rewards, BETA, self.logs[log], k)  # (P, N)
+            mixed[k] = self.point(self.target(value, log), self.train(log, "log_mean_exp", num_generations=k))
+            grouped[k] = self.point(self.task.best, self.train(log, "group", num_generations=k))
+            print(f"log {log}, k = {k}: log_mean_exp {mixed[k]}, group {grouped[k]}", flush=True)
+        return mixed, grouped
+
+    def by_samples(self) -> tuple[dict[int, list[float]], dict[int, Point]]:
+        """`optimal`, β₁ = β, uniform log: many draws of V̂* from N samples, and for some N one of them trained."""
+        distances, points = {}, {}
+        for n in SAMPLES:
+            values = targets.sampled_value(self.task.reference, self.task.rewards, BETA, n, DRAWS)  # (DRAWS, P)
+            drawn = [self.target(value[:, None] / BETA, "uniform") for value in values]
+            distances[n] = [total_variation(target, self.task.best) for target in drawn]
+            if n in TRAINED_SAMPLES:
+                points[n] = self.point(drawn[0], self.train("uniform", "optimal", values[0]))
+                print(f"N = {n}: mean {mean(distances[n]):.3f}, one draw {points[n]}", flush=True)
+        return distances, points
+
+    def by_ratio(self, log: str) -> dict[float, Point]:
+        """`optimal` with the exact `β₁ log E_ref exp(R/β₁)`, by β₁/β."""
+        points = {}
+        for ratio in RATIOS:
+            value = targets.reward_value(self.task.reference, self.task.rewards, ratio * BETA)  # (P,)
+            points[ratio] = self.point(self.target(value[:, None] / BETA, log), self.train(log, "optimal", value))
+            print(f"log {log}, β₁/β = {ratio:g}: {points[ratio]}", flush=True)
+        return points
+
+
+# ---- no reward -------------------------------------------------------------------------------------------------------
+
+
+class NoReward:
+    """R = 0, on the skewed log of a bad behaviour: the target is π_ref, where training starts."""
+
+    def __init__(self, network: str, folder: Path, seed: int = SEED):
+        self.task, self.network = Task(TREE, BETA, folder, seed), network
+        self.rows = TREE.exact_log(torch.zeros_like(self.task.rewards), TREE.counts(TREE.bad(self.task.rewards)))
+        if network == "transformer":
+            transformer = tiny.model("llama", seed, vocab_size=VOCABULARY)
+            transformer.save_pretrained(folder / "transformer")
+            tiny.tokenizer(alphabet=TREE.letters).save_pretrained(folder / "transformer")
+            self.task.model = str(folder / "transformer")
+
+    def trainer(self, soft_value: str, **options) -> TBRMTrainer:
+        rows = self.rows
+        if soft_value in ("group", "log_mean_exp"):
+            options["num_generations"] = 2
+        if soft_value == "optimal":
+            rows = [{**row, "optimal_value": 0.0} for row in rows]  # β₁ log mean exp(0), of any samples
+        if soft_value == "model":
+            options["soft_value_model"] = value_model(self.task.folder / "value")
+        size = len(rows)
+        return self.task.trainer_on(rows, soft_value=soft_value, per_device_train_batch_size=size, **options)
+
+    def first_step(self, soft_value: str) -> tuple[float, float]:
+        """Root mean square of δ (nats) before, and the largest move of a parameter in, one step of SGD at rate 1."""
+        trainer = quietly(
+            self.trainer, soft_value, optim="sgd", learning_rate=1.0, max_steps=1,
+            logging_strategy="steps", logging_steps=1,
+        )  # fmt: skip
+        before = [parameter.detach().clone() for parameter in trainer.model.parameters()]
+        quietly(trainer.train)
+        moves = [(p - b).abs().max().item() for p, b in zip(trainer.model.parameters(), before, strict=True)]
+        return trainer.state.log_history[0]["residual/rms"] / BETA, max(moves)
+
+    def drift(self, soft_value: str) -> Drift:
+        trainer = quietly(
+            self.trainer, soft_value, learning_rate=KL_RATES[self.network], max_steps=KL_STEPS,
+            logging_strategy="steps", logging_steps=KL_EVERY,
+        )  # fmt: skip
+        divergence = Divergence(trainer.model)
+        trainer.add_callback(divergence)
+        quietly(trainer.train)
+        rms = [logged["residual/rms"] / BETA for logged in trainer.state.log_history if "residual/rms" in logged]
+        print(
+            f"{self.network}, {soft_value}: KL at most {max(divergence.kl):.3f}, last {divergence.kl[-1]:.3f}",
+            flush=True,
+        )
+        return Drift(divergence.kl, rms[-1], (divergence.logged_mass[0], divergence.logged_mass[-1]))
+
+
+@dataclass
+class Drift:
+    """Training where there is nothing to learn.
+
+    Attributes:
+        kl: KL(π_θ‖π_ref) every `KL_EVERY` steps, from 0 on; nats.
+        residual: root mean square of δ over the last of these intervals; nats.
+        logged_mass: probability of what the log holds, before and after.
+    """
+
+    kl: list[float]
+    residual: float
+    logged_mass: tuple[float, float]
+
+
+class Divergence(TrainerCallback):
+    """KL(π_θ‖π_ref) every few steps, summed over all that can be said, <pad> and <bos> too. Mean over prompts."""
+
+    def __init__(self, model: PreTrainedModel):
+        self.reference = [log_probs_by_depth(model, prompt) for prompt in TREE.prompt_ids]
+        self.kl = [0.0]
+        self.logged_mass = [mean([mass_of_letters(log_probs) for log_probs in self.reference])]
+
+    def on_step_end(self, args, state, control, model=None, **kwargs):
+        if state.global_step % KL_EVERY == 0:
+            policy = [log_probs_by_depth(model, prompt) for prompt in TREE.prompt_ids]
+            self.kl.append(mean([divergence(*pair) for pair in zip(policy, self.reference, strict=True)]))
+            self.logged_mass.append(mean([mass_of_letters(log_probs) for log_probs in policy]))
+
+
+@torch.no_grad()
+def log_probs_by_depth(model: PreTrainedModel, prompt: list[int]) -> list[Tensor]:
+    """`[(1, V), (V, V), …]`: log π of the next token after every prefix of h tokens, for each h below the depth."""
+    every = torch.cartesian_prod(*[torch.arange(VOCABULARY)] * (TREE.depth - 1)).reshape(-1, TREE.depth - 1)
+    ids = torch.cat([torch.tensor(prompt).expand(len(every), -1), every], dim=1)  # (V^(depth−1), T)
+    log_probs = model(ids, torch.ones_like(ids)).logits.double().log_softmax(dim=-1)  # (V^(depth−1), T, V)
+    prefixes = [VOCABULARY**h for h in range(TREE.depth)]
+    return [log_probs[:: len(every) // n, len(prompt) - 1 + h] for h, n in enumerate(prefixes)]
+
+
+def divergence(policy: list[Tensor], reference: list[Tensor]) -> float:
+    """`Σ_h Σ_prefix π(prefix) KL(π(·|prefix) ‖ π_ref(·|prefix))` over prefixes without <eos>."""
+    total, reached = 0.0, torch.ones(1, dtype=torch.float64)
+    for log_pi, log_ref in zip(policy, reference, strict=True):
+        probs = reached[:, None] * log_pi.exp()  # (prefixes, V)
+        total += (probs * (log_pi - log_ref)).sum().item()
+        probs[:, EOS] = 0.0  # nothing follows
+        reached = probs.flatten()
+    return total
+
+
+def mass_of_letters(log_probs: list[Tensor]) -> float:
+    """The probability of all that the log holds: completions of letters and <eos>."""
+
+    def log_prob(completion: list[int]) -> float:
+        total, prefix = 0.0, 0
+        for step, token in zip(log_probs, completion, strict=False):
+            total += step[prefix, token].item()
+            prefix = prefix * VOCABULARY + token
+        return total
+
+    return sum(math.exp(log_prob(completion)) for completion in TREE.completions)
+
+
+def value_model(folder: Path) -> str:
+    """A value model that knows nothing: random weights."""
+    torch.manual_seed(SEED)
+    config = AutoConfig.for_model("llama", **{**tiny.ARCHITECTURES["llama"], "vocab_size": VOCABULARY, "num_labels": 1})
+    AutoModelForSequenceClassification.from_config(config).save_pretrained(folder)
+    tiny.tokenizer(alphabet=TREE.letters).save_pretrained(folder)
+    return str(folder)
+
+
+def quietly(function, *args, **kwargs):
+    with contextlib.redirect_stdout(io.StringIO()):
+        return function(*args, **kwargs)
+
+
+# ---- report ----------------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Results:
+    start: float  # total variation from π_ref to π*
+    by_group_size: dict[str, tuple[dict[int, Point], dict[int, Point]]]  # by log: log_mean_exp and group
+    spread: dict[int, list[float]]
+    by_samples: dict[int, Point]
+    by_ratio: dict[str, dict[float, Point]]  # by log
+    first_steps: dict[str, dict[str, tuple[float, float]]]  # by network and estimator
+    drifts: dict[str, dict[str, list[Drift]]]  # by network and estimator, one for each seed
+
+
+def measure(folder: Path) -> Results:
+    bias = Bias(folder / "bias")
+    spread, by_samples = bias.by_samples()
+    return Results(
+        start=total_variation(bias.task.reference, bias.task.best),
+        by_group_size={log: bias.by_group_size(log) for log in bias.logs},
+        spread=spread,
+        by_samples=by_samples,
+        by_ratio={log: bias.by_ratio(log) for log in bias.logs},
+        first_steps={
+            network: {name: NoReward(network, folder / network).first_step(name) for name in ESTIMATORS}
+            for network in KL_RATES
+        },
+        drifts={
+            network: {
+                name: [NoReward(network, folder / f"{network}-{seed}", seed).drift(name) for seed in range(KL_SEEDS)]
+                for name in ("policy", "calibrated")
+            }
+            for network in KL_RATES
+        },
+    )
+
+
+def quantile(values: list[float], q: float) -> float:
+    return torch.tensor(values, dtype=torch.float64).quantile(q).item()
+
+
+def draw(results: Results, path: Path) -> None:
+    figure, axes = plt.subplot_mosaic("AABBCC;DDDEEE", figsize=(12, 7), layout="constrained")
+    colours = {"uniform": "C0", "π_ref": "C1"}
+
+    for log, (mixed, grouped) in results.by_group_size.items():
+        axes["A"].plot(
+            GROUP_SIZES, [p.exact for p in mixed.values()], color=colours[log], label=f"log_mean_exp, log {log}"
+        )
+        axes["A"].plot(GROUP_SIZES, [p.trained for p in mixed.values()], "o", color=colours[log])
+        axes["A"].plot(
+            GROUP_SIZES, [p.trained for p in grouped.values()], "x", color=colours[log], label=f"group, log {log}"
+        )
+    axes["A"].set(title="group size", xlabel="k", xscale="log", ylabel="total variation to π*")
+
+    means = [mean(results.spread[n]) for n in SAMPLES]
+    low, high = ([quantile(results.spread[n], q) for n in SAMPLES] for q in (0.1, 0.9))
+    axes["B"].plot(SAMPLES, means, color="C0", label=f"optimal, mean of {DRAWS} draws")
+    axes["B"].fill_between(SAMPLES, low, high, color="C0", alpha=0.2, label="10% to 90%")
+    trained = results.by_samples.values()
+    axes["B"].plot(
+        TRAINED_SAMPLES, [p.exact for p in trained], "_", color="black", markersize=14, label="one of them, exact"
+    )
+    axes["B"].plot(TRAINED_SAMPLES, [p.trained for p in trained], "o", color="C0")
+    axes["B"].set(title="samples per prompt (uniform log)", xlabel="N", xscale="log")
+
+    finite = [ratio for ratio in RATIOS if math.isfinite(ratio)]
+    places = dict(zip(RATIOS, [*finite, 2 * finite[-1]], strict=True))  # ∞ one step further
+    for log, points in results.by_ratio.items():
+        x = [places[ratio] for ratio in points]
+        axes["C"].plot(x, [p.exact for p in points.values()], color=colours[log], label=f"optimal, log {log}")
+        axes["C"].plot(x, [p.trained for p in points.values()], "o", color=colours[log])
+    axes["C"].set(title="another temperature", xlabel="β₁/β", xscale="log")
+    axes["C"].set_xticks(list(places.values()), [f"{ratio:g}" if ratio < math.inf else "∞" for ratio in RATIOS])
+    axes["C"].minorticks_off()
+
+    for name, network in (("D", "table"), ("E", "transformer")):
+        for colour, (estimator, drifts) in zip(("C3", "C2"), results.drifts[network].items(), strict=True):
+            for seed, drift in enumerate(drifts):
+                steps = range(0, KL_STEPS + 1, KL_EVERY)
+                axes[name].plot(steps, drift.kl, color=colour, label=estimator if seed == 0 else None)
+        axes[name].set(title=f"no reward: {network}", xlabel="optimizer step", ylabel="KL(π_θ‖π_ref), nats")
+
+    for name, axis in axes.items():
+        if name in "ABC":
+            axis.set_ylim(bottom=0)
+        axis.grid(alpha=0.3)
+        axis.legend(fontsize=8)
+    for name, sizes in (("A", GROUP_SIZES), ("B", SAMPLES[::2])):
+        axes[name].set_xticks(sizes, [str(size) for size in sizes])
+        axes[name].minorticks_off()
+    figure.savefig(path, dpi=130)
+
+
+def table(head: list[str], rows: list[list[str]]) -> str:
+    return "\n".join(f"| {' | '.join(cells)} |" for cells in [head, ["---"] * len(head), *rows])
+
+
+def report(results: Results) -> str:
+    versions = ", ".join(f"{name} {importlib.metadata.version(name)}" for name in PACKAGES)
+    logs = list(results.by_group_size)
+    by_group_size = table(
+        [
+            "k",
+            *(f"{what}, log {log}" for log in logs for what in ("`log_mean_exp` exact", "trained", "`group` trained")),
+        ],
+        [
+            [str(k)]
+            + [
+                f"{distance:.3f}"
+                for mixed, grouped in results.by_group_size.values()
+                for distance in (mixed[k].exact, mixed[k].trained, grouped[k].trained)
+            ]
+            for k in GROUP_SIZES
+        ],
+    )
+    drawn = results.by_samples
+    by_samples = table(
+        ["N", f"mean of {DRAWS} draws", "10% to 90%", "one draw, exact", "trained on it"],
+        [
+            [str(n), f"{mean(spread):.3f}", f"{quantile(spread, 0.1):.3f} to {quantile(spread, 0.9):.3f}"]
+            + ([f"{drawn[n].exact:.3f}", f"{drawn[n].trained:.3f}"] if n in drawn else ["", ""])
+            for n, spread in results.spread.items()
+        ],
+    )
+    by_ratio = table(
+        ["β₁/β", *(f"{what}, log {log}" for log in logs for what in ("exact", "trained"))],
+        [
+            ["∞" if math.isinf(ratio) else f"{ratio:g}"]
+            + [f"{d:.3f}" for log in logs for p in [results.by_ratio[log][ratio]] for d in (p.exact, p.trained)]
+            for ratio in RATIOS
+        ],
+    )
+    first_steps = table(
+        ["`soft_value`", *(f"{what}, {network}" for network in KL_RATES for what in ("rms δ", "largest move"))],
+        [
+            [f"`{name}`", *(f"{number:.2g}" for network in KL_RATES for number in results.first_steps[network][name])]
+            for name in ESTIMATORS
+        ],
+    )
+    drifts = table(
+        ["network", "`soft_value`", "largest KL", f"KL after {KL_STEPS} steps", "rms δ then", "mass on the log"],
+        [
+            [network, f"`{name}`"]
+            + [
+                ", ".join(f"{number:.2g}" for number in numbers)
+                for numbers in zip(*((max(d.kl), d.kl[-1], d.residual) for d in by_seed), strict=True)
+            ]
+            + [", ".join(f"{before:.2f} → {after:.2f}" for before, after in (d.logged_mass for d in by_seed))]
+            for network, by_name in results.drifts.items()
+            for name, by_seed in by_name.items()
+        ],
+    )
+    noisy = [point for mixed, _ in results.by_group_size.values() for point in mixed.values()]
+    exact = [point for _, grouped in results.by_group_size.values() for point in grouped.values()]
+    exact += [*drawn.values(), *(point for points in results.by_ratio.values() for point in points.values())]
+    return f"""# The estimators of the soft value: bias off-policy, and drift without reward
+
+Written by `python benchmarks/soft_values.py` on {datetime.date.today()}; CPU, {versions}.
+That every estimator ends at its target is a test
+([test_soft_values_converge.py](../../tests/test_soft_values_converge.py)); here is how far from π* these targets are.
+Why they are there: [theory.md](../theory.md).
+
+![bias by group size, samples and temperature; KL without reward](soft_values.png)
+
+## Distance to π*
+
+A tree of {len(TREE.prompts)} prompts with {len(TREE.completions)} trajectories each, random rewards in [0, 1), a random
+reference, β = {BETA:g}. Distances are total variation, of the worst prompt; π_ref, the start, is
+{results.start:.3f} from π*. The log holds {LOG_SIZE} trajectories of each prompt, in the proportions of a uniform
+behaviour or (rounded) of π_ref, and every step takes all of it. *Exact* is the minimiser of the expected squared
+residual on that log, computed in float64 without training: the lines of the figure, whose markers are trained. The
+trained policy is within {max(point.apart for point in exact):.0e} of it; for `log_mean_exp`, whose groups are drawn
+anew in every pass and leave noise, within {max(point.apart for point in noisy):.3f}.
+
+### By group size
+
+{by_group_size}
+
+`group` has no bias at any k ≥ 2: its target is π*. `log_mean_exp` has two: with few trajectories the log of a mean is
+too low on average, and a trajectory's own reward is in its own value. Both go away with k. What stays depends on who
+drew the groups: their log-mean-exp tends to `log E_μ exp(R/β)`, which is V* on a log of π_ref (up to its rounding), and
+another constant on that of another behaviour.
+
+### By number of reference samples
+
+`optimal` with β₁ = β on the uniform log; V̂* of each prompt from N samples, in reward units.
+
+{by_samples}
+
+### By β₁
+
+`optimal` with the exact `β₁ log E_ref exp(R/β₁)` for β = {BETA:g}; ∞ is the mean of the rewards.
+
+{by_ratio}
+
+β₁ below β (towards the best sample) costs more than β₁ above it (towards the mean).
+
+All of this is off-policy. On-policy each of these constants is a baseline, and the target is π*; that too is tested.
+
+## No reward
+
+R = 0, and θ = θ_ref: there is nothing to learn. The log is that of a bad behaviour, which takes at every state one
+action half the time, with all trajectories in their exact proportion. Beside the table there is a transformer of two
+layers over the same tokens.
+
+One step of SGD at learning rate 1 (loss in reward units, β = {BETA:g}): root mean square of δ before it, in nats, and
+the largest move of a parameter.
+
+{first_steps}
+
+`calibrated`, `zero`, `group`, `log_mean_exp` and `optimal` stay where they are. `policy` sees V_θ(s_1). `partition`
+sees the log of what the log covers under π_ref: all of it in the table, while the transformer could also say <pad> and
+<bos>, which the log never does. `model` sees whatever its value model says, here one with random weights.
+
+KL(π_θ‖π_ref) over {KL_STEPS} steps of Adam (learning rate {KL_RATES["table"]:g} in the table and
+{KL_RATES["transformer"]:g} in the transformer, falling linearly to 0), summed exactly over all that can be said;
+{KL_SEEDS} seeds each.
+
+{drifts}
+
+In the table the log covers everything, so that δ = 0 only at π_ref with V = 0, and the drift is a transient. In the
+transformer δ ends near 0 too, but elsewhere: V makes up for probability that moves to what the log never says.
+"""
+
+
+def mean(values: list[float]) -> float:
+    return sum(values) / len(values)
+
+
+def main() -> None:
+    warnings.simplefilter("ignore")
+    torch.set_num_threads(1)
+    with tempfile.TemporaryDirectory() as folder:
+        results = measure(Path(folder))
+    draw(results, ROOT / "docs/benchmarks/soft_values.png")
+    (ROOT / "docs/benchmarks/soft_values.md").write_text(report(results))
+
+
+if __name__ == "__main__":
+    main()
