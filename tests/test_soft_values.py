@@ -6,6 +6,7 @@ import math
 import random
 from collections import defaultdict
 from dataclasses import dataclass
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -17,8 +18,8 @@ from test_two_processes import launch
 from tiny import VOCABULARY, perturb, save, tokenizer
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForSequenceClassification
 
-from tbrm_trl import SoftValue, TBRMConfig
-from tbrm_trl.soft_value import ConstantValue
+from tbrm_trl import SoftValue, TBRMConfig, bellman_residual, squared_residual_loss, trajectory_log_ratio
+from tbrm_trl.soft_value import ConstantValue, Rows
 from tbrm_trl.soft_value.log_mean_exp import log_mean_exp
 from tbrm_trl.trajectory import End, Trajectory, Use
 
@@ -321,9 +322,9 @@ def test_optimal_from_a_column(folder, tmp_path):
 def test_optimal_is_a2pos_loss(folder, tmp_path):
     """TRL's experimental A*-PO on the same trajectories: `(β₂ log-ratio − (r − V*))²`, its loss with β₂ = β.
 
-    Intended differences, none of which shows here: A2PO counts completions of equal length alike (so do we), keeps the
-    prompts whose samples all fail out by default (`soft_value_drop_unsolved`), has no loss mask for inserted tokens,
-    and fixes V* by the prompt's text, we by the row.
+    Intended differences, none of which shows here: A2PO drops prompts whose samples all fail by default (here
+    `soft_value_drop_unsolved`), sums over inserted tokens too, finds V* by the prompt's text (here by the row), takes the
+    mean of each micro-batch (here of the update), and its temperature does not enter the log-probabilities.
     """
     from trl.experimental.a2po import A2POConfig, A2POTrainer
 
@@ -510,6 +511,86 @@ def test_model(folder, tmp_path):
 
     assert len({round(value(t, None), 4) for t in seen.counted}) > 2
     check(seen, value)
+
+
+# ---- identities, float64 throughout: the library's own functions against each method's loss as published -----------
+
+
+def gradients(loss: torch.Tensor, *inputs: torch.Tensor) -> torch.Tensor:
+    return torch.cat([g.flatten() for g in torch.autograd.grad(loss, inputs, retain_graph=True)])
+
+
+def random_rows(soft_value: str, group: list[int], seed: int = 0, **changes):
+    """Rows of 12 trajectories in float64, and the residual of `soft_value` on them."""
+    draw = torch.Generator().manual_seed(seed)
+    numbers = {
+        name: torch.randn(12, generator=draw, dtype=torch.float64)
+        for name in ("policy_value", "ref_value", "log_ratio", "reward", "value")
+    }
+    numbers["log_ratio"].requires_grad_()
+    numbers |= changes
+    rows = Rows(**numbers, group=torch.tensor(group), counted=torch.ones(12, dtype=torch.bool), beta=BETA)
+    value = SoftValue.registry[soft_value](None)(rows)
+    return rows, bellman_residual(value, rows.log_ratio, rows.reward, BETA)
+
+
+EXACTLY = dict(rtol=1e-12, atol=1e-12)
+
+
+def test_rebel_copg_vargrad_and_gvpo_are_group():
+    rows, residual = random_rows("group", [0, 1, 2, 3, 4, 5] * 2)
+    ours = squared_residual_loss(BETA * residual, rows.counted, 12)
+    d = BETA * rows.log_ratio - rows.reward  # (12,) rows i and i + 6 are a pair
+    rebel = (d[:6] - d[6:]).square().mean()  # also CoPG's, with another reference
+    torch.testing.assert_close(4 * ours, rebel, **EXACTLY)
+    torch.testing.assert_close(4 * gradients(ours, rows.log_ratio), gradients(rebel, rows.log_ratio), **EXACTLY)
+
+    rows, residual = random_rows("group", [0, 1, 2] * 4)
+    ours = squared_residual_loss(BETA * residual, rows.counted, 12)
+    d = (BETA * rows.log_ratio - rows.reward).reshape(4, 3)  # (k, groups)
+    vargrad, gvpo = d.var(dim=0, correction=0).mean(), d.var(dim=0, correction=1).mean()
+    torch.testing.assert_close(ours, vargrad, **EXACTLY)
+    torch.testing.assert_close(4 / 3 * ours, gvpo, **EXACTLY)
+    torch.testing.assert_close(gradients(ours, rows.log_ratio), gradients(vargrad, rows.log_ratio), **EXACTLY)
+    torch.testing.assert_close(4 / 3 * gradients(ours, rows.log_ratio), gradients(gvpo, rows.log_ratio), **EXACTLY)
+
+
+def test_policy_is_algorithm_1():
+    """`logit(s_1, a_1) + Σ_{h≥2} log π − log π_ref − R/β`: V_θ(s_1) + log π(a_1) is the raw logit of the first "
+    "token."""
+    draw = torch.Generator().manual_seed(1)
+    logits = torch.randn(12, 5, 7, generator=draw, dtype=torch.float64).requires_grad_()  # (B, T, vocabulary)
+    actions = torch.randint(7, (12, 5), generator=draw)
+    ref_log_probs = torch.randn(12, 5, generator=draw, dtype=torch.float64)
+    log_probs = logits.log_softmax(dim=-1).gather(2, actions[:, :, None])[:, :, 0]  # (B, T)
+    log_ratio = trajectory_log_ratio(log_probs, ref_log_probs, torch.ones_like(actions))
+    value = logits[:, 0].logsumexp(dim=-1)
+    rows, residual = random_rows("policy", [0] * 12, policy_value=value, log_ratio=log_ratio)
+    ours = squared_residual_loss(residual, rows.counted, 12)
+    first = logits[:, 0].gather(1, actions[:, :1])[:, 0]
+    theirs = (first + log_probs[:, 1:].sum(dim=1) - ref_log_probs.sum(dim=1) - rows.reward / BETA).square().mean()
+    torch.testing.assert_close(ours, theirs, **EXACTLY)
+    torch.testing.assert_close(gradients(ours, logits), gradients(theirs, logits), **EXACTLY)
+
+
+def test_a2po_is_optimal():
+    """TRL's experimental A2POTrainer on tensors of ours: its β₂ is β, its loss in reward units, its mean over rows."""
+    from trl.experimental.a2po import A2POTrainer
+
+    rows, residual = random_rows("optimal", [0] * 12)
+    ours = squared_residual_loss(BETA * residual, rows.counted, 12)
+    peer = object.__new__(A2POTrainer)
+    peer.args = SimpleNamespace(beta2=BETA)
+    peer.model = torch.nn.Linear(1, 1)
+    peer._metrics = {"train": defaultdict(list)}
+    peer.accelerator = SimpleNamespace(gather=lambda x: x, gather_for_metrics=lambda x: x)
+    ref_logps = torch.randn(12, dtype=torch.float64)
+    peer._get_sequence_logps = lambda *args: rows.log_ratio + ref_logps
+    inputs = dict.fromkeys(("input_ids", "attention_mask", "logits_to_keep"))
+    inputs |= {"ref_logps": ref_logps, "rewards": rows.reward, "v_star": rows.value}
+    theirs = peer.compute_loss(peer.model, inputs)
+    torch.testing.assert_close(ours, theirs, **EXACTLY)
+    torch.testing.assert_close(gradients(ours, rows.log_ratio), gradients(theirs, rows.log_ratio), **EXACTLY)
 
 
 # ---- nothing to learn ----------------------------------------------------------------------------------------------

@@ -197,8 +197,7 @@ def test_batch_mean(accumulation, folder, tmp_path):
 
 @pytest.mark.parametrize("soft_value", ["policy", "zero"])
 def test_group_mean(soft_value, folder, tmp_path):
-    """Of the prompt's rows, in whatever order and micro-batch they stand; one of them has no reward, and its partner "
-    "no mean."""
+    """Of the prompt's rows, in whatever order and micro-batch they stand. One has no reward; its partner no mean."""
     seen = one_update(
         folder, tmp_path, log(unscored=(3,)), lambda prompts, **kwargs: [None] * len(prompts), soft_value=soft_value,
         reward_baseline="group_mean", num_generations=2, per_device_train_batch_size=4, gradient_accumulation_steps=2,
