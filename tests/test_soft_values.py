@@ -323,8 +323,8 @@ def test_optimal_is_a2pos_loss(folder, tmp_path):
     """TRL's experimental A*-PO on the same trajectories: `(β₂ log-ratio − (r − V*))²`, its loss with β₂ = β.
 
     Intended differences, none of which shows here: A2PO drops prompts whose samples all fail by default (here
-    `soft_value_drop_unsolved`), sums over inserted tokens too, finds V* by the prompt's text (here by the row), takes the
-    mean of each micro-batch (here of the update), and its temperature does not enter the log-probabilities.
+    `soft_value_drop_unsolved`), sums over inserted tokens too, finds V* by the prompt's text (here by the row), takes
+    the mean of each micro-batch (here of the update), and its temperature does not enter the log-probabilities.
     """
     from trl.experimental.a2po import A2POConfig, A2POTrainer
 
