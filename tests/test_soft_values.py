@@ -15,7 +15,7 @@ from oracle import distance, logits_of
 from test_oracle import TOLERANCE, plain
 from test_trainer import build, letters
 from test_two_processes import launch
-from tiny import VOCABULARY, perturb, save, tokenizer
+from tiny import perturb, save, save_value_model, tokenizer
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForSequenceClassification
 
 from tbrm_trl import SoftValue, TBRMConfig, bellman_residual, squared_residual_loss, trajectory_log_ratio
@@ -493,16 +493,9 @@ def test_whole_groups_in_evaluation(folder, tmp_path):
 
 def test_model(folder, tmp_path):
     """A value model scores the tokens up to s_1, inserted ones included."""
-    torch.manual_seed(3)
-    config = LlamaConfig(
-        vocab_size=VOCABULARY, hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2,
-        num_labels=1, pad_token_id=0,
-    )  # fmt: skip
-    value_model = LlamaForSequenceClassification(config).eval()
-    value_model.save_pretrained(tmp_path / "value")
-    tokenizer().save_pretrained(tmp_path / "value")
-    seen = one_update(folder, tmp_path, soft_value="model", soft_value_model=str(tmp_path / "value"))
-    value_model.double()
+    of_values = save_value_model(tmp_path / "value", "llama")
+    seen = one_update(folder, tmp_path, soft_value="model", soft_value_model=of_values)
+    value_model = LlamaForSequenceClassification.from_pretrained(of_values).double()
 
     def value(trajectory, of):
         first = trajectory.loss_mask.tolist().index(True)

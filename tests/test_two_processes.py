@@ -16,7 +16,7 @@ from oracle import distance, solve
 from peft import LoraConfig
 from scripted import script, scripted_trainer
 from test_oracle import TOLERANCE, plain
-from tiny import perturb, save
+from tiny import perturb, save, save_value_model
 from transformers import AutoModelForCausalLM
 
 TESTS = Path(__file__).parent
@@ -88,11 +88,12 @@ def test_lora_gives_the_same_gradient(tmp_path):
     assert distance(strip(seen["gradients"]), one.recorder.gradients[0]) <= TOLERANCE
 
 
-@pytest.mark.parametrize("stage", [2, 3])
-def test_deepspeed_zero(stage, tmp_path):
+@pytest.mark.parametrize(("stage", "soft_value"), [(2, "policy"), (3, "policy"), (3, "model")])
+def test_deepspeed_zero(stage, soft_value, tmp_path):
     """ZeRO shards gradients (2) and parameters (3), the head's among them: two updates are those of one process.
 
-    The second one is off-policy and away from the reference, so its loss has every term of the residual.
+    The second one is off-policy and away from the reference, so its loss has every term of the residual. A value model
+    is whole on every process at any stage.
     """
     launcher_config = tmp_path / "zero.yaml"
     launcher_config.write_text(
@@ -101,6 +102,8 @@ def test_deepspeed_zero(stage, tmp_path):
         f"deepspeed_config: {{zero_stage: {stage}, gradient_accumulation_steps: 2, zero3_init_flag: {stage == 3}}}\n"
     )
     updates = dict(num_iterations=2, max_steps=2, learning_rate=0.01, lr_scheduler_type="constant")
+    if soft_value == "model":
+        updates |= dict(soft_value="model", soft_value_model=save_value_model(tmp_path / "value"))
     folder, rows, seen = two_processes(
         tmp_path,
         ["accelerate.commands.launch", "--config_file", str(launcher_config)],

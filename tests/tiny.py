@@ -10,6 +10,7 @@ from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
     PreTrainedModel,
     PreTrainedTokenizerFast,
 )
@@ -85,6 +86,15 @@ def save(folder: Path, architecture: str = "qwen2", pad_is_eos: bool = False, **
     if not (folder / "config.json").exists():
         tokenizer(pad_is_eos).save_pretrained(folder)
         model(architecture, **changes).save_pretrained(folder)
+    return str(folder)
+
+
+def save_value_model(folder: Path, architecture: str = "qwen2", seed: int = 3) -> str:
+    """Save a model that scores a text with one number."""
+    torch.manual_seed(seed)
+    config = AutoConfig.for_model(architecture, **_SIZES, num_labels=1)
+    AutoModelForSequenceClassification.from_config(config).save_pretrained(folder)
+    tokenizer().save_pretrained(folder)
     return str(folder)
 
 
