@@ -531,3 +531,8 @@ def test_groups_stand_whole_on_a_process(monkeypatch):
     assert (whole.drawn_together, whole.updated_together) == (2, 1)
     with pytest.raises(ValueError, match=r"1 rows \(per_device_train_batch_size 1 × gradient_accumulation_steps 1\)"):
         config(soft_value="group", num_generations=2, per_device_train_batch_size=1, steps_per_generation=4)
+
+
+def test_pessimism_about_one_function(folder, tmp_path):
+    with pytest.raises(ValueError, match=r"`reward_pessimism=1\.0` has no effect with one reward function"):
+        scripted_trainer(folder, script(), tmp_path, reward_pessimism=1.0)

@@ -178,6 +178,11 @@ class TBRMTrainer(ExactResume):
         self.ref_model: nn.Module | None
         self.train_dataset: Any
         self.beta = 0.0  # TRL's own reference pass stays off
+        if args.reward_pessimism and len(self.reward_funcs) == 1:
+            raise ValueError(
+                f"`reward_pessimism={args.reward_pessimism}` has no effect with one reward function: nothing can "
+                "disagree. Pass several, or list one several times."
+            )
 
         policy = self.model.get_base_model() if is_peft_model(self.model) else self.model
         check_vision(policy, self._is_vlm)
