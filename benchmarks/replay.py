@@ -24,6 +24,7 @@ import random
 import runpy
 import statistics
 import string
+import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterable
@@ -36,8 +37,7 @@ import matplotlib
 import torch
 import transformers
 from datasets import Dataset
-from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast, TrainerCallback
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, TrainerCallback
 from trl import GRPOConfig, GRPOTrainer, RLOOConfig, RLOOTrainer
 
 from tbrm_trl import TBRMConfig, TBRMTrainer
@@ -47,6 +47,9 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
 ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT / "tests"))
+import tiny  # noqa: E402
+
 PACKAGES = ("torch", "transformers", "trl", "accelerate", "datasets", "reasoning-gym", "tbrm-trl")
 
 
@@ -179,38 +182,13 @@ HELD_OUT = 128
 NOISE = 0.5  # share of a demonstration's letters that are replaced by random ones
 
 
-def tiny_tokenizer() -> PreTrainedTokenizerFast:
-    """One token per letter."""
-    words = ["<pad>", "<eos>", "<bos>", *LETTERS]
-    backend = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="<pad>"))
-    backend.pre_tokenizer = pre_tokenizers.Split(Regex("."), "isolated")
-    backend.decoder = decoders.Fuse()
-    return PreTrainedTokenizerFast(
-        tokenizer_object=backend, pad_token="<pad>", eos_token="<eos>", bos_token="<bos>", padding_side="left"
-    )
-
-
 def demonstrated_model(rows: torch.Tensor, answer_length: int, tokenizer, steps: int) -> PreTrainedModel:
     """A model from random weights that has seen noisy demonstrations, so that it starts at a few percent.
 
     Without them, no trajectory would ever be right and nothing could be learned from a reward of 0 or 1.
     """
-    config = AutoConfig.for_model(
-        "llama",
-        vocab_size=len(tokenizer),
-        hidden_size=32,
-        intermediate_size=48,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        head_dim=8,
-        max_position_embeddings=64,
-        pad_token_id=tokenizer.pad_token_id,
-        eos_token_id=tokenizer.eos_token_id,
-        bos_token_id=tokenizer.bos_token_id,
-        initializer_range=0.05,
-        tie_word_embeddings=True,
-    )
+    sizes = {"vocab_size": len(tokenizer), "max_position_embeddings": 64, "initializer_range": 0.05}
+    config = AutoConfig.for_model("llama", **{**tiny.ARCHITECTURES["llama"], **sizes})
     model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
     optimizer = torch.optim.Adam(model.parameters(), lr=3e-3)
     first_letter = len(tokenizer) - len(LETTERS)
@@ -239,7 +217,7 @@ def sorting_task(run: Run, settings: Settings, folder: Path) -> Task:
     words = words[::2] if run.stage == "selection" else words[1::2]
     held_out, train = words[:HELD_OUT], words[HELD_OUT:]
 
-    tokenizer = tiny_tokenizer()
+    tokenizer = tiny.tokenizer(alphabet=LETTERS)
     answers = {word: [*tokenizer("".join(sorted(word)))["input_ids"], tokenizer.eos_token_id] for word in words}
     answer_length = WORD_LENGTH + 1
 

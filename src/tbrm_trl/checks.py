@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import warnings
-from typing import TYPE_CHECKING, Literal, get_args
+from typing import TYPE_CHECKING
 
 from .soft_value import SoftValue
 from .trl_options import REFUSED
@@ -12,13 +12,15 @@ from .trl_options import REFUSED
 if TYPE_CHECKING:
     from .config import TBRMConfig
 
-LossUnits = Literal["reward", "logits"]
-ReferencePolicy = Literal["initial", "previous"]
-ReplaySampling = Literal["uniform", "prioritized"]
-RewardBaseline = Literal["none", "group_mean", "batch_mean"]
-Truncation = Literal["terminal", "mask", "bootstrap"]
-Residual = Literal["trajectory", "token"]
-TokenSelection = Literal["scatter", "cut"]
+CHOICES = {
+    "loss_units": ("reward", "logits"),
+    "reference": ("initial", "previous"),
+    "replay_sampling": ("uniform", "prioritized"),
+    "reward_baseline": ("none", "group_mean", "batch_mean"),
+    "residual": ("trajectory", "token"),
+    "token_selection": ("scatter", "cut"),
+    "truncation": ("terminal", "mask", "bootstrap"),
+}
 
 
 def refuse_options_without_meaning(args: TBRMConfig) -> None:
@@ -48,18 +50,8 @@ def check_residual_options(args: TBRMConfig) -> None:
         )
     if not args.temperature > 0:
         raise ValueError(f"`temperature={args.temperature}` is refused: the policy is softmax(logits / temperature).")
-    for name, literal in (
-        ("loss_units", LossUnits),
-        ("reference", ReferencePolicy),
-        ("replay_sampling", ReplaySampling),
-        ("reward_baseline", RewardBaseline),
-        ("residual", Residual),
-        ("token_selection", TokenSelection),
-        ("truncation", Truncation),
-        ("soft_value", None),
-    ):
-        allowed = get_args(literal) or tuple(SoftValue.registry)
-        if getattr(args, name) not in (allowed if name != "truncation" else (None, *allowed)):
+    for name, allowed in {**CHOICES, "soft_value": tuple(SoftValue.registry)}.items():
+        if getattr(args, name) not in allowed:
             raise ValueError(f"`{name}={getattr(args, name)!r}` is unknown. Choose one of {', '.join(allowed)}.")
     if args.num_generations < 1:
         raise ValueError(f"`num_generations={args.num_generations}` is refused: at least 1 rollout per prompt.")
@@ -114,8 +106,7 @@ def check_soft_value(args: TBRMConfig) -> None:
         able = [name for name, one in SoftValue.registry.items() if one.bootstraps]
         raise ValueError(
             f'`truncation="bootstrap"` with `soft_value={args.soft_value!r}` is refused: it gives no value of the '
-            "state "
-            f"after the cut (`bootstraps`). Use {' or '.join(able)}, or truncation='mask'."
+            f"state after the cut (`bootstraps`). Use {' or '.join(able)}, or truncation='mask'."
         )
     estimator.check(args)
     check_groups(args)

@@ -240,8 +240,8 @@ class TBRMConfig(GRPOConfig):
 
     def __post_init__(self):
         checks.refuse_options_without_meaning(self)
-        checks.check_residual_options(self)
         self._settle_truncation()
+        checks.check_residual_options(self)
         try:
             super().__post_init__()
         except ValueError as error:

@@ -52,8 +52,9 @@ def prompt_numbers(dataset: Dataset, logged: np.ndarray) -> np.ndarray:
     numbers: dict[str, int] = {}
     of_row = np.full(len(dataset), -1)
     names = [name for name in ("prompt_ids", "prompt") if name in dataset.column_names]
+    prompts = dataset.select_columns(names)
     for index in np.flatnonzero(logged).tolist():
-        row = dataset[index]
+        row = prompts[index]
         prompt = next(row[name] for name in names if row[name] is not None)
         of_row[index] = numbers.setdefault(json.dumps(prompt), len(numbers))
     return of_row

@@ -16,6 +16,11 @@ def at_least_float32(tensor: Tensor) -> Tensor:
     return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
 
 
+def sum_over(mask: Tensor, per_token: Tensor) -> Tensor:
+    """`(B,)` sums of `(B, T)` values over the tokens where the mask is true, in float32 or wider."""
+    return torch.where(mask, at_least_float32(per_token), 0.0).sum(dim=-1)
+
+
 def trajectory_log_ratio(policy_logps: Tensor, ref_logps: Tensor, mask: Tensor) -> Tensor:
     """Sum of the per-token log-ratios over the tokens that the policy chose: `Σ_h m_h (log π_θ − log π_ref)`.
 
@@ -38,8 +43,7 @@ def trajectory_log_ratio(policy_logps: Tensor, ref_logps: Tensor, mask: Tensor) 
             f"policy_logps {tuple(policy_logps.shape)}, ref_logps {tuple(ref_logps.shape)} and mask "
             f"{tuple(mask.shape)} must have one shape (B, T)."
         )
-    per_token = at_least_float32(policy_logps) - at_least_float32(ref_logps)  # (B, T)
-    return torch.where(mask.bool(), per_token, 0.0).sum(dim=-1)  # (B,)
+    return sum_over(mask.bool(), at_least_float32(policy_logps) - at_least_float32(ref_logps))  # (B,)
 
 
 def bellman_residual(soft_value: Tensor, log_ratio: Tensor, reward: Tensor, beta: float) -> Tensor:

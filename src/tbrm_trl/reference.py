@@ -205,8 +205,8 @@ def score_reference(
         score: padded batch → scores of the reference.
         filler: what is run where this process has fewer forwards to make; its scores are not kept.
     """
-    chunks = list(by_length(stale, size))
-    for chunk in chunks:
+    by_forward = by_length(stale, size)
+    for chunk in by_forward:
         scores = score(collate(chunk))
         log_probs, soft_values = scores.log_probs.cpu(), scores.soft_value.tolist()
         end_values = [None] * len(chunk) if scores.end_value is None else scores.end_value.tolist()
@@ -214,7 +214,7 @@ def score_reference(
             trajectory.ref_log_probs = row[len(trajectory.prompt_ids) : len(trajectory)].clone()
             trajectory.ref_soft_value, trajectory.ref_end_value = soft_value, end_value
             trajectory.ref_key = key
-    for _ in range(forwards - len(chunks)):
+    for _ in range(forwards - len(by_forward)):
         score(collate([filler]))
 
 

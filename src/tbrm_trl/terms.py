@@ -7,7 +7,7 @@ import math
 import torch
 from torch import Tensor
 
-from .objective import at_least_float32
+from .objective import at_least_float32, sum_over
 
 
 def success_nll(log_probs: Tensor, mask: Tensor, reward: Tensor, threshold: float) -> Tensor:
@@ -24,8 +24,7 @@ def success_nll(log_probs: Tensor, mask: Tensor, reward: Tensor, threshold: floa
 
     Source: arXiv 2405.16436 (a supervised term as a guard against over-optimisation).
     """
-    nll = -torch.where(mask, at_least_float32(log_probs), 0.0).sum(dim=1)  # (B,)
-    return torch.where(reward >= threshold, nll, 0.0)
+    return torch.where(reward >= threshold, -sum_over(mask, log_probs), 0.0)
 
 
 def advantage_weighted_entropy(entropy: Tensor, mask: Tensor, residual: Tensor, beta: float) -> Tensor:
@@ -44,8 +43,7 @@ def advantage_weighted_entropy(entropy: Tensor, mask: Tensor, residual: Tensor, 
 
     Source: IBRO, arXiv 2507.18391.
     """
-    total = torch.where(mask, at_least_float32(entropy), 0.0).sum(dim=1)  # (B,)
-    return -beta * residual.detach() * total
+    return -beta * residual.detach() * sum_over(mask, entropy)
 
 
 def subset_surrogate(residual: Tensor, value: Tensor, log_probs: Tensor, chosen: Tensor, probability: Tensor) -> Tensor:
@@ -63,7 +61,7 @@ def subset_surrogate(residual: Tensor, value: Tensor, log_probs: Tensor, chosen:
 
     Source: after arXiv 2504.20834.
     """
-    weighted = torch.where(chosen, at_least_float32(log_probs) / probability.clamp(min=1e-30), 0.0).sum(dim=1)  # (B,)
+    weighted = sum_over(chosen, at_least_float32(log_probs) / probability.clamp(min=1e-30))  # (B,)
     slope = 2 * residual.detach() * (value + weighted)  # (B,)
     return residual.detach().square() + (slope - slope.detach())
 

@@ -52,7 +52,7 @@ from .startup import (
     warn_of_soft_value,
     without,
 )
-from .trajectory import Batch, Source, Trajectory, Use, collate, numbers, random_order
+from .trajectory import Batch, Source, Trajectory, Use, chunks, collate, numbers, random_order
 
 
 class TBRMTrainer(ExactResume):
@@ -341,8 +341,7 @@ class TBRMTrainer(ExactResume):
             self._save_rollouts(rollouts)
         together = self.args.updated_together
         if self._replay is not None:
-            for first in range(0, len(rollouts), together):
-                group = rollouts[first : first + together]
+            for group in chunks(rollouts, together):
                 if all(self._loss.left_out(trajectory) is None for trajectory in group):
                     self._replay.add(group)
         return [window[i] for i in random_order(len(window), together)]
@@ -356,8 +355,7 @@ class TBRMTrainer(ExactResume):
             for trajectory in trajectories:
                 trajectory.baseline = total / max(count, 1)
         elif baseline == "group_mean":
-            for first in range(0, len(trajectories), group_size):
-                group = trajectories[first : first + group_size]
+            for group in chunks(trajectories, group_size):
                 rewards = [reward_of(trajectory) for trajectory in group]
                 alone = sum(not math.isnan(reward) for reward in rewards) < 2  # its own reward would be its baseline
                 for trajectory in group:
@@ -372,7 +370,7 @@ class TBRMTrainer(ExactResume):
         """
         whole = self.args.per_device_train_batch_size % self.args.updated_together == 0
         together = self.args.updated_together if whole else 1
-        blocks = [uses[first : first + together] for first in range(0, len(uses), together)]
+        blocks = chunks(uses, together)
         blocks.sort(key=lambda block: max(len(use.trajectory) for use in block), reverse=True)
         return [use for block in blocks for use in block]
 
@@ -380,8 +378,7 @@ class TBRMTrainer(ExactResume):
         """Where groups do not stand whole in a micro-batch, their soft value takes a pass of its own."""
         size = self.args.per_device_train_batch_size
         if size % self.args.updated_together:
-            parts = [uses[first : first + size] for first in range(0, len(uses), size)]
-            batches = ((part, self._collate([use.trajectory for use in part])) for part in parts)
+            batches = ((part, self._collate([use.trajectory for use in part])) for part in chunks(uses, size))
             self._loss.value_beforehand(batches, partial(self._score, self.model))
 
     # ---- score -------------------------------------------------------------------------------------------------

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from enum import Enum
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -185,11 +186,17 @@ def numbers(values: Sequence[float | None], device: torch.device | str = "cpu") 
     return torch.tensor([torch.nan if v is None else v for v in values], dtype=torch.float32, device=device)
 
 
-def by_length(trajectories: Sequence[Trajectory], size: int) -> Iterator[list[Trajectory]]:
+Item = TypeVar("Item")
+
+
+def chunks(items: Sequence[Item], size: int) -> list[Sequence[Item]]:
+    """Neighbours together, `size` at a time; the last chunk may be smaller."""
+    return [items[first : first + size] for first in range(0, len(items), size)]
+
+
+def by_length(trajectories: Sequence[Trajectory], size: int) -> list[Sequence[Trajectory]]:
     """Chunks of at most `size` trajectories of similar length, so that little of a chunk is padding."""
-    ordered = sorted(trajectories, key=len)
-    for start in range(0, len(ordered), size):
-        yield ordered[start : start + size]
+    return chunks(sorted(trajectories, key=len), size)
 
 
 def random_order(count: int, together: int = 1) -> list[int]:

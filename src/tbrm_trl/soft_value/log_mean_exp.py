@@ -7,7 +7,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from ..trajectory import Trajectory
+from ..trajectory import Trajectory, chunks
 from .base import ConstantValue
 
 
@@ -44,8 +44,7 @@ class LogMeanExpValue(ConstantValue):
 
     def on_window(self, trajectories: Sequence[Trajectory], rows: Sequence[Mapping[str, Any]], group_size: int) -> None:
         temperature = self.args.soft_value_beta or self.args.beta
-        for first in range(0, len(trajectories), group_size):
-            group = trajectories[first : first + group_size]
+        for group in chunks(trajectories, group_size):
             rewards = [r for t in group if not math.isnan(r := self.args.reward_of(t))]
             for trajectory in group:
                 alone = len(rewards) < 2  # its own reward would be its value

@@ -10,7 +10,7 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer
 from transformers.integrations import deepspeed as hf_deepspeed
 from transformers.integrations import is_deepspeed_zero3_enabled
 
-from ..trajectory import Trajectory
+from ..trajectory import Trajectory, chunks
 from .base import ConstantValue
 
 if TYPE_CHECKING:
@@ -59,11 +59,9 @@ class ModelValue(ConstantValue):
         size = self.args.per_device_train_batch_size
         # Prompts of one length at a time: no padding, whose place would depend on the architecture.
         for _, same_length in groupby(sorted(set(states), key=len), key=len):
-            alike = list(same_length)
-            for first in range(0, len(alike), size):
-                ids = torch.tensor(alike[first : first + size], device=self.model.device)  # (B, P)
-                scores = self.model(ids).logits.flatten()  # (B,)
-                values |= dict(zip(alike[first : first + size], scores.float().tolist(), strict=True))
+            for alike in chunks(list(same_length), size):
+                scores = self.model(torch.tensor(alike, device=self.model.device)).logits.flatten()  # (B,)
+                values |= dict(zip(alike, scores.float().tolist(), strict=True))
         for trajectory, state in zip(trajectories, states, strict=True):
             trajectory.value = values[state]
 

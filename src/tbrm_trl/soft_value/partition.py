@@ -58,8 +58,7 @@ class PartitionValue(ConstantValue):
         if not trainer._logged_bring_scores:
             raise ValueError(
                 '`soft_value="partition"` needs the reference\'s score of every completion before training, which '
-                "adapters "
-                "under DeepSpeed or FSDP do not give. Train the full model, or launch without them."
+                "adapters under DeepSpeed or FSDP do not give. Train the full model, or launch without them."
             )
         completions: dict[bytes, dict[bytes, tuple[float, list[float]]]] = defaultdict(dict)
         for trajectory in map(logged_trajectory, trainer.train_dataset):
