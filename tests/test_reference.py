@@ -76,7 +76,7 @@ def test_a_replayed_trajectory_is_scored_again_only_by_another_reference(tmp_pat
     compute_loss = trainer._compute_loss
 
     def keep(model, inputs):
-        updates.append(([use.trajectory for use in inputs["uses"]], counted))
+        updates.append(([use.trajectory for part in inputs["microbatches"] for use in part], counted))
         return compute_loss(model, inputs)
 
     monkeypatch.setattr(trainer, "_compute_loss", keep)

@@ -72,7 +72,7 @@ class Seen:
         return [use.trajectory for use in self.uses if use.left_out is None]
 
 
-def one_update(folder, tmp_path, rows=None, reward_funcs=None, **options) -> Seen:
+def one_update(folder, tmp_path, rows=None, reward_funcs=None, watch=None, **options) -> Seen:
     rows = log() if rows is None else rows
     defaults = dict(beta=BETA, learning_rate=0.0, max_steps=1, max_grad_norm=0.0, per_device_train_batch_size=8)
     data = Dataset.from_list(rows)
@@ -80,6 +80,8 @@ def one_update(folder, tmp_path, rows=None, reward_funcs=None, **options) -> See
     reference = plain(AutoModelForCausalLM.from_pretrained(folder))
     perturb(trainer.model)
     updates = watch_updates(trainer)
+    if watch is not None:
+        watch(trainer)
     trainer.train()
     loss = trainer.state.log_history[0]["loss"]
     return Seen(loss, trainer.recorder.gradients[0], updates[0], plain(trainer.model), reference, trainer)
@@ -712,21 +714,3 @@ def test_an_estimator_of_ones_own(folder, tmp_path):
         del SoftValue.registry["half"]
     check(seen, lambda t, of: 0.5 * of.value)
     assert all(t.end in (End.EOS, End.LENGTH) for t in seen.counted)
-
-
-@pytest.mark.parametrize("soft_value", ["calibrated", "group"])
-def test_micro_batches_hold_rows_of_similar_length(soft_value, folder, tmp_path):
-    """The longest first; groups that fit into a micro-batch stay whole, and are sorted by their longest."""
-    together = 2 if soft_value == "group" else 1
-    seen = one_update(
-        folder, tmp_path, soft_value=soft_value, num_generations=2, per_device_train_batch_size=2,
-        gradient_accumulation_steps=4,
-    )  # fmt: skip
-    lengths = [len(use.trajectory) for use in seen.uses]
-    assert len(set(lengths)) > 3
-    longest = [max(lengths[i : i + together]) for i in range(0, 8, together)]
-    assert longest == sorted(longest, reverse=True)
-    if together == 2:
-        assert all(a.group == b.group for a, b in zip(seen.uses[::2], seen.uses[1::2], strict=True))
-    padded = sum(2 * max(lengths[i : i + 2]) for i in range(0, 8, 2))
-    assert seen.trainer.state.log_history[0]["pad_fraction"] == pytest.approx(1 - sum(lengths) / padded)

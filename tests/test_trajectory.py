@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 
-from tbrm_trl.trajectory import End, Trajectory, by_length, collate
+from tbrm_trl.trajectory import End, MicrobatchSize, Trajectory, collate
 
 
 def trajectory(prompt: list[int], completion: list[int], mask: list[int] | None = None, **fields) -> Trajectory:
@@ -43,10 +43,42 @@ def test_pad_to_multiple():
     assert collate([trajectory([1, 2], [3])], pad_token_id=0, pad_to_multiple_of=8).input_ids.shape == (1, 8)
 
 
-def test_chunks_by_length():
-    lengths = [7, 2, 5, 3, 2]
-    chunks = list(by_length([trajectory([1] * n, [2]) for n in lengths], 2))
-    assert [[len(t) for t in chunk] for chunk in chunks] == [[3, 3], [4, 6], [8]]
+def lengths_of(batches):
+    return [[len(row) for row in batch] for batch in batches]
+
+
+def rows_of(*lengths):
+    return ["x" * length for length in lengths]
+
+
+def test_microbatches_of_so_many_rows():
+    assert lengths_of(MicrobatchSize(2).split(rows_of(7, 2, 5, 3, 2))) == [[7, 5], [3, 2], [2]]
+    in_pairs = MicrobatchSize(4).split(rows_of(1, 8, 5, 5, 7, 2), together=2)  # the pairs' longest: 8, 5, 7
+    assert lengths_of(in_pairs) == [[1, 8, 7, 2], [5, 5]]
+
+
+@pytest.mark.parametrize(
+    ("size", "expected"),
+    [
+        (MicrobatchSize(1, tokens=12), [[7], [5, 3], [2, 2]]),  # 7 rows of 2 would be 14
+        (MicrobatchSize(1, tokens=12, packed=True), [[7, 5], [3, 2, 2]]),
+        (MicrobatchSize(1, tokens=12, multiple=4), [[7], [5], [3, 2, 2]]),  # 5 is as wide as 8
+        (MicrobatchSize(1, tokens=6), [[7], [5], [3, 2], [2]]),  # a row above the budget is by itself
+        (MicrobatchSize(1, tokens=1), [[7], [5], [3], [2], [2]]),
+    ],
+)
+def test_microbatches_of_so_many_tokens(size, expected):
+    assert lengths_of(size.split(rows_of(7, 2, 5, 3, 2))) == expected
+
+
+def test_microbatches_are_spread_over_as_many_as_others_have():
+    size, rows = MicrobatchSize(1, tokens=30), rows_of(3, 3, 3, 2, 2, 2)
+    batches = size.split(rows)
+    assert lengths_of(batches) == [[3, 3, 3, 2, 2, 2]]
+    assert lengths_of(size.spread(batches, 2)) == [[3, 3, 3], [2, 2, 2]]
+    assert lengths_of(size.spread(batches, 6)) == [[3], [3], [3], [2], [2], [2]]
+    assert lengths_of(size.spread(batches, 3, together=2)) == [[3, 3], [3, 2], [2, 2]]
+    assert not size.keeps_whole(rows_of(9, 9, 9, 9), together=4) and size.keeps_whole(rows_of(9, 9, 2, 2), together=2)
 
 
 def test_bad_trajectories_are_refused():

@@ -86,6 +86,20 @@ def check_batch_arithmetic(args: TBRMConfig) -> None:
         )
 
 
+def check_microbatches(args: TBRMConfig) -> None:
+    tokens, rows = args.max_tokens_per_microbatch, args.per_device_train_batch_size * args.gradient_accumulation_steps
+    if tokens is None:
+        return
+    if tokens < 1:
+        raise ValueError(f"`max_tokens_per_microbatch={tokens}` must be at least 1, or None for a number of rows.")
+    if args.gradient_accumulation_steps > 1:
+        raise ValueError(
+            f"`max_tokens_per_microbatch={tokens}` divides an update into micro-batches itself: set "
+            f"gradient_accumulation_steps=1 and per_device_train_batch_size={rows}, the rows of an update on each "
+            "device. (steps_per_generation then counts updates.)"
+        )
+
+
 def check_soft_value(args: TBRMConfig) -> None:
     estimator = SoftValue.registry[args.soft_value]
     for other in SoftValue.registry.values():

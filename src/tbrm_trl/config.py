@@ -9,7 +9,7 @@ from trl import GRPOConfig
 
 from . import checks
 from .soft_value import SoftValue
-from .trajectory import End, Trajectory
+from .trajectory import End, MicrobatchSize, Trajectory
 
 _SAMPLING_FILTERS = ("top_p", "top_k", "min_p", "repetition_penalty")
 # What `generation_kwargs` may set without changing the sampled distribution.
@@ -88,6 +88,14 @@ class TBRMConfig(GRPOConfig):
             right on average (after arXiv 2504.20834). It costs a second forward without gradient.
         token_selection (`"scatter"` or `"cut"`, *optional*, defaults to `"scatter"`):
             Which: a random subset, or all tokens before a random cut, after which no activation is kept.
+
+        > Parameters that size the step
+
+        max_tokens_per_microbatch (`int` or `None`, *optional*):
+            Tokens of one forward and backward, padding included. An update's `per_device_train_batch_size` rows are
+            then divided into micro-batches of rows of similar length, as few as hold them, equally many on every
+            process; a longer row is one by itself. `gradient_accumulation_steps` must be 1. By default each micro-batch
+            has `per_device_train_batch_size` rows, and an update takes `gradient_accumulation_steps` of them.
 
         > Parameters that control replay
 
@@ -197,6 +205,13 @@ class TBRMConfig(GRPOConfig):
         default="reward",
         metadata={"help": "'reward': mean of (beta*residual)^2; 'logits': mean of residual^2, the paper's scale."},
     )
+    max_tokens_per_microbatch: int | None = field(
+        default=None,
+        metadata={
+            "help": "Tokens of one forward and backward, padding included; per_device_train_batch_size rows are then "
+            "one update, divided by length."
+        },
+    )
     replay_buffer_size: int = field(
         default=0, metadata={"help": "Trajectories in the replay buffer, over all processes; 0 is no buffer."}
     )
@@ -251,6 +266,7 @@ class TBRMConfig(GRPOConfig):
             if not (self.num_generations == 1 and str(error).startswith("GRPO requires at least 2 generations")):
                 raise
         checks.check_batch_arithmetic(self)
+        checks.check_microbatches(self)
         checks.check_soft_value(self)
         checks.check_terms(self)
         checks.check_reference(self)
@@ -276,6 +292,13 @@ class TBRMConfig(GRPOConfig):
     def rows_per_update(self) -> int:
         """Trajectories of one optimizer step, over all processes."""
         return self.per_device_train_batch_size * self.world_size * self.gradient_accumulation_steps
+
+    @property
+    def microbatch_size(self) -> MicrobatchSize:
+        """What one forward of training takes."""
+        return MicrobatchSize(
+            self.per_device_train_batch_size, self.max_tokens_per_microbatch, multiple=self.pad_to_multiple_of or 1
+        )
 
     @property
     def fresh_updates(self) -> int:

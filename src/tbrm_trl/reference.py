@@ -25,7 +25,7 @@ from trl.trainer.utils import use_adapter
 from .logged import logged_trajectory
 from .scoring import TrajectoryScores
 from .storage import read_trajectories, write_trajectories
-from .trajectory import Batch, Trajectory, by_length
+from .trajectory import Batch, Trajectory
 
 ADAPTER = "ref"  # TRL's name for it
 _SCORES = ("ref_log_probs", "ref_soft_value", "ref_end_value", "ref_key")  # columns of a scored log
@@ -186,8 +186,7 @@ class SyncReference(TrainerCallback):
 
 @torch.no_grad()
 def score_reference(
-    stale: Sequence[Trajectory],
-    size: int,
+    batches: Sequence[Sequence[Trajectory]],
     forwards: int,
     key: str,
     collate: Callable[[Sequence[Trajectory]], Batch],
@@ -197,24 +196,22 @@ def score_reference(
     """Write log π_ref, V_ref(s_1) and their key onto each trajectory: both numbers from the same forward.
 
     Args:
-        stale: trajectories to score.
-        size: most trajectories of one forward.
+        batches: trajectories to score, those of one forward together.
         forwards: how many to run, the same on every process: sharded models need all of them at each.
         key: of the reference that scores.
         collate: trajectories → padded batch.
         score: padded batch → scores of the reference.
         filler: what is run where this process has fewer forwards to make; its scores are not kept.
     """
-    by_forward = by_length(stale, size)
-    for chunk in by_forward:
-        scores = score(collate(chunk))
+    for batch in batches:
+        scores = score(collate(batch))
         log_probs, soft_values = scores.log_probs.cpu(), scores.soft_value.tolist()
-        end_values = [None] * len(chunk) if scores.end_value is None else scores.end_value.tolist()
-        for trajectory, row, soft_value, end_value in zip(chunk, log_probs, soft_values, end_values, strict=True):
+        end_values = [None] * len(batch) if scores.end_value is None else scores.end_value.tolist()
+        for trajectory, row, soft_value, end_value in zip(batch, log_probs, soft_values, end_values, strict=True):
             trajectory.ref_log_probs = row[len(trajectory.prompt_ids) : len(trajectory)].clone()
             trajectory.ref_soft_value, trajectory.ref_end_value = soft_value, end_value
             trajectory.ref_key = key
-    for _ in range(forwards - len(by_forward)):
+    for _ in range(forwards - len(batches)):
         score(collate([filler]))
 
 

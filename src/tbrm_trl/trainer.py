@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import math
 import textwrap
-from collections.abc import Callable, Sequence, Sized
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator, Sequence, Sized
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, ClassVar
@@ -52,7 +52,7 @@ from .startup import (
     warn_of_soft_value,
     without,
 )
-from .trajectory import Batch, Source, Trajectory, Use, chunks, collate, numbers, random_order
+from .trajectory import Batch, MicrobatchSize, Source, Trajectory, Use, chunks, collate, numbers, random_order
 
 
 class TBRMTrainer(ExactResume):
@@ -70,7 +70,7 @@ class TBRMTrainer(ExactResume):
     overridden methods are
 
     - `_prepare_inputs`: collects the trajectories of an optimizer step, and scores the reference where it has not;
-    - `_compute_loss`: the residual;
+    - `_compute_loss`: the residual, one micro-batch after the other;
     - `log`: adds the residual's metrics to TRL's;
     - those of [`~sources.TrajectorySources`], which makes trajectories of rows, and of [`~resume.ExactResume`].
 
@@ -200,7 +200,7 @@ class TBRMTrainer(ExactResume):
         self.mask_truncated_completions = False
 
         self._window: list[Trajectory] = []  # of the current generation window, on this process
-        self._uses: list[Use] = []  # of the current update, on this process
+        self._microbatches: list[list[Use]] = []  # of the current update, on this process
         self._counted_in_step = 0  # trajectories that count in the current update, over all processes
         self._rows_drawn = self._rows_trained = 0  # by this process: into windows, and over all updates
         self._replay: ReplayBuffer | None = None
@@ -278,7 +278,7 @@ class TBRMTrainer(ExactResume):
         self._logged, self._window_parts = check_dataset(dataset, self.args)
         self.train_dataset = dataset
 
-    def _prepare_inputs(self, generation_batch: list[dict[str, Any]]) -> dict[str, list[Use]]:
+    def _prepare_inputs(self, generation_batch: list[dict[str, Any]]) -> dict[str, list[list[Use]]]:
         if not self.model.training:
             trajectories = self._roll_out(generation_batch)
             self._score_stale(trajectories)
@@ -286,12 +286,13 @@ class TBRMTrainer(ExactResume):
             together = self.num_generations_eval if self._soft_value.group == "ratios" else 1
             uses = _in_groups([Use(t, "fresh") for t in trajectories], together)
             self._counted_in_step = int(self._gather([self._loss.settle(uses)]).sum())
-            return {"uses": uses}
-        accumulation, size = self.args.gradient_accumulation_steps, self.args.per_device_train_batch_size
-        if self._step % accumulation == 0:
-            self._uses = self._collect(generation_batch)
-        first = self._step % accumulation * size
-        return {"uses": self._uses[first : first + size]}
+            return {"microbatches": [uses]}
+        micro_step = self._step % self.args.gradient_accumulation_steps
+        if micro_step == 0:
+            self._microbatches = self._microbatches_of(self._collect(generation_batch))
+        # The Trainer's micro-steps are micro-batches of so many rows. Sized by tokens, there are as many as there are.
+        by_tokens = self.args.max_tokens_per_microbatch is not None
+        return {"microbatches": self._microbatches if by_tokens else [self._microbatches[micro_step]]}
 
     def _collect(self, rows: list[dict[str, Any]]) -> list[Use]:
         """The trajectories of one update on this process: the next part of the window, or replayed ones."""
@@ -324,8 +325,6 @@ class TBRMTrainer(ExactResume):
         if self._replay is not None:
             metrics["replay/fill"].append(numbers_of_all[:, 2].sum().item())
             metrics["replay/updates_per_trajectory"].append(self._rows_trained / self._rows_drawn)
-        uses = self._by_length(uses)
-        self._value_split_groups(uses)
         return uses
 
     def _new_window(self, rows: list[dict[str, Any]]) -> list[Trajectory]:
@@ -362,24 +361,23 @@ class TBRMTrainer(ExactResume):
                     trajectory.baseline = math.nan if alone else mean_reward(rewards)
         self._soft_value.on_window(trajectories, rows, group_size)
 
-    def _by_length(self, uses: list[Use]) -> list[Use]:
-        """Rows of similar length next to each other, so that little of a micro-batch is padding.
+    def _microbatches_of(self, uses: list[Use]) -> list[list[Use]]:
+        """The update's micro-batches, equally many on every process; a sharded model's forward needs all of them.
 
-        The longest come first: what does not fit into memory fails at once. Groups stay whole where micro-batches can
-        hold whole ones.
+        Groups stay whole where micro-batches can hold them. Where not, their soft value takes a pass of its own.
         """
-        whole = self.args.per_device_train_batch_size % self.args.updated_together == 0
-        together = self.args.updated_together if whole else 1
-        blocks = chunks(uses, together)
-        blocks.sort(key=lambda block: max(len(use.trajectory) for use in block), reverse=True)
-        return [use for block in blocks for use in block]
-
-    def _value_split_groups(self, uses: Sequence[Use]) -> None:
-        """Where groups do not stand whole in a micro-batch, their soft value takes a pass of its own."""
-        size = self.args.per_device_train_batch_size
-        if size % self.args.updated_together:
-            batches = ((part, self._collate([use.trajectory for use in part])) for part in chunks(uses, size))
+        size, together = self.args.microbatch_size, self.args.updated_together
+        whole = size.keeps_whole(uses, together)
+        if size.tokens is not None and together > 1:
+            whole = bool(self._gather([whole]).all())
+        microbatches = size.split(uses, together if whole else 1)
+        if size.tokens is not None:
+            forwards = int(self._gather([len(microbatches)]).max())
+            microbatches = size.spread(microbatches, forwards, together if whole else 1)
+        if not whole:
+            batches = ((part, self._collate([use.trajectory for use in part])) for part in microbatches)
             self._loss.value_beforehand(batches, partial(self._score, self.model))
+        return microbatches
 
     # ---- score -------------------------------------------------------------------------------------------------
 
@@ -402,8 +400,9 @@ class TBRMTrainer(ExactResume):
         """Have π_ref score those of the trajectories that do not carry its scores; every process calls this."""
         stale = [t for t in {id(t): t for t in trajectories}.values() if self._is_stale(t)]
         args = self.args
-        size = args.per_device_train_batch_size if self.model.training else args.per_device_eval_batch_size
-        forwards = int(self._gather([math.ceil(len(stale) / size)]).max())
+        size = args.microbatch_size if self.model.training else MicrobatchSize(args.per_device_eval_batch_size)
+        batches = size.split(stale)
+        forwards = int(self._gather([len(batches)]).max())
         if not forwards:
             return
         policy: AbstractContextManager[nn.Module]
@@ -418,8 +417,7 @@ class TBRMTrainer(ExactResume):
             )
         with policy as reference:
             score_reference(
-                stale,
-                size,
+                batches,
                 forwards,
                 key,
                 self._collate,
@@ -430,7 +428,31 @@ class TBRMTrainer(ExactResume):
     # ---- update ------------------------------------------------------------------------------------------------
 
     def _compute_loss(self, model: nn.Module, inputs: dict[str, Any]) -> Tensor:
-        uses, args = inputs["uses"], self.args
+        """The loss of this step's micro-batches, of which all but the last are back-propagated here.
+
+        The gradients of processes are reduced in the last one's backward, which is the Trainer's.
+        """
+        *earlier, last = inputs["microbatches"]
+        done = torch.zeros((), device=self.accelerator.device)
+        for uses in earlier:
+            with self._reduction_deferred(model):
+                loss = self._loss_of(model, uses)
+                self.accelerator.backward(loss)
+            done += loss.detach()
+        return self._loss_of(model, last) + done
+
+    @contextmanager
+    def _reduction_deferred(self, model: nn.Module) -> Iterator[None]:
+        """Gradients stay on their process, as in the Trainer's own accumulation."""
+        self.accelerator.gradient_state._set_sync_gradients(False)
+        try:
+            with self.accelerator.no_sync(model):
+                yield
+        finally:
+            self.accelerator.gradient_state._set_sync_gradients(True)
+
+    def _loss_of(self, model: nn.Module, uses: list[Use]) -> Tensor:
+        args = self.args
         batch = self._collate([use.trajectory for use in uses])
         seen = self._loss(
             uses, batch, partial(self._score, model), in_part=self.model.training and args.token_fraction < 1
@@ -440,8 +462,8 @@ class TBRMTrainer(ExactResume):
         processes = self.accelerator.num_processes
         loss = processes * mean_over_counted(seen.loss, seen.rows.counted, self._counted_in_step, weight)
         if seen.aux_loss is not None:
-            accumulation = self.current_gradient_accumulation_steps if self.model.training else 1
-            loss = loss + self.router_aux_loss_coef * seen.aux_loss / accumulation
+            rows = len(uses) if not self.model.training else args.rows_per_update // args.world_size
+            loss = loss + self.router_aux_loss_coef * seen.aux_loss * len(uses) / rows
 
         self._record(step_totals(uses, batch, seen.scores, seen.rows, seen.soft_value, seen.residual))
         if self._replay is not None and self._replay.prioritized:

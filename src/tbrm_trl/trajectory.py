@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Sequence, Sized
 from dataclasses import dataclass, field, replace
 from enum import Enum
 from typing import TypeVar
@@ -109,6 +109,10 @@ class Use:
     left_out: str | None = None
     value: float | None = None
 
+    def __len__(self) -> int:
+        """Number of tokens."""
+        return len(self.trajectory)
+
 
 @dataclass
 class Batch:
@@ -187,6 +191,7 @@ def numbers(values: Sequence[float | None], device: torch.device | str = "cpu") 
 
 
 Item = TypeVar("Item")
+Row = TypeVar("Row", bound=Sized)
 
 
 def chunks(items: Sequence[Item], size: int) -> list[Sequence[Item]]:
@@ -194,9 +199,60 @@ def chunks(items: Sequence[Item], size: int) -> list[Sequence[Item]]:
     return [items[first : first + size] for first in range(0, len(items), size)]
 
 
-def by_length(trajectories: Sequence[Trajectory], size: int) -> list[Sequence[Trajectory]]:
-    """Chunks of at most `size` trajectories of similar length, so that little of a chunk is padding."""
-    return chunks(sorted(trajectories, key=len), size)
+@dataclass(frozen=True)
+class MicrobatchSize:
+    """How much one forward pass takes: so many rows, or so many tokens with the padding that they bring.
+
+    Attributes:
+        rows: most rows; not read where `tokens` is given.
+        tokens: most tokens. A longer row is a micro-batch of its own.
+        packed: rows stand end to end, without padding.
+        multiple: of which a padded batch's width is one.
+    """
+
+    rows: int
+    tokens: int | None = None
+    packed: bool = False
+    multiple: int = 1
+
+    def holds(self, rows: Sequence[Sized]) -> bool:
+        if self.tokens is None:
+            return len(rows) <= self.rows
+        return len(rows) == 1 or self._tokens_of(rows) <= self.tokens
+
+    def keeps_whole(self, rows: Sequence[Sized], together: int) -> bool:
+        """Whether micro-batches can hold blocks of `together` neighbours, and still be filled."""
+        if self.tokens is None:
+            return self.rows % together == 0
+        return all(self.holds(block) for block in chunks(rows, together))
+
+    def split(self, rows: Sequence[Row], together: int = 1) -> list[list[Row]]:
+        """As few micro-batches as hold the rows, the longest first: what does not fit into memory fails at once.
+
+        Rows of similar length share one, so that little of it is padding. Blocks of `together` neighbours stay whole.
+        """
+        blocks = sorted(chunks(rows, together), key=lambda block: max(map(len, block)), reverse=True)
+        batches: list[list[Row]] = []
+        for block in blocks:
+            if batches and self.holds(longer := [*batches[-1], *block]):
+                batches[-1] = longer
+            else:
+                batches.append(list(block))
+        return batches
+
+    def spread(self, batches: Sequence[list[Row]], count: int, together: int = 1) -> list[list[Row]]:
+        """The same rows in `count` micro-batches, where other processes need so many: the largest are halved."""
+        batches = list(batches)
+        while len(batches) < count:
+            divisible = [place for place, batch in enumerate(batches) if len(batch) > together]
+            place = max(divisible, key=lambda place: self._tokens_of(batches[place]))
+            middle = len(batches[place]) // together // 2 * together
+            batches[place : place + 1] = [batches[place][:middle], batches[place][middle:]]
+        return batches
+
+    def _tokens_of(self, rows: Sequence[Sized]) -> int:
+        lengths = [len(row) for row in rows]
+        return sum(lengths) if self.packed else len(rows) * (-(-max(lengths) // self.multiple) * self.multiple)
 
 
 def random_order(count: int, together: int = 1) -> list[int]:

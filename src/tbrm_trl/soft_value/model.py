@@ -10,7 +10,7 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer
 from transformers.integrations import deepspeed as hf_deepspeed
 from transformers.integrations import is_deepspeed_zero3_enabled
 
-from ..trajectory import Trajectory, chunks
+from ..trajectory import Trajectory
 from .base import ConstantValue
 
 if TYPE_CHECKING:
@@ -56,10 +56,9 @@ class ModelValue(ConstantValue):
     def on_window(self, trajectories: Sequence[Trajectory], rows: Sequence[Mapping[str, Any]], group_size: int) -> None:
         states = [tuple(_until_first_action(trajectory)) for trajectory in trajectories]
         values: dict[tuple[int, ...], float] = {}
-        size = self.args.per_device_train_batch_size
         # Prompts of one length at a time: no padding, whose place would depend on the architecture.
         for _, same_length in groupby(sorted(set(states), key=len), key=len):
-            for alike in chunks(list(same_length), size):
+            for alike in self.args.microbatch_size.split(list(same_length)):
                 scores = self.model(torch.tensor(alike, device=self.model.device)).logits.flatten()  # (B,)
                 values |= dict(zip(alike, scores.float().tolist(), strict=True))
         for trajectory, state in zip(trajectories, states, strict=True):
