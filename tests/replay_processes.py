@@ -38,7 +38,7 @@ def main(folder: str) -> None:
         "origins": origins,
         "drawn": drawn,
         "prompts": [prompt(t) for window in trainer.windows for t in window],
-        "shard": [prompt(t) for t in trainer._replay.trajectories],
+        "shard": [prompt(t) for t in trainer._replay.stored],
     }
     torch.save(seen, out / f"seen-{rank}.pt")
 

@@ -154,7 +154,7 @@ def outcome(trainer: TBRMTrainer) -> dict[str, Any]:
         for entry in trainer.state.log_history
     ]
     unwrap = trainer.accelerator.unwrap_model
-    state, lists = trainer._own_state()
+    state, lists, arrays = trainer._own_state()
     return {
         "log": logs,
         "model": dict(unwrap(trainer.model).state_dict()),
@@ -164,6 +164,7 @@ def outcome(trainer: TBRMTrainer) -> dict[str, Any]:
         "schedule": trainer.lr_scheduler.state_dict(),
         "own": state,
         **{name: [to_row(trajectory) for trajectory in trajectories] for name, trajectories in lists.items()},
+        "arrays": arrays,
         "random": [torch.get_rng_state(), random.getstate(), np.random.get_state()],
     }
 

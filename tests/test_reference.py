@@ -61,7 +61,7 @@ def test_the_reference_follows_the_formula(alpha, tmp_path):
         assert trainer.losses[update] == pytest.approx(answer.loss, rel=TOLERANCE)
 
 
-def test_a_replayed_trajectory_is_scored_again_only_by_another_reference(tmp_path, monkeypatch):
+def test_a_replayed_trajectory_is_scored_again_only_by_another_reference(tmp_path):
     trainer = scripted_trainer(
         save(tmp_path / "model"), script(), tmp_path, per_device_train_batch_size=4, num_iterations=3, max_steps=15,
         replay_buffer_size=12, **SYNC | dict(ref_model_sync_steps=4),
@@ -73,26 +73,30 @@ def test_a_replayed_trajectory_is_scored_again_only_by_another_reference(tmp_pat
         counted += len(kwargs["input_ids"])
 
     trainer.ref_model.base_model.register_forward_pre_hook(count, with_kwargs=True)
-    compute_loss = trainer._compute_loss
+    collect = trainer._collect
 
-    def keep(model, inputs):
-        updates.append(([use.trajectory for part in inputs["microbatches"] for use in part], counted))
-        return compute_loss(model, inputs)
+    def keep(rows):
+        uses, held = collect(rows), trainer._replay.stored
+        updates.append(({use.number for use in uses}, held.end, counted, trainer._reference.key))
+        return uses
 
-    monkeypatch.setattr(trainer, "_compute_loss", keep)
+    trainer._collect = keep
     trainer.train()
     before, free, renewed = 0, 0, 0
-    scored, ever = set(), set()
-    for update, (trajectories, after) in enumerate(updates):
-        if update % 4 == 0:
-            scored = set()  # the reference has changed
-        here = {id(t) for t in trajectories}
-        assert after - before == len(here - scored)
-        free += len(here & scored)
-        renewed += len((here - scored) & ever)
-        before, scored, ever = after, scored | here, ever | here
+    scored_by: dict[int, str] = {}  # by number in the buffer, the reference that scored it last
+    for numbers, end, after, key in updates:
+        fresh = end - len(scored_by)
+        scored_by |= dict.fromkeys(range(end - fresh, end), key)
+        if numbers == {None}:
+            assert after - before == fresh == 4
+        else:
+            stale = {number for number in numbers if scored_by[number] != key}
+            assert after - before == len(stale)
+            scored_by |= dict.fromkeys(stale, key)
+            free, renewed = free + len(numbers - stale), renewed + len(stale)
+        before = after
     assert renewed >= 4 and free >= 4
-    assert any(t.ref_key != trainer._reference.key for t in trainer._replay.trajectories)  # not trained on since then
+    assert any(t.ref_key != trainer._reference.key for t in trainer._replay.stored)  # not trained on since then
 
 
 @pytest.mark.parametrize("policy", ["new adapter", "trained adapter", "4-bit base"])

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import math
 
 import pytest
 import torch
@@ -44,7 +43,7 @@ def names(trajectories) -> list[int]:
 def test_first_in_first_out():
     buffer = ReplayBuffer(capacity=3)
     buffer.add(row(0, name) for name in range(5))
-    assert names(buffer.trajectories) == [2, 3, 4]
+    assert names(buffer.stored) == [2, 3, 4]
 
 
 def test_age():
@@ -54,6 +53,7 @@ def test_age():
     sample = buffer.sample(4, 7, alone)
     assert sorted(names(sample.trajectories)) == [4, 5, 6, 7]
     assert sample.ages == [7 - t.policy_step for t in sample.trajectories] and len(buffer) == 4
+    assert names(buffer.stored[number] for number in sample.numbers) == names(sample.trajectories)
 
 
 def test_uniform_draws_without_replacement():
@@ -73,8 +73,8 @@ def test_uniform_draws_without_replacement():
 def test_any_process_that_is_short_stops_all():
     buffer = ReplayBuffer(capacity=4)
     buffer.add(row(0) for _ in range(4))
-    assert buffer.sample(3, 0, lambda mine: torch.tensor([mine, [2, 0, 0, 0, math.inf]])) is None
-    assert buffer.sample(2, 0, lambda mine: torch.tensor([mine, [2, 0, 0, 0, math.inf]])) is not None
+    assert buffer.sample(3, 0, lambda mine: torch.tensor([mine, [2]])) is None
+    assert buffer.sample(2, 0, lambda mine: torch.tensor([mine, [2]])) is not None
 
 
 def test_prioritized_by_hand():
@@ -127,8 +127,7 @@ def test_the_buffer_feeds_the_loss(folder, tmp_path):  # noqa: F811
         trainer = build(folder, tmp_path, **REPLAY)
 
         def add(trainer=trainer, change=change):
-            for stored in trainer._replay.trajectories:
-                stored.reward += change
+            trainer._replay.stored._records["reward"] += change
 
         trainer.add_callback(At(1, add))
         trainer.train()
@@ -195,7 +194,7 @@ def test_what_does_not_count_does_not_enter(folder, tmp_path):  # noqa: F811
 
     options = {**REPLAY, "max_steps": 6}
     trainer = train(folder, tmp_path, half, **options, mask_truncated_completions=True)
-    kept = list(trainer._replay.trajectories)
+    kept = list(trainer._replay.stored)
     assert all(t.reward == 1.0 and t.end is End.EOS for t in kept)
     assert len(kept) == sum(t.reward == 1.0 and t.end is End.EOS for w in trainer.windows for t in w) < 4
     assert not logged(trainer, "replay/age") and logged(trainer, "residual/reused_rms")

@@ -2,9 +2,10 @@
 
 Layout, inside `checkpoint-<step>/tbrm/`:
 
-    process-<rank>/state.json              unlogged metrics; which trajectories stand in the window and in the buffer
+    process-<rank>/state.json              unlogged metrics; which trajectories stand in the window
     process-<rank>/trajectories.parquet    those trajectories, each once
     process-<rank>/vision.safetensors      their vision inputs, if any
+    process-<rank>/arrays.safetensors      the replay buffer, if any
     process-<rank>/reference.safetensors   the reference, where it is synced: a shard each, or on process 0 the whole
     complete.json                          written last, once every process has written: without it nothing resumes
 """
@@ -19,9 +20,12 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
+import numpy as np
 import pyarrow as pa
 import xxhash
 from datasets import Dataset
+from safetensors.numpy import load_file as load_arrays
+from safetensors.numpy import save_file as save_arrays
 from safetensors.torch import load_file, save_file
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, sort_checkpoints
 
@@ -35,11 +39,16 @@ def process_folder(checkpoint: str | Path, process: int) -> Path:
     return Path(checkpoint) / _FOLDER / f"process-{process}"
 
 
-def save_state(folder: Path, state: dict[str, Any], lists: Mapping[str, Sequence[Trajectory]]) -> None:
-    """Write one process's state: JSON-able values, and lists of trajectories.
+def save_state(
+    folder: Path,
+    state: dict[str, Any],
+    lists: Mapping[str, Sequence[Trajectory]],
+    arrays: Mapping[str, np.ndarray] | None = None,
+) -> None:
+    """Write one process's state: JSON-able values, lists of trajectories, and arrays.
 
     A trajectory that stands in several lists is written once, and is one object again after `load_state`: what is
-    learned about it in one place (reference scores, priority) holds in the others.
+    learned about it in one place (reference scores) holds in the others.
     """
     folder.mkdir(parents=True, exist_ok=True)
     pool = list({id(one): one for trajectories in lists.values() for one in trajectories}.values())
@@ -47,18 +56,20 @@ def save_state(folder: Path, state: dict[str, Any], lists: Mapping[str, Sequence
     write_trajectories(folder / "trajectories.parquet", pool)
     vision = {f"{index}/{name}": value for index, one in enumerate(pool) for name, value in one.vision.items()}
     save_file({name: value.contiguous() for name, value in vision.items()}, folder / "vision.safetensors")
+    save_arrays(dict(arrays or {}), folder / "arrays.safetensors")
     indices = {name: [place[id(one)] for one in trajectories] for name, trajectories in lists.items()}
     _write_json(folder / "state.json", {"state": state, "lists": indices})
 
 
-def load_state(folder: Path) -> tuple[dict[str, Any], dict[str, list[Trajectory]]]:
+def load_state(folder: Path) -> tuple[dict[str, Any], dict[str, list[Trajectory]], dict[str, np.ndarray]]:
     """The inverse of `save_state`."""
     pool = read_trajectories(folder / "trajectories.parquet")
     for key, value in load_file(folder / "vision.safetensors").items():
         index, name = key.split("/", 1)
         pool[int(index)].vision[name] = value
     saved = json.loads((folder / "state.json").read_text())
-    return saved["state"], {name: [pool[i] for i in indices] for name, indices in saved["lists"].items()}
+    lists = {name: [pool[i] for i in indices] for name, indices in saved["lists"].items()}
+    return saved["state"], lists, load_arrays(folder / "arrays.safetensors")
 
 
 def mark_incomplete(checkpoint: str | Path) -> None:

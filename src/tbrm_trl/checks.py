@@ -244,6 +244,11 @@ def check_replay(args: TBRMConfig) -> None:
                 f"num_generations={args.num_generations}. Make it a multiple of "
                 f"{args.num_generations * args.world_size}."
             )
+    if args.residual == "token":
+        raise ValueError(
+            '`replay_buffer_size` with `residual="token"` is refused: the buffer keeps the sum of the reference\'s '
+            "log-probabilities, and this residual takes each of them. Use one of the two."
+        )
     if args.num_iterations == 1:
         raise ValueError(
             "`replay_buffer_size` has no effect with `num_iterations=1`, whose only update takes the fresh "

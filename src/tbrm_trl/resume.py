@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import nn
 
@@ -24,6 +25,8 @@ from .trajectory import Trajectory
 
 # Of what TRL keeps to log as completions; images are not kept.
 _COMPLETIONS = ("prompt", "completion", "rewards", "advantages", "extra")
+
+OwnState = tuple[dict[str, Any], dict[str, list[Trajectory]], dict[str, np.ndarray]]
 
 
 class ExactResume(TrajectorySources):
@@ -54,11 +57,13 @@ class ExactResume(TrajectorySources):
     def _before_training(self) -> None:
         """What a run needs before its first row is drawn."""
 
-    def _own_state(self) -> tuple[dict[str, Any], dict[str, list[Trajectory]]]:
-        """JSON-able values, and lists of trajectories, that decide how this process goes on."""
+    def _own_state(self) -> OwnState:
+        """JSON-able values, lists of trajectories, and arrays, that decide how this process goes on."""
         raise NotImplementedError
 
-    def _restore(self, state: dict[str, Any], lists: dict[str, list[Trajectory]]) -> None:
+    def _restore(
+        self, state: dict[str, Any], lists: dict[str, list[Trajectory]], arrays: dict[str, np.ndarray]
+    ) -> None:
         """The inverse of `_own_state`."""
         raise NotImplementedError
 
@@ -115,7 +120,7 @@ class ExactResume(TrajectorySources):
     def _save_rng_state(self, output_dir: str) -> None:
         super()._save_rng_state(output_dir)
         folder = process_folder(output_dir, self.accelerator.process_index)
-        own, lists = self._own_state()
+        own, lists, arrays = self._own_state()
         trainers = {
             "metrics": dict(self._metrics["train"]),
             "loss": self._tr_loss.item(),
@@ -123,7 +128,7 @@ class ExactResume(TrajectorySources):
             "training": self.model.training,  # what is logged at the end depends on it
             "completions": {name: self._logs[name] for name in _COMPLETIONS} if self.log_completions else {},
         }
-        save_state(folder, {"trainer": trainers, "own": own}, lists)
+        save_state(folder, {"trainer": trainers, "own": own}, lists, arrays)
         if self.args.sync_ref_model and self._reference is not None:
             self._reference.save(folder)
 
@@ -132,7 +137,7 @@ class ExactResume(TrajectorySources):
         if checkpoint is None:
             return
         folder = process_folder(checkpoint, self.accelerator.process_index)
-        state, lists = load_state(folder)
+        state, lists, arrays = load_state(folder)
         trainers = state["trainer"]
         self._step = self.state.global_step * self.args.gradient_accumulation_steps
         self._metrics["train"].clear()
@@ -146,6 +151,6 @@ class ExactResume(TrajectorySources):
                 continue
             for column, values in saved.items():
                 self._logs[name][column].extend(values)
-        self._restore(state["own"], lists)
+        self._restore(state["own"], lists, arrays)
         if self.args.sync_ref_model and self._reference is not None:
             self._reference.load(folder, process_folder(checkpoint, 0))

@@ -10,6 +10,7 @@ from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, ClassVar
 
+import numpy as np
 import torch
 from accelerate.utils import is_peft_model
 from datasets import Dataset, IterableDataset
@@ -35,7 +36,7 @@ from .reference import (
     tokenizer_digest,
 )
 from .replay import ReplayBuffer
-from .resume import ExactResume
+from .resume import ExactResume, OwnState
 from .rewards import mean_reward
 from .scoring import TrajectoryScores, accepts_position_ids, add_trajectory_head, disable_randomness, score
 from .soft_value import SoftValue
@@ -311,10 +312,14 @@ class TBRMTrainer(ExactResume):
             part = self._window[first : first + rows_here]
             uses = [Use(t, "logged" if t.source is Source.LOGGED else origin) for t in part]
         else:
-            drawn = zip(sample.trajectories, sample.weights, sample.ages, strict=True)
-            uses = [Use(trajectory, "replayed", weight, age) for trajectory, weight, age in drawn]
+            drawn = zip(sample.trajectories, sample.weights, sample.ages, sample.numbers, strict=True)
+            uses = [Use(trajectory, "replayed", weight, age, number) for trajectory, weight, age, number in drawn]
         uses = _in_groups(uses, args.updated_together)
+        stale = {use.number: use.trajectory for use in uses if self._is_stale(use.trajectory)}
         self._score_stale([use.trajectory for use in uses])
+        for number, trajectory in stale.items():
+            if self._replay is not None and number is not None:
+                self._replay.stored.keep_scores(number, trajectory)
 
         oldest = max((use.age for use in uses if use.age is not None), default=0)
         numbers_of_all = self._gather([self._loss.settle(uses), oldest, len(self._replay or ())])  # (P, 3)
@@ -468,8 +473,8 @@ class TBRMTrainer(ExactResume):
         self._record(step_totals(uses, batch, seen.scores, seen.rows, seen.soft_value, seen.residual))
         if self._replay is not None and self._replay.prioritized:
             for use, priority in zip(uses, (args.beta * seen.residual).detach().abs().tolist(), strict=True):
-                if use.origin == "replayed":
-                    use.trajectory.priority = priority
+                if use.number is not None:
+                    self._replay.stored.set_priority(use.number, priority)
         return loss
 
     def _gather(self, values: Sequence[float]) -> Tensor:
@@ -533,9 +538,9 @@ class TBRMTrainer(ExactResume):
         self._window, self._rows_drawn, self._rows_trained = [], 0, 0
         self._step_totals, self._totals["train"] = Totals(), Totals()
         if self._replay is not None:
-            self._replay.trajectories.clear()
+            self._replay.stored.clear()
 
-    def _own_state(self) -> tuple[dict[str, Any], dict[str, list[Trajectory]]]:
+    def _own_state(self) -> OwnState:
         state = {
             "totals": self._totals["train"].state(),
             "rows_drawn": self._rows_drawn,
@@ -544,21 +549,21 @@ class TBRMTrainer(ExactResume):
             "beta_checked": self._beta_checked,
             "logged_rows": list(self._logged_by_row),
         }
-        lists = {
-            "window": self._window,
-            "replay": [] if self._replay is None else list(self._replay.trajectories),
-            "logged": list(self._logged_by_row.values()),
-        }
-        return state, lists
+        arrays: dict[str, np.ndarray] = {}
+        if self._replay is not None:
+            state["replay"], arrays = self._replay.stored.state()
+        return state, {"window": self._window, "logged": list(self._logged_by_row.values())}, arrays
 
-    def _restore(self, state: dict[str, Any], lists: dict[str, list[Trajectory]]) -> None:
+    def _restore(
+        self, state: dict[str, Any], lists: dict[str, list[Trajectory]], arrays: dict[str, np.ndarray]
+    ) -> None:
         self._totals["train"] = Totals.from_state(state["totals"], self.accelerator.device)
         self._rows_drawn, self._rows_trained = state["rows_drawn"], state["rows_trained"]
         self._mean_length, self._beta_checked = state["mean_length"], state["beta_checked"]
         self._window = lists["window"]
         self._logged_by_row = dict(zip(state["logged_rows"], lists["logged"], strict=True))
         if self._replay is not None:
-            self._replay.add(lists["replay"])
+            self._replay.stored.restore(state["replay"], arrays)
 
 
 def _in_groups(uses: list[Use], size: int) -> list[Use]:

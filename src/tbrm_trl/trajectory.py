@@ -43,7 +43,8 @@ class Trajectory:
         rewards: the raw reward by function's name, before weighting; empty for a logged reward.
         group: trajectories of one prompt, drawn together, share this number.
         policy_step: updates that the policy had made when it drew the completion; None where another run's did.
-        ref_log_probs: `(C,)` log π_ref of the completion tokens (0 where not chosen); None until scored.
+        ref_log_probs: `(C,)` log π_ref of the completion tokens (0 where not chosen); None until scored. The replay
+            buffer keeps their sum alone, and gives every action an equal share of it.
         ref_soft_value: V_ref(s_1); None until scored.
         ref_end_value: V_ref of the state after the last token, where `truncation="bootstrap"` asks for it.
         ref_key: which reference these scores come from (see `reference.Reference.key`); None until scored.
@@ -92,10 +93,11 @@ class Use:
     """A trajectory in one update.
 
     Attributes:
-        trajectory: shared with the window, the buffer or the log.
+        trajectory: shared with the window or the log.
         origin: one of `metrics.ORIGINS`.
         weight: what its squared residual counts.
         age: updates since it was generated, of a replayed one.
+        number: in the replay buffer, of a replayed one.
         group: equal for those that are compared with one another.
         left_out: why it does not count in the loss, or None.
         value: V in nats, where it had to be known before the loss.
@@ -105,6 +107,7 @@ class Use:
     origin: str
     weight: float = 1.0
     age: int | None = None
+    number: int | None = None
     group: int = 0
     left_out: str | None = None
     value: float | None = None

@@ -1,0 +1,148 @@
+"""What the replay buffer costs as it grows: memory, insertion, sampling.
+
+    python benchmarks/replay_buffer.py        # writes docs/benchmarks/replay_buffer.{json,md,png}; a few minutes
+
+Trajectories of random tokens with a prompt of 64 and a log-normal number of completion tokens (median 128, at most
+1,024), one in four with tokens that a tool inserted, in buffers that hold 1,000 to 1,000,000 of them. Each is filled
+once over, so that it evicts, then drawn from.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.metadata
+import json
+import os
+import platform
+import statistics
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from tbrm_trl.replay import ReplayBuffer
+from tbrm_trl.trajectory import End, Trajectory
+
+ROOT = Path(__file__).resolve().parent.parent
+SIZES = (1_000, 10_000, 100_000, 1_000_000)
+PROMPT, MEDIAN, LONGEST = 64, 128, 1024  # tokens
+DRAWN, REPEATS = 64, 25  # trajectories of an update; draws that are timed
+
+
+def trajectories(count: int, rng: np.random.Generator) -> list[Trajectory]:
+    made = []
+    for index in range(count):
+        length = int(min(LONGEST, max(1, rng.lognormal(np.log(MEDIAN), 0.8))))
+        mask = torch.ones(length, dtype=torch.bool)
+        if index % 4 == 0:
+            mask[length // 3 : length // 2] = False
+        ids = torch.from_numpy(rng.integers(0, 150_000, PROMPT + length))
+        one = Trajectory(ids[:PROMPT], ids[PROMPT:], mask, float(rng.random()), End.EOS, policy_step=0)
+        one.ref_log_probs, one.ref_soft_value, one.ref_key = -torch.rand(length) * mask, 20.0, "reference"
+        made.append(one)
+    return made
+
+
+def measure(size: int, prioritized: bool, pool: list[Trajectory]) -> dict[str, float]:
+    buffer = ReplayBuffer(size, prioritized=prioritized)
+    begin = time.perf_counter()
+    for index in range(size + size // 10):
+        buffer.add([pool[index % len(pool)]])
+    insertion = (time.perf_counter() - begin) / (size + size // 10)
+    for number in range(buffer.stored.first, buffer.stored.end, 2):
+        buffer.stored.set_priority(number, 0.1)
+    seconds = []
+    for _ in range(REPEATS):
+        begin = time.perf_counter()
+        sample = buffer.sample(DRAWN, 1, lambda mine: torch.tensor([mine]))
+        seconds.append(time.perf_counter() - begin)
+        assert sample is not None and len(sample.trajectories) == DRAWN
+    kept = [pool[index % len(pool)] for index in range(size // 10, size + size // 10)]
+    ids = 4 * sum(map(len, kept))
+    return {
+        "insertion_us": 1e6 * insertion,
+        "sampling_ms": 1e3 * statistics.median(seconds),
+        "bytes": buffer.stored.nbytes,
+        "bytes_of_ids": ids,
+        "bound": 1.1 * ids + 64 * size,
+    }
+
+
+def report(results: dict) -> str:
+    versions = ", ".join(f"{name} {version}" for name, version in results["versions"].items())
+    lines = []
+    for size, (uniform, prioritized) in results["sizes"].items():
+        lines.append(
+            f"| {int(size):,} | {uniform['insertion_us']:.0f} µs | {uniform['sampling_ms']:.2f} ms "
+            f"| {prioritized['sampling_ms']:.2f} ms | {uniform['bytes'] / 2**20:,.1f} MiB "
+            f"| {(uniform['bytes'] - uniform['bytes_of_ids']) / int(size):.0f} B "
+            f"| {uniform['bytes'] / uniform['bound']:.3f} |"
+        )
+    return f"""# What the replay buffer costs as it grows
+
+Written by `python benchmarks/replay_buffer.py`. {results["hardware"]}; {versions}.
+Raw numbers: [replay_buffer.json](replay_buffer.json).
+
+Trajectories of {PROMPT} prompt tokens and a log-normal number of completion tokens (median {MEDIAN}, at most
+{LONGEST}), a quarter of them with inserted tokens and so with a loss mask to keep. Each buffer was filled, and a tenth
+of it replaced. Sampling is the draw of {DRAWN} trajectories, made into tensors; medians of {REPEATS} draws.
+
+| trajectories | insertion of one | uniform draw | prioritized draw | memory | beside the ids, each | of the bound |
+|---|---|---|---|---|---|---|
+{chr(10).join(lines)}
+
+The bound is 1.1 × the bytes of the ids as int32 plus 64 bytes each. A uniform draw takes the same time from any buffer.
+A prioritized one reads every priority, so it grows with the buffer: in vectorised passes over one array.
+
+![cost against size](replay_buffer.png)
+"""
+
+
+def plot(results: dict, file: Path) -> None:
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    sizes = [int(size) for size in results["sizes"]]
+    measured = list(results["sizes"].values())
+    figure, (left, right) = plt.subplots(1, 2, figsize=(9, 3.6), constrained_layout=True)
+    for place, name in enumerate(("uniform", "prioritized")):
+        left.loglog(sizes, [both[place]["sampling_ms"] for both in measured], "o-", label=f"{name} draw of {DRAWN}")
+    left.loglog(sizes, [both[0]["insertion_us"] / 1e3 for both in measured], "o-", label="insertion of one")
+    left.set(xlabel="trajectories in the buffer", ylabel="milliseconds")
+    right.loglog(sizes, [both[0]["bytes"] / 2**20 for both in measured], "o-", label="measured")
+    right.loglog(sizes, [both[0]["bound"] / 2**20 for both in measured], "k--", label="bound")
+    right.loglog(sizes, [both[0]["bytes_of_ids"] / 2**20 for both in measured], "k:", label="ids alone, as int32")
+    right.set(xlabel="trajectories in the buffer", ylabel="MiB")
+    for axes in (left, right):
+        axes.legend(frameon=False, fontsize=8)
+        axes.grid(alpha=0.3)
+    figure.savefig(file, dpi=150)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--largest", type=int, default=SIZES[-1], help="leave out larger buffers")
+    parser.add_argument("--output", type=Path, default=ROOT / "docs/benchmarks")
+    arguments = parser.parse_args()
+    torch.manual_seed(0)
+    pool = trajectories(10_000, np.random.default_rng(0))
+    results = {
+        "hardware": f"{platform.machine()}, {os.cpu_count()} cores",
+        "versions": {name: importlib.metadata.version(name) for name in ("torch", "numpy")},
+        "sizes": {
+            size: [measure(size, prioritized, pool) for prioritized in (False, True)]
+            for size in SIZES
+            if size <= arguments.largest
+        },
+    }
+    (arguments.output / "replay_buffer.json").write_text(json.dumps(results, indent=2) + "\n")
+    (arguments.output / "replay_buffer.md").write_text(report(results))
+    plot(results, arguments.output / "replay_buffer.png")
+    print(report(results))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,117 @@
+"""Trajectories in flat arrays: what goes in comes out, within the memory promised."""
+
+from __future__ import annotations
+
+import math
+import random
+
+import numpy as np
+import torch
+
+from tbrm_trl.store import _SEGMENT, TrajectoryStore
+from tbrm_trl.trajectory import End, Trajectory
+
+
+def drawn(rng: random.Random, longest: int = 70) -> Trajectory:
+    """Anything that the buffer may be given."""
+    completion = rng.randint(1, longest)
+    kind = rng.randrange(3)
+    mask = [True] * completion if kind else [rng.random() < 0.5 for _ in range(completion)]
+    mask[rng.randrange(completion)] = True
+    scored = rng.random() < 0.8
+    return Trajectory(
+        prompt_ids=torch.tensor([rng.randrange(200_000) for _ in range(rng.randint(1, 30))]),
+        completion_ids=torch.tensor([rng.randrange(200_000) for _ in range(completion)]),
+        loss_mask=torch.tensor(mask),
+        reward=rng.gauss(0, 1),
+        end=rng.choice(list(End)),
+        policy_step=rng.randrange(1000),
+        ref_log_probs=torch.tensor([-rng.random() * m for m in mask]) if scored else None,
+        ref_soft_value=float(np.float32(rng.random())) if scored else None,
+        ref_end_value=float(np.float32(rng.random())) if rng.random() < 0.5 else None,
+        ref_key=rng.choice(["a", "b"]) if scored else None,
+        value=rng.choice([None, rng.random()]),
+        baseline=rng.random(),
+        priority=rng.choice([None, float(np.float32(rng.random()))]),
+    )
+
+
+def same(stored: Trajectory, given: Trajectory) -> bool:
+    """In all that is kept; of the reference's log-probabilities, the sum and where they are 0."""
+    if given.ref_log_probs is None:
+        equal = stored.ref_log_probs is None
+    else:
+        equal = math.isclose(stored.ref_log_probs.sum(), given.ref_log_probs.double().sum(), rel_tol=1e-6)
+        equal = equal and not stored.ref_log_probs[~given.loss_mask].any()
+    numbers = ("reward", "end", "policy_step", "ref_soft_value", "ref_end_value", "ref_key", "value", "baseline")
+    return (
+        equal
+        and all(
+            torch.equal(getattr(stored, ids), getattr(given, ids))
+            for ids in ("prompt_ids", "completion_ids", "loss_mask")
+        )
+        and all(getattr(stored, name) == getattr(given, name) for name in (*numbers, "priority"))
+    )
+
+
+def test_what_goes_in_comes_out():
+    """Through many segments and three times the capacity, and with one trajectory longer than a segment."""
+    rng = random.Random(0)
+    store, given = TrajectoryStore(2000), [drawn(rng) for _ in range(6000)]
+    given[3000] = drawn(rng, longest=2)
+    given[3000].prompt_ids = torch.arange(_SEGMENT + 5)
+    for count, trajectory in enumerate(given, 1):
+        store.append(trajectory)
+        if count in (1, 1999, 2000, 2001, 3500):
+            kept = given[max(count - 2000, 0) : count]
+            assert len(store) == len(kept) and all(map(same, store, kept))
+    assert store.first == 4000 and same(store[4000], given[4000]) and same(store[5999], given[-1])
+    assert store.column("policy_step").tolist() == [t.policy_step for t in given[4000:]]
+
+
+def test_it_is_restored_as_it_was():
+    rng = random.Random(1)
+    store = TrajectoryStore(50)
+    for _ in range(130):
+        store.append(drawn(rng))
+    again = TrajectoryStore(50)
+    again.restore(*store.state())
+    assert (again.first, again.end) == (store.first, store.end) == (80, 130)
+    assert all(same(again[n], store[n]) and torch.equal(again[n].loss_mask, store[n].loss_mask) for n in range(80, 130))
+    more = drawn(rng)
+    for one in (store, again):
+        one.append(more)
+        assert len(one) == 50 and same(one[130], more)
+    empty = TrajectoryStore(50)
+    empty.restore(*TrajectoryStore(50).state())
+    assert len(empty) == 0
+
+
+def test_scores_and_priorities_are_renewed():
+    rng = random.Random(2)
+    store = TrajectoryStore(3)
+    for _ in range(5):
+        store.append(drawn(rng))
+    renewed = store[3]
+    renewed.ref_log_probs = -torch.ones(len(renewed.completion_ids)) * renewed.loss_mask
+    renewed.ref_soft_value, renewed.ref_end_value, renewed.ref_key = 2.5, None, "c"
+    before = [store[2], store[4]]
+    store.keep_scores(3, renewed)
+    store.set_priority(3, 0.5)
+    renewed.priority = 0.5
+    assert same(store[3], renewed) and all(map(same, [store[2], store[4]], before))
+
+
+def test_memory():
+    """At most 1.1 × the ids' bytes and 64 bytes each, also after many came and went."""
+    rng = random.Random(3)
+    store, tokens = TrajectoryStore(20_000), []
+    for _ in range(50_000):
+        length = rng.randint(10, 150)
+        ones = Trajectory(
+            torch.zeros(length // 3 + 1, dtype=torch.long), torch.zeros(length, dtype=torch.long),
+            torch.ones(length, dtype=torch.bool), 0.0, End.EOS, policy_step=0,
+        )  # fmt: skip
+        tokens.append(len(ones))
+        store.append(ones)
+    assert store.nbytes <= 1.1 * 4 * sum(tokens[-20_000:]) + 64 * 20_000
