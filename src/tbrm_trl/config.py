@@ -89,6 +89,12 @@ class TBRMConfig(GRPOConfig):
         token_selection (`"scatter"` or `"cut"`, *optional*, defaults to `"scatter"`):
             Which: a random subset, or all tokens before a random cut, after which no activation is kept.
 
+        > Parameters that control micro-batches
+
+        padding_free (`bool`, *optional*, defaults to `False`):
+            Run the policy and the reference on the real tokens of a micro-batch as one row, without padding. Pays with
+            flash attention; with SDPA the row of N tokens has an N × N mask (`docs/configuration.md`).
+
         > Parameters that control replay
 
         replay_buffer_size (`int`, *optional*, defaults to `0`):
@@ -197,6 +203,9 @@ class TBRMConfig(GRPOConfig):
         default="reward",
         metadata={"help": "'reward': mean of (beta*residual)^2; 'logits': mean of residual^2, the paper's scale."},
     )
+    padding_free: bool = field(
+        default=False, metadata={"help": "Run models on a micro-batch's real tokens as one row, without padding."}
+    )
     replay_buffer_size: int = field(
         default=0, metadata={"help": "Trajectories in the replay buffer, over all processes; 0 is no buffer."}
     )
@@ -253,6 +262,7 @@ class TBRMConfig(GRPOConfig):
         checks.check_batch_arithmetic(self)
         checks.check_soft_value(self)
         checks.check_terms(self)
+        checks.check_padding(self)
         checks.check_reference(self)
         checks.check_replay(self)
         checks.warn_of_sampling_filters(self)
