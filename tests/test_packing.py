@@ -14,7 +14,8 @@ from peft import LoraConfig
 from scripted import script, scripted_trainer
 from test_config import config
 from test_oracle import check, copy_of_adapter, merged, perturb_adapter
-from tiny import ARCHITECTURES, VOCABULARY, model, save
+from test_two_processes import strip, two_processes
+from tiny import ARCHITECTURES, VOCABULARY, model, perturb, save
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 from trl.trainer.utils import add_fused_lm_head
 
@@ -315,3 +316,16 @@ def test_load_balancing_loss_and_evaluation(tmp_path):
     assert eval_before["eval_pad_fraction"] > 0 == eval_after["eval_pad_fraction"]
     for name in ("eval_loss", "eval_residual/rms", "eval_entropy", "eval_soft_value"):
         assert eval_after[name] == pytest.approx(eval_before[name], rel=1e-5), name
+
+
+@pytest.mark.launch
+def test_two_processes(tmp_path):
+    """Packed on two processes, one of which has nothing that counts: the gradient of padded rows on one."""
+    folder, rows, seen = two_processes(
+        tmp_path, padding_free=True, per_device_train_batch_size=2, gradient_accumulation_steps=2
+    )
+    one = scripted_trainer(folder, rows, tmp_path, per_device_train_batch_size=8)
+    perturb(one.ref_model)
+    one.train()
+    assert distance(strip(seen["gradients"]), one.recorder.gradients[0]) <= 1e-5
+    assert seen["log"][0]["pad_fraction"] == 0 < one.state.log_history[0]["pad_fraction"]
