@@ -57,6 +57,16 @@ def test_a_token_budget_changes_neither_loss_nor_gradient(budget, tmp_path):
     assert trainer.state.log_history[0]["left_out/unscored"] == pytest.approx(1 / 8)
 
 
+def test_packed_micro_batches_are_filled_without_padding(tmp_path):
+    trainer = scripted_trainer(
+        save(tmp_path / "model"), script(), tmp_path, max_tokens_per_microbatch=90, padding_free=True
+    )
+    updates = divided(trainer)
+    check(trainer)
+    tokens = [sum(map(len, batch)) for batch in updates[0]]
+    assert max(tokens) <= 90 and len(tokens) == 2  # padded, they would take three
+
+
 def test_router_loss_is_the_mean_over_rows(tmp_path):
     """A mixture of experts: each micro-batch's auxiliary loss counts by its rows."""
     folder = save(tmp_path / "model", "qwen3_moe")

@@ -207,6 +207,14 @@ def check_reference(args: TBRMConfig) -> None:
         )
 
 
+def check_padding(args: TBRMConfig) -> None:
+    if args.padding_free and args.pad_to_multiple_of is not None:
+        raise ValueError(
+            f"`pad_to_multiple_of={args.pad_to_multiple_of}` has no meaning with `padding_free=True`, where nothing is "
+            "padded. Leave it at None, or padding_free at False."
+        )
+
+
 def check_replay(args: TBRMConfig) -> None:
     size, rows = args.replay_buffer_size, args.rows_per_update
     if size == 0:

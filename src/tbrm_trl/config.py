@@ -89,13 +89,16 @@ class TBRMConfig(GRPOConfig):
         token_selection (`"scatter"` or `"cut"`, *optional*, defaults to `"scatter"`):
             Which: a random subset, or all tokens before a random cut, after which no activation is kept.
 
-        > Parameters that size the step
+        > Parameters that control micro-batches
 
         max_tokens_per_microbatch (`int` or `None`, *optional*):
             Tokens of one forward and backward, padding included. An update's `per_device_train_batch_size` rows are
             then divided into micro-batches of rows of similar length, as few as hold them, equally many on every
             process; a longer row is one by itself. `gradient_accumulation_steps` must be 1. By default each micro-batch
             has `per_device_train_batch_size` rows, and an update takes `gradient_accumulation_steps` of them.
+        padding_free (`bool`, *optional*, defaults to `False`):
+            Run the policy and the reference on the real tokens of a micro-batch as one row, without padding. Pays with
+            flash attention; with SDPA the row of N tokens has an N × N mask (`docs/configuration.md`).
 
         > Parameters that control replay
 
@@ -212,6 +215,9 @@ class TBRMConfig(GRPOConfig):
             "one update, divided by length."
         },
     )
+    padding_free: bool = field(
+        default=False, metadata={"help": "Run models on a micro-batch's real tokens as one row, without padding."}
+    )
     replay_buffer_size: int = field(
         default=0, metadata={"help": "Trajectories in the replay buffer, over all processes; 0 is no buffer."}
     )
@@ -269,6 +275,7 @@ class TBRMConfig(GRPOConfig):
         checks.check_microbatches(self)
         checks.check_soft_value(self)
         checks.check_terms(self)
+        checks.check_padding(self)
         checks.check_reference(self)
         checks.check_replay(self)
         checks.warn_of_sampling_filters(self)
@@ -297,7 +304,10 @@ class TBRMConfig(GRPOConfig):
     def microbatch_size(self) -> MicrobatchSize:
         """What one forward of training takes."""
         return MicrobatchSize(
-            self.per_device_train_batch_size, self.max_tokens_per_microbatch, multiple=self.pad_to_multiple_of or 1
+            self.per_device_train_batch_size,
+            self.max_tokens_per_microbatch,
+            self.padding_free,
+            self.pad_to_multiple_of or 1,
         )
 
     @property

@@ -70,8 +70,10 @@ def logit_transform(model: PreTrainedModel, temperature: float):
 def add_trajectory_head(model: PreTrainedModel, temperature: float, cast_lm_head_to_fp32: bool = False) -> None:
     """Teach `model` to score trajectories: `model(..., action_mask=mask)` returns `TrajectoryScores`.
 
-    `scored` (the action mask by default) picks the tokens whose log-probability and entropy are computed; s_1 is the
-    state of the first action in any case. `end_value` and `every_value` ask for more soft values.
+    It knows nothing of the layout, padded rows or one packed row: `scored` are the tokens whose log-probability and
+    entropy are computed, and `first_state` and, where V is wanted there too, `last_state` are the `(B,)` places of the
+    state of each trajectory's first action and of its last token, in the row or rows laid end to end. `every_value`
+    asks for V at every action. Results per token come back in the layout of the input.
 
     Everything happens inside the model's own forward, so that the hooks of DDP, FSDP and DeepSpeed ZeRO fire. The
     backbone runs once; only the states in which the policy acted go on to TRL's chunked head (which the model must
@@ -100,33 +102,35 @@ def add_trajectory_head(model: PreTrainedModel, temperature: float, cast_lm_head
         *args: Any,
         action_mask: Tensor | None = None,
         scored: Tensor | None = None,
-        end_value: bool = False,
+        first_state: Tensor | None = None,
+        last_state: Tensor | None = None,
         every_value: bool = False,
         **kwargs: Any,
     ) -> Any:
         if action_mask is None:
             return fused_forward(*args, **kwargs)
 
-        scored = action_mask if scored is None else scored  # (B, T)
-        acting = action_mask[:, 1:]  # (B, T-1) column t: does the policy act in the state that ends with token t?
-        first = acting.int().argmax(dim=1)  # (B,) the column of s_1
-        last = kwargs["attention_mask"].sum(dim=1) - 1  # (B,) the column of the last token
+        assert scored is not None and first_state is not None, "`score` gives both"
         soft_values: dict[str, Tensor] = {}
 
         def keep_acting_states(module: nn.Module, inputs: Any, output: Any) -> Any:
-            states = output.last_hidden_state  # (B, T, hidden)
+            states = output.last_hidden_state.flatten(0, 1)  # (B·T, hidden)
             device = states.device
-            rows = torch.arange(len(states), device=device)
-            wanted = {"soft_value": states[rows, first.to(device)]}  # (B, hidden)
-            if end_value:
-                wanted["end_value"] = states[rows, last.to(device)]  # (B, hidden)
+
+            def choosing(mask: Tensor) -> Tensor:
+                """The states in which these tokens were chosen. No trajectory's first token is an action."""
+                return states[:-1][mask.flatten()[1:].to(device)]  # (N, hidden)
+
+            wanted = {"soft_value": states[first_state.to(device)]}  # (B, hidden)
+            if last_state is not None:
+                wanted["end_value"] = states[last_state.to(device)]  # (B, hidden)
             if every_value:
-                wanted["state_values"] = states[:, :-1][acting.to(device)]  # (N, hidden)
+                wanted["state_values"] = choosing(action_mask)  # (N, hidden)
             # FSDP2 frees the head's weights when backward is through its module. So the module's one call goes before
             # the kernel, which has the bare weights: backward is then through the kernel first.
-            packed = soft_value(torch.cat(list(wanted.values())))
-            soft_values.update(zip(wanted, packed.split([len(one) for one in wanted.values()]), strict=True))
-            output.last_hidden_state = states[:, :-1][scored[:, 1:].to(device)].unsqueeze(0)  # (1, N, hidden)
+            together = soft_value(torch.cat(list(wanted.values())))
+            soft_values.update(zip(wanted, together.split([len(one) for one in wanted.values()]), strict=True))
+            output.last_hidden_state = choosing(scored).unsqueeze(0)  # (1, N, hidden)
             return output
 
         hook = self.base_model.register_forward_hook(keep_acting_states)
@@ -136,14 +140,11 @@ def add_trajectory_head(model: PreTrainedModel, temperature: float, cast_lm_head
         finally:
             hook.remove()
 
-        def in_place(packed: Tensor, mask: Tensor) -> Tensor:
-            return packed.new_zeros(mask.shape).masked_scatter(mask.to(packed.device), packed)  # (B, T)
-
         if every_value:
-            soft_values["state_values"] = in_place(soft_values["state_values"], action_mask)
+            soft_values["state_values"] = _in_place(soft_values["state_values"], action_mask)
         return TrajectoryScores(
-            log_probs=in_place(scores.log_probs, scored),
-            entropy=None if scores.entropy is None else in_place(scores.entropy, scored),
+            log_probs=_in_place(scores.log_probs, scored),
+            entropy=None if scores.entropy is None else _in_place(scores.entropy, scored),
             aux_loss=scores.aux_loss,
             **soft_values,
         )
@@ -151,10 +152,26 @@ def add_trajectory_head(model: PreTrainedModel, temperature: float, cast_lm_head
     model.forward = types.MethodType(forward, model)
 
 
+def _in_place(values: Tensor, mask: Tensor) -> Tensor:
+    """Values of the tokens where the mask is true, in order, at their places in a tensor of its shape; 0 elsewhere."""
+    return values.new_zeros(mask.shape).masked_scatter(mask.to(values.device), values)
+
+
 def score(
-    model: nn.Module, batch: Batch, *, positions_from_mask: bool, router_logits: bool = False, **wanted: Any
+    model: nn.Module,
+    batch: Batch,
+    *,
+    positions_from_mask: bool,
+    router_logits: bool = False,
+    scored: Tensor | None = None,
+    end_value: bool = False,
+    every_value: bool = False,
 ) -> TrajectoryScores:
     """Score a batch with a model that has the trajectory head, wrapped or not. One forward pass.
+
+    A packed batch goes through the model as one row: the real tokens of all trajectories end to end, positions that
+    begin anew for each, and no attention mask, which together tell transformers to keep them apart. The result is
+    `(B, T)` all the same.
 
     Args:
         model: the policy or the reference, as prepared for training.
@@ -162,14 +179,38 @@ def score(
         positions_from_mask: pass `position_ids` counted from the attention mask. So for every text model that takes
             them; vision-language models derive them from the image grid.
         router_logits: ask a mixture-of-experts model for its load-balancing loss.
-        wanted: `scored`, `end_value`, `every_value`, as the trajectory head takes them.
+        scored: `(B, T)` the tokens whose log-probability and entropy are wanted; by default all actions. s_1 is the
+            state of the first action in any case.
+        end_value: ask for V of the state after the last token.
+        every_value: ask for V of every state in which the policy acted.
     """
-    inputs: dict[str, Any] = {"input_ids": batch.input_ids, "attention_mask": batch.attention_mask, **batch.vision}
-    if positions_from_mask:
-        inputs["position_ids"] = (batch.attention_mask.cumsum(dim=1) - 1).clamp(min=0)  # (B, T)
+    real = batch.attention_mask.bool()  # (B, T)
+    lengths = real.sum(dim=1)  # (B,)
+    per_token = {
+        "input_ids": batch.input_ids,
+        "action_mask": batch.action_mask,
+        "scored": batch.action_mask if scored is None else scored,
+    }
+    if positions_from_mask or batch.packed:
+        per_token["position_ids"] = (batch.attention_mask.cumsum(dim=1) - 1).clamp(min=0)
+    if batch.packed:
+        per_token = {name: values[real].unsqueeze(0) for name, values in per_token.items()}  # (1, N) each
+        starts = lengths.cumsum(dim=0) - lengths  # (B,) the place of each trajectory's first token
+    else:
+        per_token["attention_mask"] = batch.attention_mask
+        starts = torch.arange(len(real), device=real.device) * real.shape[1]  # (B,)
+    wanted: dict[str, Any] = {"every_value": every_value}
+    if end_value:
+        wanted["last_state"] = starts + lengths - 1  # (B,)
     if router_logits:
-        inputs["output_router_logits"] = True
-    return model(**inputs, action_mask=batch.action_mask, **wanted)
+        wanted["output_router_logits"] = True
+    first_state = starts + batch.action_mask[:, 1:].int().argmax(dim=1)  # (B,)
+    scores = model(**per_token, **batch.vision, first_state=first_state, **wanted)
+    if batch.packed:
+        for name in ("log_probs", "entropy", "state_values"):
+            if name in scores:  # a `ModelOutput` holds what is not None
+                scores[name] = _in_place(scores[name], real)  # (B, T)
+    return scores
 
 
 def accepts_position_ids(model: PreTrainedModel) -> bool:

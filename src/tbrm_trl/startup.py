@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 from accelerate.utils import is_peft_model
 from transformers import PreTrainedModel
+from transformers.utils.generic import is_flash_attention_requested
 
 from .config import TBRMConfig
 from .logged import logged_rows, prompt_numbers
@@ -20,6 +21,19 @@ from .sampler import Window, WindowSampler, window_of
 # Architectures whose image inputs are tested to survive unpadding and re-batching.
 VISION_MODEL_TYPES = frozenset(
     ("gemma3", "idefics3", "internvl", "llava", "llava_next", "qwen2_vl", "qwen2_5_vl", "qwen3_vl", "smolvlm")
+)
+
+# Architectures that keep the trajectories of a packed row apart, tested with eager, SDPA and varlen flash attention. No
+# attribute of class or configuration tells: besides those with a state (Mamba, linear attention, convolutions), others
+# take `position_ids` and still mix trajectories, as gpt_oss does with eager attention or gpt_bigcode with flash.
+PACKED_MODEL_TYPES = frozenset(
+    """
+    apertus arcee cohere cohere2 cohere2_moe deepseek_v2 deepseek_v3 dots1 ernie4_5 ernie4_5_moe exaone4 exaone_moe
+    flex_olmo gemma gemma2 gemma3_text glm glm4 glm4_moe glm4_moe_lite gpt2 gpt_neox granite granitemoe
+    granitemoeshared helium hunyuan_v1_dense hunyuan_v1_moe hyperclovax llama minimax_m2 ministral mistral mixtral
+    nanochat nemotron olmo olmo2 olmo3 olmoe phi phi3 phimoe qwen2 qwen2_moe qwen3 qwen3_moe seed_oss smollm3 stablelm
+    starcoder2 vaultgemma
+    """.split()
 )
 
 # (response length, β) as published, arXiv 2603.23355: in between, β follows the power law through both.
@@ -227,6 +241,26 @@ def check_vision(model: PreTrainedModel, is_vision: bool) -> None:
             f"Vision-language models of type {model.config.model_type!r} are not supported: their layout of image "
             f"inputs is not tested. Supported: {', '.join(sorted(VISION_MODEL_TYPES))}. For text-only training pass "
             "the tokenizer as `processing_class`."
+        )
+
+
+def check_packing(model: PreTrainedModel) -> None:
+    """Refuse models in whose layers the trajectories of a packed row could see each other, or that read images."""
+    kind, attention = model.config.model_type, model.config._attn_implementation
+    # Code from a model's own repository may carry the name of an architecture that transformers has too.
+    of_transformers = type(model).__module__.startswith("transformers.")
+    if kind not in PACKED_MODEL_TYPES or not of_transformers:
+        raise ValueError(
+            f"`padding_free=True` is refused for {type(model).__name__} of type {kind!r}: only text models of "
+            "transformers that are tested to keep the trajectories of a packed row apart can run without padding. "
+            "Models that read images, or whose layers carry a state from position to position, do not. Leave it "
+            f"False. Supported: {', '.join(sorted(PACKED_MODEL_TYPES))}."
+        )
+    if attention not in ("eager", "sdpa") and not is_flash_attention_requested(model.config):
+        raise ValueError(
+            f"`padding_free=True` is refused with attn_implementation={attention!r}, which is not tested to keep the "
+            "trajectories of a packed row apart. Use flash attention, 'sdpa' or 'eager' (in `model_init_kwargs`), or "
+            "leave padding_free False."
         )
 
 

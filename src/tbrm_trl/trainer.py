@@ -45,6 +45,7 @@ from .startup import (
     check_adapters,
     check_dataset,
     check_logged_groups,
+    check_packing,
     check_sources,
     check_sources_of_vision,
     check_vision,
@@ -189,6 +190,8 @@ class TBRMTrainer(ExactResume):
         check_vision(policy, self._is_vlm)
         if self._is_vlm:
             check_sources_of_vision(args, self._window_parts)
+        if args.padding_free:
+            check_packing(policy)
         if isinstance(model, PreTrainedModel) and self.ref_model is not None:
             require_equal_weights(policy, self.accelerator.unwrap_model(self.ref_model))
         disable_randomness(self.model)
@@ -388,7 +391,11 @@ class TBRMTrainer(ExactResume):
 
     def _collate(self, trajectories: Sequence[Trajectory]) -> Batch:
         return collate(
-            trajectories, self._tokenizer.pad_token_id, self.accelerator.device, self.args.pad_to_multiple_of
+            trajectories,
+            self._tokenizer.pad_token_id,
+            self.accelerator.device,
+            self.args.pad_to_multiple_of,
+            self.args.padding_free,
         )
 
     def _score(self, model: nn.Module, batch: Batch, **wanted: Any) -> TrajectoryScores:

@@ -132,6 +132,7 @@ class Batch:
     ref_soft_value: Tensor  # (B,) NaN until scored
     ref_end_value: Tensor  # (B,) NaN until scored
     vision: dict[str, Tensor]
+    packed: bool = False  # models read the real tokens alone, as one row: see `scoring.score`
 
     def until(self, width: int) -> Batch:
         """The first `width` columns."""
@@ -141,8 +142,8 @@ class Batch:
 
     @property
     def pad_fraction(self) -> float:
-        """Share of the batch's positions that are padding."""
-        return 1.0 - self.attention_mask.float().mean().item()
+        """Share of the positions that models read which is padding."""
+        return 0.0 if self.packed else 1.0 - self.attention_mask.float().mean().item()
 
 
 def collate(
@@ -150,6 +151,7 @@ def collate(
     pad_token_id: int,
     device: torch.device | str = "cpu",
     pad_to_multiple_of: int | None = None,
+    packed: bool = False,
 ) -> Batch:
     """Pad trajectories to one batch on `device`. Only this function lays trajectories out as tensors."""
     width = max(len(trajectory) for trajectory in trajectories)
@@ -185,6 +187,7 @@ def collate(
         ref_soft_value=numbers([t.ref_soft_value for t in trajectories], device),
         ref_end_value=numbers([t.ref_end_value for t in trajectories], device),
         vision=vision,
+        packed=packed,
     )
 
 
