@@ -284,5 +284,5 @@ def test_any_state_can_be_saved(tmp_path):
     """A diverged run has infinite metrics, and users log what they like: neither may stop a run at its checkpoint."""
     state = {"kl": [math.inf, -math.inf, 0.1], "rms": math.nan, "extra": [np.float32(0.5), np.arange(2), Path("x")]}
     save_state(tmp_path, state, {})
-    loaded, _ = load_state(tmp_path)
+    loaded, _, _ = load_state(tmp_path)
     assert repr(loaded) == repr({**state, "extra": [0.5, [0, 1], "x"]})

@@ -72,7 +72,8 @@ class TrajectoryStore:
         """Bytes of the arrays; records that were never written take no memory, and are not counted."""
         return sum(segment.nbytes for segment in self._segments) + min(self.end, self.capacity) * _RECORD.itemsize
 
-    def append(self, trajectory: Trajectory) -> None:
+    def append(self, trajectory: Trajectory) -> int:
+        """Returns its number."""
         masked = not bool(trajectory.loss_mask.all())
         words = [trajectory.prompt_ids.numpy().astype(np.int32), trajectory.completion_ids.numpy().astype(np.int32)]
         if masked:
@@ -86,6 +87,7 @@ class TrajectoryStore:
         record["end"], record["masked"] = _ENDS.index(trajectory.end), masked
         self._append(np.concatenate(words), record)
         self.keep_scores(self.end - 1, trajectory)
+        return self.end - 1
 
     def _append(self, words: np.ndarray, record: np.ndarray) -> None:
         if len(self) == self.capacity:
@@ -102,20 +104,16 @@ class TrajectoryStore:
         self._used += len(words)
         self.end += 1
 
-    def popleft(self) -> None:
-        """Drop the oldest."""
+    def popleft(self) -> int:
+        """Drop the oldest, and return its number."""
         self.first += 1
         if len(self._starts) > 1 and self._starts[1] == self.first:
             del self._segments[0], self._starts[0]
+        return self.first - 1
 
-    def column(self, name: str) -> np.ndarray:
-        """`(N,)` one field of all records, the oldest first."""
-        return self._in_order(self._records[name])
-
-    def _in_order(self, ring: np.ndarray) -> np.ndarray:
-        start = self.first % self.capacity
-        stop = start + len(self)
-        return np.concatenate([ring[start:stop], ring[: max(stop - self.capacity, 0)]])  # (N,)
+    def priorities(self, numbers: np.ndarray) -> np.ndarray:
+        """`(N,)` float64, NaN of those not replayed yet."""
+        return self._records["priority"][numbers % self.capacity].astype(np.float64)
 
     def policy_step(self, number: int) -> int:
         return int(self._records["policy_step"][number % self.capacity])
@@ -170,7 +168,7 @@ class TrajectoryStore:
     def state(self) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
         """JSON-able values and arrays, from which `restore` makes the same store."""
         words = [self._words(number, self._records[number % self.capacity]) for number in range(self.first, self.end)]
-        records = self._in_order(self._records)
+        records = self._records[np.arange(self.first, self.end) % self.capacity]  # (N,)
         records["first_word"] = 0  # `restore` lays them out anew
         arrays = {
             "words": np.concatenate([np.empty(0, np.int32), *words]),

@@ -481,7 +481,7 @@ class TBRMTrainer(ExactResume):
         if self._replay is not None and self._replay.prioritized:
             for use, priority in zip(uses, (args.beta * seen.residual).detach().abs().tolist(), strict=True):
                 if use.number is not None:
-                    self._replay.stored.set_priority(use.number, priority)
+                    self._replay.set_priority(use.number, priority)
         return loss
 
     def _gather(self, values: Sequence[float]) -> Tensor:
@@ -545,7 +545,7 @@ class TBRMTrainer(ExactResume):
         self._window, self._rows_drawn, self._rows_trained = [], 0, 0
         self._step_totals, self._totals["train"] = Totals(), Totals()
         if self._replay is not None:
-            self._replay.stored.clear()
+            self._replay.clear()
 
     def _own_state(self) -> OwnState:
         state = {
@@ -570,7 +570,7 @@ class TBRMTrainer(ExactResume):
         self._window = lists["window"]
         self._logged_by_row = dict(zip(state["logged_rows"], lists["logged"], strict=True))
         if self._replay is not None:
-            self._replay.stored.restore(state["replay"], arrays)
+            self._replay.restore(state["replay"], arrays)
 
 
 def _in_groups(uses: list[Use], size: int) -> list[Use]:
