@@ -87,13 +87,13 @@ def add_trajectory_head(model: PreTrainedModel, temperature: float, cast_lm_head
     fused_forward = model.forward
     transform = logit_transform(model, temperature)
 
-    def soft_value(states: Tensor) -> Tensor:
-        head = model.get_output_embeddings()
+    def soft_value(head: nn.Module, states: Tensor) -> Tensor:
         # The kernel computes in the autocast dtype, if any, and else in that of the states: so does the soft value.
         in_head_dtype = torch.autocast(states.device.type, enabled=False) if cast_lm_head_to_fp32 else nullcontext()
         with in_head_dtype:
             return transform(head(states.to(head.weight.device))).logsumexp(dim=-1)  # (N,)
 
+    @functools.partial(torch.compiler.disable, recursive=False)
     @functools.wraps(fused_forward)  # `generate` reads the signature
     def forward(
         self,
@@ -113,6 +113,7 @@ def add_trajectory_head(model: PreTrainedModel, temperature: float, cast_lm_head
         last = kwargs["attention_mask"].sum(dim=1) - 1  # (B,) the column of the last token
         soft_values: dict[str, Tensor] = {}
 
+        @torch.compiler.disable
         def keep_acting_states(module: nn.Module, inputs: Any, output: Any) -> Any:
             states = output.last_hidden_state  # (B, T, hidden)
             device = states.device
@@ -124,7 +125,7 @@ def add_trajectory_head(model: PreTrainedModel, temperature: float, cast_lm_head
                 wanted["state_values"] = states[:, :-1][acting.to(device)]  # (N, hidden)
             # FSDP2 frees the head's weights when backward is through its module. So the module's one call goes before
             # the kernel, which has the bare weights: backward is then through the kernel first.
-            packed = soft_value(torch.cat(list(wanted.values())))
+            packed = soft_value(self.get_output_embeddings(), torch.cat(list(wanted.values())))
             soft_values.update(zip(wanted, packed.split([len(one) for one in wanted.values()]), strict=True))
             output.last_hidden_state = states[:, :-1][scored[:, 1:].to(device)].unsqueeze(0)  # (1, N, hidden)
             return output

@@ -189,11 +189,12 @@ class TBRMTrainer(ExactResume):
         if self._is_vlm:
             check_sources_of_vision(args, self._window_parts)
         if isinstance(model, PreTrainedModel) and self.ref_model is not None:
-            require_equal_weights(policy, self.accelerator.unwrap_model(self.ref_model))
+            require_equal_weights(policy, self.accelerator.unwrap_model(self.ref_model, keep_torch_compile=False))
         disable_randomness(self.model)
         for scored in (policy, self.ref_model):
             if scored is not None:
-                add_trajectory_head(self.accelerator.unwrap_model(scored), self.temperature, args.cast_lm_head_to_fp32)
+                bare = self.accelerator.unwrap_model(scored, keep_torch_compile=False)
+                add_trajectory_head(bare, self.temperature, args.cast_lm_head_to_fp32)
         self._loss = TrajectoryLoss(args, self._soft_value, router_loss=self.aux_loss_enabled)
         self._positions_from_mask = not self._is_vlm and accepts_position_ids(policy)
         # TRL would hide truncated completions from attention as well; here they only leave the loss.
