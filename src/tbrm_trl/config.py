@@ -255,6 +255,7 @@ class TBRMConfig(GRPOConfig):
         checks.check_terms(self)
         checks.check_reference(self)
         checks.check_replay(self)
+        checks.check_launch(self)
         checks.warn_of_sampling_filters(self)
 
     def _settle_truncation(self) -> None:

@@ -44,6 +44,7 @@ from .startup import (
     check_adapters,
     check_dataset,
     check_logged_groups,
+    check_quantization,
     check_sources,
     check_sources_of_vision,
     check_vision,
@@ -155,6 +156,7 @@ class TBRMTrainer(ExactResume):
         self._soft_value = SoftValue.registry[args.soft_value](args)
         self._soft_value.check_data(train_dataset, self._logged)
         check_adapters(model, peft_config, args)
+        check_quantization(model, peft_config, quantization_config, args)
 
         # TRL would sync no adapter, and load a reference that the previous policy makes superfluous.
         with without(args, sync_ref_model=False, **({"beta": 0.0} if args.reference == "previous" else {})):
