@@ -288,3 +288,8 @@ def check_launch(args: TBRMConfig) -> None:
             "FSDP version 1 is refused: the reference is saved, reset and compared by whole parameters, which it "
             "flattens. Put `fsdp_version: 2` into the `fsdp_config` of the launcher's file."
         )
+    if "torch" not in args.optim and any(word in args.optim for word in ("8bit", "paged", "bnb", "lion", "ademamix")):
+        raise ValueError(
+            f"`optim={args.optim.value!r}` under FSDP2 is refused: bitsandbytes' update is not defined for sharded "
+            "tensors (torch: no sharding strategy registered). Use optim='adamw_torch', which is sharded as well."
+        )
