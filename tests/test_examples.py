@@ -1,4 +1,4 @@
-"""The launch lines of `examples/`, run as they stand: only model, data, output, sizes and the machine are overridden."""
+"""The launch lines of `examples/`, run as they stand: only model, data, sizes, output and machine are overridden."""
 
 from __future__ import annotations
 
@@ -19,6 +19,7 @@ from safetensors.torch import load_file
 from test_recipes import RECIPES, ROOT, after, command_of, script, sums  # noqa: F401
 from tiny import save
 from transformers import AutoModelForCausalLM
+from trl.import_utils import is_vllm_available
 
 from tbrm_trl import TBRMConfig
 
@@ -108,7 +109,8 @@ def test_adapters(name, tmp_path):
 
     (saved,) = tmp_path.glob("out/checkpoint-*/optimizer.pt")
     states = torch.load(saved, weights_only=False)["state"].values()
-    kept = {value.dtype for state in states for value in state.values() if torch.is_tensor(value) and value.dim()}
+    moments = [state.get("__bnb_optimizer_quant_state__", state) for state in states]
+    kept = {value.dtype for one in moments for value in one.values() if torch.is_tensor(value)}
     assert (torch.uint8 in kept) == (name == "qlora")
 
 
@@ -116,7 +118,8 @@ def test_adapters(name, tmp_path):
 @pytest.mark.parametrize("name", ["vllm_colocate", "vllm_server"])
 def test_vllm_is_all_that_is_missing(name, tmp_path):
     """As far as it goes without vLLM: model, data and options are through when TRL asks for it."""
-    pytest.importorskip("trl.import_utils").is_vllm_available() and pytest.skip("vLLM is installed")
+    if is_vllm_available():
+        pytest.skip("vLLM is installed")
     done = run_line(SETUPS / f"{name}.yaml", tmp_path)
     errors = [line for line in done.stderr.splitlines() if re.match(r"\w+(Error|Exception):", line)]
     assert done.returncode != 0
@@ -134,7 +137,7 @@ def test_slurm(tmp_path):
         (tmp_path / name).write_text(f"#!/bin/bash\n{body}\n")
         (tmp_path / name).chmod(0o755)
     (tmp_path / "cpu.yaml").write_text(
-        "compute_environment: LOCAL_MACHINE\ndistributed_type: MULTI_CPU\nuse_cpu: true\nmixed_precision: 'no'\n"
+        "compute_environment: LOCAL_MACHINE\ndistributed_type: MULTI_GPU\nuse_cpu: true\nmixed_precision: 'no'\n"
     )
     done = run(
         ["bash", str(file), *line[2:], *small(tmp_path)],

@@ -93,7 +93,6 @@ def add_trajectory_head(model: PreTrainedModel, temperature: float, cast_lm_head
         with in_head_dtype:
             return transform(head(states.to(head.weight.device))).logsumexp(dim=-1)  # (N,)
 
-    @functools.partial(torch.compiler.disable, recursive=False)
     @functools.wraps(fused_forward)  # `generate` reads the signature
     def forward(
         self,
@@ -113,7 +112,6 @@ def add_trajectory_head(model: PreTrainedModel, temperature: float, cast_lm_head
         last = kwargs["attention_mask"].sum(dim=1) - 1  # (B,) the column of the last token
         soft_values: dict[str, Tensor] = {}
 
-        @torch.compiler.disable
         def keep_acting_states(module: nn.Module, inputs: Any, output: Any) -> Any:
             states = output.last_hidden_state  # (B, T, hidden)
             device = states.device
