@@ -17,8 +17,8 @@ set -euo pipefail
 
 export LAUNCH_CONFIG=${LAUNCH_CONFIG:-examples/accelerate/multi_node.yaml}
 export NUM_PROCESSES=$((SLURM_NNODES * SLURM_GPUS_ON_NODE))
-MAIN_ADDRESS=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
-export MAIN_ADDRESS
+NODES=$(scontrol show hostnames "$SLURM_JOB_NODELIST")
+export MAIN_ADDRESS=${NODES%%$'\n'*} # the first
 export MAIN_PORT=$((20000 + SLURM_JOB_ID % 10000)) # jobs that share a node do not meet
 
 # Single quotes: SLURM_NODEID is another on every node.

@@ -68,13 +68,15 @@ def small(tmp_path: Path) -> list[str]:
 
 def run(command: list[str], **environment: str) -> subprocess.CompletedProcess[str]:
     binaries = f"{Path(sys.executable).parent}:{os.environ['PATH']}"  # where `accelerate` is
+    environment = {**os.environ, "PATH": binaries, "OMP_NUM_THREADS": "1", **environment}
+    environment.pop("ACCELERATE_USE_CPU", None)  # of a trainer in this process; it would mean "no DeepSpeed"
     return subprocess.run(
         command,
         cwd=ROOT,
-        env={**os.environ, "PATH": binaries, "OMP_NUM_THREADS": "1", **environment},
+        env=environment,
         capture_output=True,
         text=True,
-        timeout=300,
+        timeout=600,  # DeepSpeed compiles an operator on its first launch
     )
 
 
@@ -91,6 +93,18 @@ def updates(tmp_path: Path) -> list[dict]:
     assert len(log) == 2
     assert all(0 < row["residual/rms"] < math.inf and 0 < row["grad_norm"] < math.inf for row in log)
     return log
+
+
+@pytest.mark.launch
+def test_full_fine_tuning(tmp_path):
+    """The published recipe; its model is whole again after training, and another than before."""
+    done = run_line(RECIPES / "tbrm.yaml", tmp_path)
+    assert done.returncode == 0, done.stderr[-4000:]
+    updates(tmp_path)
+    after_training, before = (
+        AutoModelForCausalLM.from_pretrained(tmp_path / folder).state_dict() for folder in ("out", "model")
+    )
+    assert not torch.equal(after_training["lm_head.weight"], before["lm_head.weight"])
 
 
 @pytest.mark.launch
@@ -129,16 +143,15 @@ def test_vllm_is_all_that_is_missing(name, tmp_path):
 
 @pytest.mark.launch
 def test_slurm(tmp_path):
-    """The whole file, on one node with two CPU processes; `srun` and `scontrol` stand in for SLURM's."""
+    """The whole file with its ZeRO-3, on one node, two CPU processes; `srun` and `scontrol` stand in for SLURM's."""
     file = ROOT / "examples/slurm.sh"
     line = shlex.split(file.read_text().splitlines()[1].removeprefix("#"))
     assert line[:2] == ["sbatch", "examples/slurm.sh"]
     for name, body in (("srun", 'shift; exec "$@"'), ("scontrol", "echo 127.0.0.1; echo another-node")):
         (tmp_path / name).write_text(f"#!/bin/bash\n{body}\n")
         (tmp_path / name).chmod(0o755)
-    (tmp_path / "cpu.yaml").write_text(
-        "compute_environment: LOCAL_MACHINE\ndistributed_type: MULTI_GPU\nuse_cpu: true\nmixed_precision: 'no'\n"
-    )
+    settings = yaml.safe_load((ROOT / re.search(r"LAUNCH_CONFIG:-(\S+)\}", file.read_text())[1]).read_text())
+    (tmp_path / "cpu.yaml").write_text(yaml.safe_dump({**settings, "use_cpu": True, "mixed_precision": "no"}))
     done = run(
         ["bash", str(file), *line[2:], *small(tmp_path)],
         PATH=f"{tmp_path}:{Path(sys.executable).parent}:{os.environ['PATH']}",
@@ -152,6 +165,7 @@ def test_slurm(tmp_path):
     assert done.returncode == 0, done.stderr[-4000:]
     assert "(2 per device × 2 process(es) × 2 accumulation)" in done.stdout
     updates(tmp_path)
+    AutoModelForCausalLM.from_pretrained(tmp_path / "out")
 
 
 def test_slurm_keeps_the_recipe(script):  # noqa: F811

@@ -87,7 +87,8 @@ def add_trajectory_head(model: PreTrainedModel, temperature: float, cast_lm_head
     fused_forward = model.forward
     transform = logit_transform(model, temperature)
 
-    def soft_value(head: nn.Module, states: Tensor) -> Tensor:
+    def soft_value(states: Tensor) -> Tensor:
+        head = model.get_output_embeddings()
         # The kernel computes in the autocast dtype, if any, and else in that of the states: so does the soft value.
         in_head_dtype = torch.autocast(states.device.type, enabled=False) if cast_lm_head_to_fp32 else nullcontext()
         with in_head_dtype:
@@ -123,7 +124,7 @@ def add_trajectory_head(model: PreTrainedModel, temperature: float, cast_lm_head
                 wanted["state_values"] = states[:, :-1][acting.to(device)]  # (N, hidden)
             # FSDP2 frees the head's weights when backward is through its module. So the module's one call goes before
             # the kernel, which has the bare weights: backward is then through the kernel first.
-            packed = soft_value(self.get_output_embeddings(), torch.cat(list(wanted.values())))
+            packed = soft_value(torch.cat(list(wanted.values())))
             soft_values.update(zip(wanted, packed.split([len(one) for one in wanted.values()]), strict=True))
             output.last_hidden_state = states[:, :-1][scored[:, 1:].to(device)].unsqueeze(0)  # (1, N, hidden)
             return output
