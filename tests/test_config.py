@@ -155,3 +155,47 @@ def test_command_line():
 def test_bad_replay_and_references_say_what_to_change(options, message):
     with pytest.raises(ValueError, match=message):
         config(per_device_train_batch_size=8, **options)
+
+
+OFFLOADED = {"stage": 2, "offload_optimizer": {"device": "cpu"}}
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"use_vllm": True, "ds3_gather_for_generation": False}, "`ds3_gather_for_generation=False` with `use_vllm"),
+        ({"fsdp": True, "fsdp_config": {"version": 1}}, "FSDP version 1 is refused.*Put `fsdp_version: 2`"),
+        ({"fsdp": True, "optim": "adamw_8bit"}, "`optim='adamw_8bit'` under FSDP2 is refused.*'adamw_torch'"),
+        (
+            {"deepspeed": {"zero_optimization": OFFLOADED}, "optim": "paged_adamw_8bit"},
+            "`optim='paged_adamw_8bit'` with DeepSpeed's optimizer offload is refused.*Use optim='adamw_torch'",
+        ),
+    ],
+)
+def test_launches_that_cannot_work(options, message):
+    with pytest.raises(ValueError, match=message):
+        config(**options)
+
+
+def test_launches_that_work():
+    """8-bit optimizers under ZeRO itself, and where DeepSpeed is told to take them; FSDP2; offload as usual."""
+    own = {"zero_optimization": OFFLOADED, "zero_force_ds_cpu_optimizer": False}
+    config(deepspeed={"zero_optimization": {"stage": 3}}, optim="adamw_8bit")
+    config(deepspeed=own, optim="adamw_8bit")
+    config(deepspeed={"zero_optimization": OFFLOADED}, optim="adamw_torch")
+    config(fsdp=True, fsdp_config={"version": 2})
+
+
+def test_fsdp_version_of_the_launcher(monkeypatch):
+    """`accelerate launch` tells it in the environment, and takes 1 where its file says nothing."""
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    with pytest.raises(ValueError, match="FSDP version 1 is refused"):
+        config()
+    monkeypatch.setenv("FSDP_VERSION", "2")
+    config()
+
+
+@pytest.mark.parametrize(("stage", "gather", "warned"), [(3, False, 1), (3, True, 0), (2, False, 0)])
+def test_generation_without_gathering(stage, gather, warned, recwarn):
+    config(deepspeed={"zero_optimization": {"stage": stage}}, ds3_gather_for_generation=gather)
+    assert sum("gathers all weights once, layer by layer" in str(w.message) for w in recwarn) == warned

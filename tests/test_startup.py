@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import pytest
+import torch
 from datasets import Dataset
-from peft import LoHaConfig, LoraConfig, PromptTuningConfig
+from peft import LoHaConfig, LoraConfig, PromptTuningConfig, get_peft_model
 from scripted import script, scripted_trainer
 from test_config import config
-from tiny import save
+from tiny import perturb, save
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
 from tbrm_trl.sampler import WindowSampler
 from tbrm_trl.startup import (
@@ -78,6 +80,7 @@ def test_too_few_prompts_before_anything_is_loaded(tmp_path):
     [
         (LoraConfig(lora_dropout=0.1), "`lora_dropout=0.1` is refused"),
         (LoHaConfig(rank_dropout=0.5), "`rank_dropout=0.5` is refused"),
+        (LoraConfig(lora_dropout=0.0, bias="lora_only"), "`bias='lora_only'` is refused"),
         (PromptTuningConfig(num_virtual_tokens=2), "PromptTuningConfig is refused"),
     ],
 )
@@ -85,6 +88,79 @@ def test_adapters_that_bias_the_residual(adapter, message):
     with pytest.raises(ValueError, match=message):
         check_adapters("a/model", adapter, config())
     assert check_adapters("a/model", LoraConfig(lora_dropout=0.0), config()) is None
+
+
+NF4 = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.float32)
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"quantization_config": NF4}, "`load_in_4bit` without an adapter is refused.*peft_config=LoraConfig"),
+        ({"model_init_kwargs": {"quantization_config": NF4}}, "`load_in_4bit` without an adapter is refused"),
+        (
+            {"quantization_config": NF4, "peft_config": LoraConfig(lora_dropout=0.0), "use_vllm": True},
+            "`load_in_4bit` with `use_vllm=True` is refused.*a base that is not quantized",
+        ),
+        (
+            {
+                "quantization_config": BitsAndBytesConfig(load_in_8bit=True),
+                "peft_config": LoraConfig(lora_dropout=0.0),
+                "use_vllm": True,
+                "vllm_mode": "server",
+            },
+            "`load_in_8bit` with `use_vllm=True` is refused",
+        ),
+    ],
+)
+def test_quantized_bases_before_anything_is_loaded(given, message, tmp_path):
+    with pytest.raises(ValueError, match=message):
+        scripted_trainer("no/such/model", script(), tmp_path, **given)
+
+
+def quantized(folder):
+    return AutoModelForCausalLM.from_pretrained(folder, quantization_config=NF4)
+
+
+def test_quantized_models_as_objects(tmp_path):
+    folder = save(tmp_path / "model")
+    with pytest.raises(ValueError, match="`is_loaded_in_4bit` without an adapter is refused"):
+        scripted_trainer(quantized(folder), script(), tmp_path)
+    adapted = get_peft_model(quantized(folder), LoraConfig(target_modules="all-linear"))
+    with pytest.raises(ValueError, match="`is_loaded_in_4bit` with `use_vllm=True` is refused"):
+        scripted_trainer(adapted, script(), tmp_path, use_vllm=True)
+
+
+def test_why_vllm_is_refused_with_a_quantized_base(tmp_path):
+    """What TRL does at each sync, `merge_adapter` and `unmerge_adapter`, changes the base that is the reference.
+
+    After one merge vLLM would get packed bytes, two weights in each, instead of the layer's matrix.
+    """
+    policy = get_peft_model(quantized(save(tmp_path / "model")), LoraConfig(r=4, target_modules="all-linear"))
+    perturb(torch.nn.ParameterList([p for name, p in policy.named_parameters() if "lora_B" in name]), 0.02)
+    ids = torch.arange(3, 30)[None]
+
+    def reference():
+        with torch.no_grad(), policy.disable_adapter():
+            return policy.train()(ids).logits.log_softmax(dim=-1)
+
+    before, drift = reference(), []
+    for _ in range(4):
+        policy.merge_adapter()
+        sent = dict(policy.named_parameters())["base_model.model.model.layers.0.self_attn.q_proj.base_layer.weight"]
+        assert sent.dtype == torch.uint8 and sent.shape == (32 * 32 // 2, 1)
+        policy.unmerge_adapter()
+        drift.append((reference() - before).abs().mean().item())
+    assert 0.01 < drift[0] < drift[-1]
+
+
+def test_data_parallel_is_refused(tmp_path):
+    """By TRL: one process that sees several GPUs would wrap the model in `nn.DataParallel`."""
+    rows = script()
+    trainer = scripted_trainer(save(tmp_path / "model"), rows, tmp_path)
+    trainer.args._n_gpu = 2  # as `torch.cuda.device_count()` sets it
+    with pytest.raises(ValueError, match=r"does not support `nn.DataParallel`.*`accelerate launch` or `torchrun`"):
+        type(trainer)(save(tmp_path / "model"), lambda prompts, **kwargs: [0.0], trainer.args, trainer.train_dataset)
 
 
 def test_beta_rule():

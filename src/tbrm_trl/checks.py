@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 import warnings
 from typing import TYPE_CHECKING
 
@@ -276,4 +277,46 @@ def warn_of_sampling_filters(args: TBRMConfig) -> None:
             "scored. The residual stays valid (any data is), but the metrics `kl` and `entropy` no longer "
             "describe the sampled policy, and tokens that the filter removes are never corrected.",
             stacklevel=4,
+        )
+
+
+def check_launch(args: TBRMConfig) -> None:
+    """Refuse or warn of ways to shard, offload or generate under which an option cannot do what it says."""
+    deepspeed = {} if args.deepspeed_plugin is None else args.deepspeed_plugin.deepspeed_config
+    zero = deepspeed.get("zero_optimization", {})
+    if not args.ds3_gather_for_generation:
+        if args.use_vllm:
+            raise ValueError(
+                "`ds3_gather_for_generation=False` with `use_vllm=True` is refused: vLLM needs every weight gathered, "
+                "and TRL does so one at a time whatever this option says. Leave it at True."
+            )
+        if zero.get("stage") == 3:
+            warnings.warn(
+                "`ds3_gather_for_generation=False` under ZeRO-3: every generated token gathers all weights once, layer "
+                "by layer, which is very slow. Unless one GPU cannot hold the whole model, leave it at True; if it "
+                "cannot, prefer `use_vllm=True`.",
+                stacklevel=4,
+            )
+    offloaded = zero.get("offload_optimizer", {}).get("device", "none") != "none"
+    if offloaded and "8bit" in args.optim and deepspeed.get("zero_force_ds_cpu_optimizer", True):
+        raise ValueError(
+            f"`optim={args.optim.value!r}` with DeepSpeed's optimizer offload is refused: accelerate replaces it by "
+            "DeepSpeed's 32-bit CPU Adam, and its decoupled weight decay by an L2 penalty. Use optim='adamw_torch', "
+            "which becomes DeepSpeed's CPU AdamW, or do not offload the optimizer."
+        )
+    if args.fsdp_plugin_args is not None:
+        fsdp_version = int(args.fsdp_plugin_args["fsdp_version"])
+    elif os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true":  # by the launcher
+        fsdp_version = int(os.environ.get("FSDP_VERSION", "1"))
+    else:
+        return
+    if fsdp_version == 1:
+        raise ValueError(
+            "FSDP version 1 is refused: the reference is saved, reset and compared by whole parameters, which it "
+            "flattens. Put `fsdp_version: 2` into the `fsdp_config` of the launcher's file."
+        )
+    if "torch" not in args.optim and any(word in args.optim for word in ("8bit", "paged", "bnb", "lion", "ademamix")):
+        raise ValueError(
+            f"`optim={args.optim.value!r}` under FSDP2 is refused: bitsandbytes' update is not defined for sharded "
+            "tensors (torch: no sharding strategy registered). Use optim='adamw_torch', which is sharded as well."
         )

@@ -278,6 +278,7 @@ class TBRMConfig(GRPOConfig):
         checks.check_padding(self)
         checks.check_reference(self)
         checks.check_replay(self)
+        checks.check_launch(self)
         checks.warn_of_sampling_filters(self)
 
     def _settle_truncation(self) -> None:

@@ -58,7 +58,7 @@ class Reference:
             yield self.frozen_copy
             return
         policy = self.policy()
-        adapters = self.accelerator.unwrap_model(policy)
+        adapters = self._bare(policy)
         with use_adapter(adapters, ADAPTER if ADAPTER in adapters.peft_config else None):
             yield policy
 
@@ -106,9 +106,9 @@ class Reference:
         To be called after a change of the weights, or of how they are sharded.
         """
         if self.frozen_copy is not None:
-            weights = list(self.accelerator.unwrap_model(self.frozen_copy).named_parameters())
+            weights = list(self._bare(self.frozen_copy).named_parameters())
         else:
-            policy = self.accelerator.unwrap_model(self.policy())
+            policy = self._bare(self.policy())
             others = [f".{name}." for name in policy.peft_config if name != ADAPTER]
             weights = [(n, p) for n, p in policy.named_parameters() if not any(o in f"{n}." for o in others)]
         digest = xxhash.xxh3_128()
@@ -121,14 +121,18 @@ class Reference:
         parts = sorted(set(gather_object([digest.hexdigest()])))
         self.key = xxhash.xxh3_128_hexdigest(json.dumps([parts, self.settings], sort_keys=True).encode())
 
+    def _bare(self, model: nn.Module) -> Any:
+        """The model inside its wrappers, `torch.compile`'s too: that prefixes the names of the parameters."""
+        return self.accelerator.unwrap_model(model, keep_torch_compile=False)
+
     def _synced(self) -> dict[str, nn.Parameter]:
         """What a sync changes, by a name that the policy's own parameter shares."""
         if self.frozen_copy is not None:
-            return dict(self.accelerator.unwrap_model(self.frozen_copy).named_parameters())
-        return _adapter(self.accelerator.unwrap_model(self.policy()), ADAPTER)
+            return dict(self._bare(self.frozen_copy).named_parameters())
+        return _adapter(self._bare(self.policy()), ADAPTER)
 
     def _trained(self) -> dict[str, nn.Parameter]:
-        policy = self.accelerator.unwrap_model(self.policy())
+        policy = self._bare(self.policy())
         return (
             dict(policy.named_parameters()) if self.frozen_copy is not None else _adapter(policy, policy.active_adapter)
         )

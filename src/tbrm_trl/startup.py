@@ -211,11 +211,37 @@ def check_adapters(model: Any, peft_config: Any, args: TBRMConfig) -> None:
                 f"{type(config).__name__} is refused: prompt learning puts virtual tokens before the prompt, which "
                 "moves the state whose soft value the residual needs. Use a LoRA adapter."
             )
+        if (bias := vars(config).get("bias", "none")) != "none":
+            raise ValueError(
+                f"`bias={bias!r}` is refused: it trains biases of the base model, which the reference shares, so the "
+                "reference would move with the policy. Set bias='none'."
+            )
         if args.sync_ref_model and args.ref_model_mixup_alpha != 1:
             raise ValueError(
                 f"`ref_model_mixup_alpha={args.ref_model_mixup_alpha}` is refused with adapters: mixing the factors A "
                 "and B of two adapters does not mix their products BA. Use ref_model_mixup_alpha=1.0, a hard reset."
             )
+
+
+def check_quantization(model: Any, peft_config: Any, quantization_config: Any, args: TBRMConfig) -> None:
+    """Refuse what a base model in 4 or 8 bits (bitsandbytes) cannot do: be trained itself, feed vLLM."""
+    given = quantization_config or (args.model_init_kwargs or {}).get("quantization_config")
+    loaded = given if isinstance(model, str) else model
+    names = ("load_in_4bit", "load_in_8bit") if isinstance(model, str) else ("is_loaded_in_4bit", "is_loaded_in_8bit")
+    name = next((name for name in names if getattr(loaded, name, False)), None)  # other quantizers have neither
+    if name is None:
+        return
+    if peft_config is None and (isinstance(model, str) or not is_peft_model(model)):
+        raise ValueError(
+            f"`{name}` without an adapter is refused: quantized weights cannot be trained. Pass "
+            "`peft_config=LoraConfig(lora_dropout=0.0)` (examples/train.py: --use_peft true), or do not quantize."
+        )
+    if args.use_vllm:
+        raise ValueError(
+            f"`{name}` with `use_vllm=True` is refused: for every sync TRL merges the adapter into the quantized "
+            "weights and takes it out again, and rounds both times, so base model and reference drift; and vLLM gets "
+            "the packed weights without their new scales. Use LoRA on a base that is not quantized, or no vLLM."
+        )
 
 
 def check_sources_of_vision(args: TBRMConfig, window: Window) -> None:

@@ -46,6 +46,7 @@ from .startup import (
     check_dataset,
     check_logged_groups,
     check_packing,
+    check_quantization,
     check_sources,
     check_sources_of_vision,
     check_vision,
@@ -157,6 +158,7 @@ class TBRMTrainer(ExactResume):
         self._soft_value = SoftValue.registry[args.soft_value](args)
         self._soft_value.check_data(train_dataset, self._logged)
         check_adapters(model, peft_config, args)
+        check_quantization(model, peft_config, quantization_config, args)
 
         # TRL would sync no adapter, and load a reference that the previous policy makes superfluous.
         with without(args, sync_ref_model=False, **({"beta": 0.0} if args.reference == "previous" else {})):
@@ -193,11 +195,12 @@ class TBRMTrainer(ExactResume):
         if args.padding_free:
             check_packing(policy)
         if isinstance(model, PreTrainedModel) and self.ref_model is not None:
-            require_equal_weights(policy, self.accelerator.unwrap_model(self.ref_model))
+            require_equal_weights(policy, self.accelerator.unwrap_model(self.ref_model, keep_torch_compile=False))
         disable_randomness(self.model)
         for scored in (policy, self.ref_model):
             if scored is not None:
-                add_trajectory_head(self.accelerator.unwrap_model(scored), self.temperature, args.cast_lm_head_to_fp32)
+                bare = self.accelerator.unwrap_model(scored, keep_torch_compile=False)
+                add_trajectory_head(bare, self.temperature, args.cast_lm_head_to_fp32)
         self._loss = TrajectoryLoss(args, self._soft_value, router_loss=self.aux_loss_enabled)
         self._positions_from_mask = not self._is_vlm and accepts_position_ids(policy)
         # TRL would hide truncated completions from attention as well; here they only leave the loss.

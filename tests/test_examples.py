@@ -1,0 +1,184 @@
+"""The launch lines of `examples/`, run as they stand: only model, data, sizes, output and machine are overridden."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from peft import PeftModel
+from safetensors.torch import load_file
+from test_recipes import RECIPES, ROOT, after, command_of, script, sums  # noqa: F401
+from tiny import save
+from transformers import AutoModelForCausalLM
+from trl.import_utils import is_vllm_available
+
+from tbrm_trl import TBRMConfig
+
+SETUPS = ROOT / "examples/setups"
+CONFIGS = [*sorted(RECIPES.glob("*.yaml")), *sorted(SETUPS.glob("*.yaml"))]
+BATCH = re.compile(r"^# .*: (\d+) rows × (\d+) process\D*?(?:\(.*\) )?× (\d+)$", re.MULTILINE)
+ON_CPU = ["--cpu", "--mixed_precision", "no"]  # to the launcher, which then starts one process
+
+
+def processes_of(command: list[str]) -> int:
+    """How many processes the line starts: by its flag, else by its launcher's file."""
+    if given := after(command, "--num_processes"):
+        return int(given)
+    return yaml.safe_load((ROOT / after(command, "--config_file")).read_text()).get("num_processes", 1)
+
+
+@pytest.mark.parametrize("file", CONFIGS, ids=lambda file: file.stem)
+def test_batch_arithmetic(file, script, monkeypatch):  # noqa: F811
+    """Rows × processes × accumulation, as the comment says, is one update of the file on the processes of its line."""
+    command = command_of(file)
+    assert after(command, "--config") == str(file.relative_to(ROOT))
+    monkeypatch.setattr(TBRMConfig, "world_size", property(lambda self: processes_of(command)))
+    _, config, _ = script.parse(["--config", str(file), "--use_cpu", "true", "--bf16", "false"])
+    ((rows, processes, accumulation),) = BATCH.findall(file.read_text())
+    assert int(rows) == config.per_device_train_batch_size
+    assert int(processes) == processes_of(command)
+    assert int(accumulation) == config.gradient_accumulation_steps
+    assert int(rows) * int(processes) * int(accumulation) == config.rows_per_update
+    if "tbrm" in config.output_dir:
+        published = yaml.safe_load((RECIPES / "tbrm.yaml").read_text())
+        assert config.rows_per_update == 128
+        for name in ("soft_value", "beta", "num_generations", "max_completion_length", "temperature", "max_steps"):
+            assert getattr(config, name) == published[name]
+
+
+def small(tmp_path: Path) -> list[str]:
+    """What is overridden: a model whose sizes 4-bit kernels take, sums as data, a few short rows, no half precision."""
+    model = save(tmp_path / "model", hidden_size=64, intermediate_size=128, head_dim=16)
+    options = dict(
+        model_name_or_path=model, dataset_name=sums(tmp_path / "sums.json"), output_dir=tmp_path / "out",
+        per_device_train_batch_size=2, gradient_accumulation_steps=2, max_completion_length=4, max_steps=2,
+        learning_rate=0.01, logging_steps=1, use_cpu=True, bf16=False, disable_tqdm=True,
+    )  # fmt: skip
+    return [text for name, value in options.items() for text in (f"--{name}", str(value))]
+
+
+def run(command: list[str], **environment: str) -> subprocess.CompletedProcess[str]:
+    binaries = f"{Path(sys.executable).parent}:{os.environ['PATH']}"  # where `accelerate` is
+    environment = {**os.environ, "PATH": binaries, "OMP_NUM_THREADS": "1", **environment}
+    environment.pop("ACCELERATE_USE_CPU", None)  # of a trainer in this process; it would mean "no DeepSpeed"
+    return subprocess.run(
+        command,
+        cwd=ROOT,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=600,  # DeepSpeed compiles an operator on its first launch
+    )
+
+
+def run_line(file: Path, tmp_path: Path) -> subprocess.CompletedProcess[str]:
+    line = command_of(file)
+    environment = dict(word.split("=") for word in line[: line.index("accelerate")])
+    start = line.index("launch") + 1
+    return run(["accelerate", "launch", *ON_CPU, *line[start:], *small(tmp_path)], **environment)
+
+
+def updates(tmp_path: Path) -> list[dict]:
+    (state,) = tmp_path.glob("out/checkpoint-*/trainer_state.json")
+    log = [row for row in json.loads(state.read_text())["log_history"] if "residual/rms" in row]
+    assert len(log) == 2
+    assert all(0 < row["residual/rms"] < math.inf and 0 < row["grad_norm"] < math.inf for row in log)
+    return log
+
+
+@pytest.mark.launch
+def test_full_fine_tuning(tmp_path):
+    """The published recipe; its model is whole again after training, and another than before."""
+    done = run_line(RECIPES / "tbrm.yaml", tmp_path)
+    assert done.returncode == 0, done.stderr[-4000:]
+    updates(tmp_path)
+    after_training, before = (
+        AutoModelForCausalLM.from_pretrained(tmp_path / folder).state_dict() for folder in ("out", "model")
+    )
+    assert not torch.equal(after_training["lm_head.weight"], before["lm_head.weight"])
+
+
+@pytest.mark.launch
+@pytest.mark.parametrize("name", ["lora", "qlora"])
+def test_adapters(name, tmp_path):
+    """The adapter is trained, saved, and loads onto its base. QLoRA: its optimizer keeps 8 bits."""
+    done = run_line(SETUPS / f"{name}.yaml", tmp_path)
+    assert done.returncode == 0, done.stderr[-4000:]
+    updates(tmp_path)
+    weights = load_file(tmp_path / "out/adapter_model.safetensors")
+    assert all(weight.any() for weight in weights.values())  # B starts at zero
+    assert not any("lm_head" in parameter for parameter in weights)
+    # TRL trains the adapter of a quantized base in bfloat16, that of another in float32.
+    assert {weight.dtype for weight in weights.values()} == {torch.bfloat16 if name == "qlora" else torch.float32}
+    PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(tmp_path / "model"), str(tmp_path / "out"))
+
+    (saved,) = tmp_path.glob("out/checkpoint-*/optimizer.pt")
+    states = torch.load(saved, weights_only=False)["state"].values()
+    moments = [state.get("__bnb_optimizer_quant_state__", state) for state in states]
+    kept = {value.dtype for one in moments for value in one.values() if torch.is_tensor(value)}
+    assert (torch.uint8 in kept) == (name == "qlora")
+
+
+@pytest.mark.launch
+@pytest.mark.parametrize("name", ["vllm_colocate", "vllm_server"])
+def test_vllm_is_all_that_is_missing(name, tmp_path):
+    """As far as it goes without vLLM: model, data and options are through when TRL asks for it."""
+    if is_vllm_available():
+        pytest.skip("vLLM is installed")
+    done = run_line(SETUPS / f"{name}.yaml", tmp_path)
+    errors = [line for line in done.stderr.splitlines() if re.match(r"\w+(Error|Exception):", line)]
+    assert done.returncode != 0
+    assert errors[0].startswith("ImportError: vLLM is not available and `use_vllm` is set to True"), done.stderr[-4000:]
+    assert "_init_vllm" in done.stderr
+
+
+@pytest.mark.launch
+def test_slurm(tmp_path):
+    """The whole file with its ZeRO-3, on one node, two CPU processes; `srun` and `scontrol` stand in for SLURM's."""
+    file = ROOT / "examples/slurm.sh"
+    line = shlex.split(file.read_text().splitlines()[1].removeprefix("#"))
+    assert line[:2] == ["sbatch", "examples/slurm.sh"]
+    for name, body in (("srun", 'shift; exec "$@"'), ("scontrol", "echo 127.0.0.1; echo another-node")):
+        (tmp_path / name).write_text(f"#!/bin/bash\n{body}\n")
+        (tmp_path / name).chmod(0o755)
+    settings = yaml.safe_load((ROOT / re.search(r"LAUNCH_CONFIG:-(\S+)\}", file.read_text())[1]).read_text())
+    (tmp_path / "cpu.yaml").write_text(yaml.safe_dump({**settings, "use_cpu": True, "mixed_precision": "no"}))
+    done = run(
+        ["bash", str(file), *line[2:], *small(tmp_path)],
+        PATH=f"{tmp_path}:{Path(sys.executable).parent}:{os.environ['PATH']}",
+        LAUNCH_CONFIG=str(tmp_path / "cpu.yaml"),
+        SLURM_NNODES="1",
+        SLURM_GPUS_ON_NODE="2",
+        SLURM_NODEID="0",
+        SLURM_JOB_NODELIST="node[0-1]",
+        SLURM_JOB_ID=str(os.getpid()),
+    )
+    assert done.returncode == 0, done.stderr[-4000:]
+    assert "(2 per device × 2 process(es) × 2 accumulation)" in done.stdout
+    updates(tmp_path)
+    AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+
+
+def test_slurm_keeps_the_recipe(script):  # noqa: F811
+    """On its nodes × GPUs, what it is submitted with makes one update of the recipe."""
+    text = (ROOT / "examples/slurm.sh").read_text()
+    assert subprocess.run(["bash", "-n", ROOT / "examples/slurm.sh"], check=False).returncode == 0
+    given = shlex.split(text.splitlines()[1])[3:]
+    processes = math.prod(int(re.search(rf"^#SBATCH --{name}=(\d+)", text, re.M)[1]) for name in NODES)
+    recipe = yaml.safe_load((ROOT / after(given, "--config")).read_text())
+    rows = recipe["per_device_train_batch_size"]
+    accumulation = int(after(given, "--gradient_accumulation_steps"))
+    assert rows * processes * accumulation == 128
+    assert f"{rows} rows × {processes} processes × {accumulation}" in text
+
+
+NODES = ("nodes", "gpus-per-node")
