@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
-from torch.profiler import ProfilerActivity, profile
+from torch.autograd.profiler import profile
 
 
 @dataclass
@@ -22,8 +22,8 @@ def peak_memory(device: torch.device | str = "cpu") -> Iterator[Peak]:
     """Measure the block's peak of allocated tensor bytes, relative to its start.
 
     On a CPU every allocation of torch's allocator is recorded (those inside a kernel too) and summed up in the order in
-    which they were made. The operating system's peak of resident memory would count the allocator's leftovers as well.
-    It slows the block down, so time it elsewhere.
+    which they were made; memory from before the block that it frees is not subtracted. The operating system's peak of
+    resident memory would count the allocator's leftovers as well. It slows the block down, so time it elsewhere.
     """
     device, peak = torch.device(device), Peak()
     if device.type == "cuda":
@@ -34,11 +34,11 @@ def peak_memory(device: torch.device | str = "cpu") -> Iterator[Peak]:
         torch.cuda.synchronize(device)
         peak.bytes = torch.cuda.max_memory_allocated(device) - before
         return
-    # acc_events: the events are read once, here, and not turned into Python objects of their own.
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True, acc_events=True) as recorded:
+    # `torch.profiler.profile` would make a Python object of each event at its end, which takes longer than the block.
+    with profile(use_kineto=True, profile_memory=True) as recorded:
         yield peak
-    results = recorded.profiler.kineto_results  # type: ignore[union-attr]
-    allocations = [event for event in results.events() if event.name() == "[memory]"]
+    assert recorded.kineto_results is not None, "the profiler has stopped"
+    allocations = [event for event in recorded.kineto_results.events() if event.name() == "[memory]"]
     live = 0
     for event in sorted(allocations, key=lambda event: event.start_ns()):
         live += event.nbytes()  # negative where memory is freed

@@ -51,10 +51,10 @@ from trl.trainer.utils import _CHUNKED_LOGPROB_CHUNK_SIZE as VOCABULARY_TILE
 from tbrm_trl import TBRMConfig, TBRMTrainer, load_rollouts
 
 os.environ.setdefault("TRL_EXPERIMENTAL_SILENCE", "1")
-from trl.experimental.a2po import A2POConfig, A2POTrainer  # noqa: E402
+from trl.experimental.a2po import A2POConfig, A2POTrainer
 
 matplotlib.use("Agg")
-import matplotlib.pyplot as plt  # noqa: E402
+import matplotlib.pyplot as plt
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT / folder) for folder in ("benchmarks", "examples", "tests")]
@@ -106,7 +106,9 @@ def long_tail(count: int, longest: int) -> tuple[int, ...]:
     return tuple(max(2, round(longest / 4 * math.exp(math.log(4) * z / normal[-1]))) for z in normal)
 
 
-def works(model: str, rollouts: int, micro_batch: int, equal: int, longest: int, warm_up: int | None) -> dict[str, Work]:
+def works(
+    model: str, rollouts: int, micro_batch: int, equal: int, longest: int, warm_up: int | None
+) -> dict[str, Work]:
     """Both length distributions; prompts are half as long as the mean completion."""
     tail = long_tail(rollouts, longest)
     return {
@@ -441,7 +443,9 @@ class MinimalLoop:
         self.tokenizer = AutoTokenizer.from_pretrained(work.model, padding_side="left")
         self.optimizer = torch.optim.AdamW(self.policy.parameters(), lr=LEARNING_RATE, weight_decay=0.0, fused=True)
 
-    def score(self, model: PreTrainedModel, rollouts: Sequence[Rollout], outputs: tuple[str, ...]) -> tuple[Tensor, Tensor]:
+    def score(
+        self, model: PreTrainedModel, rollouts: Sequence[Rollout], outputs: tuple[str, ...]
+    ) -> tuple[Tensor, Tensor]:
         """`(B,)` log-probability of each completion, and V of its first state, as TRL's kernel computes them."""
         count, width = len(rollouts), max(len(one.ids) for one in rollouts)
         ids = torch.full((count, width), self.tokenizer.pad_token_id)  # (B, T)
@@ -464,7 +468,7 @@ class MinimalLoop:
         return log_probs.new_zeros(count).index_add(0, row, log_probs), value
 
     def loss(self, rollouts: Sequence[Rollout]) -> Tensor:
-        log_prob, value = self.score(self.policy, rollouts, ("log_probs", "entropy"))
+        log_prob, value = self.score(self.policy, rollouts, "log_probs", "entropy")
         rewards = torch.tensor([one.reward for one in rollouts], device=value.device)  # (B,)
         reference = torch.tensor([one.ref_log_prob for one in rollouts], device=value.device)  # (B,)
         return (BETA * (value + log_prob - reference) - rewards).square().sum() / len(self.work.lengths)
@@ -475,8 +479,9 @@ class MinimalLoop:
 
     @torch.no_grad()
     def score_reference(self, micro_batch: list[Rollout]) -> None:
-        for one, log_prob in zip(micro_batch, self.score(self.reference, micro_batch, ("log_probs",))[0], strict=True):
-            one.ref_log_prob = log_prob.item()
+        log_probs, _ = self.score(self.reference, micro_batch, "log_probs")  # (B,)
+        for one, log_prob in zip(micro_batch, log_probs.tolist(), strict=True):
+            one.ref_log_prob = log_prob
 
     def roll_out(self, texts: list[str]) -> list[Rollout]:
         given = self.tokenizer(texts, return_tensors="pt").to(self.policy.device)
@@ -701,7 +706,7 @@ def report(results: Results, environment: dict[str, Any], name: str) -> str:
         order rotated; medians of {repetitions} repetitions with the smallest and the largest, ratios taken within a
         repetition."""
     fairness = (
-        f"""Every method generates with its trainer's own call of `generate` on the same sampling settings and a plan of
+        """Every method generates with its trainer's own call of `generate` on the same sampling settings and a plan of
         lengths: a logits processor forbids the end token before a row's length and forces it there. Prompts of a step
         are equally long. A2PO generates for each micro-batch by itself, as its trainer does, the others for all
         rollouts at once. Its values of the first stage are given, since they are no part of a step.""",
@@ -766,9 +771,9 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="a tiny model and few tokens")
     parser.add_argument("--model", help="folder of a causal language model (default: SmolLM2-135M)")
     parser.add_argument("--repetitions", type=int, help="default: 5, with --quick 2")
-    parser.add_argument("--rollouts", type=int, default=8, help="per optimizer step")
-    parser.add_argument("--micro-batch", type=int, default=2)
-    parser.add_argument("--equal", type=int, default=64, help="tokens of a completion where all are equal")
+    parser.add_argument("--rollouts", type=int, default=16, help="per optimizer step")
+    parser.add_argument("--micro-batch", type=int, default=4, help="rollouts of a forward")
+    parser.add_argument("--equal", type=int, default=48, help="tokens of a completion where all are equal")
     parser.add_argument("--longest", type=int, default=96, help="tokens of the longest completion in the long tail")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--output", type=Path, help="default: docs/benchmarks, with --quick a temporary folder")
