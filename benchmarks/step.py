@@ -65,7 +65,7 @@ PARTS = ("generation", "reward", "reference", "old policy", "policy forward", "b
 METHODS = ("GRPO β>0", "TBRM", "minimal loop", "TBRM with replay", "GRPO β=0", "RLOO", "A2PO")
 PEER = "GRPO β>0"  # what the others are divided by
 PACKAGES = ("torch", "transformers", "trl", "accelerate", "tbrm-trl")
-BETA, LEARNING_RATE = TBRMConfig.__dataclass_fields__["beta"].default, 1e-6
+BETA, LEARNING_RATE = 0.002, 1e-6  # β is that of TBRM
 CUDA = torch.cuda.is_available()
 MIB = 2**20
 
@@ -127,7 +127,8 @@ def prompts(tokenizer: Any, length: int, count: int, seed: int) -> list[str]:
     """Distinct texts of exactly `length` tokens."""
     words = [" the", " house", " water", " green", " seven", " music", " is", " of", " and", *"abcdefghij"]
     single = [word for word in words if len(tokenizer(text=word)["input_ids"]) == 1]
-    drawn, texts = random.Random(seed), []
+    drawn = random.Random(seed)
+    texts: list[str] = []
     while len(texts) < count:
         text = "".join(drawn.choices(single, k=length))
         if len(tokenizer(text=text)["input_ids"]) == length and text not in texts:  # neighbours may merge
@@ -193,7 +194,8 @@ class Clock:
 
     def __init__(self) -> None:
         self.current = "rest"
-        self.lap()
+        self.began = self.last = self.now()
+        self.seconds = dict.fromkeys(PARTS, 0.0)
 
     def now(self) -> float:
         if CUDA:
@@ -208,9 +210,6 @@ class Clock:
 
     def lap(self) -> dict[str, float]:
         """Seconds by part since the last lap, and their `total`, taken by itself."""
-        if not hasattr(self, "seconds"):
-            self.last = self.began = self.now()
-            self.seconds = dict.fromkeys(PARTS, 0.0)
         now = self._charge()
         lap, self.seconds = {**self.seconds, "total": now - self.began}, dict.fromkeys(PARTS, 0.0)
         self.began = now
@@ -364,7 +363,7 @@ def trainer_of(method: str, work: Work, folder: Path, seed: int, windows: int, *
     if method.startswith("TBRM"):
         if method == "TBRM with replay":  # a buffer of one window: replayed rollouts are as long as fresh ones
             options |= {"num_iterations": 2, "replay_buffer_size": len(work.lengths)}
-        return TBRMTrainer(work.model, reward, TBRMConfig(**options), rows, processing_class=tokenizer)
+        return TBRMTrainer(work.model, reward, TBRMConfig(**options, beta=BETA), rows, processing_class=tokenizer)
     options["num_generations"] = 2  # the fewest they take
     if method == "RLOO":
         return RLOOTrainer(work.model, reward, RLOOConfig(**options), rows, processing_class=tokenizer)
@@ -443,10 +442,8 @@ class MinimalLoop:
         self.tokenizer = AutoTokenizer.from_pretrained(work.model, padding_side="left")
         self.optimizer = torch.optim.AdamW(self.policy.parameters(), lr=LEARNING_RATE, weight_decay=0.0, fused=True)
 
-    def score(
-        self, model: PreTrainedModel, rollouts: Sequence[Rollout], outputs: tuple[str, ...]
-    ) -> tuple[Tensor, Tensor]:
-        """`(B,)` log-probability of each completion, and V of its first state, as TRL's kernel computes them."""
+    def score(self, model: PreTrainedModel, rollouts: Sequence[Rollout], *outputs: str) -> tuple[Tensor, Tensor]:
+        """`(B,)` log-probability of each completion, and V of its first state; TRL's kernel computes `outputs`."""
         count, width = len(rollouts), max(len(one.ids) for one in rollouts)
         ids = torch.full((count, width), self.tokenizer.pad_token_id)  # (B, T)
         real, acting = torch.zeros_like(ids), torch.zeros_like(ids, dtype=torch.bool)  # (B, T) each
@@ -464,8 +461,8 @@ class MinimalLoop:
             log_probs, *_ = ChunkedLogProbFunction.apply(
                 states[acting], head.weight, None, chosen, 1.0, VOCABULARY_TILE, None, 1.0, outputs
             )
-        row = acting.nonzero()[:, 0]  # (N,)
-        return log_probs.new_zeros(count).index_add(0, row, log_probs), value
+        rows = acting.nonzero()[:, 0]  # (N,)
+        return log_probs.new_zeros(count).index_add(0, rows, log_probs), value
 
     def loss(self, rollouts: Sequence[Rollout]) -> Tensor:
         log_prob, value = self.score(self.policy, rollouts, "log_probs", "entropy")
@@ -561,7 +558,7 @@ class Results:
     measurements: dict[str, dict[str, list[Measurement]]]
     losses: tuple[float, float]  # the trainer's and the loop's
 
-    def ratios(self, work: str, method: str, generation: bool = True, update: int | None = None) -> list[float]:
+    def ratios(self, work: str, method: str, generation: bool = True) -> list[float]:
         """Of the peer's seconds, within each repetition."""
 
         def seconds(one: Measurement) -> float:
