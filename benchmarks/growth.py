@@ -1,6 +1,6 @@
 """How a step's cost grows with model width, completion length, rollouts and processes: TBRM beside TRL's GRPO.
 
-    python benchmarks/growth.py              # models of random weights; half an hour on two quiet cores
+    python benchmarks/growth.py              # models of random weights; within half an hour on two quiet cores
     python benchmarks/growth.py --quick      # small sizes, to a temporary folder
 
 Writes docs/benchmarks/growth.{json,md,png}. On a CUDA device, where there is one: growth_cuda.{json,md,png}, without

@@ -1,6 +1,6 @@
 """What a training step costs: TBRM beside TRL's GRPO, RLOO and A2PO and a minimal loop, in time and memory.
 
-    python benchmarks/step.py              # SmolLM2-135M; half an hour on two quiet cores
+    python benchmarks/step.py              # SmolLM2-135M; about half an hour on two quiet cores
     python benchmarks/step.py --quick      # a tiny model, in seconds, to a temporary folder
 
 Writes docs/benchmarks/step.{json,md,png}. On a CUDA device, where there is one: step_cuda.{json,md,png}.
@@ -770,8 +770,8 @@ def main() -> None:
     parser.add_argument("--repetitions", type=int, help="default: 5, with --quick 2")
     parser.add_argument("--rollouts", type=int, default=16, help="per optimizer step")
     parser.add_argument("--micro-batch", type=int, default=4, help="rollouts of a forward")
-    parser.add_argument("--equal", type=int, default=48, help="tokens of a completion where all are equal")
-    parser.add_argument("--longest", type=int, default=96, help="tokens of the longest completion in the long tail")
+    parser.add_argument("--equal", type=int, default=32, help="tokens of a completion where all are equal")
+    parser.add_argument("--longest", type=int, default=64, help="tokens of the longest completion in the long tail")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--output", type=Path, help="default: docs/benchmarks, with --quick a temporary folder")
     arguments = parser.parse_args()
