@@ -13,6 +13,7 @@ import contextlib
 import functools
 import gc
 import importlib.metadata
+import io
 import itertools
 import json
 import math
@@ -395,12 +396,18 @@ def time_parts(trainer: Any, clock: Clock) -> None:
         clock.wrap(trainer, "_get_per_token_logps_and_entropies", scored)
 
 
+@contextlib.contextmanager
+def quiet() -> Iterator[None]:
+    with contextlib.redirect_stdout(io.StringIO()), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        yield
+
+
 def measure(method: str, work: Work, seed: int, memory: bool = False) -> Measurement:
     """One warm-up window, one that is timed, and for memory one more."""
     clock = Clock()
     stages = Stages(clock, updates_per_window(method), memory)
-    with tempfile.TemporaryDirectory() as folder, warnings.catch_warnings():
-        warnings.simplefilter("ignore")
+    with tempfile.TemporaryDirectory() as folder, quiet():
         if method == "minimal loop":
             plan = MinimalLoop(work, clock, seed).train(stages)
         else:
@@ -521,8 +528,7 @@ def losses_on_the_same_rollouts(work: Work) -> tuple[float, float]:
     """The loss of the trainer's first update, and the minimal loop's on the same rollouts."""
     clock = Clock()
     seen: list[float] = []
-    with tempfile.TemporaryDirectory() as folder, warnings.catch_warnings():
-        warnings.simplefilter("ignore")
+    with tempfile.TemporaryDirectory() as folder, quiet():
         trainer = trainer_of("TBRM", work, Path(folder), 0, 1, save_rollouts=True)
         trainer.remove_callback(transformers.PrinterCallback)
         Plan(replace(work, warm_up=work.lengths), 1, trainer.processing_class, clock).govern(trainer.model)
@@ -668,7 +674,7 @@ def environment(threads: int) -> dict[str, Any]:
 def hardware_line(environment: dict[str, Any]) -> str:
     versions = ", ".join(f"{name} {environment[name]}" for name in PACKAGES)
     return (
-        f"{environment['device']}, {environment['cores']} cores, {environment['threads']} threads; "
+        f"{environment['device']}, {environment['cores']} cores, {environment['threads']} of them used; "
         f"Python {environment['python']}, {versions}."
     )
 
@@ -753,7 +759,7 @@ def draw(results: Results, path: Path) -> None:
             left = [a + b for a, b in zip(left, width, strict=True)]
         axes.invert_yaxis()
         axes.set(xlabel="seconds per optimizer step (medians)", title=work.replace("_", " "))
-    panels[-1].legend(fontsize=8, loc="lower right")
+    figure.legend(*panels[0].get_legend_handles_labels(), fontsize=8, loc="outside right upper")
     figure.savefig(path, dpi=130)
 
 

@@ -47,7 +47,6 @@ def test_step(tmp_path):
             idle = {"old policy"} - ({"old policy"} if method == "RLOO" else set())
             idle |= {"reference"} if method == "GRPO β=0" else set()
             assert {part for part in step.PARTS if not fresh[part]} == idle
-            # A2PO's stands for its logits, which are few here.
             assert measured["memory"]["above_floor"] > 0
         replay = of["TBRM with replay"][0]["updates"][1]
         assert replay["generation"] == replay["reward"] == 0  # its scores are those of the window before
