@@ -1,0 +1,90 @@
+"""The benchmarks of a step's cost run, and account for all the time they report."""
+
+import json
+import os
+import statistics
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+BENCHMARKS = Path(__file__).resolve().parent.parent / "benchmarks"
+sys.path.insert(0, str(BENCHMARKS))
+import step  # noqa: E402
+from peak_memory import peak_memory  # noqa: E402
+
+
+def run(script: str, output: Path, *options: str) -> dict:
+    """The JSON that a benchmark writes."""
+    command = [sys.executable, str(BENCHMARKS / script), "--quick", "--threads", "1", "--repetitions", "1"]
+    done = subprocess.run(
+        [*command, "--output", str(output), *options], capture_output=True, text=True, env={**os.environ}, timeout=600
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    name = script.replace(".py", "_cuda" if torch.cuda.is_available() else "")
+    assert (output / f"{name}.md").read_text() in done.stdout
+    assert (output / f"{name}.png").exists()
+    return json.loads((output / f"{name}.json").read_text())
+
+
+def accounts_for_all(update: dict[str, float]) -> bool:
+    return sum(update[part] for part in step.PARTS) == pytest.approx(update["total"], rel=1e-6)
+
+
+def test_step(tmp_path):
+    """Every method is measured on every length distribution; its parts are disjoint and make up the total."""
+    raw = run("step.py", tmp_path)
+    assert raw["losses"]["trainer"] == pytest.approx(raw["losses"]["minimal loop"], rel=1e-4)
+    assert set(raw["measurements"]) == {"equal", "long_tail"}
+    for of in raw["measurements"].values():
+        assert set(of) == set(step.METHODS)
+        for method, (measured,) in of.items():
+            assert len(measured["updates"]) == (2 if method == "TBRM with replay" else 1)
+            assert all(accounts_for_all(update) for update in measured["updates"])
+            fresh = measured["updates"][0]
+            idle = {"old policy"} - ({"old policy"} if method == "RLOO" else set())
+            idle |= {"reference"} if method == "GRPO β=0" else set()
+            assert {part for part in step.PARTS if not fresh[part]} == idle
+            assert measured["memory"]["above_floor"] > 0
+        replay = of["TBRM with replay"][0]["updates"][1]
+        assert replay["generation"] == replay["reward"] == 0  # its scores are those of the window before
+        floors = {method: measured[0]["memory"]["floor"] for method, measured in of.items()}
+        assert floors["GRPO β=0"] == pytest.approx(floors["TBRM"] * 4 / 5, rel=1e-3)  # no reference
+        assert floors["TBRM"] == pytest.approx(floors["minimal loop"], rel=1e-3)
+
+
+def test_growth(tmp_path):
+    raw = run("growth.py", tmp_path, "--axes", "length")
+    for of in raw["axes"]["length"].values():
+        assert all(accounts_for_all(update) for measured in of.values() for update in measured[0]["updates"])
+
+
+@pytest.mark.launch
+@pytest.mark.skipif(torch.cuda.is_available(), reason="two processes would share one device")
+def test_growth_over_processes(tmp_path):
+    raw = run("growth.py", tmp_path, "--axes", "width", "processes")
+    assert set(raw["processes"]) == {"1 x 1", "1 x 2", "2 x 1"}
+    assert all(accounts_for_all(measured[0]["updates"][0]) for measured in raw["processes"].values())
+
+
+def test_lengths():
+    """The median of 16 is a quarter of the longest; prompts are half the mean completion."""
+    tail = step.works("model", rollouts=16, micro_batch=4, equal=64, longest=128, warm_up=4)["long_tail"]
+    assert max(tail.lengths) == 128
+    assert statistics.median(tail.lengths) == pytest.approx(32, abs=1)
+    assert tail.prompt == pytest.approx(statistics.mean(tail.lengths) / 2, abs=0.5)
+    assert sorted(tail.in_order_of(3).lengths) == sorted(tail.lengths)
+
+
+def test_the_peak_is_counted_exactly():
+    """4 + 2 MB, then 4 freed and 3 added: the peak is 6 MB above the start, on which 8 MB were alive already."""
+    million = 1_000_000
+    before = torch.empty(2 * million)
+    with peak_memory() as peak:
+        first, second = torch.empty(million), torch.empty(million // 2)
+        del first
+        third = torch.empty(3 * million // 4)
+    assert peak.bytes == 6 * million
+    del before, second, third
