@@ -93,7 +93,7 @@ def gradient(model: PreTrainedModel, uses: list[Use], batch: Batch, options: dic
     loss_of.settle(uses)
 
     def scorer(batch: Batch, **wanted: Any) -> Any:
-        return score(model, batch, positions_from_mask=True, **wanted)
+        return score(model, batch, **wanted)
 
     Path("/proc/self/clear_refs").write_text("5")  # resets the peak
     before, start = resident_mib("VmRSS"), time.process_time()

@@ -58,7 +58,7 @@ def test_scores_equal_padded_ones(architecture):
     """
     policy, rows = scorer(architecture), trajectories()
     batch = collate(rows, pad_token_id=0)
-    wanted = dict(positions_from_mask=True, end_value=True, every_value=True)
+    wanted = dict(end_value=True, every_value=True)
     padded, packed = score(policy, batch, **wanted), score(policy, replace(batch, packed=True), **wanted)
     for name in ("soft_value", "end_value", *PER_TOKEN):
         assert packed[name].shape == (padded[name].shape) and padded[name].any(), name
@@ -79,7 +79,7 @@ def test_trajectories_do_not_see_each_other():
     """Other tokens in one of them leave every bit of the others' scores where it was."""
     policy, rows = scorer("qwen2"), trajectories()
     changed = replace(rows[1], completion_ids=rows[1].completion_ids.flip(0), prompt_ids=rows[1].prompt_ids + 1)
-    wanted = dict(positions_from_mask=True, end_value=True, every_value=True)
+    wanted = dict(end_value=True, every_value=True)
     before = score(policy, collate(rows, 0, packed=True), **wanted)
     after = score(policy, collate([rows[0], changed, *rows[2:]], 0, packed=True), **wanted)
     others = torch.tensor([0, 2, 3, 4])

@@ -207,16 +207,16 @@ def score_reference(
         score: padded batch → scores of the reference.
         filler: what is run where this process has fewer forwards to make; its scores are not kept.
     """
-    for batch in batches:
-        scores = score(collate(batch))
+    scored = [(batch, score(collate(batch))) for batch in batches]
+    for _ in range(forwards - len(batches)):
+        score(collate([filler]))
+    for batch, scores in scored:  # read once all forwards are under way
         log_probs, soft_values = scores.log_probs.cpu(), scores.soft_value.tolist()
         end_values = [None] * len(batch) if scores.end_value is None else scores.end_value.tolist()
         for trajectory, row, soft_value, end_value in zip(batch, log_probs, soft_values, end_values, strict=True):
             trajectory.ref_log_probs = row[len(trajectory.prompt_ids) : len(trajectory)].clone()
             trajectory.ref_soft_value, trajectory.ref_end_value = soft_value, end_value
             trajectory.ref_key = key
-    for _ in range(forwards - len(batches)):
-        score(collate([filler]))
 
 
 def precompute_scores(

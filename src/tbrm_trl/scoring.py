@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import inspect
 import types
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -161,7 +160,7 @@ def score(
     model: nn.Module,
     batch: Batch,
     *,
-    positions_from_mask: bool,
+    masked: bool = False,
     router_logits: bool = False,
     scored: Tensor | None = None,
     end_value: bool = False,
@@ -176,8 +175,9 @@ def score(
     Args:
         model: the policy or the reference, as prepared for training.
         batch: from `collate`.
-        positions_from_mask: pass `position_ids` counted from the attention mask. So for every text model that takes
-            them; vision-language models derive them from the image grid.
+        masked: give the model the attention mask. Where attention is causal nothing real looks at what is padded on its
+            right, and without a mask the kernels are faster and keep less. Vision-language models take their positions
+            from it, and a mixture of experts leaves padding out of its load-balancing loss.
         router_logits: ask a mixture-of-experts model for its load-balancing loss.
         scored: `(B, T)` the tokens whose log-probability and entropy are wanted; by default all actions. s_1 is the
             state of the first action in any case.
@@ -191,13 +191,13 @@ def score(
         "action_mask": batch.action_mask,
         "scored": batch.action_mask if scored is None else scored,
     }
-    if positions_from_mask or batch.packed:
-        per_token["position_ids"] = (batch.attention_mask.cumsum(dim=1) - 1).clamp(min=0)
     if batch.packed:
+        per_token["position_ids"] = batch.attention_mask.cumsum(dim=1) - 1
         per_token = {name: values[real].unsqueeze(0) for name, values in per_token.items()}  # (1, N) each
         starts = lengths.cumsum(dim=0) - lengths  # (B,) the place of each trajectory's first token
     else:
-        per_token["attention_mask"] = batch.attention_mask
+        if masked or router_logits:
+            per_token["attention_mask"] = batch.attention_mask
         starts = torch.arange(len(real), device=real.device) * real.shape[1]  # (B,)
     wanted: dict[str, Any] = {"every_value": every_value}
     if end_value:
@@ -211,11 +211,6 @@ def score(
             if name in scores:  # a `ModelOutput` holds what is not None
                 scores[name] = _in_place(scores[name], real)  # (B, T)
     return scores
-
-
-def accepts_position_ids(model: PreTrainedModel) -> bool:
-    """Whether the architecture takes `position_ids` (those with ALiBi derive distances from the mask instead)."""
-    return "position_ids" in inspect.signature(type(model).forward).parameters
 
 
 def disable_randomness(model: nn.Module) -> None:

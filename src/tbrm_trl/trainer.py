@@ -38,7 +38,7 @@ from .reference import (
 from .replay import ReplayBuffer
 from .resume import ExactResume, OwnState
 from .rewards import mean_reward
-from .scoring import TrajectoryScores, accepts_position_ids, add_trajectory_head, disable_randomness, score
+from .scoring import TrajectoryScores, add_trajectory_head, disable_randomness, score
 from .soft_value import SoftValue
 from .sources import no_reward
 from .startup import (
@@ -202,7 +202,6 @@ class TBRMTrainer(ExactResume):
                 bare = self.accelerator.unwrap_model(scored, keep_torch_compile=False)
                 add_trajectory_head(bare, self.temperature, args.cast_lm_head_to_fp32)
         self._loss = TrajectoryLoss(args, self._soft_value, router_loss=self.aux_loss_enabled)
-        self._positions_from_mask = not self._is_vlm and accepts_position_ids(policy)
         # TRL would hide truncated completions from attention as well; here they only leave the loss.
         self.mask_truncated_completions = False
 
@@ -404,7 +403,7 @@ class TBRMTrainer(ExactResume):
     def _score(self, model: nn.Module, batch: Batch, **wanted: Any) -> TrajectoryScores:
         wanted["end_value"] = self.args.truncation == "bootstrap"
         with self.accelerator.autocast():
-            return score(model, batch, positions_from_mask=self._positions_from_mask, **wanted)
+            return score(model, batch, masked=self._is_vlm, **wanted)
 
     def _is_stale(self, trajectory: Trajectory) -> bool:
         key = trajectory.ref_key

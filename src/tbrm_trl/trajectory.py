@@ -133,17 +133,13 @@ class Batch:
     ref_end_value: Tensor  # (B,) NaN until scored
     vision: dict[str, Tensor]
     packed: bool = False  # models read the real tokens alone, as one row: see `scoring.score`
+    pad_fraction: float = 0.0  # share of the positions that models read which is padding
 
     def until(self, width: int) -> Batch:
         """The first `width` columns."""
         per_token = {n: v[:, :width] if n in PER_TOKEN_INPUTS else v for n, v in self.vision.items()}
         cut = {n: getattr(self, n)[:, :width] for n in ("input_ids", "attention_mask", "action_mask", "ref_log_probs")}
         return replace(self, **cut, vision=per_token)
-
-    @property
-    def pad_fraction(self) -> float:
-        """Share of the positions that models read which is padding."""
-        return 0.0 if self.packed else 1.0 - self.attention_mask.float().mean().item()
 
 
 def collate(
@@ -188,6 +184,7 @@ def collate(
         ref_end_value=numbers([t.ref_end_value for t in trajectories], device),
         vision=vision,
         packed=packed,
+        pad_fraction=0.0 if packed else 1 - sum(map(len, trajectories)) / (len(trajectories) * width),
     )
 
 
