@@ -3,9 +3,9 @@
     python benchmarks/memory_estimate.py        # writes docs/benchmarks/memory_estimate.{json,md}; some ten minutes
 
 Every configuration trains two steps in a process of its own, on random weights of the given sizes; where the table does
-not say that rollouts are generated they are given, since generation is slow on a CPU and seldom where the peak is. The
-measured peak is of tensor memory: on a CPU what the allocator handed out (the profiler's events) on top of what was live
-when training began, on a GPU `torch.cuda.max_memory_allocated`.
+not say that rollouts are generated they are given, since generation is slow on a CPU and seldom where the peak is.
+Measured is the peak of tensor memory: on a CPU what the allocator handed out (the profiler's events) on top of what was
+live when training began, on a GPU `torch.cuda.max_memory_allocated`.
 """
 
 from __future__ import annotations
@@ -13,13 +13,11 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import gc
-import importlib.metadata
 import json
-import os
-import platform
 import subprocess
 import sys
 import tempfile
+import textwrap
 from pathlib import Path
 from typing import Any
 
@@ -55,9 +53,9 @@ MODELS: dict[str, dict[str, Any]] = {
         num_key_value_heads=3, vocab_size=49152, tie_word_embeddings=True,
     ),
 }  # fmt: skip
-# What differs from: full fine-tuning, AdamW, float32, sdpa, activations kept, one micro-batch of 4 rows of 32 + 96 tokens.
+# What differs from full fine-tuning, AdamW, float32, sdpa, activations kept, one micro-batch of 4 rows of 32 + 96 tokens.
 RUNS: dict[str, dict[str, Any]] = {
-    "AdamW, generating": dict(model="llama-256", generates=True),
+    "AdamW, generating its rollouts": dict(model="llama-256", generates=True),
     "AdamW, checkpointing": dict(model="llama-256", gradient_checkpointing=True),
     "eager attention, 16 + 240 tokens": dict(model="llama-256", attn="eager", prompt=16, completion=240),
     "one row": dict(model="llama-256", rows=1, completion=224),
@@ -69,8 +67,13 @@ RUNS: dict[str, dict[str, Any]] = {
     "LoRA 16": dict(model="qwen2-512", lora=16),
     "LoRA 16, checkpointing": dict(model="qwen2-512", lora=16, gradient_checkpointing=True),
     "LoRA 16, checkpointing, generating 32 rows at a time": dict(
-        model="qwen2-512", lora=16, gradient_checkpointing=True, accumulation=16, completion=128,
-        rows=2, generates=True,
+        model="qwen2-512",
+        lora=16,
+        gradient_checkpointing=True,
+        accumulation=16,
+        completion=128,
+        rows=2,
+        generates=True,
     ),
     '`reference="previous"`': dict(model="qwen2-512", reference="previous"),
     "8-bit AdamW": dict(model="qwen2-512", optim="adamw_bnb_8bit", gradient_checkpointing=True),
@@ -112,9 +115,10 @@ class Run:
 def estimate(run: Run, device: str) -> dict[str, dict[str, int]]:
     sizes = dict(MODELS[run.model])
     return estimate_memory(
-        AutoConfig.for_model(sizes.pop("model_type"), **sizes), rows=run.rows, prompt_length=run.prompt,
-        completion_length=run.completion, generated_rows=run.rows * run.accumulation * run.generates, accumulation=run.accumulation,
-        dtype=run.dtype, mixed_precision="bfloat16" if run.bf16 else None, attn_implementation=run.attn,
+        AutoConfig.for_model(sizes.pop("model_type"), **sizes), rows=run.rows, accumulation=run.accumulation,
+        generated_rows=run.rows * run.accumulation * run.generates, prompt_length=run.prompt,
+        completion_length=run.completion, dtype=run.dtype,
+        mixed_precision="bfloat16" if run.bf16 else None, attn_implementation=run.attn,
         gradient_checkpointing=run.gradient_checkpointing, optimizer=run.optim, peft_config=run.peft_config,
         quantization=run.quantization, reference=run.reference == "initial", device=device,
     ).phases  # fmt: skip
@@ -126,10 +130,11 @@ def save_model(run: Run, folder: Path) -> None:
     torch.manual_seed(0)
     config = AutoConfig.for_model(sizes.pop("model_type"), **sizes, pad_token_id=0, eos_token_id=1, bos_token_id=2)
     AutoModelForCausalLM.from_config(config, dtype=getattr(torch, run.dtype)).save_pretrained(folder)
-    backend = Tokenizer(models.WordLevel({f"w{i}": i for i in range(config.vocab_size)}, unk_token="w0"))
+    words = ["<pad>", "<eos>", "<bos>", *(f"w{i}" for i in range(3, config.vocab_size))]
+    backend = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="<pad>"))
     backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     PreTrainedTokenizerFast(
-        tokenizer_object=backend, pad_token="w0", eos_token="w1", bos_token="w2", padding_side="left"
+        tokenizer_object=backend, pad_token="<pad>", eos_token="<eos>", bos_token="<bos>", padding_side="left"
     ).save_pretrained(folder)
 
 
@@ -143,8 +148,8 @@ def live_bytes() -> int:
     return sum(storages.values())
 
 
-def measure(run: Run, folder: Path) -> dict[str, Any]:
-    """Train two steps, in this process."""
+def measure(run: Run, folder: Path) -> int:
+    """Train two steps in this process; the peak in bytes."""
     save_model(run, folder / "model")
     rows = run.rows * run.accumulation
     # Prompts of different lengths, so that rows are padded; the longest among them.
@@ -191,34 +196,92 @@ def measure(run: Run, folder: Path) -> dict[str, Any]:
             now += event.nbytes()
             peak = max(peak, now)
     assert trainer.state.global_step == 2
-    lengths = [log["completions/mean_length"] for log in trainer.state.log_history if "completions/mean_length" in log]
-    assert min(lengths) > run.completion - 1, lengths  # random weights hardly ever end
-    return {"peak": peak}
+    assert max(len(trajectory) for trajectory in trainer._window) == run.prompt + run.completion
+    return peak
+
+
+def describe(run: Run) -> str:
+    """What the table says of a configuration besides its name."""
+    rows = f"{run.accumulation} × {run.rows}" if run.accumulation > 1 else str(run.rows)
+    return f"{run.model} | {rows} × ({run.prompt} + {run.completion})"
+
+
+def report(results: dict[str, Any]) -> str:
+    versions = ", ".join(f"{name} {version}" for name, version in results["versions"].items())
+    lines = [
+        "| configuration | model | rows × tokens | phase of the peak | estimate, MiB | measured, MiB | ratio | beside states |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    ratios, misses = {}, []
+    for name, seen in results["runs"].items():
+        totals = {phase: sum(parts.values()) for phase, parts in seen["phases"].items()}
+        phase = max(totals, key=totals.__getitem__)
+        estimated, measured = totals[phase], seen["measured"]
+        states = sum(seen["phases"][phase][part] for part in ("weights", "reference", "optimizer"))
+        ratios[name] = estimated / measured
+        beside = (estimated - states) / (measured - states)
+        if abs(ratios[name] - 1) > TARGET:
+            misses.append(name)
+        lines.append(
+            f"| {name} | {describe(Run(**RUNS[name]))} | {phase} | {estimated / 2**20:.0f} | {measured / 2**20:.0f} "
+            f"| {ratios[name]:.2f} | {beside:.2f} |"
+        )
+    low, high = min(ratios, key=ratios.__getitem__), max(ratios, key=ratios.__getitem__)
+    outside = f"Outside 15%: {', '.join(misses)}." if misses else "All are within 15%."
+    summary = textwrap.fill(
+        f"{outside} The lowest ratio is {ratios[low]:.2f} ({low}), the highest {ratios[high]:.2f} ({high}). The last "
+        "column is the ratio of what comes on top of weights, reference and optimizer states, which are exact: the "
+        "harder test.",
+        120,
+    )
+    table = "\n".join(lines)
+    return f"""# Estimated and measured peaks of memory
+
+Written by `python benchmarks/memory_estimate.py`. {results["hardware"]}; {versions}.
+Raw numbers: [memory_estimate.json](memory_estimate.json).
+
+Two updates of `TBRMTrainer` on random weights; the peak of tensor memory over the whole of `train()`. Unless the
+configuration says otherwise: full fine-tuning with AdamW in float32, reference kept, sdpa, activations kept, rollouts
+given rather than generated. Prompts differ in length, so rows are padded.
+
+{table}
+
+{summary}
+"""
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--run", nargs=2, metavar=("NAME", "FILE"), help=argparse.SUPPRESS)
-    parser.add_argument("--only", help="only configurations whose name contains this; nothing is written")
+    parser.add_argument("--only", help="measure configurations with this in their name; the others' peaks are kept")
+    parser.add_argument("--output", type=Path, default=ROOT / "docs/benchmarks")
     arguments = parser.parse_args()
-    device = "cuda" if torch.cuda.is_available() else "cpu"
     if arguments.run:
         name, file = arguments.run
-        run = Run(**RUNS[name])
         with tempfile.TemporaryDirectory() as folder:
-            measured = measure(run, Path(folder))
-        Path(file).write_text(json.dumps({**measured, "phases": estimate(run, device)}))
+            Path(file).write_text(json.dumps(measure(Run(**RUNS[name]), Path(folder))))
         return
-    results = {}
-    for name in RUNS:
-        if arguments.only and arguments.only not in name:
-            continue
-        with tempfile.NamedTemporaryFile(suffix=".json") as file:
-            subprocess.run([sys.executable, __file__, "--run", name, file.name], check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-            results[name] = json.loads(Path(file.name).read_text())
-        totals = {phase: sum(parts.values()) for phase, parts in results[name]["phases"].items()}
-        print(name, {k: f"{v/2**20:.0f}" for k, v in totals.items()}, f"measured {results[name]['peak']/2**20:.0f}",
-              f"ratio {max(totals.values())/results[name]['peak']:.3f}", flush=True)
+    on_gpu = torch.cuda.is_available()
+    file = arguments.output / "memory_estimate.json"
+    before = json.loads(file.read_text())["runs"] if arguments.only is not None else {}
+    runs: dict[str, Any] = {}
+    results = {
+        "hardware": torch.cuda.get_device_name() if on_gpu else f"{platform.machine()}, one thread",
+        "versions": {name: importlib.metadata.version(name) for name in PACKAGES},
+        "runs": runs,
+    }
+    for name, options in RUNS.items():
+        if name in before and arguments.only not in name:
+            measured = before[name]["measured"]
+        else:
+            with tempfile.NamedTemporaryFile(suffix=".json") as output:
+                command = [sys.executable, __file__, "--run", name, output.name]
+                subprocess.run(command, check=True, stdout=sys.stderr, env={**os.environ, "OMP_NUM_THREADS": "1"})
+                measured = json.loads(Path(output.name).read_text())
+        runs[name] = {"measured": measured, "phases": estimate(Run(**options), "cuda" if on_gpu else "cpu")}
+        file.write_text(json.dumps(results, indent=2) + "\n")
+    (arguments.output / "memory_estimate.md").write_text(report(results))
+    print(report(results))
 
 
 if __name__ == "__main__":

@@ -10,25 +10,18 @@ from __future__ import annotations
 
 import math
 import sys
-import weakref
-from collections import Counter
 from collections.abc import Iterable
 from copy import deepcopy
 from dataclasses import dataclass, field
-from types import MethodType
 from typing import Any
 
 import torch
-from torch import Tensor, nn
-from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException, FakeTensorMode
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_iter
+from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 from trl import ModelConfig, TrlParser, get_peft_config
-from trl.kernels.chunked_logprob import TOKEN_CHUNK_SIZE, ChunkedLogProbFunction
-from trl.trainer.utils import _CHUNKED_LOGPROB_CHUNK_SIZE as VOCABULARY_CHUNK
 
 from .config import TBRMConfig
+from .live_bytes import Trace, quantize
 
 # State tensors per trained one by `optim`; whether in 8 bits; whether in pages that may go to the host.
 OPTIMIZERS = {
@@ -48,8 +41,8 @@ OPTIMIZERS = {
 }
 SMALL, BLOCK = 4096, 256  # bitsandbytes: tensors below this stay float32; the others have a float32 for each block
 REDUCE_BUCKET, LIVE_PARAMETERS = 500_000_000, 1_000_000_000  # DeepSpeed's defaults, in elements
+KEEP_MASKS = (None, "sdpa", "eager")  # attention that takes (T, T) masks of padded rows; that of others needs no more
 PARTS = ("weights", "reference", "optimizer", "gradients", "communication", "activations", "head", "generation")
-PHASES = ("generation", "update", "optimizer step")
 
 
 @dataclass(frozen=True)
@@ -148,44 +141,45 @@ def estimate_memory(
         if number < 1:
             raise ValueError(f"`{name}={number}` must be at least 1.")
     config = _configuration(model)
-    config._attn_implementation = "eager" if attn_implementation == "eager" else "sdpa"
     loaded = getattr(torch, dtype)
     computed = getattr(torch, mixed_precision) if mixed_precision else loaded
     sharded = bool(zero_stage or fsdp)
-    trace = _Trace(
+    trace = Trace(
         rows, prompt_length, completion_length, values_per_row, device,
-        masked=attn_implementation in (None, "sdpa", "eager"),
+        masked=attn_implementation in KEEP_MASKS,
         autocast=None if sharded or not mixed_precision else computed,
         gradients="reduced" if zero_stage > 1 or fsdp else "kept" if zero_stage or accumulation > 1 else "made",
     )  # fmt: skip
-    with FakeTensorMode():
-        policy = _policy(config, computed if sharded else loaded)
-        packed = _quantize(policy, quantization, double_quantization) if quantization else {}
-        if gradient_checkpointing:
-            policy.gradient_checkpointing_enable()
+    with torch.device("meta"):
+        policy = _policy(config, computed if sharded else loaded, attn_implementation)
         if peft_config is not None:
             _add_adapters(policy, peft_config, computed if zero_stage else torch.bfloat16 if quantization else None)
-            if gradient_checkpointing:
-                policy.enable_input_require_grads()
-        try:
-            update = trace.update(policy)
-            rollout = trace.generation(policy, rows if generated_rows is None else generated_rows)
-        except (DataDependentOutputException, DynamicOutputShapeException) as error:
-            raise ValueError(
-                f"The shapes within {config.model_type!r} depend on the tokens ({error}), as where experts are chosen: "
-                "its activations are not known before it runs. Estimate a dense model of its hidden size instead."
-            ) from error
+    packed = quantize(policy, quantization, double_quantization) if quantization else {}
+    if gradient_checkpointing:
+        policy.gradient_checkpointing_enable()
+        if peft_config is not None:
+            policy.enable_input_require_grads()
+    try:
+        update = trace.update(policy)
+        rollout = trace.generation(policy, rows if generated_rows is None else generated_rows)
+    except RuntimeError as error:
+        raise ValueError(
+            f"{config.model_type!r} cannot be run without values ({str(error).splitlines()[0]}), as where "
+            "tokens choose experts: its activations are not known beforehand. Estimate a dense model of its width."
+        ) from error
 
-    def held(parameter: nn.Parameter) -> int:
+    def held(name: str, parameter: nn.Parameter) -> int:
         dtype = parameter.dtype
         if fsdp:  # accelerate keeps what is trained in float32, and gathers all of it in the computed dtype
             dtype = torch.float32 if mixed_precision and parameter.requires_grad else loaded
-        return packed.get(id(parameter), parameter.numel() * dtype.itemsize)
+        return packed.get(name, parameter.numel() * dtype.itemsize)
 
-    trained = [parameter for parameter in policy.parameters() if parameter.requires_grad]
-    whole, gradients = sum(map(held, policy.parameters())), sum(map(held, trained))
-    elements, count = sum(p.numel() for p in policy.parameters()), sum(p.numel() for p in trained)
-    states = sum(_states(optimizer, p, 4 if zero_stage else held(p) // p.numel()) for p in trained)
+    bytes_of = {name: held(name, parameter) for name, parameter in policy.named_parameters()}
+    trained = {name: p for name, p in policy.named_parameters() if p.requires_grad}
+    whole, gradients = sum(bytes_of.values()), sum(bytes_of[name] for name in trained)
+    elements, count = sum(p.numel() for p in policy.parameters()), sum(p.numel() for p in trained.values())
+    itemsize = {name: 4 if zero_stage else bytes_of[name] // p.numel() for name, p in trained.items()}
+    states = sum(_states(optimizer, p.numel(), itemsize[name]) for name, p in trained.items())
     paged = OPTIMIZERS[optimizer][2] and not zero_stage
     ways = processes if zero_stage == 3 or fsdp else 1  # that the weights are sharded
     always = {
@@ -246,11 +240,13 @@ def _configuration(model: str | PretrainedConfig) -> PretrainedConfig:
         ) from error
 
 
-def _policy(config: PretrainedConfig, dtype: torch.dtype) -> PreTrainedModel:
+def _policy(config: PretrainedConfig, dtype: torch.dtype, attention: str | None) -> PreTrainedModel:
+    if attention not in KEEP_MASKS:
+        attention = "sdpa"
     try:
-        return AutoModelForCausalLM.from_config(config, dtype=dtype).train()
+        return AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation=attention).train()
     except ValueError as error:
-        raise ValueError(f"{config.model_type!r} is no causal language model that transformers knows.") from error
+        raise ValueError(f"{config.model_type!r} does not load as a causal language model: {error}") from error
 
 
 def _blocks(model: PreTrainedModel) -> list[nn.Module]:
@@ -258,13 +254,11 @@ def _blocks(model: PreTrainedModel) -> list[nn.Module]:
     return list(max((m for m in model.modules() if isinstance(m, nn.ModuleList)), key=len, default=[model]))
 
 
-def _states(optimizer: str, parameter: nn.Parameter, itemsize: int) -> int:
+def _states(optimizer: str, elements: int, itemsize: int) -> int:
     number, eight_bits, _ = OPTIMIZERS[optimizer]
     if not eight_bits:
-        return number * parameter.numel() * itemsize
-    if parameter.numel() < SMALL:
-        return number * parameter.numel() * 4
-    return number * (parameter.numel() + 4 * math.ceil(parameter.numel() / BLOCK))
+        return number * elements * itemsize
+    return number * (4 * elements if elements < SMALL else elements + 4 * math.ceil(elements / BLOCK))
 
 
 def _add_adapters(policy: PreTrainedModel, peft_config: Any, dtype: torch.dtype | None) -> None:
@@ -276,192 +270,6 @@ def _add_adapters(policy: PreTrainedModel, peft_config: Any, dtype: torch.dtype 
         for parameter in policy.parameters():
             if parameter.requires_grad:
                 parameter.data = parameter.data.to(dtype)
-
-
-class _Quantized(torch.autograd.Function):
-    """bitsandbytes' linear layer: the weight is made anew in forward and in backward, and not kept in between."""
-
-    @staticmethod
-    def forward(ctx: Any, states: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:  # type: ignore[override]
-        ctx.weight = weight
-        return nn.functional.linear(states, torch.empty_like(weight, dtype=states.dtype), bias)
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:  # type: ignore[override]
-        return grad @ torch.empty_like(ctx.weight, dtype=grad.dtype), None, None
-
-
-def _quantize(policy: PreTrainedModel, quantization: str, double: bool) -> dict[int, int]:
-    """Let the linear layers compute as bitsandbytes' do; returns the bytes of each weight."""
-
-    def forward(self: nn.Linear, states: Tensor) -> Tensor:
-        return _Quantized.apply(states, self.weight, self.bias)
-
-    policy.requires_grad_(False)
-    sizes = {}
-    for module in policy.modules():
-        if isinstance(module, nn.Linear) and module is not policy.get_output_embeddings():
-            module.forward = MethodType(forward, module)  # type: ignore[method-assign]
-            number = module.weight.numel()
-            if quantization == "8bit":
-                sizes[id(module.weight)] = number + 4 * module.out_features
-            else:  # one constant for 64 weights, in float32, or in 8 bits with a float32 for 256 of them
-                constants = number // 64
-                sizes[id(module.weight)] = number // 2 + (constants + constants // 64 if double else 4 * constants)
-    return sizes
-
-
-class _Head(torch.autograd.Function):
-    """What TRL's chunked head allocates where Triton's kernels work on its tile in place."""
-
-    @staticmethod
-    def forward(ctx: Any, states: Tensor, weight: Tensor, dtype: torch.dtype) -> Tensor:  # type: ignore[override]
-        ctx.save_for_backward(states, weight)
-        ctx.dtype = dtype
-        _tile(states, weight, dtype)
-        return states.new_empty(len(states), dtype=torch.float32)
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
-        states, weight = ctx.saved_tensors
-        wanted = [x for x, needed in zip((states, weight), ctx.needs_input_grad[:2], strict=True) if needed]
-        sums = [torch.empty_like(x, dtype=torch.float32) for x in wanted]
-        _tile(states, weight, ctx.dtype)
-        grads = [total.to(x.dtype) for total, x in zip(sums, wanted, strict=True)]
-        return (*grads, *[None] * (3 - len(grads)))
-
-
-def _tile(states: Tensor, weight: Tensor, dtype: torch.dtype) -> list[Tensor]:
-    tokens, words = min(len(states), TOKEN_CHUNK_SIZE), min(len(weight), VOCABULARY_CHUNK)
-    return [states.new_empty(tokens, words, dtype=dtype), weight[:words].to(dtype), states[:tokens].to(dtype)]
-
-
-class _Live(TorchDispatchMode):
-    """Bytes of the tensors that are alive, by the part they belong to. Those of `known` are not counted."""
-
-    def __init__(self, known: Iterable[Tensor]):
-        super().__init__()
-        self.part, self.now, self.at_peak = "activations", Counter(), Counter()  # type: ignore[var-annotated]
-        self.storages: dict[int, Any] = {tensor.untyped_storage()._cdata: None for tensor in known}
-
-    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        output = function(*args, **(kwargs or {}))
-        for tensor in tree_iter(output):
-            if isinstance(tensor, Tensor):
-                self._add(tensor.untyped_storage())
-        return output
-
-    def _add(self, storage: torch.UntypedStorage) -> None:
-        key, size = storage._cdata, storage.nbytes()
-        if key in self.storages:
-            return
-        part = self.part
-
-        def freed(_: Any) -> None:
-            self.now[self.storages.pop(key)[1]] -= size
-
-        self.storages[key] = (weakref.ref(storage, freed), part)
-        self.now[part] += size
-        if self.now.total() > self.at_peak.total():
-            self.at_peak = self.now.copy()
-
-    def is_gradient(self, tensor: Tensor) -> None:
-        key = tensor.untyped_storage()._cdata
-        reference, part = self.storages[key]
-        self.storages[key] = (reference, "gradients")
-        self.now[part] -= tensor.untyped_storage().nbytes()
-        self.now["gradients"] += tensor.untyped_storage().nbytes()
-
-
-@dataclass
-class _Trace:
-    """Runs a model on tensors without storage, as the trainer would."""
-
-    rows: int
-    prompt: int
-    completion: int
-    values_per_row: int
-    device: str
-    masked: bool
-    autocast: torch.dtype | None
-    gradients: str  # "made" in backward, "kept" from micro-batch to micro-batch, or "reduced" and freed at once
-
-    def mask(self, rows: int, queries: int, keys: int) -> Tensor | None:
-        """As transformers makes it where rows are padded."""
-        return torch.ones(rows, 1, queries, keys, dtype=torch.bool) if self.masked and rows > 1 else None
-
-    def update(self, policy: PreTrainedModel) -> dict[str, int]:
-        """Forward and backward of a micro-batch; bytes by part, at the peak."""
-        length = self.prompt + self.completion
-        head = policy.get_output_embeddings()
-        live = _Live([*policy.parameters(), *policy.buffers()])
-
-        def enter(part: str) -> None:
-            live.part = part
-
-        def made(parameter: Tensor) -> None:
-            if self.gradients == "reduced":
-                parameter.grad = None
-            elif self.gradients == "made":
-                live.is_gradient(parameter.grad)
-
-        for parameter in policy.parameters():
-            if parameter.requires_grad:
-                parameter.register_post_accumulate_grad_hook(made)
-        with live:
-            if self.gradients == "kept":
-                enter("gradients")
-                for parameter in policy.parameters():
-                    parameter.grad = torch.zeros_like(parameter) if parameter.requires_grad else None
-            enter("activations")
-            with torch.autocast("cpu", self.autocast or torch.bfloat16, enabled=self.autocast is not None):
-                ids = torch.zeros(self.rows, length, dtype=torch.long)  # (B, T)
-                mask = self.mask(self.rows, length, length)
-                states = policy.base_model(input_ids=ids, attention_mask=mask, use_cache=False).last_hidden_state
-                del mask
-                acting = states[:, -self.completion - 1 : -1]  # (B, C, hidden)
-                enter("head")
-                logits = head(acting[:, : self.values_per_row])  # (B, values, V)
-                values = logits.float().logsumexp(dim=-1)
-                packed = acting.reshape(-1, acting.shape[-1])  # (N, hidden)
-                packed.register_hook(lambda _: enter("activations"))
-                log_probs = self.head(packed, head)
-                log_probs.register_hook(lambda _: enter("head"))
-                del states, acting, packed, logits
-            (values.sum() + log_probs.sum()).backward()
-        return {part: live.at_peak[part] for part in ("activations", "gradients", "head")}
-
-    def head(self, states: Tensor, head: nn.Module) -> Tensor:
-        if self.device != "cpu":
-            return _Head.apply(states, head.weight, self.autocast or states.dtype)
-        targets = torch.zeros(len(states), dtype=torch.long)
-        return ChunkedLogProbFunction.apply(
-            states, head.weight, head.bias, targets, 1.0, VOCABULARY_CHUNK, None, 1.0, ("entropy",)
-        )[0]
-
-    @torch.no_grad()
-    def generation(self, policy: PreTrainedModel, rows: int) -> int:
-        """The KV cache at its longest with what one step takes, or the pass over the prompts where that takes more."""
-        if not rows:
-            return 0
-        policy.eval()  # the cache goes off where gradients are checkpointed
-        peaks = []
-        for given, new in ((0, max(self.prompt, 1)), (self.prompt + self.completion - 1, 1)):
-            live = _Live([*policy.parameters(), *policy.buffers()])
-            with live:
-                cache = None
-                if given:
-                    ids = torch.zeros(rows, given, dtype=torch.long)
-                    cache = policy(input_ids=ids, use_cache=True, logits_to_keep=1).past_key_values
-                    live.at_peak.clear()
-                output = policy(
-                    input_ids=torch.zeros(rows, new, dtype=torch.long), attention_mask=self.mask(rows, new, given + new),
-                    past_key_values=cache, use_cache=True, logits_to_keep=1,
-                )  # fmt: skip
-                logits = output.logits[:, -1].to(torch.float32, copy=True)  # (R, V)
-                torch.softmax(logits / 1.0, dim=-1)
-            peaks.append(live.at_peak.total())
-        return max(peaks)
 
 
 @dataclass
