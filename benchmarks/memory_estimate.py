@@ -124,8 +124,8 @@ def estimate(run: Run, device: str) -> dict[str, dict[str, int]]:
     ).phases  # fmt: skip
 
 
-def save_model(run: Run, folder: Path) -> None:
-    """Random weights, and a tokenizer with a word for every id."""
+def save_model(run: Run, folder: Path) -> PreTrainedTokenizerFast:
+    """Random weights; returns a tokenizer with a word for every id."""
     sizes = dict(MODELS[run.model])
     torch.manual_seed(0)
     config = AutoConfig.for_model(sizes.pop("model_type"), **sizes, pad_token_id=0, eos_token_id=1, bos_token_id=2)
@@ -133,9 +133,9 @@ def save_model(run: Run, folder: Path) -> None:
     words = ["<pad>", "<eos>", "<bos>", *(f"w{i}" for i in range(3, config.vocab_size))]
     backend = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="<pad>"))
     backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    PreTrainedTokenizerFast(
+    return PreTrainedTokenizerFast(
         tokenizer_object=backend, pad_token="<pad>", eos_token="<eos>", bos_token="<bos>", padding_side="left"
-    ).save_pretrained(folder)
+    )
 
 
 def live_bytes() -> int:
@@ -150,7 +150,7 @@ def live_bytes() -> int:
 
 def measure(run: Run, folder: Path) -> int:
     """Train two steps in this process; the peak in bytes."""
-    save_model(run, folder / "model")
+    tokenizer = save_model(run, folder / "model")
     rows = run.rows * run.accumulation
     # Prompts of different lengths, so that rows are padded; the longest among them.
     prompts = [" ".join(f"w{3 + i + j}" for j in range(run.prompt - i % 4)) for i in range(2 * rows)]
@@ -177,6 +177,7 @@ def measure(run: Run, folder: Path) -> int:
             save_strategy="no", report_to="none", disable_tqdm=True, shuffle_dataset=False, logging_steps=1,
         ),
         Dataset.from_list([{"prompt": prompt} for prompt in prompts]),
+        processing_class=tokenizer,
         peft_config=run.peft_config,
         quantization_config=quantization,
         rollout_func=None if run.generates else rollout,
