@@ -14,6 +14,8 @@ import argparse
 import dataclasses
 import gc
 import json
+import os
+import platform
 import subprocess
 import sys
 import tempfile

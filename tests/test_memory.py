@@ -24,7 +24,6 @@ TINY = Qwen2Config(
 )  # fmt: skip
 N = 1480
 LENGTHS = dict(rows=2, prompt_length=4, completion_length=12)
-LORA = LoraConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM")
 # Published sizes (their config.json).
 QWEN_MATH = {
     "1.5B": dict(
@@ -36,6 +35,11 @@ QWEN_MATH = {
         vocab_size=152064, tie_word_embeddings=False,
     ),
 }  # fmt: skip
+
+
+def lora() -> LoraConfig:
+    """PEFT writes into what it is given."""
+    return LoraConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM")
 
 
 def save_sizes(folder: Path, sizes: dict) -> str:
@@ -82,15 +86,10 @@ def test_partitions_of_zero(stage, weights, gradients):
     assert phases["generation"]["communication"] == (bucket + 2 * N if stage == 3 else 0)
 
 
-@pytest.mark.parametrize("stage", [2, 3])
-def test_states_of_zero_are_those_of_deepspeeds_own_estimate(stage):
-    zero = importlib.import_module("deepspeed.runtime.zero." + {2: "stage_1_and_2", 3: "stage3"}[stage])
-    asked = dict(num_gpus_per_node=4, num_nodes=2, cpu_offload=False)
-    if stage == 2:
-        theirs = zero.estimate_zero2_model_states_mem_needs(N, **asked)[1]
-    else:
-        theirs = zero.estimate_zero3_model_states_mem_needs(N, 0, cpu_offload_params=False, **asked)[1]
-    step = estimate_memory(TINY, **LENGTHS, processes=8, zero_stage=stage, reference=False).phases["optimizer step"]
+def test_states_of_zero_2_are_those_of_deepspeeds_own_estimate():
+    zero = importlib.import_module("deepspeed.runtime.zero.stage_1_and_2")
+    theirs = zero.estimate_zero2_model_states_mem_needs(N, num_gpus_per_node=4, num_nodes=2, cpu_offload=False)[1]
+    step = estimate_memory(TINY, **LENGTHS, processes=8, zero_stage=2, reference=False).phases["optimizer step"]
     assert step["weights"] + step["gradients"] + step["optimizer"] == theirs
 
 
@@ -107,8 +106,8 @@ def test_ddp_and_fsdp_by_hand():
 @pytest.mark.parametrize("architecture", ["qwen2", "gemma2", "gpt2"])
 def test_adapters_are_those_of_peft(architecture):
     config = AutoConfig.for_model(architecture, **ARCHITECTURES[architecture])
-    estimate = estimate_memory(config, **LENGTHS, peft_config=LORA)
-    trained, whole = get_peft_model(model(architecture), LORA).get_nb_trainable_parameters()
+    estimate = estimate_memory(config, **LENGTHS, peft_config=lora())
+    trained, whole = get_peft_model(model(architecture), lora()).get_nb_trainable_parameters()
     assert (estimate.trained, estimate.parameters) == (trained, whole)
     update = estimate.phases["update"]
     assert update["reference"] == 0 and update["optimizer"] == 8 * trained
@@ -117,7 +116,7 @@ def test_adapters_are_those_of_peft(architecture):
 def test_four_bits_by_hand():
     """1,152 weights in each layer's projections, at half a byte and a float32 for each 64; 4 bytes for the other 328,
     and 2 for what is trained: QLoRA's adapters are bfloat16."""
-    estimate = estimate_memory(TINY, **LENGTHS, peft_config=LORA, quantization="4bit")
+    estimate = estimate_memory(TINY, **LENGTHS, peft_config=lora(), quantization="4bit")
     linear = 2 * (8 * 8 + 2 * 8 * 4 + 8 * 8 + 3 * 8 * 16)
     constants = 4 * 2 * sum(size // 64 for size in (64, 32, 32, 64, 128, 128, 128))
     others = N - linear
@@ -128,7 +127,7 @@ def test_head_by_hand():
     """A tile of 100 tokens by the first 32,768 of 40,000 words, in float32; everything else is less than 5% of it."""
     wide = Qwen2Config(**{**TINY.to_dict(), "vocab_size": 40_000})
     estimate = estimate_memory(
-        wide, rows=1, prompt_length=4, completion_length=100, mixed_precision=None, peft_config=LORA
+        wide, rows=1, prompt_length=4, completion_length=100, mixed_precision=None, peft_config=lora()
     )
     assert estimate.phases["update"]["head"] == pytest.approx(100 * 32_768 * 4, rel=0.05)
 

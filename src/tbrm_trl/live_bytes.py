@@ -17,9 +17,14 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
-from transformers import PreTrainedModel
+from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from trl.kernels.chunked_logprob import TOKEN_CHUNK_SIZE, ChunkedLogProbFunction
 from trl.trainer.utils import _CHUNKED_LOGPROB_CHUNK_SIZE as VOCABULARY_CHUNK
+
+WITHOUT_MASK = "sdpa_without_mask"
+AttentionInterface.register(WITHOUT_MASK, sdpa_attention_forward)
+AttentionMaskInterface.register(WITHOUT_MASK, lambda *args, **kwargs: None)
 
 
 class _Live(TorchDispatchMode):
@@ -75,9 +80,14 @@ class Trace:
     def __post_init__(self) -> None:
         self.mode = FakeTensorMode()
 
-    def mask(self, rows: int, queries: int, keys: int) -> Tensor | None:
-        """As transformers makes it where rows are padded."""
-        return torch.ones(rows, 1, queries, keys, dtype=torch.bool) if self.masked and rows > 1 else None
+    def mask(self, policy: PreTrainedModel, rows: int, queries: int, keys: int) -> Tensor | None:
+        """As transformers makes it where rows are padded; else none, though it makes one wherever it is traced."""
+        attention = policy.config._attn_implementation
+        if attention == "eager":
+            return None  # it makes its own
+        padded = self.masked and rows > 1
+        policy.set_attn_implementation("sdpa" if padded else WITHOUT_MASK)
+        return torch.ones(rows, 1, queries, keys, dtype=torch.bool) if padded else None
 
     def update(self, policy: PreTrainedModel) -> dict[str, int]:
         """Forward and backward of a micro-batch; bytes by part, at the peak."""
@@ -107,7 +117,7 @@ class Trace:
             enter("activations")
             with torch.autocast("cpu", self.autocast or torch.bfloat16, enabled=self.autocast is not None):
                 ids = torch.zeros(self.rows, length, dtype=torch.long)  # (B, T)
-                mask = self.mask(self.rows, length, length)
+                mask = self.mask(policy, self.rows, length, length)
                 states = policy.base_model(input_ids=ids, attention_mask=mask, use_cache=False).last_hidden_state
                 del mask
                 acting = states[:, -self.completion - 1 : -1]  # (B, C, hidden)
@@ -161,7 +171,7 @@ class Trace:
                     ids = torch.zeros(rows, given, dtype=torch.long)
                     cache = policy(input_ids=ids, use_cache=True, logits_to_keep=1).past_key_values
                     live.at_peak.clear()
-                ids, mask = torch.zeros(rows, new, dtype=torch.long), self.mask(rows, new, given + new)
+                ids, mask = torch.zeros(rows, new, dtype=torch.long), self.mask(policy, rows, new, given + new)
                 output = policy(
                     input_ids=ids, attention_mask=mask, past_key_values=cache, use_cache=True, logits_to_keep=1
                 )

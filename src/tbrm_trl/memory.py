@@ -41,7 +41,7 @@ OPTIMIZERS = {
 }
 SMALL, BLOCK = 4096, 256  # bitsandbytes: tensors below this stay float32; the others have a float32 for each block
 REDUCE_BUCKET, LIVE_PARAMETERS = 500_000_000, 1_000_000_000  # DeepSpeed's defaults, in elements
-KEEP_MASKS = (None, "sdpa", "eager")  # attention that takes (T, T) masks of padded rows; that of others needs no more
+TAKES_MASKS = (None, "sdpa", "eager")  # attention that is given (B, 1, T, T) masks where rows are padded
 PARTS = ("weights", "reference", "optimizer", "gradients", "communication", "activations", "head", "generation")
 
 
@@ -146,7 +146,7 @@ def estimate_memory(
     sharded = bool(zero_stage or fsdp)
     trace = Trace(
         rows, prompt_length, completion_length, values_per_row, device,
-        masked=attn_implementation in KEEP_MASKS,
+        masked=attn_implementation in TAKES_MASKS,
         autocast=None if sharded or not mixed_precision else computed,
         gradients="reduced" if zero_stage > 1 or fsdp else "kept" if zero_stage or accumulation > 1 else "made",
     )  # fmt: skip
@@ -241,7 +241,7 @@ def _configuration(model: str | PretrainedConfig) -> PretrainedConfig:
 
 
 def _policy(config: PretrainedConfig, dtype: torch.dtype, attention: str | None) -> PreTrainedModel:
-    if attention not in KEEP_MASKS:
+    if attention not in TAKES_MASKS:
         attention = "sdpa"
     try:
         return AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation=attention).train()
