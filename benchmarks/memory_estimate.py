@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import gc
+import importlib.metadata
 import json
 import os
 import platform
@@ -55,7 +56,7 @@ MODELS: dict[str, dict[str, Any]] = {
         num_key_value_heads=3, vocab_size=49152, tie_word_embeddings=True,
     ),
 }  # fmt: skip
-# What differs from full fine-tuning, AdamW, float32, sdpa, activations kept, one micro-batch of 4 rows of 32 + 96 tokens.
+# What differs from `Run`'s defaults.
 RUNS: dict[str, dict[str, Any]] = {
     "AdamW, generating its rollouts": dict(model="llama-256", generates=True),
     "AdamW, checkpointing": dict(model="llama-256", gradient_checkpointing=True),
@@ -190,7 +191,7 @@ def measure(run: Run, folder: Path) -> int:
         peak = torch.cuda.max_memory_allocated()
     else:
         before = live_bytes()
-        with profile(activities=[ProfilerActivity.CPU], profile_memory=True, acc_events=True) as profiler:
+        with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
             trainer.train()
         events = [e for e in profiler.profiler.kineto_results.events() if e.name() == "[memory]"]
         events = [e for e in events if e.device_type() == DeviceType.CPU]
@@ -212,7 +213,7 @@ def describe(run: Run) -> str:
 def report(results: dict[str, Any]) -> str:
     versions = ", ".join(f"{name} {version}" for name, version in results["versions"].items())
     lines = [
-        "| configuration | model | rows × tokens | phase of the peak | estimate, MiB | measured, MiB | ratio | beside states |",
+        "| configuration | model | rows × tokens | peak in | estimate, MiB | measured, MiB | ratio | beside states |",
         "|---|---|---|---|---|---|---|---|",
     ]
     ratios, misses = {}, []

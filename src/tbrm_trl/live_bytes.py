@@ -134,15 +134,15 @@ class Trace:
 
     def _off_meta(self, policy: PreTrainedModel) -> None:
         """Tensors of no storage that claim to be on a CPU, so that its kernels for attention are chosen."""
-        made: dict[int, Any] = {}
+        made: dict[nn.Parameter, nn.Parameter] = {}  # tied ones stay tied
         for module in policy.modules():
             for name, parameter in module._parameters.items():
-                if parameter is not None and id(parameter) not in made:
-                    with self.mode:
-                        data = torch.empty(parameter.shape, dtype=parameter.dtype)
-                    made[id(parameter)] = nn.Parameter(data, requires_grad=parameter.requires_grad)
                 if parameter is not None:
-                    module._parameters[name] = made[id(parameter)]
+                    if parameter not in made:
+                        with self.mode:
+                            data = torch.empty(parameter.shape, dtype=parameter.dtype)
+                        made[parameter] = nn.Parameter(data, requires_grad=parameter.requires_grad)
+                    module._parameters[name] = made[parameter]
             for name, buffer in module._buffers.items():
                 if buffer is not None:
                     with self.mode:
@@ -229,7 +229,7 @@ def quantize(policy: PreTrainedModel, quantization: str, double: bool) -> dict[s
     for name, module in policy.named_modules():
         frozen = isinstance(module, nn.Linear) and not module.weight.requires_grad
         if frozen and module is not policy.get_output_embeddings():
-            module.forward = MethodType(forward, module)  # type: ignore[method-assign]
+            module.forward = MethodType(forward, module)
             number = module.weight.numel()
             if quantization == "8bit":
                 sizes[f"{name}.weight"] = number + 4 * module.out_features
