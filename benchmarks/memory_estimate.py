@@ -36,7 +36,7 @@ from tbrm_trl import TBRMConfig, TBRMTrainer
 from tbrm_trl.memory import estimate_memory
 
 ROOT = Path(__file__).resolve().parent.parent
-PACKAGES = ("torch", "transformers", "trl", "peft", "bitsandbytes")
+PACKAGES = ("torch", "transformers", "trl", "peft", "bitsandbytes", "deepspeed")
 TARGET = 0.15
 MODELS: dict[str, dict[str, Any]] = {
     "llama-256": dict(
@@ -88,6 +88,8 @@ RUNS: dict[str, dict[str, Any]] = {
     "SmolLM2 AdamW, checkpointing": dict(model="SmolLM2-135M", gradient_checkpointing=True),
     "SmolLM2 AdamW": dict(model="SmolLM2-135M"),
     "SmolLM2 LoRA 16": dict(model="SmolLM2-135M", lora=16),
+    "2 processes, DDP": dict(model="llama-256", processes=2, gradient_checkpointing=True),
+    "2 processes, ZeRO-2": dict(model="llama-256", processes=2, zero_stage=2, gradient_checkpointing=True),
 }
 
 
@@ -107,6 +109,8 @@ class Run:
     quantization: str | None = None
     reference: str = "initial"
     generates: bool = False
+    processes: int = 1
+    zero_stage: int = 0
 
     @property
     def peft_config(self) -> LoraConfig | None:
@@ -124,7 +128,23 @@ def estimate(run: Run, device: str) -> dict[str, dict[str, int]]:
         mixed_precision="bfloat16" if run.bf16 else None, attn_implementation=run.attn,
         gradient_checkpointing=run.gradient_checkpointing, optimizer=run.optim, peft_config=run.peft_config,
         quantization=run.quantization, reference=run.reference == "initial", device=device,
+        processes=run.processes, zero_stage=run.zero_stage,
     ).phases  # fmt: skip
+
+
+def launcher(run: Run, folder: Path) -> list[str]:
+    """The start of the command that runs a script in the configuration's processes."""
+    if run.processes == 1:
+        return [sys.executable]
+    distributed = "MULTI_CPU" if not run.zero_stage else "DEEPSPEED"
+    deepspeed = {"zero_stage": run.zero_stage, "gradient_accumulation_steps": run.accumulation}
+    settings = {
+        "compute_environment": "LOCAL_MACHINE", "distributed_type": distributed, "num_machines": 1, "machine_rank": 0,
+        "num_processes": run.processes, "mixed_precision": "no", "use_cpu": not torch.cuda.is_available(),
+        **({"deepspeed_config": deepspeed} if run.zero_stage else {}),
+    }  # fmt: skip
+    (folder / "launch.json").write_text(json.dumps(settings))
+    return [sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(folder / "launch.json")]
 
 
 def save_model(run: Run, folder: Path) -> PreTrainedTokenizerFast:
@@ -156,7 +176,7 @@ def measure(run: Run, folder: Path) -> int:
     tokenizer = save_model(run, folder / "model")
     rows = run.rows * run.accumulation
     # Prompts of different lengths, so that rows are padded; the longest among them.
-    prompts = [" ".join(f"w{3 + i + j}" for j in range(run.prompt - i % 4)) for i in range(2 * rows)]
+    prompts = [" ".join(f"w{3 + i + j}" for j in range(run.prompt - i % rows % 4)) for i in range(2 * rows)]
     on_gpu = torch.cuda.is_available()
     quantization = None
     if run.quantization == "4bit":
@@ -257,13 +277,15 @@ given rather than generated. Prompts differ in length, so rows are padded.
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--run", nargs=2, metavar=("NAME", "FILE"), help=argparse.SUPPRESS)
-    parser.add_argument("--only", help="measure configurations with this in their name; the others' peaks are kept")
+    parser.add_argument("--only", help="measure those with this in their name, and any without a measured peak")
     parser.add_argument("--output", type=Path, default=ROOT / "docs/benchmarks")
     arguments = parser.parse_args()
     if arguments.run:
         name, file = arguments.run
         with tempfile.TemporaryDirectory() as folder:
-            Path(file).write_text(json.dumps(measure(Run(**RUNS[name]), Path(folder))))
+            peak = measure(Run(**RUNS[name]), Path(folder))
+        if os.environ.get("RANK", "0") == "0":
+            Path(file).write_text(json.dumps(peak))
         return
     on_gpu = torch.cuda.is_available()
     file = arguments.output / "memory_estimate.json"
@@ -278,10 +300,11 @@ def main() -> None:
         if name in before and arguments.only not in name:
             measured = before[name]["measured"]
         else:
-            with tempfile.NamedTemporaryFile(suffix=".json") as output:
-                command = [sys.executable, __file__, "--run", name, output.name]
+            with tempfile.TemporaryDirectory() as folder:
+                output = Path(folder) / "peak.json"
+                command = [*launcher(Run(**options), Path(folder)), __file__, "--run", name, str(output)]
                 subprocess.run(command, check=True, stdout=sys.stderr, env={**os.environ, "OMP_NUM_THREADS": "1"})
-                measured = json.loads(Path(output.name).read_text())
+                measured = json.loads(output.read_text())
         runs[name] = {"measured": measured, "phases": estimate(Run(**options), "cuda" if on_gpu else "cpu")}
         file.write_text(json.dumps(results, indent=2) + "\n")
     (arguments.output / "memory_estimate.md").write_text(report(results))
