@@ -78,18 +78,17 @@ RUNS: dict[str, dict[str, Any]] = {
         rows=2,
         generates=True,
     ),
-    '`reference="previous"`': dict(model="qwen2-512", reference="previous"),
-    "8-bit AdamW": dict(model="qwen2-512", optim="adamw_bnb_8bit", gradient_checkpointing=True),
+    "2 processes, ZeRO-2": dict(model="llama-256", processes=2, zero_stage=2, gradient_checkpointing=True),
+    "2 processes, DDP": dict(model="llama-256", processes=2, gradient_checkpointing=True),
     "bfloat16 autocast": dict(model="qwen2-768", bf16=True),
     "bfloat16 autocast, checkpointing": dict(model="qwen2-768", bf16=True, gradient_checkpointing=True),
     "bfloat16 autocast, LoRA 16": dict(model="qwen2-768", bf16=True, lora=16),
+    "NF4, LoRA 16, bfloat16": dict(model="qwen2-768", lora=16, quantization="4bit", dtype="bfloat16", bf16=True),
+    "SmolLM2, AdamW, checkpointing": dict(model="SmolLM2-135M", gradient_checkpointing=True),
+    "8-bit AdamW, checkpointing": dict(model="qwen2-512", optim="adamw_bnb_8bit", gradient_checkpointing=True),
     "bfloat16 weights": dict(model="qwen2-768", bf16=True, dtype="bfloat16"),
-    "NF4, LoRA 16": dict(model="qwen2-768", lora=16, quantization="4bit", dtype="bfloat16", bf16=True),
-    "SmolLM2 AdamW, checkpointing": dict(model="SmolLM2-135M", gradient_checkpointing=True),
-    "SmolLM2 AdamW": dict(model="SmolLM2-135M"),
-    "SmolLM2 LoRA 16": dict(model="SmolLM2-135M", lora=16),
-    "2 processes, DDP": dict(model="llama-256", processes=2, gradient_checkpointing=True),
-    "2 processes, ZeRO-2": dict(model="llama-256", processes=2, zero_stage=2, gradient_checkpointing=True),
+    '`reference="previous"`': dict(model="qwen2-512", reference="previous"),
+    "SmolLM2, LoRA 16": dict(model="SmolLM2-135M", lora=16),
 }
 
 
@@ -136,12 +135,12 @@ def launcher(run: Run, folder: Path) -> list[str]:
     """The start of the command that runs a script in the configuration's processes."""
     if run.processes == 1:
         return [sys.executable]
-    distributed = "MULTI_CPU" if not run.zero_stage else "DEEPSPEED"
-    deepspeed = {"zero_stage": run.zero_stage, "gradient_accumulation_steps": run.accumulation}
+    if not run.zero_stage:
+        return [sys.executable, "-m", "torch.distributed.run", f"--nproc_per_node={run.processes}"]
     settings = {
-        "compute_environment": "LOCAL_MACHINE", "distributed_type": distributed, "num_machines": 1, "machine_rank": 0,
+        "compute_environment": "LOCAL_MACHINE", "distributed_type": "DEEPSPEED", "num_machines": 1, "machine_rank": 0,
         "num_processes": run.processes, "mixed_precision": "no", "use_cpu": not torch.cuda.is_available(),
-        **({"deepspeed_config": deepspeed} if run.zero_stage else {}),
+        "deepspeed_config": {"zero_stage": run.zero_stage, "gradient_accumulation_steps": run.accumulation},
     }  # fmt: skip
     (folder / "launch.json").write_text(json.dumps(settings))
     return [sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(folder / "launch.json")]
@@ -219,7 +218,7 @@ def measure(run: Run, folder: Path) -> int:
         for event in sorted(events, key=lambda event: event.start_ns()):
             now += event.nbytes()
             peak = max(peak, now)
-    assert trainer.state.global_step == 2
+    assert trainer.state.global_step == 2 and trainer.accelerator.num_processes == run.processes
     assert max(len(trajectory) for trajectory in trainer._window) == run.prompt + run.completion
     return peak
 

@@ -61,15 +61,15 @@ def test_weights_gradients_and_states_by_hand():
 
 
 def test_states_of_eight_bits_and_of_pages():
-    """Tensors of fewer than 4,096 elements, all of these, keep float32 states; Lion has one. 8,192 elements have 8,192
-    bytes and 32 block constants of 4, twice."""
+    """Tensors of fewer than 4,096 elements, all of these, keep float32 states, and so do embeddings; Lion has one state.
+    The head's 8,192 elements have 8,192 bytes and 32 block constants of 4, twice."""
     assert estimate_memory(TINY, **LENGTHS, optimizer="adamw_8bit").phases["update"]["optimizer"] == 8 * N
     assert estimate_memory(TINY, **LENGTHS, optimizer="lion_8bit").phases["update"]["optimizer"] == 4 * N
     paged = estimate_memory(TINY, **LENGTHS, optimizer="paged_adamw_32bit")
     assert (paged.phases["update"]["optimizer"], paged.paged) == (0, 8 * N)
-    wide = Qwen2Config(**{**TINY.to_dict(), "vocab_size": 1024})  # embeddings of 8,192 elements, the rest 1,224
+    wide = Qwen2Config(**{**TINY.to_dict(), "vocab_size": 1024, "tie_word_embeddings": False})
     states = estimate_memory(wide, **LENGTHS, optimizer="adamw_8bit").phases["update"]["optimizer"]
-    assert states == 8 * 1224 + 2 * (8192 + 4 * 32)
+    assert states == 8 * (N - 256) + 8 * 8192 + 2 * (8192 + 4 * 32)
 
 
 @pytest.mark.parametrize(("stage", "weights", "gradients"), [(1, 2, 2), (2, 2, 0.5), (3, 0.5, 0.5)])

@@ -179,7 +179,9 @@ def estimate_memory(
     whole, gradients = sum(bytes_of.values()), sum(bytes_of[name] for name in trained)
     elements, count = sum(p.numel() for p in policy.parameters()), sum(p.numel() for p in trained.values())
     itemsize = {name: 4 if zero_stage else bytes_of[name] // p.numel() for name, p in trained.items()}
-    states = sum(_states(optimizer, p.numel(), itemsize[name]) for name, p in trained.items())
+    # The Trainer keeps those of embeddings in float32.
+    embeddings = {id(m.weight) for m in policy.modules() if isinstance(m, nn.Embedding)}
+    states = sum(_states(optimizer, p.numel(), itemsize[name], id(p) in embeddings) for name, p in trained.items())
     paged = OPTIMIZERS[optimizer][2] and not zero_stage
     ways = processes if zero_stage == 3 or fsdp else 1  # that the weights are sharded
     always = {
@@ -254,11 +256,11 @@ def _blocks(model: PreTrainedModel) -> list[nn.Module]:
     return list(max((m for m in model.modules() if isinstance(m, nn.ModuleList)), key=len, default=[model]))
 
 
-def _states(optimizer: str, elements: int, itemsize: int) -> int:
+def _states(optimizer: str, elements: int, itemsize: int, embedding: bool) -> int:
     number, eight_bits, _ = OPTIMIZERS[optimizer]
     if not eight_bits:
         return number * elements * itemsize
-    return number * (4 * elements if elements < SMALL else elements + 4 * math.ceil(elements / BLOCK))
+    return number * (4 * elements if embedding or elements < SMALL else elements + 4 * math.ceil(elements / BLOCK))
 
 
 def _add_adapters(policy: PreTrainedModel, peft_config: Any, dtype: torch.dtype | None) -> None:
