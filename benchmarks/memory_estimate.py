@@ -275,12 +275,12 @@ given rather than generated. Prompts differ in length, so rows are padded.
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--run", nargs=2, metavar=("NAME", "FILE"), help=argparse.SUPPRESS)
+    parser.add_argument("--measure", nargs=2, metavar=("NAME", "FILE"), help=argparse.SUPPRESS)
     parser.add_argument("--only", help="measure those with this in their name, and any without a measured peak")
     parser.add_argument("--output", type=Path, default=ROOT / "docs/benchmarks")
     arguments = parser.parse_args()
-    if arguments.run:
-        name, file = arguments.run
+    if arguments.measure:
+        name, file = arguments.measure
         with tempfile.TemporaryDirectory() as folder:
             peak = measure(Run(**RUNS[name]), Path(folder))
         if os.environ.get("RANK", "0") == "0":
@@ -289,7 +289,7 @@ def main() -> None:
     on_gpu = torch.cuda.is_available()
     file = arguments.output / "memory_estimate.json"
     before = json.loads(file.read_text())["runs"] if arguments.only is not None else {}
-    runs: dict[str, Any] = {}
+    runs: dict[str, Any] = dict(before)
     results = {
         "hardware": torch.cuda.get_device_name() if on_gpu else f"{platform.machine()}, one thread",
         "versions": {name: importlib.metadata.version(name) for name in PACKAGES},
@@ -301,7 +301,7 @@ def main() -> None:
         else:
             with tempfile.TemporaryDirectory() as folder:
                 output = Path(folder) / "peak.json"
-                command = [*launcher(Run(**options), Path(folder)), __file__, "--run", name, str(output)]
+                command = [*launcher(Run(**options), Path(folder)), __file__, "--measure", name, str(output)]
                 subprocess.run(command, check=True, stdout=sys.stderr, env={**os.environ, "OMP_NUM_THREADS": "1"})
                 measured = json.loads(output.read_text())
         runs[name] = {"measured": measured, "phases": estimate(Run(**options), "cuda" if on_gpu else "cpu")}

@@ -61,7 +61,7 @@ def test_weights_gradients_and_states_by_hand():
 
 
 def test_states_of_eight_bits_and_of_pages():
-    """Tensors of fewer than 4,096 elements, all of these, keep float32 states, and so do embeddings; Lion has one state.
+    """Tensors of fewer than 4,096 elements, all of these, keep float32 states, and so do embeddings; Lion has one.
     The head's 8,192 elements have 8,192 bytes and 32 block constants of 4, twice."""
     assert estimate_memory(TINY, **LENGTHS, optimizer="adamw_8bit").phases["update"]["optimizer"] == 8 * N
     assert estimate_memory(TINY, **LENGTHS, optimizer="lion_8bit").phases["update"]["optimizer"] == 4 * N
