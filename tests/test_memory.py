@@ -1,0 +1,202 @@
+"""The memory estimate: hand-computed parts, agreement with PEFT, DeepSpeed and a measured peak, and what is refused."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import re
+import sys
+from pathlib import Path
+
+import pytest
+from peft import LoraConfig, get_peft_model
+from tiny import ARCHITECTURES, model
+from transformers import AutoConfig, Qwen2Config
+
+from tbrm_trl.memory import estimate_memory, main
+
+ROOT = Path(__file__).parent.parent
+# Per layer: q 8·8+8, k and v 8·4+4 each, o 8·8, feed-forward 3·8·16, two norms of 8: 608. Two layers, embeddings 32·8
+# (tied) and the last norm: 2·608 + 256 + 8 = 1,480.
+TINY = Qwen2Config(
+    vocab_size=32, hidden_size=8, intermediate_size=16, num_hidden_layers=2, num_attention_heads=2,
+    num_key_value_heads=1, tie_word_embeddings=True,
+)  # fmt: skip
+N = 1480
+LENGTHS = dict(rows=2, prompt_length=4, completion_length=12)
+# Published sizes (their config.json).
+QWEN_MATH = {
+    "1.5B": dict(
+        hidden_size=1536, num_hidden_layers=28, num_attention_heads=12, num_key_value_heads=2, intermediate_size=8960,
+        vocab_size=151936, tie_word_embeddings=True,
+    ),
+    "7B": dict(
+        hidden_size=3584, num_hidden_layers=28, num_attention_heads=28, num_key_value_heads=4, intermediate_size=18944,
+        vocab_size=152064, tie_word_embeddings=False,
+    ),
+}  # fmt: skip
+
+
+def lora() -> LoraConfig:
+    """PEFT writes into what it is given."""
+    return LoraConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM")
+
+
+def save_sizes(folder: Path, sizes: dict) -> str:
+    folder.mkdir()
+    (folder / "config.json").write_text(json.dumps({"model_type": "qwen2", **sizes}))
+    return str(folder)
+
+
+def test_weights_gradients_and_states_by_hand():
+    """Full fine-tuning in float32: 4 bytes per parameter in weights, frozen copy and gradients, 8 in Adam's moments."""
+    step = estimate_memory(TINY, **LENGTHS).phases["optimizer step"]
+    assert (step["weights"], step["reference"], step["gradients"], step["optimizer"]) == (4 * N, 4 * N, 4 * N, 8 * N)
+    assert sum(step.values()) == 20 * N
+
+    alone = estimate_memory(TINY, **LENGTHS, dtype="bfloat16", mixed_precision=None, optimizer="sgd", reference=False)
+    step = alone.phases["optimizer step"]
+    assert (step["weights"], step["gradients"], sum(step.values())) == (2 * N, 2 * N, 4 * N)
+    assert alone.parameters == alone.trained == N
+
+
+def test_states_of_eight_bits_and_of_pages():
+    """Tensors of fewer than 4,096 elements, all of these, keep float32 states, and so do embeddings; Lion has one.
+    The head's 8,192 elements have 8,192 bytes and 32 block constants of 4, twice."""
+    assert estimate_memory(TINY, **LENGTHS, optimizer="adamw_8bit").phases["update"]["optimizer"] == 8 * N
+    assert estimate_memory(TINY, **LENGTHS, optimizer="lion_8bit").phases["update"]["optimizer"] == 4 * N
+    paged = estimate_memory(TINY, **LENGTHS, optimizer="paged_adamw_32bit")
+    assert (paged.phases["update"]["optimizer"], paged.paged) == (0, 8 * N)
+    wide = Qwen2Config(**{**TINY.to_dict(), "vocab_size": 1024, "tie_word_embeddings": False})
+    states = estimate_memory(wide, **LENGTHS, optimizer="adamw_8bit").phases["update"]["optimizer"]
+    assert states == 8 * (N - 256) + 8 * 8192 + 2 * (8192 + 4 * 32)
+
+
+@pytest.mark.parametrize(("stage", "weights", "gradients"), [(1, 2, 2), (2, 2, 0.5), (3, 0.5, 0.5)])
+def test_partitions_of_zero(stage, weights, gradients):
+    """bfloat16 on four processes: weights whole until stage 3, gradients until stage 2; master weights and Adam's two
+    moments, 12 bytes, always in quarters. The reference is sharded where the policy is."""
+    phases = estimate_memory(TINY, **LENGTHS, processes=4, zero_stage=stage).phases
+    assert phases["update"]["weights"] == phases["update"]["reference"] == weights * N
+    assert phases["update"]["gradients"] == gradients * N
+    assert phases["update"]["optimizer"] == 12 * N // 4
+    # What ZeRO-3 gathers: all of a model this small while it works, and always for generation.
+    bucket = 2 * 500_000_000
+    assert phases["update"]["communication"] == bucket + (2 * N if stage == 3 else 0)
+    assert phases["generation"]["communication"] == (bucket + 2 * N if stage == 3 else 0)
+
+
+def test_states_of_zero_2_are_those_of_deepspeeds_own_estimate():
+    zero = importlib.import_module("deepspeed.runtime.zero.stage_1_and_2")
+    theirs = zero.estimate_zero2_model_states_mem_needs(N, num_gpus_per_node=4, num_nodes=2, cpu_offload=False)[1]
+    step = estimate_memory(TINY, **LENGTHS, processes=8, zero_stage=2, reference=False).phases["optimizer step"]
+    assert step["weights"] + step["gradients"] + step["optimizer"] == theirs
+
+
+def test_ddp_and_fsdp_by_hand():
+    """DDP's buckets are as large as the gradients. FSDP2 shards everything in float32, and gathers in bfloat16 what is
+    outside the layers (264), two of them (608 each), and whole gradients of one."""
+    ddp = estimate_memory(TINY, **LENGTHS, processes=2).phases["optimizer step"]
+    assert (ddp["communication"], ddp["weights"]) == (4 * N, 4 * N)
+    fsdp = estimate_memory(TINY, **LENGTHS, processes=2, fsdp=True).phases["update"]
+    assert (fsdp["weights"], fsdp["reference"], fsdp["gradients"], fsdp["optimizer"]) == (2 * N, 2 * N, 2 * N, 4 * N)
+    assert fsdp["communication"] == 2 * (264 + 2 * 608) + 2 * 608
+
+
+@pytest.mark.parametrize("architecture", ["qwen2", "gemma2", "gpt2"])
+def test_adapters_are_those_of_peft(architecture):
+    config = AutoConfig.for_model(architecture, **ARCHITECTURES[architecture])
+    estimate = estimate_memory(config, **LENGTHS, peft_config=lora())
+    trained, whole = get_peft_model(model(architecture), lora()).get_nb_trainable_parameters()
+    assert (estimate.trained, estimate.parameters) == (trained, whole)
+    update = estimate.phases["update"]
+    assert update["reference"] == 0 and update["optimizer"] == 8 * trained
+
+
+def test_four_bits_by_hand():
+    """1,152 weights in each layer's projections, at half a byte and a float32 for each 64; 4 bytes for the other 328,
+    and 2 for what is trained: QLoRA's adapters are bfloat16."""
+    estimate = estimate_memory(TINY, **LENGTHS, peft_config=lora(), quantization="4bit")
+    linear = 2 * (8 * 8 + 2 * 8 * 4 + 8 * 8 + 3 * 8 * 16)
+    constants = 4 * 2 * sum(size // 64 for size in (64, 32, 32, 64, 128, 128, 128))
+    others = N - linear
+    assert estimate.phases["update"]["weights"] == linear // 2 + constants + 4 * others + 2 * estimate.trained
+
+
+def test_head_by_hand():
+    """A tile of 100 tokens by the first 32,768 of 40,000 words, in float32; everything else is less than 5% of it."""
+    wide = Qwen2Config(**{**TINY.to_dict(), "vocab_size": 40_000})
+    estimate = estimate_memory(
+        wide, rows=1, prompt_length=4, completion_length=100, mixed_precision=None, peft_config=lora()
+    )
+    assert estimate.phases["update"]["head"] == pytest.approx(100 * 32_768 * 4, rel=0.05)
+
+
+def test_what_changes_activations():
+    def activations(**options):
+        return estimate_memory(
+            TINY, rows=4, prompt_length=64, completion_length=64, **{"mixed_precision": None, **options}
+        ).phases["update"]["activations"]
+
+    kept = activations(gradient_checkpointing=False)
+    assert activations() < 0.6 * kept  # of two layers, one at a time, and what enters each
+    # eager keeps scores before and after softmax, (4, 2, 128, 128) in each of two layers, at least once
+    assert activations(gradient_checkpointing=False, attn_implementation="eager") > kept + 2 * 4 * 4 * 2 * 128 * 128
+    no_mask = activations(gradient_checkpointing=False, attn_implementation="flash_attention_2")
+    assert no_mask < kept - 2 * 4 * 4 * 128 * 128  # each layer keeps its own float32 mask of padded rows
+
+
+def test_cache_grows_with_rows_and_length():
+    """2 layers × (K, V) × 16 rows × 255 tokens × one head of 4 in float32, and what one step takes."""
+    estimate = estimate_memory(TINY, rows=1, prompt_length=56, completion_length=200, generated_rows=16)
+    cache = 2 * 2 * 16 * 255 * 4 * 4
+    assert cache < estimate.phases["generation"]["generation"] < 2.5 * cache
+    assert estimate_memory(TINY, **LENGTHS, generated_rows=0).phases["generation"]["generation"] == 0
+
+
+def test_a_measured_peak(tmp_path):
+    """A real run's, within 15%; more of them in docs/benchmarks/memory_estimate.md."""
+    spec = importlib.util.spec_from_file_location("memory_estimate", ROOT / "benchmarks/memory_estimate.py")
+    benchmark = sys.modules[spec.name] = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(benchmark)
+    benchmark.MODELS["tiny"] = dict(
+        model_type="qwen2", hidden_size=64, intermediate_size=256, num_hidden_layers=3, num_attention_heads=4,
+        num_key_value_heads=2, vocab_size=2000,
+    )  # fmt: skip
+    run = benchmark.Run("tiny", rows=8, prompt=16, completion=112)
+    measured = benchmark.measure(run, tmp_path)
+    estimate = max(sum(parts.values()) for parts in benchmark.estimate(run, "cpu").values())
+    assert estimate == pytest.approx(measured, rel=0.15)
+    del sys.modules[spec.name]
+
+
+def test_refusals(tmp_path, capsys):
+    with pytest.raises(ValueError, match=r"`optim='galore_adamw'` is not among those .* adamw_torch_fused"):
+        estimate_memory(TINY, **LENGTHS, optimizer="galore_adamw")
+    with pytest.raises(ValueError, match=r"No configuration of a model at .*nowhere.* folder with its config.json"):
+        estimate_memory(str(tmp_path / "nowhere"), **LENGTHS)
+    with pytest.raises(ValueError, match=r"ZeRO has stages 1 to 3, and goes without FSDP"):
+        estimate_memory(TINY, **LENGTHS, zero_stage=3, fsdp=True)
+    with pytest.raises(ValueError, match=r"`quantization='4bit'`: .* with an adapter"):
+        estimate_memory(TINY, **LENGTHS, quantization="4bit")
+    with pytest.raises(ValueError, match=r"`rows=0` must be at least 1"):
+        estimate_memory(TINY, rows=0, prompt_length=1, completion_length=1)
+    experts = AutoConfig.for_model("qwen3_moe", **ARCHITECTURES["qwen3_moe"])
+    with pytest.raises(ValueError, match=r"'qwen3_moe' cannot be run without values"):
+        estimate_memory(experts, **LENGTHS)
+    for arguments, said in ((["--optim", "lomo", "--model", "nowhere"], "optim='lomo'"), (["--zero", "2"], "--zero")):
+        with pytest.raises(SystemExit):
+            main(arguments)
+        assert said in capsys.readouterr().err
+
+
+def test_the_documents_tables_are_what_the_command_prints(tmp_path, capsys):
+    text = (ROOT / "docs/memory.md").read_text()
+    blocks = re.findall(r"```bash\npython -m tbrm_trl.memory (.*?)\n```\n\n(\|.*?\n\n.*?)\n\n", text, flags=re.S)
+    assert len(blocks) == 2
+    for (arguments, table), name in zip(blocks, ("1.5B", "7B"), strict=True):
+        words = arguments.replace("\\\n", " ").split()
+        words[words.index("--config") + 1] = str(ROOT / words[words.index("--config") + 1])
+        capsys.readouterr()
+        main([*words, "--model", save_sizes(tmp_path / name, QWEN_MATH[name])])
+        assert capsys.readouterr().out.strip() == table
