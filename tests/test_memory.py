@@ -139,11 +139,11 @@ def test_what_changes_activations():
         ).phases["update"]["activations"]
 
     kept = activations(gradient_checkpointing=False)
-    assert activations() < 0.6 * kept  # of two layers, one at a time, and what enters each
+    assert activations() < 0.7 * kept  # of two layers, one at a time, and what enters each
     # eager keeps scores before and after softmax, (4, 2, 128, 128) in each of two layers, at least once
     assert activations(gradient_checkpointing=False, attn_implementation="eager") > kept + 2 * 4 * 4 * 2 * 128 * 128
-    no_mask = activations(gradient_checkpointing=False, attn_implementation="flash_attention_2")
-    assert no_mask < kept - 2 * 4 * 4 * 128 * 128  # each layer keeps its own float32 mask of padded rows
+    # sdpa is given no mask of padded rows, of which each layer would keep its own
+    assert activations(gradient_checkpointing=False, attn_implementation="flash_attention_2") == kept
 
 
 def test_cache_grows_with_rows_and_length():

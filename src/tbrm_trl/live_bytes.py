@@ -80,14 +80,13 @@ class Trace:
     def __post_init__(self) -> None:
         self.mode = FakeTensorMode()
 
-    def mask(self, policy: PreTrainedModel, rows: int, queries: int, keys: int) -> Tensor | None:
-        """As transformers makes it where rows are padded; else none, though it makes one wherever it is traced."""
+    def mask(self, policy: PreTrainedModel, padded: bool, *shape: int) -> Tensor | None:
+        """As transformers makes it where told of padding; else none, though it makes one wherever it is traced."""
         attention = policy.config._attn_implementation
         if attention == "eager":
             return None  # it makes its own
-        padded = self.masked and rows > 1
         policy.set_attn_implementation("sdpa" if padded else WITHOUT_MASK)
-        return torch.ones(rows, 1, queries, keys, dtype=torch.bool) if padded else None
+        return torch.ones(*shape, dtype=torch.bool) if padded else None
 
     def update(self, policy: PreTrainedModel) -> dict[str, int]:
         """Forward and backward of a micro-batch; bytes by part, at the peak."""
@@ -117,7 +116,7 @@ class Trace:
             enter("activations")
             with torch.autocast("cpu", self.autocast or torch.bfloat16, enabled=self.autocast is not None):
                 ids = torch.zeros(self.rows, length, dtype=torch.long)  # (B, T)
-                mask = self.mask(policy, self.rows, length, length)
+                mask = self.mask(policy, False)  # training passes none for text
                 states = policy.base_model(input_ids=ids, attention_mask=mask, use_cache=False).last_hidden_state
                 del mask
                 acting = states[:, -self.completion - 1 : -1]  # (B, C, hidden)
@@ -171,7 +170,8 @@ class Trace:
                     ids = torch.zeros(rows, given, dtype=torch.long)
                     cache = policy(input_ids=ids, use_cache=True, logits_to_keep=1).past_key_values
                     live.at_peak.clear()
-                ids, mask = torch.zeros(rows, new, dtype=torch.long), self.mask(policy, rows, new, given + new)
+                ids = torch.zeros(rows, new, dtype=torch.long)
+                mask = self.mask(policy, self.masked and rows > 1, rows, 1, new, given + new)
                 output = policy(
                     input_ids=ids, attention_mask=mask, past_key_values=cache, use_cache=True, logits_to_keep=1
                 )

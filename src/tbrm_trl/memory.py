@@ -114,7 +114,7 @@ def estimate_memory(
 
     Args:
         model: id or folder of a causal language model, or its configuration.
-        rows: of a micro-batch, on one process. More than one are taken to differ in length.
+        rows: of a micro-batch, on one process. More than one are taken to differ in length where they are rolled out.
         prompt_length, completion_length: of the longest rows, in tokens.
         generated_rows: rolled out at a time on one process; 0 where no model here generates. By default `rows`.
         accumulation: micro-batches per optimizer step.
@@ -296,14 +296,18 @@ def estimate_of_run(config: TBRMConfig, model: ModelConfig, machine: Machine) ->
         machine.only_logs and config.precompute_ref_log_probs is not False and not config.sync_ref_model
     )
     values = {"token": config.max_completion_length}.get(config.residual, 2 if config.truncation == "bootstrap" else 1)
-    generated = config.per_device_train_batch_size * config.steps_per_generation
+    rows, accumulation = config.per_device_train_batch_size, config.gradient_accumulation_steps
+    generated = rows * config.steps_per_generation
+    if tokens := config.max_tokens_per_microbatch:
+        held = min(rows, max(1, tokens // (machine.prompt_length + config.max_completion_length)))
+        rows, accumulation = held, math.ceil(rows / held)
     return estimate_memory(
         name,
-        rows=config.per_device_train_batch_size,
+        rows=rows,
         prompt_length=machine.prompt_length,
         completion_length=config.max_completion_length,
         generated_rows=0 if config.use_vllm or machine.only_logs else generated,
-        accumulation=config.gradient_accumulation_steps,
+        accumulation=accumulation,
         dtype=model.dtype,
         mixed_precision="bfloat16" if config.bf16 else "float16" if config.fp16 else None,
         attn_implementation=model.attn_implementation,
