@@ -30,7 +30,8 @@ def free_port() -> int:
 
 def launch(arguments: list[str], launcher: list[str] | None = None, script: str = "two_processes.py") -> None:
     launcher = launcher or ["torch.distributed.run", "--nproc_per_node=2", f"--master_port={free_port()}"]
-    environment = {**os.environ, "PYTHONPATH": str(TESTS), "OMP_NUM_THREADS": "1"}
+    path = os.pathsep.join([str(TESTS), *filter(None, [os.environ.get("PYTHONPATH")])])
+    environment = {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"}
     environment.pop("ACCELERATE_USE_CPU", None)  # accelerate would take it for "no DeepSpeed"
     done = subprocess.run(
         [sys.executable, "-m", *launcher, str(TESTS / script), *arguments],
