@@ -97,7 +97,8 @@ def two_updates(
 
     Returns:
         `weights` before the first, before the second and after it; `losses` of the two, means over processes;
-        `gradients` as the optimizer saw them, where they are whole; `accumulation` that DeepSpeed was told.
+        `gradients` as the optimizer saw them, where they are whole; their `norms` as logged; the `optimizer`'s class;
+        `accumulation` that DeepSpeed was told.
     """
     trainer = scripted_trainer(folder, script(unscored=tuple(unscored)), out, **given(kind), **UPDATES | options)
     if float32_adapter:  # TRL makes those of a quantised model bfloat16
@@ -119,6 +120,7 @@ def two_updates(
         "weights": [*weights, trained(trainer)],
         "losses": [sum(sum(mine[i : i + steps]) for mine in losses) / len(losses) for i in (0, steps)],
         "gradients": trainer.recorder.gradients if whole_gradients else None,
+        "norms": [float(entry["grad_norm"]) for entry in trainer.state.log_history if "grad_norm" in entry],
         "optimizer": type(optimizer_of(trainer)).__name__,
         "accumulation": trainer.deepspeed.gradient_accumulation_steps() if trainer.is_deepspeed_enabled else None,
     }

@@ -19,6 +19,7 @@ from distributed_processes import NF4, UPDATES, answers, learn, two_updates
 from oracle import distance
 from peft import PeftModel
 from test_learning import ALPHABET
+from test_recipes import after, command_of
 from test_resume import flat
 from test_two_processes import TESTS, free_port, launch
 from tiny import model, save, save_value_model, tokenizer
@@ -98,6 +99,21 @@ def folders(tmp_path_factory) -> dict[str, str]:
     }
 
 
+@pytest.mark.parametrize("file", HOW)
+def test_the_line_that_uses_it(file):
+    """Opens the file; its update has as many trajectories as on the four processes that the recipe is for."""
+    command = command_of(FILES / f"{file}.yaml")
+    assert command[:4] == ["accelerate", "launch", "--config_file", f"examples/accelerate/{file}.yaml"]
+    recipe = yaml.safe_load((TESTS.parent / after(command, "--config")).read_text())
+    processes = yaml.safe_load((FILES / f"{file}.yaml").read_text()).get("num_processes", 1)
+    accumulation = int(after(command, "--gradient_accumulation_steps") or recipe["gradient_accumulation_steps"])
+    assert processes * accumulation == 4 * recipe["gradient_accumulation_steps"]
+
+
+def test_every_file_is_tested():
+    assert {file.stem for file in FILES.glob("*.yaml")} == set(HOW)
+
+
 def change(seen: dict[str, Any], update: int) -> dict[str, torch.Tensor]:
     """What an update subtracted from the weights, over the learning rate: plain SGD's gradient."""
     before, after = seen["weights"][update : update + 2]
@@ -120,6 +136,7 @@ def updates(jobs: dict[str, dict[str, Any]], file: str, folders: dict[str, str],
         assert all(torch.equal(p, one["weights"][0][n]) for n, p in many["weights"][0].items())
         assert many["losses"] == pytest.approx(one["losses"], rel=1e-3 if rounded else TOLERANCE)
         assert abs(many["losses"][1] - many["losses"][0]) > 0.01
+        assert many["norms"] == pytest.approx(one["norms"], rel=BFLOAT16 if rounded else 1e-4)
         for update in range(2):
             gradient, expected = change(many, update), one["gradients"][update]
             if rounded:  # bfloat16 weights less bfloat16 weights
@@ -133,7 +150,7 @@ def updates(jobs: dict[str, dict[str, Any]], file: str, folders: dict[str, str],
 SPLIT = dict(per_device_train_batch_size=2, gradient_accumulation_steps=2)
 # Only rows 0, 2 and 3 count, all on the first process; the second one still runs its forward and backward.
 ONE_SIDED = dict(per_device_train_batch_size=4, unscored=[1, 4, 5, 6, 7])
-ADAPTER = dict(per_device_train_batch_size=4, kind="LoRA")
+ADAPTER = SPLIT | dict(kind="LoRA")
 
 
 @pytest.mark.parametrize("file", ["ddp", "fsdp2", "zero3"])
@@ -152,8 +169,8 @@ def test_gradients_of_two_processes(file, folders, tmp_path):
 
 
 @pytest.mark.launch
-@pytest.mark.parametrize("file", ["zero3_offload", "multi_node", "single"])
-def test_the_other_files(file, folders, tmp_path):
+@pytest.mark.parametrize("file", ["zero1", "zero2", "zero3_offload", "multi_node", "single"])
+def test_gradients_under_the_other_files(file, folders, tmp_path):
     """Offloaded weights are stepped by DeepSpeed's Adam for CPUs; two nodes are two launchers of one process each.
 
     Adam's ε is large, so that its step is no sign of a rounding error.
@@ -220,7 +237,9 @@ def test_learning_saving_and_resuming(file, folders, of_one_process, tmp_path):
         check_how(file, seen[kind]["held"], quantised=kind == "QLoRA")
         tok, loaded = AutoTokenizer.from_pretrained(folders["task"]), reload(folders, kind, tmp_path / kind)
         log_probs = answers(loaded, tok)
-        torch.testing.assert_close(log_probs, seen[kind]["log_probs"], atol=1e-4, rtol=1e-5)
+        # A bfloat16 adapter is computed with in float32 once loaded.
+        tolerance = 0.05 if kind == "QLoRA" else 1e-4
+        torch.testing.assert_close(log_probs, seen[kind]["log_probs"], atol=tolerance, rtol=tolerance)
         if kind == "LoRA":
             with loaded.disable_adapter():
                 assert (answers(loaded, tok) - log_probs).abs().max() > 0.01
