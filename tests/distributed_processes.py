@@ -126,8 +126,13 @@ def two_updates(
     }
 
 
-def learn(folder: str, out: str, kind: str = "full", **options: Any) -> dict[str, Any]:
+def learn(
+    folder: str, out: str, kind: str = "full", state_dict_type: str | None = None, **options: Any
+) -> dict[str, Any]:
     """The task of test_learning.py, on policy; the trained model is saved to `out`.
+
+    Args:
+        state_dict_type: of FSDP's checkpoints, if another than the launch file says.
 
     Returns:
         `log_probs` of the right answers by the trained model as it stands in the trainer.
@@ -135,6 +140,8 @@ def learn(folder: str, out: str, kind: str = "full", **options: Any) -> dict[str
     trainer = trainer_of(folder, prompts(WORDS), out, **LEARNING | given(kind) | options)
     trainer.train()
     seen = {"held": held(trainer), "log_probs": answers(trainer.model, trainer.processing_class)}
+    if state_dict_type is not None:
+        trainer.accelerator.state.fsdp_plugin.set_state_dict_type(state_dict_type)
     trainer.save_model(out)
     return seen
 

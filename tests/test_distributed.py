@@ -196,7 +196,11 @@ def reload(folders: dict[str, str], kind: str, saved: Path) -> torch.nn.Module:
     if kind == "full":
         return AutoModelForCausalLM.from_pretrained(saved)
     quantised = dict(quantization_config=BitsAndBytesConfig(**NF4)) if kind == "QLoRA" else {}
-    return PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(folders[base(kind)], **quantised), saved)
+    loaded = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(folders[base(kind)], **quantised), saved)
+    for name, parameter in loaded.named_parameters():
+        if quantised and "lora_" in name:  # as it was trained; PEFT makes it float32
+            parameter.data = parameter.data.bfloat16()
+    return loaded
 
 
 def accuracy(log_probs: torch.Tensor) -> float:
@@ -230,16 +234,17 @@ def test_learning_saving_and_resuming(file, folders, of_one_process, tmp_path):
     jobs: dict[str, dict[str, Any]] = {
         kind: dict(job="learn", folder=folders[base(kind)], kind=kind, **short if kind == "LoRA" else {})
         for kind in kinds
-    } | {case: dict(job="resumable", folder=folders["tiny"], case=case) for case in cases}
+    }
+    if file == "fsdp2":  # with this one, the Trainer itself would save nothing
+        jobs["LoRA"]["state_dict_type"] = "SHARDED_STATE_DICT"
+    jobs |= {case: dict(job="resumable", folder=folders["tiny"], case=case) for case in cases}
     seen = run(file, tmp_path, jobs)
 
     for kind in kinds:
         check_how(file, seen[kind]["held"], quantised=kind == "QLoRA")
         tok, loaded = AutoTokenizer.from_pretrained(folders["task"]), reload(folders, kind, tmp_path / kind)
         log_probs = answers(loaded, tok)
-        # A bfloat16 adapter is computed with in float32 once loaded.
-        tolerance = 0.05 if kind == "QLoRA" else 1e-4
-        torch.testing.assert_close(log_probs, seen[kind]["log_probs"], atol=tolerance, rtol=tolerance)
+        torch.testing.assert_close(log_probs, seen[kind]["log_probs"], atol=1e-4, rtol=1e-5)
         if kind == "LoRA":
             with loaded.disable_adapter():
                 assert (answers(loaded, tok) - log_probs).abs().max() > 0.01
