@@ -37,7 +37,7 @@ HOW: dict[str, tuple[str, int | None, float, float]] = {
     "zero3_offload": ("DEEPSPEED", 3, 0.5, 0.5),
     "multi_node": ("DEEPSPEED", 3, 0.5, 0.5),
 }
-WIDE = dict(hidden_size=64, intermediate_size=128, head_dim=16)  # bitsandbytes quantises nothing narrower on a CPU
+WIDE = dict(hidden_size=64, intermediate_size=128, head_dim=16)  # a quantised base that adapters learn well on
 TOLERANCE = 1e-5  # of gradients read off float32 weights: norm of the difference over the norm
 BFLOAT16 = 2**-7  # of bfloat16 gradients: two roundings
 
@@ -92,7 +92,6 @@ def folders(tmp_path_factory) -> dict[str, str]:
     folder = tmp_path_factory.mktemp("models")
     return {
         "tiny": save(folder / "tiny"),
-        "wide": save(folder / "wide", **WIDE),
         "value": save_value_model(folder / "value"),
         "task": save_task(folder / "task"),
         "task, wide": save_task(folder / "task, wide", **WIDE),
@@ -143,7 +142,9 @@ def updates(jobs: dict[str, dict[str, Any]], file: str, folders: dict[str, str],
                 gradient = {n.removeprefix("module."): g for n, g in many["gradients"][update].items()}
             if "optim" in job:
                 expected = change(one, update)
-            assert distance(gradient, expected) <= (BFLOAT16 if rounded else TOLERANCE), (name, update)
+            relative = distance(gradient, expected)
+            print(f"{file}, {name}, update {update + 1}: {relative:.1e}")
+            assert relative <= (BFLOAT16 if rounded else TOLERANCE), (name, update)
     return seen
 
 
@@ -161,7 +162,7 @@ def test_gradients_of_two_processes(file, folders, tmp_path):
     """
     jobs: dict[str, dict[str, Any]] = {"split": SPLIT, "one-sided": ONE_SIDED, "LoRA": ADAPTER}
     if file == "ddp":
-        jobs["QLoRA"] = dict(folder=folders["wide"], per_device_train_batch_size=4, kind="QLoRA")
+        jobs["QLoRA"] = dict(per_device_train_batch_size=4, kind="QLoRA")
         jobs["QLoRA, float32"] = jobs["QLoRA"] | dict(float32_adapter=True)
     if file == "zero3":  # whole on every process at any stage
         jobs["value model"] = SPLIT | dict(soft_value="model", soft_value_model=folders["value"])
