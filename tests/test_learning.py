@@ -35,13 +35,19 @@ def first_letter(prompts, completion_ids, **kwargs) -> list[float]:
     ]
 
 
-def trainer_of(folder: Path, rows: Dataset, output_dir: Path, reward_funcs=first_letter, **options) -> TBRMTrainer:
+def trainer_of(
+    folder: Path, rows: Dataset, output_dir: Path, reward_funcs=first_letter, peft_config=None,
+    quantization_config=None, **options,
+) -> TBRMTrainer:  # fmt: skip
     settings = dict(
         output_dir=str(output_dir), beta=0.1, learning_rate=0.02, max_steps=200, lr_scheduler_type="linear",
         per_device_train_batch_size=64, max_completion_length=3, gradient_checkpointing=False, bf16=False,
         use_cpu=True, save_strategy="no", report_to="none", logging_steps=20, disable_tqdm=True,
     )  # fmt: skip
-    return TBRMTrainer(str(folder), reward_funcs, TBRMConfig(**{**settings, **options}), rows)
+    return TBRMTrainer(
+        str(folder), reward_funcs, TBRMConfig(**{**settings, **options}), rows, peft_config=peft_config,
+        quantization_config=quantization_config,
+    )  # fmt: skip
 
 
 def accuracy(trainer: TBRMTrainer, words: list[str]) -> Accuracy:

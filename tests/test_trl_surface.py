@@ -33,6 +33,7 @@ OVERRIDDEN = {
     "_compute_loss": "(self, model, inputs)",
     "log": "(self, logs, start_time=None)",
     "train": "(self, resume_from_checkpoint=None, trial=None, ignore_keys_for_eval=None)",
+    "save_model": "(self, output_dir=None, _internal_call=False)",
     "_save_checkpoint": "(self, model, trial)",
     "_save_rng_state": "(self, output_dir)",
     "_load_rng_state": "(self, checkpoint)",

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import nn
+from torch.distributed.fsdp import StateDictType
 
 from .checkpoint import (
     checkpoint_to_resume,
@@ -39,6 +40,7 @@ class ExactResume(TrajectorySources):
     - `train`: resumes only from a checkpoint that every process has finished, and that belongs to this run;
     - `_save_checkpoint`: marks a checkpoint as complete, and removes old ones only after that;
     - `_save_rng_state`, `_load_rng_state`: called on every process where its own part is due;
+    - `save_model`: writes the weights of a model that FSDP shards, also where its checkpoints stay sharded;
     - `_run_epoch`, `_finalize_training`: from the checkpoint of its last update, a run ends without another one.
     """
 
@@ -99,6 +101,14 @@ class ExactResume(TrajectorySources):
         if self._step == 0:  # there was nothing left to train
             self._load_rng_state(self._resumed_from)
         return super()._finalize_training(*args, **kwargs)
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        if _internal_call or not self.is_fsdp_enabled:
+            super().save_model(output_dir, _internal_call)
+            return
+        # With FSDP2's default, a sharded state dict, the Trainer would write no weights and say nothing.
+        with without(self.accelerator.state.fsdp_plugin, state_dict_type=StateDictType.FULL_STATE_DICT):
+            super().save_model(output_dir, _internal_call)
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         folder = Path(self._get_output_dir(trial)) / f"checkpoint-{self.state.global_step}"
