@@ -314,13 +314,13 @@ class Measure(TrainerCallback):
             self.measure(state.global_step, model)
 
 
-def train(run: Run) -> dict:
+def train(run: Run, settings: Settings | None = None, measuring: type[Measure] = Measure) -> dict:
     """Carry out one run, in the process of a worker."""
-    settings, configuration = SETTINGS[run.model], run.configuration
+    settings, configuration = settings or SETTINGS[run.model], run.configuration
     with tempfile.TemporaryDirectory() as temporary, contextlib.redirect_stdout(io.StringIO()):
         folder = Path(temporary)
         task = arithmetic_task(run) if run.model == "smollm2" else sorting_task(run, settings, folder / "model")
-        measure = Measure(task, settings.evaluations)
+        measure = measuring(task, settings.evaluations)
 
         def reward(**kwargs):  # TRL wants a function with a name
             return measure.reward(**kwargs)
