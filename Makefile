@@ -28,7 +28,7 @@ demo: $(VENV)/.installed
 	$(BIN)/python examples/reasoning_gym_demo.py $(ARGS)
 
 test: $(VENV)/.installed
-	$(PYTEST) $(BIN)/pytest -m "not launch"
+	$(PYTEST) $(BIN)/pytest -m "not launch" -n 2 --dist loadfile
 
 # Every launch file and example by its own line, learning and saving under each: a quarter of an hour.
 launch: $(VENV)/.installed

@@ -152,6 +152,7 @@ SPLIT = dict(per_device_train_batch_size=2, gradient_accumulation_steps=2)
 # Only rows 0, 2 and 3 count, all on the first process; the second one still runs its forward and backward.
 ONE_SIDED = dict(per_device_train_batch_size=4, unscored=[1, 4, 5, 6, 7])
 ADAPTER = SPLIT | dict(kind="LoRA")
+BY_TOKENS = dict(per_device_train_batch_size=4, max_tokens_per_microbatch=50)  # two or three micro-batches of an update
 
 
 @pytest.mark.parametrize("file", ["ddp", "fsdp2", "zero3"])
@@ -161,6 +162,8 @@ def test_gradients_of_two_processes(file, folders, tmp_path):
     With QLoRA the adapter is bfloat16, as TRL makes it, so the gradient is equal to that precision; and once float32.
     """
     jobs: dict[str, dict[str, Any]] = {"split": SPLIT, "one-sided": ONE_SIDED, "LoRA": ADAPTER}
+    if file == "fsdp2":
+        jobs["by tokens"] = BY_TOKENS
     if file == "ddp":
         jobs["QLoRA"] = dict(per_device_train_batch_size=4, kind="QLoRA")
         jobs["QLoRA, float32"] = jobs["QLoRA"] | dict(float32_adapter=True)
@@ -177,6 +180,8 @@ def test_gradients_under_the_other_files(file, folders, tmp_path):
     Adam's ε is large, so that its step is no sign of a rounding error.
     """
     jobs: dict[str, dict[str, Any]] = {"split": SPLIT, "LoRA": ADAPTER}
+    if file == "zero1":
+        jobs["by tokens"] = BY_TOKENS
     if file == "zero3_offload":
         adam = dict(optim="adamw_torch", adam_epsilon=0.1)
         jobs = {name: job | adam for name, job in jobs.items()}

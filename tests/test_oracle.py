@@ -11,7 +11,7 @@ from oracle import distance, solve
 from peft import LoraConfig, PeftModel, get_peft_model
 from scripted import script, scripted_trainer
 from tiny import ARCHITECTURES, perturb, save
-from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig
 
 from tbrm_trl import TBRMConfig
 
@@ -248,3 +248,33 @@ def test_qlora(tmp_path):
     assert abs(second["log_ratio"]) > 1e-4
     moved = {n for n, p in trainer.model.named_parameters() if not torch.equal(p, before[n])}
     assert moved and all("lora_" in n for n in moved)
+
+
+_SMALL = dict(vocab_size=97, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
+              num_key_value_heads=2, head_dim=8)  # fmt: skip
+UNMASKED = {  # what could take its distances, windows or states from a mask
+    "bloom": dict(vocab_size=97, hidden_size=32, n_layer=2, n_head=4),
+    "mpt": dict(vocab_size=97, d_model=32, n_layers=2, n_heads=4, expansion_ratio=2),
+    "falcon": dict(vocab_size=97, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, alibi=True),
+    "opt": dict(vocab_size=97, hidden_size=32, ffn_dim=48, num_hidden_layers=2, num_attention_heads=4,
+                word_embed_proj_dim=32),
+    "mistral": {**_SMALL, "sliding_window": 6},
+    "gemma2": {**_SMALL, "sliding_window": 6},
+    "qwen3_moe": ARCHITECTURES["qwen3_moe"],
+    "mamba": dict(vocab_size=97, hidden_size=32, state_size=8, num_hidden_layers=2),
+    "qwen3_next": {**_SMALL, "linear_num_value_heads": 4, "linear_num_key_heads": 2, "linear_key_head_dim": 8,
+                   "linear_value_head_dim": 8, "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16,
+                   "shared_expert_intermediate_size": 16},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("architecture", list(UNMASKED))
+def test_padding_on_the_right_needs_no_mask(architecture):
+    """Behind the real tokens stands what it likes, without a mask: their logits are those of the row alone."""
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(architecture, **UNMASKED[architecture])).eval()
+    ids = torch.randint(3, 90, (2, 24))  # (B, T)
+    with torch.no_grad():
+        padded = model(input_ids=ids, use_cache=False).logits[0, :11]
+        alone = model(input_ids=ids[:1, :11], attention_mask=torch.ones(1, 11).long(), use_cache=False).logits[0]
+    assert distance({"": padded}, {"": alone}) <= TOLERANCE

@@ -87,6 +87,21 @@ def test_it_is_restored_as_it_was():
     assert len(empty) == 0
 
 
+def test_an_emptied_store_gives_its_memory_back():
+    """Trajectories of which a segment holds three, all of them dropped, then many more."""
+    store = TrajectoryStore(8)
+    long = drawn(random.Random(0), longest=1)
+    long.prompt_ids = torch.zeros(_SEGMENT // 3 - 100, dtype=torch.long)
+    for _ in range(3):
+        store.append(long)
+    for _ in range(3):
+        store.popleft()
+    assert len(store) == 0
+    for _ in range(100):
+        store.append(long)
+    assert same(store[102], long) and store.nbytes < 1.6 * 8 * 4 * len(long)
+
+
 def test_scores_and_priorities_are_renewed():
     rng = random.Random(2)
     store = TrajectoryStore(3)

@@ -99,6 +99,11 @@ def check_microbatches(args: TBRMConfig) -> None:
             f"gradient_accumulation_steps=1 and per_device_train_batch_size={rows}, the rows of an update on each "
             "device. (steps_per_generation then counts updates.)"
         )
+    if args.optim.endswith("layerwise") or args.optim in ("lomo", "adalomo"):
+        raise ValueError(
+            f"`optim={args.optim.value!r}` with `max_tokens_per_microbatch` is refused: it steps in every backward, "
+            "and an update has several. Use another optimizer, or micro-batches of whole updates."
+        )
 
 
 def check_soft_value(args: TBRMConfig) -> None:

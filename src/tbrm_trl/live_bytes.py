@@ -116,7 +116,10 @@ class Trace:
             enter("activations")
             with torch.autocast("cpu", self.autocast or torch.bfloat16, enabled=self.autocast is not None):
                 ids = torch.zeros(self.rows, length, dtype=torch.long)  # (B, T)
-                mask = self.mask(policy, False)  # training passes none for text
+                # Training passes none for text, but a window shorter than the rows needs one.
+                window = getattr(policy.config, "sliding_window", None)
+                windowed = window is not None and window <= length
+                mask = self.mask(policy, windowed, self.rows, 1, length, length)
                 states = policy.base_model(input_ids=ids, attention_mask=mask, use_cache=False).last_hidden_state
                 del mask
                 acting = states[:, -self.completion - 1 : -1]  # (B, C, hidden)

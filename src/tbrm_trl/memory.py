@@ -190,6 +190,8 @@ def estimate_memory(
         "optimizer": 0 if paged else (states + (4 * count if zero_stage else 0)) // (processes if sharded else 1),
     }
     reduced = gradients // processes if zero_stage > 1 or fsdp else 0
+    # FSDP2 reduces in the last micro-batch, and keeps whole gradients until then.
+    unreduced = count * computed.itemsize if fsdp and accumulation > 1 else 0
 
     # Beside the parts: buckets, and parameters that are whole while they are worked with.
     bucket = REDUCE_BUCKET * computed.itemsize if zero_stage else gradients if processes > 1 and not fsdp else 0
@@ -210,7 +212,11 @@ def estimate_memory(
             "gradients": reduced if zero_stage == 3 else 0,
             "generation": rollout,
         },
-        "update": {**update, "gradients": update["gradients"] + reduced, "communication": bucket + gathered},
+        "update": {
+            **update,
+            "gradients": update["gradients"] + reduced + unreduced,
+            "communication": bucket + gathered,
+        },
         "optimizer step": {"gradients": (reduced or gradients) + foreach, "communication": bucket},
     }
     return MemoryEstimate(

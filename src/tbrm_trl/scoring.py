@@ -196,7 +196,7 @@ def score(
         per_token = {name: values[real].unsqueeze(0) for name, values in per_token.items()}  # (1, N) each
         starts = lengths.cumsum(dim=0) - lengths  # (B,) the place of each trajectory's first token
     else:
-        if masked or router_logits:
+        if masked:
             per_token["attention_mask"] = batch.attention_mask
         starts = torch.arange(len(real), device=real.device) * real.shape[1]  # (B,)
     wanted: dict[str, Any] = {"every_value": every_value}

@@ -107,7 +107,7 @@ class TrajectoryStore:
     def popleft(self) -> int:
         """Drop the oldest, and return its number."""
         self.first += 1
-        if len(self._starts) > 1 and self._starts[1] == self.first:
+        while len(self._starts) > 1 and self._starts[1] <= self.first:  # one may hold nothing any more
             del self._segments[0], self._starts[0]
         return self.first - 1
 

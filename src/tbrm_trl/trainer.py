@@ -403,7 +403,7 @@ class TBRMTrainer(ExactResume):
     def _score(self, model: nn.Module, batch: Batch, **wanted: Any) -> TrajectoryScores:
         wanted["end_value"] = self.args.truncation == "bootstrap"
         with self.accelerator.autocast():
-            return score(model, batch, masked=self._is_vlm, **wanted)
+            return score(model, batch, masked=self._is_vlm or self.aux_loss_enabled, **wanted)
 
     def _is_stale(self, trajectory: Trajectory) -> bool:
         key = trajectory.ref_key
@@ -444,7 +444,7 @@ class TBRMTrainer(ExactResume):
     def _compute_loss(self, model: nn.Module, inputs: dict[str, Any]) -> Tensor:
         """The loss of this step's micro-batches, of which all but the last are back-propagated here.
 
-        The gradients of processes are reduced in the last one's backward, which is the Trainer's.
+        The last one's backward is the Trainer's. In it, and under ZeRO-2 and -3 in every one, gradients are reduced.
         """
         *earlier, last = inputs["microbatches"]
         done = torch.zeros((), device=self.accelerator.device)
@@ -457,13 +457,14 @@ class TBRMTrainer(ExactResume):
 
     @contextmanager
     def _reduction_deferred(self, model: nn.Module) -> Iterator[None]:
-        """Gradients stay on their process, as in the Trainer's own accumulation."""
-        self.accelerator.gradient_state._set_sync_gradients(False)
+        """As in the Trainer's own accumulation: gradients stay on their process, unless `sync_each_batch` is set."""
+        state = self.accelerator.gradient_state
+        state._set_sync_gradients(False)
         try:
-            with self.accelerator.no_sync(model):
+            with nullcontext() if state.plugin_kwargs.get("sync_each_batch") else self.accelerator.no_sync(model):
                 yield
         finally:
-            self.accelerator.gradient_state._set_sync_gradients(True)
+            state._set_sync_gradients(True)
 
     def _loss_of(self, model: nn.Module, uses: list[Use]) -> Tensor:
         args = self.args
