@@ -10,6 +10,7 @@ from typing import Any
 
 import resume
 import torch
+from accelerate import PartialState
 from accelerate.utils import DeepSpeedPlugin, gather_object
 from peft import LoraConfig
 from reference_processes import allow_fsdp_on_cpu, whole
@@ -195,3 +196,4 @@ def main(out: str, jobs: str) -> None:
 
 if __name__ == "__main__":
     main(*sys.argv[1:])
+    PartialState().destroy_process_group()  # or its threads may outlive the process, which then aborts

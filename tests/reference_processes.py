@@ -94,3 +94,4 @@ def main(folder: str, out: str, runs: str) -> None:
 
 if __name__ == "__main__":
     main(*sys.argv[1:])
+    PartialState().destroy_process_group()  # or its threads may outlive the process, which then aborts

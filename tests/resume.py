@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from accelerate import PartialState
 from datasets import Dataset
 from peft import LoraConfig
 from transformers import TrainerCallback
@@ -218,6 +219,7 @@ def child(log: str, **job: Any) -> None:
     os.dup2(descriptor, 2)
     gc.freeze()  # what was imported: the Trainer collects garbage when it starts
     run(**job)
+    PartialState().destroy_process_group()  # or its threads may outlive the process, which then aborts
 
 
 if __name__ == "__main__":

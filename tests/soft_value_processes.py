@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 
 import torch
+from accelerate import PartialState
 from accelerate.utils import gather_object
 from datasets import Dataset
 from test_soft_values import PROMPTS, log, watch_updates
@@ -49,3 +50,4 @@ def main(folder: str, out: str) -> None:
 
 if __name__ == "__main__":
     main(*sys.argv[1:])
+    PartialState().destroy_process_group()  # or its threads may outlive the process, which then aborts

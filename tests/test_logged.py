@@ -319,7 +319,7 @@ def test_precomputed_and_freed(folder, tmp_path, monkeypatch):  # noqa: F811
     scored, score_reference = [], module.score_reference
     monkeypatch.setattr(
         "tbrm_trl.trainer.score_reference",
-        lambda stale, *rest, **kwargs: scored.extend(stale) or score_reference(stale, *rest, **kwargs),
+        lambda batches, *rest: scored.extend(t for one in batches for t in one) or score_reference(batches, *rest),
     )
     data = Dataset.from_list(IDS)
     first = on(build(folder, tmp_path, None, data, max_steps=12, per_device_train_batch_size=2))

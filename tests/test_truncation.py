@@ -74,10 +74,9 @@ def test_a_trajectory_is_the_sum_of_its_parts(soft_value, folder, tmp_path, monk
     update = one_update(
         folder, tmp_path, rows, soft_value=soft_value, truncation="bootstrap", per_device_train_batch_size=3
     )
-    by_length = dict(zip([len(use.trajectory.completion_ids) for use in update.uses], seen[0], strict=True))
-    residuals = {
-        (use.trajectory.end, len(use.trajectory.prompt_ids)): r for use, r in zip(update.uses, seen[0], strict=True)
-    }
+    in_order = [use.trajectory for use in sorted(update.uses, key=len, reverse=True)]  # of the micro-batch
+    by_length = dict(zip([len(t.completion_ids) for t in in_order], seen[0], strict=True))
+    residuals = {(t.end, len(t.prompt_ids)): r for t, r in zip(in_order, seen[0], strict=True)}
     whole, cut, remainder = by_length[6], residuals[End.LENGTH, 4], residuals[End.EOS, 7]
     assert whole == pytest.approx(cut + remainder, rel=1e-4)
     assert abs(cut) > 0.1 and abs(remainder) > 0.1

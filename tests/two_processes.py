@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import torch
+from accelerate import PartialState
 from accelerate.utils import gather_object
 from scripted import Row, scripted_trainer
 from tiny import perturb
@@ -28,3 +29,4 @@ def main(folder: str, rows_file: str, out: str, options: str) -> None:
 
 if __name__ == "__main__":
     main(*sys.argv[1:])
+    PartialState().destroy_process_group()  # or its threads may outlive the process, which then aborts
