@@ -160,6 +160,7 @@ def draw(results: dict, file: Path) -> None:
                     axis.plot(xs, ys, color=f"C{number}", alpha=0.7, label=label)
             axis.axhline(COMPARISONS[name].target, color="k", linewidth=0.7, linestyle=":")
             axis.set(xlabel=cost, ylabel="accuracy", title=name)
+            axis.locator_params(axis="x", nbins=5)
         row[0].legend(frameon=False, fontsize=8)
     figure.savefig(file, dpi=150)
 
