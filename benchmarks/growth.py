@@ -179,14 +179,19 @@ def processes_table(measured: dict[str, list[Measurement]]) -> str:
 
 
 def report(
-    axes: dict[str, Axis], processes: dict[str, list[Measurement]], sizes: Sizes, where: dict[str, Any], name: str
+    axes: dict[str, Axis],
+    processes: dict[str, list[Measurement]],
+    sizes: Sizes,
+    where: dict[str, Any],
+    name: str,
+    repetitions: int,
 ) -> str:
     intro = f"""Written by `python benchmarks/growth.py`. {hardware_line(where)}
         Raw numbers: [{name}.json]({name}.json)."""
     setting = f"""A Llama of {LAYERS} layers and {VOCABULARY:,} tokens with random weights, width {sizes.base_width}
         where it is not varied; {sizes.base_rollouts} rollouts a step in micro-batches of {sizes.micro_batch},
         completions of {sizes.base_length} tokens, all equal, prompts half as long. Otherwise as in [step.md](step.md):
-        medians of paired repetitions, memory above weights, gradients, optimizer states and reference. The power is
+        medians of {repetitions} paired repetitions, memory above weights, gradients, optimizer states and reference. The power is
         that of the last doubling: 1 is proportional."""
     blocks = [f"## By {AXES[axis]}\n\n{axis_table(of)}" for axis, of in axes.items()]
     if processes:
@@ -257,7 +262,7 @@ def main() -> None:
         "processes": plain(processes),
     }
     (output / f"{name}.json").write_text(json.dumps(raw, indent=1) + "\n")
-    (output / f"{name}.md").write_text(report(axes, processes, sizes, where, name))
+    (output / f"{name}.md").write_text(report(axes, processes, sizes, where, name, repetitions))
     if axes:
         draw(axes, output / f"{name}.png")
     print((output / f"{name}.md").read_text())
