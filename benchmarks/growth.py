@@ -191,8 +191,8 @@ def report(
     setting = f"""A Llama of {LAYERS} layers and {VOCABULARY:,} tokens with random weights, width {sizes.base_width}
         where it is not varied; {sizes.base_rollouts} rollouts a step in micro-batches of {sizes.micro_batch},
         completions of {sizes.base_length} tokens, all equal, prompts half as long. Otherwise as in [step.md](step.md):
-        medians of {repetitions} paired repetitions, memory above weights, gradients, optimizer states and reference. The
-        power is that of the last doubling: 1 is proportional."""
+        medians of {repetitions} paired repetitions, memory above weights, gradients, optimizer states and reference.
+        The power is that of the last doubling: 1 is proportional."""
     blocks = [f"## By {AXES[axis]}\n\n{axis_table(of)}" for axis, of in axes.items()]
     if processes:
         text = f"""The same rollouts per step of TBRM, split over the processes by DDP over gloo, on
