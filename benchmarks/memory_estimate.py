@@ -26,10 +26,9 @@ from typing import Any
 
 import torch
 from datasets import Dataset
+from peak_memory import peak_memory
 from peft import LoraConfig
 from tokenizers import Tokenizer, models, pre_tokenizers
-from torch.autograd import DeviceType
-from torch.profiler import ProfilerActivity, profile
 from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedTokenizerFast
 
 from tbrm_trl import TBRMConfig, TBRMTrainer
@@ -204,23 +203,12 @@ def measure(run: Run, folder: Path) -> int:
         quantization_config=quantization,
         rollout_func=None if run.generates else rollout,
     )  # fmt: skip
-    if on_gpu:
-        torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated() if on_gpu else live_bytes()
+    with peak_memory("cuda" if on_gpu else "cpu") as above:
         trainer.train()
-        peak = torch.cuda.max_memory_allocated()
-    else:
-        before = live_bytes()
-        with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
-            trainer.train()
-        events = [e for e in profiler.profiler.kineto_results.events() if e.name() == "[memory]"]
-        events = [e for e in events if e.device_type() == DeviceType.CPU]
-        now = peak = before
-        for event in sorted(events, key=lambda event: event.start_ns()):
-            now += event.nbytes()
-            peak = max(peak, now)
     assert trainer.state.global_step == 2 and trainer.accelerator.num_processes == run.processes
     assert max(len(trajectory) for trajectory in trainer._window) == run.prompt + run.completion
-    return peak
+    return before + above.bytes
 
 
 def describe(run: Run) -> str:

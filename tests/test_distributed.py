@@ -21,7 +21,7 @@ from peft import PeftModel
 from test_learning import ALPHABET
 from test_recipes import after, command_of
 from test_resume import flat
-from test_two_processes import TESTS, free_port, launch
+from test_two_processes import TESTS, launch, launcher_of
 from tiny import model, save, save_value_model, tokenizer
 from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 
@@ -47,10 +47,7 @@ NOISE = 0.15  # of accuracy after learning: five standard deviations over seeds
 def run(file: str, out: Path, jobs: dict[str, dict[str, Any]]) -> dict[str, Any]:
     """Jobs of distributed_processes.py under a launch file. Returns what rank 0 has seen of each."""
     settings = yaml.safe_load((FILES / f"{file}.yaml").read_text())
-    arguments = ["accelerate.commands.launch", "--config_file", str(FILES / f"{file}.yaml"), "--mixed_precision", "no"]
-    arguments += ["--main_process_port", str(free_port())]
-    if file != "single":
-        arguments += ["--num_processes", "2"]
+    arguments = launcher_of(file, processes=1 if file == "single" else 2)
     nodes = settings.get("num_machines", 1)
     if nodes > 1:
         arguments += ["--main_process_ip", "127.0.0.1"]

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import importlib.util
+import importlib
 import json
 import re
-import sys
 from pathlib import Path
 
 import pytest
@@ -154,11 +153,10 @@ def test_cache_grows_with_rows_and_length():
     assert estimate_memory(TINY, **LENGTHS, generated_rows=0).phases["generation"]["generation"] == 0
 
 
-def test_a_measured_peak(tmp_path):
+def test_a_measured_peak(tmp_path, monkeypatch):
     """A real run's, within 15%; more of them in docs/benchmarks/memory_estimate.md."""
-    spec = importlib.util.spec_from_file_location("memory_estimate", ROOT / "benchmarks/memory_estimate.py")
-    benchmark = sys.modules[spec.name] = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(benchmark)
+    monkeypatch.syspath_prepend(ROOT / "benchmarks")
+    benchmark = importlib.import_module("memory_estimate")
     benchmark.MODELS["tiny"] = dict(
         model_type="qwen2", hidden_size=64, intermediate_size=256, num_hidden_layers=3, num_attention_heads=4,
         num_key_value_heads=2, vocab_size=2000,
@@ -167,7 +165,6 @@ def test_a_measured_peak(tmp_path):
     measured = benchmark.measure(run, tmp_path)
     estimate = max(sum(parts.values()) for parts in benchmark.estimate(run, "cpu").values())
     assert estimate == pytest.approx(measured, rel=0.15)
-    del sys.modules[spec.name]
 
 
 def test_refusals(tmp_path, capsys):

@@ -11,7 +11,7 @@ from oracle import distance
 from scripted import script, scripted_trainer
 from test_oracle import TOLERANCE, check
 from test_soft_values import one_update
-from test_two_processes import free_port, launch, strip
+from test_two_processes import launch, launcher_of, strip
 from tiny import save
 
 from tbrm_trl import TBRMConfig
@@ -147,14 +147,6 @@ def test_misuse(tmp_path):
         TBRMConfig(str(tmp_path), use_cpu=True, max_tokens_per_microbatch=9, optim="adalomo")
 
 
-LAUNCHED = {
-    "ddp": None,
-    "zero2": "distributed_type: DEEPSPEED\ndeepspeed_config: {zero_stage: 2, gradient_accumulation_steps: 1}\n",
-    "zero3": "distributed_type: DEEPSPEED\ndeepspeed_config: {zero_stage: 3, gradient_accumulation_steps: 1, "
-    "zero3_init_flag: true}\n",
-}
-
-
 @pytest.mark.parametrize("kind", ["ddp", pytest.param("zero2", marks=pytest.mark.launch), "zero3"])
 def test_every_process_runs_as_many_micro_batches(kind, tmp_path):
     """The first process has the long rows and needs more; the second divides its own further, and adds no filler."""
@@ -164,15 +156,8 @@ def test_every_process_runs_as_many_micro_batches(kind, tmp_path):
     rows_file.write_text(json.dumps([asdict(row) for row in rows]))
     options = dict(max_tokens_per_microbatch=80, num_iterations=2, max_steps=2, learning_rate=0.01,
                    lr_scheduler_type="constant")  # fmt: skip
-    launcher = None
-    if LAUNCHED[kind]:
-        config = tmp_path / "launch.yaml"
-        config.write_text(
-            "compute_environment: LOCAL_MACHINE\nuse_cpu: true\nnum_machines: 1\nnum_processes: 2\nmachine_rank: 0\n"
-            f"mixed_precision: 'no'\nmain_process_port: {free_port()}\n{LAUNCHED[kind]}"
-        )
-        launcher = ["accelerate.commands.launch", "--config_file", str(config)]
-    launch([folder, str(rows_file), str(tmp_path), json.dumps(options)], launcher, "microbatch_processes.py")
+    arguments = [folder, str(rows_file), str(tmp_path), json.dumps(options)]
+    launch(arguments, launcher_of(kind), "microbatch_processes.py")
     seen = torch.load(tmp_path / "seen.pt", weights_only=False)
     (long, backwards, batches, reduced), (short, others_backwards, others_batches, _) = seen["processes"]
     assert batches == others_batches and min(batches) > 1

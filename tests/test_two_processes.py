@@ -30,6 +30,13 @@ def free_port() -> int:
         return probe.getsockname()[1]
 
 
+def launcher_of(file: str, processes: int = 2) -> list[str]:
+    """A launch file of the examples, with what CPUs need."""
+    config = TESTS.parent / f"examples/accelerate/{file}.yaml"
+    arguments = ["accelerate.commands.launch", "--config_file", str(config), "--mixed_precision", "no"]
+    return [*arguments, "--num_processes", str(processes), "--main_process_port", str(free_port())]
+
+
 def launch(arguments: list[str], launcher: list[str] | None = None, script: str = "two_processes.py") -> None:
     launcher = launcher or ["torch.distributed.run", "--nproc_per_node=2", f"--master_port={free_port()}"]
     path = os.pathsep.join([str(TESTS), *filter(None, [os.environ.get("PYTHONPATH")])])

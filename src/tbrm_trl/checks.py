@@ -88,7 +88,7 @@ def check_batch_arithmetic(args: TBRMConfig) -> None:
 
 
 def check_microbatches(args: TBRMConfig) -> None:
-    tokens, rows = args.max_tokens_per_microbatch, args.per_device_train_batch_size * args.gradient_accumulation_steps
+    tokens = args.max_tokens_per_microbatch
     if tokens is None:
         return
     if tokens < 1:
@@ -96,8 +96,8 @@ def check_microbatches(args: TBRMConfig) -> None:
     if args.gradient_accumulation_steps > 1:
         raise ValueError(
             f"`max_tokens_per_microbatch={tokens}` divides an update into micro-batches itself: set "
-            f"gradient_accumulation_steps=1 and per_device_train_batch_size={rows}, the rows of an update on each "
-            "device. (steps_per_generation then counts updates.)"
+            f"gradient_accumulation_steps=1 and per_device_train_batch_size={args.rows_per_device}, the rows of an "
+            "update on each device. (steps_per_generation then counts updates.)"
         )
     if args.optim.endswith("layerwise") or args.optim in ("lomo", "adalomo"):
         raise ValueError(

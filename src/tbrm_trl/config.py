@@ -297,9 +297,14 @@ class TBRMConfig(GRPOConfig):
             )
 
     @property
+    def rows_per_device(self) -> int:
+        """Trajectories of one optimizer step, on each process."""
+        return self.per_device_train_batch_size * self.gradient_accumulation_steps
+
+    @property
     def rows_per_update(self) -> int:
         """Trajectories of one optimizer step, over all processes."""
-        return self.per_device_train_batch_size * self.world_size * self.gradient_accumulation_steps
+        return self.rows_per_device * self.world_size
 
     @property
     def microbatch_size(self) -> MicrobatchSize:
@@ -308,7 +313,7 @@ class TBRMConfig(GRPOConfig):
             self.per_device_train_batch_size,
             self.max_tokens_per_microbatch,
             self.padding_free,
-            self.pad_to_multiple_of or 1,
+            self.pad_to_multiple_of,
         )
 
     @property

@@ -41,7 +41,7 @@ OPTIMIZERS = {
 }
 SMALL, BLOCK = 4096, 256  # bitsandbytes: tensors below this stay float32; the others have a float32 for each block
 REDUCE_BUCKET, LIVE_PARAMETERS = 500_000_000, 1_000_000_000  # DeepSpeed's defaults, in elements
-TAKES_MASKS = (None, "sdpa", "eager")  # attention that is given (B, 1, T, T) masks where rows are padded
+TAKES_MASKS = (None, "sdpa", "eager")  # attention that is given masks where prompts are padded
 PARTS = ("weights", "reference", "optimizer", "gradients", "communication", "activations", "head", "generation")
 
 

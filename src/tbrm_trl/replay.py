@@ -83,7 +83,8 @@ class ReplayBuffer:
         self._priorities.changed(number)
 
     def clear(self) -> None:
-        self.restore(*TrajectoryStore(self.stored.capacity).state())
+        self.stored.clear()
+        self._priorities = _Priorities(self.stored, self.exponent)
 
     def restore(self, state: dict[str, Any], arrays: dict[str, np.ndarray]) -> None:
         """As it was when `stored.state` gave these."""
@@ -150,7 +151,7 @@ class _Priorities:
         self.power, self.highest = np.zeros(blocks), np.zeros(blocks)  # (blocks,)
         self.lowest = np.full(blocks, np.inf)  # (blocks,)
         self.replayed, self.live = np.zeros(blocks, int), np.zeros(blocks, int)  # (blocks,)
-        self._changed = {place // BLOCK for place in range(0, stored.capacity, BLOCK)}
+        self._changed = set(range(blocks))
 
     def changed(self, number: int) -> None:
         self._changed.add(number % self.stored.capacity // BLOCK)

@@ -303,7 +303,7 @@ class TBRMTrainer(ExactResume):
     def _collect(self, rows: list[dict[str, Any]]) -> list[Use]:
         """The trajectories of one update on this process: the next part of the window, or replayed ones."""
         args, metrics = self.args, self._metrics["train"]
-        rows_here = args.per_device_train_batch_size * args.gradient_accumulation_steps
+        rows_here = args.rows_per_device
         update = self._step // args.gradient_accumulation_steps % (args.fresh_updates * args.num_iterations)
         if update == 0:
             self._window = self._new_window(rows)
@@ -380,10 +380,11 @@ class TBRMTrainer(ExactResume):
         whole = size.keeps_whole(uses, together)
         if size.tokens is not None and together > 1:
             whole = bool(self._gather([whole]).all())
-        microbatches = size.split(uses, together if whole else 1)
+        if not whole:
+            together = 1
+        microbatches = size.split(uses, together)
         if size.tokens is not None:
-            forwards = int(self._gather([len(microbatches)]).max())
-            microbatches = size.spread(microbatches, forwards, together if whole else 1)
+            microbatches = size.spread(microbatches, int(self._gather([len(microbatches)]).max()), together)
         if not whole:
             batches = ((part, self._collate([use.trajectory for use in part])) for part in microbatches)
             self._loss.value_beforehand(batches, partial(self._score, self.model))
@@ -477,8 +478,8 @@ class TBRMTrainer(ExactResume):
         processes = self.accelerator.num_processes
         loss = processes * mean_over_counted(seen.loss, seen.rows.counted, self._counted_in_step, weight)
         if seen.aux_loss is not None:
-            rows = len(uses) if not self.model.training else args.rows_per_update // args.world_size
-            loss = loss + self.router_aux_loss_coef * seen.aux_loss * len(uses) / rows
+            share = len(uses) / args.rows_per_device if self.model.training else 1.0  # of the update
+            loss = loss + self.router_aux_loss_coef * seen.aux_loss * share
 
         self._record(step_totals(uses, batch, seen.scores, seen.rows, seen.soft_value, seen.residual))
         if self._replay is not None and self._replay.prioritized:

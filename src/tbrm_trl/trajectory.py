@@ -142,6 +142,12 @@ class Batch:
         return replace(self, **cut, vision=per_token)
 
 
+def padded_width(rows: Sequence[Sized], multiple: int | None = None) -> int:
+    """Columns of a padded batch of these rows."""
+    multiple = multiple or 1
+    return -(-max(map(len, rows)) // multiple) * multiple
+
+
 def collate(
     trajectories: Sequence[Trajectory],
     pad_token_id: int,
@@ -150,9 +156,7 @@ def collate(
     packed: bool = False,
 ) -> Batch:
     """Pad trajectories to one batch on `device`. Only this function lays trajectories out as tensors."""
-    width = max(len(trajectory) for trajectory in trajectories)
-    if pad_to_multiple_of is not None:
-        width = -(-width // pad_to_multiple_of) * pad_to_multiple_of
+    width = padded_width(trajectories, pad_to_multiple_of)
 
     def padded(rows: Sequence[Tensor], fill: float | int | bool) -> Tensor:
         out = rows[0].new_full((len(rows), width), fill)  # (B, T)
@@ -210,13 +214,13 @@ class MicrobatchSize:
         rows: most rows; not read where `tokens` is given.
         tokens: most tokens. A longer row is a micro-batch of its own.
         packed: rows stand end to end, without padding.
-        multiple: of which a padded batch's width is one.
+        multiple: of which a padded batch's width is one; None for any width.
     """
 
     rows: int
     tokens: int | None = None
     packed: bool = False
-    multiple: int = 1
+    multiple: int | None = None
 
     def holds(self, rows: Sequence[Sized]) -> bool:
         if self.tokens is None:
@@ -254,8 +258,7 @@ class MicrobatchSize:
         return batches
 
     def _tokens_of(self, rows: Sequence[Sized]) -> int:
-        lengths = [len(row) for row in rows]
-        return sum(lengths) if self.packed else len(rows) * (-(-max(lengths) // self.multiple) * self.multiple)
+        return sum(map(len, rows)) if self.packed else len(rows) * padded_width(rows, self.multiple)
 
 
 def random_order(count: int, together: int = 1) -> list[int]:
