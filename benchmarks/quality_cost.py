@@ -174,6 +174,11 @@ def main() -> None:
     torch.set_num_threads(comparison.threads)
     replay.start_worker(comparison.threads)
     runs: dict[str, list] = {configuration: [] for configuration in comparison.chosen}
+    results = json.loads(file.read_text()) if file.exists() else {}
+    results["environment"] = {
+        "processor": f"{platform.machine()}, {os.cpu_count()} cores",
+        **{name: importlib.metadata.version(name) for name in ("torch", "transformers", "trl")},
+    }
     for seed in SEEDS:
         for name, (learning_rate, beta, buffer_size) in comparison.chosen.items():
             configuration = replay.CONFIGURATIONS[name]
@@ -183,13 +188,8 @@ def main() -> None:
                 points.insert(0, runs["GRPO K=1"][seed][0])
             runs[name].append(points)
             print(f"{run}: {points[-1][2]:.3f}", flush=True)
-    results = json.loads(file.read_text()) if file.exists() else {}
-    results["environment"] = {
-        "processor": f"{platform.machine()}, {os.cpu_count()} cores",
-        **{name: importlib.metadata.version(name) for name in ("torch", "transformers", "trl")},
-    }
-    results[arguments.model] = runs
-    file.write_text(json.dumps(results, indent=1) + "\n")
+        results[arguments.model] = runs
+        file.write_text(json.dumps(results, indent=1) + "\n")  # after each seed, so that an interruption costs one
     (arguments.output / "quality_cost.md").write_text(report(results))
     draw(results, arguments.output / "quality_cost.png")
     print(report(results))
