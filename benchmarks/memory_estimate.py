@@ -29,12 +29,16 @@ from datasets import Dataset
 from peak_memory import peak_memory
 from peft import LoraConfig
 from tokenizers import Tokenizer, models, pre_tokenizers
+from torch.distributed.tensor import DTensor
 from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedTokenizerFast
 
 from tbrm_trl import TBRMConfig, TBRMTrainer
 from tbrm_trl.memory import estimate_memory
 
 ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT / "tests"))
+from reference_processes import allow_fsdp_on_cpu  # noqa: E402
+
 PACKAGES = ("torch", "transformers", "trl", "peft", "bitsandbytes", "deepspeed")
 TARGET = 0.15
 MODELS: dict[str, dict[str, Any]] = {
@@ -77,8 +81,14 @@ RUNS: dict[str, dict[str, Any]] = {
         rows=2,
         generates=True,
     ),
-    "2 processes, ZeRO-2": dict(model="llama-256", processes=2, zero_stage=2, gradient_checkpointing=True),
     "2 processes, DDP": dict(model="llama-256", processes=2, gradient_checkpointing=True),
+    "2 processes, FSDP2": dict(model="qwen2-512", processes=2, fsdp=True, gradient_checkpointing=True),
+    "2 processes, FSDP2, 2 micro-batches": dict(
+        model="qwen2-512", processes=2, fsdp=True, gradient_checkpointing=True, accumulation=2
+    ),
+    "2 processes, ZeRO-1": dict(model="llama-256", processes=2, zero_stage=1, gradient_checkpointing=True),
+    "2 processes, ZeRO-2": dict(model="llama-256", processes=2, zero_stage=2, gradient_checkpointing=True),
+    "2 processes, ZeRO-3": dict(model="qwen2-512", processes=2, zero_stage=3, gradient_checkpointing=True),
     "bfloat16 autocast": dict(model="qwen2-768", bf16=True),
     "bfloat16 autocast, checkpointing": dict(model="qwen2-768", bf16=True, gradient_checkpointing=True),
     "bfloat16 autocast, LoRA 16": dict(model="qwen2-768", bf16=True, lora=16),
@@ -109,6 +119,7 @@ class Run:
     generates: bool = False
     processes: int = 1
     zero_stage: int = 0
+    fsdp: bool = False
 
     @property
     def peft_config(self) -> LoraConfig | None:
@@ -126,14 +137,18 @@ def estimate(run: Run, device: str) -> dict[str, dict[str, int]]:
         mixed_precision="bfloat16" if run.bf16 else None, attn_implementation=run.attn,
         gradient_checkpointing=run.gradient_checkpointing, optimizer=run.optim, peft_config=run.peft_config,
         quantization=run.quantization, reference=run.reference == "initial", device=device,
-        processes=run.processes, zero_stage=run.zero_stage,
+        processes=run.processes, zero_stage=run.zero_stage, fsdp=run.fsdp,
     ).phases  # fmt: skip
 
 
 def launcher(run: Run, folder: Path) -> list[str]:
     """The start of the command that runs a script in the configuration's processes."""
+    accelerate = [sys.executable, "-m", "accelerate.commands.launch"]
     if run.processes == 1:
         return [sys.executable]
+    if run.fsdp:
+        shipped = ["--config_file", str(ROOT / "examples/accelerate/fsdp2.yaml"), "--mixed_precision", "no"]
+        return [*accelerate, *shipped, "--num_processes", str(run.processes)]
     if not run.zero_stage:
         return [sys.executable, "-m", "torch.distributed.run", f"--nproc_per_node={run.processes}"]
     settings = {
@@ -142,7 +157,7 @@ def launcher(run: Run, folder: Path) -> list[str]:
         "deepspeed_config": {"zero_stage": run.zero_stage, "gradient_accumulation_steps": run.accumulation},
     }  # fmt: skip
     (folder / "launch.json").write_text(json.dumps(settings))
-    return [sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(folder / "launch.json")]
+    return [*accelerate, "--config_file", str(folder / "launch.json")]
 
 
 def save_model(run: Run, folder: Path) -> PreTrainedTokenizerFast:
@@ -164,6 +179,8 @@ def live_bytes() -> int:
     gc.collect()
     storages = {}
     for thing in gc.get_objects():
+        if isinstance(thing, DTensor):  # has none of its own: its part is another tensor
+            continue
         if isinstance(thing, torch.Tensor) and thing.device.type == "cpu" and thing.layout is torch.strided:
             storages[thing.untyped_storage().data_ptr()] = thing.untyped_storage().nbytes()
     return sum(storages.values())
@@ -171,6 +188,8 @@ def live_bytes() -> int:
 
 def measure(run: Run, folder: Path) -> int:
     """Train two steps in this process; the peak in bytes."""
+    if run.fsdp and not torch.cuda.is_available():
+        allow_fsdp_on_cpu()
     tokenizer = save_model(run, folder / "model")
     rows = run.rows * run.accumulation
     # Prompts of different lengths, so that rows are padded; the longest among them.

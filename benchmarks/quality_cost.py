@@ -121,7 +121,8 @@ def section(name: str, runs: dict[str, list[list[list[float]]]]) -> str:
     title = {"tiny": "Tiny model, sorting letters", "smollm2": "SmolLM2-135M, one-digit sums"}[name]
     return f"""## {title}: accuracy {comparison.target}
 
-Medians over {len(SEEDS)} seeds; in brackets the median of the ratios to {next(iter(runs))} at the same seed.
+Medians over {len(SEEDS)} seeds, of the final accuracy the mean; in brackets the median of the ratios to
+{next(iter(runs))} at the same seed.
 
 | | {" | ".join(COSTS)} | final accuracy |
 |---|---|---|---|---|
@@ -137,9 +138,9 @@ def report(results: dict) -> str:
 Written by `python benchmarks/quality_cost.py`; raw numbers: [quality_cost.json](quality_cost.json). {environment}.
 
 GRPO and RLOO are TRL's, with 8 rollouts per prompt; TBRM has one. Learning rate and β were selected for each method on
-other problems and seeds ([replay.md](replay.md)), on the tiny model alone. All make the same number of updates on
-equally many trajectories; with replay, K − 1 of K updates generate nothing. Seconds are of training without the
-measurements of accuracy.
+other problems and seeds ([replay.md](replay.md)), on the tiny model alone: on SmolLM2 nothing was tuned, and GRPO and
+RLOO have a learning rate of 1e-5, TBRM of 2e-5. All make the same number of updates on equally many trajectories; with
+replay, K − 1 of K updates generate nothing. Seconds are of training without the measurements of accuracy.
 
 {chr(10).join(sections)}
 ![accuracy against cost](quality_cost.png)

@@ -114,7 +114,7 @@ def plot(results: dict, file: Path) -> None:
         left.loglog(sizes, [both[place]["sampling_ms"] for both in measured], "o-", label=f"{name} draw of {DRAWN}")
     left.loglog(sizes, [both[0]["insertion_us"] / 1e3 for both in measured], "o-", label="insertion of one")
     left.set(xlabel="trajectories in the buffer", ylabel="milliseconds")
-    right.loglog(sizes, [both[0]["bytes"] / 2**20 for both in measured], "o-", label="measured")
+    right.loglog(sizes, [both[0]["bytes"] / 2**20 for both in measured], "o-", label="of its arrays")
     right.loglog(sizes, [both[0]["bound"] / 2**20 for both in measured], "k--", label="bound")
     right.loglog(sizes, [both[0]["bytes_of_ids"] / 2**20 for both in measured], "k:", label="ids alone, as int32")
     right.set(xlabel="trajectories in the buffer", ylabel="MiB")

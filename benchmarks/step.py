@@ -64,6 +64,7 @@ from peak_memory import peak_memory  # noqa: E402
 
 PARTS = ("generation", "reward", "reference", "old policy", "policy forward", "backward", "optimizer", "rest")
 METHODS = ("GRPO β>0", "TBRM", "minimal loop", "TBRM with replay", "GRPO β=0", "RLOO", "A2PO")
+COMPARED = ("TBRM", "minimal loop")
 PEER = "GRPO β>0"  # what the others are divided by
 PACKAGES = ("torch", "transformers", "trl", "accelerate", "tbrm-trl")
 BETA, LEARNING_RATE = 0.002, 1e-6  # β is that of TBRM
@@ -453,14 +454,14 @@ class MinimalLoop:
         """`(B,)` log-probability of each completion, and V of its first state; TRL's kernel computes `outputs`."""
         count, width = len(rollouts), max(len(one.ids) for one in rollouts)
         ids = torch.full((count, width), self.tokenizer.pad_token_id)  # (B, T)
-        real, acting = torch.zeros_like(ids), torch.zeros_like(ids, dtype=torch.bool)  # (B, T) each
+        acting = torch.zeros_like(ids, dtype=torch.bool)  # (B, T)
         for row, one in enumerate(rollouts):
             ids[row, : len(one.ids)] = one.ids
-            real[row, : len(one.ids)] = 1
             acting[row, one.prompt - 1 : len(one.ids) - 1] = True  # the states in which a token is chosen
-        ids, real, acting = (tensor.to(model.device) for tensor in (ids, real, acting))
+        ids, acting = ids.to(model.device), acting.to(model.device)
         with torch.autocast(model.device.type, torch.bfloat16, enabled=CUDA):
-            states = model.base_model(ids, real, use_cache=False).last_hidden_state  # (B, T, hidden)
+            # Rows are padded on the right, where no causal state sees it: a mask would only cost time.
+            states = model.base_model(ids, use_cache=False).last_hidden_state  # (B, T, hidden)
             first = states[torch.arange(count), [one.prompt - 1 for one in rollouts]]  # (B, hidden)
             head = model.get_output_embeddings()
             value = head(first).float().logsumexp(dim=-1)  # (B,)
@@ -524,6 +525,10 @@ class MinimalLoop:
         return plan
 
 
+def of_several_lengths(work: Work) -> Work:
+    return replace(work, lengths=tuple(2 + i % 7 for i in range(len(work.lengths))))
+
+
 def losses_on_the_same_rollouts(work: Work) -> tuple[float, float]:
     """The loss of the trainer's first update, and the minimal loop's on the same rollouts."""
     clock = Clock()
@@ -556,12 +561,14 @@ def losses_on_the_same_rollouts(work: Work) -> tuple[float, float]:
 # ---- all of it ------------------------------------------------------------------------------------------------------
 
 
+Measurements = dict[str, dict[str, list[Measurement]]]  # by length distribution and method, one of each repetition
+
+
 @dataclass
 class Results:
-    """By length distribution and method, a measurement of each repetition."""
-
     works: dict[str, Work]
-    measurements: dict[str, dict[str, list[Measurement]]]
+    measurements: Measurements
+    overhead: Measurements  # of TBRM and the minimal loop alone: of steps so alike, more and closer pairs
     losses: tuple[float, float]  # the trainer's and the loop's
 
     def ratios(self, work: str, method: str, generation: bool = True) -> list[float]:
@@ -579,21 +586,17 @@ class Results:
         return memory["above_floor"]
 
 
-def run(all_works: dict[str, Work], repetitions: int, methods: Sequence[str] = METHODS) -> Results:
-    """All methods in turn, each repetition in another order."""
-    results: dict[str, dict[str, list[Measurement]]] = {work: {m: [] for m in methods} for work in all_works}
-    first = next(iter(all_works.values()))
-    shorter = replace(first, lengths=tuple(2 + i % 7 for i in range(len(first.lengths))))
-    losses = losses_on_the_same_rollouts(shorter)
-    assert math.isclose(*losses, rel_tol=1e-2 if CUDA else 1e-4), f"the trainer's and the loop's loss: {losses}"
+def run(all_works: dict[str, Work], repetitions: int, methods: Sequence[str], memory: bool) -> Measurements:
+    """The methods in turn, each repetition in another order; in the first, memory too."""
+    results: Measurements = {work: {m: [] for m in methods} for work in all_works}
     for repetition, name in itertools.product(range(repetitions), all_works):
         turn = repetition % len(methods)
         for method in (*methods[turn:], *methods[:turn]):
             work = all_works[name].in_order_of(repetition)
-            measured = measure(method, work, seed=repetition, memory=repetition == 0)
+            measured = measure(method, work, seed=repetition, memory=memory and repetition == 0)
             results[name][method].append(measured)
             print(f"{repetition} {name} {method}: {measured.seconds():.2f} s {measured.memory or ''}", file=sys.stderr)
-    return Results(all_works, results, losses)
+    return results
 
 
 def middle(values: Sequence[float]) -> float:
@@ -612,7 +615,7 @@ def targets(results: Results) -> list[tuple[str, float, list[float]]]:
     memory = [results.above_floor("long_tail", "TBRM") / results.above_floor("long_tail", PEER)]
     found.append((f"TBRM peak memory above the floor of {PEER}, long_tail", 0.9, memory))
     for work, of in results.measurements.items():
-        pairs = zip(of["TBRM"], of["minimal loop"], strict=True)
+        pairs = zip(*(results.overhead[work][method] for method in COMPARED), strict=True)
         found.append((f"TBRM step of the minimal loop, {work}", 1.05, [a.seconds() / b.seconds() for a, b in pairs]))
         replayed = []
         for fresh, replay in (one.updates for one in of["TBRM with replay"]):
@@ -721,8 +724,9 @@ def report(results: Results, environment: dict[str, Any], name: str) -> str:
         the Trainer's loop. The parts shown are those of the repetition with the median time.""",
         """Memory is the peak of allocated tensor bytes in a further step that is not timed, above weights, gradients,
         optimizer states and reference; GRPO with β = 0 has no reference and a lower floor.""",
-        f"""The minimal loop is `MinimalLoop` in the script: plain PyTorch with TRL's chunked head, no trainer. On the
-        same rollouts its loss is {results.losses[1]:.6g}, the trainer's {results.losses[0]:.6g}.""",
+        f"""The minimal loop is `MinimalLoop` in the script: plain PyTorch with TRL's chunked head, no trainer. The
+        ratio to it in the first table is of {len(results.overhead["equal"]["TBRM"])} further pairs of these two alone.
+        On the same rollouts its loss is {results.losses[1]:.6g}, the trainer's {results.losses[0]:.6g}.""",
     )
     return f"""# What a step costs
 
@@ -769,6 +773,11 @@ def smollm2() -> str:
     return str(unpack_smollm2(ROOT / "outputs" / SMOLLM2))
 
 
+def as_numbers(measurements: Measurements) -> dict[str, Any]:
+    return {work: {method: [asdict(one) for one in every] for method, every in of.items()}
+            for work, of in measurements.items()}  # fmt: skip
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="a tiny model and few tokens")
@@ -792,10 +801,13 @@ def main() -> None:
         equal, longest = (8, 16) if quick else (arguments.equal, arguments.longest)
         # A device's allocator wants to have seen every size; on a CPU a short step will do.
         warm_up = None if quick or CUDA else 4
-        measured = run(
-            works(model, arguments.rollouts, arguments.micro_batch, equal, longest, warm_up),
-            arguments.repetitions or (2 if quick else 5),
-        )
+        repetitions = arguments.repetitions or (2 if quick else 5)
+        all_works = works(model, arguments.rollouts, arguments.micro_batch, equal, longest, warm_up)
+        losses = losses_on_the_same_rollouts(of_several_lengths(all_works["equal"]))
+        assert math.isclose(*losses, rel_tol=1e-2 if CUDA else 1e-4), f"the trainer's and the loop's loss: {losses}"
+        measurements = run(all_works, repetitions, METHODS, memory=True)
+        overhead = run(all_works, 2 * repetitions, COMPARED, memory=False)
+        measured = Results(all_works, measurements, overhead, losses)
     output = arguments.output or (Path(tempfile.mkdtemp(prefix="step-")) if quick else ROOT / "docs/benchmarks")
     output.mkdir(parents=True, exist_ok=True)
     name, where = "step_cuda" if CUDA else "step", environment(arguments.threads)
@@ -803,10 +815,8 @@ def main() -> None:
         "environment": where,
         "works": {work: asdict(one) | {"model": Path(one.model).name} for work, one in measured.works.items()},
         "losses": dict(zip(("trainer", "minimal loop"), measured.losses, strict=True)),
-        "measurements": {
-            work: {method: [asdict(one) for one in all_of_it] for method, all_of_it in of.items()}
-            for work, of in measured.measurements.items()
-        },
+        "measurements": as_numbers(measured.measurements),
+        "overhead": as_numbers(measured.overhead),
     }
     (output / f"{name}.json").write_text(json.dumps(raw, indent=1) + "\n")
     (output / f"{name}.md").write_text(report(measured, where, name))

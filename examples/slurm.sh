@@ -22,6 +22,6 @@ export MAIN_ADDRESS=${NODES%%$'\n'*} # the first
 export MAIN_PORT=$((20000 + SLURM_JOB_ID % 10000)) # jobs that share a node do not meet
 
 # Single quotes: SLURM_NODEID is another on every node.
-srun --kill-on-bad-exit=1 bash -c 'accelerate launch --config_file "$LAUNCH_CONFIG" \
+srun --kill-on-bad-exit=1 --cpus-per-task="$SLURM_CPUS_PER_TASK" bash -c 'accelerate launch --config_file "$LAUNCH_CONFIG" \
     --num_machines "$SLURM_NNODES" --num_processes "$NUM_PROCESSES" --machine_rank "$SLURM_NODEID" \
     --main_process_ip "$MAIN_ADDRESS" --main_process_port "$MAIN_PORT" examples/train.py "$@"' launcher "$@"

@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 from accelerate import PartialState
 from accelerate.utils import gather_object
+from reference_processes import allow_fsdp_on_cpu
 from scripted import Row, scripted_trainer
 from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
 from torch.nn.parallel import DistributedDataParallel
@@ -33,6 +34,7 @@ class CountReductions(TrainerCallback):
 
 
 def main(folder: str, rows_file: str, out: str, options: str) -> None:
+    allow_fsdp_on_cpu()
     rows = [Row(**row) for row in json.loads(Path(rows_file).read_text())]
     trainer = scripted_trainer(folder, rows, out, per_device_train_batch_size=len(rows) // 2, **json.loads(options))
     assert trainer.accelerator.num_processes == 2
@@ -52,8 +54,8 @@ def main(folder: str, rows_file: str, out: str, options: str) -> None:
     loss = gather_object([trainer.losses])
     gradients = trainer.recorder.gradients[0] if trainer.recorder.gradients else {}
     if trainer.accelerator.is_main_process:
-        torch.save({"processes": seen, "losses": loss, "gradients": gradients, "log": trainer.state.log_history},
-                   Path(out) / "seen.pt")  # fmt: skip
+        torch.save({"processes": seen, "losses": loss, "gradients": gradients, "log": trainer.state.log_history,
+                    "strategy": trainer.accelerator.distributed_type.value}, Path(out) / "seen.pt")  # fmt: skip
 
 
 if __name__ == "__main__":

@@ -37,7 +37,8 @@ def test_step(tmp_path):
     """Every method is measured on every length distribution; its parts are disjoint and make up the total."""
     raw = run("step.py", tmp_path)
     assert raw["losses"]["trainer"] == pytest.approx(raw["losses"]["minimal loop"], rel=1e-4)
-    assert set(raw["measurements"]) == {"equal", "long_tail"}
+    assert set(raw["measurements"]) == set(raw["overhead"]) == {"equal", "long_tail"}
+    assert all([len(of[method]) for method in step.COMPARED] == [2, 2] for of in raw["overhead"].values())
     for of in raw["measurements"].values():
         assert set(of) == set(step.METHODS)
         for method, (measured,) in of.items():

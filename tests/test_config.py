@@ -170,6 +170,10 @@ OFFLOADED = {"stage": 2, "offload_optimizer": {"device": "cpu"}}
             {"deepspeed": {"zero_optimization": OFFLOADED}, "optim": "paged_adamw_8bit"},
             "`optim='paged_adamw_8bit'` with DeepSpeed's optimizer offload is refused.*Use optim='adamw_torch'",
         ),
+        (
+            {"deepspeed": {"zero_optimization": OFFLOADED}, "optim": "sgd"},
+            "`optim='sgd'` with DeepSpeed's optimizer off",
+        ),
     ],
 )
 def test_launches_that_cannot_work(options, message):

@@ -1,4 +1,7 @@
-"""The launch lines of `examples/`, run as they stand: only model, data, sizes, output and machine are overridden."""
+"""The launch lines of `examples/`, run as they stand: only model, data, sizes, output and machine are overridden.
+
+A line for several processes runs on two.
+"""
 
 from __future__ import annotations
 
@@ -17,16 +20,15 @@ import yaml
 from peft import PeftModel
 from safetensors.torch import load_file
 from test_recipes import RECIPES, ROOT, after, command_of, script, sums  # noqa: F401
+from test_two_processes import free_port
 from tiny import save
 from transformers import AutoModelForCausalLM
-from trl.import_utils import is_vllm_available
 
 from tbrm_trl import TBRMConfig
 
 SETUPS = ROOT / "examples/setups"
 CONFIGS = [*sorted(RECIPES.glob("*.yaml")), *sorted(SETUPS.glob("*.yaml"))]
 BATCH = re.compile(r"^# .*: (\d+) rows × (\d+) process\D*?(?:\(.*\) )?× (\d+)$", re.MULTILINE)
-ON_CPU = ["--cpu", "--mixed_precision", "no"]  # to the launcher, which then starts one process
 
 
 def processes_of(command: list[str]) -> int:
@@ -80,11 +82,18 @@ def run(command: list[str], **environment: str) -> subprocess.CompletedProcess[s
     )
 
 
-def run_line(file: Path, tmp_path: Path) -> subprocess.CompletedProcess[str]:
+def run_line(file: Path, tmp_path: Path, *options: str, **environment: str) -> subprocess.CompletedProcess[str]:
     line = command_of(file)
-    environment = dict(word.split("=") for word in line[: line.index("accelerate")])
-    start = line.index("launch") + 1
-    return run(["accelerate", "launch", *ON_CPU, *line[start:], *small(tmp_path)], **environment)
+    at, program = line.index("accelerate"), next(i for i, word in enumerate(line) if word.endswith(".py"))
+    environment |= dict(word.split("=") for word in line[:at])
+    on_cpu = ["--mixed_precision", "no", "--main_process_port", str(free_port())]
+    if processes_of(line) > 1:
+        on_cpu += ["--num_processes", "2"]
+    else:
+        on_cpu += ["--cpu"]  # which starts one process, and means no DeepSpeed
+    if "--gradient_accumulation_steps" in line[:program]:
+        on_cpu += ["--gradient_accumulation_steps", after(small(tmp_path), "--gradient_accumulation_steps")]
+    return run([*line[at:program], *on_cpu, *line[program:], *small(tmp_path), *options], **environment)
 
 
 def updates(tmp_path: Path) -> list[dict]:
@@ -96,9 +105,10 @@ def updates(tmp_path: Path) -> list[dict]:
 
 
 @pytest.mark.launch
-def test_full_fine_tuning(tmp_path):
-    """The published recipe; its model is whole again after training, and another than before."""
-    done = run_line(RECIPES / "tbrm.yaml", tmp_path)
+@pytest.mark.parametrize("name", ["tbrm", "tbrm_7b"])
+def test_full_fine_tuning(name, tmp_path):
+    """The published recipes; their model is whole again after training, and another than before."""
+    done = run_line(RECIPES / f"{name}.yaml", tmp_path)
     assert done.returncode == 0, done.stderr[-4000:]
     updates(tmp_path)
     after_training, before = (
@@ -129,16 +139,21 @@ def test_adapters(name, tmp_path):
 
 
 @pytest.mark.launch
-@pytest.mark.parametrize("name", ["vllm_colocate", "vllm_server"])
-def test_vllm_is_all_that_is_missing(name, tmp_path):
-    """As far as it goes without vLLM: model, data and options are through when TRL asks for it."""
-    if is_vllm_available():
-        pytest.skip("vLLM is installed")
-    done = run_line(SETUPS / f"{name}.yaml", tmp_path)
-    errors = [line for line in done.stderr.splitlines() if re.match(r"\w+(Error|Exception):", line)]
-    assert done.returncode != 0
-    assert errors[0].startswith("ImportError: vLLM is not available and `use_vllm` is set to True"), done.stderr[-4000:]
-    assert "_init_vllm" in done.stderr
+def test_demo(tmp_path):
+    """On a tiny model: accuracies of the problems held out, before and after, a model, a curve."""
+    model = save(tmp_path / "model")
+    sizes = dict(
+        steps=2, rollouts_per_step=4, train_problems=8, eval_problems=4, eval_samples=2, output=tmp_path / "out"
+    )
+    words = [text for name, value in sizes.items() for text in (f"--{name.replace('_', '-')}", str(value))]
+    done = run([sys.executable, "examples/reasoning_gym_demo.py", "--model", model, *words])
+    assert done.returncode == 0, done.stderr[-4000:]
+    metrics = json.loads((tmp_path / "out/metrics.json").read_text())
+    assert [row["step"] for row in metrics["history"]] == [1, 2]
+    for sampled in metrics["held_out"]["sampled"].values():
+        assert (sampled["problems"], sampled["samples"]) == (4, 2) and 0 <= sampled["mean"] <= 1
+    AutoModelForCausalLM.from_pretrained(tmp_path / "out/model")
+    assert list((tmp_path / "out").glob("*.png"))
 
 
 @pytest.mark.launch
@@ -147,7 +162,7 @@ def test_slurm(tmp_path):
     file = ROOT / "examples/slurm.sh"
     line = shlex.split(file.read_text().splitlines()[1].removeprefix("#"))
     assert line[:2] == ["sbatch", "examples/slurm.sh"]
-    for name, body in (("srun", 'shift; exec "$@"'), ("scontrol", "echo 127.0.0.1; echo another-node")):
+    for name, body in (("srun", 'shift 2; exec "$@"'), ("scontrol", "echo 127.0.0.1; echo another-node")):
         (tmp_path / name).write_text(f"#!/bin/bash\n{body}\n")
         (tmp_path / name).chmod(0o755)
     settings = yaml.safe_load((ROOT / re.search(r"LAUNCH_CONFIG:-(\S+)\}", file.read_text())[1]).read_text())
@@ -159,6 +174,7 @@ def test_slurm(tmp_path):
         SLURM_NNODES="1",
         SLURM_GPUS_ON_NODE="2",
         SLURM_NODEID="0",
+        SLURM_CPUS_PER_TASK="1",
         SLURM_JOB_NODELIST="node[0-1]",
         SLURM_JOB_ID=str(os.getpid()),
     )

@@ -187,6 +187,26 @@ def test_refusals(tmp_path, capsys):
         assert said in capsys.readouterr().err
 
 
+def test_the_dtype_of_the_configuration():
+    halved = Qwen2Config(**{**TINY.to_dict(), "dtype": "bfloat16"})
+    given = estimate_memory(TINY, **LENGTHS, dtype="bfloat16")
+    assert estimate_memory(halved, **LENGTHS, dtype="auto").phases == given.phases
+    assert estimate_memory(TINY, **LENGTHS, dtype="auto").phases != given.phases
+
+
+def test_batches_are_those_of_the_processes_asked_for(tmp_path, capsys, monkeypatch):
+    """2 rows on each of 4 processes hold a group of 8; 512 rollouts at a time are 128 on each."""
+    words = ["--model", save_sizes(tmp_path / "model", TINY.to_dict()), "--per_device_train_batch_size", "2"]
+    with pytest.raises(SystemExit):
+        main([*words, "--num_generations", "8"])
+    assert "num_generations" in capsys.readouterr().err
+    monkeypatch.setattr("tbrm_trl.memory.estimate_memory", lambda *args, **sizes: sizes)
+    main([*words, "--num_generations", "8", "--processes", "4"])
+    assert "'generated_rows': 2," in capsys.readouterr().out
+    main([*words, "--generation_batch_size", "512", "--processes", "4"])
+    assert "'generated_rows': 128," in capsys.readouterr().out
+
+
 def test_the_documents_tables_are_what_the_command_prints(tmp_path, capsys):
     text = (ROOT / "docs/memory.md").read_text()
     blocks = re.findall(r"```bash\npython -m tbrm_trl.memory (.*?)\n```\n\n(\|.*?\n\n.*?)\n\n", text, flags=re.S)

@@ -9,6 +9,7 @@ import pytest
 import torch
 from oracle import distance
 from scripted import script, scripted_trainer
+from test_distributed import HOW
 from test_oracle import TOLERANCE, check
 from test_soft_values import one_update
 from test_two_processes import launch, launcher_of, strip
@@ -147,7 +148,7 @@ def test_misuse(tmp_path):
         TBRMConfig(str(tmp_path), use_cpu=True, max_tokens_per_microbatch=9, optim="adalomo")
 
 
-@pytest.mark.parametrize("kind", ["ddp", pytest.param("zero2", marks=pytest.mark.launch), "zero3"])
+@pytest.mark.parametrize("kind", ["ddp", "fsdp2", pytest.param("zero2", marks=pytest.mark.launch), "zero3"])
 def test_every_process_runs_as_many_micro_batches(kind, tmp_path):
     """The first process has the long rows and needs more; the second divides its own further, and adds no filler."""
     folder, rows = save(tmp_path / "model"), script(tools=False)
@@ -159,6 +160,7 @@ def test_every_process_runs_as_many_micro_batches(kind, tmp_path):
     arguments = [folder, str(rows_file), str(tmp_path), json.dumps(options)]
     launch(arguments, launcher_of(kind), "microbatch_processes.py")
     seen = torch.load(tmp_path / "seen.pt", weights_only=False)
+    assert seen["strategy"] == HOW[kind][0]
     (long, backwards, batches, reduced), (short, others_backwards, others_batches, _) = seen["processes"]
     assert batches == others_batches and min(batches) > 1
     assert len(long) == len(short) == backwards == others_backwards == sum(batches)

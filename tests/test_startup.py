@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import pytest
 import torch
+from accelerate.utils import DistributedType
 from datasets import Dataset
 from peft import LoHaConfig, LoraConfig, PromptTuningConfig, get_peft_model
 from scripted import script, scripted_trainer
@@ -11,6 +14,7 @@ from test_config import config
 from tiny import perturb, save
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
+from tbrm_trl.checks import check_sharding
 from tbrm_trl.sampler import WindowSampler
 from tbrm_trl.startup import (
     beta_for_length,
@@ -18,6 +22,7 @@ from tbrm_trl.startup import (
     check_dataset,
     startup_line,
     warn_of_beta,
+    warn_of_merging,
     warn_of_soft_value,
 )
 
@@ -98,6 +103,7 @@ NF4 = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_
     [
         ({"quantization_config": NF4}, "`load_in_4bit` without an adapter is refused.*peft_config=LoraConfig"),
         ({"model_init_kwargs": {"quantization_config": NF4}}, "`load_in_4bit` without an adapter is refused"),
+        ({"model_init_kwargs": {"quantization_config": {"load_in_4bit": True}}}, "`load_in_4bit` without an adapter"),
         (
             {"quantization_config": NF4, "peft_config": LoraConfig(lora_dropout=0.0), "use_vllm": True},
             "`load_in_4bit` with `use_vllm=True` is refused.*a base that is not quantized",
@@ -129,6 +135,29 @@ def test_quantized_models_as_objects(tmp_path):
     adapted = get_peft_model(quantized(folder), LoraConfig(target_modules="all-linear"))
     with pytest.raises(ValueError, match="`is_loaded_in_4bit` with `use_vllm=True` is refused"):
         scripted_trainer(adapted, script(), tmp_path, use_vllm=True)
+
+
+def test_half_precision_bases_under_vllm(tmp_path, recwarn):
+    """Merging and unmerging rounds them; in float32 they are exact enough, and without an adapter nothing is merged."""
+    args, adapter = SimpleNamespace(use_vllm=True), LoraConfig(target_modules="all-linear")
+    folder = save(tmp_path / "model")
+    for dtype in (torch.float32, torch.bfloat16):
+        base = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype)
+        warn_of_merging(base, args)
+        warn_of_merging(get_peft_model(base, adapter), args)
+    (warning,) = [str(w.message) for w in recwarn if "the base drifts" in str(w.message)]
+    assert "torch.bfloat16" in warning and '"dtype": "float32"' in warning
+
+
+def test_sharding_that_was_asked_for(monkeypatch):
+    """accelerate makes DDP of FSDP on CPUs; one process shards nothing anyway."""
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    monkeypatch.setenv("FSDP_VERSION", "2")
+    args = config()
+    for kind, processes in ((DistributedType.FSDP, 2), (DistributedType.MULTI_CPU, 1)):
+        check_sharding(args, SimpleNamespace(distributed_type=kind, num_processes=processes))
+    with pytest.raises(ValueError, match="FSDP was asked for, and accelerate made MULTI_CPU of it"):
+        check_sharding(args, SimpleNamespace(distributed_type=DistributedType.MULTI_CPU, num_processes=2))
 
 
 def test_why_vllm_is_refused_with_a_quantized_base(tmp_path):

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import math
 import random
+import sys
+import tracemalloc
 
 import numpy as np
+import pytest
 import torch
 
 from tbrm_trl.store import _SEGMENT, TrajectoryStore
@@ -120,6 +123,7 @@ def test_scores_and_priorities_are_renewed():
 def test_memory():
     """At most 1.1 × the ids' bytes and 64 bytes each, also after many came and went."""
     rng = random.Random(3)
+    tracemalloc.start()
     store, tokens = TrajectoryStore(20_000), []
     for _ in range(50_000):
         length = rng.randint(10, 150)
@@ -129,4 +133,8 @@ def test_memory():
         )  # fmt: skip
         tokens.append(len(ones))
         store.append(ones)
+    del ones
+    allocated = tracemalloc.get_traced_memory()[0] - sys.getsizeof(tokens)  # whose small numbers are Python's own
+    tracemalloc.stop()
     assert store.nbytes <= 1.1 * 4 * sum(tokens[-20_000:]) + 64 * 20_000
+    assert allocated == pytest.approx(store.nbytes, rel=0.01)

@@ -89,3 +89,14 @@ def test_same_gradient_with_exclusions_on_one_process(accumulation, tmp_path):
 
 def strip(gradients: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     return {name.removeprefix("module."): gradient for name, gradient in gradients.items()}
+
+
+def test_fsdp_that_became_ddp_is_refused(tmp_path):
+    """As accelerate makes of it on CPUs, without a word."""
+    rows_file = tmp_path / "rows.json"
+    rows_file.write_text(json.dumps([asdict(row) for row in script()]))
+    with pytest.raises(AssertionError, match="FSDP was asked for, and accelerate made MULTI_CPU of it"):
+        launch(
+            [save(tmp_path / "model"), str(rows_file), str(tmp_path), '{"per_device_train_batch_size": 4}'],
+            launcher_of("fsdp2"),
+        )

@@ -11,7 +11,14 @@ from .soft_value import SoftValue
 from .trl_options import REFUSED
 
 if TYPE_CHECKING:
+    from accelerate import Accelerator
+
     from .config import TBRMConfig
+
+# Those whose update DeepSpeed's optimizers on the CPU make as well (accelerate's `map_pytorch_optim_to_deepspeed`).
+OFFLOADED_OPTIMIZERS = frozenset(
+    ("adamw_torch", "adamw_torch_fused", "paged_adamw_32bit", "lion_32bit", "paged_lion_32bit", "adagrad")
+)
 
 CHOICES = {
     "loss_units": ("reward", "logits"),
@@ -303,19 +310,17 @@ def check_launch(args: TBRMConfig) -> None:
                 stacklevel=4,
             )
     offloaded = zero.get("offload_optimizer", {}).get("device", "none") != "none"
-    if offloaded and "8bit" in args.optim and deepspeed.get("zero_force_ds_cpu_optimizer", True):
+    replaced = offloaded and deepspeed.get("zero_force_ds_cpu_optimizer", True)
+    if replaced and args.optim not in OFFLOADED_OPTIMIZERS:
         raise ValueError(
             f"`optim={args.optim.value!r}` with DeepSpeed's optimizer offload is refused: accelerate replaces it by "
             "DeepSpeed's 32-bit CPU Adam, and its decoupled weight decay by an L2 penalty. Use optim='adamw_torch', "
             "which becomes DeepSpeed's CPU AdamW, or do not offload the optimizer."
         )
-    if args.fsdp_plugin_args is not None:
-        fsdp_version = int(args.fsdp_plugin_args["fsdp_version"])
-    elif os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true":  # by the launcher
-        fsdp_version = int(os.environ.get("FSDP_VERSION", "1"))
-    else:
+    version = fsdp_version(args)
+    if version is None:
         return
-    if fsdp_version == 1:
+    if version == 1:
         raise ValueError(
             "FSDP version 1 is refused: the reference is saved, reset and compared by whole parameters, which it "
             "flattens. Put `fsdp_version: 2` into the `fsdp_config` of the launcher's file."
@@ -324,4 +329,24 @@ def check_launch(args: TBRMConfig) -> None:
         raise ValueError(
             f"`optim={args.optim.value!r}` under FSDP2 is refused: bitsandbytes' update is not defined for sharded "
             "tensors (torch: no sharding strategy registered). Use optim='adamw_torch', which is sharded as well."
+        )
+
+
+def fsdp_version(args: TBRMConfig) -> int | None:
+    """That the launcher's environment or the arguments ask for; None where nothing does."""
+    if args.fsdp_plugin_args is not None:
+        return int(args.fsdp_plugin_args["fsdp_version"])
+    if os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true":
+        return int(os.environ.get("FSDP_VERSION", "1"))
+    return None
+
+
+def check_sharding(args: TBRMConfig, accelerator: Accelerator) -> None:
+    """Refuse a launch of several processes that asked for DeepSpeed or FSDP and silently became DDP."""
+    asked = "DEEPSPEED" if args.deepspeed_plugin is not None else "FSDP" if fsdp_version(args) else None
+    became = accelerator.distributed_type.value
+    if asked not in (None, became) and accelerator.num_processes > 1:
+        raise ValueError(
+            f"{asked} was asked for, and accelerate made {became} of it: nothing would be sharded. On CPUs it has no "
+            "FSDP, and takes `ACCELERATE_USE_CPU` (`--cpu`) for no DeepSpeed. Unset it, or launch with ddp.yaml."
         )

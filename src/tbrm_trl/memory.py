@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import math
 import sys
+from argparse import ArgumentParser
 from collections.abc import Iterable
 from copy import deepcopy
 from dataclasses import dataclass, field
@@ -118,7 +119,7 @@ def estimate_memory(
         prompt_length, completion_length: of the longest rows, in tokens.
         generated_rows: rolled out at a time on one process; 0 where no model here generates. By default `rows`.
         accumulation: micro-batches per optimizer step.
-        dtype: that the weights are loaded in.
+        dtype: that the weights are loaded in; "auto" is the configuration's.
         mixed_precision: "bfloat16", "float16" or None: of autocast, or of the weights themselves under DeepSpeed.
         attn_implementation: "sdpa" by default. "eager" keeps its scores; others are taken for sdpa without a mask.
         gradient_checkpointing, optimizer: as `gradient_checkpointing` and `optim` of `TrainingArguments`.
@@ -141,7 +142,7 @@ def estimate_memory(
         if number < 1:
             raise ValueError(f"`{name}={number}` must be at least 1.")
     config = _configuration(model)
-    loaded = getattr(torch, dtype)
+    loaded = (config.dtype or torch.float32) if dtype == "auto" else getattr(torch, dtype)
     computed = getattr(torch, mixed_precision) if mixed_precision else loaded
     sharded = bool(zero_stage or fsdp)
     trace = Trace(
@@ -333,12 +334,19 @@ def estimate_of_run(config: TBRMConfig, model: ModelConfig, machine: Machine) ->
 
 def main(arguments: list[str] | None = None) -> None:
     given = sys.argv[1:] if arguments is None else arguments
-    parser = TrlParser((Machine, TBRMConfig, ModelConfig))
+    ahead = ArgumentParser(add_help=False, allow_abbrev=False)
+    ahead.add_argument("--processes", type=int, default=1)
+    processes = ahead.parse_known_args(given)[0].processes
+
+    class Planned(TBRMConfig):  # checks its batches for them, instead of the one process that runs here
+        world_size = property(lambda self: processes)
+
+    parser = TrlParser((Machine, Planned, ModelConfig))
     parser.set_defaults(output_dir=".", use_cpu=not torch.cuda.is_available(), report_to="none", lora_dropout=0.0)
-    machine, config, model, unknown = parser.parse_args_and_config(given, return_remaining_strings=True)
-    if wrong := [word for word in unknown if word in given]:  # what else a recipe says is its own affair
-        parser.error(f"unknown: {' '.join(wrong)}")
     try:
+        machine, config, model, unknown = parser.parse_args_and_config(given, return_remaining_strings=True)
+        if wrong := [word for word in unknown if word in given]:  # what else a recipe says is its own affair
+            parser.error(f"unknown: {' '.join(wrong)}")
         print(estimate_of_run(config, model, machine))
     except ValueError as error:
         parser.error(str(error))

@@ -7,10 +7,12 @@ import warnings
 from collections.abc import Iterator, Sized
 from contextlib import contextmanager
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 from accelerate.utils import is_peft_model
+from torch import nn
 from transformers import PreTrainedModel
 from transformers.utils.generic import is_flash_attention_requested
 
@@ -226,6 +228,8 @@ def check_adapters(model: Any, peft_config: Any, args: TBRMConfig) -> None:
 def check_quantization(model: Any, peft_config: Any, quantization_config: Any, args: TBRMConfig) -> None:
     """Refuse what a base model in 4 or 8 bits (bitsandbytes) cannot do: be trained itself, feed vLLM."""
     given = quantization_config or (args.model_init_kwargs or {}).get("quantization_config")
+    if isinstance(given, dict):
+        given = SimpleNamespace(**given)
     loaded = given if isinstance(model, str) else model
     names = ("load_in_4bit", "load_in_8bit") if isinstance(model, str) else ("is_loaded_in_4bit", "is_loaded_in_8bit")
     name = next((name for name in names if getattr(loaded, name, False)), None)  # other quantizers have neither
@@ -241,6 +245,20 @@ def check_quantization(model: Any, peft_config: Any, quantization_config: Any, a
             f"`{name}` with `use_vllm=True` is refused: for every sync TRL merges the adapter into the quantized "
             "weights and takes it out again, and rounds both times, so base model and reference drift; and vLLM gets "
             "the packed weights without their new scales. Use LoRA on a base that is not quantized, or no vLLM."
+        )
+
+
+def warn_of_merging(model: nn.Module, args: TBRMConfig) -> None:
+    """Warn when the base of an adapter, which is the reference, would be rounded at every sync of vLLM."""
+    if not args.use_vllm or not is_peft_model(model):
+        return
+    half = {p.dtype for p in model.parameters() if p.is_floating_point() and p.itemsize < 4 and not p.requires_grad}
+    if half:
+        warnings.warn(
+            f"An adapter on a base in {', '.join(map(str, half))} with `use_vllm=True`: for every sync TRL merges the "
+            "adapter into the base and takes it out again, and rounds both times, so the base drifts, which is also "
+            'the reference. Load it in float32: model_init_kwargs={"dtype": "float32"}.',
+            stacklevel=3,
         )
 
 

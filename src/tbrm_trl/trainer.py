@@ -20,6 +20,7 @@ from trl.trainer.grpo_trainer import RolloutFunc
 from trl.trainer.utils import get_config_model_id
 
 from .checkpoint import dataset_digest
+from .checks import check_sharding
 from .config import TBRMConfig
 from .logged import PREVIOUS, check_logged_rows
 from .loss import TrajectoryLoss
@@ -52,6 +53,7 @@ from .startup import (
     check_vision,
     startup_line,
     warn_of_beta,
+    warn_of_merging,
     warn_of_soft_value,
     without,
 )
@@ -188,6 +190,9 @@ class TBRMTrainer(ExactResume):
                 "disagree. Pass several, or list one several times."
             )
 
+        check_sharding(args, self.accelerator)
+        check_quantization(self.model, None, None, args)  # a checkpoint may be quantized itself, which shows here
+        warn_of_merging(self.model, args)
         policy = self.model.get_base_model() if is_peft_model(self.model) else self.model
         check_vision(policy, self._is_vlm)
         if self._is_vlm:
