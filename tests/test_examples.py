@@ -89,6 +89,8 @@ def run_line(file: Path, tmp_path: Path, *options: str, **environment: str) -> s
     on_cpu = ["--mixed_precision", "no", "--main_process_port", str(free_port())]
     if processes_of(line) > 1:
         on_cpu += ["--num_processes", "2"]
+        if not {"--config_file", "--use_deepspeed"} & set(line):
+            on_cpu += ["--multi_gpu"]  # as accelerate concludes from several GPUs
     else:
         on_cpu += ["--cpu"]  # which starts one process, and means no DeepSpeed
     if "--gradient_accumulation_steps" in line[:program]:
@@ -110,6 +112,7 @@ def test_full_fine_tuning(name, tmp_path):
     """The published recipes; their model is whole again after training, and another than before."""
     done = run_line(RECIPES / f"{name}.yaml", tmp_path)
     assert done.returncode == 0, done.stderr[-4000:]
+    assert "(2 per device × 2 process(es) × 2 accumulation)" in done.stdout
     updates(tmp_path)
     after_training, before = (
         AutoModelForCausalLM.from_pretrained(tmp_path / folder).state_dict() for folder in ("out", "model")
