@@ -38,6 +38,7 @@ launch: $(VENV)/.installed
 .venv-vllm/.installed: pyproject.toml requirements-vllm.txt Makefile
 	$(PYTHON) -m venv .venv-vllm
 	.venv-vllm/bin/pip install -q -c requirements-vllm.txt torch setuptools wheel
+	.venv-vllm/bin/python -c 'import sys, torch; sys.exit(torch.version.cuda and "make vllm needs the CPU build of torch")'
 	.venv-vllm/bin/pip install -q --no-build-isolation --no-deps -r requirements-vllm.txt -e .
 	touch $@
 

@@ -186,6 +186,7 @@ def test_launches_that_work():
     own = {"zero_optimization": OFFLOADED, "zero_force_ds_cpu_optimizer": False}
     config(deepspeed={"zero_optimization": {"stage": 3}}, optim="adamw_8bit")
     config(deepspeed=own, optim="adamw_8bit")
+    config(deepspeed={"zero_optimization": OFFLOADED, "optimizer": {"type": "Adam"}}, optim="sgd")
     config(deepspeed={"zero_optimization": OFFLOADED}, optim="adamw_torch")
     config(fsdp=True, fsdp_config={"version": 2})
 

@@ -201,10 +201,14 @@ def test_batches_are_those_of_the_processes_asked_for(tmp_path, capsys, monkeypa
         main([*words, "--num_generations", "8"])
     assert "num_generations" in capsys.readouterr().err
     monkeypatch.setattr("tbrm_trl.memory.estimate_memory", lambda *args, **sizes: sizes)
-    main([*words, "--num_generations", "8", "--processes", "4"])
+    main([*words, "--num_generations", "8", "--process", "4"])
     assert "'generated_rows': 2," in capsys.readouterr().out
     main([*words, "--generation_batch_size", "512", "--processes", "4"])
     assert "'generated_rows': 128," in capsys.readouterr().out
+    monkeypatch.undo()
+    with pytest.raises(SystemExit):
+        main([*words, "--processes", "0", "--generation_batch_size", "512"])
+    assert "`processes=0` must be at least 1" in capsys.readouterr().err
 
 
 def test_the_documents_tables_are_what_the_command_prints(tmp_path, capsys):

@@ -12,7 +12,7 @@ from peft import LoHaConfig, LoraConfig, PromptTuningConfig, get_peft_model
 from scripted import script, scripted_trainer
 from test_config import config
 from tiny import perturb, save
-from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 
 from tbrm_trl.checks import check_sharding
 from tbrm_trl.sampler import WindowSampler
@@ -137,16 +137,36 @@ def test_quantized_models_as_objects(tmp_path):
         scripted_trainer(adapted, script(), tmp_path, use_vllm=True)
 
 
-def test_half_precision_bases_under_vllm(tmp_path, recwarn):
-    """Merging and unmerging rounds them; in float32 they are exact enough, and without an adapter nothing is merged."""
-    args, adapter = SimpleNamespace(use_vllm=True), LoraConfig(target_modules="all-linear")
+@pytest.fixture
+def no_vllm(monkeypatch):
+    """TRL's part of it is left out, so that what is checked of the loaded model is reached."""
+    monkeypatch.setattr("trl.trainer.grpo_trainer.VLLMGeneration", lambda **options: None)
+
+
+def test_quantized_checkpoints(no_vllm, tmp_path):
+    """Which only the loaded model tells."""
     folder = save(tmp_path / "model")
-    for dtype in (torch.float32, torch.bfloat16):
-        base = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype)
-        warn_of_merging(base, args)
-        warn_of_merging(get_peft_model(base, adapter), args)
-    (warning,) = [str(w.message) for w in recwarn if "the base drifts" in str(w.message)]
-    assert "torch.bfloat16" in warning and '"dtype": "float32"' in warning
+    quantized(folder).save_pretrained(tmp_path / "quantized")
+    AutoTokenizer.from_pretrained(folder).save_pretrained(tmp_path / "quantized")
+    adapter = LoraConfig(target_modules="all-linear", lora_dropout=0.0)
+    with pytest.raises(ValueError, match="`is_loaded_in_4bit` with `use_vllm=True` is refused"):
+        scripted_trainer(str(tmp_path / "quantized"), script(), tmp_path, peft_config=adapter, use_vllm=True)
+
+
+@pytest.mark.parametrize(("dtype", "deepspeed", "warned"), [("float32", 0, 0), ("bfloat16", 0, 1), ("float32", 1, 1)])
+def test_half_precision_bases_under_vllm(dtype, deepspeed, warned, no_vllm, tmp_path, recwarn):
+    """Merging and unmerging rounds them; in float32 that is exact enough, but DeepSpeed casts it."""
+    adapter = LoraConfig(target_modules="all-linear", lora_dropout=0.0)
+    trainer = scripted_trainer(
+        save(tmp_path / "model"), script(), tmp_path, peft_config=adapter, use_vllm=True,
+        model_init_kwargs={"dtype": dtype},
+    )  # fmt: skip
+    if deepspeed:
+        warn_of_merging(trainer.model, SimpleNamespace(use_vllm=True, deepspeed_plugin=object(), bf16=True, fp16=False))
+    warn_of_merging(trainer.model.get_base_model(), trainer.args)  # nothing to merge
+    said = [str(w.message) for w in recwarn if "the base drifts" in str(w.message)]
+    assert len(said) == warned and all('"dtype": "float32"' in text for text in said)
+    assert ["launch with DDP or FSDP2" in text for text in said] == [bool(deepspeed)] * warned
 
 
 def test_sharding_that_was_asked_for(monkeypatch):
@@ -156,8 +176,13 @@ def test_sharding_that_was_asked_for(monkeypatch):
     args = config()
     for kind, processes in ((DistributedType.FSDP, 2), (DistributedType.MULTI_CPU, 1)):
         check_sharding(args, SimpleNamespace(distributed_type=kind, num_processes=processes))
+    became_ddp = SimpleNamespace(distributed_type=DistributedType.MULTI_CPU, num_processes=2)
     with pytest.raises(ValueError, match="FSDP was asked for, and accelerate made MULTI_CPU of it"):
-        check_sharding(args, SimpleNamespace(distributed_type=DistributedType.MULTI_CPU, num_processes=2))
+        check_sharding(args, became_ddp)
+    monkeypatch.delenv("ACCELERATE_USE_FSDP")
+    check_sharding(config(), became_ddp)
+    with pytest.raises(ValueError, match="DEEPSPEED was asked for, and accelerate made MULTI_CPU of it"):
+        check_sharding(config(deepspeed={"zero_optimization": {"stage": 3}}), became_ddp)
 
 
 def test_why_vllm_is_refused_with_a_quantized_base(tmp_path):

@@ -10,11 +10,12 @@ import json
 import os
 import re
 import shlex
-import socket
+import signal
 import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 from urllib.error import URLError
@@ -24,11 +25,14 @@ import pytest
 from test_distributed import HOW
 from test_examples import ROOT, SETUPS, run, run_line, updates
 from test_recipes import command_of
-from test_two_processes import TESTS, launcher_of
+from test_two_processes import TESTS, free_port, launcher_of
 from tiny import save
 from vllm_on_cpu import install
 
-pytestmark = pytest.mark.vllm
+pytestmark = [
+    pytest.mark.vllm,
+    pytest.mark.skipif(find_spec("vllm") is None, reason="no vLLM here: `make vllm` has it"),
+]
 
 BFLOAT16 = 0.1  # of a token's log-probability, nats, on average: vLLM computes float32 checkpoints in it
 AWAY = 1.0  # what the updates move it by, at least
@@ -44,7 +48,8 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> str:
 @pytest.fixture(scope="module")
 def environment(model: str) -> dict[str, str]:
     paths = install(Path(model).parent / "plugin")
-    return {"PYTHONPATH": f"{paths}:{ROOT / 'src'}", "VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_CPU_CI_ENV": "1"}
+    return {"PYTHONPATH": f"{paths}:{ROOT / 'src'}", "VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_CPU_CI_ENV": "1",
+            "VLLM_HOST_IP": "127.0.0.1"}  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -55,9 +60,7 @@ def server(model: str, environment: dict[str, str]) -> Iterator[int]:
     at = line.index("vllm")
     assert line[at : at + 2] == ["vllm", "serve"]
     line[at + 2] = model
-    with socket.socket() as free:
-        free.bind(("localhost", 0))
-        port = free.getsockname()[1]
+    port = free_port()
     log = Path(model).parent / "server.log"
     with log.open("w") as output:
         process = subprocess.Popen(
@@ -65,6 +68,7 @@ def server(model: str, environment: dict[str, str]) -> Iterator[int]:
             env={**os.environ, **environment, **dict(word.split("=") for word in line[:at])},
             stdout=output,
             stderr=output,
+            start_new_session=True,  # with its engine
         )
     try:
         deadline = time.monotonic() + 300
@@ -73,8 +77,8 @@ def server(model: str, environment: dict[str, str]) -> Iterator[int]:
             time.sleep(1)
         yield port
     finally:
-        process.terminate()
-        process.wait(60)
+        os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
 
 
 def answers(port: int) -> bool:
@@ -89,15 +93,6 @@ def test_colocate_setup(model, environment, tmp_path):
     """Its own line, without sleep mode."""
     options = ["--model_name_or_path", model, "--vllm_max_model_length", "128", "--vllm_enable_sleep_mode", "false"]
     done = run_line(SETUPS / "vllm_colocate.yaml", tmp_path, *options, **environment)
-    assert done.returncode == 0, done.stderr[-4000:]
-    updates(tmp_path)
-
-
-def test_server_setup(model, server, environment, tmp_path, monkeypatch):
-    """Its own line, against the server of its own line."""
-    options = ["--model_name_or_path", model, "--vllm_server_port", str(server)]
-    monkeypatch.setattr("test_examples.command_of", lambda file: through_the_plugin(command_of(file)))
-    done = run_line(SETUPS / "vllm_server.yaml", tmp_path, *options, **environment)
     assert done.returncode == 0, done.stderr[-4000:]
     updates(tmp_path)
 
@@ -128,9 +123,19 @@ def test_colocated_samples_are_of_the_trained_policy(file, model, environment, t
     check(trained(model, tmp_path, environment, file, vllm_mode="colocate"), file)
 
 
+def test_server_setup(model, server, environment, tmp_path, monkeypatch):
+    """Its own line, against the server of its own line."""
+    options = ["--model_name_or_path", model, "--vllm_server_port", str(server), "--vllm_group_port", str(free_port())]
+    monkeypatch.setattr("test_examples.command_of", lambda file: through_the_plugin(command_of(file)))
+    done = run_line(SETUPS / "vllm_server.yaml", tmp_path, *options, **environment)
+    assert done.returncode == 0, done.stderr[-4000:]
+    updates(tmp_path)
+
+
 @pytest.mark.parametrize("lora", [False, True])
 @pytest.mark.parametrize("file", ["single", "fsdp2", "zero3"])
 def test_served_samples_are_of_the_trained_policy(file, lora, model, server, environment, tmp_path):
     """The server takes merged adapters and gathered shards, and of one run after the other."""
     options: dict[str, Any] = {"lora": True, "learning_rate": 0.05} if lora else {}
-    check(trained(model, tmp_path, environment, file, vllm_mode="server", vllm_server_port=server, **options), file)
+    ports = dict(vllm_server_port=server, vllm_group_port=free_port())
+    check(trained(model, tmp_path, environment, file, vllm_mode="server", **ports, **options), file)

@@ -310,11 +310,12 @@ def check_launch(args: TBRMConfig) -> None:
                 stacklevel=4,
             )
     offloaded = zero.get("offload_optimizer", {}).get("device", "none") != "none"
-    replaced = offloaded and deepspeed.get("zero_force_ds_cpu_optimizer", True)
+    own = "optimizer" in deepspeed  # of DeepSpeed's configuration, which then takes the place of `optim`
+    replaced = offloaded and not own and deepspeed.get("zero_force_ds_cpu_optimizer", True)
     if replaced and args.optim not in OFFLOADED_OPTIMIZERS:
         raise ValueError(
             f"`optim={args.optim.value!r}` with DeepSpeed's optimizer offload is refused: accelerate replaces it by "
-            "DeepSpeed's 32-bit CPU Adam, and its decoupled weight decay by an L2 penalty. Use optim='adamw_torch', "
+            "DeepSpeed's 32-bit CPU Adam, with an L2 penalty for weight decay. Use optim='adamw_torch', "
             "which becomes DeepSpeed's CPU AdamW, or do not offload the optimizer."
         )
     version = fsdp_version(args)

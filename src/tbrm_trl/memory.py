@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import math
 import sys
-from argparse import ArgumentParser
 from collections.abc import Iterable
 from copy import deepcopy
 from dataclasses import dataclass, field
@@ -334,12 +333,10 @@ def estimate_of_run(config: TBRMConfig, model: ModelConfig, machine: Machine) ->
 
 def main(arguments: list[str] | None = None) -> None:
     given = sys.argv[1:] if arguments is None else arguments
-    ahead = ArgumentParser(add_help=False, allow_abbrev=False)
-    ahead.add_argument("--processes", type=int, default=1)
-    processes = ahead.parse_known_args(given)[0].processes
+    machine, *_ = TrlParser((Machine,)).parse_args_and_config(given, return_remaining_strings=True)
 
-    class Planned(TBRMConfig):  # checks its batches for them, instead of the one process that runs here
-        world_size = property(lambda self: processes)
+    class Planned(TBRMConfig):  # checks its batches for those processes, instead of the one that runs here
+        world_size = property(lambda self: max(1, machine.processes))
 
     parser = TrlParser((Machine, Planned, ModelConfig))
     parser.set_defaults(output_dir=".", use_cpu=not torch.cuda.is_available(), report_to="none", lora_dropout=0.0)

@@ -253,11 +253,13 @@ def warn_of_merging(model: nn.Module, args: TBRMConfig) -> None:
     if not args.use_vllm or not is_peft_model(model):
         return
     half = {p.dtype for p in model.parameters() if p.is_floating_point() and p.itemsize < 4 and not p.requires_grad}
-    if half:
+    cast = args.deepspeed_plugin is not None and (args.bf16 or args.fp16)  # by DeepSpeed, frozen weights as well
+    if half or cast:
         warnings.warn(
-            f"An adapter on a base in {', '.join(map(str, half))} with `use_vllm=True`: for every sync TRL merges the "
-            "adapter into the base and takes it out again, and rounds both times, so the base drifts, which is also "
-            'the reference. Load it in float32: model_init_kwargs={"dtype": "float32"}.',
+            "An adapter on a base in half precision with `use_vllm=True`: for every sync TRL merges the adapter into "
+            "the base and takes it out again, and rounds both times, so the base drifts, which is also the reference. "
+            'Load it in float32 (model_init_kwargs={"dtype": "float32"})'
+            + (", and launch with DDP or FSDP2: under mixed precision DeepSpeed casts it." if cast else "."),
             stacklevel=3,
         )
 
