@@ -158,12 +158,13 @@ def test_gradients_of_two_processes(file, folders, tmp_path):
 
     With QLoRA the adapter is bfloat16, as TRL makes it, so the gradient is equal to that precision; and once float32.
     """
+    quantized = dict(per_device_train_batch_size=4, kind="QLoRA")
     jobs: dict[str, dict[str, Any]] = {"split": SPLIT, "one-sided": ONE_SIDED, "LoRA": ADAPTER}
+    jobs["QLoRA, float32"] = quantized | dict(float32_adapter=True)
     if file == "fsdp2":
         jobs["by tokens"] = BY_TOKENS
     if file == "ddp":
-        jobs["QLoRA"] = dict(per_device_train_batch_size=4, kind="QLoRA")
-        jobs["QLoRA, float32"] = jobs["QLoRA"] | dict(float32_adapter=True)
+        jobs["QLoRA"] = quantized
     if file == "zero3":  # whole on every process at any stage
         jobs["value model"] = SPLIT | dict(soft_value="model", soft_value_model=folders["value"])
     updates(jobs, file, folders, tmp_path)
