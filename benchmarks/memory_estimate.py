@@ -38,6 +38,7 @@ from tbrm_trl.memory import estimate_memory
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT / "tests"))
 from reference_processes import allow_fsdp_on_cpu  # noqa: E402
+from test_two_processes import launcher_of  # noqa: E402
 
 PACKAGES = ("torch", "transformers", "trl", "peft", "bitsandbytes", "deepspeed")
 TARGET = 0.15
@@ -143,12 +144,10 @@ def estimate(run: Run, device: str) -> dict[str, dict[str, int]]:
 
 def launcher(run: Run, folder: Path) -> list[str]:
     """The start of the command that runs a script in the configuration's processes."""
-    accelerate = [sys.executable, "-m", "accelerate.commands.launch"]
     if run.processes == 1:
         return [sys.executable]
     if run.fsdp:
-        shipped = ["--config_file", str(ROOT / "examples/accelerate/fsdp2.yaml"), "--mixed_precision", "no"]
-        return [*accelerate, *shipped, "--num_processes", str(run.processes)]
+        return [sys.executable, "-m", *launcher_of("fsdp2", run.processes)]
     if not run.zero_stage:
         return [sys.executable, "-m", "torch.distributed.run", f"--nproc_per_node={run.processes}"]
     settings = {
@@ -157,7 +156,7 @@ def launcher(run: Run, folder: Path) -> list[str]:
         "deepspeed_config": {"zero_stage": run.zero_stage, "gradient_accumulation_steps": run.accumulation},
     }  # fmt: skip
     (folder / "launch.json").write_text(json.dumps(settings))
-    return [*accelerate, "--config_file", str(folder / "launch.json")]
+    return [sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(folder / "launch.json")]
 
 
 def save_model(run: Run, folder: Path) -> PreTrainedTokenizerFast:

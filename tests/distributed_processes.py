@@ -190,8 +190,6 @@ def main(out: str, jobs: str) -> None:
         seen[name] = job(out=f"{out}/{name}", **options)
     if os.environ.get("RANK", "0") == "0":
         torch.save(seen, Path(out) / "seen.pt")
-    if torch.distributed.is_initialized():
-        torch.distributed.destroy_process_group()
 
 
 if __name__ == "__main__":

@@ -89,7 +89,6 @@ def main(folder: str, out: str, runs: str) -> None:
         seen[name] = train(folder, f"{out}/{options.pop('out', name)}", **options)
     if torch.distributed.get_rank() == 0:
         torch.save(seen, Path(out) / "seen.pt")
-    torch.distributed.destroy_process_group()
 
 
 if __name__ == "__main__":

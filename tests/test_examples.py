@@ -86,6 +86,7 @@ def run_line(file: Path, tmp_path: Path, *options: str, **environment: str) -> s
     line = command_of(file)
     at, program = line.index("accelerate"), next(i for i, word in enumerate(line) if word.endswith(".py"))
     environment |= dict(word.split("=") for word in line[:at])
+    given = small(tmp_path)
     on_cpu = ["--mixed_precision", "no", "--main_process_port", str(free_port())]
     if processes_of(line) > 1:
         on_cpu += ["--num_processes", "2"]
@@ -94,8 +95,8 @@ def run_line(file: Path, tmp_path: Path, *options: str, **environment: str) -> s
     else:
         on_cpu += ["--cpu"]  # which starts one process, and means no DeepSpeed
     if "--gradient_accumulation_steps" in line[:program]:
-        on_cpu += ["--gradient_accumulation_steps", after(small(tmp_path), "--gradient_accumulation_steps")]
-    return run([*line[at:program], *on_cpu, *line[program:], *small(tmp_path), *options], **environment)
+        on_cpu += ["--gradient_accumulation_steps", after(given, "--gradient_accumulation_steps")]
+    return run([*line[at:program], *on_cpu, *line[program:], *given, *options], **environment)
 
 
 def updates(tmp_path: Path) -> list[dict]:

@@ -28,7 +28,9 @@ def in_vllm() -> None:
         layer.cpu_linear = torch.nn.functional.linear
 
     def join(init_info, parallel_config):
-        return group(init_info.master_address, init_info.master_port, 1 + parallel_config.rank, init_info.world_size)
+        return communicator(
+            init_info.master_address, init_info.master_port, 1 + parallel_config.rank, init_info.world_size
+        )
 
     def receive(iterator: Iterator, group, src: int, post_unpack_func: Callable, **geometry) -> None:
         for name, _ in iterator:
@@ -47,7 +49,7 @@ def in_trainer() -> None:
             group.group.broadcast(post_iter_func(item).clone(), src)  # a view would send all its storage
 
     def join(init_info: dict[str, Any]):
-        return group(init_info["master_address"], init_info["master_port"], 0, init_info["world_size"])
+        return communicator(init_info["master_address"], init_info["master_port"], 0, init_info["world_size"])
 
     begin = vllm_client.VLLMClient.init_communicator
     vllm_client.VLLMClient.init_communicator = lambda self, device: begin(self, "cuda")  # or TRL refuses: no NCCL
@@ -55,7 +57,7 @@ def in_trainer() -> None:
     vllm_client.packed_nccl_broadcast_producer = send
 
 
-def group(host: str, port: int, rank: int, world_size: int):
+def communicator(host: str, port: int, rank: int, world_size: int):
     """Stands in for vLLM's NCCL communicator, which holds the process group by this name."""
     from vllm.distributed.utils import StatelessProcessGroup
 

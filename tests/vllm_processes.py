@@ -66,5 +66,4 @@ def main(model: str, folder: str, options: str) -> None:
 
 if __name__ == "__main__":
     main(*sys.argv[1:])
-    if torch.distributed.is_initialized():
-        PartialState().destroy_process_group()
+    PartialState().destroy_process_group()  # or its threads may outlive the process, which then aborts
