@@ -33,7 +33,7 @@ from torch.distributed.tensor import DTensor
 from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedTokenizerFast
 
 from tbrm_trl import TBRMConfig, TBRMTrainer
-from tbrm_trl.memory import estimate_memory
+from tbrm_trl.memory.estimate import estimate_memory
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT / "tests"))

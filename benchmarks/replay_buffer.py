@@ -21,7 +21,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from tbrm_trl.replay import ReplayBuffer
+from tbrm_trl.sources.replay import ReplayBuffer
 from tbrm_trl.trajectory import End, Trajectory
 
 ROOT = Path(__file__).resolve().parent.parent

@@ -460,7 +460,7 @@ class MinimalLoop:
             acting[row, one.prompt - 1 : len(one.ids) - 1] = True  # the states in which a token is chosen
         ids, acting = ids.to(model.device), acting.to(model.device)
         with torch.autocast(model.device.type, torch.bfloat16, enabled=CUDA):
-            # Rows are padded on the right, where no causal state sees it: a mask would only cost time.
+            # ValueInputs are padded on the right, where no causal state sees it: a mask would only cost time.
             states = model.base_model(ids, use_cache=False).last_hidden_state  # (B, T, hidden)
             first = states[torch.arange(count), [one.prompt - 1 for one in rollouts]]  # (B, hidden)
             head = model.get_output_embeddings()

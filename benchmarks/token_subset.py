@@ -27,13 +27,15 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 from trl.kernels import chunked_logprob
 from trl.trainer.utils import add_fused_lm_head
 
-import tbrm_trl.loss
 from tbrm_trl import SoftValue, TBRMConfig
-from tbrm_trl.loss import TrajectoryLoss
-from tbrm_trl.objective import mean_over_counted
-from tbrm_trl.scoring import add_trajectory_head, score
-from tbrm_trl.terms import cut
-from tbrm_trl.trajectory import Batch, End, Trajectory, Use, collate
+from tbrm_trl.batch import Batch, collate
+from tbrm_trl.loss import trajectory_loss
+from tbrm_trl.loss.residual import mean_over_counted
+from tbrm_trl.loss.terms import random_prefix
+from tbrm_trl.loss.trajectory_loss import TrajectoryLoss
+from tbrm_trl.model.head import add_trajectory_head
+from tbrm_trl.model.scoring import score
+from tbrm_trl.trajectory import End, Trajectory, UpdateRow
 
 ROOT = Path(__file__).resolve().parent.parent
 VOCABULARY, HIDDEN, LAYERS, PROMPT, COMPLETION = 49152, 576, 6, 32, 1024
@@ -86,11 +88,11 @@ def resident_mib(name: str) -> float:
     return int(line.split()[1]) / 2**10
 
 
-def gradient(model: PreTrainedModel, uses: list[Use], batch: Batch, options: dict[str, Any]) -> dict[str, float]:
+def gradient(model: PreTrainedModel, uses: list[UpdateRow], batch: Batch, options: dict[str, Any]) -> dict[str, float]:
     """Loss and gradient of a trajectory: seconds of CPU, and the most memory they take beside weights and gradients."""
     args = TBRMConfig(tempfile.gettempdir(), bf16=False, use_cpu=True, report_to="none", **options)
     loss_of = TrajectoryLoss(args, SoftValue.registry["policy"](args))
-    loss_of.settle(uses)
+    loss_of.mark_left_out(uses)
 
     def scorer(batch: Batch, **wanted: Any) -> Any:
         return score(model, batch, **wanted)
@@ -98,7 +100,7 @@ def gradient(model: PreTrainedModel, uses: list[Use], batch: Batch, options: dic
     Path("/proc/self/clear_refs").write_text("5")  # resets the peak
     before, start = resident_mib("VmRSS"), time.process_time()
     seen = loss_of(uses, batch, scorer, in_part=args.token_fraction < 1)
-    loss = mean_over_counted(seen.loss, seen.rows.counted, len(uses))
+    loss = mean_over_counted(seen.loss, seen.inputs.counted, len(uses))
     middle = time.process_time()
     loss.backward()
     end = time.process_time()
@@ -110,7 +112,7 @@ def measure(arguments: argparse.Namespace) -> dict[str, dict[str, list[dict[str,
     """By setting and variant, a measurement for each round."""
     model = smollm2(arguments.layers).train()
     row = trajectory(arguments.completion)
-    uses, batch = [Use(row, "fresh")], collate([row], pad_token_id=0)
+    uses, batch = [UpdateRow(row, "fresh")], collate([row], pad_token_id=0)
     gradient(model, uses, batch, {})  # allocates the gradients, among others
     results: dict[str, dict[str, list[dict[str, float]]]] = {}
     for setting, (tile, checkpointing) in SETTINGS.items():
@@ -120,7 +122,7 @@ def measure(arguments: argparse.Namespace) -> dict[str, dict[str, list[dict[str,
         results[setting] = {name: [] for name in VARIANTS}
         for number in range(arguments.rounds):
             # The cuts are spread evenly over what may be drawn.
-            tbrm_trl.loss.cut = functools.partial(cut, draw=(number + 0.5) / arguments.rounds)
+            trajectory_loss.random_prefix = functools.partial(random_prefix, draw=(number + 0.5) / arguments.rounds)
             for name, options in VARIANTS.items():
                 model.zero_grad(set_to_none=False)
                 results[setting][name].append(gradient(model, uses, batch, options))

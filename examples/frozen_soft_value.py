@@ -7,7 +7,7 @@ from datasets import Dataset
 from torch import Tensor
 
 from tbrm_trl import SoftValue, TBRMConfig, TBRMTrainer
-from tbrm_trl.soft_value import Rows
+from tbrm_trl.loss.soft_value import ValueInputs
 
 
 class FrozenValue(SoftValue):
@@ -15,8 +15,8 @@ class FrozenValue(SoftValue):
 
     name = "frozen"
 
-    def __call__(self, rows: Rows) -> Tensor:
-        return rows.policy_value.detach()  # (B,) nats
+    def __call__(self, inputs: ValueInputs) -> Tensor:
+        return inputs.policy_value.detach()  # (B,) nats
 
 
 def correct(completions, answer, **kwargs):

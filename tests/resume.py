@@ -9,6 +9,7 @@ import random
 import shutil
 import signal
 import sys
+import tempfile
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -20,10 +21,10 @@ from datasets import Dataset
 from peft import LoraConfig
 from transformers import TrainerCallback
 
-import tbrm_trl.resume
+import tbrm_trl.resume.exact_resume
 from tbrm_trl import TBRMConfig, TBRMTrainer
-from tbrm_trl.reference import Reference
-from tbrm_trl.storage import to_row
+from tbrm_trl.model.reference import Reference
+from tbrm_trl.sources.parquet import to_row
 
 WORDS = ["1+1=", "Say: ab", "c", "What is it? ", "longer than the others", "x y", "z", "0:", "tail"]
 PROMPTS = [{"prompt": word} for word in WORDS]
@@ -104,19 +105,19 @@ def kill_at(trainer: TBRMTrainer, point: str, step: int, evidence: Path) -> None
         "nothing written": (trainer, "save_model", before, None),
         "model written": (trainer, "_save_optimizer_and_scheduler", before, None),
         "optimizer written": (trainer, "_save_optimizer_and_scheduler", after, None),
-        "random state written": (tbrm_trl.resume, "save_state", before, None),
+        "random state written": (tbrm_trl.resume.exact_resume, "save_state", before, None),
         "rollouts half-written": (os, "replace", before, f"step-{step:08d}-process-0.partial"),
         "trajectories half-written": (os, "replace", before, "trajectories.partial"),
         "state half-written": (os, "replace", before, "state.partial"),
-        "own state written": (tbrm_trl.resume, "save_state", after, None),
+        "own state written": (tbrm_trl.resume.exact_resume, "save_state", after, None),
         "reference written": (Reference, "save", after, None),
-        "all written": (tbrm_trl.resume, "mark_complete", before, None),
+        "all written": (tbrm_trl.resume.exact_resume, "mark_complete", before, None),
         "mark half-written": (os, "replace", before, "complete.partial"),
-        "marked": (tbrm_trl.resume, "mark_complete", after, None),
+        "marked": (tbrm_trl.resume.exact_resume, "mark_complete", after, None),
         # Removing the one before.
         "old one unmarked": (shutil, "rmtree", before, None),
         "old one half-removed": (os, "unlink", after, "scheduler.pt"),
-        "old one removed": (tbrm_trl.resume, "remove_old_checkpoints", after, None),
+        "old one removed": (tbrm_trl.resume.exact_resume, "remove_old_checkpoints", after, None),
         "ending": (trainer, "_finalize_training", before, None),
     }[point]  # fmt: skip
     original = getattr(owner, name)
@@ -155,7 +156,8 @@ def outcome(trainer: TBRMTrainer) -> dict[str, Any]:
         for entry in trainer.state.log_history
     ]
     unwrap = trainer.accelerator.unwrap_model
-    state, lists, arrays = trainer._own_state()
+    with tempfile.TemporaryDirectory() as folder:
+        values, lists, arrays = trainer.run_state(Path(folder))
     return {
         "log": logs,
         "model": dict(unwrap(trainer.model).state_dict()),
@@ -163,7 +165,7 @@ def outcome(trainer: TBRMTrainer) -> dict[str, Any]:
         "reference key": trainer._reference and trainer._reference.key,
         "optimizer": trainer.optimizer.state_dict(),
         "schedule": trainer.lr_scheduler.state_dict(),
-        "own": state,
+        "own": values["own"],
         **{name: [to_row(trajectory) for trajectory in trajectories] for name, trajectories in lists.items()},
         "arrays": arrays,
         "random": [torch.get_rng_state(), random.getstate(), np.random.get_state()],

@@ -10,7 +10,7 @@ from transformers import HfArgumentParser
 from trl import GRPOConfig
 
 from tbrm_trl import TBRMConfig
-from tbrm_trl.trl_options import GIVEN_A_MEANING, KEPT, REFUSED
+from tbrm_trl.checks.trl_options import GIVEN_A_MEANING, KEPT, REFUSED
 
 
 def config(**options) -> TBRMConfig:

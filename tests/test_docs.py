@@ -15,7 +15,7 @@ from tiny import save
 from trl import GRPOConfig
 
 from tbrm_trl import SoftValue, TBRMConfig, TBRMTrainer
-from tbrm_trl.trl_options import GIVEN_A_MEANING, KEPT, REFUSED
+from tbrm_trl.checks.trl_options import GIVEN_A_MEANING, KEPT, REFUSED
 
 ROOT = Path(__file__).parent.parent
 

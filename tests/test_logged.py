@@ -17,7 +17,7 @@ from tiny import VOCABULARY, perturb, save
 from transformers import AutoTokenizer
 
 from tbrm_trl import load_rollouts
-from tbrm_trl.sampler import Window, WindowSampler, window_of
+from tbrm_trl.sources.sampler import WindowMix, WindowSampler, window_mix
 from tbrm_trl.trajectory import End, Source
 
 IDS = [{"prompt_ids": [5, 6 + i], "completion_ids": [20 + i, 30, 1], "reward": i / 8} for i in range(8)]
@@ -193,7 +193,7 @@ def test_templates_that_guarantee_nothing(template, message, folder, tmp_path): 
 # ---- two streams -----------------------------------------------------------------------------------------------------
 
 
-def sampler(logged_mask, window: Window, generations=1, processes=1, repeats=1, epoch=0, seed=0) -> list[int]:
+def sampler(logged_mask, window: WindowMix, generations=1, processes=1, repeats=1, epoch=0, seed=0) -> list[int]:
     return list(WindowSampler(np.array(logged_mask), window, generations, processes, repeats, lambda: epoch, seed))
 
 
@@ -201,7 +201,7 @@ def sampler(logged_mask, window: Window, generations=1, processes=1, repeats=1, 
 def test_every_process_rolls_out_the_same_number(sorted_rows):
     """n = 4, two processes, half of a window of 16 logged; also where all logged rows come first in the data set."""
     mask = [True] * 40 + [False] * 10 if sorted_rows else [True, True, False, True, True] * 10
-    indices = sampler(mask, Window(8, 8), generations=4, processes=2)
+    indices = sampler(mask, WindowMix(8, 8), generations=4, processes=2)
     assert len(indices) == 5 * 16  # ten prompts, two per window
     for start in range(0, len(indices), 16):
         window = indices[start : start + 16]
@@ -218,7 +218,7 @@ def test_the_logged_stream_goes_on():
     mask = [False] * 6 + [True] * 20
     drawn = []
     for epoch in range(4):
-        drawn += [i for i in sampler(mask, Window(2, 3), epoch=epoch) if mask[i]]
+        drawn += [i for i in sampler(mask, WindowMix(2, 3), epoch=epoch) if mask[i]]
     assert len(drawn) == 36 and len(set(drawn[:20])) == 20
     assert drawn[:18] != drawn[18:]
 
@@ -229,7 +229,7 @@ def test_fresh_rows_in_trls_order():
 
     theirs = RepeatSampler(range(10), mini_repeat_count=2, batch_size=3, repeat_count=2, seed=7)
     for epoch in range(3):
-        assert sampler([False] * 10, Window(6, 0), generations=2, repeats=2, epoch=epoch, seed=7) == list(theirs)
+        assert sampler([False] * 10, WindowMix(6, 0), generations=2, repeats=2, epoch=epoch, seed=7) == list(theirs)
 
 
 @pytest.mark.parametrize(
@@ -249,15 +249,15 @@ def test_window_composition(rows, fraction, result):
     args = config(per_device_train_batch_size=16, logged_fraction=fraction)
     if isinstance(result, str):
         with pytest.raises(ValueError, match=result):
-            window_of(*rows, args)
+            window_mix(*rows, args, args.window_group_size)
     else:
-        assert window_of(*rows, args) == Window(*result)
+        assert window_mix(*rows, args, args.window_group_size) == WindowMix(*result)
 
 
 def test_rollouts_come_in_groups():
     args = config(per_device_train_batch_size=16, num_generations=4, logged_fraction=0.4)
     with pytest.raises(ValueError, match=r"multiples of 4.*Nearest: 0.25 or 0.5"):
-        window_of(10, 10, args)
+        window_mix(10, 10, args, args.window_group_size)
 
 
 def test_mixed(folder, tmp_path):  # noqa: F811
@@ -269,7 +269,7 @@ def test_mixed(folder, tmp_path):  # noqa: F811
     for window in seen(trainer):
         rollouts = [t for t in window if t.source is Source.ROLLOUT]
         logs = [t for t in window if t.source is Source.LOGGED]
-        assert len(rollouts) == len(logs) == 4 and len({t.group for t in rollouts}) == 1
+        assert len(rollouts) == len(logs) == 4 and len({t.group_id for t in rollouts}) == 1
         assert len({prompt(t) for t in rollouts}) == 1
         assert all(t.reward == (7.0 if int(prompt(t)[:-1]) % 2 else 3 / 8) for t in logs)
     assert logged(trainer, "residual/logged_rms") and logged(trainer, "residual/fresh_rms")
@@ -314,7 +314,7 @@ def reference_rows(trainer) -> list[int]:
 
 def test_precomputed_and_freed(folder, tmp_path, monkeypatch):  # noqa: F811
     """The reference scores every row once, is gone before training, and the run is the one that keeps it."""
-    from tbrm_trl import reference as module
+    from tbrm_trl.model import reference as module
 
     scored, score_reference = [], module.score_reference
     monkeypatch.setattr(

@@ -12,7 +12,7 @@ from peft import LoraConfig, get_peft_model
 from tiny import ARCHITECTURES, model
 from transformers import AutoConfig, Qwen2Config
 
-from tbrm_trl.memory import estimate_memory, main
+from tbrm_trl.memory.estimate import estimate_memory, main
 
 ROOT = Path(__file__).parent.parent
 # Per layer: q 8·8+8, k and v 8·4+4 each, o 8·8, feed-forward 3·8·16, two norms of 8: 608. Two layers, embeddings 32·8
@@ -200,7 +200,7 @@ def test_batches_are_those_of_the_processes_asked_for(tmp_path, capsys, monkeypa
     with pytest.raises(SystemExit):
         main([*words, "--num_generations", "8"])
     assert "num_generations" in capsys.readouterr().err
-    monkeypatch.setattr("tbrm_trl.memory.estimate_memory", lambda *args, **sizes: sizes)
+    monkeypatch.setattr("tbrm_trl.memory.estimate.estimate_memory", lambda *args, **sizes: sizes)
     main([*words, "--num_generations", "8", "--process", "4"])
     assert "'generated_rows': 2," in capsys.readouterr().out
     main([*words, "--generation_batch_size", "512", "--processes", "4"])

@@ -16,10 +16,10 @@ from test_two_processes import launch, launcher_of, strip
 from tiny import save
 
 from tbrm_trl import TBRMConfig
-from tbrm_trl.trajectory import Use
+from tbrm_trl.trajectory import UpdateRow
 
 
-def divided(trainer) -> list[list[list[Use]]]:
+def divided(trainer) -> list[list[list[UpdateRow]]]:
     """Keeps the micro-batches of each update."""
     divide, updates = trainer._microbatches_of, []
     trainer._microbatches_of = lambda uses: updates.append(divide(uses)) or updates[-1]
@@ -108,7 +108,7 @@ def test_rows_of_similar_length_share_a_microbatch(soft_value, tmp_path):
     """The longest first; groups that fit into a micro-batch stay whole, and are sorted by their longest."""
     together = 2 if soft_value == "group" else 1
     folder = save(tmp_path / "model", "llama")
-    watched: list[list[list[Use]]] = []
+    watched: list[list[list[UpdateRow]]] = []
     seen = one_update(
         folder, tmp_path, soft_value=soft_value, num_generations=2, per_device_train_batch_size=2,
         gradient_accumulation_steps=4, watch=lambda trainer: watched.append(divided(trainer)),

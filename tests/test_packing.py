@@ -19,11 +19,13 @@ from tiny import ARCHITECTURES, VOCABULARY, model, perturb, save
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 from trl.trainer.utils import add_fused_lm_head
 
-import tbrm_trl.loss
-from tbrm_trl.scoring import add_trajectory_head, score
-from tbrm_trl.startup import PACKED_MODEL_TYPES, check_packing
-from tbrm_trl.terms import cut
-from tbrm_trl.trajectory import End, Trajectory, collate
+from tbrm_trl.batch import collate
+from tbrm_trl.checks.model import PACKED_MODEL_TYPES, check_packing
+from tbrm_trl.loss import trajectory_loss
+from tbrm_trl.loss.terms import random_prefix
+from tbrm_trl.model.head import add_trajectory_head
+from tbrm_trl.model.scoring import score
+from tbrm_trl.trajectory import End, Trajectory
 
 PER_TOKEN = ("log_probs", "entropy", "state_values")
 
@@ -263,10 +265,14 @@ def test_options(options, tmp_path):
 def test_a_part_of_the_tokens(selection, tmp_path, monkeypatch):
     """Back-propagated through a given subset, chosen by the `(B, T)` mask as with padding."""
     if selection == "cut":
-        monkeypatch.setattr(tbrm_trl.loss, "cut", lambda mask, fraction: cut(mask, fraction, draw=0.5))
+        monkeypatch.setattr(
+            trajectory_loss,
+            "random_prefix",
+            lambda mask, fraction: random_prefix(mask, fraction, draw=0.5),
+        )
     else:
         monkeypatch.setattr(
-            tbrm_trl.loss,
+            trajectory_loss,
             "scatter",
             lambda mask, _: (mask & (mask.cumsum(dim=1) % 2 == 1), torch.full(mask.shape, 0.5)),
         )

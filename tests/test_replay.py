@@ -12,7 +12,7 @@ from test_trainer import build, folder, logged, prompt, train  # noqa: F401
 from test_two_processes import launch
 from transformers import TrainerCallback
 
-from tbrm_trl.replay import LEAST_PRIORITY, ReplayBuffer
+from tbrm_trl.sources.replay import LEAST_PRIORITY, ReplayBuffer
 from tbrm_trl.trajectory import End, Trajectory
 
 

@@ -20,7 +20,7 @@ from resume import CASES, OPTIONS, PROMPTS, build, child
 from test_two_processes import TESTS, free_port
 from tiny import save
 
-from tbrm_trl.checkpoint import (
+from tbrm_trl.resume.checkpoint import (
     checkpoint_to_resume,
     complete_checkpoints,
     load_state,

@@ -19,9 +19,9 @@ from tiny import perturb, save, save_value_model, tokenizer
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForSequenceClassification
 
 from tbrm_trl import SoftValue, TBRMConfig, bellman_residual, squared_residual_loss, trajectory_log_ratio
-from tbrm_trl.soft_value import ConstantValue, Rows
-from tbrm_trl.soft_value.log_mean_exp import log_mean_exp
-from tbrm_trl.trajectory import End, Trajectory, Use
+from tbrm_trl.loss.soft_value import ConstantValue, ValueInputs
+from tbrm_trl.loss.soft_value.log_mean_exp import log_mean_exp
+from tbrm_trl.trajectory import End, Trajectory, UpdateRow
 
 BETA = 0.1
 
@@ -62,7 +62,7 @@ class Seen:
 
     loss: float
     gradient: dict[str, torch.Tensor]
-    uses: list[Use]
+    uses: list[UpdateRow]
     policy: torch.nn.Module
     reference: torch.nn.Module
     trainer: object = None
@@ -87,7 +87,7 @@ def one_update(folder, tmp_path, rows=None, reward_funcs=None, watch=None, **opt
     return Seen(loss, trainer.recorder.gradients[0], updates[0], plain(trainer.model), reference, trainer)
 
 
-def watch_updates(trainer) -> list[list[Use]]:
+def watch_updates(trainer) -> list[list[UpdateRow]]:
     """Keeps what each update of this process is made of."""
     collect, updates = trainer._collect, []
     trainer._collect = lambda rows: updates.append(collect(rows)) or updates[-1]
@@ -250,7 +250,9 @@ def test_groups_are_replayed_whole(folder, tmp_path):
     trainer.train()
     assert len(replayed) == 8  # two pairs in each of four replay updates
     for a, b in replayed:
-        assert a.trajectory is not b.trajectory and a.trajectory.group == b.trajectory.group and a.group == b.group
+        assert (
+            a.trajectory is not b.trajectory and a.trajectory.group_id == b.trajectory.group_id and a.group == b.group
+        )
 
 
 # ---- constants of the group ----------------------------------------------------------------------------------------
@@ -516,7 +518,7 @@ def gradients(loss: torch.Tensor, *inputs: torch.Tensor) -> torch.Tensor:
 
 
 def random_rows(soft_value: str, group: list[int], seed: int = 0, **changes):
-    """Rows of 12 trajectories in float64, and the residual of `soft_value` on them."""
+    """ValueInputs of 12 trajectories in float64, and the residual of `soft_value` on them."""
     draw = torch.Generator().manual_seed(seed)
     numbers = {
         name: torch.randn(12, generator=draw, dtype=torch.float64)
@@ -524,7 +526,7 @@ def random_rows(soft_value: str, group: list[int], seed: int = 0, **changes):
     }
     numbers["log_ratio"].requires_grad_()
     numbers |= changes
-    rows = Rows(**numbers, group=torch.tensor(group), counted=torch.ones(12, dtype=torch.bool), beta=BETA)
+    rows = ValueInputs(**numbers, group=torch.tensor(group), counted=torch.ones(12, dtype=torch.bool), beta=BETA)
     value = SoftValue.registry[soft_value](None)(rows)
     return rows, bellman_residual(value, rows.log_ratio, rows.reward, BETA)
 

@@ -14,17 +14,11 @@ from test_config import config
 from tiny import perturb, save
 from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 
-from tbrm_trl.checks import check_sharding
-from tbrm_trl.sampler import WindowSampler
-from tbrm_trl.startup import (
-    beta_for_length,
-    check_adapters,
-    check_dataset,
-    startup_line,
-    warn_of_beta,
-    warn_of_merging,
-    warn_of_soft_value,
-)
+from tbrm_trl.checks.advice import beta_for_length, startup_line, warn_of_beta, warn_of_soft_value
+from tbrm_trl.checks.data import check_dataset
+from tbrm_trl.checks.launch import check_sharding
+from tbrm_trl.checks.model import check_adapters, warn_of_merging
+from tbrm_trl.sources.sampler import WindowSampler
 
 
 def prompts(n: int) -> Dataset:
@@ -37,7 +31,7 @@ def test_startup_line():
         per_device_train_batch_size=4, gradient_accumulation_steps=4, steps_per_generation=8, num_generations=2,
         num_iterations=2, num_train_epochs=3,
     )  # fmt: skip
-    logged, window = check_dataset(prompts(70), args)
+    logged, window = check_dataset(prompts(70), args, args.window_group_size)
     sampler = WindowSampler(logged, window, args.num_generations, 1, 4, epoch=lambda: 0, seed=None)
     line = startup_line(window, args, sampler)
     assert "16 prompts × 2 rollouts = 32 trajectories, for 4 update(s) on 16 each" in line
@@ -70,8 +64,8 @@ def test_it_is_printed(tmp_path, capsys):
 )
 def test_too_few_prompts(n, options, advice):
     with pytest.raises(ValueError, match=f"has {n} prompts, fewer than.*{advice}"):
-        check_dataset(prompts(n), config(**options))
-    logged, window = check_dataset(prompts(64), config(**options))
+        check_dataset(prompts(n), config(**options), 1)
+    logged, window = check_dataset(prompts(64), config(**options), 1)
     assert not logged.any() and window.logged == 0
 
 

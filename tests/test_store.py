@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 
-from tbrm_trl.store import _SEGMENT, TrajectoryStore
+from tbrm_trl.sources.store import _SEGMENT, TrajectoryStore
 from tbrm_trl.trajectory import End, Trajectory
 
 

@@ -21,12 +21,12 @@ from test_two_processes import launch, strip
 from tiny import perturb, save
 from transformers import AutoModelForCausalLM
 
-import tbrm_trl.loss
 import tbrm_trl.trainer
 from tbrm_trl import TBRMConfig
-from tbrm_trl.objective import token_residuals
-from tbrm_trl.rewards import mean_reward, total_reward
-from tbrm_trl.terms import advantage_weighted_entropy, cut, scatter, subset_surrogate, success_nll
+from tbrm_trl.loss import trajectory_loss
+from tbrm_trl.loss.residual import token_residuals
+from tbrm_trl.loss.terms import advantage_weighted_entropy, random_prefix, random_subset, subset_surrogate, success_nll
+from tbrm_trl.sources.returns import mean_reward, total_reward
 
 NAN = math.nan
 MASK = torch.tensor([[0, 1, 1, 0, 1, 1], [0, 0, 1, 0, 1, 0]]).bool()  # 4 and 2 actions, an inserted token between
@@ -237,7 +237,7 @@ def places(chosen: torch.Tensor) -> tuple[int, ...]:
 def test_scatter_draws_every_subset_alike():
     """2 of 4 actions: each of the 6 subsets in 6000 draws within 4.5 standard deviations of 1000, so P_h = 1/2."""
     torch.manual_seed(0)
-    chosen, probability = scatter(MASK[:1].expand(6000, 6), 0.5)
+    chosen, probability = random_subset(MASK[:1].expand(6000, 6), 0.5)
     assert probability.unique().tolist() == [0.5]
     counts = Counter(map(places, chosen))
     assert set(counts) == set(itertools.combinations((1, 2, 4, 5), 2))
@@ -250,7 +250,7 @@ def test_scatter_draws_every_subset_alike():
 def test_scatter_keeps_so_many(fraction, kept):
     """⌈f n⌉ of n = 4, 2 and 0 actions, at least one where there is any."""
     mask = torch.cat([MASK, torch.zeros(1, 6).bool()])
-    chosen, probability = scatter(mask, fraction)
+    chosen, probability = random_subset(mask, fraction)
     assert tuple(chosen.sum(dim=1).tolist()) == kept and not (chosen & ~mask).any()
     for row, (k, n) in enumerate(zip(kept, (4, 2), strict=False)):
         assert probability[row, mask[row]].tolist() == pytest.approx([k / n] * n)
@@ -260,8 +260,8 @@ def test_scatter_keeps_so_many(fraction, kept):
 def test_cut_keeps_each_action_as_often_as_it_says(fraction):
     """Over a grid of u, the share in which action h is kept is `P_h = 1 − ((h − 1)/n)^(f/(1 − f))`; P_1 = 1."""
     draws = [(i + 0.5) / 2000 for i in range(2000)]
-    kept = torch.stack([cut(MASK, fraction, draw)[0] for draw in draws]).double().mean(dim=0)  # (B, T)
-    probability = cut(MASK, fraction)[1]
+    kept = torch.stack([random_prefix(MASK, fraction, draw)[0] for draw in draws]).double().mean(dim=0)  # (B, T)
+    probability = random_prefix(MASK, fraction)[1]
     for row, n in ((0, 4), (1, 2)):
         formula = [1 - (before / n) ** (fraction / (1 - fraction)) for before in range(n)]
         assert probability[row, MASK[row]].tolist() == pytest.approx(formula, rel=1e-6)
@@ -273,7 +273,7 @@ def test_cut_keeps_each_action_as_often_as_it_says(fraction):
 def test_cut_draws_uniformly():
     """With u of its own: 4000 cuts of 4 actions, each kept within 4.5 standard deviations of P = 1, 3/4, 1/2, 1/4."""
     torch.manual_seed(0)
-    kept = torch.stack([cut(MASK[:1], 0.5)[0] for _ in range(4000)]).double().mean(dim=0)[0, MASK[0]]  # (4,)
+    kept = torch.stack([random_prefix(MASK[:1], 0.5)[0] for _ in range(4000)]).double().mean(dim=0)[0, MASK[0]]  # (4,)
     for share, p in zip(kept.tolist(), (1, 0.75, 0.5, 0.25), strict=True):
         assert abs(share - p) <= 4.5 * math.sqrt(p * (1 - p) / 4000)
 
@@ -283,7 +283,7 @@ def test_cut_keeps_a_prefix_and_excludes_no_token(fraction):
     """Of 5000 tokens the first is always kept, and the last with probability `1 − (1 − 1/5000)^(f/(1 − f)) > 0`."""
     mask = torch.ones(1, 5000).bool()
     for draw in (0.0, 1e-30, 0.5, 1 - 2**-24):
-        chosen, probability = cut(mask, fraction, draw)
+        chosen, probability = random_prefix(mask, fraction, draw)
         kept = int(chosen.sum())
         assert kept >= 1 and chosen[0, :kept].all()
     assert probability[0, 0] == 1 and (probability > 0).all() and probability.diff().le(0).all()
@@ -292,7 +292,7 @@ def test_cut_keeps_a_prefix_and_excludes_no_token(fraction):
 
 
 @pytest.mark.parametrize("fraction", [0.1, 0.5, 0.9])
-@pytest.mark.parametrize("selection", [scatter, cut])
+@pytest.mark.parametrize("selection", [random_subset, random_prefix])
 def test_on_average_so_large_a_part(selection, fraction):
     probability = selection(torch.ones(1, 1000).bool(), fraction)[1]
     assert probability.mean().item() == pytest.approx(fraction, abs=1.1e-3)  # up to one token is rounded up
@@ -345,7 +345,7 @@ def all_cut(fraction: float, lengths=(4, 2)) -> list[tuple[float, float]]:
 @pytest.mark.parametrize(("fraction", "precision"), [(0.5, 1e-14), (0.25, 1e-14), (0.7, 1e-6)])
 def test_all_scattered_subsets_average_to_the_full_gradient(fraction, precision):
     """Exactly so, up to the float32 of P_h = 3/4 and 1."""
-    scores, probability = Scores(), scatter(MASK, fraction)[1]
+    scores, probability = Scores(), random_subset(MASK, fraction)[1]
     mean = sum(p * scores.in_part(chosen, probability) for chosen, p in all_scattered(fraction))
     torch.testing.assert_close(mean, scores.gradient(scores.residual.square()), rtol=precision, atol=100 * precision)
     one = scores.in_part(all_scattered(fraction)[0][0], probability)
@@ -356,13 +356,13 @@ def test_all_scattered_subsets_average_to_the_full_gradient(fraction, precision)
 def test_all_cuts_average_to_the_full_gradient(fraction, precision):
     scores, pieces = Scores(), all_cut(fraction)
     assert sum(p for _, p in pieces) == pytest.approx(1) and len(pieces) == 4
-    mean = sum(p * scores.in_part(*cut(MASK, fraction, draw)) for draw, p in pieces)
+    mean = sum(p * scores.in_part(*random_prefix(MASK, fraction, draw)) for draw, p in pieces)
     torch.testing.assert_close(mean, scores.gradient(scores.residual.square()), rtol=precision, atol=100 * precision)
 
 
 def test_squaring_a_part_of_the_residual_is_biased():
     """What the surrogate avoids: the mean of the squares' gradients is another one."""
-    scores, probability = Scores(), scatter(MASK, 0.5)[1]
+    scores, probability = Scores(), random_subset(MASK, 0.5)[1]
     mean = 0.0
     for chosen, p in all_scattered(0.5):
         missing = scores.log_probs * (chosen / probability - MASK.double())  # (2, 6) of mean 0
@@ -383,7 +383,7 @@ def test_a_given_subset(soft_value, truncation, accumulation, folder, tmp_path, 
         chosen = mask & (mask.cumsum(dim=1) % 2 == 1)
         return chosen, torch.full(mask.shape, fraction)
 
-    monkeypatch.setattr(tbrm_trl.loss, "scatter", every_other)
+    monkeypatch.setattr(trajectory_loss, "random_subset", every_other)
     trainer = scripted_trainer(
         folder, script(unscored=(3,)), tmp_path, token_fraction=0.5, soft_value=soft_value, truncation=truncation,
         per_device_train_batch_size=8 // accumulation, gradient_accumulation_steps=accumulation,
@@ -394,7 +394,9 @@ def test_a_given_subset(soft_value, truncation, accumulation, folder, tmp_path, 
 @pytest.mark.parametrize(("accumulation", "checkpointing"), [(1, False), (2, False), (4, False), (2, True)])
 def test_a_given_cut(accumulation, checkpointing, folder, tmp_path, monkeypatch):
     """The first ⌈0.4 n⌉ of n actions; what comes later is not even computed a second time."""
-    monkeypatch.setattr(tbrm_trl.loss, "cut", lambda mask, fraction: cut(mask, fraction, draw=0.4))
+    monkeypatch.setattr(
+        trajectory_loss, "random_prefix", lambda mask, fraction: random_prefix(mask, fraction, draw=0.4)
+    )
     trainer = scripted_trainer(
         folder, script(unscored=(3,)), tmp_path, token_fraction=0.5, token_selection="cut",
         gradient_checkpointing=checkpointing, per_device_train_batch_size=8 // accumulation,
@@ -428,10 +430,14 @@ def test_all_parts_average_to_the_full_gradient_in_the_trainer(selection, folder
     def next_scattered(mask, fraction):
         kept, _ = next(upcoming)
         place = mask.cumsum(dim=1) - 1  # (B, T)
-        return mask & torch.isin(place, torch.tensor(kept)), scatter(mask, fraction)[1]
+        return mask & torch.isin(place, torch.tensor(kept)), random_subset(mask, fraction)[1]
 
-    monkeypatch.setattr(tbrm_trl.loss, "scatter", next_scattered)
-    monkeypatch.setattr(tbrm_trl.loss, "cut", lambda mask, fraction: cut(mask, fraction, next(upcoming)[0]))
+    monkeypatch.setattr(trajectory_loss, "random_subset", next_scattered)
+    monkeypatch.setattr(
+        trajectory_loss,
+        "random_prefix",
+        lambda mask, fraction: random_prefix(mask, fraction, next(upcoming)[0]),
+    )
     trainer = scripted_trainer(
         folder, FOURS, tmp_path, token_fraction=0.5, token_selection=selection, num_iterations=len(parts),
         max_steps=len(parts),
@@ -478,7 +484,9 @@ def test_a_row_without_an_action(selection, size, folder, tmp_path):
 
 def test_lora(folder, tmp_path, monkeypatch):
     """Through an adapter, whose base model is the reference."""
-    monkeypatch.setattr(tbrm_trl.loss, "cut", lambda mask, fraction: cut(mask, fraction, draw=0.4))
+    monkeypatch.setattr(
+        trajectory_loss, "random_prefix", lambda mask, fraction: random_prefix(mask, fraction, draw=0.4)
+    )
     lora = LoraConfig(r=4, target_modules=["q_proj", "v_proj", "down_proj"], lora_dropout=0.0)
     trainer = scripted_trainer(folder, script(), tmp_path, peft_config=lora, token_fraction=0.5, token_selection="cut")
     reference = merged(trainer.model)
@@ -528,7 +536,7 @@ def test_groups_stand_whole_on_a_process(monkeypatch):
     with pytest.raises(ValueError, match=r"on one process, but 3 rows \(per_device_train_batch_size 3 × steps_per_gen"):
         config(**pairs, per_device_train_batch_size=3)
     whole = config(**pairs, per_device_train_batch_size=1, steps_per_generation=4)
-    assert (whole.drawn_together, whole.updated_together) == (2, 1)
+    assert (whole.window_group_size, whole.update_group_size) == (2, 1)
     with pytest.raises(ValueError, match=r"1 rows \(per_device_train_batch_size 1 × gradient_accumulation_steps 1\)"):
         config(soft_value="group", num_generations=2, per_device_train_batch_size=1, steps_per_generation=4)
 

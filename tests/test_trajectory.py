@@ -7,7 +7,8 @@ import math
 import pytest
 import torch
 
-from tbrm_trl.trajectory import End, MicrobatchSize, Trajectory, collate
+from tbrm_trl.batch import MicrobatchSize, collate
+from tbrm_trl.trajectory import End, Trajectory
 
 
 def trajectory(prompt: list[int], completion: list[int], mask: list[int] | None = None, **fields) -> Trajectory:
@@ -53,7 +54,7 @@ def rows_of(*lengths):
 
 def test_microbatches_of_so_many_rows():
     assert lengths_of(MicrobatchSize(2).split(rows_of(7, 2, 5, 3, 2))) == [[7, 5], [3, 2], [2]]
-    in_pairs = MicrobatchSize(4).split(rows_of(1, 8, 5, 5, 7, 2), together=2)  # the pairs' longest: 8, 5, 7
+    in_pairs = MicrobatchSize(4).split(rows_of(1, 8, 5, 5, 7, 2), group_size=2)  # the pairs' longest: 8, 5, 7
     assert lengths_of(in_pairs) == [[1, 8, 7, 2], [5, 5]]
 
 
@@ -77,8 +78,10 @@ def test_microbatches_are_spread_over_as_many_as_others_have():
     assert lengths_of(batches) == [[3, 3, 3, 2, 2, 2]]
     assert lengths_of(size.spread(batches, 2)) == [[3, 3, 3], [2, 2, 2]]
     assert lengths_of(size.spread(batches, 6)) == [[3], [3], [3], [2], [2], [2]]
-    assert lengths_of(size.spread(batches, 3, together=2)) == [[3, 3], [3, 2], [2, 2]]
-    assert not size.keeps_whole(rows_of(9, 9, 9, 9), together=4) and size.keeps_whole(rows_of(9, 9, 2, 2), together=2)
+    assert lengths_of(size.spread(batches, 3, group_size=2)) == [[3, 3], [3, 2], [2, 2]]
+    assert not size.keeps_whole(rows_of(9, 9, 9, 9), group_size=4) and size.keeps_whole(
+        rows_of(9, 9, 2, 2), group_size=2
+    )
 
 
 def test_bad_trajectories_are_refused():

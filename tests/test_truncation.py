@@ -11,7 +11,7 @@ from test_oracle import TOLERANCE, check, copy_of_adapter, merged, options_of, p
 from test_soft_values import log, one_update
 from tiny import perturb, save
 
-import tbrm_trl.loss
+from tbrm_trl.loss import trajectory_loss
 from tbrm_trl.trajectory import End
 
 
@@ -67,9 +67,11 @@ def test_a_trajectory_is_the_sum_of_its_parts(soft_value, folder, tmp_path, monk
         {"prompt_ids": prompt, "completion_ids": first, "end": "length", "reward": 0.4},
         {"prompt_ids": [*prompt, *first], "completion_ids": rest, "end": "eos", "reward": 0.7},
     ]
-    original, seen = tbrm_trl.loss.bellman_residual, []
+    original, seen = trajectory_loss.bellman_residual, []
     monkeypatch.setattr(
-        tbrm_trl.loss, "bellman_residual", lambda *args: seen.append(original(*args).tolist()) or original(*args)
+        trajectory_loss,
+        "bellman_residual",
+        lambda *args: seen.append(original(*args).tolist()) or original(*args),
     )
     update = one_update(
         folder, tmp_path, rows, soft_value=soft_value, truncation="bootstrap", per_device_train_batch_size=3

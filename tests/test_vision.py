@@ -23,9 +23,11 @@ from scripted import RecordingTrainer
 from test_config import config
 
 from tbrm_trl import TBRMConfig
-from tbrm_trl.sampler import Window
-from tbrm_trl.startup import VISION_MODEL_TYPES, check_sources_of_vision, check_vision
-from tbrm_trl.trajectory import PER_TOKEN_INPUTS, Trajectory
+from tbrm_trl.batch import PER_TOKEN_INPUTS
+from tbrm_trl.checks.data import check_sources_of_vision
+from tbrm_trl.checks.model import VISION_MODEL_TYPES, check_vision
+from tbrm_trl.sources.sampler import WindowMix
+from tbrm_trl.trajectory import Trajectory
 
 TOLERANCE = 1e-5
 
@@ -253,9 +255,9 @@ def test_untested_models_are_refused(tmp_path):
 @pytest.mark.parametrize(
     ("options", "window", "message"),
     [
-        ({"replay_buffer_size": 8, "num_iterations": 2}, Window(8, 0), "`replay_buffer_size` stores text alone"),
-        ({"save_rollouts": True}, Window(8, 0), "`save_rollouts` stores text alone"),
-        ({}, Window(4, 4), "Logged trajectories hold text alone"),
+        ({"replay_buffer_size": 8, "num_iterations": 2}, WindowMix(8, 0), "`replay_buffer_size` stores text alone"),
+        ({"save_rollouts": True}, WindowMix(8, 0), "`save_rollouts` stores text alone"),
+        ({}, WindowMix(4, 4), "Logged trajectories hold text alone"),
     ],
 )
 def test_sources_without_images_are_refused(options, window, message):

@@ -1,11 +1,24 @@
-"""`TBRMTrainer`: collect trajectories, score them, take a step on their squared Bellman residual."""
+"""`TBRMTrainer`: collect trajectories, score them, take a step on their squared Bellman residual.
+
+One update, in order; each name is a method here, or of the object it is called on:
+
+    _prepare_inputs            called for each micro-step of the Trainer; at the first of an update:
+        _collect                   the update's rows: the next part of the window, or a sample of the replay buffer
+            _new_window                rows of the data set become trajectories: `_roll_out`, or `LoggedRows.take`
+            _score_stale               π_ref scores those that it has not scored: log π_ref(τ) and V_ref(s_1)
+        _microbatches_of           rows of similar length share a forward pass, equally many of them on every process
+    _compute_loss              for each micro-batch:
+        _score                     one forward pass of the policy: log π_θ(τ), V_θ(s_1), entropies
+        TrajectoryLoss             soft value → residual → squared, and what is added to it
+    log                        the means of `microbatch_totals` over the updates since the last log
+"""
 
 from __future__ import annotations
 
-import math
+import copy
 import textwrap
-from collections.abc import Callable, Iterator, Sequence, Sized
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Callable, Iterator, Mapping, Sequence, Sized
+from contextlib import contextmanager, nullcontext
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, ClassVar
@@ -15,52 +28,64 @@ import torch
 from accelerate.utils import is_peft_model
 from datasets import Dataset, IterableDataset
 from torch import Tensor, nn
-from transformers import PreTrainedModel, TrainerCallback
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
+from trl import GRPOTrainer
 from trl.trainer.grpo_trainer import RolloutFunc
 from trl.trainer.utils import get_config_model_id
 
-from .checkpoint import dataset_digest
-from .checks import check_sharding
+from .batch import Batch, MicrobatchSize, TrajectoryScores, chunks, collate, float_tensor, random_order
+from .checks.advice import startup_line, warn_of_beta, warn_of_rollouts, warn_of_soft_value
+from .checks.data import check_dataset, check_sources_of_vision, check_training_set
+from .checks.launch import check_sharding
+from .checks.model import (
+    check_adapters,
+    check_packing,
+    check_quantization,
+    check_vision,
+    require_equal_weights,
+    warn_of_merging,
+)
 from .config import TBRMConfig
-from .logged import PREVIOUS, check_logged_rows
-from .loss import TrajectoryLoss
-from .metrics import Totals, step_totals
-from .objective import mean_over_counted
-from .reference import (
+from .context import temporarily
+from .files import dataset_digest, source_of
+from .loss.metrics import Recorder, Totals, microbatch_totals
+from .loss.residual import mean_over_counted
+from .loss.soft_value import Run, SoftValue
+from .loss.trajectory_loss import TrajectoryLoss
+from .model.head import add_trajectory_head, disable_randomness
+from .model.reference import (
     ADAPTER,
+    PreviousPolicy,
     Reference,
     SyncReference,
     add_reference_adapter,
-    precompute_scores,
-    require_equal_weights,
     score_reference,
     tokenizer_digest,
 )
-from .replay import ReplayBuffer
-from .resume import ExactResume, OwnState
-from .rewards import mean_reward
-from .scoring import TrajectoryScores, add_trajectory_head, disable_randomness, score
-from .soft_value import SoftValue
-from .sources import no_reward
-from .startup import (
-    check_adapters,
-    check_dataset,
-    check_logged_groups,
-    check_packing,
-    check_quantization,
-    check_sources,
-    check_sources_of_vision,
-    check_vision,
-    startup_line,
-    warn_of_beta,
-    warn_of_merging,
-    warn_of_soft_value,
-    without,
+from .model.replicated import ReplicatedModule
+from .model.scoring import score
+from .resume import ExactResume, RunState
+from .sources.logged import (
+    CompletionTokenizer,
+    LoggedRows,
+    columns_for_rewards,
+    completion_of,
+    logged_trajectory,
+    tokenize_logged_rows,
 )
-from .trajectory import Batch, MicrobatchSize, Source, Trajectory, Use, chunks, collate, numbers, random_order
+from .sources.parquet import save_rollouts
+from .sources.reference_scores import precompute_scores
+from .sources.replay import ReplayBuffer
+from .sources.returns import set_baselines, total_reward
+from .sources.rollout import Rewards, trajectories_from_trl
+from .sources.sampler import DataPlan, WindowSampler
+from .trajectory import Source, Trajectory, UpdateRow
+
+# What TRL keeps in order to log completions; images are not saved.
+_COMPLETIONS = ("prompt", "completion", "rewards", "advantages", "extra")
 
 
-class TBRMTrainer(ExactResume):
+class TBRMTrainer(ExactResume, GRPOTrainer):
     """
     Trainer for Trajectory Bellman Residual Minimization (TBRM, arXiv 2505.15311).
 
@@ -68,16 +93,20 @@ class TBRMTrainer(ExactResume):
 
         δ = V_θ(s_1) + Σ_h m_h (log π_θ − log π_ref) − R/β,        loss = mean of (β δ)².
 
-    Another `soft_value` in place of V_θ(s_1) makes another published method of it. There is no critic, importance
-    ratio, clipping or group; one rollout per prompt suffices, and trajectories may come from anywhere: rollouts of this
+    Another `soft_value` in place of V_θ(s_1) makes it another published method. There is no critic, importance ratio,
+    clipping or group. One rollout per prompt suffices, and trajectories may come from anywhere: rollouts of this
     policy, a replay buffer of them, rows of the data set that have a completion. Everything that `GRPOTrainer` gives
     (models, reward functions, prompts, tools, environments, vision, vLLM, logging, evaluation) is inherited. The
     overridden methods are
 
-    - `_prepare_inputs`: collects the trajectories of an optimizer step, and scores the reference where it has not;
+    - `_get_train_sampler`: two streams of rows, prompts to roll out and logged trajectories;
+    - `_calculate_rewards`: keeps the raw rewards, of which TRL only returns normalised advantages;
+    - `_get_per_token_logps_and_entropies`: returns nothing, so that TRL runs no old-policy pass;
+    - `_prepare_inputs`: collects the trajectories of an optimizer step, and has the reference score them;
     - `_compute_loss`: the residual, one micro-batch after the other;
+    - `evaluate`, `predict`: say when an evaluation is under way;
     - `log`: adds the residual's metrics to TRL's;
-    - those of [`~sources.TrajectorySources`], which makes trajectories of rows, and of [`~resume.ExactResume`].
+    - those of [`~resume.ExactResume`].
 
     Example:
 
@@ -98,13 +127,13 @@ class TBRMTrainer(ExactResume):
     ```
 
     Args:
-        model: id, folder, `PreTrainedModel` or `PeftModel` of the policy. The reference is the model as it stands.
-        reward_funcs: as in `GRPOTrainer`; R is the weighted sum of the raw rewards. May be omitted where every row of
+        model: id, folder, `PreTrainedModel` or `PeftModel` of the policy. The reference is the model as it is given.
+        reward_funcs: as in `GRPOTrainer`; R is the weighted sum of the raw rewards. It may be omitted if every row of
             the training set has a completion and a reward.
         args: [`TBRMConfig`]; its defaults when omitted.
         train_dataset: as in `GRPOTrainer`, with a column `prompt`. A row with a `completion` (text or messages), or
-            with `prompt_ids` and `completion_ids` (and `loss_mask`), is a logged trajectory and trained on as it is,
-            with its `reward`, or where that is None with what the reward functions say.
+            with `prompt_ids` and `completion_ids` (and `loss_mask`), is a logged trajectory. It is trained on without
+            being generated again. Its return is its `reward`; if that is None, the reward functions give it.
         eval_dataset, processing_class, reward_processing_classes, callbacks, optimizers, quantization_config,
             peft_config, tools, rollout_func, environment_factory: as in `GRPOTrainer`.
 
@@ -130,6 +159,12 @@ class TBRMTrainer(ExactResume):
             }"""),
     }
 
+    args: TBRMConfig
+    ref_model: nn.Module | None
+    train_dataset: Any
+    _metrics: Any
+    _logs: Any
+
     def __init__(
         self,
         model: str | PreTrainedModel | Any,
@@ -152,101 +187,105 @@ class TBRMTrainer(ExactResume):
             args = TBRMConfig(f"{name.split('/')[-1]}-TBRM")
         if not isinstance(args, TBRMConfig):
             raise TypeError(f"`args` must be a TBRMConfig, got {type(args).__name__}.")
-        self._logged, self._window_parts = check_dataset(train_dataset, args)
-        check_sources(self._window_parts, args, bool(reward_funcs or environment_factory), eval_dataset is not None)
-        if self._window_parts.logged:
-            check_logged_rows(train_dataset, self._logged, bool(reward_funcs), args.reference == "previous")
-        self._prompt_numbers = check_logged_groups(train_dataset, self._logged, self._window_parts, args)
+
+        # Check what was given, before anything is loaded.
+        self._plan = check_training_set(
+            train_dataset,
+            args,
+            args.window_group_size,
+            rewarded=bool(reward_funcs or environment_factory),
+            evaluated=eval_dataset is not None,
+        )
         self._soft_value = SoftValue.registry[args.soft_value](args)
-        self._soft_value.check_data(train_dataset, self._logged)
+        self._soft_value.check_data(train_dataset, self._plan.logged)
         check_adapters(model, peft_config, args)
         check_quantization(model, peft_config, quantization_config, args)
 
-        # TRL would sync no adapter, and load a reference that the previous policy makes superfluous.
-        with without(args, sync_ref_model=False, **({"beta": 0.0} if args.reference == "previous" else {})):
+        # Build. TRL would sync no adapter, and load a reference that the previous policy makes superfluous.
+        with temporarily(args, sync_ref_model=False, beta=0.0 if args.reference == "previous" else args.beta):
             super().__init__(
-                model,
-                reward_funcs if self._window_parts.rollouts else reward_funcs or no_reward,
-                args,
-                train_dataset,
-                eval_dataset,
-                processing_class,
-                reward_processing_classes,
-                callbacks,
-                optimizers,
-                quantization_config,
-                peft_config,
-                tools,
-                rollout_func,
-                environment_factory,
+                model=model,
+                reward_funcs=reward_funcs if self._plan.mix.rollouts else reward_funcs or _no_reward,
+                args=args,
+                train_dataset=train_dataset,
+                eval_dataset=eval_dataset,
+                processing_class=processing_class,
+                reward_processing_classes=reward_processing_classes,
+                callbacks=callbacks,
+                optimizers=optimizers,
+                quantization_config=quantization_config,
+                peft_config=peft_config,
+                tools=tools,
+                rollout_func=rollout_func,
+                environment_factory=environment_factory,
             )
-        self.args: TBRMConfig
-        self.ref_model: nn.Module | None
-        self.train_dataset: Any
         self.beta = 0.0  # TRL's own reference pass stays off
-        if args.reward_pessimism and len(self.reward_funcs) == 1:
-            raise ValueError(
-                f"`reward_pessimism={args.reward_pessimism}` has no effect with one reward function: nothing can "
-                "disagree. Pass several, or list one several times."
-            )
+        self.mask_truncated_completions = False  # TRL would hide them from attention too; here they leave the loss
 
-        check_sharding(args, self.accelerator)
-        check_quantization(self.model, None, None, args)  # a checkpoint may be quantized itself, which shows here
-        warn_of_merging(self.model, args)
         policy = self.model.get_base_model() if is_peft_model(self.model) else self.model
-        check_vision(policy, self._is_vlm)
-        if self._is_vlm:
-            check_sources_of_vision(args, self._window_parts)
-        if args.padding_free:
-            check_packing(policy)
-        if isinstance(model, PreTrainedModel) and self.ref_model is not None:
-            require_equal_weights(policy, self.accelerator.unwrap_model(self.ref_model, keep_torch_compile=False))
+        self._check_what_was_built(model, policy)
+
         disable_randomness(self.model)
         for scored in (policy, self.ref_model):
             if scored is not None:
                 bare = self.accelerator.unwrap_model(scored, keep_torch_compile=False)
                 add_trajectory_head(bare, self.temperature, args.cast_lm_head_to_fp32)
+        self.evaluating = False
+        self._given_dataset = train_dataset
         self._loss = TrajectoryLoss(args, self._soft_value, router_loss=self.aux_loss_enabled)
-        # TRL would hide truncated completions from attention as well; here they only leave the loss.
-        self.mask_truncated_completions = False
+        self._recorder = Recorder()
+        self._replay = self._make_replay_buffer()
+        self._reference = self._make_reference()
+        self._logged_rows = self._make_logged_rows(policy) if self._plan.mix.logged else None
+        self._trained_module: ReplicatedModule | None = None
 
         self._window: list[Trajectory] = []  # of the current generation window, on this process
-        self._microbatches: list[list[Use]] = []  # of the current update, on this process
+        self._microbatches: list[list[UpdateRow]] = []  # of the current update, on this process
         self._counted_in_step = 0  # trajectories that count in the current update, over all processes
         self._rows_drawn = self._rows_trained = 0  # by this process: into windows, and over all updates
-        self._replay: ReplayBuffer | None = None
-        if args.replay_buffer_size:
-            self._replay = ReplayBuffer(
-                args.replay_buffer_size // args.world_size,
-                args.replay_max_age,
-                args.replay_sampling == "prioritized",
-                args.replay_priority_exponent,
-                args.replay_priority_correction,
-                args.updated_together,
-            )
-        self._step_totals = Totals()  # of this process, in the current optimizer step
-        self._totals = {"train": Totals(), "eval": Totals()}  # of all processes, since the last log
         self._mean_length = 0.0
         self._beta_checked = False
 
-        self._given_dataset = train_dataset
-        self._logged_by_row: dict[int, Trajectory] = {}
-        self._logged_bring_scores = args.reference == "previous"
-        self._reference = self._make_reference()
-        if self._window_parts.logged:
-            self._tokenize_logged_rows(policy)
-            self._precompute_reference()
-        self._soft_value.attach(self)
+        run: Run = self
+        self._soft_value.attach(run)
         sampler = self._get_train_sampler() if isinstance(train_dataset, Sized) else None
-        self.accelerator.print(startup_line(self._window_parts, args, sampler))
+        self.accelerator.print(startup_line(self._plan.mix, args, sampler))
 
-    # ---- collect -----------------------------------------------------------------------------------------------
+    def _check_what_was_built(self, given: Any, policy: PreTrainedModel) -> None:
+        args = self.args
+        if args.reward_pessimism and len(self.reward_funcs) == 1:
+            raise ValueError(
+                f"`reward_pessimism={args.reward_pessimism}` has no effect with one reward function: nothing can "
+                "disagree. Pass several, or list one several times."
+            )
+        check_sharding(args, self.accelerator)
+        check_quantization(self.model, None, None, args)  # a checkpoint may be quantized itself, which shows here
+        warn_of_merging(self.model, args)
+        check_vision(policy, self._is_vlm)
+        if self._is_vlm:
+            check_sources_of_vision(args, self._plan.mix)
+        if args.padding_free:
+            check_packing(policy)
+        if isinstance(given, PreTrainedModel) and self.ref_model is not None:
+            require_equal_weights(policy, self.accelerator.unwrap_model(self.ref_model, keep_torch_compile=False))
 
-    def _make_reference(self) -> Reference | None:
-        """π_ref as a policy of its own; None where each trajectory is scored by the policy that produced it."""
+    def _make_replay_buffer(self) -> ReplayBuffer | None:
+        args = self.args
+        if not args.replay_buffer_size:
+            return None
+        return ReplayBuffer(
+            args.replay_buffer_size // args.world_size,
+            args.replay_max_age,
+            args.replay_sampling == "prioritized",
+            args.replay_priority_exponent,
+            args.replay_priority_correction,
+            args.update_group_size,
+        )
+
+    def _make_reference(self) -> Reference | PreviousPolicy | None:
         args = self.args
         if args.reference == "previous":
-            return None
+            return PreviousPolicy(lambda: self.model, lambda: self.state.global_step)
         if self.ref_model is None and (args.sync_ref_model or ADAPTER in self.model.peft_config):
             add_reference_adapter(self.model)
         settings = {
@@ -260,10 +299,28 @@ class TBRMTrainer(ExactResume):
             self.add_callback(SyncReference(reference))
         return reference
 
-    def _precompute_reference(self) -> None:
-        """Of a training set of logs alone, have the reference score all of it now, and let the reference go."""
+    def _make_logged_rows(self, policy: PreTrainedModel) -> LoggedRows:
+        """Tokenize the logged rows of the training set, and have the reference score them now if that frees it."""
+        text_config = policy.config.get_text_config()
+        self.train_dataset = tokenize_logged_rows(
+            self.train_dataset,
+            self._plan.logged,
+            CompletionTokenizer(
+                self._tokenizer,
+                self._end_token_ids(),
+                prompt_ids=lambda prompt: list(self._tokenize_prompts([prompt])[0][0]),
+                template=self._render_messages,
+            ),
+            text_config.vocab_size,
+            getattr(text_config, "max_position_embeddings", None),
+        )
+        scored = self._precompute_reference() or self.args.reference == "previous"
+        return LoggedRows(self.train_dataset, self._plan.logged, scored, self._reward_logged)
+
+    def _precompute_reference(self) -> bool:
+        """If every training row is logged, score them all with the reference now and free it."""
         # A policy with adapters is its own reference, and is not yet wrapped here.
-        wrapped_later = self.ref_model is None and (self.is_deepspeed_enabled or self.is_fsdp_enabled)
+        wrapped_later = self.ref_model is None and self.is_sharded
         wanted = self.args.precompute_ref_log_probs
         if wanted and wrapped_later:
             raise ValueError(
@@ -271,33 +328,40 @@ class TBRMTrainer(ExactResume):
                 "base is the reference, is only sharded when training starts. Leave it at None."
             )
         if wanted is None:
-            wanted = not (self._window_parts.rollouts or self.args.sync_ref_model or wrapped_later)
-        if wanted and self._reference is not None:
-            self.train_dataset = precompute_scores(
-                self.train_dataset, Path(self.args.output_dir), self._reference, self._score_stale
-            )
-            self._logged_bring_scores = True
-            if self.eval_dataset is None and self.ref_model is not None:
-                self._reference = self.ref_model = None
-                self.accelerator.free_memory()  # it keeps a list of what it prepared
+            wanted = not (self._plan.mix.rollouts or self.args.sync_ref_model or wrapped_later)
+        if not (wanted and isinstance(self._reference, Reference)):
+            return False
+        self.train_dataset = precompute_scores(
+            self.train_dataset,
+            Path(self.args.output_dir) / "reference_scores",
+            self._reference.key,
+            self.accelerator,
+            self._score_stale,
+        )
+        if self.eval_dataset is None and self.ref_model is not None:
+            self._reference = self.ref_model = None
+            self.accelerator.free_memory()  # it keeps a list of what it prepared
+        return True
 
-    def _before_training(self) -> None:
-        self._soft_value.prepare(self)
+    # ---- collect -----------------------------------------------------------------------------------------------
 
-    def replace_prompts(self, dataset: Dataset) -> None:
-        """Go on with another training set of prompts, before anything was drawn."""
-        self._logged, self._window_parts = check_dataset(dataset, self.args)
-        self.train_dataset = dataset
+    def _get_train_sampler(self, dataset: Any = None) -> WindowSampler:
+        args = self.args
+        return WindowSampler(
+            self._plan.logged,
+            self._plan.mix,
+            args.num_generations,
+            args.world_size,
+            args.num_iterations * args.steps_per_generation,
+            epoch=lambda: int(self.state.epoch or 0),
+            seed=args.seed if self.shuffle_dataset else None,
+            group_size=args.window_group_size,
+            prompt_numbers=self._plan.prompt_numbers,
+        )
 
-    def _prepare_inputs(self, generation_batch: list[dict[str, Any]]) -> dict[str, list[list[Use]]]:
-        if not self.model.training:
-            trajectories = self._roll_out(generation_batch)
-            self._score_stale(trajectories)
-            self._value(trajectories, generation_batch, self.num_generations_eval)
-            together = self.num_generations_eval if self._soft_value.group == "ratios" else 1
-            uses = _in_groups([Use(t, "fresh") for t in trajectories], together)
-            self._counted_in_step = int(self._gather([self._loss.settle(uses)]).sum())
-            return {"microbatches": [uses]}
+    def _prepare_inputs(self, generation_batch: list[dict[str, Any]]) -> dict[str, list[list[UpdateRow]]]:
+        if self.evaluating:
+            return {"microbatches": [self._evaluation_rows(generation_batch)]}
         micro_step = self._step % self.args.gradient_accumulation_steps
         if micro_step == 0:
             self._microbatches = self._microbatches_of(self._collect(generation_batch))
@@ -305,7 +369,16 @@ class TBRMTrainer(ExactResume):
         by_tokens = self.args.max_tokens_per_microbatch is not None
         return {"microbatches": self._microbatches if by_tokens else [self._microbatches[micro_step]]}
 
-    def _collect(self, rows: list[dict[str, Any]]) -> list[Use]:
+    def _evaluation_rows(self, rows: list[dict[str, Any]]) -> list[UpdateRow]:
+        trajectories = self._roll_out(rows)
+        self._score_stale(trajectories)
+        self._give_values(trajectories, rows, self.num_generations_eval)
+        compared = self.num_generations_eval if self._soft_value.compares == "ratios" else 1
+        evaluated = _numbered_by_group([UpdateRow(t, "fresh") for t in trajectories], compared)
+        self._counted_in_step = int(self._gather([self._loss.mark_left_out(evaluated)]).sum())
+        return evaluated
+
+    def _collect(self, rows: list[dict[str, Any]]) -> list[UpdateRow]:
         """The trajectories of one update on this process: the next part of the window, or replayed ones."""
         args, metrics = self.args, self._metrics["train"]
         rows_here = args.rows_per_device
@@ -320,78 +393,123 @@ class TBRMTrainer(ExactResume):
             first = update % args.fresh_updates * rows_here
             origin = "fresh" if update < args.fresh_updates else "reused"
             part = self._window[first : first + rows_here]
-            uses = [Use(t, "logged" if t.source is Source.LOGGED else origin) for t in part]
+            update_rows = [UpdateRow(t, "logged" if t.source is Source.LOGGED else origin) for t in part]
         else:
             drawn = zip(sample.trajectories, sample.weights, sample.ages, sample.numbers, strict=True)
-            uses = [Use(trajectory, "replayed", weight, age, number) for trajectory, weight, age, number in drawn]
-        uses = _in_groups(uses, args.updated_together)
-        stale = {use.number: use.trajectory for use in uses if self._is_stale(use.trajectory)}
-        self._score_stale([use.trajectory for use in uses])
+            update_rows = [UpdateRow(t, "replayed", weight, age, number) for t, weight, age, number in drawn]
+        update_rows = _numbered_by_group(update_rows, args.update_group_size)
+        stale = {row.number: row.trajectory for row in update_rows if self._is_stale(row.trajectory)}
+        self._score_stale([row.trajectory for row in update_rows])
         for number, trajectory in stale.items():
             if self._replay is not None and number is not None:
                 self._replay.stored.keep_scores(number, trajectory)
 
-        oldest = max((use.age for use in uses if use.age is not None), default=0)
-        numbers_of_all = self._gather([self._loss.settle(uses), oldest, len(self._replay or ())])  # (P, 3)
-        self._counted_in_step = int(numbers_of_all[:, 0].sum())
+        oldest = max((row.age for row in update_rows if row.age is not None), default=0)
+        counts = self._gather([self._loss.mark_left_out(update_rows), oldest, len(self._replay or ())])  # (P, 3)
+        self._counted_in_step = int(counts[:, 0].sum())
         self._rows_trained += rows_here
         if sample is not None:
-            metrics["replay/age_max"].append(numbers_of_all[:, 1].max().item())
+            metrics["replay/age_max"].append(counts[:, 1].max().item())
         if self._replay is not None:
-            metrics["replay/fill"].append(numbers_of_all[:, 2].sum().item())
+            metrics["replay/fill"].append(counts[:, 2].sum().item())
             metrics["replay/updates_per_trajectory"].append(self._rows_trained / self._rows_drawn)
-        return uses
+        return update_rows
 
     def _new_window(self, rows: list[dict[str, Any]]) -> list[Trajectory]:
-        logged = [row for row in rows if self._window_parts.logged and row["completion_ids"] is not None]
-        fresh = [row for row in rows if not self._window_parts.logged or row["completion_ids"] is None]
+        logged = [row for row in rows if self._plan.mix.logged and row["completion_ids"] is not None]
+        fresh = [row for row in rows if not self._plan.mix.logged or row["completion_ids"] is None]
         rollouts = self._roll_out(fresh) if fresh else []
-        window = rollouts + (self._take_logged(logged) if logged else [])
+        window = rollouts + (self._logged_rows.take(logged) if self._logged_rows is not None and logged else [])
         self._mean_length = sum(len(t.completion_ids) for t in window) / len(window)
         self._rows_drawn += len(window)
         self._score_stale(window)
-        self._value(window, fresh + logged, self.num_generations)
+        self._give_values(window, fresh + logged, self.num_generations)
         if self.args.save_rollouts and rollouts:
-            self._save_rollouts(rollouts)
-        together = self.args.updated_together
+            folder, process = Path(self.args.output_dir) / "rollouts", self.accelerator.process_index
+            save_rollouts(folder, self.state.global_step, process, rollouts, self._tokenizer)
+        group_size = self.args.update_group_size
         if self._replay is not None:
-            for group in chunks(rollouts, together):
+            for group in chunks(rollouts, group_size):
                 if all(self._loss.left_out(trajectory) is None for trajectory in group):
                     self._replay.add(group)
-        return [window[i] for i in random_order(len(window), together)]
+        return [window[i] for i in random_order(len(window), group_size)]
 
-    def _value(self, trajectories: Sequence[Trajectory], rows: Sequence[dict[str, Any]], group_size: int) -> None:
-        """What is known of a trajectory's reward and soft value when it is drawn."""
-        baseline, reward_of = self.args.reward_baseline, self.args.reward_of
-        if baseline == "batch_mean":
-            given = [reward for t in trajectories if not math.isnan(reward := reward_of(t))]
-            total, count = self._gather([sum(given), len(given)]).sum(dim=0).tolist()
-            for trajectory in trajectories:
-                trajectory.baseline = total / max(count, 1)
-        elif baseline == "group_mean":
-            for group in chunks(trajectories, group_size):
-                rewards = [reward_of(trajectory) for trajectory in group]
-                alone = sum(not math.isnan(reward) for reward in rewards) < 2  # its own reward would be its baseline
-                for trajectory in group:
-                    trajectory.baseline = math.nan if alone else mean_reward(rewards)
-        self._soft_value.on_window(trajectories, rows, group_size)
+    def _roll_out(self, rows: Sequence[Mapping[str, Any]]) -> list[Trajectory]:
+        """Generate a completion for every row, and reward it. TRL's dictionary is read in `trajectories_from_trl`."""
+        output = self._generate_and_score_completions(columns_for_rewards(rows))
+        self.model.train(not self.evaluating)  # TRL's continuous batching leaves a model that it evaluates in training
+        per_prompt = self.num_generations_eval if self.evaluating else self.num_generations
+        first = self.accelerator.process_index * len(rows)
+        step = self.state.global_step
+        group_ids = [step * self.args.generation_batch_size + (first + i) // per_prompt for i in range(len(rows))]
+        return trajectories_from_trl(output, self._rewards, self._end_token_ids(), group_ids, step)
 
-    def _microbatches_of(self, uses: list[Use]) -> list[list[Use]]:
-        """The update's micro-batches, equally many on every process; a sharded model's forward needs all of them.
+    def _calculate_rewards(self, inputs, prompts, completions, completion_ids_list):
+        rewards_per_func = super()._calculate_rewards(inputs, prompts, completions, completion_ids_list)  # (N, F)
+        if torch.isinf(rewards_per_func).any():
+            row, column = torch.isinf(rewards_per_func).nonzero()[0].tolist()
+            raise ValueError(
+                f"Reward function {self.reward_func_names[column]!r} returned {rewards_per_func[row, column].item()} "
+                f"for rollout {row} of {len(rewards_per_func)}. Return a finite number, or None to leave it out."
+            )
+        first = self.accelerator.process_index * len(prompts)
+        local = rewards_per_func[first : first + len(prompts)]  # (B, F) NaN where a function did not apply
+        self._rewards = Rewards(
+            total_reward(local, self.reward_weights.to(local.device), self.args.reward_pessimism),
+            [dict(zip(self.reward_func_names, row, strict=True)) for row in local.tolist()],
+            [bool(self.tools and isinstance(one, list) and one[-1].get("tool_calls")) for one in completions],
+        )
+        return rewards_per_func
 
-        Groups stay whole where micro-batches can hold them. Where not, their soft value takes a pass of its own.
+    def _get_per_token_logps_and_entropies(self, *args, **kwargs):
+        return None, None, None  # TBRM has no old policy, and scores the reference on trajectories
+
+    def _reward_logged(self, rows: Sequence[Mapping[str, Any]], trajectories: Sequence[Trajectory]) -> list[float]:
+        prompts, completions = zip(*(completion_of(row, self._tokenizer) for row in rows), strict=True)
+        ids = [trajectory.completion_ids.tolist() for trajectory in trajectories]
+        self._calculate_rewards(columns_for_rewards(rows), list(prompts), list(completions), ids)
+        # What the functions log is of rollouts: TRL would count this among the next ones.
+        self._pending_metrics.clear()
+        self._pending_extra_logs.clear()
+        return self._rewards.total.tolist()
+
+    def _render_messages(self, messages: list[dict[str, Any]], open_turn: bool) -> list[int]:
+        rendered = self.processing_class.apply_chat_template(
+            conversation=[messages],
+            tools=self.tools or None,
+            chat_template=self.chat_template,
+            add_generation_prompt=open_turn,
+            tokenize=True,
+            return_dict=True,
+            **self.chat_template_kwargs,
+        )
+        return list(rendered["input_ids"][0])
+
+    def _end_token_ids(self) -> set[int]:
+        return {*self.eos_token_ids, self._tokenizer.pad_token_id}
+
+    def _give_values(self, window: Sequence[Trajectory], rows: Sequence[Mapping[str, Any]], group_size: int) -> None:
+        """What is known of a trajectory's return and soft value when it is drawn."""
+        args = self.args
+        set_baselines(window, args.reward_baseline, args.reward_of, group_size, self._gather)
+        self._soft_value.on_window(window, rows, group_size)
+
+    def _microbatches_of(self, rows: list[UpdateRow]) -> list[list[UpdateRow]]:
+        """The update's micro-batches, equally many on every process: a sharded model's forward needs all of them.
+
+        Groups stay whole if micro-batches can hold them. If not, their soft value takes a forward pass of its own.
         """
-        size, together = self.args.microbatch_size, self.args.updated_together
-        whole = size.keeps_whole(uses, together)
-        if size.tokens is not None and together > 1:
+        size, group_size = self.args.microbatch_size, self.args.update_group_size
+        whole = size.keeps_whole(rows, group_size)
+        if size.tokens is not None and group_size > 1:
             whole = bool(self._gather([whole]).all())
         if not whole:
-            together = 1
-        microbatches = size.split(uses, together)
+            group_size = 1
+        microbatches = size.split(rows, group_size)
         if size.tokens is not None:
-            microbatches = size.spread(microbatches, int(self._gather([len(microbatches)]).max()), together)
+            microbatches = size.spread(microbatches, int(self._gather([len(microbatches)]).max()), group_size)
         if not whole:
-            batches = ((part, self._collate([use.trajectory for use in part])) for part in microbatches)
+            batches = ((part, self._collate([row.trajectory for row in part])) for part in microbatches)
             self._loss.value_beforehand(batches, partial(self._score, self.model))
         return microbatches
 
@@ -412,34 +530,27 @@ class TBRMTrainer(ExactResume):
             return score(model, batch, masked=self._is_vlm or self.aux_loss_enabled, **wanted)
 
     def _is_stale(self, trajectory: Trajectory) -> bool:
-        key = trajectory.ref_key
-        return key is None or (self._reference is not None and key != self._reference.key)
+        return trajectory.ref_key is None if self._reference is None else self._reference.is_stale(trajectory)
 
     @torch.no_grad()
     def _score_stale(self, trajectories: Sequence[Trajectory], filler: Trajectory | None = None) -> None:
-        """Have π_ref score those of the trajectories that do not carry its scores; every process calls this."""
+        """Have π_ref score those of the trajectories that do not carry its scores. Every process calls this."""
         stale = [t for t in {id(t): t for t in trajectories}.values() if self._is_stale(t)]
-        args = self.args
-        size = args.microbatch_size if self.model.training else MicrobatchSize(args.per_device_eval_batch_size)
+        size = MicrobatchSize(self.args.per_device_eval_batch_size) if self.evaluating else self.args.microbatch_size
         batches = size.split(stale)
         forwards = int(self._gather([len(batches)]).max())
         if not forwards:
             return
-        policy: AbstractContextManager[nn.Module]
-        if self._reference is not None:
-            key, policy = self._reference.key, self._reference.module()
-        elif args.reference == "previous":
-            key, policy = f"{PREVIOUS}{self.state.global_step}", nullcontext(self.model)
-        else:
+        if self._reference is None:
             raise ValueError(
                 "The reference was freed after it had scored the logged trajectories, so nothing new can be scored. "
                 "Give the trainer its `eval_dataset` at construction, or set `precompute_ref_log_probs=False`."
             )
-        with policy as reference:
+        with self._reference.module() as reference:
             score_reference(
                 batches,
                 forwards,
-                key,
+                self._reference.key,
                 self._collate,
                 partial(self._score, reference),
                 filler or trajectories[0],
@@ -454,16 +565,16 @@ class TBRMTrainer(ExactResume):
         """
         *earlier, last = inputs["microbatches"]
         done = torch.zeros((), device=self.accelerator.device)
-        for uses in earlier:
+        for rows in earlier:
             with self._reduction_deferred(model):
-                loss = self._loss_of(model, uses)
+                loss = self._loss_of(model, rows)
                 self.accelerator.backward(loss)
             done += loss.detach()
         return self._loss_of(model, last) + done
 
     @contextmanager
     def _reduction_deferred(self, model: nn.Module) -> Iterator[None]:
-        """As in the Trainer's own accumulation: gradients stay on their process, unless `sync_each_batch` is set."""
+        """As in the Trainer's own accumulation, gradients stay on their process, unless `sync_each_batch` is set."""
         state = self.accelerator.gradient_state
         state._set_sync_gradients(False)
         try:
@@ -472,25 +583,25 @@ class TBRMTrainer(ExactResume):
         finally:
             state._set_sync_gradients(True)
 
-    def _loss_of(self, model: nn.Module, uses: list[Use]) -> Tensor:
+    def _loss_of(self, model: nn.Module, rows: list[UpdateRow]) -> Tensor:
         args = self.args
-        batch = self._collate([use.trajectory for use in uses])
-        seen = self._loss(
-            uses, batch, partial(self._score, model), in_part=self.model.training and args.token_fraction < 1
+        batch = self._collate([row.trajectory for row in rows])
+        output = self._loss(
+            rows, batch, partial(self._score, model), in_part=not self.evaluating and args.token_fraction < 1
         )
-        weight = numbers([use.weight for use in uses], seen.loss.device)  # (B,)
+        weight = float_tensor([row.weight for row in rows], output.loss.device)  # (B,)
         # Gradients are averaged over processes; the factor makes that the sum over them, as the denominator expects.
         processes = self.accelerator.num_processes
-        loss = processes * mean_over_counted(seen.loss, seen.rows.counted, self._counted_in_step, weight)
-        if seen.aux_loss is not None:
-            share = len(uses) / args.rows_per_device if self.model.training else 1.0  # of the update
-            loss = loss + self.router_aux_loss_coef * seen.aux_loss * share
+        loss = processes * mean_over_counted(output.loss, output.inputs.counted, self._counted_in_step, weight)
+        if output.aux_loss is not None:
+            share = 1.0 if self.evaluating else len(rows) / args.rows_per_device  # of the update
+            loss = loss + self.router_aux_loss_coef * output.aux_loss * share
 
-        self._record(step_totals(uses, batch, seen.scores, seen.rows, seen.soft_value, seen.residual))
+        self._record(microbatch_totals(rows, batch, output.scores, output.inputs, output.soft_value, output.residual))
         if self._replay is not None and self._replay.prioritized:
-            for use, priority in zip(uses, (args.beta * seen.residual).detach().abs().tolist(), strict=True):
-                if use.number is not None:
-                    self._replay.set_priority(use.number, priority)
+            for row, priority in zip(rows, (args.beta * output.residual).detach().abs().tolist(), strict=True):
+                if row.number is not None:
+                    self._replay.set_priority(row.number, priority)
         return loss
 
     def _gather(self, values: Sequence[float]) -> Tensor:
@@ -501,20 +612,35 @@ class TBRMTrainer(ExactResume):
 
     # ---- report ------------------------------------------------------------------------------------------------
 
+    @property
+    def _mode(self) -> str:
+        """Which of TRL's two dictionaries of metrics is written to."""
+        return "eval" if self.evaluating else "train"
+
+    def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
+        with self._evaluation():
+            return super().evaluate(*args, **kwargs)
+
+    def predict(self, *args: Any, **kwargs: Any) -> Any:
+        with self._evaluation():
+            return super().predict(*args, **kwargs)
+
+    @contextmanager
+    def _evaluation(self) -> Iterator[None]:
+        with temporarily(self, evaluating=True):
+            yield
+        if self.is_in_train:
+            self.model.train()  # TRL reads from it where the next log belongs
+
     def _record(self, totals: Totals) -> None:
-        """Add a micro-batch's totals; at the end of an optimizer step, those of all processes."""
-        mode = "train" if self.model.training else "eval"
-        self._step_totals += totals
-        if mode == "train" and not self.accelerator.sync_gradients:
+        step_ends = self.evaluating or self.accelerator.sync_gradients
+        summed = self._recorder.record(totals, self._mode, step_ends, self.accelerator)
+        if summed is None or self.evaluating or self._beta_checked:
             return
-        summed = self._step_totals.over_processes(self.accelerator)
-        self._step_totals = Totals()
-        self._totals[mode] += summed
-        if mode == "train" and not self._beta_checked:
-            means = summed.means()
-            if "soft_value" in means:  # the first step in which a trajectory counts
-                self._beta_checked = True
-                self._check_beta(means["soft_value"])
+        means = summed.means()
+        if "soft_value" in means:  # the first step in which a trajectory counts
+            self._beta_checked = True
+            self._check_beta(means["soft_value"])
 
     def _check_beta(self, soft_value: float) -> None:
         if not self.accelerator.is_main_process:
@@ -524,66 +650,150 @@ class TBRMTrainer(ExactResume):
             warn_of_soft_value(self.args.beta, soft_value / self.args.beta)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        mode = "train" if self.model.training else "eval"
-        if self._totals[mode]:
-            self._metrics[mode].update({name: [mean] for name, mean in self._totals[mode].means().items()})
-            self._totals[mode] = Totals()
+        self._metrics[self._mode].update({n: [mean] for n, mean in self._recorder.means(self._mode).items()})
         super().log(logs, start_time)
+
+    # ---- what an estimator may ask: `loss.soft_value.Run` --------------------------------------------------------
+
+    @property
+    def tokenizer(self) -> PreTrainedTokenizerBase:
+        return self._tokenizer
+
+    @property
+    def is_sharded(self) -> bool:
+        return self.is_deepspeed_enabled or self.is_fsdp_enabled
+
+    @property
+    def reference_key(self) -> str | None:
+        return self._reference.key if isinstance(self._reference, Reference) else None
+
+    @property
+    def rollout_settings(self) -> dict[str, Any]:
+        return {
+            "rewards": [[source_of(function) for function in self.reward_funcs], self.reward_weights.tolist()],
+            "template": self.chat_template or getattr(self.processing_class, "chat_template", None),
+            "tools": [[source_of(tool) for tool in self.tools or ()], self.args.max_tool_calling_iterations],
+            "rollouts": source_of(self.rollout_func),
+            "environments": {name: source_of(one) for name, one in (self.environment_factories or {}).items()},
+        }
+
+    def counts(self, trajectory: Trajectory) -> bool:
+        return self._loss.left_out(trajectory) in (None, "no_value")
+
+    def logged_trajectories(self) -> Iterator[Trajectory]:
+        if self._logged_rows is None or not self._logged_rows.scored:
+            raise ValueError(
+                f'`soft_value="{self.args.soft_value}"` needs the reference\'s score of every completion before '
+                "training, which adapters under DeepSpeed or FSDP do not give. Train the full model, or launch without "
+                "them."
+            )
+        return map(logged_trajectory, self.train_dataset)
+
+    def sample(self, rows: Sequence[Mapping[str, Any]]) -> list[Trajectory]:
+        kept = copy.deepcopy((self._metrics, self._logs, self.state.num_input_tokens_seen))
+        self.model.train()  # or TRL would take it for an evaluation
+        try:
+            return self._roll_out(rows)
+        finally:
+            self._metrics, self._logs, self.state.num_input_tokens_seen = kept
+
+    def replace_prompts(self, dataset: Dataset) -> None:
+        self._plan = DataPlan(*check_dataset(dataset, self.args, self.args.window_group_size), None)
+        self.train_dataset = dataset
+
+    def train_module(self, module: nn.Module, learning_rate: float) -> None:
+        self._trained_module = ReplicatedModule(module, learning_rate, self.accelerator)
+        self.add_callback(self._trained_module)
 
     # ---- resume ------------------------------------------------------------------------------------------------
 
     @cached_property
-    def _identity(self) -> dict[str, Any]:
+    def _dataset_digest(self) -> str | None:
+        return dataset_digest(self._given_dataset)
+
+    def run_identity(self) -> dict[str, Any]:
         args = self.args
         return {
             "processes": args.world_size,
-            "data set": dataset_digest(self._given_dataset),
+            "data set": self._dataset_digest,
             "trajectories per update": args.rows_per_update,
             "updates per window": args.fresh_updates,
             "num_iterations": args.num_iterations,
             "num_generations": args.num_generations,
             "replay_buffer_size": args.replay_buffer_size,
-            "logged trajectories per window": self._window_parts.logged,
+            "logged trajectories per window": self._plan.mix.logged,
             "seed of the data order": args.seed if self.shuffle_dataset else None,
             "reference": "synced" if args.sync_ref_model else args.reference,
             "soft_value": [args.soft_value, *(getattr(args, name) for name in sorted(self._soft_value.options))],
             "truncation": args.truncation,
         }
 
-    def _fresh_start(self) -> None:
-        self._window, self._rows_drawn, self._rows_trained = [], 0, 0
-        self._step_totals, self._totals["train"] = Totals(), Totals()
+    def forget(self) -> None:
+        self._step, self._window, self._rows_drawn, self._rows_trained = 0, [], 0, 0
+        self._recorder.clear()
         if self._replay is not None:
             self._replay.clear()
 
-    def _own_state(self) -> OwnState:
-        state = {
-            "totals": self._totals["train"].state(),
+    def before_training(self) -> None:
+        if self.args.save_rollouts and not self._resumed_from and self.accelerator.is_main_process:
+            warn_of_rollouts(Path(self.args.output_dir))
+        self._soft_value.prepare(self)
+
+    def run_state(self, folder: Path) -> RunState:
+        taken, logged = self._logged_rows.state() if self._logged_rows is not None else ([], [])
+        own = {
+            "totals": self._recorder.since_log["train"].state(),
             "rows_drawn": self._rows_drawn,
             "rows_trained": self._rows_trained,
             "mean_length": self._mean_length,
             "beta_checked": self._beta_checked,
-            "logged_rows": list(self._logged_by_row),
+            "logged_rows": taken,
+            "soft_value": self._soft_value.state(),
         }
         arrays: dict[str, np.ndarray] = {}
         if self._replay is not None:
-            state["replay"], arrays = self._replay.stored.state()
-        return state, {"window": self._window, "logged": list(self._logged_by_row.values())}, arrays
+            own["replay"], arrays = self._replay.stored.state()
+        if self._trained_module is not None:
+            self._trained_module.save(folder / "soft_value.pt")
+        if self.args.sync_ref_model and isinstance(self._reference, Reference):
+            self._reference.save(folder)
+        completions = {name: self._logs[name] for name in _COMPLETIONS} if self.log_completions else {}
+        trainer = {"metrics": dict(self._metrics["train"]), "completions": completions}
+        return {"trainer": trainer, "own": own}, {"window": self._window, "logged": logged}, arrays
 
-    def _restore(
-        self, state: dict[str, Any], lists: dict[str, list[Trajectory]], arrays: dict[str, np.ndarray]
-    ) -> None:
-        self._totals["train"] = Totals.from_state(state["totals"], self.accelerator.device)
-        self._rows_drawn, self._rows_trained = state["rows_drawn"], state["rows_trained"]
-        self._mean_length, self._beta_checked = state["mean_length"], state["beta_checked"]
-        self._window = lists["window"]
-        self._logged_by_row = dict(zip(state["logged_rows"], lists["logged"], strict=True))
+    def restore_run_state(self, state: RunState, folder: Path, main_folder: Path) -> None:
+        values, trajectories, arrays = state
+        trainer, own = values["trainer"], values["own"]
+        self._step = self.state.global_step * self.args.gradient_accumulation_steps
+        self._metrics["train"].clear()
+        self._metrics["train"].update(trainer["metrics"])
+        for name, saved in trainer["completions"].items():
+            if isinstance(saved, list):
+                self._logs[name].extend(saved)
+                continue
+            for column, cells in saved.items():
+                self._logs[name][column].extend(cells)
+        self._recorder.clear(Totals.from_state(own["totals"], self.accelerator.device))
+        self._rows_drawn, self._rows_trained = own["rows_drawn"], own["rows_trained"]
+        self._mean_length, self._beta_checked = own["mean_length"], own["beta_checked"]
+        self._window = trajectories["window"]
+        self._soft_value.restore(own.get("soft_value"))
+        if self._logged_rows is not None:
+            self._logged_rows.restore(own["logged_rows"], trajectories["logged"])
         if self._replay is not None:
-            self._replay.restore(state["replay"], arrays)
+            self._replay.restore(own["replay"], arrays)
+        if self._trained_module is not None:
+            self._trained_module.load(folder / "soft_value.pt")
+        if self.args.sync_ref_model and isinstance(self._reference, Reference):
+            self._reference.load(folder, main_folder)
 
 
-def _in_groups(uses: list[Use], size: int) -> list[Use]:
-    """Number the groups that stand together."""
-    for place, use in enumerate(uses):
-        use.group = place // size
-    return uses
+def _no_reward(**kwargs: Any) -> list[float]:
+    """Stands in where every trajectory brings its reward, since TRL wants a function."""
+    raise RuntimeError("There is no reward function to reward a rollout: pass `reward_funcs`.")
+
+
+def _numbered_by_group(rows: list[UpdateRow], group_size: int) -> list[UpdateRow]:
+    for place, row in enumerate(rows):
+        row.group = place // group_size
+    return rows

@@ -1,17 +1,14 @@
-"""A trajectory, the one currency of the library, and its collation into a padded batch."""
+"""A trajectory, the one currency of the library, and its part in one update."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence, Sized
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from enum import Enum
-from typing import TypeVar
 
-import torch
+import xxhash
 from torch import Tensor
 
-# Vision inputs that have one entry per token; every other one has its rows per image, tile, patch or sample.
-PER_TOKEN_INPUTS = ("token_type_ids", "mm_token_type_ids")
+PREVIOUS = "previous/"  # begins the `ref_key` of scores by the policy that produced the trajectory
 
 
 class End(Enum):
@@ -41,7 +38,7 @@ class Trajectory:
         end: how the completion ended.
         source: where it comes from.
         rewards: the raw reward by function's name, before weighting; empty for a logged reward.
-        group: trajectories of one prompt, drawn together, share this number.
+        group_id: number that the trajectories of one prompt that were drawn together share.
         policy_step: updates that the policy had made when it drew the completion; None where another run's did.
         ref_log_probs: `(C,)` log π_ref of the completion tokens (0 where not chosen); None until scored. The replay
             buffer keeps their sum alone, and gives every action an equal share of it.
@@ -61,7 +58,7 @@ class Trajectory:
     end: End
     source: Source = Source.ROLLOUT
     rewards: dict[str, float] = field(default_factory=dict)
-    group: int = 0
+    group_id: int = 0
     policy_step: int | None = None
     ref_log_probs: Tensor | None = None
     ref_soft_value: float | None = None
@@ -87,20 +84,25 @@ class Trajectory:
         """Number of tokens, prompt and completion together."""
         return len(self.prompt_ids) + len(self.completion_ids)
 
+    @property
+    def prompt_key(self) -> str:
+        """Digest of the prompt's tokens: equal for the trajectories of one prompt, in every process and run."""
+        return xxhash.xxh3_128_hexdigest(self.prompt_ids.numpy().tobytes())
+
 
 @dataclass
-class Use:
+class UpdateRow:
     """A trajectory in one update.
 
     Attributes:
-        trajectory: shared with the window or the log.
-        origin: one of `metrics.ORIGINS`.
-        weight: what its squared residual counts.
-        age: updates since it was generated, of a replayed one.
-        number: in the replay buffer, of a replayed one.
-        group: equal for those that are compared with one another.
-        left_out: why it does not count in the loss, or None.
-        value: V in nats, where it had to be known before the loss.
+        trajectory: the object that the window or the log holds too.
+        origin: where the update has it from, one of `metrics.ORIGINS`.
+        weight: factor on its squared residual.
+        age: updates since it was generated, if it is replayed.
+        number: its number in the replay buffer, if it is replayed.
+        group: number that is equal for trajectories of the update that are compared with one another.
+        left_out: why it does not count in the loss; None if it counts.
+        value: V in nats, if it had to be known before the loss.
     """
 
     trajectory: Trajectory
@@ -115,153 +117,3 @@ class Use:
     def __len__(self) -> int:
         """Number of tokens."""
         return len(self.trajectory)
-
-
-@dataclass
-class Batch:
-    """Trajectories padded on the right to the longest of them. T counts prompt and completion together.
-
-    Causal attention never looks right, so padding there leaves every real token's computation alone, and the batch is
-    as wide as its longest trajectory rather than its longest prompt plus its longest completion.
-    """
-
-    input_ids: Tensor  # (B, T)
-    attention_mask: Tensor  # (B, T) 1 on real tokens
-    action_mask: Tensor  # (B, T) bool, m_h at the column of the token that was chosen; never true in column 0
-    ref_log_probs: Tensor  # (B, T) 0 where not an action; NaN until scored
-    ref_soft_value: Tensor  # (B,) NaN until scored
-    ref_end_value: Tensor  # (B,) NaN until scored
-    vision: dict[str, Tensor]
-    packed: bool = False  # models read the real tokens alone, as one row: see `scoring.score`
-    pad_fraction: float = 0.0  # share of the positions that models read which is padding
-
-    def until(self, width: int) -> Batch:
-        """The first `width` columns."""
-        per_token = {n: v[:, :width] if n in PER_TOKEN_INPUTS else v for n, v in self.vision.items()}
-        cut = {n: getattr(self, n)[:, :width] for n in ("input_ids", "attention_mask", "action_mask", "ref_log_probs")}
-        return replace(self, **cut, vision=per_token)
-
-
-def padded_width(rows: Sequence[Sized], multiple: int | None = None) -> int:
-    """Columns of a padded batch of these rows."""
-    multiple = multiple or 1
-    return -(-max(map(len, rows)) // multiple) * multiple
-
-
-def collate(
-    trajectories: Sequence[Trajectory],
-    pad_token_id: int,
-    device: torch.device | str = "cpu",
-    pad_to_multiple_of: int | None = None,
-    packed: bool = False,
-) -> Batch:
-    """Pad trajectories to one batch on `device`. Only this function lays trajectories out as tensors."""
-    width = padded_width(trajectories, pad_to_multiple_of)
-
-    def padded(rows: Sequence[Tensor], fill: float | int | bool) -> Tensor:
-        out = rows[0].new_full((len(rows), width), fill)  # (B, T)
-        for out_row, row in zip(out, rows, strict=True):
-            out_row[: len(row)] = row
-        return out.to(device)
-
-    def after_prompt(trajectory: Trajectory, completion_values: Tensor) -> Tensor:
-        return torch.cat([completion_values.new_zeros(len(trajectory.prompt_ids)), completion_values])
-
-    def reference(trajectory: Trajectory) -> Tensor:
-        if trajectory.ref_log_probs is None:
-            return torch.full(trajectory.completion_ids.shape, torch.nan)
-        return trajectory.ref_log_probs
-
-    vision: dict[str, Tensor] = {}
-    for name in trajectories[0].vision:
-        rows = [trajectory.vision[name] for trajectory in trajectories]
-        value = padded(rows, 0) if name in PER_TOKEN_INPUTS else torch.cat(rows).to(device)
-        if value.numel():  # a micro-batch without a single image is a text batch
-            vision[name] = value
-
-    return Batch(
-        input_ids=padded([torch.cat([t.prompt_ids, t.completion_ids]) for t in trajectories], pad_token_id),
-        attention_mask=padded([torch.ones(len(t), dtype=torch.long) for t in trajectories], 0),
-        action_mask=padded([after_prompt(t, t.loss_mask) for t in trajectories], False),
-        ref_log_probs=padded([after_prompt(t, reference(t)) for t in trajectories], 0.0),
-        ref_soft_value=numbers([t.ref_soft_value for t in trajectories], device),
-        ref_end_value=numbers([t.ref_end_value for t in trajectories], device),
-        vision=vision,
-        packed=packed,
-        pad_fraction=0.0 if packed else 1 - sum(map(len, trajectories)) / (len(trajectories) * width),
-    )
-
-
-def numbers(values: Sequence[float | None], device: torch.device | str = "cpu") -> Tensor:
-    """`(B,)` float32, NaN where there is none."""
-    return torch.tensor([torch.nan if v is None else v for v in values], dtype=torch.float32, device=device)
-
-
-Item = TypeVar("Item")
-Row = TypeVar("Row", bound=Sized)
-
-
-def chunks(items: Sequence[Item], size: int) -> list[Sequence[Item]]:
-    """Neighbours together, `size` at a time; the last chunk may be smaller."""
-    return [items[first : first + size] for first in range(0, len(items), size)]
-
-
-@dataclass(frozen=True)
-class MicrobatchSize:
-    """How much one forward pass takes: so many rows, or so many tokens with the padding that they bring.
-
-    Attributes:
-        rows: most rows; not read where `tokens` is given.
-        tokens: most tokens. A longer row is a micro-batch of its own.
-        packed: rows stand end to end, without padding.
-        multiple: of which a padded batch's width is one; None for any width.
-    """
-
-    rows: int
-    tokens: int | None = None
-    packed: bool = False
-    multiple: int | None = None
-
-    def holds(self, rows: Sequence[Sized]) -> bool:
-        if self.tokens is None:
-            return len(rows) <= self.rows
-        return len(rows) == 1 or self._tokens_of(rows) <= self.tokens
-
-    def keeps_whole(self, rows: Sequence[Sized], together: int) -> bool:
-        """Whether micro-batches can hold blocks of `together` neighbours, and still be filled."""
-        if self.tokens is None:
-            return self.rows % together == 0
-        return all(self.holds(block) for block in chunks(rows, together))
-
-    def split(self, rows: Sequence[Row], together: int = 1) -> list[list[Row]]:
-        """As few micro-batches as hold the rows, the longest first: what does not fit into memory fails at once.
-
-        Rows of similar length share one, so that little of it is padding. Blocks of `together` neighbours stay whole.
-        """
-        blocks = sorted(chunks(rows, together), key=lambda block: max(map(len, block)), reverse=True)
-        batches: list[list[Row]] = []
-        for block in blocks:
-            if batches and self.holds(longer := [*batches[-1], *block]):
-                batches[-1] = longer
-            else:
-                batches.append(list(block))
-        return batches
-
-    def spread(self, batches: Sequence[list[Row]], count: int, together: int = 1) -> list[list[Row]]:
-        """The same rows in `count` micro-batches, where other processes need so many: the largest are halved."""
-        batches = list(batches)
-        while len(batches) < count:
-            divisible = [place for place, batch in enumerate(batches) if len(batch) > together]
-            place = max(divisible, key=lambda place: self._tokens_of(batches[place]))
-            middle = len(batches[place]) // together // 2 * together
-            batches[place : place + 1] = [batches[place][:middle], batches[place][middle:]]
-        return batches
-
-    def _tokens_of(self, rows: Sequence[Sized]) -> int:
-        return sum(map(len, rows)) if self.packed else len(rows) * padded_width(rows, self.multiple)
-
-
-def random_order(count: int, together: int = 1) -> list[int]:
-    """A permutation of `count` places that moves blocks of `together` as one."""
-    blocks = torch.randperm(count // together) * together  # (count / together,)
-    return (blocks[:, None] + torch.arange(together)).flatten().tolist()

@@ -1,0 +1,195 @@
+"""Trajectories laid out for one forward pass, what a model says of them, and how much one forward takes."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence, Sized
+from dataclasses import dataclass, replace
+from typing import TypeVar
+
+import torch
+from torch import Tensor
+from transformers.utils import ModelOutput
+
+from .trajectory import Trajectory
+
+# Vision inputs that have one entry per token; every other one has its rows per image, tile, patch or sample.
+PER_TOKEN_INPUTS = ("token_type_ids", "mm_token_type_ids")
+
+
+@dataclass
+class Batch:
+    """Trajectories padded on the right to the longest of them. T counts prompt and completion.
+
+    Causal attention never looks right, so padding there leaves every real token's computation alone, and the batch is
+    as wide as its longest trajectory rather than its longest prompt plus its longest completion.
+    """
+
+    input_ids: Tensor  # (B, T)
+    attention_mask: Tensor  # (B, T) 1 on real tokens
+    action_mask: Tensor  # (B, T) bool, m_h at the column of the token that was chosen; never true in column 0
+    ref_log_probs: Tensor  # (B, T) 0 where not an action; NaN until scored
+    ref_soft_value: Tensor  # (B,) NaN until scored
+    ref_end_value: Tensor  # (B,) NaN until scored
+    vision: dict[str, Tensor]
+    packed: bool = False  # models read the real tokens alone, as one row: see `scoring.score`
+    pad_fraction: float = 0.0  # share of the positions that models read which is padding
+
+    def until(self, width: int) -> Batch:
+        """The first `width` columns."""
+        per_token = {n: v[:, :width] if n in PER_TOKEN_INPUTS else v for n, v in self.vision.items()}
+        cut = {n: getattr(self, n)[:, :width] for n in ("input_ids", "attention_mask", "action_mask", "ref_log_probs")}
+        return replace(self, **cut, vision=per_token)
+
+
+@dataclass
+class TrajectoryScores(ModelOutput):
+    """What a model says of a batch of trajectories. All but `hidden` in float32 or wider.
+
+    Attributes:
+        log_probs: `(B, T)` log π of the token in each column; 0 where `action_mask` is false.
+        soft_value: `(B,)` V(s_1): logsumexp of the temperature-scaled logits at the state of the first action.
+        hidden: `(B, H)` last hidden state in that state, without gradient.
+        end_value: `(B,)` V of the state after the last token, where asked for.
+        state_values: `(B, T)` V of the state in which the token of each column was chosen, where asked for.
+        entropy: `(B, T)` entropy of the distribution that each action was drawn from; None from the reference.
+        aux_loss: load-balancing loss of a mixture-of-experts model, where router logits are asked for.
+    """
+
+    # `ModelOutput` wants a default for every field but one.
+    log_probs: Tensor = None  # type: ignore[assignment]
+    soft_value: Tensor = None  # type: ignore[assignment]
+    hidden: Tensor = None  # type: ignore[assignment]
+    end_value: Tensor | None = None
+    state_values: Tensor | None = None
+    entropy: Tensor | None = None
+    aux_loss: Tensor | None = None
+
+
+def padded_width(rows: Sequence[Sized], multiple: int | None = None) -> int:
+    """Columns of a padded batch of these rows."""
+    multiple = multiple or 1
+    return -(-max(map(len, rows)) // multiple) * multiple
+
+
+def collate(
+    trajectories: Sequence[Trajectory],
+    pad_token_id: int,
+    device: torch.device | str = "cpu",
+    pad_to_multiple_of: int | None = None,
+    packed: bool = False,
+) -> Batch:
+    """Pad trajectories to one batch on `device`. Only this function lays trajectories out as tensors."""
+    width = padded_width(trajectories, pad_to_multiple_of)
+
+    def padded(rows: Sequence[Tensor], fill: float | int | bool) -> Tensor:
+        out = rows[0].new_full((len(rows), width), fill)  # (B, T)
+        for out_row, row in zip(out, rows, strict=True):
+            out_row[: len(row)] = row
+        return out.to(device)
+
+    def after_prompt(trajectory: Trajectory, completion_values: Tensor) -> Tensor:
+        return torch.cat([completion_values.new_zeros(len(trajectory.prompt_ids)), completion_values])
+
+    def reference(trajectory: Trajectory) -> Tensor:
+        if trajectory.ref_log_probs is None:
+            return torch.full(trajectory.completion_ids.shape, torch.nan)
+        return trajectory.ref_log_probs
+
+    vision: dict[str, Tensor] = {}
+    for name in trajectories[0].vision:
+        rows = [trajectory.vision[name] for trajectory in trajectories]
+        value = padded(rows, 0) if name in PER_TOKEN_INPUTS else torch.cat(rows).to(device)
+        if value.numel():  # a micro-batch without a single image is a text batch
+            vision[name] = value
+
+    return Batch(
+        input_ids=padded([torch.cat([t.prompt_ids, t.completion_ids]) for t in trajectories], pad_token_id),
+        attention_mask=padded([torch.ones(len(t), dtype=torch.long) for t in trajectories], 0),
+        action_mask=padded([after_prompt(t, t.loss_mask) for t in trajectories], False),
+        ref_log_probs=padded([after_prompt(t, reference(t)) for t in trajectories], 0.0),
+        ref_soft_value=float_tensor([t.ref_soft_value for t in trajectories], device),
+        ref_end_value=float_tensor([t.ref_end_value for t in trajectories], device),
+        vision=vision,
+        packed=packed,
+        pad_fraction=0.0 if packed else 1 - sum(map(len, trajectories)) / (len(trajectories) * width),
+    )
+
+
+def at_least_float32(tensor: Tensor) -> Tensor:
+    """Widen half-precision to float32; leave float32 and float64 as they are."""
+    return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
+
+
+def float_tensor(values: Sequence[float | None], device: torch.device | str = "cpu") -> Tensor:
+    """`(B,)` float32, NaN where there is none."""
+    return torch.tensor([torch.nan if v is None else v for v in values], dtype=torch.float32, device=device)
+
+
+Item = TypeVar("Item")
+Row = TypeVar("Row", bound=Sized)
+
+
+def chunks(items: Sequence[Item], size: int) -> list[Sequence[Item]]:
+    """Neighbours, `size` at a time; the last chunk may be smaller."""
+    return [items[first : first + size] for first in range(0, len(items), size)]
+
+
+@dataclass(frozen=True)
+class MicrobatchSize:
+    """How much one forward pass takes: so many rows, or so many tokens with the padding that they bring.
+
+    Attributes:
+        rows: most rows; not read where `tokens` is given.
+        tokens: most tokens. A longer row is a micro-batch of its own.
+        packed: rows stand end to end, without padding.
+        multiple: of which a padded batch's width is one; None for any width.
+    """
+
+    rows: int
+    tokens: int | None = None
+    packed: bool = False
+    multiple: int | None = None
+
+    def holds(self, rows: Sequence[Sized]) -> bool:
+        if self.tokens is None:
+            return len(rows) <= self.rows
+        return len(rows) == 1 or self._tokens_of(rows) <= self.tokens
+
+    def keeps_whole(self, rows: Sequence[Sized], group_size: int) -> bool:
+        """Whether micro-batches can hold blocks of `group_size` neighbours, and still be filled."""
+        if self.tokens is None:
+            return self.rows % group_size == 0
+        return all(self.holds(block) for block in chunks(rows, group_size))
+
+    def split(self, rows: Sequence[Row], group_size: int = 1) -> list[list[Row]]:
+        """As few micro-batches as hold the rows, the longest first: what does not fit into memory fails at once.
+
+        Rows of similar length share one, so that little of it is padding. Blocks of `group_size` neighbours stay whole.
+        """
+        blocks = sorted(chunks(rows, group_size), key=lambda block: max(map(len, block)), reverse=True)
+        batches: list[list[Row]] = []
+        for block in blocks:
+            if batches and self.holds(longer := [*batches[-1], *block]):
+                batches[-1] = longer
+            else:
+                batches.append(list(block))
+        return batches
+
+    def spread(self, batches: Sequence[list[Row]], count: int, group_size: int = 1) -> list[list[Row]]:
+        """The same rows in `count` micro-batches, where other processes need so many: the largest are halved."""
+        batches = list(batches)
+        while len(batches) < count:
+            divisible = [place for place, batch in enumerate(batches) if len(batch) > group_size]
+            place = max(divisible, key=lambda place: self._tokens_of(batches[place]))
+            middle = len(batches[place]) // group_size // 2 * group_size
+            batches[place : place + 1] = [batches[place][:middle], batches[place][middle:]]
+        return batches
+
+    def _tokens_of(self, rows: Sequence[Sized]) -> int:
+        return sum(map(len, rows)) if self.packed else len(rows) * padded_width(rows, self.multiple)
+
+
+def random_order(count: int, group_size: int = 1) -> list[int]:
+    """A permutation of `count` places that moves blocks of `group_size` as one."""
+    blocks = torch.randperm(count // group_size) * group_size  # (count / group_size,)
+    return (blocks[:, None] + torch.arange(group_size)).flatten().tolist()

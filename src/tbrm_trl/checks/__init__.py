@@ -1,0 +1,1 @@
+"""What is refused or warned of, by subject, before it costs anything."""

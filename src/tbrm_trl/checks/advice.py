@@ -1,0 +1,98 @@
+"""What is said about a run that is allowed: its arithmetic in one line, and warnings with a number to use instead."""
+
+from __future__ import annotations
+
+import math
+import warnings
+from pathlib import Path
+
+from ..options import TBRMOptions
+from ..sources.sampler import WindowMix, WindowSampler
+
+# (response length, β) as published, arXiv 2603.23355: in between, β follows the power law through both.
+BETA_BY_LENGTH = ((600, 0.02), (5000, 0.002))
+
+
+def startup_line(mix: WindowMix, args: TBRMOptions, sampler: WindowSampler | None) -> str:
+    """Prompts, rollouts, logged trajectories, updates, and what each epoch drops, in one line; no epoch of a stream."""
+    accumulation, processes = args.gradient_accumulation_steps, args.world_size
+    fresh = args.fresh_updates
+    updates = fresh * args.num_iterations
+    parts = []
+    if mix.rollouts:
+        parts.append(
+            f"{mix.rollouts // args.num_generations} prompts × {args.num_generations} rollouts = "
+            f"{mix.rollouts} trajectories"
+        )
+    if mix.logged:
+        parts.append(f"{mix.logged} logged trajectories")
+    replayed = f", {updates - fresh} of them on replayed trajectories" if args.replay_buffer_size else ""
+    line = (
+        f"TBRM: each generation takes {' and '.join(parts)}, for {updates} update(s) on {args.rows_per_update} each"
+        f"{replayed} ({args.per_device_train_batch_size} per device × {processes} process(es) × {accumulation} "
+        "accumulation)"
+    )
+    if sampler is None:
+        return f"{line}; {args.max_steps} updates in all."
+    prompts, logs, windows = len(sampler.prompts), len(sampler.logged), sampler.windows
+    if mix.rollouts:
+        tail = prompts - windows * mix.rollouts // args.num_generations
+        epoch = f"{prompts} prompts give {windows * updates} updates per epoch, dropping {tail} tail prompts"
+        epoch += f", beside {logs} logged trajectories in turn" if logs else ""
+    else:
+        epoch = f"{logs} logged trajectories give {windows * updates} updates per epoch; the tail opens the next"
+        if left := logs - sampler.logged_per_pass:
+            epoch += f"; {left} of them fill no group of {args.num_generations}, others in each epoch"
+    total = args.max_steps if args.max_steps > 0 else math.ceil(args.num_train_epochs * windows * updates)
+    return f"{line}; {epoch}; {total} updates in all."
+
+
+def beta_for_length(length: float) -> float:
+    """β as published for responses of this many tokens; outside the published range, that of its nearer end."""
+    (short, high), (long, low) = BETA_BY_LENGTH
+    slope = math.log(low / high) / math.log(long / short)
+    return high * (min(max(length, short), long) / short) ** slope
+
+
+def warn_of_beta(beta: float, mean_length: float) -> None:
+    """Warn when β is more than a factor of 5 from what was published for responses this long."""
+    suggestion = beta_for_length(mean_length)
+    if not 1 / 5 < beta / suggestion < 5:
+        warnings.warn(
+            f"beta={beta:g} is far from what was published for completions of {mean_length:.0f} tokens: 0.002 near "
+            f"5,000 tokens and 0.02 near 600. Too small collapses in the end, too large is stiff. Consider "
+            f"beta={suggestion:.2g}.",
+            stacklevel=2,
+        )
+
+
+def warn_of_soft_value(beta: float, soft_value: float) -> None:
+    """Warn when V_θ(s_1) is more than a tenth of 1/β: training would first pull V down, whatever the reward says."""
+    if abs(soft_value) > 0.1 / beta:
+        warnings.warn(
+            f"The soft value V(s_1) is {soft_value:.1f} nats on average, not small against 1/beta = {1 / beta:.1f}: "
+            "the residual of the untrained model is mostly V, and the first updates move the policy without any "
+            'reward. Use soft_value="calibrated", or a smaller beta '
+            f"(below {0.1 / abs(soft_value):.2g}).",
+            stacklevel=2,
+        )
+
+
+def warn_of_sampling_filters(args: TBRMOptions) -> None:
+    if active := args.sampling_filters():
+        warnings.warn(
+            f"{active} makes the sampler another policy than softmax(logits / temperature), which is the one "
+            "scored. The residual stays valid (any data is), but the metrics `kl` and `entropy` no longer "
+            "describe the sampled policy, and tokens that the filter removes are never corrected.",
+            stacklevel=4,
+        )
+
+
+def warn_of_rollouts(output_dir: Path) -> None:
+    """Warn when rollouts of another run lie where this one will save its own: `load_rollouts` reads all of them."""
+    if any((output_dir / "rollouts").glob("step-*.parquet")):
+        warnings.warn(
+            f"{output_dir / 'rollouts'} holds rollouts of another run. Those of the same update are overwritten, the "
+            "others stay, and `load_rollouts` would mix both. Move them, or use another output_dir.",
+            stacklevel=3,
+        )

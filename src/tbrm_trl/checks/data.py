@@ -1,0 +1,230 @@
+"""What is refused of data sets: too few rows, rows that cannot be trained on, options that ask for other rows."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sized
+from typing import Any
+
+import numpy as np
+from datasets import Dataset
+
+from ..options import TBRMOptions
+from ..sources.logged import OWN_COLUMNS, logged_rows, prompt_numbers
+from ..sources.sampler import DataPlan, WindowMix, window_mix
+from ..trajectory import PREVIOUS, End
+
+
+def check_training_set(dataset: Any, args: TBRMOptions, group_size: int, rewarded: bool, evaluated: bool) -> DataPlan:
+    """Check the training set before any model is loaded, and say how windows are made of it.
+
+    Args:
+        dataset: the training set.
+        args: the options.
+        group_size: trajectories of one prompt that are compared within a window; 1 if none are.
+        rewarded: whether there is something to reward completions with.
+        evaluated: whether there is an evaluation set.
+
+    Raises:
+        ValueError: for a set that fills no window, a row that cannot be trained on (by its number), and options that
+            ask for rows of a kind it does not have.
+    """
+    logged, mix = check_dataset(dataset, args, group_size)
+    check_sources(mix, args, group_size, rewarded, evaluated)
+    if mix.logged:
+        check_logged_rows(dataset, logged, rewarded, args.reference == "previous")
+    return DataPlan(logged, mix, check_logged_groups(dataset, logged, mix, args, group_size))
+
+
+def check_dataset(dataset: Any, args: TBRMOptions, group_size: int) -> tuple[np.ndarray, WindowMix]:
+    """Which rows are logged, and how a generation window is made up.
+
+    Raises:
+        ValueError: for a data set on which not a single generation window could be filled: TRL would train on nothing,
+            silently. Also for a stream with completions, which cannot be divided into its two kinds of rows.
+    """
+    if not isinstance(dataset, Sized):
+        if dataset is not None and {"completion", "completion_ids"} & set(dataset.column_names or ()):
+            raise ValueError(
+                "A streamed training set has a column of completions. Logged trajectories need a data set whose rows "
+                "can be counted: load it without streaming, or drop the column to have the prompts rolled out."
+            )
+        return np.zeros(0, dtype=bool), WindowMix(args.generation_batch_size, 0)
+    logged = logged_rows(dataset)
+    prompts, logs = int((~logged).sum()), int(logged.sum())
+    mix = window_mix(prompts, logs, args, group_size)
+    if logs and logs < mix.logged:
+        raise ValueError(
+            f"The training set has {logs} logged trajectories, fewer than the {mix.logged} of one generation window "
+            f"of {args.generation_batch_size}. Lower per_device_train_batch_size, steps_per_generation"
+            f"{' or logged_fraction' if mix.rollouts else ''}, or add rows."
+        )
+    needed = mix.rollouts // args.num_generations
+    if prompts >= needed:
+        return logged, mix
+    if logs:
+        raise ValueError(
+            f"The training set has {prompts} prompts without a completion, fewer than the {needed} of one generation "
+            f"window ({mix.rollouts} rollouts, {args.num_generations} per prompt). Raise logged_fraction, lower "
+            "per_device_train_batch_size or steps_per_generation, or add prompts."
+        )
+    unit = args.world_size * args.steps_per_generation  # rollouts per row of per_device_train_batch_size
+    fitting = range(prompts * args.num_generations // unit, 0, -1)
+    rows = next((rows for rows in fitting if rows * unit % args.num_generations == 0), None)
+    advice = (
+        f"The largest generation batch that fits is {rows * unit} rollouts: set per_device_train_batch_size={rows} "
+        f"(and generation_batch_size={rows * unit}, if you set that), or add prompts."
+        if rows
+        else f"Not even per_device_train_batch_size=1 fits {args.steps_per_generation} steps per generation: lower "
+        "steps_per_generation and gradient_accumulation_steps, or add prompts."
+    )
+    raise ValueError(
+        f"The training set has {prompts} prompts, fewer than the {needed} of one generation batch "
+        f"({args.generation_batch_size} rollouts, {args.num_generations} per prompt): no batch would ever be full. "
+        f"{advice}"
+    )
+
+
+def check_logged_groups(
+    dataset: Any, logged: np.ndarray, mix: WindowMix, args: TBRMOptions, group_size: int
+) -> np.ndarray | None:
+    """Where logged rows of a prompt are compared, which belong to one prompt: `(N,)`, or None where none are.
+
+    Raises:
+        ValueError: for a prompt with fewer logged rows than a group; a group would never be full.
+    """
+    if group_size == 1 or not mix.logged:
+        return None
+    prompts = prompt_numbers(dataset, logged)
+    sizes = np.bincount(prompts[logged])
+    if sizes.min() < args.num_generations:
+        row = int(np.flatnonzero(prompts == sizes.argmin())[0])
+        raise ValueError(
+            f"Row {row} of the training set: its prompt has {sizes.min()} logged completions, fewer than a group of "
+            f"num_generations={args.num_generations} that are to be compared. Drop it, or lower num_generations."
+        )
+    usable = int((sizes // args.num_generations).sum()) * args.num_generations
+    if usable < mix.logged:
+        raise ValueError(
+            f"The training set has {usable} logged trajectories in whole groups of num_generations="
+            f"{args.num_generations}, fewer than the {mix.logged} of one generation window. Lower "
+            "per_device_train_batch_size or steps_per_generation, or add rows."
+        )
+    return prompts
+
+
+def check_sources(mix: WindowMix, args: TBRMOptions, group_size: int, rewarded: bool, evaluated: bool) -> None:
+    """Refuse options that ask for trajectories of a kind that the data set does not give."""
+    if mix.logged and args.remove_unused_columns:
+        raise ValueError(
+            "`remove_unused_columns=True` would drop the columns of the logged trajectories. Leave it at False."
+        )
+    if (mix.rollouts or evaluated) and not rewarded:
+        rows = "Prompts" if mix.rollouts else "The prompts of `eval_dataset`"
+        raise ValueError(f"{rows} are to be rolled out, but no `reward_funcs` are given to reward the completions.")
+    if not mix.rollouts and args.replay_buffer_size:
+        raise ValueError(
+            "`replay_buffer_size` keeps rollouts, but every row of the training set has a completion: nothing is "
+            "rolled out. Set it to 0; logged trajectories come again in every epoch."
+        )
+    if not mix.rollouts and args.save_rollouts:
+        raise ValueError("`save_rollouts=True`, but every row of the training set has a completion. Leave it False.")
+    per_prompt = args.num_generations_eval or args.num_generations
+    if evaluated and group_size > 1 and args.per_device_eval_batch_size % per_prompt:
+        raise ValueError(
+            f"per_device_eval_batch_size={args.per_device_eval_batch_size} does not hold whole groups of "
+            f"{per_prompt} (num_generations_eval), whose trajectories are compared. Make it a multiple of {per_prompt}."
+        )
+    if mix.logged and args.truncation == "bootstrap" and args.reference == "previous":
+        raise ValueError(
+            '`truncation="bootstrap"` with `reference="previous"` is refused for logged trajectories: they do not '
+            'bring the value of their last state under the policy that produced them. Use `reference="initial"`.'
+        )
+    if args.precompute_ref_log_probs and (mix.rollouts or args.reference == "previous"):
+        raise ValueError(
+            "`precompute_ref_log_probs=True` is for a training set in which every row has a completion, with "
+            '`reference="initial"`: rollouts cannot be scored before they exist. Leave it at None.'
+        )
+
+
+def check_sources_of_vision(args: TBRMOptions, mix: WindowMix) -> None:
+    """With a model that reads images, refuse every source of trajectories that cannot carry them."""
+    for name, asked in (("replay_buffer_size", args.replay_buffer_size), ("save_rollouts", args.save_rollouts)):
+        if asked:
+            raise ValueError(f"`{name}` stores text alone, and this model reads images. Leave it at its default.")
+    if args.soft_value == "model":
+        raise ValueError('`soft_value="model"` scores text alone, and this model reads images. Use another.')
+    if args.token_selection == "cut":
+        raise ValueError('`token_selection="cut"` could cut images off, and this model reads them. Use "scatter".')
+    if mix.logged:
+        raise ValueError(
+            "Logged trajectories hold text alone, and this model reads images. For text-only training pass the "
+            "tokenizer as `processing_class`; else drop the column of completions."
+        )
+
+
+def check_logged_rows(dataset: Dataset, logged: np.ndarray, rewarded: bool, scored: bool) -> None:
+    """Refuse logged rows that cannot be trained on, before any model is loaded. Each error names the row.
+
+    Args:
+        dataset: the training set.
+        logged: `(N,)` bool, from `logged_rows`.
+        rewarded: whether reward functions are there for rows without a reward of their own.
+        scored: whether each row must bring the scores of the policy that produced it.
+
+    Raises:
+        ValueError: for an empty completion, ids without prompt ids, a mask of the wrong length or content, an unknown
+            end, a reward that is missing or not finite.
+    """
+    known = [name for name in dataset.column_names if name in OWN_COLUMNS or name == "prompt"]
+    rows = dataset.select_columns(known)
+    for index in np.flatnonzero(logged).tolist():
+        row = rows[index]
+        problem = _problem(row, rewarded) or (_problem_of_scores(row) if scored else None)
+        if problem:
+            raise ValueError(f"Row {index} of the training set: {problem}")
+
+
+def _problem(row: Mapping[str, Any], rewarded: bool) -> str | None:
+    reward, mask = row.get("reward"), row.get("loss_mask")
+    if row.get("completion_ids") is not None:
+        if not row["completion_ids"]:
+            return "`completion_ids` is empty. Drop the row, or leave it None to have the prompt rolled out."
+        if not row.get("prompt_ids"):
+            return "`completion_ids` without `prompt_ids`. Give both, or `prompt` and `completion` as text or messages."
+        if mask is not None and len(mask) != len(row["completion_ids"]):
+            return (
+                f"`loss_mask` has {len(mask)} entries for {len(row['completion_ids'])} completion ids. It needs one "
+                "per id: 1 where the policy chose the token, 0 where a tool or environment inserted it."
+            )
+        if mask is not None and not set(mask) <= {0, 1}:
+            return "`loss_mask` holds values other than 0 and 1."
+    elif row.get("prompt") is None:
+        return "`completion` without `prompt`. Give both, or `prompt_ids` and `completion_ids`."
+    elif not row["completion"]:
+        return "`completion` is empty. Drop the row, or leave it None to have the prompt rolled out."
+    elif mask is not None:
+        return "`loss_mask` counts tokens, so it needs `prompt_ids` and `completion_ids` beside it, not text."
+    if row.get("end") not in (None, *(end.value for end in End)):
+        return f"`end` is {row['end']!r}. It may be {', '.join(end.value for end in End)} or None."
+    if reward is None and not rewarded:
+        return "it has no `reward`, and there is no reward function to give it one. Add the column, or `reward_funcs`."
+    if reward is not None and not math.isfinite(reward):
+        return f"`reward` is {reward}. It must be a finite number, or None to have the reward functions give it."
+    return None
+
+
+def _problem_of_scores(row: Mapping[str, Any]) -> str | None:
+    ids, log_probs, key = row.get("completion_ids"), row.get("ref_log_probs"), row.get("ref_key")
+    if key is not None and not key.startswith(PREVIOUS):
+        return (
+            'with `reference="previous"` a logged row must bring the scores of the policy that produced it, but these '
+            'are another reference\'s. Use `reference="initial"`, or rollouts of a run with `reference="previous"`.'
+        )
+    if ids is None or log_probs is None or len(ids) != len(log_probs) or row.get("ref_soft_value") is None:
+        return (
+            'with `reference="previous"` a logged row must bring what the policy that produced it said of it: '
+            "`completion_ids`, as many `ref_log_probs`, and `ref_soft_value`, as runs with `save_rollouts=True` leave "
+            'behind. Use `reference="initial"`, or such rows.'
+        )
+    return None

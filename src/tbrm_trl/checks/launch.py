@@ -1,0 +1,76 @@
+"""What is refused of ways to launch: sharding, offload and optimizers under which an option cannot do what it says."""
+
+from __future__ import annotations
+
+import os
+import warnings
+
+from accelerate import Accelerator
+
+from ..options import TBRMOptions
+
+# Those whose update DeepSpeed's optimizers on the CPU make as well (accelerate's `map_pytorch_optim_to_deepspeed`).
+OFFLOADED_OPTIMIZERS = frozenset(
+    ("adamw_torch", "adamw_torch_fused", "paged_adamw_32bit", "lion_32bit", "paged_lion_32bit", "adagrad")
+)
+
+
+def check_launch(args: TBRMOptions) -> None:
+    """Refuse or warn of ways to shard, offload or generate under which an option cannot do what it says."""
+    deepspeed = {} if args.deepspeed_plugin is None else args.deepspeed_plugin.deepspeed_config
+    zero = deepspeed.get("zero_optimization", {})
+    if not args.ds3_gather_for_generation:
+        if args.use_vllm:
+            raise ValueError(
+                "`ds3_gather_for_generation=False` with `use_vllm=True` is refused: vLLM needs every weight gathered, "
+                "and TRL does so one at a time whatever this option says. Leave it at True."
+            )
+        if zero.get("stage") == 3:
+            warnings.warn(
+                "`ds3_gather_for_generation=False` under ZeRO-3: every generated token gathers all weights once, layer "
+                "by layer, which is very slow. Unless one GPU cannot hold the whole model, leave it at True; if it "
+                "cannot, prefer `use_vllm=True`.",
+                stacklevel=4,
+            )
+    offloaded = zero.get("offload_optimizer", {}).get("device", "none") != "none"
+    own = "optimizer" in deepspeed  # of DeepSpeed's configuration, which then takes the place of `optim`
+    replaced = offloaded and not own and deepspeed.get("zero_force_ds_cpu_optimizer", True)
+    if replaced and args.optim not in OFFLOADED_OPTIMIZERS:
+        raise ValueError(
+            f"`optim={args.optim.value!r}` with DeepSpeed's optimizer offload is refused: accelerate replaces it by "
+            "DeepSpeed's 32-bit CPU Adam, with an L2 penalty for weight decay. Use optim='adamw_torch', "
+            "which becomes DeepSpeed's CPU AdamW, or do not offload the optimizer."
+        )
+    version = fsdp_version(args)
+    if version is None:
+        return
+    if version == 1:
+        raise ValueError(
+            "FSDP version 1 is refused: the reference is saved, reset and compared by whole parameters, which it "
+            "flattens. Put `fsdp_version: 2` into the `fsdp_config` of the launcher's file."
+        )
+    if "torch" not in args.optim and any(word in args.optim for word in ("8bit", "paged", "bnb", "lion", "ademamix")):
+        raise ValueError(
+            f"`optim={args.optim.value!r}` under FSDP2 is refused: bitsandbytes' update is not defined for sharded "
+            "tensors (torch: no sharding strategy registered). Use optim='adamw_torch', which is sharded as well."
+        )
+
+
+def fsdp_version(args: TBRMOptions) -> int | None:
+    """That the launcher's environment or the arguments ask for; None where nothing does."""
+    if args.fsdp_plugin_args is not None:
+        return int(args.fsdp_plugin_args["fsdp_version"])
+    if os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true":
+        return int(os.environ.get("FSDP_VERSION", "1"))
+    return None
+
+
+def check_sharding(args: TBRMOptions, accelerator: Accelerator) -> None:
+    """Refuse a launch of several processes that asked for DeepSpeed or FSDP and silently became DDP."""
+    asked = "DEEPSPEED" if args.deepspeed_plugin is not None else "FSDP" if fsdp_version(args) else None
+    became = accelerator.distributed_type.value
+    if asked not in (None, became) and accelerator.num_processes > 1:
+        raise ValueError(
+            f"{asked} was asked for, and accelerate made {became} of it: nothing would be sharded. On CPUs it has no "
+            "FSDP, and takes `ACCELERATE_USE_CPU` (`--cpu`) for no DeepSpeed. Unset it, or launch with ddp.yaml."
+        )

@@ -1,0 +1,1 @@
+"""From scores and rewards to the loss and its metrics: arithmetic alone."""

@@ -1,0 +1,27 @@
+"""The estimators of the soft value: the one term in which the published residual methods differ."""
+
+from .base import ConstantValue, SoftValue, ValueInputs
+from .calibrated import CalibratedValue
+from .group import GroupValue
+from .log_mean_exp import LogMeanExpValue
+from .model import ModelValue
+from .optimal import OptimalValue
+from .partition import PartitionValue
+from .policy import PolicyValue
+from .run import Run
+from .zero import ZeroValue
+
+__all__ = [
+    "CalibratedValue",
+    "ConstantValue",
+    "GroupValue",
+    "LogMeanExpValue",
+    "ModelValue",
+    "OptimalValue",
+    "PartitionValue",
+    "PolicyValue",
+    "Run",
+    "SoftValue",
+    "ValueInputs",
+    "ZeroValue",
+]

@@ -1,0 +1,130 @@
+"""What every estimator of the soft value answers to: one subclass of `SoftValue` is one published method."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields
+from typing import Any, ClassVar
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ...options import TBRMOptions
+from ...trajectory import Trajectory
+from .run import Run
+
+
+@dataclass
+class ValueInputs:
+    """What an estimator reads of B trajectories inside the loss. Each tensor is `(B,)` unless its shape is given.
+
+    The trajectories are those of a micro-batch. An estimator that compares ratios is given whole groups.
+
+    Attributes:
+        policy_value: V_θ(s_1) in nats, with gradient.
+        ref_value: V_ref(s_1) in nats.
+        hidden: `(B, H)` the policy's last hidden state in s_1, without gradient.
+        log_ratio: `Σ_h m_h log π_θ/π_ref` in nats, with gradient (none with `token_fraction` below 1).
+        reward: R(τ) as the residual takes it, in reward units; NaN where it does not count.
+        value: the constant that the estimator gave the trajectory, in reward units; NaN where it gave none.
+        group: int64, equal for the trajectories that an estimator with `compares = "ratios"` compares.
+        counted: bool, trajectories that enter the loss.
+        beta: β, in reward units per nat.
+    """
+
+    policy_value: Tensor
+    ref_value: Tensor
+    hidden: Tensor  # (B, H)
+    log_ratio: Tensor
+    reward: Tensor
+    value: Tensor
+    group: Tensor
+    counted: Tensor
+    beta: float
+
+    @classmethod
+    def joined(cls, parts: Sequence[ValueInputs]) -> ValueInputs:
+        """The trajectories of several micro-batches as one."""
+        names = [field.name for field in fields(cls) if field.name != "beta"]
+        return cls(**{name: torch.cat([getattr(part, name) for part in parts]) for name in names}, beta=parts[0].beta)
+
+
+class SoftValue:
+    """The value term V of the residual `δ = V + log π_θ/π_ref − R/β`.
+
+    A subclass has a `name`, by which `TBRMConfig(soft_value=name)` finds it, and says what V is (`__call__`). If V is a
+    constant of the trajectory, `on_window` gives it once; it is kept in `Trajectory.value` and travels with the
+    trajectory through replay and checkpoints. The other hooks do nothing unless overridden.
+
+    Class attributes:
+        name: what the configuration calls it.
+        options: options of `TBRMConfig` that only this estimator reads. They are refused beside another one.
+        compares: None if each trajectory stands alone. "rewards" if it compares the rewards of the `num_generations`
+            trajectories of a prompt; they then stand whole in a window of one process. "ratios" if it also needs their
+            log-ratios under the current policy; they then stand whole in an update too. A compared value is detached,
+            and a group in which one trajectory counts is left out.
+        gives_constants: whether V comes from `Trajectory.value`. A trajectory without one is left out of the loss.
+        takes_baseline: whether `reward_baseline` has a meaning beside it.
+        bootstraps: whether it is a value of states, so that `truncation="bootstrap"` can ask for that of the last.
+    """
+
+    name: ClassVar[str]
+    options: ClassVar[frozenset[str]] = frozenset()
+    compares: ClassVar[str | None] = None
+    gives_constants: ClassVar[bool] = False
+    takes_baseline: ClassVar[bool] = False
+    bootstraps: ClassVar[bool] = False
+
+    registry: ClassVar[dict[str, type[SoftValue]]] = {}
+
+    def __init_subclass__(cls, **kwargs: Any):
+        super().__init_subclass__(**kwargs)
+        if "name" in vars(cls):
+            SoftValue.registry[cls.name] = cls
+
+    def __init__(self, args: TBRMOptions):
+        self.args = args
+
+    @classmethod
+    def check(cls, args: TBRMOptions) -> None:
+        """Refuse, with a ValueError that says what to change, options that this estimator cannot work with."""
+
+    def check_data(self, dataset: Any, logged: np.ndarray) -> None:
+        """Refuse a training set before any model is loaded. `logged`: `(N,)` bool, rows with a completion."""
+
+    def attach(self, run: Run) -> None:
+        """Called at the end of the trainer's construction, on every process."""
+
+    def prepare(self, run: Run) -> None:
+        """Called when `train` begins, on every process, before the model is wrapped and a row is drawn."""
+
+    def on_window(self, trajectories: Sequence[Trajectory], rows: Sequence[Mapping[str, Any]], group_size: int) -> None:
+        """Called for each generation window of this process, once rewards and reference scores are there.
+
+        Every process calls it equally often, so that processes may tell one another what they saw.
+
+        Args:
+            trajectories: the window's.
+            rows: of the data set, one for each trajectory.
+            group_size: trajectories of a prompt that follow one another.
+        """
+
+    def state(self) -> Any:
+        """What a checkpoint must hold besides trained modules, as JSON-able values. Each process saves its own."""
+
+    def restore(self, state: Any) -> None:
+        """Go on from what `state` returned."""
+
+    def __call__(self, inputs: ValueInputs) -> Tensor:
+        """V in nats, `(B,)`. What is not to carry gradient is detached here."""
+        raise NotImplementedError
+
+
+class ConstantValue(SoftValue):
+    """A constant of the trajectory, given in `on_window` in reward units."""
+
+    gives_constants = True
+
+    def __call__(self, inputs: ValueInputs) -> Tensor:
+        return inputs.value / inputs.beta

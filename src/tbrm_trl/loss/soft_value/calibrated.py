@@ -1,0 +1,18 @@
+"""ReVal: the policy's soft value, less the reference's."""
+
+from torch import Tensor
+
+from .base import SoftValue, ValueInputs
+
+
+class CalibratedValue(SoftValue):
+    """`V_θ(s_1) − V_ref(s_1)`, with gradient (ReVal, arXiv 2603.23355).
+
+    It is 0 before training, so that R = 0 moves nothing.
+    """
+
+    name = "calibrated"
+    takes_baseline = bootstraps = True
+
+    def __call__(self, inputs: ValueInputs) -> Tensor:
+        return inputs.policy_value - inputs.ref_value

@@ -1,0 +1,66 @@
+"""What an estimator may ask of the run that it is part of."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, Protocol
+
+from accelerate import Accelerator
+from datasets import Dataset
+from torch import nn
+from transformers import PreTrainedTokenizerBase
+
+from ...trajectory import Trajectory
+
+
+class Run(Protocol):
+    """The run, as an estimator of the soft value sees it. `TBRMTrainer` is one; a test needs no more than these names.
+
+    Attributes:
+        accelerator: device, and what processes tell one another.
+        train_dataset: the training set. Logged rows have the columns of their trajectories.
+        evaluating: whether an evaluation is under way, whose trajectories teach nothing.
+    """
+
+    accelerator: Accelerator
+    train_dataset: Any
+    evaluating: bool
+
+    @property
+    def tokenizer(self) -> PreTrainedTokenizerBase:
+        """The policy's."""
+
+    @property
+    def is_sharded(self) -> bool:
+        """Whether DeepSpeed or FSDP shards the model once training starts."""
+
+    @property
+    def reference_key(self) -> str | None:
+        """Digest of π_ref and of how it scores; None where each trajectory has a reference of its own."""
+
+    @property
+    def rollout_settings(self) -> dict[str, Any]:
+        """What a rollout and its reward depend on besides policy, data and options: functions, template, tools."""
+
+    def counts(self, trajectory: Trajectory) -> bool:
+        """Whether the trajectory would enter the loss if it had a soft value."""
+
+    def logged_trajectories(self) -> Iterable[Trajectory]:
+        """The logged rows of the training set with their reference scores.
+
+        Raises:
+            ValueError: if the reference does not score them before training.
+        """
+
+    def sample(self, rows: Sequence[Mapping[str, Any]]) -> list[Trajectory]:
+        """Roll out rows of the training set before training, equally many on every process. Nothing of it is logged."""
+
+    def replace_prompts(self, dataset: Dataset) -> None:
+        """Go on with another training set of prompts, before any is drawn."""
+
+    def train_module(self, module: nn.Module, learning_rate: float) -> None:
+        """Train a module beside the policy, on the same loss.
+
+        The module stands whole on every process. Its gradients are averaged over processes, AdamW moves it in every
+        optimizer step at this constant learning rate, and checkpoints hold both.
+        """

@@ -1,0 +1,3 @@
+from .estimate import main
+
+main()

@@ -1,0 +1,349 @@
+"""How much memory a training run will take, before anything is loaded:
+
+    python -m tbrm_trl.memory --config examples/recipes/tbrm.yaml --processes 4 --zero_stage 2
+
+A micro-batch and a step of generation are run by the model's own code on tensors that have shapes and no storage
+(`FakeTensorMode`), and what would be live is added up. What is sharded follows from formulas: `docs/memory.md`.
+"""
+
+from __future__ import annotations
+
+import math
+import sys
+from collections.abc import Iterable
+from copy import deepcopy
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+from trl import ModelConfig, TrlParser, get_peft_config
+
+from ..config import TBRMConfig
+from .live_bytes import Trace, quantize
+
+# State tensors per trained one by `optim`; whether in 8 bits; whether in pages that may go to the host.
+OPTIMIZERS = {
+    "adamw_torch": (2, False, False),
+    "adamw_torch_fused": (2, False, False),
+    "adamw_8bit": (2, True, False),
+    "adamw_bnb_8bit": (2, True, False),
+    "paged_adamw_32bit": (2, False, True),
+    "paged_adamw_8bit": (2, True, True),
+    "lion_32bit": (1, False, False),
+    "lion_8bit": (1, True, False),
+    "paged_lion_32bit": (1, False, True),
+    "paged_lion_8bit": (1, True, True),
+    "rmsprop": (1, False, False),
+    "adagrad": (1, False, False),
+    "sgd": (0, False, False),
+}
+SMALL, BLOCK = 4096, 256  # bitsandbytes: tensors below this stay float32; the others have a float32 for each block
+REDUCE_BUCKET, LIVE_PARAMETERS = 500_000_000, 1_000_000_000  # DeepSpeed's defaults, in elements
+TAKES_MASKS = (None, "sdpa", "eager")  # attention that is given masks where prompts are padded
+PARTS = ("weights", "reference", "optimizer", "gradients", "communication", "activations", "head", "generation")
+
+
+@dataclass(frozen=True)
+class MemoryEstimate:
+    """Bytes on each process's device, by phase of training and part, as live at the phase's peak.
+
+    The parts: `weights` of the policy, `reference`, `optimizer` (states, and master weights under DeepSpeed),
+    `gradients`, `communication` (buckets, gathered parameters), `activations` of a micro-batch, `head` (logits in
+    tiles, soft values, the head's own gradient before it is added), `generation` (KV cache and one step).
+
+    Attributes:
+        phases: `generation`, `update`, `optimizer step` → part → bytes.
+        parameters: of the policy, adapters included.
+        trained: how many of them.
+        paged: bytes of optimizer states, not in the phases, that go to the host where the device has no room.
+    """
+
+    phases: dict[str, dict[str, int]]
+    parameters: int
+    trained: int
+    paged: int = 0
+
+    @property
+    def total(self) -> int:
+        """The peak."""
+        return max(sum(parts.values()) for parts in self.phases.values())
+
+    def __str__(self) -> str:
+        def row(name: str, values: Iterable[int]) -> str:
+            return f"| {name:15} |" + "".join(f" {value / 2**30:>14.2f} |" for value in values)
+
+        named = {part: [parts[part] for parts in self.phases.values()] for part in PARTS}
+        lines = ["| GiB per process |" + "".join(f" {phase:>14} |" for phase in self.phases)]
+        lines.append("|-----------------|" + "---------------:|" * len(self.phases))
+        lines += [row(part, values) for part, values in named.items() if any(values)]
+        lines.append(row("together", (sum(parts.values()) for parts in self.phases.values())))
+        paged = f", and {self.paged / 2**30:.1f} GiB of paged optimizer states" if self.paged else ""
+        lines.append(
+            f"\n{self.parameters:,} parameters, {self.trained:,} of them trained. "
+            f"Peak: {self.total / 2**30:.1f} GiB per process{paged}."
+        )
+        return "\n".join(lines)
+
+
+def estimate_memory(
+    model: str | PretrainedConfig,
+    *,
+    rows: int,
+    prompt_length: int,
+    completion_length: int,
+    generated_rows: int | None = None,
+    accumulation: int = 1,
+    dtype: str = "float32",
+    mixed_precision: str | None = "bfloat16",
+    attn_implementation: str | None = None,
+    gradient_checkpointing: bool = True,
+    optimizer: str = "adamw_torch_fused",
+    peft_config: Any = None,
+    quantization: str | None = None,
+    double_quantization: bool = False,
+    reference: bool = True,
+    values_per_row: int = 1,
+    processes: int = 1,
+    zero_stage: int = 0,
+    fsdp: bool = False,
+    device: str = "cuda",
+) -> MemoryEstimate:
+    """The memory that [`TBRMTrainer`] takes on each process's device. Nothing is loaded but the configuration.
+
+    Args:
+        model: id or folder of a causal language model, or its configuration.
+        rows: of a micro-batch, on one process. More than one are taken to differ in length where they are rolled out.
+        prompt_length, completion_length: of the longest rows, in tokens.
+        generated_rows: rolled out at a time on one process; 0 where no model here generates. By default `rows`.
+        accumulation: micro-batches per optimizer step.
+        dtype: that the weights are loaded in; "auto" is the configuration's.
+        mixed_precision: "bfloat16", "float16" or None: of autocast, or of the weights themselves under DeepSpeed.
+        attn_implementation: "sdpa" by default. "eager" keeps its scores; others are taken for sdpa without a mask.
+        gradient_checkpointing, optimizer: as `gradient_checkpointing` and `optim` of `TrainingArguments`.
+        peft_config: of a LoRA adapter; None for full fine-tuning.
+        quantization: "4bit" or "8bit" by bitsandbytes, of the linear layers other than the head; or None.
+        double_quantization: in 4 bits, of the constants too.
+        reference: whether a frozen copy is kept. Beside an adapter there is none.
+        values_per_row: soft values per row: 1; 2 with `truncation="bootstrap"`; every action's with `residual="token"`.
+        processes: on all nodes, one device each.
+        zero_stage: 1, 2 or 3 under DeepSpeed with its own defaults, else 0.
+        fsdp: FSDP2; parameters, gradients and states are sharded over all processes.
+        device: "cuda" or "cpu", where TRL's head takes several copies of a tile.
+
+    Raises:
+        ValueError: for a model that is not there or cannot be run without values, an optimizer whose states are not
+            known, and options that do not go together.
+    """
+    _check(optimizer, zero_stage, fsdp, quantization, peft_config)
+    for name, number in dict(rows=rows, completion_length=completion_length, processes=processes).items():
+        if number < 1:
+            raise ValueError(f"`{name}={number}` must be at least 1.")
+    config = _configuration(model)
+    loaded = (config.dtype or torch.float32) if dtype == "auto" else getattr(torch, dtype)
+    computed = getattr(torch, mixed_precision) if mixed_precision else loaded
+    sharded = bool(zero_stage or fsdp)
+    trace = Trace(
+        rows, prompt_length, completion_length, values_per_row, device,
+        masked=attn_implementation in TAKES_MASKS,
+        autocast=None if sharded or not mixed_precision else computed,
+        gradients="reduced" if zero_stage > 1 or fsdp else "kept" if zero_stage or accumulation > 1 else "made",
+    )  # fmt: skip
+    with torch.device("meta"):
+        policy = _policy(config, computed if sharded else loaded, attn_implementation)
+        if peft_config is not None:
+            _add_adapters(policy, peft_config, computed if zero_stage else torch.bfloat16 if quantization else None)
+    packed = quantize(policy, quantization, double_quantization) if quantization else {}
+    if gradient_checkpointing:
+        policy.gradient_checkpointing_enable()
+        if peft_config is not None:
+            policy.enable_input_require_grads()
+    try:
+        update = trace.update(policy)
+        rollout = trace.generation(policy, rows if generated_rows is None else generated_rows)
+    except RuntimeError as error:
+        raise ValueError(
+            f"{config.model_type!r} cannot be run without values ({str(error).splitlines()[0]}), as where "
+            "tokens choose experts: its activations are not known beforehand. Estimate a dense model of its width."
+        ) from error
+
+    def held(name: str, parameter: nn.Parameter) -> int:
+        dtype = parameter.dtype
+        if fsdp:  # accelerate keeps what is trained in float32, and gathers all of it in the computed dtype
+            dtype = torch.float32 if mixed_precision and parameter.requires_grad else loaded
+        return packed.get(name, parameter.numel() * dtype.itemsize)
+
+    bytes_of = {name: held(name, parameter) for name, parameter in policy.named_parameters()}
+    trained = {name: p for name, p in policy.named_parameters() if p.requires_grad}
+    whole, gradients = sum(bytes_of.values()), sum(bytes_of[name] for name in trained)
+    elements, count = sum(p.numel() for p in policy.parameters()), sum(p.numel() for p in trained.values())
+    itemsize = {name: 4 if zero_stage else bytes_of[name] // p.numel() for name, p in trained.items()}
+    # The Trainer keeps those of embeddings in float32.
+    embeddings = {id(m.weight) for m in policy.modules() if isinstance(m, nn.Embedding)}
+    states = sum(_states(optimizer, p.numel(), itemsize[name], id(p) in embeddings) for name, p in trained.items())
+    paged = OPTIMIZERS[optimizer][2] and not zero_stage
+    ways = processes if zero_stage == 3 or fsdp else 1  # that the weights are sharded
+    always = {
+        "weights": whole // ways,
+        "reference": whole // ways if reference and peft_config is None else 0,
+        "optimizer": 0 if paged else (states + (4 * count if zero_stage else 0)) // (processes if sharded else 1),
+    }
+    reduced = gradients // processes if zero_stage > 1 or fsdp else 0
+    # FSDP2 reduces in the last micro-batch, and keeps whole gradients until then.
+    unreduced = count * computed.itemsize if fsdp and accumulation > 1 else 0
+
+    # Beside the parts: buckets, and parameters that are whole while they are worked with.
+    bucket = REDUCE_BUCKET * computed.itemsize if zero_stage else gradients if processes > 1 and not fsdp else 0
+    gathered, all_gathered = 0, 0
+    if zero_stage == 3:
+        gathered, all_gathered = min(elements, LIVE_PARAMETERS) * computed.itemsize, elements * computed.itemsize
+    elif fsdp:
+        blocks = [sum(p.numel() for p in block.parameters()) for block in _blocks(policy)]
+        others = elements - sum(blocks)
+        all_gathered = (others + 2 * max(blocks)) * computed.itemsize  # the next block while one is worked with
+        gathered = all_gathered + (max(blocks) if peft_config is None else 0) * computed.itemsize  # its gradients
+    foreach = gradients if optimizer == "adamw_torch" and device != "cpu" and not zero_stage else 0
+    if zero_stage:  # float32 gradients of the partition (of ZeRO-3 for a sub-group of 1e9 elements)
+        foreach = 4 * min(count // processes, LIVE_PARAMETERS if zero_stage == 3 else count)
+    phases = {
+        "generation": {
+            "communication": all_gathered + (bucket if zero_stage in (0, 3) else 0),
+            "gradients": reduced if zero_stage == 3 else 0,
+            "generation": rollout,
+        },
+        "update": {
+            **update,
+            "gradients": update["gradients"] + reduced + unreduced,
+            "communication": bucket + gathered,
+        },
+        "optimizer step": {"gradients": (reduced or gradients) + foreach, "communication": bucket},
+    }
+    return MemoryEstimate(
+        {name: {**dict.fromkeys(PARTS, 0), **always, **parts} for name, parts in phases.items()},
+        elements,
+        count,
+        states if paged else 0,
+    )
+
+
+def _check(optimizer: str, zero_stage: int, fsdp: bool, quantization: str | None, peft_config: Any) -> None:
+    if optimizer not in OPTIMIZERS:
+        raise ValueError(f"`optim={optimizer!r}` is not among those whose memory is known: {', '.join(OPTIMIZERS)}.")
+    if zero_stage not in range(4) or (zero_stage and fsdp):
+        raise ValueError(f"`zero_stage={zero_stage}`, `fsdp={fsdp}`: ZeRO has stages 1 to 3, and goes without FSDP.")
+    if quantization not in (None, "4bit", "8bit") or (quantization and peft_config is None):
+        raise ValueError(f"`quantization={quantization!r}`: '4bit' or '8bit', and with an adapter: bare, it is frozen.")
+
+
+def _configuration(model: str | PretrainedConfig) -> PretrainedConfig:
+    if isinstance(model, PretrainedConfig):
+        return deepcopy(model)
+    try:
+        return AutoConfig.from_pretrained(model)
+    except (OSError, ValueError) as error:
+        raise ValueError(
+            f"No configuration of a model at {model!r}. Give the id of a model on the Hub, or a folder with its "
+            f"config.json ({str(error).splitlines()[0]})"
+        ) from error
+
+
+def _policy(config: PretrainedConfig, dtype: torch.dtype, attention: str | None) -> PreTrainedModel:
+    if attention not in TAKES_MASKS:
+        attention = "sdpa"
+    try:
+        return AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation=attention).train()
+    except ValueError as error:
+        raise ValueError(f"{config.model_type!r} does not load as a causal language model: {error}") from error
+
+
+def _blocks(model: PreTrainedModel) -> list[nn.Module]:
+    """The decoder's layers."""
+    return list(max((m for m in model.modules() if isinstance(m, nn.ModuleList)), key=len, default=[model]))
+
+
+def _states(optimizer: str, elements: int, itemsize: int, embedding: bool) -> int:
+    number, eight_bits, _ = OPTIMIZERS[optimizer]
+    if not eight_bits:
+        return number * elements * itemsize
+    return number * (4 * elements if embedding or elements < SMALL else elements + 4 * math.ceil(elements / BLOCK))
+
+
+def _add_adapters(policy: PreTrainedModel, peft_config: Any, dtype: torch.dtype | None) -> None:
+    """Adapters as PEFT makes them: in float32, unless `dtype` says otherwise."""
+    from peft import get_peft_model
+
+    get_peft_model(policy, deepcopy(peft_config))  # in place
+    if dtype is not None:
+        for parameter in policy.parameters():
+            if parameter.requires_grad:
+                parameter.data = parameter.data.to(dtype)
+
+
+@dataclass
+class Machine:
+    """Where the training would run, and what no recipe says."""
+
+    model: str | None = field(default=None, metadata={"help": "Id or folder; else the recipe's model_name_or_path."})
+    processes: int = field(default=1, metadata={"help": "Over all nodes, one device each."})
+    zero_stage: int = field(default=0, metadata={"help": "DeepSpeed ZeRO: 1, 2 or 3."})
+    fsdp2: bool = field(default=False, metadata={"help": "FSDP2, everything sharded over all processes."})
+    prompt_length: int = field(default=512, metadata={"help": "Tokens of the longest prompt."})
+    device: str = field(default="cuda", metadata={"help": "'cuda', or 'cpu'."})
+    only_logs: bool = field(default=False, metadata={"help": "The training set holds logged rows alone."})
+
+
+def estimate_of_run(config: TBRMConfig, model: ModelConfig, machine: Machine) -> MemoryEstimate:
+    """The estimate for a run of `examples/train.py`."""
+    name = machine.model or model.model_name_or_path
+    if name is None:
+        raise ValueError("Which model? Give --model, or a recipe with `model_name_or_path`.")
+    freed = config.reference == "previous" or (
+        machine.only_logs and config.precompute_ref_log_probs is not False and not config.sync_ref_model
+    )
+    values = {"token": config.max_completion_length}.get(config.residual, 2 if config.truncation == "bootstrap" else 1)
+    rows, accumulation = config.per_device_train_batch_size, config.gradient_accumulation_steps
+    generated = rows * config.steps_per_generation
+    if tokens := config.max_tokens_per_microbatch:
+        held = min(rows, max(1, tokens // (machine.prompt_length + config.max_completion_length)))
+        rows, accumulation = held, math.ceil(rows / held)
+    return estimate_memory(
+        name,
+        rows=rows,
+        prompt_length=machine.prompt_length,
+        completion_length=config.max_completion_length,
+        generated_rows=0 if config.use_vllm or machine.only_logs else generated,
+        accumulation=accumulation,
+        dtype=model.dtype,
+        mixed_precision="bfloat16" if config.bf16 else "float16" if config.fp16 else None,
+        attn_implementation=model.attn_implementation,
+        gradient_checkpointing=config.gradient_checkpointing,
+        optimizer=str(getattr(config.optim, "value", config.optim)),
+        peft_config=get_peft_config(model),
+        quantization="4bit" if model.load_in_4bit else "8bit" if model.load_in_8bit else None,
+        double_quantization=model.use_bnb_nested_quant,
+        reference=not freed,
+        values_per_row=values,
+        processes=machine.processes,
+        zero_stage=machine.zero_stage,
+        fsdp=machine.fsdp2,
+        device=machine.device,
+    )
+
+
+def main(arguments: list[str] | None = None) -> None:
+    given = sys.argv[1:] if arguments is None else arguments
+    machine, *_ = TrlParser((Machine,)).parse_args_and_config(given, return_remaining_strings=True)
+
+    class Planned(TBRMConfig):  # checks its batches for those processes, instead of the one that runs here
+        world_size = property(lambda self: max(1, machine.processes))
+
+    parser = TrlParser((Machine, Planned, ModelConfig))
+    parser.set_defaults(output_dir=".", use_cpu=not torch.cuda.is_available(), report_to="none", lora_dropout=0.0)
+    try:
+        machine, config, model, unknown = parser.parse_args_and_config(given, return_remaining_strings=True)
+        if wrong := [word for word in unknown if word in given]:  # what else a recipe says is its own affair
+            parser.error(f"unknown: {' '.join(wrong)}")
+        print(estimate_of_run(config, model, machine))
+    except ValueError as error:
+        parser.error(str(error))

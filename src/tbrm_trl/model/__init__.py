@@ -1,0 +1,1 @@
+"""What runs a forward pass: the trajectory head, scoring, the reference."""

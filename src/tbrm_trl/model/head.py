@@ -1,0 +1,146 @@
+"""The trajectory head: a model's own forward made to score trajectories, without forming the full logits."""
+
+from __future__ import annotations
+
+import functools
+import types
+from contextlib import nullcontext
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from ..batch import TrajectoryScores, at_least_float32
+
+
+def logit_transform(model: PreTrainedModel, temperature: float):
+    """What the model does to the output of its head before the softmax (scale, soft-cap), then division by T.
+
+    The head's bias is applied by the head itself. Names of the scale differ by family: `logit_scale` (Cohere),
+    `output_multiplier` (Muse), `lm_head_multiplier` (Falcon-H1), `logits_scaling` (Granite and MiniCPM3 divide by it,
+    HyperCLOVA X multiplies).
+    """
+    config = model.config.get_text_config()
+    scale = 1.0
+    for name in ("logit_scale", "output_multiplier", "lm_head_multiplier"):
+        if getattr(config, name, None) is not None:
+            scale = getattr(config, name)
+            break
+    else:
+        if (scaling := getattr(config, "logits_scaling", None)) is not None:
+            scale = scaling if config.model_type == "hyperclovax" else 1.0 / scaling
+    soft_cap = getattr(config, "final_logit_softcapping", None)
+
+    def transform(logits: Tensor) -> Tensor:
+        logits = at_least_float32(logits) * scale
+        if soft_cap is not None:
+            logits = soft_cap * torch.tanh(logits / soft_cap)
+        return logits / temperature
+
+    return transform
+
+
+def add_trajectory_head(model: PreTrainedModel, temperature: float, cast_lm_head_to_fp32: bool = False) -> None:
+    """Teach `model` to score trajectories: `model(..., action_mask=mask)` returns `TrajectoryScores`.
+
+    It knows nothing of the layout, padded rows or one packed row: `scored` are the tokens whose log-probability and
+    entropy are computed, and `first_state` and, where V is wanted there too, `last_state` are the `(B,)` places of the
+    state of each trajectory's first action and of its last token, in the row or rows laid end to end. `every_value`
+    asks for V at every action. Results per token come back in the layout of the input.
+
+    Everything happens inside the model's own forward, so that the hooks of DDP, FSDP and DeepSpeed ZeRO fire. The
+    backbone runs once; only the states in which the policy acted go on to TRL's chunked head (which the model must
+    already have, see `trl.trainer.utils.add_fused_lm_head`), and one state per trajectory to the ordinary head, for
+    the soft value. Neither ever forms the `(B, T, vocabulary)` logits (but `every_value` those of all actions). Without
+    `action_mask` the forward is unchanged.
+
+    Args:
+        model: causal language model with TRL's fused head, not wrapped by PEFT.
+        temperature: sampling temperature T; the policy is softmax(logits / T).
+        cast_lm_head_to_fp32: keep the head out of autocast, as TRL's option of that name does.
+    """
+    fused_forward = model.forward
+    transform = logit_transform(model, temperature)
+
+    def soft_value(states: Tensor) -> Tensor:
+        head = model.get_output_embeddings()
+        # The kernel computes in the autocast dtype, if any, and else in that of the states: so does the soft value.
+        in_head_dtype = torch.autocast(states.device.type, enabled=False) if cast_lm_head_to_fp32 else nullcontext()
+        with in_head_dtype:
+            return transform(head(states.to(head.weight.device))).logsumexp(dim=-1)  # (N,)
+
+    @functools.wraps(fused_forward)  # `generate` reads the signature
+    def forward(
+        self,
+        *args: Any,
+        action_mask: Tensor | None = None,
+        scored: Tensor | None = None,
+        first_state: Tensor | None = None,
+        last_state: Tensor | None = None,
+        every_value: bool = False,
+        **kwargs: Any,
+    ) -> Any:
+        if action_mask is None:
+            return fused_forward(*args, **kwargs)
+
+        assert scored is not None and first_state is not None, "`score` gives both"
+        soft_values: dict[str, Tensor] = {}
+
+        def keep_acting_states(module: nn.Module, inputs: Any, output: Any) -> Any:
+            states = output.last_hidden_state.flatten(0, 1)  # (B·T, hidden)
+            device = states.device
+
+            def choosing(mask: Tensor) -> Tensor:
+                """The states in which these tokens were chosen. No trajectory's first token is an action."""
+                return states[:-1][mask.flatten()[1:].to(device)]  # (N, hidden)
+
+            wanted = {"soft_value": states[first_state.to(device)]}  # (B, hidden)
+            if last_state is not None:
+                wanted["end_value"] = states[last_state.to(device)]  # (B, hidden)
+            if every_value:
+                wanted["state_values"] = choosing(action_mask)  # (N, hidden)
+            # FSDP2 frees the head's weights when backward is through its module. So the module's one call goes before
+            # the kernel, which has the bare weights: backward is then through the kernel first.
+            values = soft_value(torch.cat(list(wanted.values())))
+            soft_values.update(zip(wanted, values.split([len(one) for one in wanted.values()]), strict=True))
+            soft_values["hidden"] = wanted["soft_value"].detach()
+            output.last_hidden_state = choosing(scored).unsqueeze(0)  # (1, N, hidden)
+            return output
+
+        hook = self.base_model.register_forward_hook(keep_acting_states)
+        try:
+            actions = kwargs["input_ids"][scored].unsqueeze(0)  # (1, N)
+            scores = fused_forward(*args, shift_labels=actions, fused_lm_head=True, **kwargs)
+        finally:
+            hook.remove()
+
+        if every_value:
+            soft_values["state_values"] = at_mask(soft_values["state_values"], action_mask)
+        return TrajectoryScores(
+            log_probs=at_mask(scores.log_probs, scored),
+            entropy=None if scores.entropy is None else at_mask(scores.entropy, scored),
+            aux_loss=scores.aux_loss,
+            **soft_values,
+        )
+
+    model.forward = types.MethodType(forward, model)
+
+
+def at_mask(values: Tensor, mask: Tensor) -> Tensor:
+    """Put values, in order, where the mask is true in a tensor of its shape; 0 elsewhere."""
+    return values.new_zeros(mask.shape).masked_scatter(mask.to(values.device), values)
+
+
+def disable_randomness(model: nn.Module) -> None:
+    """Switch off every dropout and router jitter of `model`, in place.
+
+    A noisy log-probability biases a squared sum: E(δ + ε)² = δ² + Var ε. Besides dropout modules, attention layers
+    keep a rate of their own as a plain number.
+    """
+    for module in model.modules():
+        if isinstance(module, nn.modules.dropout._DropoutNd):
+            module.p = 0.0
+        for name, value in vars(module).items():
+            if isinstance(value, float) and value > 0 and any(word in name for word in ("dropout", "pdrop", "jitter")):
+                setattr(module, name, 0.0)

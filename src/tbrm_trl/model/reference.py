@@ -1,0 +1,246 @@
+"""The reference policy π_ref: which module computes it, its identity, its resets, and the scores it gives."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from pathlib import Path
+from typing import Any
+
+import torch
+import xxhash
+from accelerate import Accelerator
+from accelerate.utils import gather_object
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+from transformers import PreTrainedTokenizerBase, TrainerCallback
+from trl.trainer.callbacks import SyncRefModelCallback
+from trl.trainer.utils import use_adapter
+
+from ..batch import Batch, TrajectoryScores
+from ..trajectory import PREVIOUS, Trajectory
+
+ADAPTER = "ref"  # TRL's name for it
+
+
+class Reference:
+    """π_ref of a policy: a frozen copy (full fine-tuning), the adapter `ref`, or the base model without adapters.
+
+    Args:
+        policy: gives the model being trained, wrapped or not.
+        frozen_copy: the reference of a fully fine-tuned model, as prepared for the process group; None for PEFT.
+        accelerator: the trainer's.
+        settings: what the scores depend on besides weights (temperature, dtype, …), as JSON-able values.
+    """
+
+    def __init__(
+        self,
+        policy: Callable[[], nn.Module],
+        frozen_copy: nn.Module | None,
+        accelerator: Accelerator,
+        settings: dict[str, Any],
+    ):
+        self.policy, self.frozen_copy, self.accelerator, self.settings = policy, frozen_copy, accelerator, settings
+        self.renew_key()
+
+    @contextmanager
+    def module(self) -> Iterator[nn.Module]:
+        """The module that computes π_ref."""
+        if self.frozen_copy is not None:
+            yield self.frozen_copy
+            return
+        policy = self.policy()
+        adapters = self._unwrapped(policy)
+        with use_adapter(adapters, ADAPTER if ADAPTER in adapters.peft_config else None):
+            yield policy
+
+    def sync(self, alpha: float) -> None:
+        """Move the reference to `alpha × policy + (1 − alpha) × reference`; alpha = 1 is a hard reset.
+
+        This makes stored scores stale. A trajectory is scored again the next time it is trained on.
+        """
+        trained = self._trained()
+        for name, parameter in self._synced().items():  # one by one: ZeRO-3 makes whole what is synced
+            SyncRefModelCallback.sync_target_model(
+                nn.ParameterList([trained[name]]), nn.ParameterList([parameter]), alpha
+            )
+        self.renew_key()
+
+    def save(self, folder: Path) -> None:
+        """Write what `sync` changes: the whole of it once, or every process its own FSDP2 shard."""
+        tensors = {}
+        for name, parameter in self._synced().items():
+            with _gathered(parameter):
+                if self.accelerator.is_main_process or isinstance(parameter, DTensor):
+                    tensors[name] = _local_shard(parameter).detach().to("cpu", copy=True).contiguous()
+        if tensors:
+            save_file(tensors, _file(folder))
+
+    @torch.no_grad()
+    def load(self, folder: Path, main_folder: Path) -> None:
+        """Read back what `save` wrote.
+
+        Args:
+            folder: this process's.
+            main_folder: the main process's, which holds the whole where nothing is sharded.
+        """
+        parameters = self._synced()
+        sharded = any(isinstance(parameter, DTensor) for parameter in parameters.values())
+        with safe_open(_file(folder if sharded else main_folder), framework="pt") as saved:
+            for name, parameter in parameters.items():
+                with _gathered(parameter):
+                    _local_shard(parameter).copy_(saved.get_tensor(name))
+        self.renew_key()
+
+    def is_stale(self, trajectory: Trajectory) -> bool:
+        """Whether the scores that a trajectory carries, if any, are another reference's."""
+        return trajectory.ref_key != self.key
+
+    def renew_key(self) -> None:
+        """Make `key` the digest of the weights of π_ref and of the settings: stored scores with this key are its own.
+
+        It must be renewed after every change of the weights, or of how they are sharded.
+        """
+        if self.frozen_copy is not None:
+            weights = list(self._unwrapped(self.frozen_copy).named_parameters())
+        else:
+            policy = self._unwrapped(self.policy())
+            others = [f".{name}." for name in policy.peft_config if name != ADAPTER]
+            weights = [(n, p) for n, p in policy.named_parameters() if not any(o in f"{n}." for o in others)]
+        digest = xxhash.xxh3_128()
+        for name, parameter in weights:
+            # A ZeRO-3 parameter is fingerprinted by this process's partition, without gathering it.
+            local = getattr(parameter, "ds_tensor", _local_shard(parameter)).detach().contiguous()
+            digest.update(f"{name} {tuple(local.shape)} {local.dtype}".encode())
+            digest.update(local.reshape(-1).view(torch.uint8).cpu().numpy().data)
+        # Processes with a whole copy each agree; those with a shard each make up one key together.
+        parts = sorted(set(gather_object([digest.hexdigest()])))
+        self.key = xxhash.xxh3_128_hexdigest(json.dumps([parts, self.settings], sort_keys=True).encode())
+
+    def _unwrapped(self, model: nn.Module) -> Any:
+        """The model inside its wrappers, `torch.compile`'s too: that prefixes the names of the parameters."""
+        return self.accelerator.unwrap_model(model, keep_torch_compile=False)
+
+    def _synced(self) -> dict[str, nn.Parameter]:
+        """What a sync changes, by a name that the policy's own parameter shares."""
+        if self.frozen_copy is not None:
+            return dict(self._unwrapped(self.frozen_copy).named_parameters())
+        return _adapter(self._unwrapped(self.policy()), ADAPTER)
+
+    def _trained(self) -> dict[str, nn.Parameter]:
+        policy = self._unwrapped(self.policy())
+        return (
+            dict(policy.named_parameters()) if self.frozen_copy is not None else _adapter(policy, policy.active_adapter)
+        )
+
+
+class PreviousPolicy:
+    """The policy that produced a trajectory, as its reference: it scores each trajectory once, before it learns of it.
+
+    Args:
+        policy: gives the model being trained, wrapped or not.
+        step: gives the number of updates that the policy has made.
+    """
+
+    def __init__(self, policy: Callable[[], nn.Module], step: Callable[[], int]):
+        self.policy, self.step = policy, step
+
+    @property
+    def key(self) -> str:
+        return f"{PREVIOUS}{self.step()}"
+
+    def module(self) -> AbstractContextManager[nn.Module]:
+        """The policy as it is now."""
+        return nullcontext(self.policy())
+
+    def is_stale(self, trajectory: Trajectory) -> bool:
+        """Whether a trajectory was never scored."""
+        return trajectory.ref_key is None
+
+
+def _adapter(policy: nn.Module, adapter: str) -> dict[str, nn.Parameter]:
+    """The parameters of one adapter, by a name that another's counterpart shares."""
+    inside = f".{adapter}."
+    return {f"{n}.".replace(inside, ".")[:-1]: p for n, p in policy.named_parameters() if inside in f"{n}."}
+
+
+def _file(folder: Path) -> Path:
+    return folder / "reference.safetensors"
+
+
+def _local_shard(parameter: Tensor) -> Tensor:
+    """What this process holds of a parameter: its FSDP2 shard, or all of it."""
+    return parameter.to_local() if isinstance(parameter, DTensor) else parameter
+
+
+def _gathered(parameter: nn.Parameter) -> AbstractContextManager[None]:
+    """Makes a ZeRO-3 parameter whole inside, and partitions what the main process wrote to it at the end."""
+    if hasattr(parameter, "ds_id"):
+        import deepspeed
+
+        return deepspeed.zero.GatheredParameters([parameter], modifier_rank=0)
+    return nullcontext()
+
+
+def add_reference_adapter(policy: Any) -> None:
+    """Give a PEFT policy the frozen adapter `ref`, equal to the one being trained; TRL may have added one already."""
+    active = policy.active_adapter
+    if ADAPTER not in policy.peft_config:
+        policy.add_adapter(ADAPTER, policy.peft_config[active])
+        policy.set_adapter(active)  # leaves `ref` frozen
+    trained = _adapter(policy, active)
+    for name, parameter in _adapter(policy, ADAPTER).items():
+        # In its dtype too: PEFT makes adapters float32, and TRL trains some in bfloat16.
+        parameter.data = trained[name].data.clone()
+
+
+class SyncReference(TrainerCallback):
+    """Moves the reference to the policy every `ref_model_sync_steps` updates."""
+
+    def __init__(self, reference: Reference):
+        self.reference = reference
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        self.reference.renew_key()  # a policy with adapters is sharded by now, as when `load` renews it
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if state.global_step % args.ref_model_sync_steps == 0:
+            self.reference.sync(args.ref_model_mixup_alpha)
+
+
+@torch.no_grad()
+def score_reference(
+    batches: Sequence[Sequence[Trajectory]],
+    forwards: int,
+    key: str,
+    collate: Callable[[Sequence[Trajectory]], Batch],
+    score: Callable[[Batch], TrajectoryScores],
+    filler: Trajectory,
+) -> None:
+    """Write log π_ref, V_ref(s_1) and the reference's key onto each trajectory, both numbers from the same forward.
+
+    Args:
+        batches: trajectories to score, those of one forward together.
+        forwards: forwards to run, equally many on every process: a sharded model needs all processes in each.
+        key: the key of the reference that scores.
+        collate: trajectories → padded batch.
+        score: padded batch → scores of the reference.
+        filler: trajectory that is run where this process has fewer batches than forwards; its scores are not kept.
+    """
+    scored = [(batch, score(collate(batch))) for batch in batches]
+    for _ in range(forwards - len(batches)):
+        score(collate([filler]))
+    for batch, scores in scored:  # read once all forwards are under way
+        log_probs, soft_values = scores.log_probs.cpu(), scores.soft_value.tolist()
+        end_values = [None] * len(batch) if scores.end_value is None else scores.end_value.tolist()
+        for trajectory, row, soft_value, end_value in zip(batch, log_probs, soft_values, end_values, strict=True):
+            trajectory.ref_log_probs = row[len(trajectory.prompt_ids) : len(trajectory)].clone()
+            trajectory.ref_soft_value, trajectory.ref_end_value = soft_value, end_value
+            trajectory.ref_key = key
+
+
+def tokenizer_digest(tokenizer: PreTrainedTokenizerBase) -> str:
+    return xxhash.xxh3_64_hexdigest(json.dumps(sorted(tokenizer.get_vocab().items())).encode())

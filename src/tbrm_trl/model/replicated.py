@@ -1,0 +1,55 @@
+"""A module that is trained beside the policy, whole on every process."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import broadcast
+from torch import nn
+from transformers import TrainerCallback
+
+
+class ReplicatedModule(TrainerCallback):
+    """Trains a module with an AdamW of its own, whatever shards the policy.
+
+    The loss of each process is already scaled so that the mean over processes is that of the whole update, so gradients
+    are averaged over processes before each step.
+
+    Args:
+        module: it starts from the main process's weights on every process.
+        learning_rate: constant.
+        accelerator: the trainer's.
+
+    Raises:
+        ValueError: for mixed precision in float16, whose loss scale would reach these gradients too.
+    """
+
+    def __init__(self, module: nn.Module, learning_rate: float, accelerator: Accelerator):
+        if accelerator.mixed_precision == "fp16":
+            raise ValueError(
+                "A soft value with trained parameters cannot be trained with fp16=True: the loss scale would reach its "
+                "gradients. Use bf16=True, or full precision."
+            )
+        self.module, self.accelerator = module.to(accelerator.device), accelerator
+        for parameter in module.parameters():
+            parameter.data = broadcast(parameter.data)
+        self.optimizer = torch.optim.AdamW(module.parameters(), lr=learning_rate, weight_decay=0.0)
+
+    def on_optimizer_step(self, args, state, control, **kwargs):
+        for parameter in self.module.parameters():
+            gradient = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
+            parameter.grad = self.accelerator.reduce(gradient, reduction="mean")
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+
+    def save(self, path: Path) -> None:
+        """Write weights and optimizer, which every process has alike."""
+        torch.save({"module": self.module.state_dict(), "optimizer": self.optimizer.state_dict()}, path)
+
+    def load(self, path: Path) -> None:
+        """Read back what `save` wrote."""
+        saved = torch.load(path, map_location=self.accelerator.device, weights_only=True)
+        self.module.load_state_dict(saved["module"])
+        self.optimizer.load_state_dict(saved["optimizer"])

@@ -1,0 +1,258 @@
+"""The options of a run, documented once, and the sizes that follow from them."""
+
+from __future__ import annotations
+
+import inspect
+import re
+from dataclasses import dataclass, fields
+from types import MappingProxyType
+from typing import Any, TypeVar
+
+from trl import GRPOConfig
+
+from .batch import MicrobatchSize
+from .trajectory import End, Trajectory
+
+Options = TypeVar("Options", bound=type)
+
+_SAMPLING_FILTERS = ("top_p", "top_k", "min_p", "repetition_penalty")
+# What `generation_kwargs` may set without changing the sampled distribution.
+_HARMLESS = (
+    "max_new_tokens",
+    "max_length",
+    "cache_implementation",
+    "cache_config",
+    "use_cache",
+    "seed",
+    "disable_compile",
+)
+_OPTION = re.compile(r"^    (\w+) \((.+)\):\n((?:        .+\n?|\n(?=        ))+)", flags=re.M)
+
+
+def option_texts(options: type) -> dict[str, str]:
+    """What the docstring of a class of options says of each, on one line."""
+    return {name: " ".join(text.split()) for name, _, text in _OPTION.findall(inspect.cleandoc(options.__doc__ or ""))}
+
+
+def helped_by_docstring(options: Options) -> Options:
+    """Make `--help` say what the docstring of a dataclass says of its options. A percent sign needs no escape."""
+    texts = option_texts(options)
+    for field in fields(options):
+        if field.name in texts:
+            field.metadata = MappingProxyType({**field.metadata, "help": texts[field.name].replace("%", "%%")})
+    return options
+
+
+@helped_by_docstring
+@dataclass
+class TBRMOptions(GRPOConfig):
+    r"""
+    Options of [`TBRMTrainer`]. Those of `transformers.TrainingArguments` and `trl.GRPOConfig` are inherited;
+    `docs/configuration.md` lists which of the latter are kept, given a meaning, or refused.
+
+    Parameters:
+        > Parameters that control the residual
+
+        beta (`float`, *optional*, defaults to `0.002`):
+            KL coefficient β of the objective `E[R] − β KL(π‖π_ref)`, in reward units per nat. It must be positive.
+        soft_value (`str`, *optional*, defaults to `"policy"`):
+            Name of the estimator that gives the value term V of the residual. `"policy"` is TBRM's `V_θ(s_1)`
+            (arXiv 2505.15311). `"calibrated"` is `V_θ(s_1) − V_ref(s_1)` (ReVal, arXiv 2603.23355): the residual of the
+            untrained model is then `−R/β` instead of `V − R/β`, so choose it unless `1/β` dwarfs V. The others are
+            `"group"` (VarGrad, REBEL, CoPG, GVPO), `"log_mean_exp"` (OAPL, Kimi k1.5), `"optimal"` (A*-PO),
+            `"partition"` (reward partitioning), `"model"` (a frozen value model), `"zero"`, and every subclass of
+            [`SoftValue`]. `docs/theory.md` derives the target of each.
+        soft_value_beta (`float` or `None`, *optional*):
+            β₁ of the estimators `"optimal"` and `"log_mean_exp"`, whose value is `β₁ log mean exp(r/β₁)` in reward
+            units. None takes β. `inf` gives the mean of the rewards.
+        soft_value_samples (`int`, *optional*, defaults to `8`):
+            The estimator `"optimal"` draws this many samples of the reference per prompt. It must be a multiple of
+            `num_generations`.
+        soft_value_drop_unsolved (`bool`, *optional*, defaults to `False`):
+            The estimator `"optimal"` drops the prompts for which no sample has a positive reward.
+        soft_value_self_normalized (`bool`, *optional*, defaults to `False`):
+            The estimator `"partition"` divides its partition function by the reference's mass on the logged
+            completions.
+        soft_value_model (`str` or `None`, *optional*):
+            Id or folder of the value model that the estimator `"model"` reads: a sequence classifier with one label and
+            the policy's vocabulary.
+        residual (`"trajectory"` or `"token"`, *optional*, defaults to `"trajectory"`):
+            `"token"` takes the classical Bellman residual of every token, which collapses on language models
+            (arXiv 2505.15311, App. H.3). It is meant for ablations and needs `soft_value="policy"`.
+        truncation (`"terminal"`, `"mask"` or `"bootstrap"`, *optional*, defaults to `"terminal"`):
+            How a completion that was cut at the length limit counts. `"terminal"` takes the cut as an end like any
+            other, with its reward. `"mask"` leaves the completion out of the loss. `"bootstrap"` subtracts the soft
+            value of the state after its last token, and its reward is `truncated_reward`, whatever the reward functions
+            say of the fragment; only the estimators `"policy"` and `"calibrated"` allow it.
+        truncated_reward (`float`, *optional*, defaults to `0.0`):
+            Reward that a cut completion has earned before the cut under `truncation="bootstrap"`.
+        loss_units (`"reward"` or `"logits"`, *optional*, defaults to `"reward"`):
+            `"reward"` squares `β δ`. `"logits"` squares `δ`, the paper's scale: the loss and its gradients are larger
+            by `1/β²`, so that `max_grad_norm=1` clips every step. Both have the same minimiser.
+
+        > Parameters that shape the reward
+
+        reward_baseline (`"none"`, `"group_mean"` or `"batch_mean"`, *optional*, defaults to `"none"`):
+            Mean reward that is subtracted from R: that of the prompt's group, or that of the generation window. Only
+            the estimators `"policy"`, `"calibrated"` and `"zero"` allow one.
+        reward_pessimism (`float`, *optional*, defaults to `0.0`):
+            Subtract this many standard errors of the reward functions' sum from it, where several functions (or one
+            listed several times) judge the same thing. R is then a lower confidence bound (after MICRO,
+            arXiv 2312.03991).
+
+        > Parameters that add terms to the loss
+
+        sft_coef (`float`, *optional*, defaults to `0.0`):
+            Weight of `−log π_θ(τ)` on trajectories whose reward reaches `sft_threshold` (arXiv 2405.16436). It is added
+            to `(β δ)²`.
+        sft_threshold (`float`, *optional*, defaults to `1.0`):
+            Reward, before any baseline, from which on `sft_coef` applies.
+        entropy_advantage_coef (`float`, *optional*, defaults to `0.0`):
+            Weight of an entropy bonus: each trajectory's summed token entropy times its advantage `A = −β δ` (IBRO,
+            arXiv 2507.18391). The term is maximised.
+        token_fraction (`float`, *optional*, defaults to `1.0`):
+            Share of the tokens that are back-propagated through. They are drawn at random and weighted so that the
+            gradient is right on average (after arXiv 2504.20834). A share below 1 costs a second forward pass without
+            gradient, and does not go with `residual="token"`, `sft_coef` or `entropy_advantage_coef`.
+        token_selection (`"scatter"` or `"cut"`, *optional*, defaults to `"scatter"`):
+            How those tokens are drawn. `"scatter"` takes a random subset. `"cut"` takes all tokens before a random cut,
+            after which no activation is kept; it does not go with `truncation="bootstrap"`.
+
+        > Parameters that control micro-batches
+
+        max_tokens_per_microbatch (`int` or `None`, *optional*):
+            Size micro-batches by tokens, padding included. The `per_device_train_batch_size` rows are then one update;
+            they are divided into as few micro-batches as hold them, each of rows of similar length, equally many on
+            every process. A row that is longer than this gets a micro-batch of its own. `gradient_accumulation_steps`
+            must be 1. None makes each micro-batch `per_device_train_batch_size` rows, and an update
+            `gradient_accumulation_steps` of them.
+        padding_free (`bool`, *optional*, defaults to `False`):
+            Run the policy and the reference on the real tokens of a micro-batch as one row, without padding. It pays
+            with flash attention; with SDPA a row of N tokens has an N × N mask. It does not go with
+            `pad_to_multiple_of`.
+
+        > Parameters that control replay
+
+        replay_buffer_size (`int`, *optional*, defaults to `0`):
+            Trajectories that the first-in-first-out buffer holds, over all processes; 0 means no buffer. A window has S
+            fresh updates and `(num_iterations − 1) · S` others: with a buffer these take samples of it, without one
+            they take the window's trajectories again. ReVal uses 5120 with `num_iterations=2`.
+        replay_max_age (`int` or `None`, *optional*):
+            Updates after which a trajectory leaves the buffer. None keeps it until its place is needed.
+        replay_sampling (`"uniform"` or `"prioritized"`, *optional*, defaults to `"uniform"`):
+            `"prioritized"` draws by |residual| (Schaul et al. 2016, arXiv 1511.05952). It does not go with
+            `soft_value="group"`.
+        replay_priority_exponent (`float`, *optional*, defaults to `0.6`):
+            Exponent of |residual| in the probability to be drawn. 0 is uniform.
+        replay_priority_correction (`float`, *optional*, defaults to `0.4`):
+            Exponent c of the weight `(N P)^-c` on the squared residual, which makes up for being drawn more often.
+
+        > Parameters that control logged trajectories
+
+        logged_fraction (`float` or `None`, *optional*):
+            Share of logged trajectories in every generation window, where the training set has both prompts and rows
+            with a completion. None takes their share in the data set, counting each prompt `num_generations` times.
+        precompute_ref_log_probs (`bool` or `None`, *optional*):
+            If every training row is logged, score them all with the reference before training, keep the scores in
+            `output_dir` for the next run, and free the reference. None does so where it is possible.
+        save_rollouts (`bool`, *optional*, defaults to `False`):
+            Write every rollout to `output_dir/rollouts` as Parquet. `load_rollouts` reads them back as a training set.
+
+        > Parameters that control the reference
+
+        reference (`"initial"` or `"previous"`, *optional*, defaults to `"initial"`):
+            `"previous"` takes the policy that produced the trajectory as its reference, as REBEL, Kimi k1.5 and GVPO
+            do.
+
+        > Parameters whose defaults differ from GRPOConfig
+
+        num_generations (`int`, *optional*, defaults to `1`):
+            Rollouts per prompt. One suffices: nothing is normalised over a group.
+        learning_rate (`float`, *optional*, defaults to `2.5e-6`):
+            Initial learning rate of the optimizer, as published for Qwen2.5-Math-1.5B.
+        disable_dropout (`bool`, *optional*, defaults to `True`):
+            Dropout is always off, since it biases a squared residual. This option cannot be switched off.
+        vllm_importance_sampling_correction (`bool`, *optional*, defaults to `False`):
+            TBRM uses no log-probabilities of the sampler, so there is nothing to correct. This option cannot be
+            switched on.
+
+    Raises:
+        ValueError: for an option without a meaning here, or numbers that do not fit together; it says what to change.
+    """
+
+    beta: float = 0.002
+    soft_value: str = "policy"
+    soft_value_beta: float | None = None
+    soft_value_samples: int = 8
+    soft_value_drop_unsolved: bool = False
+    soft_value_self_normalized: bool = False
+    soft_value_model: str | None = None
+    residual: str = "trajectory"
+    truncation: str | None = None  # read as "terminal", or "mask" where TRL's older option asks for it
+    truncated_reward: float = 0.0
+    loss_units: str = "reward"
+    reward_baseline: str = "none"
+    reward_pessimism: float = 0.0
+    sft_coef: float = 0.0
+    sft_threshold: float = 1.0
+    entropy_advantage_coef: float = 0.0
+    token_fraction: float = 1.0
+    token_selection: str = "scatter"
+    max_tokens_per_microbatch: int | None = None
+    padding_free: bool = False
+    replay_buffer_size: int = 0
+    replay_max_age: int | None = None
+    replay_sampling: str = "uniform"
+    replay_priority_exponent: float = 0.6
+    replay_priority_correction: float = 0.4
+    logged_fraction: float | None = None
+    precompute_ref_log_probs: bool | None = None
+    save_rollouts: bool = False
+    reference: str = "initial"
+    num_generations: int = 1
+    learning_rate: float = 2.5e-6
+    disable_dropout: bool = True
+    vllm_importance_sampling_correction: bool = False
+
+    @property
+    def rows_per_device(self) -> int:
+        """Trajectories of one optimizer step, on each process."""
+        return self.per_device_train_batch_size * self.gradient_accumulation_steps
+
+    @property
+    def rows_per_update(self) -> int:
+        """Trajectories of one optimizer step, over all processes."""
+        return self.rows_per_device * self.world_size
+
+    @property
+    def microbatch_size(self) -> MicrobatchSize:
+        """How much one forward pass of training takes."""
+        return MicrobatchSize(
+            self.per_device_train_batch_size,
+            self.max_tokens_per_microbatch,
+            self.padding_free,
+            self.pad_to_multiple_of,
+        )
+
+    @property
+    def fresh_updates(self) -> int:
+        """Updates of a generation window that take its trajectories for the first time."""
+        return self.steps_per_generation // self.gradient_accumulation_steps
+
+    def reward_of(self, trajectory: Trajectory) -> float:
+        """R(τ) before a baseline: what was earned. Under `truncation="bootstrap"` no verdict on a fragment counts."""
+        if self.truncation == "bootstrap" and trajectory.end is End.LENGTH:
+            return self.truncated_reward
+        return trajectory.reward
+
+    def sampling_filters(self) -> dict[str, Any]:
+        """The options that make the sampler another policy than softmax(logits / temperature)."""
+        chosen = {name: getattr(self, name) for name in _SAMPLING_FILTERS}
+        chosen |= {name: value for name, value in (self.generation_kwargs or {}).items() if name not in _HARMLESS}
+        off = {name: type(self).__dataclass_fields__[name].default for name in _SAMPLING_FILTERS}
+        off |= {"temperature": self.temperature, "do_sample": True}
+        return {name: value for name, value in chosen.items() if value is not None and value != off.get(name)}
+
+    def is_default(self, name: str) -> bool:
+        """Whether an option was left as it comes."""
+        return getattr(self, name) == type(self).__dataclass_fields__[name].default

@@ -1,0 +1,5 @@
+"""Runs that end, after a kill, where they would have ended without."""
+
+from .exact_resume import ExactResume, RunState
+
+__all__ = ["ExactResume", "RunState"]

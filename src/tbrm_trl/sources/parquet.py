@@ -1,0 +1,150 @@
+"""Trajectories as Parquet, one row each: saved rollouts, logged data and checkpoints share this form."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import torch
+from datasets import Dataset
+from transformers import PreTrainedTokenizerBase
+
+from ..files import write_table
+from ..trajectory import End, Source, Trajectory
+
+REWARD_PREFIX = "rewards/"  # followed by the name of a reward function
+
+_SCHEMA = {
+    "prompt_ids": pa.list_(pa.int32()),
+    "completion_ids": pa.list_(pa.int32()),
+    "loss_mask": pa.list_(pa.bool_()),
+    "reward": pa.float64(),
+    "end": pa.string(),
+    "source": pa.string(),
+    "group": pa.int64(),
+    "policy_step": pa.int64(),
+    "ref_log_probs": pa.list_(pa.float32()),
+    "ref_soft_value": pa.float64(),
+    "ref_end_value": pa.float64(),
+    "ref_key": pa.string(),
+    "value": pa.float64(),
+    "baseline": pa.float64(),
+    "priority": pa.float64(),
+}
+
+
+def to_row(trajectory: Trajectory) -> dict[str, Any]:
+    """A trajectory without its vision inputs, as plain values by column name."""
+    log_probs = trajectory.ref_log_probs
+    return {
+        "prompt_ids": trajectory.prompt_ids.numpy(),
+        "completion_ids": trajectory.completion_ids.numpy(),
+        "loss_mask": trajectory.loss_mask.numpy(),
+        "reward": None if np.isnan(trajectory.reward) else trajectory.reward,
+        "end": trajectory.end.value,
+        "source": trajectory.source.value,
+        "group": trajectory.group_id,
+        "policy_step": trajectory.policy_step,
+        "ref_log_probs": None if log_probs is None else log_probs.numpy(),
+        "ref_soft_value": trajectory.ref_soft_value,
+        "ref_end_value": trajectory.ref_end_value,
+        "ref_key": trajectory.ref_key,
+        "value": trajectory.value,
+        "baseline": trajectory.baseline,
+        "priority": trajectory.priority,
+        **{REWARD_PREFIX + name: reward for name, reward in trajectory.rewards.items()},
+    }
+
+
+def from_row(row: Mapping[str, Any]) -> Trajectory:
+    """The inverse of `to_row`; columns that are not a trajectory's are ignored."""
+    log_probs = row.get("ref_log_probs")
+    return Trajectory(
+        prompt_ids=torch.as_tensor(np.asarray(row["prompt_ids"]), dtype=torch.long),
+        completion_ids=torch.as_tensor(np.asarray(row["completion_ids"]), dtype=torch.long),
+        loss_mask=torch.as_tensor(np.asarray(row["loss_mask"]), dtype=torch.bool),
+        reward=np.nan if row["reward"] is None else row["reward"],
+        end=End(row["end"]),
+        source=Source(row["source"]),
+        rewards={
+            name.removeprefix(REWARD_PREFIX): value
+            for name, value in row.items()
+            if name.startswith(REWARD_PREFIX) and value is not None
+        },
+        group_id=row["group"],
+        policy_step=row.get("policy_step"),
+        ref_log_probs=None if log_probs is None else torch.as_tensor(np.asarray(log_probs, dtype=np.float32)),
+        ref_soft_value=row.get("ref_soft_value"),
+        ref_end_value=row.get("ref_end_value"),
+        ref_key=row.get("ref_key"),
+        value=row.get("value"),
+        baseline=row.get("baseline") or 0.0,
+        priority=row.get("priority"),
+    )
+
+
+def write_trajectories(
+    path: Path, trajectories: Sequence[Trajectory], extra: Mapping[str, Sequence[Any]] | None = None
+) -> None:
+    """Write trajectories (their vision inputs aside) and `extra` columns of the same length to one Parquet file.
+
+    The file appears under its name only when it is whole.
+    """
+    rows = [to_row(trajectory) for trajectory in trajectories]
+    by_function = sorted({name for row in rows for name in row if name.startswith(REWARD_PREFIX)})
+    columns = {name: pa.array([row[name] for row in rows], type) for name, type in _SCHEMA.items()}
+    columns |= {name: pa.array([row.get(name) for row in rows], pa.float64()) for name in by_function}
+    columns |= {name: pa.array(values) for name, values in (extra or {}).items()}
+    write_table(path, pa.table(columns))
+
+
+def save_rollouts(
+    folder: Path, step: int, process: int, trajectories: Sequence[Trajectory], tokenizer: PreTrainedTokenizerBase
+) -> None:
+    """Write the rollouts of one window on one process, with their texts, where `load_rollouts` finds them."""
+    texts = {
+        name: tokenizer.batch_decode([getattr(t, f"{name}_ids") for t in trajectories], skip_special_tokens=True)
+        for name in ("prompt", "completion")
+    }
+    write_trajectories(folder / f"step-{step:08d}-process-{process}.parquet", trajectories, texts)
+
+
+def read_trajectories(path: Path) -> list[Trajectory]:
+    """The trajectories of one file, as they were written."""
+    return [from_row(row) for batch in pq.ParquetFile(path).iter_batches() for row in batch.to_pylist()]
+
+
+def load_rollouts(folder: str | Path | Iterable[str | Path]) -> Dataset:
+    """The rollouts that runs with `save_rollouts=True` left behind, as a data set of logged trajectories.
+
+    Pass it (or a selection of it) as `train_dataset`: each row trains as it is, without being generated again.
+
+    Args:
+        folder: an output directory, its `rollouts` folder, or several of either.
+
+    Raises:
+        FileNotFoundError: where there are none.
+    """
+    folders = [Path(folder)] if isinstance(folder, (str, Path)) else [Path(one) for one in folder]
+    files = []
+    for one in folders:
+        inner = one / "rollouts" if (one / "rollouts").is_dir() else one
+        found = sorted(inner.glob("step-*.parquet"))
+        if not found:
+            raise FileNotFoundError(
+                f"No saved rollouts (step-*.parquet) in {inner}. Were they saved: save_rollouts=True?"
+            )
+        files += found
+    rollouts = Dataset(pa.concat_tables([pq.read_table(file) for file in files], promote_options="default"))
+    rewarded = [index for index, reward in enumerate(rollouts["reward"]) if reward is not None]
+    if len(rewarded) < len(rollouts):
+        warnings.warn(
+            f"{len(rollouts) - len(rewarded)} of {len(rollouts)} saved rollouts have no reward and are left out.",
+            stacklevel=2,
+        )
+    return rollouts.select(rewarded)

@@ -1,0 +1,70 @@
+"""The reference scores of a log, computed once for all runs on it and kept on disk."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import pyarrow.parquet as pq
+import xxhash
+from accelerate import Accelerator
+from accelerate.utils import gather_object
+from datasets import Dataset, concatenate_datasets
+
+from ..trajectory import Trajectory
+from .logged import logged_trajectory
+from .parquet import read_trajectories, write_trajectories
+
+_SCORES = ("ref_log_probs", "ref_soft_value", "ref_end_value", "ref_key")  # columns of a scored log
+
+
+def precompute_scores(
+    dataset: Dataset,
+    folder: Path,
+    reference_key: str,
+    accelerator: Accelerator,
+    score: Callable[[Sequence[Trajectory], Trajectory], None],
+    block: int = 1024,
+) -> Dataset:
+    """Give every row of a data set of logged trajectories its reference scores.
+
+    The scores are kept in `folder` under a digest of the reference and of the trajectories, so that another run on the
+    same ones reads them back. All processes must see the same folder.
+
+    Args:
+        dataset: rows as `logged.logged_trajectory` reads them.
+        folder: where scores are kept.
+        reference_key: digest of the reference, which the scores carry.
+        accelerator: the trainer's.
+        score: writes the scores onto trajectories. Its second argument is run where a process has none left.
+        block: trajectories in memory at once, on each process.
+    """
+    digest = xxhash.xxh3_128(reference_key.encode())
+    ids = dataset.select_columns(["prompt_ids", "completion_ids", "loss_mask"])
+    for row in ids.with_format("numpy"):
+        for values in row.values():
+            digest.update(len(values).to_bytes(8, "little") + values.tobytes())
+    file = folder / f"{digest.hexdigest()}.parquet"
+    process, processes = accelerator.process_index, accelerator.num_processes
+    if not all(gather_object([file.exists()])):
+        mine: list[Trajectory] = []
+        for first in range(0, len(dataset), block * processes):  # the same number of blocks on every process
+            rows = range(first + process, min(first + block * processes, len(dataset)), processes)
+            trajectories = [logged_trajectory(dataset[row]) for row in rows]
+            score(trajectories, trajectories[0] if trajectories else logged_trajectory(dataset[0]))
+            mine += trajectories
+        write_trajectories(_part(file, process), mine)
+        accelerator.wait_for_everyone()
+        if accelerator.is_main_process:
+            parts = [read_trajectories(_part(file, one)) for one in range(processes)]
+            write_trajectories(file, [parts[row % processes][row // processes] for row in range(len(dataset))])
+            for one in range(processes):
+                _part(file, one).unlink()
+        accelerator.wait_for_everyone()
+    scores = Dataset(pq.read_table(file, columns=list(_SCORES)))
+    kept = dataset.remove_columns([name for name in _SCORES if name in dataset.column_names])
+    return concatenate_datasets([kept, scores], axis=1)
+
+
+def _part(file: Path, process: int) -> Path:
+    return file.with_name(f"{file.stem}-process-{process}.parquet")

@@ -1,0 +1,173 @@
+"""Which rows make up a generation window: prompts to roll out and logged trajectories, in two streams."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch.utils.data import Sampler
+
+from ..options import TBRMOptions
+
+
+@dataclass(frozen=True)
+class WindowMix:
+    """How many trajectories of one generation window come from where, over all processes."""
+
+    rollouts: int
+    logged: int
+
+
+def window_mix(fresh_rows: int, logged_rows: int, args: TBRMOptions, group_size: int) -> WindowMix:
+    """Divide a generation batch between the two kinds of rows of a data set.
+
+    The rollouts must be whole groups of `num_generations` and the same number on every process. A given
+    `logged_fraction` must come out exactly; by default the share is that of the data set, as nearly as fits.
+
+    Args:
+        fresh_rows: prompts in the data set.
+        logged_rows: rows with a completion.
+        args: the options.
+        group_size: trajectories of one prompt that must stand on one process; 1 if none are compared.
+
+    Raises:
+        ValueError: for a fraction that does not come out, or is given where only one kind of row exists.
+    """
+    size, wanted = args.generation_batch_size, args.logged_fraction
+    if not (fresh_rows and logged_rows):
+        if wanted is not None:
+            kind = "logged trajectories" if logged_rows else "prompts without a completion"
+            raise ValueError(
+                f"`logged_fraction={wanted}` mixes logged trajectories with rollouts, but the training set has only "
+                f"{kind}. Leave it at None."
+            )
+        return WindowMix(size, 0) if fresh_rows else WindowMix(0, size)
+    unit = math.lcm(args.num_generations, args.world_size)
+    if group_size > 1:
+        unit = args.num_generations * args.world_size  # whole groups on every process
+    possible = [size - rollouts for rollouts in range(unit, size, unit)]
+    if not possible:
+        raise ValueError(
+            f"A generation batch of {size} trajectories cannot be divided between rollouts and logged trajectories: "
+            f"rollouts come in multiples of {unit} (num_generations {args.num_generations}, {args.world_size} "
+            "processes). Raise per_device_train_batch_size or steps_per_generation."
+        )
+    share = logged_rows / (logged_rows + fresh_rows * args.num_generations) if wanted is None else wanted
+    logged = min(possible, key=lambda count: abs(count - share * size))
+    if wanted is not None and abs(logged - share * size) > 1e-6 * size:
+        near = sorted(sorted(possible, key=lambda count: abs(count - share * size))[:2])
+        raise ValueError(
+            f"`logged_fraction={wanted}` of a generation batch of {size} trajectories leaves no whole number of "
+            f"rollouts (multiples of {unit}). Nearest: {' or '.join(f'{count / size:g}' for count in near)}."
+        )
+    return WindowMix(size - logged, logged)
+
+
+@dataclass(frozen=True)
+class DataPlan:
+    """How generation windows are made of a training set.
+
+    Attributes:
+        logged: `(N,)` bool, which rows are logged.
+        mix: how many trajectories of a window are rolled out, and how many are logged.
+        prompt_numbers: `(N,)` equal for logged rows of one prompt; None if no logged rows are compared.
+    """
+
+    logged: np.ndarray
+    mix: WindowMix
+    prompt_numbers: np.ndarray | None
+
+
+class WindowSampler(Sampler[int]):
+    """Row indices, window after window; each process's share holds its rollouts first, then its logged rows.
+
+    An epoch is one pass over the prompts, or over the logged rows if there are no prompts. A pass draws every prompt
+    `num_generations` times and every logged row once. If logged rows are compared, `group_size` rows of one prompt
+    follow one another; rows that fill no group are left out of this pass, and others in the next. The logged stream
+    begins anew, in another order, as often as needed, across windows and epochs. A window is repeated for each
+    micro-step that trains on it, as TRL's loader expects.
+
+    The order is a function of seed and epoch alone, so a run resumed in any epoch sees the rows it would have seen.
+
+    Args:
+        logged: `(N,)` bool, which rows are logged.
+        mix: what a window is made of.
+        generations: rollouts per prompt.
+        processes: number of processes that share a window.
+        repeats: micro-steps per window.
+        epoch: returns the number of the epoch that begins.
+        seed: of the shuffling; None keeps the order of the data set.
+        group_size: logged rows of one prompt that follow one another, so that they can be compared.
+        prompt_numbers: `(N,)` equal for rows of one prompt; needed where `group_size` is not 1.
+    """
+
+    def __init__(
+        self,
+        logged: np.ndarray,
+        mix: WindowMix,
+        generations: int,
+        processes: int,
+        repeats: int,
+        epoch: Callable[[], int],
+        seed: int | None,
+        group_size: int = 1,
+        prompt_numbers: np.ndarray | None = None,
+    ):
+        self.prompts, self.logged = np.flatnonzero(~logged), np.flatnonzero(logged)
+        self.group_size, self.prompt_numbers = group_size, prompt_numbers
+        self.logged_per_pass = len(self._grouped(self.logged))
+        self.mix, self.generations, self.processes, self.repeats = mix, generations, processes, repeats
+        self.epoch, self.seed = epoch, seed
+        self.windows = (
+            len(self.prompts) * generations // mix.rollouts if mix.rollouts else self.logged_per_pass // mix.logged
+        )
+
+    def __len__(self) -> int:
+        return self.windows * (self.mix.rollouts + self.mix.logged) * self.repeats
+
+    def __iter__(self) -> Iterator[int]:
+        epoch = self.epoch()
+        prompts = self._order(self.prompts, epoch) if self.mix.rollouts else self.prompts
+        prompts = prompts.repeat(self.generations)
+        for number in range(self.windows):
+            rollouts = prompts[number * self.mix.rollouts : (number + 1) * self.mix.rollouts]
+            first = (epoch * self.windows + number) * self.mix.logged
+            logged = self._logged_stream(first, self.mix.logged)
+            shares = zip(np.split(rollouts, self.processes), np.split(logged, self.processes), strict=True)
+            indices = np.concatenate([part for share in shares for part in share]).tolist()
+            for _ in range(self.repeats):
+                yield from indices
+
+    def _order(self, rows: np.ndarray, number: int) -> np.ndarray:
+        """The order of the pass with this number: the same draws as TRL's sampler makes one after the other."""
+        if self.seed is None:
+            return rows
+        generator = torch.Generator().manual_seed(self.seed)
+        for _ in range(number + 1):
+            order = torch.randperm(len(rows), generator=generator)
+        return rows[order.numpy()]
+
+    def _logged_stream(self, start: int, count: int) -> np.ndarray:
+        if not count:
+            return self.logged[:0]
+        first, last = start // self.logged_per_pass, (start + count - 1) // self.logged_per_pass
+        orders = [self._grouped(self._order(self.logged, number)) for number in range(first, last + 1)]
+        passes = np.concatenate(orders)
+        offset = start - first * self.logged_per_pass
+        return passes[offset : offset + count]
+
+    def _grouped(self, rows: np.ndarray) -> np.ndarray:
+        """The rows in groups of one prompt, each placed where it becomes full. Rows that fill no group are dropped."""
+        if self.group_size == 1 or self.prompt_numbers is None:
+            return rows
+        waiting: dict[int, list[int]] = {}
+        groups: list[list[int]] = []
+        for row, prompt in zip(rows.tolist(), self.prompt_numbers[rows].tolist(), strict=True):
+            group = waiting.setdefault(prompt, [])
+            group.append(row)
+            if len(group) == self.group_size:
+                groups.append(waiting.pop(prompt))
+        return np.array(groups, dtype=rows.dtype).reshape(-1)
