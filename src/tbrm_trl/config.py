@@ -1,7 +1,5 @@
 """`TBRMConfig`: the options of a run, checked together."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 
 from .checks import launch, options

@@ -1,7 +1,5 @@
 """Settings that hold inside a `with` block and are undone after it."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any

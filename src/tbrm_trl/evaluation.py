@@ -1,7 +1,5 @@
 """Accuracy of a language model on problems with a verifier: greedy, or avg@n with its standard error."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass

@@ -1,7 +1,5 @@
 """Files that appear under their name only when they are whole, and digests by which they are found again."""
 
-from __future__ import annotations
-
 import inspect
 import json
 import os

@@ -1,7 +1,5 @@
 """The options of a run, documented once, and the sizes that follow from them."""
 
-from __future__ import annotations
-
 import inspect
 import re
 from dataclasses import dataclass, fields

@@ -13,8 +13,6 @@ One update, in order; each name is a method here, or of the object it is called 
     log                        the means of `microbatch_totals` over the updates since the last log
 """
 
-from __future__ import annotations
-
 import copy
 import textwrap
 from collections.abc import Callable, Iterator, Mapping, Sequence, Sized

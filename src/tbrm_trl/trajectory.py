@@ -1,7 +1,5 @@
 """A trajectory, the one currency of the library, and its part in one update."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass, field
 from enum import Enum
 

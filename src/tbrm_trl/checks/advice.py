@@ -1,7 +1,5 @@
 """What is said about a run that is allowed: its arithmetic in one line, and warnings with a number to use instead."""
 
-from __future__ import annotations
-
 import math
 import warnings
 from pathlib import Path

@@ -1,7 +1,5 @@
 """What is refused of data sets: too few rows, rows that cannot be trained on, options that ask for other rows."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Mapping, Sized
 from typing import Any

@@ -1,7 +1,5 @@
 """What is refused of ways to launch: sharding, offload and optimizers under which an option cannot do what it says."""
 
-from __future__ import annotations
-
 import os
 import warnings
 

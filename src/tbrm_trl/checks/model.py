@@ -1,7 +1,5 @@
 """What is refused or warned of in models: adapters, quantization, architectures, a reference that is not the policy."""
 
-from __future__ import annotations
-
 import warnings
 from types import SimpleNamespace
 from typing import Any

@@ -1,7 +1,5 @@
 """What is refused of options: those without a meaning here, and numbers that do not fit together."""
 
-from __future__ import annotations
-
 import math
 
 from ..loss.soft_value import SoftValue

@@ -1,7 +1,5 @@
 """What becomes of each option that TRL's `GRPOConfig` declares: kept, given a meaning, or refused."""
 
-from __future__ import annotations
-
 # Every option that GRPOConfig declares stands in exactly one of these three; a test fails on one that does not.
 
 KEPT = frozenset(

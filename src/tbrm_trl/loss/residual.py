@@ -5,8 +5,6 @@ One line of mathematics (arXiv 2505.15311, Eq. 4), in logit units:
     δ(τ) = V_θ(s_1) + Σ_h m_h [log π_θ(a_h|s_h) − log π_ref(a_h|s_h)] − R(τ)/β        L(θ) = mean over τ of δ(τ)²
 """
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor
 

@@ -1,7 +1,5 @@
 """Optional parts of the loss, each a pure function: added terms, and back-propagation through a part of the tokens."""
 
-from __future__ import annotations
-
 import math
 
 import torch

@@ -1,7 +1,5 @@
 """The loss of each trajectory: its residual with the chosen soft value, squared, and what is added to it."""
 
-from __future__ import annotations
-
 import math
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence

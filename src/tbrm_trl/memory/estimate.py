@@ -6,8 +6,6 @@ A micro-batch and a step of generation are run by the model's own code on tensor
 (`FakeTensorMode`), and what would be live is added up. What is sharded follows from formulas: `docs/memory.md`.
 """
 
-from __future__ import annotations
-
 import math
 import sys
 from collections.abc import Iterable

@@ -3,8 +3,6 @@
 The model comes with its parameters on the meta device; they are not counted here, but in `memory.py`.
 """
 
-from __future__ import annotations
-
 import weakref
 from collections import Counter
 from collections.abc import Iterable

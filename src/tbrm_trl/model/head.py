@@ -1,7 +1,5 @@
 """The trajectory head: a model's own forward made to score trajectories, without forming the full logits."""
 
-from __future__ import annotations
-
 import functools
 import types
 from contextlib import nullcontext

@@ -1,7 +1,5 @@
 """The reference policy π_ref: which module computes it, its identity, its resets, and the scores it gives."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext

@@ -1,7 +1,5 @@
 """A module that is trained beside the policy, whole on every process."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 import torch

@@ -1,7 +1,5 @@
 """One forward pass that scores a batch of trajectories, padded or packed."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import torch

@@ -10,8 +10,6 @@ Layout, inside `checkpoint-<step>/tbrm/`:
     complete.json                          written last, once every process has written: without it nothing resumes
 """
 
-from __future__ import annotations
-
 import json
 import shutil
 from collections.abc import Mapping, Sequence

@@ -1,7 +1,5 @@
 """`ExactResume`: a trainer whose resumed run ends, bit for bit on CPU, where an uninterrupted one would."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Any
 

@@ -1,7 +1,5 @@
 """Logged trajectories: rows of the data set that have a completion already, checked and tokenized."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace

@@ -1,7 +1,5 @@
 """Trajectories as Parquet, one row each: saved rollouts, logged data and checkpoints share this form."""
 
-from __future__ import annotations
-
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path

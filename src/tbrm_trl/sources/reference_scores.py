@@ -1,7 +1,5 @@
 """The reference scores of a log, computed once for all runs on it and kept on disk."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Sequence
 from pathlib import Path
 

@@ -1,7 +1,5 @@
 """The replay buffer: this process's share of past trajectories, first in, first out."""
 
-from __future__ import annotations
-
 import random
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass

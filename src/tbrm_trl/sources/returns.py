@@ -1,7 +1,5 @@
 """From raw rewards to the return that the residual takes: weighted sums, lower confidence bounds, baselines."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable, Sequence
 

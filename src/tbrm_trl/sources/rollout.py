@@ -1,7 +1,5 @@
 """From TRL's generation dictionary to trajectories: the one place that reads TRL's keys."""
 
-from __future__ import annotations
-
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import Any

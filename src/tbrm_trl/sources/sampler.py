@@ -1,7 +1,5 @@
 """Which rows make up a generation window: prompts to roll out and logged trajectories, in two streams."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass

@@ -1,7 +1,5 @@
 """`TrajectoryStore`: many trajectories in little memory, first in, first out."""
 
-from __future__ import annotations
-
 import math
 from bisect import bisect_right
 from collections.abc import Iterator

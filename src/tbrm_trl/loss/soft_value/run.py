@@ -1,7 +1,5 @@
 """What an estimator may ask of the run that it is part of."""
 
-from __future__ import annotations
-
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Protocol
 
