@@ -11,7 +11,6 @@ import datetime
 import importlib.metadata
 import math
 import random
-import sys
 import tempfile
 import warnings
 from dataclasses import dataclass
@@ -26,8 +25,7 @@ from trl import GRPOConfig, GRPOTrainer
 from tbrm_trl import TBRMConfig, TBRMTrainer
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT / "tests"))
-from token_tree import Policy, TokenTreeForCausalLM, Tree, enumerate_policy, optimum, total_variation  # noqa: E402
+from common.trees import Policy, TokenTreeForCausalLM, Tree, enumerate_policy, optimum, total_variation  # noqa: E402
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt  # noqa: E402

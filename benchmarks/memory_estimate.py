@@ -36,9 +36,7 @@ from tbrm_trl import TBRMConfig, TBRMTrainer
 from tbrm_trl.memory.estimate import estimate_memory
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT / "tests"))
-from reference_processes import allow_fsdp_on_cpu  # noqa: E402
-from test_two_processes import launcher_of  # noqa: E402
+from common.launch import allow_fsdp_on_cpu, launcher_of  # noqa: E402
 
 PACKAGES = ("torch", "transformers", "trl", "peft", "bitsandbytes", "deepspeed")
 TARGET = 0.15

@@ -24,7 +24,6 @@ import random
 import runpy
 import statistics
 import string
-import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterable
@@ -36,6 +35,7 @@ from typing import Any
 import matplotlib
 import torch
 import transformers
+from common import tiny
 from datasets import Dataset
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, TrainerCallback
 from trl import GRPOConfig, GRPOTrainer, RLOOConfig, RLOOTrainer
@@ -47,8 +47,6 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT / "tests"))
-import tiny  # noqa: E402
 
 PACKAGES = ("torch", "transformers", "trl", "accelerate", "datasets", "reasoning-gym", "tbrm-trl")
 

@@ -12,7 +12,6 @@ import datetime
 import importlib.metadata
 import io
 import math
-import sys
 import tempfile
 import warnings
 from dataclasses import dataclass
@@ -26,11 +25,9 @@ from transformers import AutoConfig, AutoModelForSequenceClassification, PreTrai
 from tbrm_trl import TBRMTrainer
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT / "tests"))
-import tiny  # noqa: E402
-import tree_targets as targets  # noqa: E402
-from token_tree import BOS, EOS, Policy, Tree, total_variation  # noqa: E402
-from tree_task import Task  # noqa: E402
+from common import tiny  # noqa: E402
+from common import tree_targets as targets  # noqa: E402
+from common.trees import BOS, EOS, Policy, Task, Tree, total_variation  # noqa: E402
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt  # noqa: E402

@@ -34,6 +34,7 @@ from typing import Any
 import matplotlib
 import torch
 import transformers
+from common import tiny
 from datasets import Dataset
 from torch import Tensor
 from transformers import (
@@ -58,8 +59,7 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path[:0] = [str(ROOT / folder) for folder in ("benchmarks", "examples", "tests")]
-import tiny  # noqa: E402
+sys.path[:0] = [str(ROOT / folder) for folder in ("examples",)]
 from peak_memory import peak_memory  # noqa: E402
 
 PARTS = ("generation", "reward", "reference", "old policy", "policy forward", "backward", "optimizer", "rest")
@@ -460,7 +460,7 @@ class MinimalLoop:
             acting[row, one.prompt - 1 : len(one.ids) - 1] = True  # the states in which a token is chosen
         ids, acting = ids.to(model.device), acting.to(model.device)
         with torch.autocast(model.device.type, torch.bfloat16, enabled=CUDA):
-            # ValueInputs are padded on the right, where no causal state sees it: a mask would only cost time.
+            # Rows are padded on the right, where no causal state sees it: a mask would only cost time.
             states = model.base_model(ids, use_cache=False).last_hidden_state  # (B, T, hidden)
             first = states[torch.arange(count), [one.prompt - 1 for one in rollouts]]  # (B, hidden)
             head = model.get_output_embeddings()

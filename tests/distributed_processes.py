@@ -12,8 +12,9 @@ import resume
 import torch
 from accelerate import PartialState
 from accelerate.utils import DeepSpeedPlugin, gather_object
+from common.launch import allow_fsdp_on_cpu
 from peft import LoraConfig
-from reference_processes import allow_fsdp_on_cpu, whole
+from reference_processes import whole
 from scripted import script, scripted_trainer
 from test_learning import prompts, trainer_of, words_of
 from torch.distributed.tensor import DTensor

@@ -7,10 +7,10 @@ from pathlib import Path
 
 import torch
 from accelerate import PartialState
+from common.tiny import save
 from datasets import Dataset
 from test_logged import closing
 from test_trainer import build, prompt
-from tiny import save
 
 
 def main(folder: str) -> None:

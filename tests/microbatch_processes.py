@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from accelerate import PartialState
 from accelerate.utils import gather_object
-from reference_processes import allow_fsdp_on_cpu
+from common.launch import allow_fsdp_on_cpu
 from scripted import Row, scripted_trainer
 from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
 from torch.nn.parallel import DistributedDataParallel

@@ -9,8 +9,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate.state import AcceleratorState, PartialState
-from accelerate.utils import DistributedType, gather_object
+from accelerate import PartialState
+from accelerate.utils import gather_object
+from common.launch import allow_fsdp_on_cpu
 from peft import LoraConfig
 from scripted import script, scripted_trainer
 from torch.distributed.tensor import DTensor
@@ -67,19 +68,6 @@ def whole(parameters: Iterable[tuple[str, torch.nn.Parameter]]) -> dict[str, tor
         with deepspeed.zero.GatheredParameters([parameter for _, parameter in parameters]):
             return {name: parameter.detach().clone() for name, parameter in parameters}
     return {n: (p.full_tensor() if isinstance(p, DTensor) else p).detach().clone() for n, p in parameters}
-
-
-def allow_fsdp_on_cpu() -> None:
-    """Without an accelerator, accelerate makes DDP of FSDP; torch runs it there just as well."""
-    init = AcceleratorState.__init__
-
-    def init_with_fsdp(self, *args, fsdp_plugin=None, **kwargs):
-        init(self, *args, fsdp_plugin=fsdp_plugin, **kwargs)
-        if fsdp_plugin is not None:
-            self.fsdp_plugin = fsdp_plugin
-            self.distributed_type = PartialState._shared_state["distributed_type"] = DistributedType.FSDP
-
-    AcceleratorState.__init__ = init_with_fsdp
 
 
 def main(folder: str, out: str, runs: str) -> None:

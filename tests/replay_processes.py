@@ -7,9 +7,9 @@ from pathlib import Path
 
 import torch
 from accelerate import PartialState
+from common.tiny import save
 from datasets import Dataset
 from test_trainer import build, prompt
-from tiny import save
 
 
 def main(folder: str) -> None:

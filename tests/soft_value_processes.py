@@ -8,10 +8,10 @@ from pathlib import Path
 import torch
 from accelerate import PartialState
 from accelerate.utils import gather_object
+from common.tiny import perturb
 from datasets import Dataset
 from test_soft_values import PROMPTS, log, watch_updates
 from test_trainer import build, letters
-from tiny import perturb
 
 
 def main(folder: str, out: str) -> None:

@@ -15,14 +15,15 @@ from typing import Any
 import pytest
 import torch
 import yaml
+from common.launch import launcher_of
+from common.tiny import model, save, save_value_model, tokenizer
 from distributed_processes import NF4, UPDATES, answers, learn, two_updates
 from oracle import distance
 from peft import PeftModel
 from test_learning import ALPHABET
 from test_recipes import after, command_of
 from test_resume import flat
-from test_two_processes import TESTS, launch, launcher_of
-from tiny import model, save, save_value_model, tokenizer
+from test_two_processes import TESTS, launch
 from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 
 FILES = TESTS.parent / "examples/accelerate"

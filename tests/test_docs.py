@@ -10,8 +10,8 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import torch
+from common.tiny import save
 from scripted import script, scripted_trainer
-from tiny import save
 from trl import GRPOConfig
 
 from tbrm_trl import SoftValue, TBRMConfig, TBRMTrainer

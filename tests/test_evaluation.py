@@ -6,7 +6,7 @@ import math
 
 import pytest
 import torch
-from tiny import model, tokenizer
+from common.tiny import model, tokenizer
 
 from tbrm_trl.evaluation import accuracy_from_scores, evaluate_accuracy
 

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import pytest
-import token_tree
 import torch
+from common import trees
+from common.trees import Tree, enumerate_policy, optimum, total_variation
 from datasets import Dataset
-from token_tree import Tree, enumerate_policy, optimum, total_variation
 from transformers import AutoModelForCausalLM
 
 from tbrm_trl import TBRMConfig, TBRMTrainer
@@ -26,13 +26,13 @@ def test_the_model_is_the_table(tmp_path):
     for p, n in TREE.trajectories:
         prompt, completion = TREE.prompt_ids[p], TREE.completions[n]
         ids = torch.tensor([*prompt, *completion])
-        pads = torch.full((width - len(ids),), token_tree.PAD)
+        pads = torch.full((width - len(ids),), trees.PAD)
         for padded, start in ((torch.cat([ids, pads]), 0), (torch.cat([pads, ids]), len(pads))):
             with torch.no_grad():
-                logits = model(padded[None], (padded != token_tree.PAD).long()[None]).logits[0]  # (T, vocabulary)
+                logits = model(padded[None], (padded != trees.PAD).long()[None]).logits[0]  # (T, vocabulary)
             acting = logits[start + len(prompt) - 1 : start + len(ids) - 1]  # (C, vocabulary)
             log_probs = acting.log_softmax(dim=-1)[range(len(completion)), completion]  # (C,)
-            assert acting.softmax(dim=-1)[:, [token_tree.PAD, token_tree.BOS]].eq(0).all()
+            assert acting.softmax(dim=-1)[:, [trees.PAD, trees.BOS]].eq(0).all()
             assert log_probs.sum().item() == pytest.approx(policy.log_probs[p, n].item(), abs=1e-4)
             assert acting[0].logsumexp(dim=-1).item() == pytest.approx(policy.soft_value[p].item(), abs=1e-5)
 

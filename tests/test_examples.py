@@ -17,11 +17,11 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from common.launch import free_port
+from common.tiny import save
 from peft import PeftModel
 from safetensors.torch import load_file
 from test_recipes import RECIPES, ROOT, after, command_of, script, sums  # noqa: F401
-from test_two_processes import free_port
-from tiny import save
 from transformers import AutoModelForCausalLM
 
 from tbrm_trl import TBRMConfig

@@ -8,8 +8,8 @@ import random
 from pathlib import Path
 
 import pytest
+from common.tiny import model, tokenizer
 from datasets import Dataset
-from tiny import model, tokenizer
 from transformers import PreTrainedTokenizerFast
 
 from tbrm_trl import TBRMConfig, TBRMTrainer, load_rollouts

@@ -7,13 +7,13 @@ from collections import Counter
 import numpy as np
 import pytest
 import torch
+from common.tiny import VOCABULARY, perturb, save
 from datasets import Dataset
 from oracle import distance, solve
 from test_config import config
 from test_oracle import TOLERANCE, plain
 from test_trainer import CHATS, TOKENIZER, build, completion, differ, folder, logged, prompt, train  # noqa: F401
 from test_two_processes import launch
-from tiny import VOCABULARY, perturb, save
 from transformers import AutoTokenizer
 
 from tbrm_trl import load_rollouts

@@ -8,8 +8,8 @@ import re
 from pathlib import Path
 
 import pytest
+from common.tiny import ARCHITECTURES, model
 from peft import LoraConfig, get_peft_model
-from tiny import ARCHITECTURES, model
 from transformers import AutoConfig, Qwen2Config
 
 from tbrm_trl.memory.estimate import estimate_memory, main

@@ -7,13 +7,14 @@ from dataclasses import asdict, replace
 
 import pytest
 import torch
+from common.launch import launcher_of
+from common.tiny import save
 from oracle import distance
 from scripted import script, scripted_trainer
 from test_distributed import HOW
 from test_oracle import TOLERANCE, check
 from test_soft_values import one_update
-from test_two_processes import launch, launcher_of, strip
-from tiny import save
+from test_two_processes import launch, strip
 
 from tbrm_trl import TBRMConfig
 from tbrm_trl.trajectory import UpdateRow

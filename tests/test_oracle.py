@@ -7,10 +7,10 @@ import inspect
 
 import pytest
 import torch
+from common.tiny import ARCHITECTURES, perturb, save
 from oracle import distance, solve
 from peft import LoraConfig, PeftModel, get_peft_model
 from scripted import script, scripted_trainer
-from tiny import ARCHITECTURES, perturb, save
 from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig
 
 from tbrm_trl import TBRMConfig

@@ -9,13 +9,13 @@ from dataclasses import replace
 import pytest
 import torch
 import transformers.modeling_flash_attention_utils as flash
+from common.tiny import ARCHITECTURES, VOCABULARY, model, perturb, save
 from oracle import distance, solve
 from peft import LoraConfig
 from scripted import script, scripted_trainer
 from test_config import config
 from test_oracle import check, copy_of_adapter, merged, perturb_adapter
 from test_two_processes import strip, two_processes
-from tiny import ARCHITECTURES, VOCABULARY, model, perturb, save
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 from trl.trainer.utils import add_fused_lm_head
 

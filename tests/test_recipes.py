@@ -13,9 +13,9 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from common.tiny import ARCHITECTURES, save
 from datasets import Dataset
 from test_two_processes import launch
-from tiny import ARCHITECTURES, save
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 from trl import get_peft_config
 

@@ -7,13 +7,14 @@ from typing import Any
 
 import pytest
 import torch
+from common.launch import free_port
+from common.tiny import perturb, save
 from oracle import solve
 from peft import LoraConfig, get_peft_model
 from reference_processes import train
 from scripted import script, scripted_trainer
 from test_oracle import TOLERANCE, plain
-from test_two_processes import free_port, launch
-from tiny import perturb, save
+from test_two_processes import launch
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, TrainerCallback
 
 from tbrm_trl.trajectory import Trajectory

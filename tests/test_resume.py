@@ -16,9 +16,10 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from common.launch import free_port
+from common.tiny import save
 from resume import CASES, OPTIONS, PROMPTS, build, child
-from test_two_processes import TESTS, free_port
-from tiny import save
+from test_two_processes import TESTS
 
 from tbrm_trl.resume.checkpoint import (
     checkpoint_to_resume,

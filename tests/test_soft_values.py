@@ -10,12 +10,12 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from common.tiny import perturb, save, save_value_model, tokenizer
 from datasets import Dataset
 from oracle import distance, logits_of
 from test_oracle import TOLERANCE, plain
 from test_trainer import build, letters
 from test_two_processes import launch
-from tiny import perturb, save, save_value_model, tokenizer
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForSequenceClassification
 
 from tbrm_trl import SoftValue, TBRMConfig, bellman_residual, squared_residual_loss, trajectory_log_ratio

@@ -8,9 +8,8 @@ import random
 
 import pytest
 import torch
-import tree_targets as targets
-from token_tree import EOS, Tree, logits_after, total_variation
-from tree_task import Task
+from common import tree_targets as targets
+from common.trees import EOS, Task, Tree, logits_after, total_variation
 
 DEEP = Tree(depth=3, letters="abc", prompts=("a", "bc"))  # 40 trajectories after each prompt
 WIDE = Tree(depth=2, letters="abcde", prompts=("a", "bcd"))  # 31

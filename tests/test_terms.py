@@ -11,6 +11,7 @@ from dataclasses import asdict, replace
 
 import pytest
 import torch
+from common.tiny import perturb, save
 from oracle import distance, solve
 from peft import LoraConfig
 from scripted import Row, script, scripted_trainer
@@ -18,7 +19,6 @@ from test_config import config
 from test_oracle import TOLERANCE, check, copy_of_adapter, merged, options_of, perturb_adapter, plain
 from test_soft_values import log, one_update
 from test_two_processes import launch, strip
-from tiny import perturb, save
 from transformers import AutoModelForCausalLM
 
 import tbrm_trl.trainer

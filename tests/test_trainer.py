@@ -9,10 +9,10 @@ from pathlib import Path
 import pandas
 import pytest
 import torch
+from common.tiny import VOCABULARY, perturb, save, tokenizer
 from datasets import Dataset
 from peft import LoraConfig, PromptTuningConfig, TaskType
 from scripted import RecordingTrainer
-from tiny import VOCABULARY, perturb, save, tokenizer
 from transformers import AutoModelForCausalLM, Qwen2Config, Qwen2ForSequenceClassification
 from trl import GRPOConfig
 from trl.chat_template_utils import qwen3_chat_template

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import pytest
+from common.tiny import perturb, save
 from oracle import distance, solve
 from peft import LoraConfig
 from scripted import script, scripted_trainer
 from test_config import config
 from test_oracle import TOLERANCE, check, copy_of_adapter, merged, options_of, perturb_adapter, plain
 from test_soft_values import log, one_update
-from tiny import perturb, save
 
 from tbrm_trl.loss import trajectory_loss
 from tbrm_trl.trajectory import End

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import json
 import os
-import socket
 import subprocess
 import sys
 from dataclasses import asdict
@@ -15,32 +14,20 @@ from pathlib import Path
 
 import pytest
 import torch
+from common.launch import free_port, launcher_of
+from common.tiny import perturb, save
 from oracle import distance, solve
 from scripted import script, scripted_trainer
 from test_oracle import TOLERANCE, plain
-from tiny import perturb, save
 from transformers import AutoModelForCausalLM
 
 TESTS = Path(__file__).parent
 
 
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
-
-
-def launcher_of(file: str, processes: int = 2) -> list[str]:
-    """A launch file of the examples, with what CPUs need."""
-    config = TESTS.parent / f"examples/accelerate/{file}.yaml"
-    arguments = ["accelerate.commands.launch", "--config_file", str(config), "--mixed_precision", "no"]
-    return [*arguments, "--num_processes", str(processes), "--main_process_port", str(free_port())]
-
-
 def launch(arguments: list[str], launcher: list[str] | None = None, script: str = "two_processes.py") -> None:
     launcher = launcher or ["torch.distributed.run", "--nproc_per_node=2", f"--master_port={free_port()}"]
-    path = os.pathsep.join([str(TESTS), *filter(None, [os.environ.get("PYTHONPATH")])])
-    environment = {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"}
+    folders = [str(TESTS), str(TESTS.parent / "benchmarks"), *filter(None, [os.environ.get("PYTHONPATH")])]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(folders), "OMP_NUM_THREADS": "1"}
     environment.pop("ACCELERATE_USE_CPU", None)  # accelerate would take it for "no DeepSpeed"
     done = subprocess.run(
         [sys.executable, "-m", *launcher, str(TESTS / script), *arguments],

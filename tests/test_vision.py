@@ -13,9 +13,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import tiny
 import torch
 import transformers as hf
+from common import tiny
 from datasets import Dataset
 from oracle import distance, solve
 from PIL import Image

@@ -22,11 +22,12 @@ from urllib.error import URLError
 from urllib.request import urlopen
 
 import pytest
+from common.launch import free_port, launcher_of
+from common.tiny import save
 from test_distributed import HOW
 from test_examples import ROOT, SETUPS, run, run_line, updates
 from test_recipes import command_of
-from test_two_processes import TESTS, free_port, launcher_of
-from tiny import save
+from test_two_processes import TESTS
 from vllm_on_cpu import install
 
 pytestmark = [
@@ -48,8 +49,8 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> str:
 @pytest.fixture(scope="module")
 def environment(model: str) -> dict[str, str]:
     paths = install(Path(model).parent / "plugin")
-    return {"PYTHONPATH": f"{paths}:{ROOT / 'src'}", "VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_CPU_CI_ENV": "1",
-            "VLLM_HOST_IP": "127.0.0.1"}  # fmt: skip
+    return {"PYTHONPATH": f"{paths}:{ROOT / 'src'}:{ROOT / 'benchmarks'}",
+            "VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_CPU_CI_ENV": "1", "VLLM_HOST_IP": "127.0.0.1"}  # fmt: skip
 
 
 @pytest.fixture(scope="module")

@@ -9,8 +9,8 @@ from pathlib import Path
 import torch
 from accelerate import PartialState
 from accelerate.utils import gather_object
+from common.tiny import perturb
 from scripted import Row, scripted_trainer
-from tiny import perturb
 
 
 def main(folder: str, rows_file: str, out: str, options: str) -> None:

@@ -12,9 +12,9 @@ from typing import Any
 
 import torch
 from accelerate import PartialState
+from common.launch import allow_fsdp_on_cpu
 from datasets import Dataset
 from peft import LoraConfig
-from reference_processes import allow_fsdp_on_cpu
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from tbrm_trl import TBRMConfig, TBRMTrainer

@@ -103,4 +103,4 @@ def perturb(module: torch.nn.Module, scale: float = 0.05, seed: int = 1) -> None
     """Move every parameter a little, reproducibly."""
     generator = torch.Generator().manual_seed(seed)
     for parameter in module.parameters():
-        parameter += scale * torch.randn(parameter.shape, generator=generator).to(parameter)
+        parameter.add_(scale * torch.randn(parameter.shape, generator=generator).to(parameter))

@@ -11,8 +11,9 @@ import math
 from dataclasses import dataclass
 
 import torch
-from token_tree import Policy, optimum
 from torch import Tensor
+
+from common.trees import Policy, optimum
 
 BISECTIONS = 60
 
