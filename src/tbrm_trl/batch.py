@@ -1,4 +1,4 @@
-"""Trajectories laid out for one forward pass, what a model says of them, and how much one forward takes."""
+"""Trajectories laid out for one forward pass, the scores it gives, and how many trajectories share one."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from transformers.utils import ModelOutput
 
 from .trajectory import Trajectory
 
-# Vision inputs that have one entry per token; every other one has its rows per image, tile, patch or sample.
+# Vision inputs with one entry per token. The others have one row per image, tile, patch or sample.
 PER_TOKEN_INPUTS = ("token_type_ids", "mm_token_type_ids")
 
 
@@ -20,8 +20,8 @@ PER_TOKEN_INPUTS = ("token_type_ids", "mm_token_type_ids")
 class Batch:
     """Trajectories padded on the right to the longest of them. T counts prompt and completion.
 
-    Causal attention never looks right, so padding there leaves every real token's computation alone, and the batch is
-    as wide as its longest trajectory rather than its longest prompt plus its longest completion.
+    Causal attention never looks right, so padding on the right changes no real token. The batch is as wide as its
+    longest trajectory; padding prompts on the left would add the longest prompt to the longest completion.
     """
 
     input_ids: Tensor  # (B, T)
@@ -31,8 +31,8 @@ class Batch:
     ref_soft_value: Tensor  # (B,) NaN until scored
     ref_end_value: Tensor  # (B,) NaN until scored
     vision: dict[str, Tensor]
-    packed: bool = False  # models read the real tokens alone, as one row: see `scoring.score`
-    pad_fraction: float = 0.0  # share of the positions that models read which is padding
+    packed: bool = False  # whether models read the real tokens alone, as one row (`scoring.score`)
+    pad_fraction: float = 0.0  # padding among the positions that models read, as a share
 
     def until(self, width: int) -> Batch:
         """The first `width` columns."""
@@ -49,10 +49,10 @@ class TrajectoryScores(ModelOutput):
         log_probs: `(B, T)` log π of the token in each column; 0 where `action_mask` is false.
         soft_value: `(B,)` V(s_1): logsumexp of the temperature-scaled logits at the state of the first action.
         hidden: `(B, H)` last hidden state in that state, without gradient.
-        end_value: `(B,)` V of the state after the last token, where asked for.
-        state_values: `(B, T)` V of the state in which the token of each column was chosen, where asked for.
+        end_value: `(B,)` V of the state after the last token; None unless asked for.
+        state_values: `(B, T)` V of the state in which each column's token was chosen; None unless asked for.
         entropy: `(B, T)` entropy of the distribution that each action was drawn from; None from the reference.
-        aux_loss: load-balancing loss of a mixture-of-experts model, where router logits are asked for.
+        aux_loss: load-balancing loss of a mixture-of-experts model; None unless router logits are asked for.
     """
 
     # `ModelOutput` wants a default for every field but one.
@@ -121,7 +121,7 @@ def at_least_float32(tensor: Tensor) -> Tensor:
 
 
 def float_tensor(values: Sequence[float | None], device: torch.device | str = "cpu") -> Tensor:
-    """`(B,)` float32, NaN where there is none."""
+    """`(B,)` float32, with NaN for None."""
     return torch.tensor([torch.nan if v is None else v for v in values], dtype=torch.float32, device=device)
 
 
@@ -136,13 +136,13 @@ def chunks(items: Sequence[Item], size: int) -> list[Sequence[Item]]:
 
 @dataclass(frozen=True)
 class MicrobatchSize:
-    """How much one forward pass takes: so many rows, or so many tokens with the padding that they bring.
+    """How much one forward pass takes: a number of rows, or a number of tokens with their padding.
 
     Attributes:
-        rows: most rows; not read where `tokens` is given.
-        tokens: most tokens. A longer row is a micro-batch of its own.
-        packed: rows stand end to end, without padding.
-        multiple: of which a padded batch's width is one; None for any width.
+        rows: the largest number of rows. `tokens` takes its place if given.
+        tokens: the largest number of tokens. A row that is longer gets a micro-batch of its own.
+        packed: whether rows are laid end to end, without padding.
+        multiple: a padded batch's width is a multiple of it; None allows any width.
     """
 
     rows: int
@@ -151,20 +151,22 @@ class MicrobatchSize:
     multiple: int | None = None
 
     def holds(self, rows: Sequence[Sized]) -> bool:
+        """Whether one forward pass takes all these rows."""
         if self.tokens is None:
             return len(rows) <= self.rows
         return len(rows) == 1 or self._tokens_of(rows) <= self.tokens
 
     def keeps_whole(self, rows: Sequence[Sized], group_size: int) -> bool:
-        """Whether micro-batches can hold blocks of `group_size` neighbours, and still be filled."""
+        """Whether micro-batches can be filled without splitting a group of `group_size` neighbours."""
         if self.tokens is None:
             return self.rows % group_size == 0
         return all(self.holds(block) for block in chunks(rows, group_size))
 
     def split(self, rows: Sequence[Row], group_size: int = 1) -> list[list[Row]]:
-        """As few micro-batches as hold the rows, the longest first: what does not fit into memory fails at once.
+        """Divide rows into as few micro-batches as hold them, the longest rows first.
 
-        Rows of similar length share one, so that little of it is padding. Blocks of `group_size` neighbours stay whole.
+        Rows of similar length share a micro-batch, so that little of it is padding. Starting with the longest makes a
+        run that does not fit into memory fail at once. Groups of `group_size` neighbours stay whole.
         """
         blocks = sorted(chunks(rows, group_size), key=lambda block: max(map(len, block)), reverse=True)
         batches: list[list[Row]] = []
@@ -176,7 +178,7 @@ class MicrobatchSize:
         return batches
 
     def spread(self, batches: Sequence[list[Row]], count: int, group_size: int = 1) -> list[list[Row]]:
-        """The same rows in `count` micro-batches, where other processes need so many: the largest are halved."""
+        """Halve the largest micro-batches until there are `count`, as many as another process needs."""
         batches = list(batches)
         while len(batches) < count:
             divisible = [place for place, batch in enumerate(batches) if len(batch) > group_size]
@@ -190,6 +192,6 @@ class MicrobatchSize:
 
 
 def random_order(count: int, group_size: int = 1) -> list[int]:
-    """A permutation of `count` places that moves blocks of `group_size` as one."""
+    """A random permutation of `count` places that keeps each group of `group_size` neighbours together."""
     blocks = torch.randperm(count // group_size) * group_size  # (count / group_size,)
     return (blocks[:, None] + torch.arange(group_size)).flatten().tolist()

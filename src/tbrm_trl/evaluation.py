@@ -11,7 +11,7 @@ from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerB
 
 @dataclass(frozen=True)
 class Accuracy:
-    """Mean score over problems, each the mean of its own samples (avg@n), and where it came from.
+    """Mean score over problems, each the mean of its own samples (avg@n), with the samples behind it.
 
     Attributes:
         mean: mean over problems, in score units (1 = all correct).
@@ -19,7 +19,7 @@ class Accuracy:
             uncertainty from having drawn these problems and not others.
         problems: number of problems.
         samples: completions per problem, n.
-        temperature: of sampling; 0 is greedy.
+        temperature: sampling temperature; 0 is greedy.
         truncated: share of completions cut at the length limit.
         completions: per problem, its n completions as text.
         scores: per problem, their n scores.
@@ -80,15 +80,15 @@ def evaluate_accuracy(
     """Generate `samples` completions for every prompt and score them.
 
     Args:
-        model: the policy; left in the mode (train or eval) it came in. Adapters count as part of it.
-        tokenizer: with a chat template if prompts are conversations.
+        model: the policy, adapters included. It is left in the mode (train or eval) that it came in.
+        tokenizer: the policy's, with a chat template if prompts are conversations.
         prompts: strings, or lists of messages.
         score: called with the prompt's index and a completion's text; returns its score.
         samples: completions per prompt, n of avg@n. Greedy needs just 1.
         temperature: of sampling, with no filter or penalty, whatever the model ships with; 0 is greedy.
         max_new_tokens: length limit of a completion; what is cut there counts as truncated and is scored as it is.
         batch_size: completions generated at once. With sampling, the draws depend on it.
-        seed: of the sampling; the global random state is left as it was.
+        seed: seed of the sampling. The global random state is left unchanged.
         progress: called after each batch with the completions done and their total.
 
     Raises:
@@ -110,7 +110,7 @@ def evaluate_accuracy(
     truncated = 0
     was_training = model.training
     model.eval()
-    # Settings that a model ships with (a repetition penalty, say) would make another policy of it, so none is taken.
+    # Settings that a model ships with, such as a repetition penalty, would make it another policy. None is taken.
     model.generation_config = GenerationConfig(
         **sampling, max_new_tokens=max_new_tokens, eos_token_id=sorted(end_ids), pad_token_id=tokenizer.pad_token_id
     )

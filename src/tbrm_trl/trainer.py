@@ -363,7 +363,7 @@ class TBRMTrainer(ExactResume, GRPOTrainer):
         micro_step = self._step % self.args.gradient_accumulation_steps
         if micro_step == 0:
             self._microbatches = self._microbatches_of(self._collect(generation_batch))
-        # The Trainer's micro-steps are micro-batches of so many rows. Sized by tokens, there are as many as there are.
+        # A micro-step of the Trainer is a micro-batch of rows. Sized by tokens, all micro-batches go into one.
         by_tokens = self.args.max_tokens_per_microbatch is not None
         return {"microbatches": self._microbatches if by_tokens else [self._microbatches[micro_step]]}
 
@@ -466,7 +466,7 @@ class TBRMTrainer(ExactResume, GRPOTrainer):
         prompts, completions = zip(*(completion_of(row, self._tokenizer) for row in rows), strict=True)
         ids = [trajectory.completion_ids.tolist() for trajectory in trajectories]
         self._calculate_rewards(columns_for_rewards(rows), list(prompts), list(completions), ids)
-        # What the functions log is of rollouts: TRL would count this among the next ones.
+        # TRL would count what the functions log here among the next rollouts.
         self._pending_metrics.clear()
         self._pending_extra_logs.clear()
         return self._rewards.total.tolist()

@@ -1,4 +1,4 @@
-"""A trajectory, the one currency of the library, and its part in one update."""
+"""A trajectory, which every part of the library takes or gives, and its part in one update."""
 
 from dataclasses import dataclass, field
 from enum import Enum
@@ -30,23 +30,23 @@ class Trajectory:
 
     Attributes:
         prompt_ids: `(P,)` token ids, P ≥ 1.
-        completion_ids: `(C,)` token ids, C ≥ 1, the end-of-sequence token included where it was produced.
+        completion_ids: `(C,)` token ids, C ≥ 1, with the end-of-sequence token if it was produced.
         loss_mask: `(C,)` bool, m_h: true on tokens the policy chose, false on tokens a tool or environment inserted.
-        reward: R(τ), the weighted sum of the raw rewards; NaN where no reward function could score it.
+        reward: R(τ), the weighted sum of the raw rewards; NaN if no reward function could score it.
         end: how the completion ended.
         source: where it comes from.
         rewards: the raw reward by function's name, before weighting; empty for a logged reward.
         group_id: number that the trajectories of one prompt that were drawn together share.
-        policy_step: updates that the policy had made when it drew the completion; None where another run's did.
+        policy_step: updates that the policy had made when it drew the completion; None if it was another run's.
         ref_log_probs: `(C,)` log π_ref of the completion tokens (0 where not chosen); None until scored. The replay
-            buffer keeps their sum alone, and gives every action an equal share of it.
+            buffer keeps only their sum, and gives every action an equal share of it.
         ref_soft_value: V_ref(s_1); None until scored.
-        ref_end_value: V_ref of the state after the last token, where `truncation="bootstrap"` asks for it.
-        ref_key: which reference these scores come from (see `reference.Reference.key`); None until scored.
-        value: the constant that an estimator of the soft value gave it (see `soft_value.SoftValue`), in reward units.
-        baseline: subtracted from the reward in the residual; NaN where the group gives none.
+        ref_end_value: V_ref of the state after the last token; None unless `truncation="bootstrap"` asks for it.
+        ref_key: digest of the reference that gave these scores (`Reference.key`); None until scored.
+        value: the constant that an estimator of the soft value gave it, in reward units.
+        baseline: reward that the residual subtracts from R; NaN if the group gives none.
         priority: |β δ| when it was last replayed, in reward units; None before that.
-        vision: the vision inputs of this trajectory alone, by the model's argument name; empty for text.
+        vision: this trajectory's own vision inputs, by the model's argument name; empty for text.
     """
 
     prompt_ids: Tensor

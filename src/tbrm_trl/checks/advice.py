@@ -1,4 +1,4 @@
-"""What is said about a run that is allowed: its arithmetic in one line, and warnings with a number to use instead."""
+"""What an allowed run is told: its arithmetic in one line, and warnings that name a better number."""
 
 import math
 import warnings
@@ -12,7 +12,7 @@ BETA_BY_LENGTH = ((600, 0.02), (5000, 0.002))
 
 
 def startup_line(mix: WindowMix, args: TBRMOptions, sampler: WindowSampler | None) -> str:
-    """Prompts, rollouts, logged trajectories, updates, and what each epoch drops, in one line; no epoch of a stream."""
+    """One line with prompts, rollouts, logged trajectories, updates, and what each epoch drops (a stream has none)."""
     accumulation, processes = args.gradient_accumulation_steps, args.world_size
     fresh = args.fresh_updates
     updates = fresh * args.num_iterations
@@ -46,14 +46,14 @@ def startup_line(mix: WindowMix, args: TBRMOptions, sampler: WindowSampler | Non
 
 
 def beta_for_length(length: float) -> float:
-    """β as published for responses of this many tokens; outside the published range, that of its nearer end."""
+    """β as published for responses of this many tokens. Outside the published range, β of its nearer end."""
     (short, high), (long, low) = BETA_BY_LENGTH
     slope = math.log(low / high) / math.log(long / short)
     return high * (min(max(length, short), long) / short) ** slope
 
 
 def warn_of_beta(beta: float, mean_length: float) -> None:
-    """Warn when β is more than a factor of 5 from what was published for responses this long."""
+    """Warn if β is more than a factor of 5 from what was published for responses this long."""
     suggestion = beta_for_length(mean_length)
     if not 1 / 5 < beta / suggestion < 5:
         warnings.warn(
@@ -65,7 +65,7 @@ def warn_of_beta(beta: float, mean_length: float) -> None:
 
 
 def warn_of_soft_value(beta: float, soft_value: float) -> None:
-    """Warn when V_θ(s_1) is more than a tenth of 1/β: training would first pull V down, whatever the reward says."""
+    """Warn if V_θ(s_1) is more than a tenth of 1/β: training would first pull V down, whatever the reward is."""
     if abs(soft_value) > 0.1 / beta:
         warnings.warn(
             f"The soft value V(s_1) is {soft_value:.1f} nats on average, not small against 1/beta = {1 / beta:.1f}: "
@@ -87,7 +87,7 @@ def warn_of_sampling_filters(args: TBRMOptions) -> None:
 
 
 def warn_of_rollouts(output_dir: Path) -> None:
-    """Warn when rollouts of another run lie where this one will save its own: `load_rollouts` reads all of them."""
+    """Warn if the folder for rollouts holds another run's: `load_rollouts` would read all of them."""
     if any((output_dir / "rollouts").glob("step-*.parquet")):
         warnings.warn(
             f"{output_dir / 'rollouts'} holds rollouts of another run. Those of the same update are overwritten, the "

@@ -35,11 +35,11 @@ def check_training_set(dataset: Any, args: TBRMOptions, group_size: int, rewarde
 
 
 def check_dataset(dataset: Any, args: TBRMOptions, group_size: int) -> tuple[np.ndarray, WindowMix]:
-    """Which rows are logged, and how a generation window is made up.
+    """Find the logged rows, and divide a generation window between logged rows and prompts.
 
     Raises:
-        ValueError: for a data set on which not a single generation window could be filled: TRL would train on nothing,
-            silently. Also for a stream with completions, which cannot be divided into its two kinds of rows.
+        ValueError: for a data set that fills no generation window, on which TRL would silently train on nothing, and
+            for a stream with completions, which cannot be divided into prompts and logged rows.
     """
     if not isinstance(dataset, Sized):
         if dataset is not None and {"completion", "completion_ids"} & set(dataset.column_names or ()):
@@ -86,10 +86,10 @@ def check_dataset(dataset: Any, args: TBRMOptions, group_size: int) -> tuple[np.
 def check_logged_groups(
     dataset: Any, logged: np.ndarray, mix: WindowMix, args: TBRMOptions, group_size: int
 ) -> np.ndarray | None:
-    """Where logged rows of a prompt are compared, which belong to one prompt: `(N,)`, or None where none are.
+    """`(N,)` a number for each logged row, equal for rows of one prompt; None if no logged rows are compared.
 
     Raises:
-        ValueError: for a prompt with fewer logged rows than a group; a group would never be full.
+        ValueError: for a prompt with fewer logged rows than a group, which would never be full.
     """
     if group_size == 1 or not mix.logged:
         return None
@@ -112,7 +112,7 @@ def check_logged_groups(
 
 
 def check_sources(mix: WindowMix, args: TBRMOptions, group_size: int, rewarded: bool, evaluated: bool) -> None:
-    """Refuse options that ask for trajectories of a kind that the data set does not give."""
+    """Refuse options that ask for a kind of trajectory that the data set does not give."""
     if mix.logged and args.remove_unused_columns:
         raise ValueError(
             "`remove_unused_columns=True` would drop the columns of the logged trajectories. Leave it at False."
@@ -146,7 +146,7 @@ def check_sources(mix: WindowMix, args: TBRMOptions, group_size: int, rewarded: 
 
 
 def check_sources_of_vision(args: TBRMOptions, mix: WindowMix) -> None:
-    """With a model that reads images, refuse every source of trajectories that cannot carry them."""
+    """Refuse sources of trajectories that cannot carry images, for a model that reads images."""
     for name, asked in (("replay_buffer_size", args.replay_buffer_size), ("save_rollouts", args.save_rollouts)):
         if asked:
             raise ValueError(f"`{name}` stores text alone, and this model reads images. Leave it at its default.")
@@ -167,7 +167,7 @@ def check_logged_rows(dataset: Dataset, logged: np.ndarray, rewarded: bool, scor
     Args:
         dataset: the training set.
         logged: `(N,)` bool, from `logged_rows`.
-        rewarded: whether reward functions are there for rows without a reward of their own.
+        rewarded: whether there are reward functions for rows without a reward.
         scored: whether each row must bring the scores of the policy that produced it.
 
     Raises:

@@ -1,4 +1,4 @@
-"""What is refused of ways to launch: sharding, offload and optimizers under which an option cannot do what it says."""
+"""What is refused or warned of in a launch: sharding, offload and optimizers that an option does not go with."""
 
 import os
 import warnings
@@ -7,14 +7,14 @@ from accelerate import Accelerator
 
 from ..options import TBRMOptions
 
-# Those whose update DeepSpeed's optimizers on the CPU make as well (accelerate's `map_pytorch_optim_to_deepspeed`).
+# Optimizers that DeepSpeed has on the CPU too (accelerate's `map_pytorch_optim_to_deepspeed`).
 OFFLOADED_OPTIMIZERS = frozenset(
     ("adamw_torch", "adamw_torch_fused", "paged_adamw_32bit", "lion_32bit", "paged_lion_32bit", "adagrad")
 )
 
 
 def check_launch(args: TBRMOptions) -> None:
-    """Refuse or warn of ways to shard, offload or generate under which an option cannot do what it says."""
+    """Refuse or warn of ways to shard, offload or generate that keep an option from doing what it says."""
     deepspeed = {} if args.deepspeed_plugin is None else args.deepspeed_plugin.deepspeed_config
     zero = deepspeed.get("zero_optimization", {})
     if not args.ds3_gather_for_generation:
@@ -31,7 +31,7 @@ def check_launch(args: TBRMOptions) -> None:
                 stacklevel=4,
             )
     offloaded = zero.get("offload_optimizer", {}).get("device", "none") != "none"
-    own = "optimizer" in deepspeed  # of DeepSpeed's configuration, which then takes the place of `optim`
+    own = "optimizer" in deepspeed  # DeepSpeed's configuration names one, which takes the place of `optim`
     replaced = offloaded and not own and deepspeed.get("zero_force_ds_cpu_optimizer", True)
     if replaced and args.optim not in OFFLOADED_OPTIMIZERS:
         raise ValueError(
@@ -55,7 +55,7 @@ def check_launch(args: TBRMOptions) -> None:
 
 
 def fsdp_version(args: TBRMOptions) -> int | None:
-    """That the launcher's environment or the arguments ask for; None where nothing does."""
+    """The version of FSDP that the launcher's environment or the arguments ask for, or None."""
     if args.fsdp_plugin_args is not None:
         return int(args.fsdp_plugin_args["fsdp_version"])
     if os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true":

@@ -19,8 +19,8 @@ VISION_MODEL_TYPES = frozenset(
 )
 
 # Architectures that keep the trajectories of a packed row apart, tested with eager, SDPA and varlen flash attention. No
-# attribute of class or configuration tells: besides those with a state (Mamba, linear attention, convolutions), others
-# take `position_ids` and still mix trajectories, as gpt_oss does with eager attention or gpt_bigcode with flash.
+# attribute of a class or configuration tells. Architectures with a state (Mamba, linear attention, convolutions) mix
+# trajectories, and so do some that take `position_ids`: gpt_oss with eager attention, gpt_bigcode with flash.
 PACKED_MODEL_TYPES = frozenset(
     """
     apertus arcee cohere cohere2 cohere2_moe deepseek_v2 deepseek_v3 dots1 ernie4_5 ernie4_5_moe exaone4 exaone_moe
@@ -60,7 +60,7 @@ def check_adapters(model: Any, peft_config: Any, args: TBRMOptions) -> None:
 
 
 def check_quantization(model: Any, peft_config: Any, quantization_config: Any, args: TBRMOptions) -> None:
-    """Refuse what a base model in 4 or 8 bits (bitsandbytes) cannot do: be trained itself, feed vLLM."""
+    """Refuse to train a base model in 4 or 8 bits (bitsandbytes) itself, and to send its weights to vLLM."""
     given = quantization_config or (args.model_init_kwargs or {}).get("quantization_config")
     if isinstance(given, dict):
         given = SimpleNamespace(**given)
@@ -83,11 +83,11 @@ def check_quantization(model: Any, peft_config: Any, quantization_config: Any, a
 
 
 def warn_of_merging(model: nn.Module, args: TBRMOptions) -> None:
-    """Warn when the base of an adapter, which is the reference, would be rounded at every sync of vLLM."""
+    """Warn if every sync of vLLM would round the base of an adapter, which is the reference too."""
     if not args.use_vllm or not is_peft_model(model):
         return
     half = {p.dtype for p in model.parameters() if p.is_floating_point() and p.itemsize < 4 and not p.requires_grad}
-    cast = args.deepspeed_plugin is not None and (args.bf16 or args.fp16)  # by DeepSpeed, frozen weights as well
+    cast = args.deepspeed_plugin is not None and (args.bf16 or args.fp16)  # DeepSpeed casts frozen weights too
     if half or cast:
         warnings.warn(
             "An adapter on a base in half precision with `use_vllm=True`: for every sync TRL merges the adapter into "
@@ -99,7 +99,7 @@ def warn_of_merging(model: nn.Module, args: TBRMOptions) -> None:
 
 
 def check_vision(model: PreTrainedModel, is_vision: bool) -> None:
-    """Refuse vision-language architectures whose image inputs are not known to be carried correctly."""
+    """Refuse vision-language architectures for which no test shows that image inputs survive re-batching."""
     if is_vision and model.config.model_type not in VISION_MODEL_TYPES:
         raise ValueError(
             f"Vision-language models of type {model.config.model_type!r} are not supported: their layout of image "
@@ -109,7 +109,7 @@ def check_vision(model: PreTrainedModel, is_vision: bool) -> None:
 
 
 def check_packing(model: PreTrainedModel) -> None:
-    """Refuse models in whose layers the trajectories of a packed row could see each other, or that read images."""
+    """Refuse models that could mix the trajectories of a packed row, and models that read images."""
     kind, attention = model.config.model_type, model.config._attn_implementation
     # Code from a model's own repository may carry the name of an architecture that transformers has too.
     of_transformers = type(model).__module__.startswith("transformers.")
@@ -129,7 +129,7 @@ def check_packing(model: PreTrainedModel) -> None:
 
 
 def require_equal_weights(policy: nn.Module, reference: nn.Module) -> None:
-    """Raise unless the reference was loaded with the weights that the policy starts from.
+    """Refuse a reference that was loaded with other weights than the policy starts from.
 
     TRL loads the reference from the folder or id in the model's configuration. A model that was changed after loading,
     or never saved, would silently get another reference.

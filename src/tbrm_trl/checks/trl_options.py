@@ -1,6 +1,6 @@
 """What becomes of each option that TRL's `GRPOConfig` declares: kept, given a meaning, or refused."""
 
-# Every option that GRPOConfig declares stands in exactly one of these three; a test fails on one that does not.
+# A test fails on an option of GRPOConfig that is not in exactly one of these three.
 
 KEPT = frozenset(
     """

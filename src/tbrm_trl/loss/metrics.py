@@ -1,4 +1,4 @@
-"""What is logged of each optimizer step: sums and weights, added over micro-batches and processes, then divided."""
+"""Metrics: sums and weights, added over micro-batches and processes, then divided."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from ..trajectory import UpdateRow
 from .soft_value import ValueInputs
 
 LEFT_OUT_REASONS = ("unscored", "truncated", "no_action", "no_value")
-# Of a trajectory in one update: drawn for it, trained on before without a buffer, sampled from it, or logged.
+# Where an update has a trajectory from: drawn for it, the same window again, the replay buffer, or the log.
 ORIGINS = ("fresh", "reused", "replayed", "logged")
 
 
@@ -39,7 +39,7 @@ class Totals:
         return Totals(dict(zip(self.by_name, stacked, strict=True)))
 
     def means(self) -> dict[str, float]:
-        """Sum over weight, of what had any; of a mean square its root, as `rms`."""
+        """Sum divided by weight, for each name that had any. A mean square becomes its root, under the name `rms`."""
         means = {}
         for name, (total, weight) in zip(self.by_name, torch.stack(list(self.by_name.values())).tolist(), strict=True):
             if weight:
@@ -67,7 +67,7 @@ def microbatch_totals(
     soft_value: Tensor,
     residual: Tensor,
 ) -> Totals:
-    """Totals of one micro-batch. Sequence-level metrics are in reward units (β × nats), token-level ones in nats.
+    """Totals of one micro-batch. Metrics of sequences are in reward units (β × nats), those of tokens in nats.
 
     Args:
         rows: the micro-batch's B trajectories.
@@ -97,7 +97,7 @@ def microbatch_totals(
             **{f"residual/{name}_mean_square": over(squared, counted & mine) for name, mine in origin.items()},
             "soft_value": over(beta * soft_value, counted),
             "log_ratio": over(beta * inputs.log_ratio, counted),
-            # The estimator of KL(π‖π_ref) that TRL logs under this name; on other policies' data it is none.
+            # TRL logs this estimator of KL(π‖π_ref) under the same name. It is one on the policy's own data alone.
             "kl": over(behind.exp() - behind - 1, batch.action_mask & origin["fresh"].unsqueeze(1)),
             "entropy": over(scores.entropy, batch.action_mask),
             **{f"left_out/{r}": share([row.left_out for row in rows].count(r), len(rows)) for r in LEFT_OUT_REASONS},
@@ -134,10 +134,10 @@ class Recorder:
         return summed
 
     def means(self, mode: str) -> dict[str, float]:
-        """Means since the last call, and begin anew."""
+        """The means since the last call. Counting begins anew."""
         totals, self.since_log[mode] = self.since_log[mode], Totals()
         return totals.means() if totals else {}
 
     def clear(self, train: Totals | None = None) -> None:
-        """Begin training anew, or go on from these totals."""
+        """Begin training with nothing recorded, or with these totals."""
         self.step, self.since_log["train"] = Totals(), train or Totals()

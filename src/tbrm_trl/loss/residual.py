@@ -94,7 +94,7 @@ def squared_residual_loss(
 def mean_over_counted(
     values: Tensor, counted: Tensor, denominator: Tensor | float, weight: Tensor | None = None
 ) -> Tensor:
-    """`Σ weight · value / denominator` over the counted rows: `squared_residual_loss` of what is squared already."""
+    """`Σ weight · value / denominator` over the counted rows: `squared_residual_loss` for values already squared."""
     kept = torch.where(counted, values, 0.0)  # (B,)
     weighted = kept if weight is None else weight * kept  # (B,)
     return weighted.sum() / torch.as_tensor(denominator, device=values.device).clamp(min=1)

@@ -1,4 +1,4 @@
-"""Optional parts of the loss, each a pure function: added terms, and back-propagation through a part of the tokens."""
+"""Optional parts of the loss, as pure functions: added terms, and back-propagation through part of the tokens."""
 
 import math
 
@@ -27,7 +27,7 @@ def success_nll(log_probs: Tensor, mask: Tensor, reward: Tensor, threshold: floa
 
 
 def advantage_weighted_entropy(entropy: Tensor, mask: Tensor, residual: Tensor, beta: float) -> Tensor:
-    """`A Σ_h m_h H(π_θ(·|s_h))` with the advantage `A = sg(R − β V − β log-ratio) = −β sg(δ)`: to be maximised.
+    """`A Σ_h m_h H(π_θ(·|s_h))` with the advantage `A = sg(R − β V − β log-ratio) = −β sg(δ)`; it is maximised.
 
     The advantage needs no group: one rollout has it.
 
@@ -46,10 +46,10 @@ def advantage_weighted_entropy(entropy: Tensor, mask: Tensor, residual: Tensor, 
 
 
 def subset_surrogate(residual: Tensor, value: Tensor, log_probs: Tensor, chosen: Tensor, probability: Tensor) -> Tensor:
-    """A loss with the value `δ²`, and a gradient that equals that of `δ²` on average over the draws of the subset.
+    """A loss with the value `δ²`. Averaged over the draws of the subset, its gradient equals that of `δ²`.
 
-    `2 sg(δ) (V + Σ_{h∈S} log π_h / P_h)`: δ is over all tokens, so squaring it is right; the gradient of the log-ratio
-    is a sum over tokens, which a weighted subset estimates without bias where every P_h > 0.
+    The gradient is that of `2 sg(δ) (V + Σ_{h∈S} log π_h / P_h)`. δ is taken over all tokens, so its square is right.
+    The gradient of the log-ratio is a sum over tokens; a weighted subset estimates it without bias if every P_h > 0.
 
     Args:
         residual: `(B,)` δ over all tokens, without gradient.
@@ -87,7 +87,7 @@ def random_prefix(mask: Tensor, fraction: float, draw: float | None = None) -> t
     Args:
         mask: `(B, T)` m_h.
         fraction: in (0, 1).
-        draw: u; drawn where None.
+        draw: u; None draws it.
 
     Returns:
         `(B, T)` S, and `(B, T)` P_h.

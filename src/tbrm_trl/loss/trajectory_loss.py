@@ -1,4 +1,4 @@
-"""The loss of each trajectory: its residual with the chosen soft value, squared, and what is added to it."""
+"""The loss of each trajectory: soft value, residual, square, and the terms that are added to it."""
 
 import math
 from collections import Counter
@@ -24,7 +24,7 @@ class LossOutput:
     """The loss of B trajectories, and what it was made of.
 
     Attributes:
-        loss: `(B,)` with gradient, in reward units squared (or nats squared); of no meaning where a row does not count.
+        loss: `(B,)` with gradient, in reward units squared (or nats squared); meaningless for rows that do not count.
         residual: `(B,)` δ in nats, 0 where a row does not count.
         soft_value: `(B,)` the value term of it, nats.
         inputs: what the estimator read.
@@ -41,7 +41,7 @@ class LossOutput:
 
 
 class TrajectoryLoss:
-    """`(β δ)²` of each trajectory, and the optional terms; arithmetic alone, whoever scores.
+    """`(β δ)²` of each trajectory, and the optional terms. It is given a scorer and runs no model itself.
 
     Args:
         args: the options.
@@ -112,7 +112,7 @@ class TrajectoryLoss:
         else:
             squared = residual.square()  # (B,)
 
-        loss = beta**2 * squared  # (B,) in reward units, as the weights of what is added
+        loss = beta**2 * squared  # (B,) in reward units, in which the weights of the added terms are given
         if args.sft_coef:
             earned = float_tensor([args.reward_of(row.trajectory) for row in rows], loss.device)  # (B,)
             loss = loss + args.sft_coef * success_nll(scores.log_probs, batch.action_mask, earned, args.sft_threshold)
@@ -141,11 +141,11 @@ class TrajectoryLoss:
     def _values(
         self, rows: Sequence[UpdateRow], batch: Batch, scores: TrajectoryScores, inputs: ValueInputs
     ) -> tuple[Tensor, Tensor]:
-        """`(B,)` V(s_1); and with `truncation="bootstrap"` `(B,)` V of the state in which a row was cut, else 0."""
+        """`(B,)` V(s_1), and `(B,)` V of the state in which a row was cut: 0 without `truncation="bootstrap"`."""
         known = rows[0].value is not None
         value = float_tensor([row.value for row in rows], inputs.reward.device) if known else self.soft_value(inputs)
         if self.soft_value.compares == "ratios":
-            value = value.detach()  # as it is where groups are split: any split gives the same gradient
+            value = value.detach()  # a split group's value has none either: any split gives the same gradient
         if self.args.truncation != "bootstrap":
             return value, torch.zeros_like(value)
         assert scores.end_value is not None, "the scorer gives it where truncation is bootstrapped"
@@ -156,7 +156,7 @@ class TrajectoryLoss:
     def _squared_in_part(
         self, rows: Sequence[UpdateRow], batch: Batch, scorer: Scorer, inputs: ValueInputs, residual: Tensor
     ) -> tuple[Tensor, Tensor | None]:
-        """`(B,)` δ² whose gradient comes from a random part of the tokens, in a second forward; and its router loss."""
+        """`(B,)` δ², with the gradient of a random part of the tokens from a second forward, and its router loss."""
         select = random_subset if self.args.token_selection == "scatter" else random_prefix
         chosen, probability = select(batch.action_mask, self.args.token_fraction)  # (B, T) each
         if self.args.token_selection == "cut":

@@ -1,6 +1,6 @@
-"""What is live while a model trains and generates: its own code, run on tensors that have shapes and no storage.
+"""The bytes that are live while a model trains and generates: its own code, run on tensors without storage.
 
-The model comes with its parameters on the meta device; they are not counted here, but in `memory.py`.
+The model comes with its parameters on the meta device. `estimate.py` counts those.
 """
 
 import weakref
@@ -26,7 +26,7 @@ AttentionMaskInterface.register(WITHOUT_MASK, lambda *args, **kwargs: None)
 
 
 class _Live(TorchDispatchMode):
-    """Bytes of the tensors that are alive, by the part they belong to. Those of `known` are not counted."""
+    """Counts the bytes of living tensors by the part they belong to. The tensors of `known` are not counted."""
 
     def __init__(self, known: Iterable[Tensor]):
         super().__init__()
@@ -79,15 +79,15 @@ class Trace:
         self.mode = FakeTensorMode()
 
     def mask(self, policy: PreTrainedModel, padded: bool, *shape: int) -> Tensor | None:
-        """As transformers makes it where told of padding; else none, though it makes one wherever it is traced."""
+        """The mask transformers builds for padded input, else None."""
         attention = policy.config._attn_implementation
         if attention == "eager":
-            return None  # it makes its own
+            return None  # eager attention makes its own
         policy.set_attn_implementation("sdpa" if padded else WITHOUT_MASK)
         return torch.ones(*shape, dtype=torch.bool) if padded else None
 
     def update(self, policy: PreTrainedModel) -> dict[str, int]:
-        """Forward and backward of a micro-batch; bytes by part, at the peak."""
+        """Run forward and backward of a micro-batch; return the bytes by part at the peak."""
         length = self.prompt + self.completion
         head = policy.get_output_embeddings()
         self._off_meta(policy)
@@ -114,7 +114,7 @@ class Trace:
             enter("activations")
             with torch.autocast("cpu", self.autocast or torch.bfloat16, enabled=self.autocast is not None):
                 ids = torch.zeros(self.rows, length, dtype=torch.long)  # (B, T)
-                # Training passes none for text, but a window shorter than the rows needs one.
+                # Training passes no mask for text, but an attention window that is shorter than the rows needs one.
                 window = getattr(policy.config, "sliding_window", None)
                 windowed = window is not None and window <= length
                 mask = self.mask(policy, windowed, self.rows, 1, length, length)
@@ -133,7 +133,7 @@ class Trace:
         return {part: live.at_peak[part] for part in ("activations", "gradients", "head")}
 
     def _off_meta(self, policy: PreTrainedModel) -> None:
-        """Tensors of no storage that claim to be on a CPU, so that its kernels for attention are chosen."""
+        """Replace parameters by tensors without storage that claim to be on a CPU, so that its kernels are chosen."""
         made: dict[nn.Parameter, nn.Parameter] = {}  # tied ones stay tied
         for module in policy.modules():
             for name, parameter in module._parameters.items():
@@ -158,10 +158,10 @@ class Trace:
 
     @torch.no_grad()
     def generation(self, policy: PreTrainedModel, rows: int) -> int:
-        """The KV cache at its longest with what one step takes, or the pass over the prompts where that takes more."""
+        """Bytes of the KV cache at its longest and one step, or of the pass over the prompts if that takes more."""
         if not rows:
             return 0
-        policy.eval()  # the cache goes off where gradients are checkpointed
+        policy.eval()  # in training mode, gradient checkpointing switches the cache off
         peaks = []
         for given, new in ((0, max(self.prompt, 1)), (self.prompt + self.completion - 1, 1)):
             live = _Live([*policy.parameters(), *policy.buffers()])
@@ -183,7 +183,7 @@ class Trace:
 
 
 class _Head(torch.autograd.Function):
-    """What TRL's chunked head allocates where Triton's kernels work on its tile in place."""
+    """Allocates what TRL's chunked head does when Triton's kernels work on its tile in place."""
 
     @staticmethod
     def forward(ctx: Any, states: Tensor, weight: Tensor, dtype: torch.dtype) -> Tensor:
@@ -208,7 +208,7 @@ def _tile(states: Tensor, weight: Tensor, dtype: torch.dtype) -> list[Tensor]:
 
 
 class _Quantized(torch.autograd.Function):
-    """bitsandbytes' linear layer: the weight is made anew in forward and in backward, and not kept in between."""
+    """bitsandbytes' linear layer: it de-quantizes the weight in forward and again in backward, and keeps neither."""
 
     @staticmethod
     def forward(ctx: Any, states: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -221,7 +221,7 @@ class _Quantized(torch.autograd.Function):
 
 
 def quantize(policy: PreTrainedModel, quantization: str, double: bool) -> dict[str, int]:
-    """Let frozen linear layers other than the head compute as bitsandbytes' do; bytes of each weight, by name."""
+    """Make frozen linear layers but the head compute as bitsandbytes' do; return each weight's bytes by name."""
 
     def forward(self: nn.Linear, states: Tensor) -> Tensor:
         return _Quantized.apply(states, self.weight, self.bias)

@@ -13,7 +13,7 @@ from ..batch import TrajectoryScores, at_least_float32
 
 
 def logit_transform(model: PreTrainedModel, temperature: float):
-    """What the model does to the output of its head before the softmax (scale, soft-cap), then division by T.
+    """A function that does to a head's output what comes before the softmax: scale, soft-cap, division by T.
 
     The head's bias is applied by the head itself. Names of the scale differ by family: `logit_scale` (Cohere),
     `output_multiplier` (Muse), `lm_head_multiplier` (Falcon-H1), `logits_scaling` (Granite and MiniCPM3 divide by it,
@@ -42,15 +42,15 @@ def logit_transform(model: PreTrainedModel, temperature: float):
 def add_trajectory_head(model: PreTrainedModel, temperature: float, cast_lm_head_to_fp32: bool = False) -> None:
     """Teach `model` to score trajectories: `model(..., action_mask=mask)` returns `TrajectoryScores`.
 
-    It knows nothing of the layout, padded rows or one packed row: `scored` are the tokens whose log-probability and
-    entropy are computed, and `first_state` and, where V is wanted there too, `last_state` are the `(B,)` places of the
-    state of each trajectory's first action and of its last token, in the row or rows laid end to end. `every_value`
-    asks for V at every action. Results per token come back in the layout of the input.
+    The new forward takes padded rows and one packed row alike, and gives results per token in the layout of its input.
+    `scored` marks the tokens that get a log-probability and an entropy. `first_state` and `last_state` are `(B,)`
+    places in the rows laid end to end: the state of each trajectory's first action, where V is always computed, and
+    that of its last token, where V is computed if `last_state` is given. `every_value` asks for V at every action.
 
     Everything happens inside the model's own forward, so that the hooks of DDP, FSDP and DeepSpeed ZeRO fire. The
-    backbone runs once; only the states in which the policy acted go on to TRL's chunked head (which the model must
-    already have, see `trl.trainer.utils.add_fused_lm_head`), and one state per trajectory to the ordinary head, for
-    the soft value. Neither ever forms the `(B, T, vocabulary)` logits (but `every_value` those of all actions). Without
+    backbone runs once. Only the states in which the policy acted go on to TRL's chunked head, which the model must
+    already have (`trl.trainer.utils.add_fused_lm_head`), and one state per trajectory goes to the ordinary head for the
+    soft value. The `(B, T, vocabulary)` logits are never formed; only `every_value` forms those of all actions. Without
     `action_mask` the forward is unchanged.
 
     Args:
@@ -63,7 +63,7 @@ def add_trajectory_head(model: PreTrainedModel, temperature: float, cast_lm_head
 
     def soft_value(states: Tensor) -> Tensor:
         head = model.get_output_embeddings()
-        # The kernel computes in the autocast dtype, if any, and else in that of the states: so does the soft value.
+        # The soft value is computed in the kernel's dtype: the autocast one if there is one, or that of the states.
         in_head_dtype = torch.autocast(states.device.type, enabled=False) if cast_lm_head_to_fp32 else nullcontext()
         with in_head_dtype:
             return transform(head(states.to(head.weight.device))).logsumexp(dim=-1)  # (N,)
@@ -98,8 +98,8 @@ def add_trajectory_head(model: PreTrainedModel, temperature: float, cast_lm_head
                 wanted["end_value"] = states[last_state.to(device)]  # (B, hidden)
             if every_value:
                 wanted["state_values"] = choosing(action_mask)  # (N, hidden)
-            # FSDP2 frees the head's weights when backward is through its module. So the module's one call goes before
-            # the kernel, which has the bare weights: backward is then through the kernel first.
+            # FSDP2 frees the head's weights once backward has passed its module, and the kernel needs the bare weights.
+            # So the module is called once and before the kernel: backward then passes the kernel first.
             values = soft_value(torch.cat(list(wanted.values())))
             soft_values.update(zip(wanted, values.split([len(one) for one in wanted.values()]), strict=True))
             soft_values["hidden"] = wanted["soft_value"].detach()
@@ -133,8 +133,8 @@ def at_mask(values: Tensor, mask: Tensor) -> Tensor:
 def disable_randomness(model: nn.Module) -> None:
     """Switch off every dropout and router jitter of `model`, in place.
 
-    A noisy log-probability biases a squared sum: E(δ + ε)² = δ² + Var ε. Besides dropout modules, attention layers
-    keep a rate of their own as a plain number.
+    A noisy log-probability biases a squared sum: E(δ + ε)² = δ² + Var ε. Attention layers keep their rate as a plain
+    number beside the dropout modules, so both are set to 0.
     """
     for module in model.modules():
         if isinstance(module, nn.modules.dropout._DropoutNd):

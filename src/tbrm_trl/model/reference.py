@@ -29,7 +29,7 @@ class Reference:
 
     Args:
         policy: gives the model being trained, wrapped or not.
-        frozen_copy: the reference of a fully fine-tuned model, as prepared for the process group; None for PEFT.
+        frozen_copy: reference of a fully fine-tuned model, prepared for the process group; None for PEFT.
         accelerator: the trainer's.
         settings: what the scores depend on besides weights (temperature, dtype, …), as JSON-able values.
     """
@@ -61,14 +61,14 @@ class Reference:
         This makes stored scores stale. A trajectory is scored again the next time it is trained on.
         """
         trained = self._trained()
-        for name, parameter in self._synced().items():  # one by one: ZeRO-3 makes whole what is synced
+        for name, parameter in self._synced().items():  # one by one, since ZeRO-3 gathers what is synced
             SyncRefModelCallback.sync_target_model(
                 nn.ParameterList([trained[name]]), nn.ParameterList([parameter]), alpha
             )
         self.renew_key()
 
     def save(self, folder: Path) -> None:
-        """Write what `sync` changes: the whole of it once, or every process its own FSDP2 shard."""
+        """Write what `sync` changes. The main process writes all of it, or each process its own FSDP2 shard."""
         tensors = {}
         for name, parameter in self._synced().items():
             with _gathered(parameter):
@@ -82,8 +82,8 @@ class Reference:
         """Read back what `save` wrote.
 
         Args:
-            folder: this process's.
-            main_folder: the main process's, which holds the whole where nothing is sharded.
+            folder: what this process wrote.
+            main_folder: what the main process wrote, which is everything unless shards were written.
         """
         parameters = self._synced()
         sharded = any(isinstance(parameter, DTensor) for parameter in parameters.values())
@@ -114,16 +114,16 @@ class Reference:
             local = getattr(parameter, "ds_tensor", _local_shard(parameter)).detach().contiguous()
             digest.update(f"{name} {tuple(local.shape)} {local.dtype}".encode())
             digest.update(local.reshape(-1).view(torch.uint8).cpu().numpy().data)
-        # Processes with a whole copy each agree; those with a shard each make up one key together.
+        # Processes that each hold a whole copy agree. Processes that hold shards make up one key together.
         parts = sorted(set(gather_object([digest.hexdigest()])))
         self.key = xxhash.xxh3_128_hexdigest(json.dumps([parts, self.settings], sort_keys=True).encode())
 
     def _unwrapped(self, model: nn.Module) -> Any:
-        """The model inside its wrappers, `torch.compile`'s too: that prefixes the names of the parameters."""
+        """The model inside its wrappers. `torch.compile`'s goes too, since it prefixes the names of parameters."""
         return self.accelerator.unwrap_model(model, keep_torch_compile=False)
 
     def _synced(self) -> dict[str, nn.Parameter]:
-        """What a sync changes, by a name that the policy's own parameter shares."""
+        """The parameters that a sync changes, by the names that the policy's own parameters have."""
         if self.frozen_copy is not None:
             return dict(self._unwrapped(self.frozen_copy).named_parameters())
         return _adapter(self._unwrapped(self.policy()), ADAPTER)
@@ -136,7 +136,7 @@ class Reference:
 
 
 class PreviousPolicy:
-    """The policy that produced a trajectory, as its reference: it scores each trajectory once, before it learns of it.
+    """The policy that produced a trajectory as its reference. It scores a trajectory once, before it learns from it.
 
     Args:
         policy: gives the model being trained, wrapped or not.
@@ -160,7 +160,7 @@ class PreviousPolicy:
 
 
 def _adapter(policy: nn.Module, adapter: str) -> dict[str, nn.Parameter]:
-    """The parameters of one adapter, by a name that another's counterpart shares."""
+    """The parameters of one adapter, by names that are the same for every adapter."""
     inside = f".{adapter}."
     return {f"{n}.".replace(inside, ".")[:-1]: p for n, p in policy.named_parameters() if inside in f"{n}."}
 
@@ -175,7 +175,7 @@ def _local_shard(parameter: Tensor) -> Tensor:
 
 
 def _gathered(parameter: nn.Parameter) -> AbstractContextManager[None]:
-    """Makes a ZeRO-3 parameter whole inside, and partitions what the main process wrote to it at the end."""
+    """Gather a ZeRO-3 parameter inside the block, and partition at its end what the main process wrote to it."""
     if hasattr(parameter, "ds_id"):
         import deepspeed
 
@@ -184,14 +184,14 @@ def _gathered(parameter: nn.Parameter) -> AbstractContextManager[None]:
 
 
 def add_reference_adapter(policy: Any) -> None:
-    """Give a PEFT policy the frozen adapter `ref`, equal to the one being trained; TRL may have added one already."""
+    """Give a PEFT policy the frozen adapter `ref`, equal to the one being trained. TRL may have added it already."""
     active = policy.active_adapter
     if ADAPTER not in policy.peft_config:
         policy.add_adapter(ADAPTER, policy.peft_config[active])
         policy.set_adapter(active)  # leaves `ref` frozen
     trained = _adapter(policy, active)
     for name, parameter in _adapter(policy, ADAPTER).items():
-        # In its dtype too: PEFT makes adapters float32, and TRL trains some in bfloat16.
+        # The dtype is copied too: PEFT makes adapters float32, and TRL trains some in bfloat16.
         parameter.data = trained[name].data.clone()
 
 
@@ -202,7 +202,7 @@ class SyncReference(TrainerCallback):
         self.reference = reference
 
     def on_train_begin(self, args, state, control, **kwargs):
-        self.reference.renew_key()  # a policy with adapters is sharded by now, as when `load` renews it
+        self.reference.renew_key()  # a policy with adapters is sharded by now, as it will be when `load` renews the key
 
     def on_step_end(self, args, state, control, **kwargs):
         if state.global_step % args.ref_model_sync_steps == 0:

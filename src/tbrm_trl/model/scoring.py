@@ -19,21 +19,21 @@ def score(
     end_value: bool = False,
     every_value: bool = False,
 ) -> TrajectoryScores:
-    """Score a batch with a model that has the trajectory head, wrapped or not. One forward pass.
+    """Score a batch in one forward pass of a model that has the trajectory head, wrapped or not.
 
-    A packed batch goes through the model as one row: the real tokens of all trajectories end to end, positions that
-    begin anew for each, and no attention mask, which together tell transformers to keep them apart. The result is
-    `(B, T)` all the same.
+    A packed batch goes through the model as one row: the real tokens of all trajectories end to end, with positions
+    that start at 0 for each trajectory and no attention mask. That tells transformers to keep the trajectories apart.
+    The scores of a packed batch are `(B, T)` too.
 
     Args:
         model: the policy or the reference, as prepared for training.
         batch: from `collate`.
-        masked: give the model the attention mask. Where attention is causal nothing real looks at what is padded on its
-            right, and without a mask the kernels are faster and keep less. Vision-language models take their positions
-            from it, and a mixture of experts leaves padding out of its load-balancing loss.
+        masked: give the model the attention mask. Causal attention does not need it, since no real token looks at the
+            padding on its right, and without a mask the kernels are faster and keep less. Vision-language models take
+            positions from it, and a mixture of experts leaves padding out of its load-balancing loss by it.
         router_logits: ask a mixture-of-experts model for its load-balancing loss.
-        scored: `(B, T)` the tokens whose log-probability and entropy are wanted; by default all actions. s_1 is the
-            state of the first action in any case.
+        scored: `(B, T)` tokens that get a log-probability and an entropy; None means all actions. s_1 is always the
+            state of the first action.
         end_value: ask for V of the state after the last token.
         every_value: ask for V of every state in which the policy acted.
     """

@@ -1,4 +1,4 @@
-"""Logged trajectories: rows of the data set that have a completion already, checked and tokenized."""
+"""Logged trajectories: rows of the data set that already have a completion, tokenized and rewarded."""
 
 import json
 from collections.abc import Callable, Collection, Mapping, Sequence
@@ -15,8 +15,8 @@ from ..trajectory import PREVIOUS, End, Source, Trajectory
 from .parquet import from_row
 
 _COMPLETION_COLUMNS = ("completion_ids", "completion")
-_INDEX = "_row"  # of the row in the training set
-# What a row says about its own trajectory; everything else goes to the reward functions.
+_INDEX = "_row"  # column with the number of the row in the training set
+# Columns that describe the row's own trajectory. All others go to the reward functions.
 OWN_COLUMNS = frozenset(
     ("completion", "prompt_ids", "completion_ids", "loss_mask", "end", "reward", "ref_log_probs", "ref_soft_value")
 ) | {"ref_end_value", "ref_key", "optimal_value", _INDEX}
@@ -33,7 +33,7 @@ _FEATURES = Features(
 
 
 def logged_rows(dataset: Any) -> np.ndarray:
-    """`(N,)` bool: which rows of a sized data set have a completion."""
+    """`(N,)` bool: which rows of the data set have a completion."""
     columns = [name for name in _COMPLETION_COLUMNS if name in (dataset.column_names or ())]
     if not columns:
         return np.zeros(len(dataset), dtype=bool)
@@ -44,7 +44,7 @@ def logged_rows(dataset: Any) -> np.ndarray:
 
 
 def prompt_numbers(dataset: Dataset, logged: np.ndarray) -> np.ndarray:
-    """`(N,)` for each logged row a number that rows with the same prompt share; −1 for the others."""
+    """`(N,)` a number for each logged row, equal for rows with the same prompt; −1 for rows that are not logged."""
     numbers: dict[str, int] = {}
     of_row = np.full(len(dataset), -1)
     names = [name for name in ("prompt_ids", "prompt") if name in dataset.column_names]
@@ -61,10 +61,10 @@ class CompletionTokenizer:
     """Tokenizes logged completions into what the policy would have produced after the same prompt.
 
     Attributes:
-        tokenizer: of the policy.
+        tokenizer: the policy's.
         end_token_ids: tokens that end a completion.
-        prompt_ids: prompt (text or messages) → ids, as for generation.
-        template: messages → ids by the chat template; second argument: whether to open the assistant's turn.
+        prompt_ids: prompt (text or messages) → ids, as generation makes them.
+        template: messages → ids by the chat template. The second argument says whether to open the assistant's turn.
     """
 
     tokenizer: PreTrainedTokenizerBase
@@ -73,10 +73,10 @@ class CompletionTokenizer:
     template: Callable[[list[dict[str, Any]], bool], list[int]]
 
     def __call__(self, prompt: Any, completion: Any, end: End) -> tuple[list[int], list[int], list[bool]]:
-        """Prompt ids, completion ids (the end token included, unless cut at the length limit), and loss mask.
+        """Prompt ids, completion ids with their end token (without one if cut at the length limit), and loss mask.
 
         Raises:
-            ValueError: where the text cannot be shown to be what the policy would have produced.
+            ValueError: if the text cannot be shown to be what the policy would have produced.
         """
         prompt_ids = self.prompt_ids(prompt)
         if isinstance(prompt, str):
@@ -95,7 +95,7 @@ class CompletionTokenizer:
         joint = self.tokenizer(text=prompt + completion)["input_ids"]
         if joint[: len(prompt_ids)] == prompt_ids and len(joint) > len(prompt_ids):
             ids = joint[len(prompt_ids) :]
-        else:  # a token would span the border, which the policy, given the prompt's ids, cannot produce
+        else:  # a token spans the border: the policy, given the prompt's ids, cannot produce it
             ids = self.tokenizer(text=completion, add_special_tokens=False)["input_ids"]
         if not self.tokenizer.decode([*prompt_ids, *ids]).endswith(completion):
             raise ValueError(
@@ -112,7 +112,7 @@ class CompletionTokenizer:
         ids, mask = list(prompt_ids), [False] * len(prompt_ids)
         for turn, message in enumerate(completion):
             if message["role"] != "assistant":
-                continue  # inserted: the next turn's opening holds it
+                continue  # an inserted message: the opening of the next turn holds it
             opening = self.template([*prompt, *completion[:turn]], True)
             through = self.template([*prompt, *completion[: turn + 1]], False)
             if opening[: len(ids)] != ids or through[: len(opening)] != opening:
@@ -151,18 +151,18 @@ def _short(text: str) -> str:
 def tokenize_logged_rows(
     dataset: Dataset, logged: np.ndarray, tokenize: CompletionTokenizer, vocabulary: int, context: int | None
 ) -> Dataset:
-    """Give every logged row the columns of its trajectory; rows without a completion get None in all of them.
+    """Give every logged row the columns of its trajectory. Rows without a completion get None in these columns.
 
     Args:
         dataset: the training set, checked by `check_logged_rows`.
         logged: `(N,)` bool, from `logged_rows`.
-        tokenize: for completions given as text or messages.
+        tokenize: tokenizes completions that are text or messages.
         vocabulary: number of token ids of the model.
-        context: most tokens the model can read, None where unlimited.
+        context: largest number of tokens that the model can read; None if unlimited.
 
     Raises:
         ValueError: for ids outside the vocabulary, a trajectory longer than the context, or text that does not
-            tokenize into what the policy would have produced. Names the row.
+            tokenize into what the policy would have produced. The error names the row.
     """
 
     def columns(row: dict[str, Any], index: int) -> dict[str, Any]:
@@ -214,12 +214,12 @@ def _trajectory_columns(
 
 
 def logged_trajectory(row: Mapping[str, Any]) -> Trajectory:
-    """The trajectory of a row that `tokenize_logged_rows` has been over. Rows of one prompt are one group."""
+    """The trajectory of a row with the columns of `tokenize_logged_rows`. Rows of one prompt share a `group_id`."""
     prompt = np.asarray(row["prompt_ids"], dtype=np.int64).tobytes()
     origin = {"source": Source.LOGGED.value, "group": xxhash.xxh3_64_intdigest(prompt) >> 1}
     own = {name: row.get(name) for name in OWN_COLUMNS}
     if own["ref_key"] is None and own["ref_log_probs"] is not None:
-        own["ref_key"] = f"{PREVIOUS}unknown"  # the user's own: of the policy that produced it, if of any
+        own["ref_key"] = f"{PREVIOUS}unknown"  # scores that the user brings: the policy's that produced the trajectory
     return from_row({**own, **origin})
 
 
@@ -236,7 +236,7 @@ def completion_of(row: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase) ->
 
 
 def columns_for_rewards(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """The rows without what they say about their own trajectory."""
+    """The rows without the columns that describe their own trajectory."""
     return [{name: value for name, value in row.items() if name not in OWN_COLUMNS} for row in rows]
 
 
@@ -278,7 +278,7 @@ class LoggedRows:
         return trajectories
 
     def state(self) -> tuple[list[int], list[Trajectory]]:
-        """Row numbers, and their trajectories, of what was taken and may have been scored."""
+        """Numbers and trajectories of the rows taken so far, with the scores that they were given."""
         return list(self._by_row), list(self._by_row.values())
 
     def restore(self, rows: Sequence[int], trajectories: Sequence[Trajectory]) -> None:

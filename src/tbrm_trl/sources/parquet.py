@@ -1,4 +1,4 @@
-"""Trajectories as Parquet, one row each: saved rollouts, logged data and checkpoints share this form."""
+"""Trajectories as Parquet, one row each. Saved rollouts, logged data and checkpoints share this form."""
 
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
@@ -37,7 +37,7 @@ _SCHEMA = {
 
 
 def to_row(trajectory: Trajectory) -> dict[str, Any]:
-    """A trajectory without its vision inputs, as plain values by column name."""
+    """The columns of a trajectory, as plain values by name. Vision inputs are left out."""
     log_probs = trajectory.ref_log_probs
     return {
         "prompt_ids": trajectory.prompt_ids.numpy(),
@@ -89,7 +89,7 @@ def from_row(row: Mapping[str, Any]) -> Trajectory:
 def write_trajectories(
     path: Path, trajectories: Sequence[Trajectory], extra: Mapping[str, Sequence[Any]] | None = None
 ) -> None:
-    """Write trajectories (their vision inputs aside) and `extra` columns of the same length to one Parquet file.
+    """Write trajectories without their vision inputs, and `extra` columns of the same length, to one Parquet file.
 
     The file appears under its name only when it is whole.
     """
@@ -118,15 +118,15 @@ def read_trajectories(path: Path) -> list[Trajectory]:
 
 
 def load_rollouts(folder: str | Path | Iterable[str | Path]) -> Dataset:
-    """The rollouts that runs with `save_rollouts=True` left behind, as a data set of logged trajectories.
+    """Read the rollouts that runs with `save_rollouts=True` wrote, as a data set of logged trajectories.
 
-    Pass it (or a selection of it) as `train_dataset`: each row trains as it is, without being generated again.
+    Pass it, or a selection of its rows, as `train_dataset`. Nothing is generated again.
 
     Args:
         folder: an output directory, its `rollouts` folder, or several of either.
 
     Raises:
-        FileNotFoundError: where there are none.
+        FileNotFoundError: if there are none.
     """
     folders = [Path(folder)] if isinstance(folder, (str, Path)) else [Path(one) for one in folder]
     files = []

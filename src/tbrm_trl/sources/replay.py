@@ -11,19 +11,19 @@ import torch
 from ..trajectory import Trajectory
 from .store import TrajectoryStore
 
-# |residual| of a perfectly fitted trajectory, so that it is still drawn now and then. In reward units.
+# Added to |residual|, in reward units, so that a perfectly fitted trajectory is still drawn now and then.
 LEAST_PRIORITY = 1e-6
-BLOCK = 1024  # rows of which a prioritized draw keeps sums
+BLOCK = 1024  # rows over which a prioritized draw keeps one sum
 
 
 @dataclass(frozen=True)
-class Sample:
-    """Trajectories drawn for one update, and the age of each in updates.
+class ReplaySample:
+    """Trajectories drawn for one update.
 
     Attributes:
-        numbers: of the drawn rows in the buffer; with prioritized sampling one may stand twice.
-        trajectories: the rows.
-        weights: what each row's squared residual counts; 1 with uniform sampling.
+        numbers: number of each in the buffer. Prioritized sampling may draw one twice.
+        trajectories: the trajectories.
+        weights: factor on each squared residual; 1 with uniform sampling.
         ages: updates since each was generated.
     """
 
@@ -37,12 +37,12 @@ class ReplayBuffer:
     """One process's shard of the buffer.
 
     Uniform sampling draws without replacement. Prioritized sampling (Schaul et al. 2016, arXiv 1511.05952, Section 3.3)
-    draws row i with probability `P(i) ∝ (|β δ_i| + 1e-6)^exponent`, with replacement, and weighs its squared residual
-    by `(N P(i))^-correction`, divided by the largest such weight in the buffer; N and the largest are over all
-    processes, P(i) is the probability on the process that holds the row. A row that was not replayed yet has the
-    largest priority of all processes. TBRM's minimiser is the same for every distribution with coverage, so the
-    correction is a choice about emphasis, not about validity. A uniform draw takes as long from any buffer; a
-    prioritized one reads a number for each 1,024 rows, and the blocks that it draws from.
+    draws trajectory i with probability `P(i) ∝ (|β δ_i| + 1e-6)^exponent`, with replacement. It weighs the squared
+    residual by `(N P(i))^-correction`, divided by the largest such weight in the buffer. N and the largest weight are
+    those of all processes; P(i) is the probability on the process that holds the trajectory. A trajectory that was not
+    replayed yet has the largest priority of all processes. TBRM's minimiser is the same for every distribution with
+    coverage, so the correction chooses an emphasis; the target is valid without it. A uniform draw takes equally long
+    from a buffer of any size. A prioritized draw reads one number per 1,024 trajectories and the blocks it draws from.
 
     Args:
         capacity: trajectories that this shard may hold; the oldest make room.
@@ -77,7 +77,7 @@ class ReplayBuffer:
             self._priorities.changed(self.stored.append(trajectory))
 
     def set_priority(self, number: int, priority: float) -> None:
-        """|β δ| of a trajectory that was just replayed."""
+        """Keep |β δ| of a trajectory that was just replayed."""
         self.stored.set_priority(number, priority)
         self._priorities.changed(number)
 
@@ -86,11 +86,11 @@ class ReplayBuffer:
         self._priorities = _Priorities(self.stored, self.exponent)
 
     def restore(self, state: dict[str, Any], arrays: dict[str, np.ndarray]) -> None:
-        """As it was when `stored.state` gave these."""
+        """Go on from what `stored.state` returned."""
         self.stored.restore(state, arrays)
         self._priorities = _Priorities(self.stored, self.exponent)
 
-    def sample(self, size: int, update: int, gather: Callable[[Sequence[float]], torch.Tensor]) -> Sample | None:
+    def sample(self, size: int, update: int, gather: Callable[[Sequence[float]], torch.Tensor]) -> ReplaySample | None:
         """Draw `size` trajectories, or None on every process alike if any of them holds fewer.
 
         Args:
@@ -107,7 +107,7 @@ class ReplayBuffer:
             return None
         rows = {number: stored[number] for number in set(drawn)}
         ages = [update - stored.policy_step(number) for number in drawn]
-        return Sample(drawn, [rows[number] for number in drawn], weights, ages)
+        return ReplaySample(drawn, [rows[number] for number in drawn], weights, ages)
 
     def _draw(self, size: int, gather: Callable) -> tuple[list[int], list[float]]:
         if gather([len(self)]).min() < size:
@@ -133,15 +133,15 @@ class ReplayBuffer:
 
 
 class _Priorities:
-    """What a prioritized draw needs of all records, kept for blocks of places in the ring of a store.
+    """Sums and extremes of priorities, kept for blocks of places in the ring of a store.
 
-    Only blocks in which something changed are read anew, and of the others only those that are drawn from: the work of
-    a draw grows with what is drawn, and beside that by one number for each block.
+    A draw reads the blocks that changed and the blocks that it draws from. Its work grows with the size of the draw,
+    and by one number per block.
 
     Attributes:
         power: per block, the sum of powers of the rows that were replayed.
-        replayed, live: per block, how many rows were replayed, and are there.
-        highest, lowest: per block, the extremes of the known priorities; 0 and inf where none is known.
+        replayed, live: per block, how many rows were replayed, and how many there are.
+        highest, lowest: per block, the extremes of the known priorities; 0 and inf if none is known.
     """
 
     def __init__(self, stored: TrajectoryStore, exponent: float):

@@ -13,9 +13,9 @@ from ..trajectory import Trajectory
 def total_reward(rewards: Tensor, weights: Tensor, pessimism: float = 0.0) -> Tensor:
     """The weighted sum of the raw rewards, less `pessimism` standard errors of it.
 
-    With pessimism the functions are verdicts on the same thing, and the sum W·m of n of them, with weighted mean m and
-    weighted variance `s² = n/(n − 1) Σ w (r − m)²/W`, is known up to `W s/√n`: the result is a lower confidence bound.
-    Where they agree, or one alone applies, nothing is subtracted.
+    Pessimism takes the functions for verdicts on the same thing. Let n of them apply, with weights w that sum to W,
+    weighted mean m and weighted variance `s² = n/(n − 1) Σ w (r − m)²/W`. Their sum W·m has the standard error
+    `W s/√n`, so the result is a lower confidence bound. It is the sum itself if they agree or only one applies.
 
     Args:
         rewards: `(B, F)` raw rewards, NaN where a function did not apply.
@@ -40,7 +40,7 @@ def total_reward(rewards: Tensor, weights: Tensor, pessimism: float = 0.0) -> Te
 
 
 def mean_reward(rewards: Sequence[float]) -> float:
-    """Mean of those that are given; 0 where none is."""
+    """Mean of the rewards that are not NaN; 0 if there are none."""
     given = [reward for reward in rewards if not math.isnan(reward)]
     return sum(given) / len(given) if given else 0.0
 
@@ -55,10 +55,10 @@ def set_baselines(
     """Give each trajectory of a window the mean reward that is subtracted from its own.
 
     Args:
-        trajectories: of this process; groups stand together.
+        trajectories: the window of this process. Trajectories of a group follow one another.
         kind: "none", "batch_mean" over the window of all processes, or "group_mean".
-        reward_of: R(τ); NaN where nothing scored it.
-        group_size: trajectories of a group.
+        reward_of: gives R(τ), or NaN if nothing scored it.
+        group_size: number of trajectories in a group.
         gather: gives the numbers of all processes, `(P, n)`, for this one's n.
     """
     if kind == "batch_mean":

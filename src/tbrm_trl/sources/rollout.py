@@ -22,11 +22,11 @@ VISION_INPUTS = (
 
 @dataclass
 class Rewards:
-    """What the reward functions said of this process's rows.
+    """The verdicts of the reward functions on this process's rows.
 
     Attributes:
-        total: `(B,)` weighted sum over the functions that applied; NaN where none did.
-        by_function: per row, the raw reward by function's name; NaN where it did not apply.
+        total: `(B,)` weighted sum over the functions that applied; NaN if none did.
+        by_function: per row, the raw reward by function's name; NaN if it did not apply.
         tool_limit: per row, whether its last message calls a tool that was not run any more.
     """
 
@@ -41,13 +41,14 @@ def trajectories_from_trl(
     """Unpad what `GRPOTrainer._generate_and_score_completions` returned.
 
     Args:
-        output: its dictionary of padded tensors: prompts padded on the left, completions on the right.
-        rewards: of these rows.
+        output: the dictionary that it returned, with prompts padded on the left and completions on the right.
+        rewards: the rewards of these rows.
         end_token_ids: tokens that end a completion (TRL counts the padding token among them).
         group_ids: per row, the number that rollouts of one prompt share.
-        policy_step: updates that the policy had made.
+        policy_step: number of updates that the policy had made.
     """
-    # Images padded to one entry per sample (Idefics) need no split; with as many images as samples, TRL would do one.
+    # Idefics pads images to one entry per sample. These need no split, but TRL would split them if there are as many
+    # images as samples.
     if "pixel_attention_mask" not in output:
         output = split_pixel_values_by_grid(output)
     prompt_mask, completion_mask = output["prompt_mask"].bool().cpu(), output["completion_mask"].bool().cpu()
@@ -62,9 +63,9 @@ def trajectories_from_trl(
             value = output[name]
             if name in PER_TOKEN_INPUTS:
                 value = value[row].cpu()[torch.cat([prompt_mask[row], completion_mask[row]])]
-            elif isinstance(value, list):  # split by image or tile: everything of this row
+            elif isinstance(value, list):  # TRL split it by rows
                 value = value[row].cpu()
-            else:  # one entry per sample, nothing but padding where the sample has no image
+            else:  # one entry per sample: only padding if the sample has no image
                 value = value[[row] if output["num_images"][row] else []].cpu()
             inputs[name] = value
         return inputs

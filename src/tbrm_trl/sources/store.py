@@ -11,7 +11,7 @@ import torch
 from ..trajectory import End, Trajectory
 
 _ENDS = list(End)
-# One per trajectory, 62 bytes. Its tokens stand elsewhere, from `first_word` of its segment on.
+# One record per trajectory, 62 bytes. Its tokens begin at `first_word` of its segment.
 _RECORD = np.dtype(
     [
         ("reward", np.float64),
@@ -36,12 +36,12 @@ _SEGMENT = 1 << 14  # int32 words that are allocated, and let go, together
 class TrajectoryStore:
     """A queue of text trajectories in flat arrays: int32 ids end to end, and one record of 62 bytes each.
 
-    A loss mask is kept where it is not all true, as bits, in the words after the ids. Of the reference's
-    log-probabilities only their sum over the actions is kept, which is all that a trajectory residual takes. Numbers
-    that are None are NaN in here. Trajectories are numbered in the order in which they came; the number stays.
+    A loss mask that is not all true is kept as bits in the words after the ids. The reference's log-probabilities are
+    kept as their sum over the actions, since a trajectory residual takes no more. None is kept as NaN. Trajectories are
+    numbered in the order in which they came, and keep their numbers.
 
-    What comes out has no raw rewards by function, no group and no vision inputs, and of the reference's
-    log-probabilities their mean on every action.
+    A trajectory that comes out has no raw rewards by function, no group and no vision inputs. Each of its actions has
+    the mean of the reference's log-probabilities.
 
     Args:
         capacity: trajectories that fit; the oldest make room.
@@ -57,7 +57,7 @@ class TrajectoryStore:
         self._segments: list[np.ndarray] = []  # (words,) int32 each
         self._starts: list[int] = []  # per segment, the number of its first trajectory
         self._used = 0  # words of the last segment
-        self._keys: list[str | None] = []  # of references, in the order in which they came
+        self._keys: list[str | None] = []  # keys of references, in the order in which they came
 
     def __len__(self) -> int:
         return self.end - self.first
@@ -67,11 +67,11 @@ class TrajectoryStore:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of the arrays; records that were never written take no memory, and are not counted."""
+        """Bytes of the arrays. Records that were never written take no memory and are not counted."""
         return sum(segment.nbytes for segment in self._segments) + min(self.end, self.capacity) * _RECORD.itemsize
 
     def append(self, trajectory: Trajectory) -> int:
-        """Returns its number."""
+        """Add a trajectory, and return its number."""
         masked = not bool(trajectory.loss_mask.all())
         words = [trajectory.prompt_ids.numpy().astype(np.int32), trajectory.completion_ids.numpy().astype(np.int32)]
         if masked:
@@ -110,7 +110,7 @@ class TrajectoryStore:
         return self.first - 1
 
     def priorities(self, numbers: np.ndarray) -> np.ndarray:
-        """`(N,)` float64, NaN of those not replayed yet."""
+        """`(N,)` float64; NaN for trajectories that were not replayed yet."""
         return self._records["priority"][numbers % self.capacity].astype(np.float64)
 
     def policy_step(self, number: int) -> int:
@@ -120,7 +120,7 @@ class TrajectoryStore:
         self._records["priority"][number % self.capacity] = priority
 
     def keep_scores(self, number: int, trajectory: Trajectory) -> None:
-        """Write what the reference says of a trajectory over what is stored of it."""
+        """Replace the stored reference scores of a trajectory by those that it carries now."""
         record = self._records[number % self.capacity]
         log_probs = trajectory.ref_log_probs
         record["ref_log_prob"] = math.nan if log_probs is None else log_probs[trajectory.loss_mask].double().sum()

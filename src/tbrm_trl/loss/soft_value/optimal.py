@@ -28,10 +28,10 @@ COLUMN = "optimal_value"
 class OptimalValue(ConstantValue):
     """`V̂*(x) = β₁ log mean_i exp(r_i/β₁)` over N samples of the reference, once per prompt; `V = V̂*/β`.
 
-    A*-PO (arXiv 2505.20686) has N = 8, β₁ = 0.5 and β = 1e-3. A training set with a column `optimal_value` (V̂*, reward
-    units) brings it along; else `train` begins by sampling, through the same generation and rewards as training. The
-    sampled rewards are kept in `output_dir/optimal_values`, under a name made of the reference, the data and the
-    sampling settings: an interrupted run goes on with the next block, another run on the same reads them all.
+    A*-PO (arXiv 2505.20686) has N = 8, β₁ = 0.5 and β = 1e-3. A training set may bring V̂*, in reward units, in a column
+    `optimal_value`. Without that column `train` begins by sampling, through the same generation and rewards as
+    training. The sampled rewards are kept in `output_dir/optimal_values`, under a digest of the reference, the data and
+    the sampling settings. An interrupted run goes on with the next block, and another run on the same reads them all.
     """
 
     name = "optimal"
@@ -113,10 +113,10 @@ class OptimalValue(ConstantValue):
 
     def on_window(self, trajectories: Sequence[Trajectory], rows: Sequence[Mapping[str, Any]], group_size: int) -> None:
         for trajectory, row in zip(trajectories, rows, strict=True):
-            trajectory.value = row.get(COLUMN)  # prompts of an evaluation set have none
+            trajectory.value = row.get(COLUMN)  # prompts of an evaluation set have no value
 
     def _sampled_rewards(self, run: Run) -> torch.Tensor:
-        """`(prompts, N)` rewards of the reference's samples, NaN where unscored; from disk what is there."""
+        """`(prompts, N)` rewards of the reference's samples, NaN if unscored. What is on disk is not sampled again."""
         accelerator, args, prompts = run.accelerator, self.args, run.train_dataset
         file = Path(args.output_dir) / "optimal_values" / f"{self._key(run)}.parquet"
         if not all(gather_object([file.exists()])):
@@ -136,7 +136,7 @@ class OptimalValue(ConstantValue):
                 parts.append(part)
                 if all(gather_object([part.exists()])):
                     continue
-                mine = [min(first + process * size + i, len(prompts) - 1) for i in range(size)]  # the last one fills up
+                mine = [min(first + process * size + i, len(prompts) - 1) for i in range(size)]  # filled up
                 rows = [prompts[index] for index in mine for _ in range(args.soft_value_samples)]
                 with _random_state_of(args.seed, first + process):
                     sampled = [t.reward for t in run.sample(rows)]
@@ -170,7 +170,7 @@ class OptimalValue(ConstantValue):
 
 @contextmanager
 def _random_state_of(*seed: int) -> Iterator[None]:
-    """Draws that depend on the seed alone, and leave training's own as they would have been without."""
+    """Make draws depend on the seed alone inside the block, and leave those after it as they would have been."""
     devices = [torch.cuda.current_device()] if torch.cuda.is_available() else []
     with torch.random.fork_rng(devices):
         torch.manual_seed(hash(seed) % 2**63)

@@ -17,8 +17,8 @@ class PartitionValue(ConstantValue):
     """`V = log Σ_i π_ref(y_i|x) exp(r_i/β)` over the distinct logged completions of the prompt (RPO, arXiv 2506.13702).
 
     δ = 0 on all of them forces `Σ_i π_θ(y_i|x) = 1`: all mass goes to the logged completions, and the target is π* only
-    where the log holds everything that π_ref can say. With `soft_value_self_normalized` the sum is divided by
-    `Σ_i π_ref(y_i|x)`, which leaves the logged completions together the mass they have under π_ref.
+    if the log holds everything that π_ref can say. `soft_value_self_normalized` divides the sum by `Σ_i π_ref(y_i|x)`;
+    the logged completions then keep the mass that they have under π_ref.
     """
 
     name = "partition"
@@ -59,7 +59,7 @@ class PartitionValue(ConstantValue):
             assert trajectory.ref_log_probs is not None, "precomputed, as checked above"
             log_prob = trajectory.ref_log_probs[trajectory.loss_mask].double().sum().item()
             completion = trajectory.completion_ids.numpy().tobytes()
-            # A completion that was logged more than once is one term of the sum, with its mean reward.
+            # A completion that was logged several times is one term of the sum, with its mean reward.
             _, rewards = completions[trajectory.prompt_key].setdefault(completion, (log_prob, []))
             rewards.append(trajectory.reward)
         self.values = {prompt: self._value(list(logged.values())) for prompt, logged in completions.items()}

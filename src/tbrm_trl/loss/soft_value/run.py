@@ -17,7 +17,7 @@ class Run(Protocol):
     Attributes:
         accelerator: device, and what processes tell one another.
         train_dataset: the training set. Logged rows have the columns of their trajectories.
-        evaluating: whether an evaluation is under way, whose trajectories teach nothing.
+        evaluating: whether an evaluation is under way. Nothing may be learned from its trajectories.
     """
 
     accelerator: Accelerator
