@@ -1,7 +1,6 @@
-"""The documents stay true: every option and metric is in them, and the README's program runs."""
+"""The documents stay true: options, metrics and links are those of the code, and their programs run."""
 
-from __future__ import annotations
-
+import importlib.util
 import re
 import runpy
 import sys
@@ -9,34 +8,98 @@ from dataclasses import fields
 from pathlib import Path
 from types import SimpleNamespace
 
+import pytest
 import torch
 from common.tiny import save
-from scripted import script, scripted_trainer
-from trl import GRPOConfig
+from helpers.scripted import script, scripted_trainer
+from trl import GRPOConfig, TrlParser
 
 from tbrm_trl import SoftValue, TBRMConfig, TBRMTrainer
 from tbrm_trl.checks.trl_options import GIVEN_A_MEANING, KEPT, REFUSED
+from tbrm_trl.options import TBRMOptions, option_texts
 
 ROOT = Path(__file__).parent.parent
 
+SPEC = importlib.util.spec_from_file_location("generate", ROOT / "docs/generate.py")
+generate = importlib.util.module_from_spec(SPEC)
+SPEC.loader.exec_module(generate)
 
-def test_every_option_is_documented():
+
+def test_what_is_generated_is_up_to_date():
+    """Tables of options and lines of links: `python docs/generate.py` rewrites them."""
+    assert not generate.outdated()
+
+
+def test_every_option_of_trl_has_one_place():
     text = (ROOT / "docs/configuration.md").read_text()
     missing = [name for name in (*KEPT, *GIVEN_A_MEANING, *REFUSED) if f"`{name}`" not in text]
     assert not missing
-    for name, reason in {**GIVEN_A_MEANING, **REFUSED}.items():
-        assert re.search(rf"^\|.*`{name}`.*\| {re.escape(reason)} \|$", text, flags=re.M), name
 
 
 def test_every_option_of_ours_is_documented_with_its_default():
-    text = (ROOT / "docs/configuration.md").read_text()
+    """The docstring of `TBRMOptions` is what `--help` and the table are made of."""
     inherited = {field.name for field in fields(GRPOConfig)}
-    ours = [field for field in fields(TBRMConfig) if field.name not in inherited]
-    assert {"soft_value", "replay_buffer_size", "truncation"} <= {field.name for field in ours}
-    for field in ours:
-        default = "terminal" if field.name == "truncation" else field.default  # None until the older alias is read
-        shown = f'"{default}"' if isinstance(default, str) else str(default)
-        assert re.search(rf"^\| `{field.name}` \| `{re.escape(shown)}` \|", text, flags=re.M), field.name
+    own = {field.name: field.default for field in fields(TBRMConfig) if field.name in vars(TBRMOptions)}
+    texts = option_texts(TBRMOptions)
+    assert {field.name for field in fields(TBRMConfig)} - inherited <= set(texts)
+    assert set(texts) == set(own)
+    own["truncation"] = "terminal"  # None until the older option `mask_truncated_completions` is read
+    defaults = generate.option_defaults(TBRMOptions)
+    assert {name: eval(default) for name, default in defaults.items()} == own
+
+
+def test_help_says_what_the_docstring_says():
+    """Whitespace aside, which argparse puts where a line ends."""
+    shown = "".join(TrlParser((TBRMConfig,)).format_help().split())
+    texts = option_texts(TBRMOptions)
+    assert texts
+    assert not [name for name, text in texts.items() if "".join(text.split()) not in shown]
+
+
+def pages() -> list[Path]:
+    return [*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md")]
+
+
+def prose(page: Path) -> str:
+    """A page without its blocks of code."""
+    return re.sub(r"^```.*?^```$", "", page.read_text(), flags=re.M | re.S)
+
+
+def anchors(page: Path) -> set[str]:
+    """Of a page's headings, as GitHub makes them."""
+    headings = re.findall(r"^#+ (.+)$", prose(page), flags=re.M)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+@pytest.mark.parametrize("page", pages(), ids=lambda page: str(page.relative_to(ROOT)))
+def test_every_relative_link_leads_somewhere(page):
+    broken = []
+    for link in re.findall(r"\]\((?!https?:|mailto:)([^)\s]+)\)", prose(page)):
+        name, _, anchor = link.partition("#")
+        target = (page.parent / name).resolve() if name else page
+        lines = re.fullmatch(r"L(\d+)(?:-L(\d+))?", anchor)
+        if not target.exists():
+            broken.append(link)
+        elif lines:
+            if not 1 <= int(lines[1]) <= int(lines[2] or lines[1]) <= len(target.read_text().splitlines()):
+                broken.append(link)
+        elif anchor and anchor not in anchors(target):
+            broken.append(link)
+    assert not broken
+
+
+def test_the_details_that_matter_link_to_what_they_name():
+    """Each entry is numbered in order, and each of its links begins where the identifier that it shows is defined."""
+    page = ROOT / "docs/implementation-details.md"
+    entries = re.findall(r"^(\d+)\. (.*(?:\n(?:   .*)?)*)", page.read_text(), flags=re.M)
+    assert [int(number) for number, _ in entries] == list(range(1, len(entries) + 1))
+    assert 20 <= len(entries) <= 35
+    for number, text in entries:
+        links = generate.CODE_LINK.findall(text)
+        assert links, f"entry {number} links to no code"
+        for name, file, first, last in links:
+            lines = (page.parent / file).read_text().splitlines()[int(first) - 1 : int(last)]
+            assert re.match(rf"\s*(def |class )?{name.split('.')[-1]}\b", lines[0]), (number, name)
 
 
 def test_every_estimator_is_in_the_theory():
