@@ -4,7 +4,7 @@ import importlib.util
 import re
 import runpy
 import sys
-from dataclasses import fields
+from dataclasses import fields, replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -121,10 +121,13 @@ def test_every_metric_of_ours_is_documented(tmp_path):
     assert not [name for name in ours if f"`{name}`" not in text and name not in trainers_own]
 
 
+def programs_of(page: str) -> list[str]:
+    return re.findall(r"```python\n(.*?)```", (ROOT / page).read_text(), flags=re.S)
+
+
 def test_the_readmes_programs_run(tmp_path, monkeypatch):
     """Word for word, one after the other, but for the model, the number of steps and the machine."""
-    programs = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), flags=re.S)
-    program = "\n".join(programs)
+    program = "\n".join(programs_of("README.md"))
     assert "Qwen/Qwen2.5-0.5B" in program
     program = program.replace("Qwen/Qwen2.5-0.5B", save(tmp_path / "model"))
     program = re.sub(r'(output_dir="\w+")', r'\1, max_steps=2, use_cpu=True, report_to="none"', program)
@@ -138,8 +141,7 @@ def test_the_example_of_an_estimator_is_the_documents_and_runs(tmp_path, monkeyp
     """Word for word and under 60 lines; its value is V_θ(s_1) without gradient."""
     example = ROOT / "examples/frozen_soft_value.py"
     program = example.read_text()
-    (shown,) = re.findall(r"```python\n(.*?)```", (ROOT / "docs/extending.md").read_text(), flags=re.S)
-    assert shown == program
+    assert programs_of("docs/extending.md")[0] == program
     assert len(program.splitlines()) < 60
     assert program.startswith("# python examples/frozen_soft_value.py")
 
@@ -158,3 +160,55 @@ def test_the_example_of_an_estimator_is_the_documents_and_runs(tmp_path, monkeyp
     rows = SimpleNamespace(policy_value=torch.tensor([20.0, 30.0], requires_grad=True))
     value = trainer._soft_value(rows)
     assert value.tolist() == [20.0, 30.0] and not value.requires_grad
+
+
+def test_the_documents_estimator_with_trained_parameters_learns_and_resumes(tmp_path, monkeypatch):
+    """Rewards of one prompt are all 1, so V_φ rises from 0 towards 1; a resumed run ends with the same head."""
+    monkeypatch.setattr(SoftValue, "registry", dict(SoftValue.registry))
+    model = save(tmp_path / "model")
+    scope: dict = {}
+    exec(programs_of("docs/extending.md")[1].replace("Qwen/Qwen2.5-0.5B", model), scope)
+    rows = [replace(row, reward=1.0) for row in script(8)]
+
+    def trainer(folder: str, **options):
+        options = {"soft_value": "linear", "max_steps": 4, "learning_rate": 1e-5, "save_steps": 2, **options}
+        return scripted_trainer(model, rows, tmp_path / folder, save_strategy="steps", **options)
+
+    whole = trainer("out")
+    head = whole._soft_value.head
+    assert isinstance(whole._soft_value, scope["LinearValue"]) and not head.weight.any()
+    whole.train()
+    values = [entry["soft_value"] for entry in whole.state.log_history if "soft_value" in entry]
+    assert len(values) == 4 and values[0] == 0 and values == sorted(values) and values[-1] > 0
+
+    resumed = trainer("out")
+    resumed.train(resume_from_checkpoint=str(tmp_path / "out/checkpoint-2"))
+    assert torch.equal(resumed._soft_value.head.weight, head.weight)
+
+
+def test_the_documents_estimator_with_state_remembers_each_prompt(tmp_path, monkeypatch):
+    """A prompt's value is 0 in its first window and its (deterministic) reward from the second on."""
+    monkeypatch.setattr(SoftValue, "registry", dict(SoftValue.registry))
+    exec(programs_of("docs/extending.md")[2], scope := {})
+    rows, model = script(8, unscored=(3,)), save(tmp_path / "model")
+
+    def trainer(**options):
+        options = {"soft_value": "tracked", "max_steps": 3, "save_steps": 2, "save_strategy": "steps", **options}
+        return scripted_trainer(model, rows, tmp_path / "out", **options)
+
+    whole = trainer()
+    whole.train()
+    assert isinstance(whole._soft_value, scope["TrackedValue"])
+    first, *later = whole.windows
+    assert [t.value for t in first] == [0.0] * len(rows)
+    for window in later:
+        assert [t.value for t in window] == pytest.approx([row.reward or 0.0 for row in rows])
+    tracked = dict(whole._soft_value.tracked)
+    assert len(tracked) == 7 and {count for count, _ in tracked.values()} == {3}
+
+    resumed = trainer()
+    resumed.train(resume_from_checkpoint=str(tmp_path / "out/checkpoint-2"))
+    assert resumed._soft_value.tracked == tracked
+
+    whole.evaluate(whole.train_dataset)
+    assert whole._soft_value.tracked == tracked
