@@ -26,7 +26,7 @@ from typing import Any
 
 import torch
 from datasets import Dataset
-from peak_memory import peak_memory
+from common.measure import peak_memory
 from peft import LoraConfig
 from tokenizers import Tokenizer, models, pre_tokenizers
 from torch.distributed.tensor import DTensor
