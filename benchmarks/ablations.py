@@ -20,7 +20,7 @@ from common.report import (
     band,
     listed,
     mean_and_error,
-    options,
+    new_parser,
     parse,
     plt,
     show,
@@ -263,7 +263,7 @@ def draw(results: Results) -> plt.Figure:
 
 
 def main() -> None:
-    parser = options(__doc__, quick="one short run of each")
+    parser = new_parser(__doc__, quick="one short run of each")
     parser.add_argument("--seeds", type=int, default=3, help="how many (default: 3)")
     parser.add_argument("--updates", type=int, default=160, help="of each run (default: 160)")
     arguments = parse(parser)

@@ -28,7 +28,7 @@ from common.report import (
     band,
     listed,
     mean_and_error,
-    options,
+    new_parser,
     parse,
     plt,
     processor,
@@ -507,7 +507,7 @@ def draw(curves: Curves) -> plt.Figure:
 
 
 def main() -> None:
-    parser = options(__doc__, quick="few and short runs")
+    parser = new_parser(__doc__, quick="few and short runs")
     parser.add_argument("--model", choices=["tiny", "smollm2"], default="tiny")
     parser.add_argument("--jobs", type=int, help="worker processes (default: all cores; smollm2: 1)")
     parser.add_argument("--threads", type=int, help="threads of each (default: 1; smollm2: all cores)")

@@ -49,7 +49,7 @@ def processor() -> str:
 # ---- options and files -----------------------------------------------------------------------------------------------
 
 
-def options(doc: str | None, quick: str = "") -> argparse.ArgumentParser:
+def new_parser(doc: str | None, quick: str = "") -> argparse.ArgumentParser:
     """A parser with `--output`. If there is a quick run, `quick` says what it is and `--quick` asks for it."""
     parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, help="folder (default: docs/benchmarks)")
