@@ -8,33 +8,26 @@ The task and its log are those of tests/test_exact_optimum.py; nothing is downlo
 from __future__ import annotations
 
 import datetime
-import importlib.metadata
 import math
 import random
 import tempfile
-import warnings
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-import matplotlib
-import torch
+from common.measure import QUIET, quiet, set_up
+from common.report import listed, new_parser, parse, plt, table, versions, write
+from common.trees import Policy, TokenTreeForCausalLM, Tree, enumerate_policy, optimum, total_variation
 from datasets import Dataset
 from transformers import PreTrainedModel, TrainerCallback
 from trl import GRPOConfig, GRPOTrainer
 
 from tbrm_trl import TBRMConfig, TBRMTrainer
 
-ROOT = Path(__file__).resolve().parent.parent
-from common.trees import Policy, TokenTreeForCausalLM, Tree, enumerate_policy, optimum, total_variation  # noqa: E402
-
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt  # noqa: E402
-
 BETAS = (0.5, 0.1)
 LOG_SIZE, STEPS, BATCH, GROUP = 2048, 300, 128, 8
-TBRM_LEARNING_RATE = 1.0
+TBRM_LEARNING_RATES = (1.0,)
 GRPO_LEARNING_RATES = (0.03, 0.1, 0.3, 1.0)
-PACKAGES = ("torch", "transformers", "trl")
 
 TREE = Tree()
 REWARDS = TREE.random_rewards()  # (P, N)
@@ -62,18 +55,19 @@ class Method:
     on_log: bool = True
 
 
-TBRM_POLICY = Method("TBRM, `policy`", TBRMTrainer, {"soft_value": "policy"})
-TBRM_CALIBRATED = Method("TBRM, `calibrated`", TBRMTrainer, {"soft_value": "calibrated"})
-GRPO_UNCORRECTED = Method("GRPO, log taken for its own rollouts", GRPOTrainer, {})
-GRPO_CLIPPED = Method("GRPO, ratio to the behaviour policy, clipped", BehaviourAsOldPolicy, {})
-GRPO_UNCLIPPED = Method("GRPO, ratio to the behaviour policy, not clipped", BehaviourAsOldPolicy, {"epsilon": 1e6})
-GRPO_ON_POLICY = Method("GRPO, on-policy: no log, its own rollouts", GRPOTrainer, {}, on_log=False)
-METHODS = (TBRM_POLICY, TBRM_CALIBRATED, GRPO_UNCORRECTED, GRPO_CLIPPED, GRPO_UNCLIPPED, GRPO_ON_POLICY)
+METHODS = (
+    Method("TBRM, `policy`", TBRMTrainer, {"soft_value": "policy"}),
+    Method("TBRM, `calibrated`", TBRMTrainer, {"soft_value": "calibrated"}),
+    Method("GRPO, log taken for its own rollouts", GRPOTrainer, {}),
+    Method("GRPO, ratio to the behaviour policy, clipped", BehaviourAsOldPolicy, {}),
+    Method("GRPO, ratio to the behaviour policy, not clipped", BehaviourAsOldPolicy, {"epsilon": 1e6}),
+    Method("GRPO, on-policy: no log, its own rollouts", GRPOTrainer, {}, on_log=False),
+)
 
 
 @dataclass
 class Outcome:
-    """A policy, measured exactly. The distance is that of the worse prompt; the others are means over prompts."""
+    """A policy, measured exactly. The distance is the worse prompt's; the others are means over prompts."""
 
     distance: float
     reward: float
@@ -112,35 +106,34 @@ class Distance(TrainerCallback):
             self.measure(state.global_step, model)
 
 
-class FromLog:
+def from_log() -> Callable[..., dict[str, list]]:
     """GRPO's `rollout_func`: for each prompt its next logged completion, in random order, all before any again."""
+    rng = random.Random(0)
 
-    def __init__(self) -> None:
-        self.rng = random.Random(0)
-        self.decks: list[list[list[int]]] = [[] for _ in TREE.prompts]
+    def deck(prompt: list[int]) -> Iterator[list[int]]:
+        while True:
+            cards = [row["completion_ids"] for row in LOG if row["prompt_ids"] == prompt]
+            rng.shuffle(cards)
+            yield from reversed(cards)
 
-    def draw(self, prompt: int) -> list[int]:
-        if not self.decks[prompt]:
-            self.decks[prompt] = [row["completion_ids"] for row in LOG if row["prompt_ids"] == TREE.prompt_ids[prompt]]
-            self.rng.shuffle(self.decks[prompt])
-        return self.decks[prompt].pop()
+    decks = [deck(prompt) for prompt in TREE.prompt_ids]
 
-    def __call__(self, prompts: list[str], trainer: GRPOTrainer) -> dict[str, list]:
+    def roll_out(prompts: list[str], trainer: GRPOTrainer) -> dict[str, list]:
         indices = [TREE.prompts.index(prompt.removeprefix("<bos>")) for prompt in prompts]
-        drawn = [self.draw(index) for index in indices]
+        drawn = [next(decks[index]) for index in indices]
         return {
             "prompt_ids": [TREE.prompt_ids[index] for index in indices],
             "completion_ids": drawn,
             "logprobs": [[BEHAVIOUR_LOG_PROB] * len(ids) for ids in drawn],
         }
 
+    return roll_out
+
 
 def train(method: Method, beta: float, learning_rate: float, folder: Path) -> Run:
-    options = dict(
-        output_dir=str(folder / "out"), beta=beta, learning_rate=learning_rate, max_steps=STEPS,
-        max_grad_norm=0.0, per_device_train_batch_size=BATCH, max_completion_length=TREE.depth,
-        gradient_checkpointing=False, bf16=False, use_cpu=True,
-        save_strategy="no", report_to="none", logging_strategy="no", disable_tqdm=True, **method.options,
+    options = QUIET | dict(
+        output_dir=str(folder / "out"), beta=beta, learning_rate=learning_rate, max_steps=STEPS, max_grad_norm=0.0,
+        per_device_train_batch_size=BATCH, max_completion_length=TREE.depth, bf16=False, use_cpu=True, **method.options,
     )  # fmt: skip
     model = TREE.save(folder / "model")
     if method.trainer is TBRMTrainer:
@@ -154,7 +147,7 @@ def train(method: Method, beta: float, learning_rate: float, folder: Path) -> Ru
             reward_funcs=TREE.reward_function(REWARDS),
             args=GRPOConfig(num_generations=GROUP, scale_rewards="none", **options),
             train_dataset=Dataset.from_list(prompts),
-            rollout_func=FromLog() if method.on_log else None,
+            rollout_func=from_log() if method.on_log else None,
         )
     reference = enumerate_policy(trainer.model, TREE)
     distance = Distance(reference, beta)
@@ -164,50 +157,47 @@ def train(method: Method, beta: float, learning_rate: float, folder: Path) -> Ru
 
 
 def best_run(method: Method, beta: float, folder: Path) -> Run:
-    """Of a run per learning rate, the one that ends nearest to π*; TBRM has one run."""
-    rates = (TBRM_LEARNING_RATE,) if method.trainer is TBRMTrainer else GRPO_LEARNING_RATES
+    """The run that ends nearest to π*, of one for each learning rate. TBRM has one rate."""
+    rates = TBRM_LEARNING_RATES if method.trainer is TBRMTrainer else GRPO_LEARNING_RATES
     runs = []
     for rate in rates:
-        run = train(method, beta, rate, folder)
+        with quiet():
+            run = train(method, beta, rate, folder)
         print(f"beta {beta:g}, {method.name}, learning rate {rate:g}: {run.outcome}", flush=True)
         runs.append(run)
     return min(runs, key=lambda run: run.outcome.distance)
 
 
-def draw(runs: dict[float, dict[str, Run]], path: Path) -> None:
-    figure, axes = plt.subplots(1, len(runs), figsize=(10, 4), layout="constrained", sharey=True)
+def draw(runs: dict[float, dict[str, Run]]) -> plt.Figure:
+    figure, axes = plt.subplots(1, len(runs), figsize=(10, 4), sharey=True)
     for axis, (beta, by_name) in zip(axes, runs.items(), strict=True):
         for name, run in by_name.items():
             steps, distances = zip(*run.curve, strict=True)
             axis.semilogy(steps, distances, "-" if "TBRM" in name else "--", label=name.replace("`", ""))
         axis.axhline(0.01, color="gray", linewidth=0.8)
         axis.set(title=f"β = {beta:g}", xlabel="optimizer step")
-        axis.grid(alpha=0.3)
     axes[0].set_ylabel("total variation to π*")
-    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=2, fontsize=8)
-    figure.savefig(path, dpi=130)
+    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=2)
+    return figure
 
 
-def table(runs: dict[float, dict[str, Run]], reference: Policy) -> str:
-    lines = [
-        "| β | | total variation to π* | E[R] | E[R] − β KL(π‖π_ref) | learning rate |",
-        "|---|---|---|---|---|---|",
-    ]
+def outcomes(runs: dict[float, dict[str, Run]], reference: Policy) -> str:
+    rows = []
     for beta, by_name in runs.items():
         exact = {"π_ref, where all start": reference, "π*": optimum(reference, REWARDS, beta)}
-        rows = {name: (Outcome.of(policy, reference, beta), "") for name, policy in exact.items()}
-        rows |= {name: (run.outcome, f"{run.learning_rate:g}") for name, run in by_name.items()}
-        for name, (outcome, rate) in rows.items():
+        measured = {name: (Outcome.of(policy, reference, beta), "") for name, policy in exact.items()}
+        measured |= {name: (run.outcome, f"{run.learning_rate:g}") for name, run in by_name.items()}
+        for name, (outcome, rate) in measured.items():
             far = f"{outcome.distance:.3f}" if outcome.distance >= 0.001 or name in exact else f"{outcome.distance:.0e}"
-            lines.append(f"| {beta:g} | {name} | {far} | {outcome.reward:.3f} | {outcome.objective:.4f} | {rate} |")
-    return "\n".join(lines)
+            rows.append([f"{beta:g}", name, far, f"{outcome.reward:.3f}", f"{outcome.objective:.4f}", rate])
+    return table(["β", "", "total variation to π*", "E[R]", "E[R] − β KL(π‖π_ref)", "learning rate"], rows)
 
 
 def report(runs: dict[float, dict[str, Run]], reference: Policy) -> str:
-    versions = ", ".join(f"{name} {importlib.metadata.version(name)}" for name in PACKAGES)
+    packages = listed(versions("torch", "transformers", "trl"))
     return f"""# Off-policy, to the exact optimum
 
-Written by `python benchmarks/exact_optimum.py` on {datetime.date.today()}; CPU, {versions}.
+Written by `python benchmarks/exact_optimum.py` on {datetime.date.today()}; CPU, {packages}.
 That TBRM comes within 0.01 of π* is a test ([test_exact_optimum.py](../../tests/test_exact_optimum.py)); the rest is
 reported, not asserted.
 
@@ -220,7 +210,7 @@ no gradient clipping. GRPO is TRL's own, in groups of {GROUP}, with KL weight β
 its defaults; of its learning rates {", ".join(f"{rate:g}" for rate in GRPO_LEARNING_RATES)} the one that ends nearest
 to π*. TBRM has one.
 
-{table(runs, reference)}
+{outcomes(runs, reference)}
 
 Total variation is that of the worse prompt, the others are means over prompts. `E[R] − β KL` is what both methods set
 out to maximise, and π* is its maximum.
@@ -239,14 +229,12 @@ out to maximise, and π* is its maximum.
 
 
 def main() -> None:
-    warnings.simplefilter("ignore")
-    torch.set_num_threads(1)
+    arguments = parse(new_parser(__doc__))
+    set_up()
     with tempfile.TemporaryDirectory() as folder:
         runs = {beta: {m.name: best_run(m, beta, Path(folder)) for m in METHODS} for beta in BETAS}
         reference = enumerate_policy(TokenTreeForCausalLM.from_pretrained(TREE.save(Path(folder) / "model")), TREE)
-    print(table(runs, reference))
-    (ROOT / "docs/benchmarks/exact_optimum.md").write_text(report(runs, reference))
-    draw(runs, ROOT / "docs/benchmarks/exact_optimum.png")
+    write(arguments.output, "exact_optimum", report(runs, reference), figure=draw(runs))
 
 
 if __name__ == "__main__":

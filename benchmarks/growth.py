@@ -7,13 +7,8 @@ Writes docs/benchmarks/growth.{json,md,png}. On a CUDA device, where there is on
 the processes.
 """
 
-from __future__ import annotations
-
-import argparse
-import json
 import math
-import os
-import subprocess
+import statistics
 import sys
 import tempfile
 from collections.abc import Sequence
@@ -21,27 +16,26 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import matplotlib
-import torch
-import transformers
+from common import tiny
+from common.launch import call
+from common.measure import set_up
+from common.report import new_parser, parse, plt, table, wrapped, write
 from step import (
     CUDA,
     PARTS,
     PEER,
-    ROOT,
+    SUFFIX,
     Measurement,
+    Repetitions,
     Work,
+    above_floor,
+    as_numbers,
     environment,
-    hardware_line,
+    introduction,
     measure,
     middle,
-    table,
-    tiny,
-    wrapped,
+    paired,
 )
-
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt
 
 METHODS = ("TBRM", PEER)
 LAYERS, VOCABULARY, HEAD = 4, 8192, 32
@@ -83,7 +77,7 @@ def work_of(sizes: Sizes, folder: Path, width: int = 0, length: int = 0, rollout
     return Work(model_of(width or sizes.base_width, folder), length // 2, lengths, sizes.micro_batch, warm_up)
 
 
-Axis = dict[int, dict[str, list[Measurement]]]  # by point and method, one of each repetition
+Axis = dict[int, dict[str, Repetitions]]  # by point and method
 
 
 def along(axis: str, sizes: Sizes, repetitions: int, folder: Path) -> Axis:
@@ -100,43 +94,30 @@ def along(axis: str, sizes: Sizes, repetitions: int, folder: Path) -> Axis:
     return measured
 
 
-def over_processes(sizes: Sizes, repetitions: int, folder: Path) -> dict[str, list[Measurement]]:
+def over_processes(sizes: Sizes, repetitions: int, folder: Path) -> dict[str, Repetitions]:
     """The same rollouts per step, on one process and on two, each in a run of its own."""
-    measured: dict[str, list[Measurement]] = {}
+    measured: dict[str, Repetitions] = {}
     model_of(sizes.base_width, folder)
     for repetition in range(repetitions):
         for processes, threads in LAUNCHES:
-            output = folder / "worker.json"
-            command = [
-                sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}",
-                __file__, "--worker", str(folder), str(output), str(sizes.base_rollouts // processes), str(repetition),
-                *(["--quick"] if sizes is QUICK else []), "--threads", str(threads),
-            ]  # fmt: skip
-            subprocess.run(command, check=True, env={**os.environ, "OMP_NUM_THREADS": str(threads)})
-            one = Measurement(json.loads(output.read_text()))
+            launcher = ["torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
+            rollouts = sizes.base_rollouts // processes
+            given = dict(sizes=asdict(sizes), folder=str(folder), rollouts=rollouts, seed=repetition)
+            one = Measurement(call("growth:worker", launcher, threads, **given))
             measured.setdefault(f"{processes} x {threads}", []).append(one)
             print(f"{repetition} {processes} processes of {threads} threads: {one.seconds():.2f} s", file=sys.stderr)
     return measured
 
 
-def worker(folder: Path, output: Path, rollouts: int, seed: int, sizes: Sizes) -> None:
+def worker(sizes: dict[str, Any], folder: str, rollouts: int, seed: int) -> list[dict[str, float]]:
     """One process's part of a step, in a process group."""
-    one = measure("TBRM", work_of(sizes, folder, rollouts=rollouts), seed)
-    if os.environ["RANK"] == "0":
-        output.write_text(json.dumps(one.updates))
-    torch.distributed.destroy_process_group()
+    return measure("TBRM", work_of(Sizes(**sizes), Path(folder), rollouts=rollouts), seed).updates
 
 
 # ---- report ---------------------------------------------------------------------------------------------------------
 
 
-def seconds(measured: Sequence[Measurement], generation: bool = False) -> float:
-    return middle([one.seconds() if generation else one.without_generation for one in measured])
-
-
-def above_floor(measured: Sequence[Measurement]) -> float:
-    assert measured[0].memory is not None, "measured in the first repetition"
-    return measured[0].memory["above_floor"]
+KINDS = ("total", "without generation")
 
 
 def exponent(points: Sequence[int], values: Sequence[float]) -> float:
@@ -145,49 +126,31 @@ def exponent(points: Sequence[int], values: Sequence[float]) -> float:
 
 
 def axis_table(axis: Axis) -> str:
-    rows = [
-        [
-            "",
-            *(f"{m}, {what}" for what in ("s", "s without generation", "MiB") for m in METHODS),
-            "ratio",
-            "ratio without",
-        ]
-    ]
-    for point, of in axis.items():
-        cells = [f"{seconds(of[method], generation):.2f}" for generation in (True, False) for method in METHODS]
-        cells += [f"{above_floor(of[method]):.1f}" for method in METHODS]
-        for generation in (True, False):
-            pairs = zip(of["TBRM"], of[PEER], strict=True)
-            cells.append(f"{middle([seconds([a], generation) / seconds([b], generation) for a, b in pairs]):.2f}")
-        rows.append([f"{point:,}", *cells])
-    last = ["grows by the power"]
-    for generation in (True, False):
-        last += [f"{exponent(list(axis), [seconds(of[m], generation) for of in axis.values()]):.2f}" for m in METHODS]
-    last += [f"{exponent(list(axis), [above_floor(of[m]) for of in axis.values()]):.2f}" for m in METHODS]
-    rows.append([*last, "", ""])
-    return table(rows)
+    columns: dict[str, list[float]] = {}  # along the axis
+    for kind, title in zip(KINDS, ("s", "s without generation"), strict=True):
+        columns |= {f"{m}, {title}": [middle(of[m], kind) for of in axis.values()] for m in METHODS}
+    columns |= {f"{m}, MiB": [above_floor(of[m]) for of in axis.values()] for m in METHODS}
+    rows = []
+    for place, (point, of) in enumerate(axis.items()):
+        cells = [f"{column[place]:.{1 if 'MiB' in name else 2}f}" for name, column in columns.items()]
+        shares = [f"{statistics.median(paired(of['TBRM'], of[PEER], kind)):.2f}" for kind in KINDS]
+        rows.append([f"{point:,}", *cells, *shares])
+    powers = [f"{exponent(list(axis), column):.2f}" for column in columns.values()]
+    rows.append(["grows by the power", *powers, "", ""])
+    return table(["", *columns, "ratio", "ratio without"], rows)
 
 
-def processes_table(measured: dict[str, list[Measurement]]) -> str:
-    base = next(iter(measured.values()))
-    rows = [["processes x threads", "step, s", *PARTS, "of the first"]]
+def processes_table(measured: dict[str, Repetitions]) -> str:
+    base, rows = next(iter(measured.values())), []
     for name, of in measured.items():
-        ratio = middle([one.seconds() / first.seconds() for one, first in zip(of, base, strict=True)])
-        parts = [f"{middle([one.seconds(part) for one in of]):.2f}" for part in ("total", *PARTS)]
-        rows.append([name, *parts, f"{ratio:.2f}"])
-    return table(rows)
+        parts = [f"{middle(of, part):.2f}" for part in ("total", *PARTS)]
+        rows.append([name, *parts, f"{statistics.median(paired(of, base)):.2f}"])
+    return table(["processes x threads", "step, s", *PARTS, "of the first"], rows)
 
 
 def report(
-    axes: dict[str, Axis],
-    processes: dict[str, list[Measurement]],
-    sizes: Sizes,
-    where: dict[str, Any],
-    name: str,
-    repetitions: int,
+    axes: dict[str, Axis], processes: dict[str, Repetitions], sizes: Sizes, where: dict[str, Any], repetitions: int
 ) -> str:
-    intro = f"""Written by `python benchmarks/growth.py`. {hardware_line(where)}
-        Raw numbers: [{name}.json]({name}.json)."""
     setting = f"""A Llama of {LAYERS} layers and {VOCABULARY:,} tokens with random weights, width {sizes.base_width}
         where it is not varied; {sizes.base_rollouts} rollouts a step in micro-batches of {sizes.micro_batch},
         completions of {sizes.base_length} tokens, all equal, prompts half as long. Otherwise as in [step.md](step.md):
@@ -200,17 +163,19 @@ def report(
             one process may use: set against "1 x 2", its row says what DDP costs; against "1 x 1", what a second core
             gives."""
         blocks.append(f"## By processes\n\n{wrapped(text)}\n\n{processes_table(processes)}")
-    picture = [f"![growth]({name}.png)"] if axes else []
-    return "\n\n".join(["# How a step's cost grows", wrapped(intro), *picture, wrapped(setting), *blocks]) + "\n"
+    picture = [f"![growth](growth{SUFFIX}.png)"] if axes else []
+    intro = introduction("growth", where)
+    return "\n\n".join(["# How a step's cost grows", intro, *picture, wrapped(setting), *blocks]) + "\n"
 
 
-def draw(axes: dict[str, Axis], path: Path) -> None:
-    figure, panels = plt.subplots(2, len(axes), figsize=(4 * len(axes), 6.5), layout="constrained", squeeze=False)
+def draw(axes: dict[str, Axis]) -> plt.Figure:
+    figure, panels = plt.subplots(2, len(axes), figsize=(4 * len(axes), 6.5), squeeze=False)
     for (name, axis), (above, below) in zip(axes.items(), panels.T, strict=True):
+        points = list(axis)
         for method, colour in zip(METHODS, ("tab:red", "black"), strict=True):
-            points, of = list(axis), [one[method] for one in axis.values()]
-            above.plot(points, [seconds(one, True) for one in of], "-o", color=colour, markersize=4, label=method)
-            above.plot(points, [seconds(one) for one in of], ":o", color=colour, markersize=3)
+            of = [one[method] for one in axis.values()]
+            for kind, style, label in zip(KINDS, ("-o", ":o"), (method, None), strict=True):
+                above.plot(points, [middle(one, kind) for one in of], style, color=colour, markersize=4, label=label)
             below.plot(points, [above_floor(one) for one in of], "-o", color=colour, markersize=4)
         for panel in (above, below):
             panel.set_xscale("log", base=2)
@@ -220,52 +185,32 @@ def draw(axes: dict[str, Axis], path: Path) -> None:
         below.set(xlabel=AXES[name])
     panels[0][0].set(ylabel="seconds a step (dotted: without generation)")
     panels[1][0].set(ylabel="MiB above the floor")
-    panels[0][0].legend(fontsize=8)
-    figure.savefig(path, dpi=130)
-
-
-def plain(measured: dict[str, list[Measurement]]) -> dict[str, list[dict[str, Any]]]:
-    """For JSON."""
-    return {name: [asdict(one) for one in of] for name, of in measured.items()}
+    panels[0][0].legend()
+    return figure
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quick", action="store_true")
+    parser = new_parser(__doc__, quick="small sizes")
     parser.add_argument("--axes", nargs="+", choices=[*AXES, "processes"], default=[*AXES, "processes"])
     parser.add_argument("--repetitions", type=int, help="default: 5, with --quick 1")
     parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--output", type=Path, help="default: docs/benchmarks, with --quick a temporary folder")
-    parser.add_argument("--worker", nargs=4, metavar=("FOLDER", "OUTPUT", "ROLLOUTS", "SEED"), help=argparse.SUPPRESS)
-    arguments = parser.parse_args()
+    arguments = parse(parser)
     sizes = QUICK if arguments.quick else Sizes()
-    torch.set_num_threads(arguments.threads)
-    transformers.utils.logging.set_verbosity_error()
-    transformers.utils.logging.disable_progress_bar()
-    if arguments.worker:
-        folder, target, rollouts, seed = arguments.worker
-        worker(Path(folder), Path(target), int(rollouts), int(seed), sizes)
-        return
+    set_up(arguments.threads)
     repetitions = arguments.repetitions or (1 if arguments.quick else 5)
-    with tempfile.TemporaryDirectory() as temporary:
-        axes = {axis: along(axis, sizes, repetitions, Path(temporary)) for axis in AXES if axis in arguments.axes}
+    with tempfile.TemporaryDirectory() as folder:
+        axes = {axis: along(axis, sizes, repetitions, Path(folder)) for axis in AXES if axis in arguments.axes}
         wanted = "processes" in arguments.axes and not CUDA
-        processes = over_processes(sizes, repetitions, Path(temporary)) if wanted else {}
-    quick_output = Path(tempfile.mkdtemp(prefix="growth-")) if arguments.quick else ROOT / "docs/benchmarks"
-    output, name = arguments.output or quick_output, "growth_cuda" if CUDA else "growth"
-    output.mkdir(parents=True, exist_ok=True)
+        processes = over_processes(sizes, repetitions, Path(folder)) if wanted else {}
     where = environment(arguments.threads)
     raw = {
         "environment": where,
         "sizes": asdict(sizes),
-        "axes": {axis: {point: plain(of) for point, of in points.items()} for axis, points in axes.items()},
-        "processes": plain(processes),
+        "axes": as_numbers(axes),
+        "processes": as_numbers(processes),
     }
-    (output / f"{name}.json").write_text(json.dumps(raw, indent=1) + "\n")
-    (output / f"{name}.md").write_text(report(axes, processes, sizes, where, name, repetitions))
-    if axes:
-        draw(axes, output / f"{name}.png")
-    print((output / f"{name}.md").read_text())
+    text, figure = report(axes, processes, sizes, where, repetitions), draw(axes) if axes else None
+    write(arguments.output, f"growth{SUFFIX}", text, raw, figure)
 
 
 if __name__ == "__main__":

