@@ -93,6 +93,7 @@ def test_demo(tmp_path):
     run([sys.executable, "examples/reasoning_gym_demo.py", "--model", model, *words])
     metrics = json.loads((tmp_path / "out/metrics.json").read_text())
     assert [row["step"] for row in metrics["history"]] == [1, 2]
+    assert metrics["held_out"]["sampled"].keys() == {"before", "after"}
     for sampled in metrics["held_out"]["sampled"].values():
         assert (sampled["problems"], sampled["samples"]) == (4, 2) and 0 <= sampled["mean"] <= 1
     AutoModelForCausalLM.from_pretrained(tmp_path / "out/model")

@@ -5,18 +5,16 @@ from __future__ import annotations
 from collections import Counter
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 from common.tiny import VOCABULARY, perturb, save
 from datasets import Dataset
 from helpers.launch import launch
 from helpers.oracle import TOLERANCE, distance, plain, solve
-from helpers.runs import CHATS, DATA, TOKENIZER, build, completion, config, differ, kept_returns, logged, prompt, train
+from helpers.runs import CHATS, DATA, TOKENIZER, build, completion, differ, kept_returns, logged, prompt, train
 from transformers import AutoTokenizer
 
 from tbrm_trl import load_rollouts
-from tbrm_trl.sources.sampler import WindowMix, WindowSampler, window_mix
 from tbrm_trl.trajectory import End, Source
 
 IDS = [{"prompt_ids": [5, 6 + i], "completion_ids": [20 + i, 30, 1], "reward": i / 8} for i in range(8)]
@@ -191,73 +189,6 @@ def test_templates_that_guarantee_nothing(template, message, llama, tmp_path):
 # ---- two streams -----------------------------------------------------------------------------------------------------
 
 
-def sampler(logged_mask, window: WindowMix, generations=1, processes=1, repeats=1, epoch=0, seed=0) -> list[int]:
-    return list(WindowSampler(np.array(logged_mask), window, generations, processes, repeats, lambda: epoch, seed))
-
-
-@pytest.mark.parametrize("sorted_rows", [True, False])
-def test_every_process_rolls_out_the_same_number(sorted_rows):
-    """n = 4, two processes, half of a window of 16 logged; also where all logged rows come first in the data set."""
-    mask = [True] * 40 + [False] * 10 if sorted_rows else [True, True, False, True, True] * 10
-    indices = sampler(mask, WindowMix(8, 8), generations=4, processes=2)
-    assert len(indices) == 5 * 16  # ten prompts, two per window
-    for start in range(0, len(indices), 16):
-        window = indices[start : start + 16]
-        for share in (window[:8], window[8:]):
-            assert [mask[i] for i in share] == [False] * 4 + [True] * 4
-        counts = Counter(window)
-        assert all(counts[i] == (1 if mask[i] else 4) for i in counts)
-    prompts = Counter(i for i in indices if not mask[i])
-    assert len(prompts) == 10 and set(prompts.values()) == {4}
-
-
-def test_the_logged_stream_goes_on():
-    """40 logged draws from 20 rows, in windows that do not divide them, over epochs: every row before any twice."""
-    mask = [False] * 6 + [True] * 20
-    drawn = []
-    for epoch in range(4):
-        drawn += [i for i in sampler(mask, WindowMix(2, 3), epoch=epoch) if mask[i]]
-    assert len(drawn) == 36 and len(set(drawn[:20])) == 20
-    assert drawn[:18] != drawn[18:]
-
-
-def test_fresh_rows_in_trls_order():
-    """Without logged rows the order is TRL's, epoch after epoch."""
-    from trl.trainer.utils import RepeatSampler
-
-    theirs = RepeatSampler(range(10), mini_repeat_count=2, batch_size=3, repeat_count=2, seed=7)
-    for epoch in range(3):
-        assert sampler([False] * 10, WindowMix(6, 0), generations=2, repeats=2, epoch=epoch, seed=7) == list(theirs)
-
-
-@pytest.mark.parametrize(
-    ("rows", "fraction", "result"),
-    [
-        ((30, 10), None, (12, 4)),  # the share of the data set
-        ((10, 0), None, (16, 0)),
-        ((0, 10), None, (0, 16)),
-        ((30, 10), 0.5, (8, 8)),
-        ((1000, 1), None, (15, 1)),  # never none of a kind
-        ((30, 10), 0.3, "Nearest: 0.25 or 0.3125"),
-        ((10, 0), 0.5, "has only prompts"),
-        ((0, 10), 0.5, "has only logged"),
-    ],
-)
-def test_window_composition(rows, fraction, result):
-    args = config(per_device_train_batch_size=16, logged_fraction=fraction)
-    if isinstance(result, str):
-        with pytest.raises(ValueError, match=result):
-            window_mix(*rows, args, args.window_group_size)
-    else:
-        assert window_mix(*rows, args, args.window_group_size) == WindowMix(*result)
-
-
-def test_rollouts_come_in_groups():
-    args = config(per_device_train_batch_size=16, num_generations=4, logged_fraction=0.4)
-    with pytest.raises(ValueError, match=r"multiples of 4.*Nearest: 0.25 or 0.5"):
-        window_mix(10, 10, args, args.window_group_size)
-
-
 def test_mixed(llama, tmp_path):
     """Groups of 4 rollouts beside logged rows, whose own reward counts; where there is none, the function's does."""
     rows = [{"prompt": f"{i}", "completion": None, "reward": None} for i in range(8)]
@@ -271,7 +202,7 @@ def test_mixed(llama, tmp_path):
         assert len({prompt(t) for t in rollouts}) == 1
         assert all(t.reward == (7.0 if int(prompt(t)[:-1]) % 2 else 3 / 8) for t in logs)
     assert logged(trainer, "residual/logged_rms") and logged(trainer, "residual/fresh_rms")
-    assert all(value == 0.0 for value in logged(trainer, "left_out/unscored"))
+    assert logged(trainer, "left_out/unscored") == [0.0] * 3
 
 
 def test_columns_of_the_user_reach_the_reward_functions(llama, tmp_path):
@@ -302,6 +233,7 @@ def mix_in_each_process(folder: str, out: str) -> list[list[tuple[str, str]]]:
 def test_two_processes(llama, tmp_path):
     """The same data on two processes, n = 4, messages beside logged text, the logged rows first in the data set."""
     shares = launch("test_logged:mix_in_each_process", folder=llama, out=tmp_path)
+    assert len(shares[0]) == 3
     for windows in zip(*shares, strict=True):
         for window in windows:
             assert Counter(source for source, _ in window) == {"rollout": 4, "logged": 4}
@@ -379,7 +311,9 @@ def test_given_scores_of_the_producing_policy_are_kept(llama, tmp_path):
     """With `reference="previous"` the user's own scores stand; those of another reference are refused."""
     rows = [{**row, "ref_log_probs": [-1.0, -2.0, -3.0], "ref_soft_value": 4.0} for row in IDS]
     trainer = on(build(llama, tmp_path, None, Dataset.from_list(rows), reference="previous"))
-    for window in windows_of(trainer):
+    windows = windows_of(trainer)
+    assert len(windows) == 2
+    for window in windows:
         assert all(t.ref_log_probs.tolist() == [-1, -2, -3] and t.ref_soft_value == 4 for t in window)
     with pytest.raises(ValueError, match=r"Row 0 .*these are another reference's"):
         rows = [{**row, "ref_key": "0123"} for row in rows]

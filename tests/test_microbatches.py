@@ -212,6 +212,5 @@ def test_every_process_runs_as_many_micro_batches(kind, tmp_path):
         # One reduction of each bucket in an update, whatever the number of micro-batches.
         assert distance(unwrapped(seen["gradients"]), one.recorder.gradients[0]) <= TOLERANCE
         assert reduced == [1, 1]  # the model's one bucket, in each of two updates
-    for theirs, ours in zip(one.state.log_history, seen["log"], strict=False):
-        if "grad_norm" in theirs:
-            assert float(ours["grad_norm"]) == pytest.approx(float(theirs["grad_norm"]), rel=1e-3)
+    norms = [[float(entry["grad_norm"]) for entry in log[:2]] for log in (one.state.log_history, seen["log"])]
+    assert norms[1] == pytest.approx(norms[0], rel=1e-3)

@@ -171,7 +171,10 @@ def test_every_recipe_trains(name, train_script, tmp_path, monkeypatch):
         values = AutoConfig.for_model("qwen2", **{**ARCHITECTURES["qwen2"], "num_labels": 1})
         AutoModelForSequenceClassification.from_config(values).save_pretrained(tmp_path / "value")
 
+    rewarded = []
+
     def variety(completions, **kwargs):  # no random model solves a sum; this differs between completions
+        rewarded.extend(completions)
         return [len(set(completion[0]["content"])) / 4 for completion in completions]
 
     monkeypatch.setattr(train_script, "correct", variety)
@@ -182,7 +185,7 @@ def test_every_recipe_trains(name, train_script, tmp_path, monkeypatch):
     out = tmp_path / "out"
     train_script.main(*train_script.parse(flags(name, model, out, per_device_train_batch_size=rows, **options)))
     log = log_of(out, model)
-    assert len(log) == 2
+    assert len(log) == 2 and bool(rewarded) == (name != "copg")  # whose log brings its rewards
     assert all(0 < row["residual/rms"] < math.inf and 0 < row["grad_norm"] < math.inf for row in log)
 
 

@@ -128,7 +128,9 @@ def test_a_fitted_trajectory_is_still_drawn():
     buffer.add([drawn_at(0, 0, priority=0.0), drawn_at(0, 1, priority=0.0)])
     sample = buffer.sample(2, 0, alone)
     assert sample.weights == pytest.approx([1.0, 1.0])
-    assert LEAST_PRIORITY > 0
+    buffer.set_priority(1, 3 * LEAST_PRIORITY)  # the other's share is 1/(1 + 4^0.6), 0.3
+    torch.manual_seed(0)
+    assert any(0 in names(buffer.sample(2, 0, alone).trajectories) for _ in range(25))
 
 
 # ---- through train() -------------------------------------------------------------------------------------------------

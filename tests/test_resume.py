@@ -165,7 +165,8 @@ def test_a_killed_run_ends_as_an_uninterrupted_one(case, qwen2, uninterrupted, t
         assert complete == [f"checkpoint-{last}"] * (last > 0)
         if len(kill) > 2:  # the other process has written, or waits before it goes on
             states = [(at / "tbrm" / f"process-{process}" / "state.json").exists() for process in range(2)]
-            assert states == {"own state": [1, 1], "random state": [1, 0]}.get(point.removesuffix(" written"), states)
+            if point != "between micro-batches":
+                assert states == ([1, 0] if point == "random state written" else [1, 1])
         if point in WRITING:
             assert at.exists() == (point != "nothing written")
             with pytest.raises(ValueError, match=rf"{at.name} is not a complete TBRM checkpoint: it was cut short"):

@@ -253,13 +253,13 @@ def test_untested_models_are_refused(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("options", "window", "message"),
+    ("options", "mix", "message"),
     [
         ({"replay_buffer_size": 8, "num_iterations": 2}, WindowMix(8, 0), "`replay_buffer_size` stores text alone"),
         ({"save_rollouts": True}, WindowMix(8, 0), "`save_rollouts` stores text alone"),
         ({}, WindowMix(4, 4), "Logged trajectories hold text alone"),
     ],
 )
-def test_sources_without_images_are_refused(options, window, message):
+def test_sources_without_images_are_refused(options, mix, message):
     with pytest.raises(ValueError, match=message):
-        check_sources_of_vision(config(**options), window)
+        check_sources_of_vision(config(**options), mix)
