@@ -226,3 +226,14 @@ def test_a_wide_protocol_is_seen():
     assert len(names_of(wide)) == 12
     wide.__annotations__ = {"one_more": int, "_own": int}
     assert len(names_of(wide)) == 13
+
+
+def test_no_test_module_imports_another():
+    """What they share is in `helpers`, which imports none of them either."""
+    tests = Path(__file__).parent
+    modules_of_tests = {file.stem for file in tests.glob("*.py")}
+    for file in tests.rglob("*.py"):
+        names = [n for n in ast.walk(ast.parse(file.read_text())) if isinstance(n, (ast.Import, ast.ImportFrom))]
+        asked = {alias.name for n in names if isinstance(n, ast.Import) for alias in n.names}
+        asked |= {n.module for n in names if isinstance(n, ast.ImportFrom) and n.module}
+        assert not asked & modules_of_tests, file

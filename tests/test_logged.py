@@ -11,7 +11,7 @@ from common.tiny import VOCABULARY, perturb, save
 from datasets import Dataset
 from helpers.launch import launch
 from helpers.oracle import TOLERANCE, distance, plain, solve
-from helpers.runs import CHATS, DATA, TOKENIZER, build, completion, differ, kept_returns, logged, prompt, train
+from helpers.runs import CHATS, DATA, TOKENIZER, build, completion, differ, kept_returns, letters, logged, prompt, train
 from transformers import AutoTokenizer
 
 from tbrm_trl import load_rollouts
@@ -340,8 +340,6 @@ def test_a_run_can_be_replayed_into_another(reference, llama, tmp_path):
 
     def second(completions, **kwargs):
         return [None if len(text) % 2 else 1.0 for text in completions]
-
-    from test_trainer import letters
 
     first = train(llama, tmp_path, [letters, second], max_steps=4, save_rollouts=True, reference=reference,
                   num_generations=2, per_device_train_batch_size=4)  # fmt: skip
