@@ -36,9 +36,9 @@ BEHAVIOUR_LOG_PROB = -math.log(len(TREE.actions))  # of every logged token
 
 
 class BehaviourAsOldPolicy(GRPOTrainer):
-    """GRPO whose importance ratio is π_θ/π_behaviour: the sampler's log-probabilities stand in for the old policy's.
+    """GRPO with the importance ratio π_θ/π_behaviour: the sampler's log-probabilities replace the old policy's.
 
-    TRL keeps those that a `rollout_func` returns, but corrects for them only when vLLM samples.
+    TRL keeps the log-probabilities that a `rollout_func` returns, but corrects for them only when vLLM samples.
     """
 
     def _generate_and_score_completions(self, inputs):

@@ -3,7 +3,7 @@
     python benchmarks/logged_memory.py        # writes docs/benchmarks/logged_memory.{json,md}; a few minutes
 
 SmolLM2-135M on the demo's task. One run rolls out and saves its rollouts; another starts from the same weights and
-trains on these alone. Each runs in a process of its own, whose peak resident memory the operating system reports.
+trains on these alone. Each has its own process, and the operating system reports the peak of its resident memory.
 """
 
 import os

@@ -2,9 +2,9 @@
 
     python benchmarks/memory_estimate.py        # writes docs/benchmarks/memory_estimate.{json,md}; some ten minutes
 
-Every configuration trains two steps in a process of its own, on random weights of the given sizes; where the table does
-not say that rollouts are generated they are given, since generation is slow on a CPU and seldom where the peak is.
-Measured is the peak of tensor memory: on a CPU what the allocator handed out (the profiler's events) on top of what was
+Every configuration trains two steps in a process of its own, on random weights of the given sizes. Rollouts are given
+unless the table says that they are generated: generation is slow on a CPU and seldom where the peak is. The peak of
+tensor memory is measured. On a CPU that is what the allocator handed out (the profiler's events) on top of what was
 live when training began, on a GPU `torch.cuda.max_memory_allocated`.
 """
 

@@ -79,9 +79,10 @@ def section(name: str, runs: dict[str, list[list[list[float]]]]) -> str:
         cells = []
         for cost in COSTS:
             mine, theirs = reached[configuration, cost], reached[peer, cost]
-            ratio = f" ({statistics.median(ratios(mine, theirs)):.2f})" if len(mine) == len(theirs) else ""
-            middle = f"{statistics.median(mine):,.{1 if cost == 'seconds' else 0}f}{ratio}" if mine else ""
-            cells.append(middle if len(mine) == len(seeds) else f"{len(mine)} of {len(seeds)} reach it")
+            cells.append(f"{len(mine)} of {len(seeds)} reach it")
+            if len(mine) == len(seeds):
+                ratio = f" ({statistics.median(ratios(mine, theirs)):.2f})" if len(theirs) == len(mine) else ""
+                cells[-1] = f"{statistics.median(mine):,.{1 if cost == 'seconds' else 0}f}{ratio}"
         rows.append([configuration, *cells, f"{statistics.mean(points[-1][2] for points in seeds):.3f}"])
     title = {"tiny": "Tiny model, sorting letters", "smollm2": "SmolLM2-135M, one-digit sums"}[name]
     return f"""## {title}: accuracy {target}

@@ -23,7 +23,7 @@ from common.measure import quiet, set_up
 from common.report import listed, new_parser, parse, plt, table, versions, write
 from common.trees import BOS, EOS, Policy, Task, Tree, total_variation
 from torch import Tensor
-from transformers import AutoConfig, AutoModelForSequenceClassification, PreTrainedModel, TrainerCallback
+from transformers import PreTrainedModel, TrainerCallback
 
 from tbrm_trl import TBRMTrainer
 
@@ -137,7 +137,7 @@ class NoReward:
         if soft_value == "optimal":
             rows = [{**row, "optimal_value": 0.0} for row in rows]  # β₁ log mean exp(0), of any samples
         if soft_value == "model":
-            options["soft_value_model"] = value_model(self.task.folder / "value")
+            options["soft_value_model"] = tiny.save_value_model(self.task.folder / "value", "llama", SEED, TREE.letters)
         with quiet():
             return self.task.trainer_on(
                 rows, soft_value=soft_value, per_device_train_batch_size=len(rows), logging_strategy="steps", **options
@@ -230,15 +230,6 @@ def mass_of_letters(log_probs: list[Tensor]) -> float:
         return total
 
     return sum(math.exp(log_prob(completion)) for completion in TREE.completions)
-
-
-def value_model(folder: Path) -> str:
-    """A value model that knows nothing: random weights."""
-    torch.manual_seed(SEED)
-    config = AutoConfig.for_model("llama", **{**tiny.ARCHITECTURES["llama"], "vocab_size": VOCABULARY, "num_labels": 1})
-    AutoModelForSequenceClassification.from_config(config).save_pretrained(folder)
-    tiny.tokenizer(alphabet=TREE.letters).save_pretrained(folder)
-    return str(folder)
 
 
 # ---- report ----------------------------------------------------------------------------------------------------------

@@ -41,11 +41,10 @@ from transformers import (
     PrinterCallback,
     TrainerCallback,
 )
-from trl import GRPOConfig, GRPOTrainer, RLOOConfig, RLOOTrainer
 from trl.kernels.chunked_logprob import ChunkedLogProbFunction
 from trl.trainer.utils import _CHUNKED_LOGPROB_CHUNK_SIZE as VOCABULARY_TILE
 
-from tbrm_trl import TBRMConfig, TBRMTrainer, load_rollouts
+from tbrm_trl import TBRMTrainer, load_rollouts
 
 os.environ.setdefault("TRL_EXPERIMENTAL_SILENCE", "1")
 from trl.experimental.a2po import A2POConfig, A2POTrainer
@@ -59,12 +58,7 @@ BETA, LEARNING_RATE = 0.002, 1e-6  # β is that of TBRM
 CUDA = torch.cuda.is_available()
 SUFFIX = "_cuda" if CUDA else ""
 MIB = 2**20
-TRAINERS: dict[str, tuple[Any, Any]] = {
-    "TBRM": (TBRMTrainer, TBRMConfig),
-    "GRPO": (GRPOTrainer, GRPOConfig),
-    "RLOO": (RLOOTrainer, RLOOConfig),
-    "A2PO": (A2POTrainer, A2POConfig),
-}
+TRAINERS = tasks.METHODS | {"A2PO": (A2POTrainer, A2POConfig)}
 
 
 # ---- the work, equal for all methods --------------------------------------------------------------------------------

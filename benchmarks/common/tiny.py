@@ -89,12 +89,13 @@ def save(folder: Path, architecture: str = "qwen2", pad_is_eos: bool = False, **
     return str(folder)
 
 
-def save_value_model(folder: Path, architecture: str = "qwen2", seed: int = 3) -> str:
-    """Save a model that scores a text with one number."""
+def save_value_model(folder: Path, architecture: str = "qwen2", seed: int = 3, alphabet: str = string.printable) -> str:
+    """Save a model that scores a text with one number: it knows nothing, its weights are random."""
     torch.manual_seed(seed)
-    config = AutoConfig.for_model(architecture, **_SIZES, num_labels=1)
+    letters = tokenizer(alphabet=alphabet)
+    config = AutoConfig.for_model(architecture, **{**_SIZES, "vocab_size": len(letters), "num_labels": 1})
     AutoModelForSequenceClassification.from_config(config).save_pretrained(folder)
-    tokenizer().save_pretrained(folder)
+    letters.save_pretrained(folder)
     return str(folder)
 
 

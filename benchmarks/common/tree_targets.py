@@ -39,7 +39,7 @@ def bisect(function, low: Tensor, high: Tensor) -> Tensor:
 def minimiser(reference: Policy, rewards: Tensor, beta: float, value: Tensor, data: Tensor) -> Policy:
     """The π of least `Σ μ (value + log π/π_ref − R/β)²` under Σπ = 1.
 
-    Of the residuals u, one per trajectory, π = exp(u + b) with b = log π_ref + R/β − value. Stationarity under a
+    With u the residual of each trajectory, π = exp(u + b), where b = log π_ref + R/β − value. Stationarity under a
     multiplier λ is `2 μ u = λ π`, that is `u e^−u = λ e^b / 2μ`: given the residual t of one trajectory, those of all
     others follow by Lambert's W. If t is that of the trajectory with the largest e^b / μ, the others are real and below
     1, whatever t is; Σπ = 1 determines it. Where `value` is below V* the problem is convex, and this its one minimum;
