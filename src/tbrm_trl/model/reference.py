@@ -1,5 +1,6 @@
 """The reference policy π_ref: which module computes it, its identity, its resets, and the scores it gives."""
 
+import copy
 import json
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -187,7 +188,10 @@ def add_reference_adapter(policy: Any) -> None:
     """Give a PEFT policy the frozen adapter `ref`, equal to the one being trained. TRL may have added it already."""
     active = policy.active_adapter
     if ADAPTER not in policy.peft_config:
-        policy.add_adapter(ADAPTER, policy.peft_config[active])
+        config = copy.deepcopy(policy.peft_config[active])
+        if hasattr(config, "init_lora_weights"):
+            config.init_lora_weights = True  # others may rewrite the base (PiSSA, OLoRA); the values are copied below
+        policy.add_adapter(ADAPTER, config)
         policy.set_adapter(active)  # leaves `ref` frozen
     trained = _adapter(policy, active)
     for name, parameter in _adapter(policy, ADAPTER).items():

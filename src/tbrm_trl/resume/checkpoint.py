@@ -106,7 +106,8 @@ def checkpoint_to_resume(resume_from: str | Path | Literal[True], output_dir: st
             f"`save_only_model`, or comes from another trainer. {last}"
         )
     saved = json.loads(marker.read_text())
-    differing = [name for name in identity if saved.get(name) != identity[name]]
+    # A checkpoint of an earlier version says less of its run.
+    differing = [name for name in identity if name in saved and saved[name] != identity[name]]
     if differing:
         raise ValueError(
             f"{resume_from} belongs to another run: "
