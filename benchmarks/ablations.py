@@ -1,46 +1,53 @@
 """The papers' ablations on a small model: token-level residual, frozen V, calibration over β, shape of the reward.
 
     python benchmarks/ablations.py                        # about ten minutes on one core
-    python benchmarks/ablations.py --smoke                # a minute, to a temporary folder
+    python benchmarks/ablations.py --quick                # a minute, to a temporary folder
 
 Everything is written to docs/benchmarks/ablations.{json,md,png}. A run whose result is already in the JSON is not
 repeated; delete the JSON to start over. The task is that of benchmarks/replay.py; nothing is downloaded.
 """
 
-from __future__ import annotations
-
-import argparse
-import contextlib
-import importlib.metadata
-import io
-import json
 import statistics
-import sys
 import tempfile
-import time
-import warnings
 from dataclasses import asdict, dataclass, replace
+from functools import cache
 from pathlib import Path
 
-import matplotlib
-import replay
-import torch
-import transformers
-from replay import mean_and_error, show, table
+from common import tasks
+from common.measure import set_up
+from common.report import (
+    Store,
+    band,
+    listed,
+    mean_and_error,
+    new_parser,
+    parse,
+    plt,
+    show,
+    table,
+    versions,
+    write,
+)
+from common.tasks import Measure
+from replay import SMOKE, TINY
+from torch import Tensor
 
-from tbrm_trl import TBRMConfig, TBRMTrainer
+from tbrm_trl import SoftValue
+from tbrm_trl.loss.soft_value import ValueInputs
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT / "examples"))
-import frozen_soft_value  # noqa: E402, F401  adds soft_value="frozen"
-
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt  # noqa: E402
-
-VERSIONS = {name: importlib.metadata.version(name) for name in ("torch", "transformers", "trl", "tbrm-trl")}
+VERSIONS = versions("torch", "transformers", "trl", "tbrm-trl")
 ROWS, GROUP = 64, 4  # trajectories per update, and per prompt in (d)
 SELECTION_SEED = 100  # its words are in no final run
 T_95 = {2: 12.71, 3: 4.30, 4: 3.18, 5: 2.78}  # Student's t, two-sided 95%, by number of seeds
+
+
+class FrozenValue(SoftValue):
+    """V_θ(s_1) without gradient, as in examples/frozen_soft_value.py."""
+
+    name = "frozen"
+
+    def __call__(self, inputs: ValueInputs) -> Tensor:
+        return inputs.policy_value.detach()  # (B,) nats
 
 
 @dataclass(frozen=True)
@@ -112,56 +119,42 @@ class Scale:
     updates: int
     seeds: range
     learning_rates: tuple[float, ...] = (2.5e-4, 5e-4, 1e-3, 2e-3, 4e-3)
-    task: replay.Settings = replay.TINY
-
-
-def train(variant: Variant, learning_rate: float, seed: int, updates: int, task: replay.Task) -> dict:
-    measure = replay.Measure(task, {updates * eighth // 8 for eighth in range(1, 9)})
-    scale, shift = (2, -1) if variant.rewards == "±1" else (1, 0)
-
-    def reward(**kwargs) -> list[float]:
-        return [scale * earned + shift for earned in measure.reward(**kwargs)]
-
-    options = {name: value for name, value in asdict(variant).items() if name != "rewards"}
-    with tempfile.TemporaryDirectory() as output, contextlib.redirect_stdout(io.StringIO()):
-        args = TBRMConfig(
-            output_dir=output, learning_rate=learning_rate, lr_scheduler_type="linear", max_steps=updates, seed=seed,
-            per_device_train_batch_size=ROWS, max_completion_length=task.max_completion_length,
-            gradient_checkpointing=False, bf16=False, use_cpu=True, save_strategy="no", report_to="none",
-            logging_first_step=True, logging_steps=updates, disable_tqdm=True, **options,
-        )  # fmt: skip
-        trainer = TBRMTrainer(task.model, reward, args, task.train, callbacks=[measure])
-        trainer.remove_callback(transformers.PrinterCallback)
-        measure.measure(0, trainer.model)
-        started = time.process_time()
-        trainer.train()
-    return {
-        "points": [[updates, accuracy] for updates, _, accuracy in measure.points],
-        "soft_value": round(trainer.state.log_history[0]["soft_value"] / variant.beta, 3),  # nats, before training
-        "seconds": round(time.process_time() - started, 1),
-    }
+    demonstration_steps: int = TINY.demonstration_steps
 
 
 class Results:
-    """What has been measured, by run; the raw JSON."""
+    """What has been measured, by run. What is missing is trained when it is asked for."""
 
-    def __init__(self, path: Path, scale: Scale, models: Path) -> None:
-        self.path, self.scale, self.models = path, scale, models
-        self.tasks: dict[tuple[str, int], replay.Task] = {}  # each with its starting model, which all variants share
-        self.runs: dict[str, dict] = json.loads(path.read_text())["runs"] if path.exists() else {}
+    def __init__(self, runs: Store, scale: Scale, models: Path) -> None:
+        self.runs, self.scale, self.models = runs, scale, models
 
-    def task(self, stage: str, seed: int) -> replay.Task:
-        if (stage, seed) not in self.tasks:
-            run = replay.Run("tiny", stage, replay.CONFIGURATIONS["TBRM K=1"], 0.0, 0.0, buffer_size=0, seed=seed)
-            self.tasks[stage, seed] = replay.sorting_task(run, self.scale.task, self.models / f"{stage}{seed}")
-        return self.tasks[stage, seed]
+    @cache  # noqa: B019  all variants share a starting model
+    def task(self, stage: str, seed: int) -> tasks.Task:
+        folder = self.models / f"{stage}{seed}"
+        return tasks.sorting(folder, seed, self.scale.demonstration_steps, selection=stage == "selection")
+
+    def train(self, variant: Variant, stage: str, learning_rate: float, seed: int) -> dict:
+        task, updates = self.task(stage, seed), self.scale.updates
+        reward = task.reward
+        if variant.rewards == "±1":
+            task = replace(task, reward=lambda **given: [2 * earned - 1 for earned in reward(**given)])
+        measure = Measure(task, {updates * eighth // 8 for eighth in range(9)})
+        more = {name: value for name, value in asdict(variant).items() if name != "rewards"}
+        trainer = tasks.train(
+            "TBRM", measure, learning_rate=learning_rate, max_steps=updates, seed=seed,
+            per_device_train_batch_size=ROWS, logging_strategy="steps", logging_first_step=True, logging_steps=updates,
+            **more,
+        )  # fmt: skip
+        return {
+            "points": [[updates, accuracy] for updates, _, accuracy, *_ in measure.points],
+            "soft_value": round(trainer.state.log_history[0]["soft_value"] / variant.beta, 3),  # nats, before training
+            "seconds": measure.cpu_seconds,
+        }
 
     def run(self, variant: Variant, stage: str, learning_rate: float, seed: int) -> dict:
         key = f"{stage}: {variant} lr={learning_rate:g} updates={self.scale.updates} seed={seed}"
         if key not in self.runs:
-            self.runs[key] = train(variant, learning_rate, seed, self.scale.updates, self.task(stage, seed))
-            lines = ",\n".join(f"{json.dumps(k, ensure_ascii=False)}: {json.dumps(v)}" for k, v in self.runs.items())
-            self.path.write_text(f'{{"environment": {json.dumps(VERSIONS)},\n"runs": {{\n{lines}\n}}}}\n')
+            self.runs[key] = self.train(variant, stage, learning_rate, seed)
             print(key, *(f"{accuracy:.3f}" for _, accuracy in self.runs[key]["points"]), flush=True)
         return self.runs[key]
 
@@ -227,7 +220,7 @@ def report(results: Results) -> str:
     return f"""# Ablations on a small model
 
 Written by `python benchmarks/ablations.py`; raw numbers: [ablations.json](ablations.json). {seconds:.0f} CPU seconds of
-training on one thread; {", ".join(map(" ".join, VERSIONS.items()))}.
+training on one thread; {listed(VERSIONS)}.
 
 ![held-out accuracy during training](ablations.png)
 
@@ -255,44 +248,33 @@ Final accuracy on seed {SELECTION_SEED} and the other half of the words.
 """
 
 
-def draw(results: Results, path: Path) -> None:
-    figure, panels = plt.subplots(1, len(ABLATIONS), figsize=(15, 4.4), sharey=True, layout="constrained")
+def draw(results: Results) -> plt.Figure:
+    figure, panels = plt.subplots(1, len(ABLATIONS), figsize=(15, 4.4), sharey=True)
     for axes, ablation in zip(panels, ABLATIONS, strict=True):
         for place, (label, variant) in enumerate(ablation.variants.items()):
-            updates, accuracies = zip(*results.curve(variant).items(), strict=True)
-            mean, error = zip(*map(mean_and_error, accuracies), strict=True)
-            color, style = (place // 2, "-" if place % 2 else "--") if ablation.pairs else (place, "-")
-            axes.plot(updates, mean, style, color=f"C{color}", marker="o", markersize=3, label=label)
-            low, high = ([m + sign * e for m, e in zip(mean, error, strict=True)] for sign in (-1, 1))
-            axes.fill_between(updates, low, high, color=f"C{color}", alpha=0.15, linewidth=0)
+            curve = results.curve(variant)
+            color, style = (place // 2, "--" if place % 2 else "-") if ablation.pairs else (place, "-")
+            band(axes, list(curve), curve.values(), style, color=f"C{color}", label=label)
         axes.set(xlabel="updates", ylim=(0, 1))
         axes.set_title(ablation.title, fontsize=10)
-        axes.grid(alpha=0.25)
-        axes.legend(loc="upper left", fontsize=8)
+        axes.legend(loc="upper left")
     panels[0].set_ylabel("held-out accuracy (mean ± s.e. over seeds)")
-    figure.savefig(path, dpi=130)
+    return figure
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = new_parser(__doc__, quick="one short run of each")
     parser.add_argument("--seeds", type=int, default=3, help="how many (default: 3)")
     parser.add_argument("--updates", type=int, default=160, help="of each run (default: 160)")
-    parser.add_argument("--output", type=Path, default=ROOT / "docs/benchmarks")
-    parser.add_argument("--smoke", action="store_true", help="one short run of each, to a temporary folder")
-    arguments = parser.parse_args()
-    scale, output = Scale(arguments.updates, range(arguments.seeds)), arguments.output
-    if arguments.smoke:
-        scale, output = Scale(8, range(1), (1e-3,), replay.SMOKE), Path(tempfile.mkdtemp(prefix="ablations-"))
-    warnings.simplefilter("ignore")
-    torch.set_num_threads(1)
-    transformers.utils.logging.set_verbosity_error()
-    transformers.utils.logging.disable_progress_bar()
-    output.mkdir(parents=True, exist_ok=True)
+    arguments = parse(parser)
+    scale = Scale(arguments.updates, range(arguments.seeds))
+    if arguments.quick:
+        scale = Scale(8, range(1), (1e-3,), SMOKE.demonstration_steps)
+    set_up()
+    runs = Store(arguments.output / "ablations.json", environment=VERSIONS)
     with tempfile.TemporaryDirectory() as folder:
-        results = Results(output / "ablations.json", scale, Path(folder))
-        (output / "ablations.md").write_text(report(results))
-        draw(results, output / "ablations.png")
-    print(output / "ablations.md")
+        results = Results(runs, scale, Path(folder))
+        write(arguments.output, "ablations", report(results), figure=draw(results))
 
 
 if __name__ == "__main__":

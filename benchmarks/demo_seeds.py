@@ -5,11 +5,8 @@
 A seed whose metrics.json is already in the output folder is not run again.
 """
 
-from __future__ import annotations
-
 import argparse
 import datetime
-import importlib.metadata
 import json
 import platform
 import statistics
@@ -17,13 +14,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-import matplotlib
-
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt
-
-ROOT = Path(__file__).resolve().parent.parent
-PACKAGES = ("torch", "transformers", "trl", "reasoning-gym")
+from common.report import ROOT, listed, plt, table, versions, write
 
 
 def run(seed: int, output: Path) -> dict:
@@ -34,8 +25,8 @@ def run(seed: int, output: Path) -> dict:
     return json.loads((folder / "metrics.json").read_text())
 
 
-def draw(runs: dict[int, dict], path: Path) -> None:
-    figure, axes = plt.subplots(figsize=(7, 4), layout="constrained")
+def draw(runs: dict[int, dict]) -> plt.Figure:
+    figure, axes = plt.subplots(figsize=(7, 4))
     for color, (seed, metrics) in zip(("tab:blue", "tab:orange", "tab:green"), runs.items(), strict=False):
         history = metrics["history"]
         steps = [row["step"] for row in history]
@@ -55,9 +46,8 @@ def draw(runs: dict[int, dict], path: Path) -> None:
         "SmolLM2-135M, sums of two digits: held out before and after (points ± s.e.), training reward (lines)",
         fontsize=9,
     )
-    axes.grid(alpha=0.3)
     axes.legend(loc="upper left")
-    figure.savefig(path, dpi=130)
+    return figure
 
 
 def report(runs: dict[int, dict]) -> str:
@@ -70,15 +60,16 @@ def report(runs: dict[int, dict]) -> str:
             for result in (metrics["held_out"]["sampled"], metrics["held_out"]["greedy"])
             for when in ("before", "after")
         ]
-        rows.append(f"| {seed} | {' | '.join(cells)} | {metrics['seconds']:.0f} |")
+        rows.append([str(seed), *cells, f"{metrics['seconds']:.0f}"])
+    header = ["seed", f"sampled (avg@{sampled['samples']}, T = 1) before", "after", "greedy before", "after", "seconds"]
     before, after = (
         statistics.median(metrics["held_out"]["sampled"][when]["mean"] for metrics in runs.values())
         for when in ("before", "after")
     )
-    versions = ", ".join(f"{name} {importlib.metadata.version(name)}" for name in PACKAGES)
+    packages = listed(versions("torch", "transformers", "trl", "reasoning-gym"))
     return f"""# The demo, measured
 
-Written by `make slow` on {datetime.date.today()}; {first["device"]}, {platform.machine()}, {versions}.
+Written by `make slow` on {datetime.date.today()}; {first["device"]}, {platform.machine()}, {packages}.
 
 {settings["model"]} on `{settings["task"]}` of reasoning-gym, {settings["difficulty"]}:
 {settings["train_problems"]} training and {sampled["problems"]} held-out problems, distinct by question, split before
@@ -88,9 +79,7 @@ anything is sampled. Prompt: the question in the model's chat template, with the
 {settings["soft_value"]} soft value, learning rate {settings["learning_rate"]}, at most
 {settings["max_completion_length"]} tokens, temperature {first["temperature"]}.
 
-| seed | sampled (avg@{sampled["samples"]}, T = 1) before | after | greedy before | after | seconds |
-|---|---|---|---|---|---|
-{chr(10).join(rows)}
+{table(header, rows)}
 
 Median of the sampled accuracy: {before:.3f} before, {after:.3f} after. ± is the standard error over problems.
 Seconds are of the whole script, both evaluations included, and depend on what else the machine is doing.
@@ -105,8 +94,7 @@ def main() -> None:
     parser.add_argument("--output", type=Path, default=ROOT / "outputs/demo_seeds")
     arguments = parser.parse_args()
     runs = {seed: run(seed, arguments.output) for seed in arguments.seeds}
-    (ROOT / "docs/demo.md").write_text(report(runs))
-    draw(runs, ROOT / "docs/demo.png")
+    write(ROOT / "docs", "demo", report(runs), figure=draw(runs))
 
 
 if __name__ == "__main__":

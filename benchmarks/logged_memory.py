@@ -6,79 +6,59 @@ SmolLM2-135M on the demo's task. One run rolls out and saves its rollouts; anoth
 trains on these alone. Each runs in a process of its own, whose peak resident memory the operating system reports.
 """
 
-from __future__ import annotations
-
-import argparse
-import importlib.metadata
-import json
 import os
 import platform
 import resource
-import subprocess
-import sys
 import tempfile
 from pathlib import Path
+from typing import Any
 
-from datasets import Dataset
+from common import tasks
+from common.launch import call
+from common.measure import QUIET
+from common.report import listed, new_parser, parse, table, versions, write
 
 from tbrm_trl import TBRMConfig, TBRMTrainer, load_rollouts
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT / "examples"))
-from reasoning_gym_demo import SMOLLM2, SYSTEM_PROMPT, distinct_problems, extract_answer, unpack_smollm2  # noqa: E402
-
-SUMS = dict(min_terms=2, max_terms=2, min_digits=1, max_digits=1)
 STEPS, ROLLOUTS_PER_STEP = 2, 16
 PACKAGES = ("torch", "transformers", "trl", "accelerate", "reasoning-gym")
 
 
-def train(kind: str, model: Path, folder: Path) -> dict[str, float]:
+def train(folder: str, logged: bool) -> dict[str, float]:
     """One of the two runs, in this process."""
-    dataset, entries, _ = distinct_problems("chain_sum", SUMS, 140, 60, seed=0)
-    by_question = {entry["question"]: entry for entry in entries}
-
-    def as_prompt(question: str) -> list[dict]:
-        return [{"role": "system", "content": SYSTEM_PROMPT}, {"role": "user", "content": question}]
-
-    def correct(completions, question, **kwargs):
-        answers = [extract_answer(completion[0]["content"]) for completion in completions]
-        return [dataset.score_answer(answer=a, entry=by_question[q]) for a, q in zip(answers, question, strict=True)]
-
-    logs = kind == "logged"
-    online_rows = Dataset.from_list([{"prompt": as_prompt(question), "question": question} for question in by_question])
+    task = tasks.sums(seed=0)
     trainer = TBRMTrainer(
-        str(model),
-        None if logs else correct,
+        task.model,
+        None if logged else task.reward,
         TBRMConfig(
-            output_dir=str(folder / kind), beta=0.02, soft_value="calibrated", learning_rate=2e-5, max_steps=STEPS,
-            per_device_train_batch_size=ROLLOUTS_PER_STEP, max_completion_length=16, gradient_checkpointing=False,
-            bf16=False, logging_steps=1, save_strategy="no", report_to="none", disable_tqdm=True,
-            save_rollouts=not logs,
+            output_dir=f"{folder}/{logged}", beta=0.02, soft_value="calibrated", learning_rate=2e-5, max_steps=STEPS,
+            per_device_train_batch_size=ROLLOUTS_PER_STEP, bf16=False, logging_steps=1, save_rollouts=not logged,
+            max_completion_length=16, **QUIET | {"logging_strategy": "steps"},
         ),
-        load_rollouts(folder / "online") if logs else online_rows,
+        load_rollouts(f"{folder}/False") if logged else task.train,
     )  # fmt: skip
     trainer.train()
     assert trainer.state.global_step == STEPS
     return {"peak_gib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20}
 
 
-def report(results: dict) -> str:
+def report(results: dict[str, Any]) -> str:
     online, logged, weights = results["online"]["peak_gib"], results["logged"]["peak_gib"], results["weights_gib"]
-    versions = ", ".join(f"{name} {version}" for name, version in results["versions"].items())
+    rows = [
+        ["rolls out", f"{online:.2f} GiB"],
+        ["trains on saved rollouts", f"{logged:.2f} GiB"],
+        ["ratio", f"**{logged / online:.2f}**"],
+    ]
     return f"""# Memory of training on saved rollouts alone
 
-Written by `python benchmarks/logged_memory.py`. {results["hardware"]}; {versions}.
+Written by `python benchmarks/logged_memory.py`. {results["hardware"]}; {listed(results["versions"])}.
 Raw numbers: [logged_memory.json](logged_memory.json).
 
 SmolLM2-135M-Instruct in float32 on the demo's task, {STEPS} updates of {ROLLOUTS_PER_STEP} trajectories, AdamW. The
 second run trains on the rollouts that the first one saved: it never generates, and its reference model is freed before
 training, as soon as it has scored them.
 
-| run | peak resident memory |
-|---|---|
-| rolls out | {online:.2f} GiB |
-| trains on saved rollouts | {logged:.2f} GiB |
-| ratio | **{logged / online:.2f}** |
+{table(["run", "peak resident memory"], rows)}
 
 Weights, gradients and Adam's two moments are {4 * weights:.2f} GiB of either; the reference that the first run keeps is
 {weights:.2f} GiB.
@@ -86,27 +66,20 @@ Weights, gradients and Adam's two moments are {4 * weights:.2f} GiB of either; t
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--run", nargs=3, metavar=("KIND", "MODEL", "FOLDER"), help=argparse.SUPPRESS)
-    arguments = parser.parse_args()
-    if arguments.run:
-        kind, model, folder = arguments.run
-        (Path(folder) / f"{kind}.json").write_text(json.dumps(train(kind, Path(model), Path(folder))))
-        return
-    model = unpack_smollm2(ROOT / "outputs" / SMOLLM2)
-    results: dict = {
-        "weights_gib": sum(file.stat().st_size for file in model.glob("*.safetensors")) / 2**30,
-        "hardware": f"{platform.machine()}, {os.cpu_count()} cores",
-        "versions": {name: importlib.metadata.version(name) for name in PACKAGES},
+    cores = os.cpu_count() or 1
+    arguments = parse(new_parser(__doc__))
+    weights = sum(file.stat().st_size for file in Path(tasks.smollm2()).glob("*.safetensors")) / 2**30
+    results: dict[str, Any] = {
+        "weights_gib": weights,
+        "hardware": f"{platform.machine()}, {cores} cores",
+        "versions": versions(*PACKAGES),
     }
     with tempfile.TemporaryDirectory() as folder:
-        for kind in ("online", "logged"):
-            subprocess.run([sys.executable, __file__, "--run", kind, str(model), folder], check=True)
-            results[kind] = json.loads((Path(folder) / f"{kind}.json").read_text())
-    target = ROOT / "docs/benchmarks"
-    (target / "logged_memory.json").write_text(json.dumps(results, indent=2) + "\n")
-    (target / "logged_memory.md").write_text(report(results))
-    print(report(results))
+        for name in ("online", "logged"):
+            results[name] = call(
+                "logged_memory:train", threads=os.cpu_count() or 1, folder=folder, logged=name == "logged"
+            )
+    write(arguments.output, "logged_memory", report(results), results)
 
 
 if __name__ == "__main__":

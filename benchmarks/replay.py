@@ -2,56 +2,47 @@
 
     python benchmarks/replay.py                     # tiny model: selection of learning rates, then the final runs
     python benchmarks/replay.py --model smollm2     # one run of each configuration on SmolLM2-135M
-    python benchmarks/replay.py --smoke             # two minutes, to a temporary folder
+    python benchmarks/replay.py --quick             # two minutes, to a temporary folder
 
 Everything is written to docs/benchmarks/replay.{json,md,png} after each configuration. A run whose result is already
 in the JSON is not repeated; delete the JSON to start over.
 """
 
-from __future__ import annotations
-
-import argparse
 import contextlib
-import importlib.metadata
-import io
 import itertools
-import json
-import math
 import multiprocessing
 import os
 import platform
-import random
-import runpy
 import statistics
-import string
 import tempfile
-import time
-from collections.abc import Callable, Iterable
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import asdict, dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-import matplotlib
-import torch
-import transformers
-from common import tiny
-from datasets import Dataset
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, TrainerCallback
-from trl import GRPOConfig, GRPOTrainer, RLOOConfig, RLOOTrainer
-
-from tbrm_trl import TBRMConfig, TBRMTrainer
-from tbrm_trl.evaluation import evaluate_accuracy
-
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt
-
-ROOT = Path(__file__).resolve().parent.parent
+from common import tasks
+from common.measure import set_up
+from common.report import (
+    Store,
+    band,
+    listed,
+    mean_and_error,
+    new_parser,
+    parse,
+    plt,
+    processor,
+    show,
+    table,
+    versions,
+    write,
+)
+from common.tasks import HELD_OUT, LETTERS, WORD_LENGTH, Measure, Task
 
 PACKAGES = ("torch", "transformers", "trl", "accelerate", "datasets", "reasoning-gym", "tbrm-trl")
 
 
-# ---- what is compared -----------------------------------------------------------------------------------------------
+# ---- what is compared ------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -87,7 +78,7 @@ class Settings:
     rows: int  # trajectories per update
     evaluations: tuple[int, ...]  # after how many updates
     learning_rates: dict[str, tuple[float, ...]]  # per method
-    betas: dict[str, tuple[float, ...]]  # per method: KL coefficients (of TBRM: its β)
+    betas: dict[str, tuple[float, ...]]  # per method: KL coefficients, and TBRM's β
     buffer_sizes: tuple[int, ...]
     selection_seeds: tuple[int, ...]
     final_seeds: tuple[int, ...]
@@ -159,262 +150,42 @@ class Run:
         )
 
 
-# ---- the tasks ------------------------------------------------------------------------------------------------------
+# ---- the runs --------------------------------------------------------------------------------------------------------
 
 
-@dataclass
-class Task:
-    """What a run trains on, and how its accuracy is measured."""
-
-    model: str  # folder
-    train: Dataset
-    reward: Callable[..., list[float]]
-    accuracy: Callable[[PreTrainedModel], float]
-    max_completion_length: int
-    options: dict[str, Any]  # of the trainer's config
+def task_of(run: Run, settings: Settings, folder: Path) -> Task:
+    if run.model == "smollm2":
+        return tasks.sums(run.seed)
+    return tasks.sorting(folder, run.seed, settings.demonstration_steps, selection=run.stage == "selection")
 
 
-LETTERS = string.ascii_lowercase[:6]
-WORD_LENGTH = 4
-HELD_OUT = 128
-NOISE = 0.5  # share of a demonstration's letters that are replaced by random ones
+def train(run: Run, settings: Settings) -> Measure:
+    configuration = run.configuration
+    # SmolLM2 starts the same for all: one run measures it.
+    start = {0} if run.model != "smollm2" or configuration == CONFIGURATIONS["GRPO K=1"] else set()
+    more: dict[str, Any] = {"soft_value": "calibrated"} if configuration.method == "TBRM" else {"num_generations": 8}
+    if configuration.replay:
+        more |= {"replay_buffer_size": run.buffer_size}
+    with tempfile.TemporaryDirectory() as folder:
+        measure = Measure(task_of(run, settings, Path(folder)), {*start, *settings.evaluations})
+        tasks.train(
+            configuration.method, measure, num_iterations=configuration.iterations, learning_rate=run.learning_rate,
+            beta=run.beta, max_steps=settings.updates, per_device_train_batch_size=settings.rows, seed=run.seed, **more,
+        )  # fmt: skip
+    return measure
 
 
-def demonstrated_model(rows: torch.Tensor, answer_length: int, tokenizer, steps: int) -> PreTrainedModel:
-    """A model from random weights that has seen noisy demonstrations, so that it starts at a few percent.
-
-    Without them, no trajectory would ever be right and nothing could be learned from a reward of 0 or 1.
-    """
-    sizes = {"vocab_size": len(tokenizer), "max_position_embeddings": 64, "initializer_range": 0.05}
-    config = AutoConfig.for_model("llama", **{**tiny.ARCHITECTURES["llama"], **sizes})
-    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
-    optimizer = torch.optim.Adam(model.parameters(), lr=3e-3)
-    first_letter = len(tokenizer) - len(LETTERS)
-    for _ in range(steps):
-        batch = rows[torch.randint(len(rows), (128,))]  # (B, T), a copy
-        letters = batch[:, -answer_length:-1]
-        noisy = torch.rand(letters.shape) < NOISE
-        letters[noisy] = torch.randint(first_letter, len(tokenizer), (int(noisy.sum()),))
-        loss = -answer_log_probs(model, batch, answer_length).mean()
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-    return model
-
-
-def answer_log_probs(model: PreTrainedModel, rows: torch.Tensor, answer_length: int) -> torch.Tensor:
-    """Log-probability of each row's answer, its last tokens."""
-    log_probs = model(input_ids=rows).logits[:, -answer_length - 1 : -1].log_softmax(-1)
-    return log_probs.gather(-1, rows[:, -answer_length:, None]).squeeze(-1).sum(1)  # (B,)
-
-
-def sorting_task(run: Run, settings: Settings, folder: Path) -> Task:
-    """Write a word's letters in alphabetical order, then stop; the reward is 1 for exactly that and 0 for all else."""
-    words = ["".join(letters) for letters in itertools.product(LETTERS, repeat=WORD_LENGTH)]
-    random.Random(0).shuffle(words)
-    words = words[::2] if run.stage == "selection" else words[1::2]
-    held_out, train = words[:HELD_OUT], words[HELD_OUT:]
-
-    tokenizer = tiny.tokenizer(alphabet=LETTERS)
-    answers = {word: [*tokenizer("".join(sorted(word)))["input_ids"], tokenizer.eos_token_id] for word in words}
-    answer_length = WORD_LENGTH + 1
-
-    def rows(of: list[str]) -> torch.Tensor:
-        return torch.tensor([tokenizer(word)["input_ids"] + answers[word] for word in of])
-
-    torch.manual_seed(run.seed)
-    demonstrated_model(rows(train), answer_length, tokenizer, settings.demonstration_steps).save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    evaluated = rows(held_out)
-
-    def reward(prompts, completion_ids, **kwargs):
-        return [float(list(ids) == answers[word]) for word, ids in zip(prompts, completion_ids, strict=True)]
-
-    @torch.no_grad()
-    def accuracy(model: PreTrainedModel) -> float:
-        """Expected accuracy of a sample at T = 1: exact, as there is one right completion."""
-        return answer_log_probs(model, evaluated, answer_length).exp().mean().item()
-
-    return Task(
-        model=str(folder),
-        train=Dataset.from_list([{"prompt": word} for word in train]),
-        reward=reward,
-        accuracy=accuracy,
-        max_completion_length=answer_length,
-        options={"lr_scheduler_type": "linear"},
-    )
-
-
-def arithmetic_task(run: Run) -> Task:
-    """The task of examples/reasoning_gym_demo.py: sums and differences of two one-digit numbers."""
-    demo = runpy.run_path(str(ROOT / "examples/reasoning_gym_demo.py"))
-    folder = demo["unpack_smollm2"](ROOT / "outputs" / demo["SMOLLM2"])
-    tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
-    difficulty = dict(min_terms=2, max_terms=2, min_digits=1, max_digits=1)
-    dataset, train, held_out = demo["distinct_problems"]("chain_sum", difficulty, 140, 60, run.seed)
-
-    def as_prompt(entry: dict) -> list[dict]:
-        return [
-            {"role": "system", "content": demo["SYSTEM_PROMPT"]},
-            {"role": "user", "content": entry["question"]},
-        ]
-
-    def verify(completion: str, entry: dict) -> float:
-        return float(dataset.score_answer(answer=demo["extract_answer"](completion), entry=entry) == 1.0)
-
-    entries = {entry["question"]: entry for entry in train}
-
-    def reward(completions, question, **kwargs):
-        return [verify(c[0]["content"], entries[q]) for c, q in zip(completions, question, strict=True)]
-
-    def accuracy(model: PreTrainedModel) -> float:
-        return evaluate_accuracy(
-            model,
-            tokenizer,
-            [as_prompt(entry) for entry in held_out],
-            lambda index, text: verify(text, held_out[index]),
-            samples=2,
-            temperature=1.0,
-            max_new_tokens=16,
-            batch_size=120,
-        ).mean
-
-    return Task(
-        model=str(folder),
-        train=Dataset.from_list([{"prompt": as_prompt(entry), "question": entry["question"]} for entry in train]),
-        reward=reward,
-        accuracy=accuracy,
-        max_completion_length=16,
-        options={"lr_scheduler_type": "constant_with_warmup", "warmup_steps": 3},
-    )
-
-
-# ---- one run --------------------------------------------------------------------------------------------------------
-
-
-class Measure(TrainerCallback):
-    """Accuracy along the run, with the rollouts generated so far."""
-
-    def __init__(self, task: Task, evaluations: Iterable[int]) -> None:
-        self.task, self.evaluations = task, set(evaluations)
-        self.rollouts = 0
-        self.points: list[list[float]] = []  # [updates, rollouts, accuracy]
-
-    def reward(self, prompts, **kwargs) -> list[float]:
-        self.rollouts += len(prompts)
-        return self.task.reward(prompts=prompts, **kwargs)
-
-    def measure(self, updates: int, model: PreTrainedModel) -> None:
-        self.points.append([updates, self.rollouts, round(self.task.accuracy(model), 5)])
-
-    def on_step_end(self, args, state, control, model=None, **kwargs):
-        if state.global_step in self.evaluations:
-            self.measure(state.global_step, model)
-
-
-def train(run: Run, settings: Settings | None = None, measuring: type[Measure] = Measure) -> dict:
+def result(run: Run) -> dict:
     """Carry out one run, in the process of a worker."""
-    settings, configuration = settings or SETTINGS[run.model], run.configuration
-    with tempfile.TemporaryDirectory() as temporary, contextlib.redirect_stdout(io.StringIO()):
-        folder = Path(temporary)
-        task = arithmetic_task(run) if run.model == "smollm2" else sorting_task(run, settings, folder / "model")
-        measure = measuring(task, settings.evaluations)
-
-        def reward(**kwargs):  # TRL wants a function with a name
-            return measure.reward(**kwargs)
-
-        options: dict[str, Any] = dict(
-            output_dir=str(folder / "out"),
-            num_iterations=configuration.iterations,
-            learning_rate=run.learning_rate,
-            beta=run.beta,
-            max_steps=settings.updates,
-            per_device_train_batch_size=settings.rows,
-            max_completion_length=task.max_completion_length,
-            seed=run.seed,
-            gradient_checkpointing=False,
-            bf16=False,
-            use_cpu=True,
-            save_strategy="no",
-            logging_strategy="no",
-            report_to="none",
-            disable_tqdm=True,
-            **task.options,
-        )
-        if configuration.method == "TBRM":
-            options["soft_value"] = "calibrated"
-            if configuration.replay:
-                options["replay_buffer_size"] = run.buffer_size
-        else:
-            options["num_generations"] = 8
-        trainer_class, config_class = {
-            "TBRM": (TBRMTrainer, TBRMConfig),
-            "GRPO": (GRPOTrainer, GRPOConfig),
-            "RLOO": (RLOOTrainer, RLOOConfig),
-        }[configuration.method]
-        trainer = trainer_class(
-            model=task.model,
-            reward_funcs=reward,
-            args=config_class(**options),
-            train_dataset=task.train,
-            callbacks=[measure],
-        )
-        trainer.remove_callback(transformers.PrinterCallback)
-        if run.model != "smollm2" or configuration == CONFIGURATIONS["GRPO K=1"]:  # the same for all
-            measure.measure(0, trainer.model)
-        started = time.perf_counter()
-        trainer.train()
-    return {"points": measure.points, "seconds": round(time.perf_counter() - started, 1)}
-
-
-def start_worker(threads: int) -> None:
-    torch.set_num_threads(threads)
-    transformers.utils.logging.set_verbosity_error()
-    transformers.utils.logging.disable_progress_bar()
-
-
-# ---- all runs -------------------------------------------------------------------------------------------------------
-
-
-class Results:
-    """The raw JSON: what has been measured, by run."""
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-        self.runs: dict[str, dict] = json.loads(path.read_text())["runs"] if path.exists() else {}
-
-    def save(self) -> None:
-        processor = platform.processor() or platform.machine()
-        if (info := Path("/proc/cpuinfo")).exists():
-            processor = next((x.split(":")[1].strip() for x in info.open() if x.startswith("model name")), processor)
-        environment = {
-            "processor": processor,
-            "cores": os.cpu_count(),
-            "python": platform.python_version(),
-            **{name: importlib.metadata.version(name) for name in PACKAGES},
-        }
-        settings = {name: asdict(settings) for name, settings in SETTINGS.items()}
-        lines = ",\n".join(f"{json.dumps(key)}: {json.dumps(value)}" for key, value in sorted(self.runs.items()))
-        head = f'"environment": {json.dumps(environment)},\n"settings": {json.dumps(settings)}'
-        unfinished = self.path.with_suffix(".part")
-        unfinished.write_text(f'{{{head},\n"runs": {{\n{lines}\n}}}}\n')
-        unfinished.rename(self.path)
-
-    def __contains__(self, run: Run) -> bool:
-        return str(run) in self.runs
-
-    def points(self, run: Run) -> list[list[float]]:
-        return self.runs[str(run)]["points"]
-
-    def final(self, run: Run) -> float:
-        return self.points(run)[-1][2]
+    measure = train(run, SETTINGS[run.model])
+    return {"points": [point[:3] for point in measure.points], "seconds": measure.seconds}
 
 
 class Benchmark:
     """Selection and final runs on one model."""
 
-    def __init__(self, model: str, results: Results) -> None:
-        self.model, self.settings, self.results = model, SETTINGS[model], results
+    def __init__(self, model: str, runs: Store) -> None:
+        self.model, self.settings, self.runs = model, SETTINGS[model], runs
 
     def grid(self, configuration: Configuration) -> list[Run]:
         """The candidates of a configuration, without a seed of their own."""
@@ -426,50 +197,32 @@ class Benchmark:
             first = CONFIGURATIONS["TBRM K=4 replay"]
             buffer_sizes = settings.buffer_sizes if configuration == first else (self.selected(first).buffer_size,)
         return [
-            Run(self.model, "selection", configuration, learning_rate, beta, buffer_size, seed=-1)
-            for learning_rate, beta, buffer_size in itertools.product(
-                settings.learning_rates[method], betas, buffer_sizes
-            )
+            Run(self.model, "selection", configuration, *choice, seed=-1)
+            for choice in itertools.product(settings.learning_rates[method], betas, buffer_sizes)
         ]
 
     def selection(self, candidate: Run) -> list[Run]:
         return [replace(candidate, seed=seed) for seed in self.settings.selection_seeds]
 
-    def selected(self, configuration: Configuration) -> Run:
-        """The candidate with the best mean final accuracy over the selection seeds."""
-        grid = self.grid(configuration)
-        if len(grid) == 1:
-            return grid[0]
-        return max(grid, key=lambda c: statistics.mean(self.results.final(run) for run in self.selection(c)))
+    def accuracy(self, candidate: Run) -> float:
+        """Mean final accuracy over the selection seeds."""
+        return statistics.mean(self.runs[str(run)]["points"][-1][2] for run in self.selection(candidate))
 
-    def is_selected(self, configuration: Configuration) -> bool:
-        try:
-            self.selected(configuration)
-        except KeyError:
-            return False
-        return True
+    def selected(self, configuration: Configuration) -> Run:
+        grid = self.grid(configuration)
+        return grid[0] if len(grid) == 1 else max(grid, key=self.accuracy)
 
     def final(self, configuration: Configuration) -> list[Run]:
         chosen = self.selected(configuration)
         return [replace(chosen, stage="final", seed=seed) for seed in self.settings.final_seeds]
 
-    def measured(self) -> list[Configuration]:
-        """The configurations whose final runs are all there, without replay first."""
-        done = [
-            configuration
-            for configuration in CONFIGURATIONS.values()
-            if self.is_selected(configuration) and all(run in self.results for run in self.final(configuration))
-        ]
-        return sorted(done, key=lambda c: (c.method != "GRPO", c.method != "RLOO", c.replay, c.iterations))
-
     def execute(self, runs: list[Run], pool: ProcessPoolExecutor) -> None:
-        missing = {pool.submit(train, run): run for run in runs if run not in self.results}
+        missing = {pool.submit(result, run): run for run in runs if str(run) not in self.runs}
         for future in as_completed(missing):
-            run, result = missing[future], future.result()
-            self.results.runs[str(run)] = result
-            self.results.save()
-            accuracies = " ".join(f"{accuracy:.3f}" for _, _, accuracy in result["points"])
-            print(f"{run}: {accuracies} ({result['points'][-1][1]} rollouts, {result['seconds']:.0f} s)", flush=True)
+            run, one = missing[future], future.result()
+            self.runs[str(run)] = one
+            accuracies = " ".join(f"{accuracy:.3f}" for _, _, accuracy in one["points"])
+            print(f"{run}: {accuracies} ({one['points'][-1][1]} rollouts, {one['seconds']:.0f} s)", flush=True)
 
     def run(self, configuration: Configuration, pool: ProcessPoolExecutor) -> None:
         grid = self.grid(configuration)
@@ -478,46 +231,39 @@ class Benchmark:
         self.execute(self.final(configuration), pool)
 
 
-# ---- the report -----------------------------------------------------------------------------------------------------
-
-
-def mean_and_error(values: list[float]) -> tuple[float, float]:
-    """Mean and its standard error."""
-    if len(values) == 1:
-        return values[0], math.nan
-    return statistics.mean(values), statistics.stdev(values) / math.sqrt(len(values))
-
-
-def show(values: list[float]) -> str:
-    mean, error = mean_and_error(values)
-    return f"{mean:.3f}" if math.isnan(error) else f"{mean:.3f} ± {error:.3f}"
+# ---- the report ------------------------------------------------------------------------------------------------------
 
 
 class Curves:
-    """The final runs of one model: per configuration, accuracies over seeds at each rollout count."""
+    """The final runs of one model.
+
+    Attributes:
+        accuracies: for each configuration whose runs are all there, by rollouts generated, over seeds.
+    """
 
     def __init__(self, benchmark: Benchmark) -> None:
         self.benchmark = benchmark
-        self.accuracies: dict[Configuration, dict[int, list[float]]] = {}  # by rollouts generated
-        self.seconds: dict[Configuration, float] = {}
-        for configuration in benchmark.measured():
-            runs = benchmark.final(configuration)
-            at: dict[int, list[float]] = {}
-            for run in runs:
-                for _, rollouts, accuracy in benchmark.results.points(run):
-                    at.setdefault(int(rollouts), []).append(accuracy)
-            self.accuracies[configuration] = at
-            self.seconds[configuration] = statistics.mean(benchmark.results.runs[str(run)]["seconds"] for run in runs)
+        self.accuracies: dict[Configuration, dict[int, list[float]]] = {}
+        for c in sorted(
+            CONFIGURATIONS.values(), key=lambda c: (c.method != "GRPO", c.method != "RLOO", c.replay, c.iterations)
+        ):
+            with contextlib.suppress(KeyError):  # some of its runs are missing
+                along = zip(*(one["points"] for one in self.results(c)), strict=True)
+                self.accuracies[c] = {int(seeds[0][1]): [accuracy for _, _, accuracy in seeds] for seeds in along}
 
-    def final(self, configuration: Configuration) -> list[float]:
-        return self.accuracies[configuration][self.rollouts(configuration)]
+    def results(self, configuration: Configuration) -> list[dict]:
+        return [self.benchmark.runs[str(run)] for run in self.benchmark.final(configuration)]
 
     def rollouts(self, configuration: Configuration) -> int:
         return max(self.accuracies[configuration])
 
+    def final(self, configuration: Configuration) -> list[float]:
+        return self.accuracies[configuration][self.rollouts(configuration)]
+
     def of(self, method: str) -> list[Configuration]:
         return [configuration for configuration in self.accuracies if configuration.method == method]
 
+    @cached_property
     def target(self) -> tuple[Configuration, float]:
         """GRPO's configuration of best final accuracy, and that accuracy less one standard error."""
         best = max(self.of("GRPO"), key=lambda c: statistics.mean(self.final(c)))
@@ -539,35 +285,36 @@ class Curves:
         counts = sorted(self.accuracies[configuration].items())
         return next((count for count, values in counts if statistics.mean(values) >= accuracy), None)
 
-
-def table(header: list[str], rows: list[list[str]]) -> str:
-    return "\n".join(f"| {' | '.join(row)} |" for row in [header, ["---"] * len(header), *rows])
+    def seconds(self, configuration: Configuration) -> str:
+        return f"{statistics.mean(one['seconds'] for one in self.results(configuration)):.0f}"
 
 
 def target_section(curves: Curves) -> str:
-    best, threshold = curves.target()
+    best, threshold = curves.target
     total = curves.rollouts(best)
-    text = f"""\
+
+    def cell(method: str, part: int) -> str:
+        if not curves.of(method):
+            return "–"
+        accuracy, configuration, count = curves.best_within(method, total / part)
+        verdict = "met" if accuracy >= threshold else "missed"
+        return f"{show(curves.accuracies[configuration][count])} ({configuration}, {count}): {verdict}"
+
+    methods = ("TBRM", "GRPO", "RLOO")
+    rows = [
+        [f"{name}, {total // part}", *(cell(method, part) for method in methods)]
+        for name, part in (("a quarter", 4), ("an eighth", 8))
+    ]
+    return f"""\
 Reach GRPO's best final accuracy less one standard error with at most a quarter of its rollouts. That is {best} with
 {show(curves.final(best))} after {total} rollouts, hence **{threshold:.3f}**. Mean over seeds of the best configuration
 within each allowance, its points in mid-run included:
-"""
-    rows = []
-    for name, part in (("a quarter", 4), ("an eighth", 8)):
-        cells = [f"{name}, {total // part}"]
-        for method in ("TBRM", "GRPO", "RLOO"):
-            if not curves.of(method):
-                cells.append("–")
-                continue
-            accuracy, configuration, count = curves.best_within(method, total / part)
-            verdict = "met" if accuracy >= threshold else "missed"
-            cells.append(f"{show(curves.accuracies[configuration][count])} ({configuration}, {count}): {verdict}")
-        rows.append(cells)
-    return f"{text}\n{table(['rollouts', 'TBRM', 'GRPO', 'RLOO'], rows)}"
+
+{table(["rollouts", *methods], rows)}"""
 
 
 def final_section(curves: Curves) -> str:
-    _, threshold = curves.target()
+    _, threshold = curves.target
     rows = []
     for configuration in curves.accuracies:
         chosen = curves.benchmark.selected(configuration)
@@ -582,20 +329,11 @@ def final_section(curves: Curves) -> str:
                 f"{chosen.learning_rate:g}{edge}",
                 f"{chosen.beta:g}",
                 str(chosen.buffer_size) if configuration.replay else "",
-                f"{curves.seconds[configuration]:.0f}",
+                curves.seconds(configuration),
             ]
         )
-    header = [
-        "",
-        "rollouts",
-        "final accuracy",
-        f"rollouts to {threshold:.3f}",
-        "learning rate",
-        "β",
-        "buffer",
-        "seconds",
-    ]
-    return table(header, rows)
+    header = f"|rollouts|final accuracy|rollouts to {threshold:.3f}|learning rate|β|buffer|seconds"
+    return table(header.split("|"), rows)
 
 
 def along_the_way_section(curves: Curves) -> str:
@@ -615,31 +353,28 @@ def replay_section(curves: Curves) -> str:
         if not configuration.replay or without not in curves.accuracies:
             continue
         with_replay, same_rollouts = curves.final(configuration), curves.final(without)
-        difference = [a - b for a, b in zip(with_replay, same_rollouts, strict=True)]
-        mean, error = mean_and_error(difference)
+        mean, error = mean_and_error([a - b for a, b in zip(with_replay, same_rollouts, strict=True)])
         verdict = "no clear difference" if not abs(mean) > 3 * error else "helps" if mean > 0 else "**hurts**"
         cells = [f"K={configuration.iterations}", show(same_rollouts), show(with_replay), f"{mean:+.3f} ± {error:.3f}"]
         rows.append([*cells, verdict])
     return table(["", "same rollouts K times", "replay", "difference", ""], rows)
 
 
-def selection_section(benchmark: Benchmark) -> str:
+def selection_section(curves: Curves) -> str:
+    benchmark = curves.benchmark
     rates = sorted({rate for rates in benchmark.settings.learning_rates.values() for rate in rates})
     rows = []
-    for configuration in benchmark.measured():
-        grid = benchmark.grid(configuration)
+    for configuration in curves.accuracies:
+        grid, chosen = benchmark.grid(configuration), benchmark.selected(configuration)
         for beta, buffer_size in sorted({(c.beta, c.buffer_size) for c in grid}):
-            cells = [str(configuration), f"{beta:g}", str(buffer_size) if configuration.replay else ""]
-            for rate in rates:
-                candidate = next(c for c in grid if (c.beta, c.buffer_size) == (beta, buffer_size))
-                candidate = replace(candidate, learning_rate=rate)
-                runs = benchmark.selection(candidate)
-                if candidate not in grid or not all(run in benchmark.results for run in runs):
-                    cells.append("")
-                    continue
-                text = f"{statistics.mean(map(benchmark.results.final, runs)):.3f}"
-                cells.append(f"**{text}**" if candidate == benchmark.selected(configuration) else text)
-            rows.append(cells)
+            cells = dict.fromkeys(rates, "")
+            for candidate in grid:
+                if (candidate.beta, candidate.buffer_size) == (beta, buffer_size):
+                    with contextlib.suppress(KeyError):  # a single candidate is not tried
+                        text = f"{benchmark.accuracy(candidate):.3f}"
+                        cells[candidate.learning_rate] = f"**{text}**" if candidate == chosen else text
+            buffer = str(buffer_size) if configuration.replay else ""
+            rows.append([str(configuration), f"{beta:g}", buffer, *cells.values()])
     return table(["", "β", "buffer", *(f"{rate:g}" for rate in rates)], rows)
 
 
@@ -653,7 +388,7 @@ def smollm2_section(curves: Curves) -> str:
             f"{curves.final(configuration)[0]:.3f}",
             f"{curves.benchmark.selected(configuration).learning_rate:g}",
             str(curves.benchmark.selected(configuration).buffer_size) if configuration.replay else "",
-            f"{curves.seconds[configuration]:.0f}",
+            curves.seconds(configuration),
         ]
         for configuration in curves.accuracies
     ]
@@ -669,20 +404,19 @@ GRPO and RLOO ten times TRL's default learning rate (1e-6, too small for so few 
 """
 
 
-def write_report(results: Results, model: str, output: Path) -> None:
-    benchmark = Benchmark(model, results)
-    curves = Curves(benchmark)
+def write_report(runs: Store, model: str, output: Path) -> None:
+    curves = Curves(Benchmark(model, runs))
     if not curves.of("GRPO"):
         return
-    settings, environment = benchmark.settings, json.loads(results.path.read_text())["environment"]
-    versions = ", ".join(f"{name} {environment[name]}" for name in PACKAGES)
+    settings, environment = curves.benchmark.settings, runs.head["environment"]
     selected, final = (", ".join(map(str, seeds)) for seeds in (settings.selection_seeds, settings.final_seeds))
-    start = mean_and_error(curves.accuracies[curves.of("GRPO")[0]][0])[0]
+    start = statistics.mean(curves.accuracies[curves.of("GRPO")[0]][0])
+    real = Curves(Benchmark("smollm2", runs))
     text = f"""# Replay: accuracy against rollouts used
 
 Written by `python benchmarks/replay.py`; raw numbers: [replay.json](replay.json). {environment["processor"]},
 {environment["cores"]} cores, one thread a run; Python {environment["python"]},
-{versions}.
+{listed({name: environment[name] for name in PACKAGES})}.
 
 ![accuracy against rollouts](replay.png)
 
@@ -732,78 +466,68 @@ final accuracy on seeds {selected} and the other half of the words; the final ru
 K = 1 and kept for a method's other rows, the buffer size at K = 4. "edge": the best learning rate is at the end of the
 grid. Candidates, mean final accuracy by learning rate:
 
-{selection_section(benchmark)}
+{selection_section(curves)}
 """
-    real = Curves(Benchmark("smollm2", results))
     if model == "tiny" and real.of("GRPO"):
         text += f"\n{smollm2_section(real)}"
-    (output / "replay.md").write_text(text)
-    draw(curves, output / "replay.png")
+    write(output, "replay", text, figure=draw(curves))
 
 
-def draw(curves: Curves, path: Path) -> None:
+def draw(curves: Curves) -> plt.Figure:
     """Two panels, TBRM without replay and with it; the peers are in both."""
-    figure, panels = plt.subplots(1, 2, figsize=(11, 4.8), sharey=True, layout="constrained")
+    figure, panels = plt.subplots(1, 2, figsize=(11, 4.8), sharey=True)
     colors = {1: "tab:blue", 2: "tab:green", 4: "tab:orange", 8: "tab:red"}
-    best, threshold = curves.target()
+    peers = {"GRPO": "black", "RLOO": "tab:gray"}
+    best, threshold = curves.target
+    total = curves.rollouts(best)
+    ticks = [total >> halvings for halvings in range(7, -1, -1)]
     for axes, replay in zip(panels, (False, True), strict=True):
         for configuration, at in curves.accuracies.items():
             tbrm = configuration.method == "TBRM"
             if tbrm and configuration.replay != replay and configuration.iterations > 1:
                 continue
-            counts = sorted(at.items())[1:]  # zero rollouts have no place on a log axis
-            x = [count for count, _ in counts]
-            mean, error = zip(*(mean_and_error(values) for _, values in counts), strict=True)
-            color = (
-                colors[configuration.iterations] if tbrm else "black" if configuration.method == "GRPO" else "tab:gray"
-            )
+            counts, accuracies = zip(*sorted(at.items())[1:], strict=True)  # 0 has no place on a log axis
+            color = peers.get(configuration.method, colors[configuration.iterations])
             style = "-" if tbrm else "--" if configuration.iterations == 1 else ":"
-            axes.plot(x, mean, style, marker="o", markersize=3, color=color, label=str(configuration))
-            low, high = ([m + sign * e for m, e in zip(mean, error, strict=True)] for sign in (-1, 1))
-            axes.fill_between(x, low, high, color=color, alpha=0.15, linewidth=0)
+            band(axes, counts, accuracies, style, color=color, label=str(configuration))
         axes.axhline(threshold, color="black", linewidth=0.6)
         axes.text(0.0, threshold, " target", va="bottom", fontsize=9, transform=axes.get_yaxis_transform())
         for part, name in ((4, "¼"), (8, "⅛")):
-            axes.axvline(curves.rollouts(best) / part, color="black", linewidth=0.6, alpha=0.5)
-            axes.text(curves.rollouts(best) / part, 1.0, f" {name}", va="top", fontsize=9)
+            axes.axvline(total / part, color="black", linewidth=0.6, alpha=0.5)
+            axes.text(total / part, 1.0, f" {name}", va="top", fontsize=9)
         axes.set_xscale("log", base=2)
-        ticks = [curves.rollouts(best) >> halvings for halvings in range(7, -1, -1)]
         axes.set_xticks(ticks, [f"{tick:,}" for tick in ticks], fontsize=8)
         axes.set(xlabel="rollouts generated", ylim=(0, 1), title=f"TBRM {'with' if replay else 'without'} replay")
-        axes.grid(alpha=0.25)
-        axes.legend(loc="lower right", fontsize=8)
+        axes.legend(loc="lower right")
     panels[0].set_ylabel("held-out accuracy (mean ± s.e. over seeds)")
     figure.suptitle(
         "The same number of updates each; thin lines: the target, and ¼ and ⅛ of GRPO's rollouts", fontsize=10
     )
-    figure.savefig(path, dpi=130)
+    return figure
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = new_parser(__doc__, quick="few and short runs")
     parser.add_argument("--model", choices=["tiny", "smollm2"], default="tiny")
     parser.add_argument("--jobs", type=int, help="worker processes (default: all cores; smollm2: 1)")
     parser.add_argument("--threads", type=int, help="threads of each (default: 1; smollm2: all cores)")
     parser.add_argument("--only", nargs="+", default=list(CONFIGURATIONS), metavar="NAME", help="some configurations")
-    parser.add_argument("--output", type=Path, default=ROOT / "docs/benchmarks")
-    parser.add_argument("--smoke", action="store_true", help="few and short runs, to a temporary folder")
-    arguments = parser.parse_args()
+    arguments = parse(parser)
     if unknown := set(arguments.only) - set(CONFIGURATIONS):
         parser.error(f"--only knows {', '.join(CONFIGURATIONS)}; not {', '.join(unknown)}")
-    name = "smoke" if arguments.smoke else arguments.model
-    output = Path(tempfile.mkdtemp(prefix="replay-")) if arguments.smoke else arguments.output
+    name = "smoke" if arguments.quick else arguments.model
     cores, big = os.cpu_count() or 1, name == "smollm2"
     jobs, threads = arguments.jobs or (1 if big else cores), arguments.threads or (cores if big else 1)
 
-    output.mkdir(parents=True, exist_ok=True)
-    results = Results(output / "replay.json")
-    benchmark = Benchmark(name, results)
-    with ProcessPoolExecutor(jobs, multiprocessing.get_context("spawn"), start_worker, (threads,)) as pool:
+    environment = {"processor": processor(), "cores": cores, "python": platform.python_version(), **versions(*PACKAGES)}
+    settings = {name: asdict(settings) for name, settings in SETTINGS.items()}
+    runs = Store(arguments.output / "replay.json", environment=environment, settings=settings)
+    benchmark = Benchmark(name, runs)
+    with ProcessPoolExecutor(jobs, multiprocessing.get_context("spawn"), set_up, (threads,)) as pool:
         for configuration in CONFIGURATIONS.values():
             if str(configuration) in arguments.only:
                 benchmark.run(configuration, pool)
-                write_report(results, "tiny" if big else name, output)
-    print(f"{output / 'replay.md'}")
+                write_report(runs, "tiny" if big else name, arguments.output)
 
 
 if __name__ == "__main__":

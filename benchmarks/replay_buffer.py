@@ -7,24 +7,19 @@ Trajectories of random tokens with a prompt of 64 and a log-normal number of com
 once over, so that it evicts, then drawn from.
 """
 
-from __future__ import annotations
-
-import argparse
-import importlib.metadata
-import json
 import os
 import platform
 import statistics
 import time
-from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
+from common.report import listed, new_parser, parse, plt, table, versions, write
 
 from tbrm_trl.sources.replay import ReplayBuffer
 from tbrm_trl.trajectory import End, Trajectory
 
-ROOT = Path(__file__).resolve().parent.parent
 SIZES = (1_000, 10_000, 100_000, 1_000_000)
 PROMPT, MEDIAN, LONGEST = 64, 128, 1024  # tokens
 DRAWN, REPEATS = 64, 25  # trajectories of an update; draws that are timed
@@ -71,28 +66,30 @@ def measure(size: int, prioritized: bool, pool: list[Trajectory]) -> dict[str, f
     }
 
 
-def report(results: dict) -> str:
-    versions = ", ".join(f"{name} {version}" for name, version in results["versions"].items())
-    lines = []
-    for size, (uniform, prioritized) in results["sizes"].items():
-        lines.append(
-            f"| {int(size):,} | {uniform['insertion_us']:.0f} µs | {uniform['sampling_ms']:.2f} ms "
-            f"| {prioritized['sampling_ms']:.2f} ms | {uniform['bytes'] / 2**20:,.1f} MiB "
-            f"| {(uniform['bytes'] - uniform['bytes_of_ids']) / int(size):.0f} B "
-            f"| {uniform['bytes'] / uniform['bound']:.3f} |"
-        )
+def report(results: dict[str, Any]) -> str:
+    rows = [
+        [
+            f"{int(size):,}",
+            f"{uniform['insertion_us']:.0f} µs",
+            f"{uniform['sampling_ms']:.2f} ms",
+            f"{prioritized['sampling_ms']:.2f} ms",
+            f"{uniform['bytes'] / 2**20:,.1f} MiB",
+            f"{(uniform['bytes'] - uniform['bytes_of_ids']) / int(size):.0f} B",
+            f"{uniform['bytes'] / uniform['bound']:.3f}",
+        ]
+        for size, (uniform, prioritized) in results["sizes"].items()
+    ]
+    header = "trajectories|insertion of one|uniform draw|prioritized draw|memory|beside the ids, each|of the bound"
     return f"""# What the replay buffer costs as it grows
 
-Written by `python benchmarks/replay_buffer.py`. {results["hardware"]}; {versions}.
+Written by `python benchmarks/replay_buffer.py`. {results["hardware"]}; {listed(results["versions"])}.
 Raw numbers: [replay_buffer.json](replay_buffer.json).
 
 Trajectories of {PROMPT} prompt tokens and a log-normal number of completion tokens (median {MEDIAN}, at most
 {LONGEST}), a quarter of them with inserted tokens and so with a loss mask to keep. Each buffer was filled, and a tenth
 of it replaced. Sampling is the draw of {DRAWN} trajectories, made into tensors; medians of {REPEATS} draws.
 
-| trajectories | insertion of one | uniform draw | prioritized draw | memory | beside the ids, each | of the bound |
-|---|---|---|---|---|---|---|
-{chr(10).join(lines)}
+{table(header.split("|"), rows)}
 
 The bound is 1.1 × the bytes of the ids as int32 plus 64 bytes each. A uniform draw takes the same time from any buffer;
 a prioritized one reads the priorities of the blocks that it draws from, or in which some have changed.
@@ -101,49 +98,41 @@ a prioritized one reads the priorities of the blocks that it draws from, or in w
 """
 
 
-def plot(results: dict, file: Path) -> None:
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
+def draw(results: dict[str, Any]) -> plt.Figure:
     sizes = [int(size) for size in results["sizes"]]
-    measured = list(results["sizes"].values())
-    figure, (left, right) = plt.subplots(1, 2, figsize=(9, 3.6), constrained_layout=True)
-    for place, name in enumerate(("uniform", "prioritized")):
-        left.loglog(sizes, [both[place]["sampling_ms"] for both in measured], "o-", label=f"{name} draw of {DRAWN}")
-    left.loglog(sizes, [both[0]["insertion_us"] / 1e3 for both in measured], "o-", label="insertion of one")
-    left.set(xlabel="trajectories in the buffer", ylabel="milliseconds")
-    right.loglog(sizes, [both[0]["bytes"] / 2**20 for both in measured], "o-", label="of its arrays")
-    right.loglog(sizes, [both[0]["bound"] / 2**20 for both in measured], "k--", label="bound")
-    right.loglog(sizes, [both[0]["bytes_of_ids"] / 2**20 for both in measured], "k:", label="ids alone, as int32")
-    right.set(xlabel="trajectories in the buffer", ylabel="MiB")
-    for axes in (left, right):
-        axes.legend(frameon=False, fontsize=8)
-        axes.grid(alpha=0.3)
-    figure.savefig(file, dpi=150)
+    uniform, prioritized = zip(*results["sizes"].values(), strict=True)
+    figure, (left, right) = plt.subplots(1, 2, figsize=(9, 3.6))
+    for axes, measured, name, scale, style, label in (
+        (left, uniform, "sampling_ms", 1, "o-", f"uniform draw of {DRAWN}"),
+        (left, prioritized, "sampling_ms", 1, "o-", f"prioritized draw of {DRAWN}"),
+        (left, uniform, "insertion_us", 1e3, "o-", "insertion of one"),
+        (right, uniform, "bytes", 2**20, "o-", "of its arrays"),
+        (right, uniform, "bound", 2**20, "k--", "bound"),
+        (right, uniform, "bytes_of_ids", 2**20, "k:", "ids alone, as int32"),
+    ):
+        axes.loglog(sizes, [one[name] / scale for one in measured], style, label=label)
+    for axes, unit in ((left, "milliseconds"), (right, "MiB")):
+        axes.set(xlabel="trajectories in the buffer", ylabel=unit)
+        axes.legend(frameon=False)
+    return figure
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = new_parser(__doc__)
     parser.add_argument("--largest", type=int, default=SIZES[-1], help="leave out larger buffers")
-    parser.add_argument("--output", type=Path, default=ROOT / "docs/benchmarks")
-    arguments = parser.parse_args()
+    arguments = parse(parser)
     torch.manual_seed(0)
     pool = trajectories(10_000, np.random.default_rng(0))
     results = {
         "hardware": f"{platform.machine()}, {os.cpu_count()} cores",
-        "versions": {name: importlib.metadata.version(name) for name in ("torch", "numpy")},
+        "versions": versions("torch", "numpy"),
         "sizes": {
             size: [measure(size, prioritized, pool) for prioritized in (False, True)]
             for size in SIZES
             if size <= arguments.largest
         },
     }
-    (arguments.output / "replay_buffer.json").write_text(json.dumps(results, indent=2) + "\n")
-    (arguments.output / "replay_buffer.md").write_text(report(results))
-    plot(results, arguments.output / "replay_buffer.png")
-    print(report(results))
+    write(arguments.output, "replay_buffer", report(results), results, draw(results))
 
 
 if __name__ == "__main__":

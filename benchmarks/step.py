@@ -60,7 +60,7 @@ import matplotlib.pyplot as plt
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT / folder) for folder in ("examples",)]
-from peak_memory import peak_memory  # noqa: E402
+from common.measure import peak_memory  # noqa: E402
 
 PARTS = ("generation", "reward", "reference", "old policy", "policy forward", "backward", "optimizer", "rest")
 METHODS = ("GRPO β>0", "TBRM", "minimal loop", "TBRM with replay", "GRPO β=0", "RLOO", "A2PO")

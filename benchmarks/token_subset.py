@@ -6,23 +6,19 @@ SmolLM2-135M's shapes with fewer layers, random weights and a long completion. E
 variants in turn within each round. Linux only: the peak of resident memory is the kernel's, reset before each gradient.
 """
 
-from __future__ import annotations
-
 import argparse
 import functools
-import importlib.metadata
-import json
 import os
 import platform
 import statistics
 import sys
 import tempfile
-import textwrap
 import time
 from pathlib import Path
 from typing import Any
 
 import torch
+from common.report import bullets, listed, new_parser, parse, ratios, table, versions, write
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 from trl.kernels import chunked_logprob
 from trl.trainer.utils import add_fused_lm_head
@@ -37,7 +33,6 @@ from tbrm_trl.model.head import add_trajectory_head
 from tbrm_trl.model.scoring import score
 from tbrm_trl.trajectory import End, Trajectory, UpdateRow
 
-ROOT = Path(__file__).resolve().parent.parent
 VOCABULARY, HIDDEN, LAYERS, PROMPT, COMPLETION = 49152, 576, 6, 32, 1024
 VARIANTS: dict[str, dict[str, Any]] = {
     "all tokens": {"token_fraction": 1.0},
@@ -52,7 +47,6 @@ SETTINGS = {
     f"Head in tiles of {SMALL_TILE} tokens, `gradient_checkpointing=True` (TRL's default)": (SMALL_TILE, True),
 }
 MEASURED = ("peak_mib", "forward_s", "backward_s", "total_s")
-PACKAGES = ("torch", "transformers", "trl")
 # Every tensor gets pages of its own, which go back when it is freed: resident memory is then what is in use.
 MALLOC = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
 
@@ -88,19 +82,19 @@ def resident_mib(name: str) -> float:
     return int(line.split()[1]) / 2**10
 
 
-def gradient(model: PreTrainedModel, uses: list[UpdateRow], batch: Batch, options: dict[str, Any]) -> dict[str, float]:
+def gradient(model: PreTrainedModel, rows: list[UpdateRow], batch: Batch, options: dict[str, Any]) -> dict[str, float]:
     """Loss and gradient of a trajectory: seconds of CPU, and the most memory they take beside weights and gradients."""
     args = TBRMConfig(tempfile.gettempdir(), bf16=False, use_cpu=True, report_to="none", **options)
     loss_of = TrajectoryLoss(args, SoftValue.registry["policy"](args))
-    loss_of.mark_left_out(uses)
+    loss_of.mark_left_out(rows)
 
     def scorer(batch: Batch, **wanted: Any) -> Any:
         return score(model, batch, **wanted)
 
     Path("/proc/self/clear_refs").write_text("5")  # resets the peak
     before, start = resident_mib("VmRSS"), time.process_time()
-    seen = loss_of(uses, batch, scorer, in_part=args.token_fraction < 1)
-    loss = mean_over_counted(seen.loss, seen.inputs.counted, len(uses))
+    output = loss_of(rows, batch, scorer, in_part=args.token_fraction < 1)
+    loss = mean_over_counted(output.loss, output.inputs.counted, len(rows))
     middle = time.process_time()
     loss.backward()
     end = time.process_time()
@@ -112,8 +106,8 @@ def measure(arguments: argparse.Namespace) -> dict[str, dict[str, list[dict[str,
     """By setting and variant, a measurement for each round."""
     model = smollm2(arguments.layers).train()
     row = trajectory(arguments.completion)
-    uses, batch = [UpdateRow(row, "fresh")], collate([row], pad_token_id=0)
-    gradient(model, uses, batch, {})  # allocates the gradients, among others
+    rows, batch = [UpdateRow(row, "fresh")], collate([row], pad_token_id=0)
+    gradient(model, rows, batch, {})  # allocates the gradients, among others
     results: dict[str, dict[str, list[dict[str, float]]]] = {}
     for setting, (tile, checkpointing) in SETTINGS.items():
         chunked_logprob.TOKEN_CHUNK_SIZE = tile
@@ -125,7 +119,7 @@ def measure(arguments: argparse.Namespace) -> dict[str, dict[str, list[dict[str,
             trajectory_loss.random_prefix = functools.partial(random_prefix, draw=(number + 0.5) / arguments.rounds)
             for name, options in VARIANTS.items():
                 model.zero_grad(set_to_none=False)
-                results[setting][name].append(gradient(model, uses, batch, options))
+                results[setting][name].append(gradient(model, rows, batch, options))
                 print(f"{setting}; {name}: {results[setting][name][-1]}", file=sys.stderr)
     return results
 
@@ -135,30 +129,30 @@ def middle(rounds: list[dict[str, float]], what: str) -> float:
 
 
 def percent(by_variant: dict[str, list[dict[str, float]]], name: str, what: str) -> str:
-    """Of all tokens', the median of the ratios within the rounds."""
-    paired = zip(by_variant[name], by_variant["all tokens"], strict=True)
-    return f"{100 * statistics.median(one[what] / full[what] for one, full in paired):.0f}%"
+    """The median ratio, within the rounds, to all tokens."""
+    mine, all_tokens = ([one[what] for one in by_variant[variant]] for variant in (name, "all tokens"))
+    return f"{100 * statistics.median(ratios(mine, all_tokens)):.0f}%"
 
 
-def table(by_variant: dict[str, list[dict[str, float]]]) -> str:
-    lines = [
-        "| back-propagated | peak, MiB | of all tokens' | largest | forward, s | backward, s | together, s | of all |",
-        "|---|---|---|---|---|---|---|---|",
+def block(by_variant: dict[str, list[dict[str, float]]]) -> str:
+    header = "back-propagated|peak, MiB|of all tokens'|largest|forward, s|backward, s|together, s|of all".split("|")
+    rows = [
+        [
+            name,
+            f"{middle(rounds, 'peak_mib'):.0f}",
+            percent(by_variant, name, "peak_mib"),
+            f"{max(one['peak_mib'] for one in rounds):.0f}",
+            *(f"{middle(rounds, what):.2f}" for what in ("forward_s", "backward_s", "total_s")),
+            percent(by_variant, name, "total_s"),
+        ]
+        for name, rounds in by_variant.items()
     ]
-    for name, rounds in by_variant.items():
-        seconds = " | ".join(f"{middle(rounds, what):.2f}" for what in ("forward_s", "backward_s", "total_s"))
-        largest = max(one["peak_mib"] for one in rounds)
-        time_share, memory_share = percent(by_variant, name, "total_s"), percent(by_variant, name, "peak_mib")
-        lines.append(
-            f"| {name} | {middle(rounds, 'peak_mib'):.0f} | {memory_share} | {largest:.0f} | {seconds} | {time_share} |"
-        )
-    return "\n".join(lines)
+    return table(header, rows)
 
 
 def report(results: dict[str, Any]) -> str:
-    versions = ", ".join(f"{name} {version}" for name, version in results["versions"].items())
     as_it_is, small, checkpointed = results["settings"].values()
-    blocks = "\n\n".join(f"{setting}:\n\n{table(of)}" for setting, of in results["settings"].items())
+    blocks = "\n\n".join(f"{setting}:\n\n{block(of)}" for setting, of in results["settings"].items())
     findings = (
         f"`scatter` takes {percent(small, '0.5, scatter', 'peak_mib')} of the memory where the head's tiles are small "
         "beside the batch. A token's gradient goes through the activations of all tokens before it, so the layers "
@@ -174,7 +168,7 @@ def report(results: dict[str, Any]) -> str:
     )
     return f"""# Back-propagating through part of the tokens: memory and time
 
-Written by `python benchmarks/token_subset.py`. {results["hardware"]}; {versions}.
+Written by `python benchmarks/token_subset.py`. {results["hardware"]}; {listed(results["versions"])}.
 Raw numbers: [token_subset.json](token_subset.json).
 
 Loss and gradient of one trajectory of {PROMPT} + {results["completion"]} tokens; SmolLM2-135M's shapes with
@@ -186,31 +180,26 @@ are spread evenly over all that may be drawn.
 
 What it says:
 
-{chr(10).join(textwrap.fill(f"- {finding}", 120, subsequent_indent="  ") for finding in findings)}
+{bullets(findings)}
 """
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = new_parser(__doc__)
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--layers", type=int, default=LAYERS)
     parser.add_argument("--completion", type=int, default=COMPLETION)
-    parser.add_argument("--output", type=Path, default=ROOT / "docs/benchmarks")
-    arguments = parser.parse_args()
+    arguments = parse(parser)
     if not os.environ.keys() >= MALLOC.keys():  # read when the process starts
         os.execve(sys.executable, [sys.executable, *sys.argv], {**os.environ, **MALLOC})
     torch.set_num_threads(1)
     results = {
-        "layers": arguments.layers,
-        "completion": arguments.completion,
-        "rounds": arguments.rounds,
+        **{name: getattr(arguments, name) for name in ("layers", "completion", "rounds")},
         "hardware": f"{platform.machine()}, one thread",
-        "versions": {name: importlib.metadata.version(name) for name in PACKAGES},
+        "versions": versions("torch", "transformers", "trl"),
         "settings": measure(arguments),
     }
-    (arguments.output / "token_subset.json").write_text(json.dumps(results, indent=2) + "\n")
-    (arguments.output / "token_subset.md").write_text(report(results))
-    print(report(results))
+    write(arguments.output, "token_subset", report(results), results)
 
 
 if __name__ == "__main__":

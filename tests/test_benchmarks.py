@@ -8,12 +8,11 @@ import sys
 from pathlib import Path
 
 import pytest
+import step
 import torch
+from common.measure import peak_memory
 
 BENCHMARKS = Path(__file__).resolve().parent.parent / "benchmarks"
-sys.path.insert(0, str(BENCHMARKS))
-import step  # noqa: E402
-from peak_memory import peak_memory  # noqa: E402
 
 
 def run(script: str, output: Path, *options: str) -> dict:

@@ -6,15 +6,12 @@ import inspect
 import warnings
 
 import pytest
+from helpers.runs import config
 from transformers import HfArgumentParser
 from trl import GRPOConfig
 
 from tbrm_trl import TBRMConfig
 from tbrm_trl.checks.trl_options import GIVEN_A_MEANING, KEPT, REFUSED
-
-
-def config(**options) -> TBRMConfig:
-    return TBRMConfig(**{"output_dir": "unused", "bf16": False, "use_cpu": True, "report_to": "none", **options})
 
 
 def test_every_grpo_option_is_in_exactly_one_list():

@@ -5,9 +5,7 @@ The processes are CPUs over gloo. A file is used as it is, with what a CPU needs
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -15,29 +13,32 @@ from typing import Any
 import pytest
 import torch
 import yaml
-from common.launch import launcher_of
-from common.tiny import model, save, save_value_model, tokenizer
-from distributed_processes import NF4, UPDATES, answers, learn, two_updates
-from oracle import distance
-from peft import PeftModel
-from test_learning import ALPHABET
-from test_recipes import after, command_of
-from test_resume import flat
-from test_two_processes import TESTS, launch
-from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
+from accelerate.utils import DeepSpeedPlugin, gather_object
+from common.launch import LAUNCH_FILES, allow_fsdp_on_cpu
+from common.tiny import save, save_value_model
+from helpers.examples import HOW, after, command_of
+from helpers.first_letter import prompts, save_start, trainer_of, words_of
+from helpers.launch import ROOT, launch
+from helpers.oracle import distance
+from helpers.resume import build, flat, outcome
+from helpers.runs import before_each_update
+from helpers.scripted import script, scripted_trainer
+from helpers.sharded import held_here, unwrapped, whole
+from peft import LoraConfig, PeftModel
+from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, PreTrainedTokenizerBase
 
-FILES = TESTS.parent / "examples/accelerate"
-# Of each file: strategy, ZeRO stage, and the share of weights and of optimizer that one of two processes holds.
-HOW: dict[str, tuple[str, int | None, float, float]] = {
-    "single": ("NO", None, 1, 1),
-    "ddp": ("MULTI_CPU", None, 1, 1),
-    "fsdp2": ("FSDP", None, 0.5, 0.5),
-    "zero1": ("DEEPSPEED", 1, 1, 0.5),
-    "zero2": ("DEEPSPEED", 2, 1, 0.5),
-    "zero3": ("DEEPSPEED", 3, 0.5, 0.5),
-    "zero3_offload": ("DEEPSPEED", 3, 0.5, 0.5),
-    "multi_node": ("DEEPSPEED", 3, 0.5, 0.5),
-}
+from tbrm_trl import TBRMTrainer
+
+NF4: dict[str, Any] = dict(
+    load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=torch.float32
+)
+UPDATES: dict[str, Any] = dict(
+    optim="sgd", learning_rate=0.2, lr_scheduler_type="constant", num_iterations=2, max_steps=2
+)
+WORDS = words_of(4)
+LEARNING: dict[str, Any] = dict(
+    soft_value="calibrated", max_completion_length=2, learning_rate=0.01, max_steps=150, per_device_train_batch_size=64
+)
 WIDE = dict(hidden_size=64, intermediate_size=128, head_dim=16)  # a quantised base that adapters learn well on
 TOLERANCE = 1e-5  # of gradients read off float32 weights: norm of the difference over the norm
 BFLOAT16 = 2**-7  # of bfloat16 gradients: two roundings
@@ -45,26 +46,159 @@ BFLOAT16 = 2**-7  # of bfloat16 gradients: two roundings
 NOISE = 0.15  # of accuracy after learning: five standard deviations over seeds
 
 
+# ---- what is done in each process ------------------------------------------------------------------------------------
+
+
+def given(kind: str) -> dict[str, Any]:
+    """What makes a trainer's run a full one, one of LoRA, or one of QLoRA."""
+    arguments: dict[str, Any] = {}
+    if kind != "full":
+        arguments["peft_config"] = LoraConfig(r=8, lora_alpha=16, target_modules="all-linear", lora_dropout=0.0)
+    if kind == "QLoRA":
+        arguments["quantization_config"] = BitsAndBytesConfig(**NF4)
+    return arguments
+
+
+def trained(trainer: TBRMTrainer) -> dict[str, torch.Tensor]:
+    """Copies of the weights that are trained, whole."""
+    model = trainer.accelerator.unwrap_model(trainer.model)
+    return whole((name, p) for name, p in model.named_parameters() if p.requires_grad)
+
+
+def held(trainer: TBRMTrainer) -> dict[str, Any]:
+    """How a run that has trained is distributed, read off its model and its optimizer.
+
+    Returns:
+        `strategy` of accelerate; `stage` of ZeRO; `offload` of optimizer and of weights; `weights`, `moments`: numbers
+        that this process holds, over those that one process alone would.
+    """
+    weights = list(trainer.accelerator.unwrap_model(trainer.model).parameters())
+    sizes = [getattr(p, "ds_numel", p.numel()) for p in weights]
+    state = [value for one in optimizer_of(trainer).state.values() for value in one.values()]
+    moments = [value for value in state if isinstance(value, torch.Tensor) and value.dim()]
+    engine = trainer.deepspeed if trainer.is_deepspeed_enabled else None
+    places = [engine.zero_offload_optimizer(), engine.zero_offload_param()] if engine else []
+    return {
+        "strategy": trainer.accelerator.distributed_type.value,
+        "stage": engine and engine.zero_optimization_stage(),
+        "offload": [place is not None and place.device == "cpu" for place in places],
+        "weights": sum(held_here(p).numel() for p in weights) / sum(sizes),
+        # Adam's two
+        "moments": sum(held_here(moment).numel() for moment in moments)
+        / sum(2 * size for size, p in zip(sizes, weights, strict=True) if p.requires_grad),
+    }
+
+
+def optimizer_of(trainer: TBRMTrainer) -> Any:
+    """The optimizer inside accelerate's and DeepSpeed's."""
+    optimizer = trainer.optimizer
+    while hasattr(optimizer, "optimizer"):
+        optimizer = optimizer.optimizer
+    return optimizer
+
+
+def two_updates(
+    folder: str,
+    out: str,
+    kind: str = "full",
+    unscored: tuple[int, ...] = (1,),
+    float32_adapter: bool = False,
+    **options: Any,
+) -> dict[str, Any]:
+    """Two updates on one scripted window, by plain SGD, so that each gradient can be read off the weights.
+
+    Returns:
+        `weights` before the first, before the second and after it; `losses` of the two, means over processes;
+        `gradients` as the optimizer saw them, where they are whole; their `norms` as logged; the `optimizer`'s class;
+        `accumulation` that DeepSpeed was told.
+    """
+    trainer = scripted_trainer(folder, script(unscored=tuple(unscored)), out, **given(kind), **UPDATES | options)
+    if float32_adapter:  # TRL makes those of a quantised model bfloat16
+        for parameter in trainer.model.parameters():
+            if parameter.requires_grad:
+                parameter.data = parameter.data.float()
+    weights = before_each_update(trainer, lambda: trained(trainer))
+    trainer.train()
+    losses, steps = gather_object([trainer.losses]), trainer.args.gradient_accumulation_steps
+    whole_gradients = trainer.accelerator.distributed_type.value in ("NO", "MULTI_CPU")
+    return {
+        "held": held(trainer),
+        "weights": [*weights, trained(trainer)],
+        "losses": [sum(sum(mine[i : i + steps]) for mine in losses) / len(losses) for i in (0, steps)],
+        "gradients": trainer.recorder.gradients if whole_gradients else None,
+        "norms": [float(entry["grad_norm"]) for entry in trainer.state.log_history if "grad_norm" in entry],
+        "optimizer": type(optimizer_of(trainer)).__name__,
+        "accumulation": trainer.deepspeed.gradient_accumulation_steps() if trainer.is_deepspeed_enabled else None,
+    }
+
+
+def learn(
+    folder: str, out: str, kind: str = "full", state_dict_type: str | None = None, **options: Any
+) -> dict[str, Any]:
+    """The task of test_learning.py, on policy; the trained model is saved to `out`.
+
+    Args:
+        state_dict_type: of FSDP's checkpoints, if another than the launch file says.
+
+    Returns:
+        `log_probs` of the right answers by the trained model as it stands in the trainer.
+    """
+    trainer = trainer_of(folder, prompts(WORDS), out, **LEARNING | given(kind) | options)
+    trainer.train()
+    learned = {"held": held(trainer), "log_probs": answers(trainer.model, trainer.processing_class)}
+    if state_dict_type is not None:
+        trainer.accelerator.state.fsdp_plugin.set_state_dict_type(state_dict_type)
+    trainer.save_model(out)
+    return learned
+
+
+@torch.no_grad()
+def answers(model: torch.nn.Module, tokenizer: PreTrainedTokenizerBase) -> torch.Tensor:
+    """Log-probability of the right letter and of stopping after it, of every word. `(256, 2)`"""
+    ids = torch.tensor([tokenizer(word + word[0])["input_ids"] + [tokenizer.eos_token_id] for word in WORDS])
+    log_probs = model.eval()(input_ids=ids).logits.log_softmax(dim=-1)  # (256, 6, vocabulary)
+    return log_probs[:, 3:5].gather(2, ids[:, 4:, None]).squeeze(2)
+
+
+def resumable(folder: str, out: str, case: str, checkpoint: int | None = None, **changes: Any) -> list[Any]:
+    """A run of helpers/resume.py with all its checkpoints, or the rest from one. Returns what each process has made."""
+    changes = dict(per_device_train_batch_size=1, save_total_limit=None) | changes
+    trainer = build(case, folder, Path(out), **changes)
+    trainer.train(resume_from_checkpoint=checkpoint and f"{out}/checkpoint-{checkpoint}")
+    made = outcome(trainer)
+    del made["optimizer"]  # sharded; the weights at the end depend on all of it
+    made["model"] = trained(trainer)
+    if trainer._reference is not None and trainer.args.sync_ref_model:
+        made["reference"] = whole(trainer._reference._synced().items())
+    made["held"] = held(trainer)
+    return gather_object([made])
+
+
+def release_small_weights() -> None:
+    """ZeRO-3 keeps weights of fewer than 1e5 numbers whole once they were gathered: of a tiny model, all."""
+    init = DeepSpeedPlugin.__post_init__
+
+    def init_with_threshold(self):
+        init(self)
+        if self.zero_stage == 3:
+            self.deepspeed_config["zero_optimization"]["stage3_param_persistence_threshold"] = 0
+
+    DeepSpeedPlugin.__post_init__ = init_with_threshold
+
+
+def do(out: str, jobs: dict[str, dict[str, Any]]) -> dict[str, Any]:
+    """Jobs by the names of their functions, one after the other, in each of the processes."""
+    allow_fsdp_on_cpu()
+    release_small_weights()
+    return {name: globals()[job.pop("job")](out=f"{out}/{name}", **job) for name, job in jobs.items()}
+
+
+# ---- gradients -------------------------------------------------------------------------------------------------------
+
+
 def run(file: str, out: Path, jobs: dict[str, dict[str, Any]]) -> dict[str, Any]:
-    """Jobs of distributed_processes.py under a launch file. Returns what rank 0 has seen of each."""
-    settings = yaml.safe_load((FILES / f"{file}.yaml").read_text())
-    arguments = launcher_of(file, processes=1 if file == "single" else 2)
-    nodes = settings.get("num_machines", 1)
-    if nodes > 1:
-        arguments += ["--main_process_ip", "127.0.0.1"]
-    with ThreadPoolExecutor() as started:
-        done = [
-            started.submit(
-                launch,
-                [str(out), json.dumps(jobs)],
-                arguments + ["--machine_rank", str(node)] * (nodes > 1),
-                "distributed_processes.py",
-            )
-            for node in range(nodes)
-        ]
-        for one in done:
-            one.result()
-    return torch.load(out / "seen.pt", weights_only=False)
+    """Jobs under a launch file. Returns what rank 0 has seen of each."""
+    return launch("test_distributed:do", file, processes=1 if file == "single" else 2, out=out, jobs=jobs)[0]
 
 
 def check_how(file: str, held: dict[str, Any], quantised: bool = False, adam: bool = True) -> None:
@@ -77,38 +211,30 @@ def check_how(file: str, held: dict[str, Any], quantised: bool = False, adam: bo
     assert held["moments"] == pytest.approx(moments if adam else 0, abs=0.02)
 
 
-def save_task(folder: Path, **changes: Any) -> str:
-    """A model with random weights, and its tokenizer of one token per letter."""
-    tok = tokenizer(alphabet=ALPHABET)
-    tok.save_pretrained(folder)
-    model("llama", vocab_size=len(tok), **changes).save_pretrained(folder)
-    return str(folder)
-
-
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory) -> dict[str, str]:
     folder = tmp_path_factory.mktemp("models")
     return {
         "tiny": save(folder / "tiny"),
         "value": save_value_model(folder / "value"),
-        "task": save_task(folder / "task"),
-        "task, wide": save_task(folder / "task, wide", **WIDE),
+        "task": save_start(folder / "task"),
+        "task, wide": save_start(folder / "task, wide", **WIDE),
     }
 
 
 @pytest.mark.parametrize("file", HOW)
 def test_the_line_that_uses_it(file):
     """Opens the file; its update has as many trajectories as on the four processes that the recipe is for."""
-    command = command_of(FILES / f"{file}.yaml")
+    command = command_of(LAUNCH_FILES / f"{file}.yaml")
     assert command[:4] == ["accelerate", "launch", "--config_file", f"examples/accelerate/{file}.yaml"]
-    recipe = yaml.safe_load((TESTS.parent / after(command, "--config")).read_text())
-    processes = yaml.safe_load((FILES / f"{file}.yaml").read_text()).get("num_processes", 1)
+    recipe = yaml.safe_load((ROOT / after(command, "--config")).read_text())
+    processes = yaml.safe_load((LAUNCH_FILES / f"{file}.yaml").read_text()).get("num_processes", 1)
     accumulation = int(after(command, "--gradient_accumulation_steps") or recipe["gradient_accumulation_steps"])
     assert processes * accumulation == 4 * recipe["gradient_accumulation_steps"]
 
 
 def test_every_file_is_tested():
-    assert {file.stem for file in FILES.glob("*.yaml")} == set(HOW)
+    assert {file.stem for file in LAUNCH_FILES.glob("*.yaml")} == set(HOW)
 
 
 def change(seen: dict[str, Any], update: int) -> dict[str, torch.Tensor]:
@@ -137,7 +263,7 @@ def updates(jobs: dict[str, dict[str, Any]], file: str, folders: dict[str, str],
         for update in range(2):
             gradient, expected = change(many, update), one["gradients"][update]
             if rounded:  # bfloat16 weights less bfloat16 weights
-                gradient = {n.removeprefix("module."): g for n, g in many["gradients"][update].items()}
+                gradient = unwrapped(many["gradients"][update])
             if "optim" in job:
                 expected = change(one, update)
             relative = distance(gradient, expected)
@@ -262,7 +388,7 @@ def test_learning_saving_and_resuming(file, folders, of_one_process, tmp_path):
     if cases:
         resumed = run(file, tmp_path, {case: jobs[case] | dict(checkpoint=6) for case in cases})
     for case in cases:
-        for whole, rest in zip(seen[case], resumed[case], strict=True):
-            check_how(file, whole["held"])
-            first, second = dict(flat(whole)), dict(flat(rest))
+        for uninterrupted, rest in zip(seen[case], resumed[case], strict=True):
+            check_how(file, uninterrupted["held"])
+            first, second = dict(flat(uninterrupted)), dict(flat(rest))
             assert [name for name in {**first, **second} if first.get(name) != second.get(name)] == []

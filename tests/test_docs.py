@@ -88,6 +88,17 @@ def test_every_relative_link_leads_somewhere(page):
     assert not broken
 
 
+def test_every_file_that_is_named_exists():
+    """Paths from the repository's root, as the documents write them in backticks."""
+    named = [
+        (page.name, path)
+        for page in pages()
+        for path in re.findall(r"`((?:src|tests|benchmarks|examples|docs)/[\w/.-]+)`", prose(page))
+    ]
+    assert len(named) > 10
+    assert not [(page, path) for page, path in named if not (ROOT / path).exists()]
+
+
 def test_the_details_that_matter_link_to_what_they_name():
     """Each entry is numbered in order, and each of its links begins where the identifier that it shows is defined."""
     page = ROOT / "docs/implementation-details.md"

@@ -17,34 +17,26 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from common.launch import free_port
 from common.tiny import save
+from helpers.examples import RECIPES, SETUPS, after, command_of, logged_updates, processes_of, run_line, small
+from helpers.launch import ROOT, run
 from peft import PeftModel
 from safetensors.torch import load_file
-from test_recipes import RECIPES, ROOT, after, command_of, script, sums  # noqa: F401
 from transformers import AutoModelForCausalLM
 
 from tbrm_trl import TBRMConfig
 
-SETUPS = ROOT / "examples/setups"
 CONFIGS = [*sorted(RECIPES.glob("*.yaml")), *sorted(SETUPS.glob("*.yaml"))]
 BATCH = re.compile(r"^# .*: (\d+) rows × (\d+) process\D*?(?:\(.*\) )?× (\d+)$", re.MULTILINE)
 
 
-def processes_of(command: list[str]) -> int:
-    """How many processes the line starts: by its flag, else by its launcher's file."""
-    if given := after(command, "--num_processes"):
-        return int(given)
-    return yaml.safe_load((ROOT / after(command, "--config_file")).read_text()).get("num_processes", 1)
-
-
 @pytest.mark.parametrize("file", CONFIGS, ids=lambda file: file.stem)
-def test_batch_arithmetic(file, script, monkeypatch):  # noqa: F811
+def test_batch_arithmetic(file, train_script, monkeypatch):
     """Rows × processes × accumulation, as the comment says, is one update of the file on the processes of its line."""
     command = command_of(file)
     assert after(command, "--config") == str(file.relative_to(ROOT))
     monkeypatch.setattr(TBRMConfig, "world_size", property(lambda self: processes_of(command)))
-    _, config, _ = script.parse(["--config", str(file), "--use_cpu", "true", "--bf16", "false"])
+    _, config, _ = train_script.parse(["--config", str(file), "--use_cpu", "true", "--bf16", "false"])
     ((rows, processes, accumulation),) = BATCH.findall(file.read_text())
     assert int(rows) == config.per_device_train_batch_size
     assert int(processes) == processes_of(command)
@@ -57,64 +49,13 @@ def test_batch_arithmetic(file, script, monkeypatch):  # noqa: F811
             assert getattr(config, name) == published[name]
 
 
-def small(tmp_path: Path) -> list[str]:
-    """What is overridden: a model whose sizes 4-bit kernels take, sums as data, a few short rows, no half precision."""
-    model = save(tmp_path / "model", hidden_size=64, intermediate_size=128, head_dim=16)
-    options = dict(
-        model_name_or_path=model, dataset_name=sums(tmp_path / "sums.json"), output_dir=tmp_path / "out",
-        per_device_train_batch_size=2, gradient_accumulation_steps=2, max_completion_length=4, max_steps=2,
-        learning_rate=0.01, logging_steps=1, use_cpu=True, bf16=False, disable_tqdm=True,
-    )  # fmt: skip
-    return [text for name, value in options.items() for text in (f"--{name}", str(value))]
-
-
-def run(command: list[str], **environment: str) -> subprocess.CompletedProcess[str]:
-    binaries = f"{Path(sys.executable).parent}:{os.environ['PATH']}"  # where `accelerate` is
-    environment = {**os.environ, "PATH": binaries, "OMP_NUM_THREADS": "1", **environment}
-    environment.pop("ACCELERATE_USE_CPU", None)  # of a trainer in this process; it would mean "no DeepSpeed"
-    return subprocess.run(
-        command,
-        cwd=ROOT,
-        env=environment,
-        capture_output=True,
-        text=True,
-        timeout=600,  # DeepSpeed compiles an operator on its first launch
-    )
-
-
-def run_line(file: Path, tmp_path: Path, *options: str, **environment: str) -> subprocess.CompletedProcess[str]:
-    line = command_of(file)
-    at, program = line.index("accelerate"), next(i for i, word in enumerate(line) if word.endswith(".py"))
-    environment |= dict(word.split("=") for word in line[:at])
-    given = small(tmp_path)
-    on_cpu = ["--mixed_precision", "no", "--main_process_port", str(free_port())]
-    if processes_of(line) > 1:
-        on_cpu += ["--num_processes", "2"]
-        if not {"--config_file", "--use_deepspeed"} & set(line):
-            on_cpu += ["--multi_gpu"]  # as accelerate concludes from several GPUs
-    else:
-        on_cpu += ["--cpu"]  # which starts one process, and means no DeepSpeed
-    if "--gradient_accumulation_steps" in line[:program]:
-        on_cpu += ["--gradient_accumulation_steps", after(given, "--gradient_accumulation_steps")]
-    return run([*line[at:program], *on_cpu, *line[program:], *given, *options], **environment)
-
-
-def updates(tmp_path: Path) -> list[dict]:
-    (state,) = tmp_path.glob("out/checkpoint-*/trainer_state.json")
-    log = [row for row in json.loads(state.read_text())["log_history"] if "residual/rms" in row]
-    assert len(log) == 2
-    assert all(0 < row["residual/rms"] < math.inf and 0 < row["grad_norm"] < math.inf for row in log)
-    return log
-
-
 @pytest.mark.launch
 @pytest.mark.parametrize("name", ["tbrm", "tbrm_7b"])
 def test_full_fine_tuning(name, tmp_path):
     """The published recipes; their model is whole again after training, and another than before."""
-    done = run_line(RECIPES / f"{name}.yaml", tmp_path)
-    assert done.returncode == 0, done.stderr[-4000:]
-    assert "(2 per device × 2 process(es) × 2 accumulation)" in done.stdout
-    updates(tmp_path)
+    printed = run_line(RECIPES / f"{name}.yaml", tmp_path)
+    assert "(2 per device × 2 process(es) × 2 accumulation)" in printed
+    logged_updates(tmp_path)
     after_training, before = (
         AutoModelForCausalLM.from_pretrained(tmp_path / folder).state_dict() for folder in ("out", "model")
     )
@@ -125,9 +66,8 @@ def test_full_fine_tuning(name, tmp_path):
 @pytest.mark.parametrize("name", ["lora", "qlora"])
 def test_adapters(name, tmp_path):
     """The adapter is trained, saved, and loads onto its base. QLoRA: its optimizer keeps 8 bits."""
-    done = run_line(SETUPS / f"{name}.yaml", tmp_path)
-    assert done.returncode == 0, done.stderr[-4000:]
-    updates(tmp_path)
+    run_line(SETUPS / f"{name}.yaml", tmp_path)
+    logged_updates(tmp_path)
     weights = load_file(tmp_path / "out/adapter_model.safetensors")
     assert all(weight.any() for weight in weights.values())  # B starts at zero
     assert not any("lm_head" in parameter for parameter in weights)
@@ -150,8 +90,7 @@ def test_demo(tmp_path):
         steps=2, rollouts_per_step=4, train_problems=8, eval_problems=4, eval_samples=2, output=tmp_path / "out"
     )
     words = [text for name, value in sizes.items() for text in (f"--{name.replace('_', '-')}", str(value))]
-    done = run([sys.executable, "examples/reasoning_gym_demo.py", "--model", model, *words])
-    assert done.returncode == 0, done.stderr[-4000:]
+    run([sys.executable, "examples/reasoning_gym_demo.py", "--model", model, *words])
     metrics = json.loads((tmp_path / "out/metrics.json").read_text())
     assert [row["step"] for row in metrics["history"]] == [1, 2]
     for sampled in metrics["held_out"]["sampled"].values():
@@ -171,7 +110,7 @@ def test_slurm(tmp_path):
         (tmp_path / name).chmod(0o755)
     settings = yaml.safe_load((ROOT / re.search(r"LAUNCH_CONFIG:-(\S+)\}", file.read_text())[1]).read_text())
     (tmp_path / "cpu.yaml").write_text(yaml.safe_dump({**settings, "use_cpu": True, "mixed_precision": "no"}))
-    done = run(
+    printed = run(
         ["bash", str(file), *line[2:], *small(tmp_path)],
         PATH=f"{tmp_path}:{Path(sys.executable).parent}:{os.environ['PATH']}",
         LAUNCH_CONFIG=str(tmp_path / "cpu.yaml"),
@@ -182,13 +121,12 @@ def test_slurm(tmp_path):
         SLURM_JOB_NODELIST="node[0-1]",
         SLURM_JOB_ID=str(os.getpid()),
     )
-    assert done.returncode == 0, done.stderr[-4000:]
-    assert "(2 per device × 2 process(es) × 2 accumulation)" in done.stdout
-    updates(tmp_path)
+    assert "(2 per device × 2 process(es) × 2 accumulation)" in printed
+    logged_updates(tmp_path)
     AutoModelForCausalLM.from_pretrained(tmp_path / "out")
 
 
-def test_slurm_keeps_the_recipe(script):  # noqa: F811
+def test_slurm_keeps_the_recipe(train_script):
     """On its nodes × GPUs, what it is submitted with makes one update of the recipe."""
     text = (ROOT / "examples/slurm.sh").read_text()
     assert subprocess.run(["bash", "-n", ROOT / "examples/slurm.sh"], check=False).returncode == 0

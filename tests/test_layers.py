@@ -5,10 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 from common.tiny import perturb, save
-from oracle import distance
+from helpers.oracle import TOLERANCE, distance
+from helpers.scripted import script, scripted_trainer
 from peft import LoraConfig
-from scripted import script, scripted_trainer
-from test_oracle import TOLERANCE
 from torch._dynamo.utils import counters
 from transformers import TrainerCallback
 from transformers.utils import is_kernels_available, is_liger_kernel_available

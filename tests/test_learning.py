@@ -2,52 +2,14 @@
 
 from __future__ import annotations
 
-import itertools
 import math
 import random
-from pathlib import Path
 
 import pytest
-from common.tiny import model, tokenizer
-from datasets import Dataset
-from transformers import PreTrainedTokenizerFast
+from helpers.first_letter import prompts, save_start, trainer_of, words_of
 
-from tbrm_trl import TBRMConfig, TBRMTrainer, load_rollouts
+from tbrm_trl import TBRMTrainer, load_rollouts
 from tbrm_trl.evaluation import Accuracy, evaluate_accuracy
-
-ALPHABET = "abcd"
-
-
-def starting_point(folder: Path, seed: int) -> PreTrainedTokenizerFast:
-    """A model with random weights, and its tokenizer of one token per letter."""
-    tok = tokenizer(alphabet=ALPHABET)
-    tok.save_pretrained(folder)
-    model("llama", seed=seed, vocab_size=len(tok), initializer_range=0.2).save_pretrained(folder)
-    return tok
-
-
-def first_letter(prompts, completion_ids, **kwargs) -> list[float]:
-    """Half a point for the prompt's first letter, half for stopping after it."""
-    tok = tokenizer(alphabet=ALPHABET)
-    return [
-        0.5 * (ids[:1] == tok.convert_tokens_to_ids([word[0]])) + 0.5 * (ids[1:] == [tok.eos_token_id])
-        for word, ids in zip(prompts, completion_ids, strict=True)
-    ]
-
-
-def trainer_of(
-    folder: Path, rows: Dataset, output_dir: Path, reward_funcs=first_letter, peft_config=None,
-    quantization_config=None, **options,
-) -> TBRMTrainer:  # fmt: skip
-    settings = dict(
-        output_dir=str(output_dir), beta=0.1, learning_rate=0.02, max_steps=200, lr_scheduler_type="linear",
-        per_device_train_batch_size=64, max_completion_length=3, gradient_checkpointing=False, bf16=False,
-        use_cpu=True, save_strategy="no", report_to="none", logging_steps=20, disable_tqdm=True,
-    )  # fmt: skip
-    return TBRMTrainer(
-        str(folder), reward_funcs, TBRMConfig(**{**settings, **options}), rows, peft_config=peft_config,
-        quantization_config=quantization_config,
-    )  # fmt: skip
 
 
 def accuracy(trainer: TBRMTrainer, words: list[str]) -> Accuracy:
@@ -55,14 +17,6 @@ def accuracy(trainer: TBRMTrainer, words: list[str]) -> Accuracy:
         trainer.model, trainer.processing_class, words, lambda i, text: float(text == words[i][0]), samples=8,
         temperature=1.0, max_new_tokens=3,
     )  # fmt: skip
-
-
-def words_of(length: int) -> list[str]:
-    return ["".join(letters) for letters in itertools.product(ALPHABET, repeat=length)]
-
-
-def prompts(words: list[str]) -> Dataset:
-    return Dataset.from_list([{"prompt": word} for word in words])
 
 
 @pytest.mark.parametrize("soft_value", ["policy", "calibrated"])
@@ -73,7 +27,7 @@ def test_copying_the_first_letter(seed, soft_value, tmp_path):
     One rollout per prompt, β = 0.1, 200 updates: sampled accuracy at T = 1 on these 64 words must go from
     below 0.1 to above 0.3.
     """
-    starting_point(tmp_path / "model", seed)
+    save_start(tmp_path / "model", seed)
     words = words_of(3)
     trainer = trainer_of(tmp_path / "model", prompts(words), tmp_path / "out", soft_value=soft_value, seed=seed)
     before = accuracy(trainer, words).mean
@@ -89,7 +43,7 @@ def test_from_saved_rollouts_alone(tmp_path):
 
     Held-out words are in neither run. The rise must exceed three standard errors of the difference.
     """
-    starting_point(tmp_path / "model", seed=0)
+    save_start(tmp_path / "model", seed=0)
     words = words_of(4)
     random.Random(0).shuffle(words)
     training, held_out = words[:160], words[160:]

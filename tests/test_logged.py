@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 from collections import Counter
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from common.tiny import VOCABULARY, perturb, save
 from datasets import Dataset
-from oracle import distance, solve
-from test_config import config
-from test_oracle import TOLERANCE, plain
-from test_trainer import CHATS, TOKENIZER, build, completion, differ, folder, logged, prompt, train  # noqa: F401
-from test_two_processes import launch
+from helpers.launch import launch
+from helpers.oracle import TOLERANCE, distance, plain, solve
+from helpers.runs import CHATS, DATA, TOKENIZER, build, completion, config, differ, kept_returns, logged, prompt, train
 from transformers import AutoTokenizer
 
 from tbrm_trl import load_rollouts
@@ -34,7 +33,7 @@ CLOSING = (
 )
 
 
-def closing(folder, template: str = CLOSING):  # noqa: F811
+def closing(folder, template: str = CLOSING):
     """The tokenizer with a template that closes the assistant's turn, as real ones do."""
     tokenizer = AutoTokenizer.from_pretrained(folder)
     tokenizer.chat_template = template
@@ -46,10 +45,9 @@ def on(trainer):
     return trainer
 
 
-def seen(trainer) -> list:
+def windows_of(trainer) -> list:
     """Train, and return the trajectories of every window as they went into the loss."""
-    windows, fill = [], trainer._new_window
-    trainer._new_window = lambda rows: windows.append(fill(rows)) or windows[-1]
+    windows = kept_returns(trainer, "_new_window")
     trainer.train()
     return windows
 
@@ -57,14 +55,14 @@ def seen(trainer) -> list:
 # ---- rows to trajectories --------------------------------------------------------------------------------------------
 
 
-def test_ids_as_they_are(folder, tmp_path):  # noqa: F811
+def test_ids_as_they_are(llama, tmp_path):
     """Ids, mask and reward come through, and loss and gradient are the oracle's: never a call to generate."""
     rows = [{**row, "loss_mask": [1, 0, 1] if i % 2 else None} for i, row in enumerate(IDS)]
-    trainer = on(build(folder, tmp_path, None, Dataset.from_list(rows), per_device_train_batch_size=8, max_steps=1,
+    trainer = on(build(llama, tmp_path, None, Dataset.from_list(rows), per_device_train_batch_size=8, max_steps=1,
                        max_grad_norm=0.0, precompute_ref_log_probs=False, shuffle_dataset=False))  # fmt: skip
     perturb(trainer.model)
     policy, reference = plain(trainer.model), plain(trainer.ref_model)
-    (window,) = seen(trainer)
+    (window,) = windows_of(trainer)
     window = sorted(window, key=lambda t: int(t.prompt_ids[1]))
     for i, (trajectory, row) in enumerate(zip(window, rows, strict=True)):
         assert trajectory.prompt_ids.tolist() == row["prompt_ids"]
@@ -77,13 +75,13 @@ def test_ids_as_they_are(folder, tmp_path):  # noqa: F811
 
 
 @pytest.mark.parametrize("data", ["text", "messages", "text answers to messages"])
-def test_tokenized_as_the_policy_would_have(data, folder, tmp_path):  # noqa: F811
+def test_tokenized_as_the_policy_would_have(data, llama, tmp_path):
     """What the policy generated, decoded and logged, has the ids that were generated: prompt, completion, <eos>."""
     chats = data != "text"
-    tokenizer = closing(folder)
+    tokenizer = closing(llama)
     texts = [f"{i}: ab?" for i in range(32)]
     dataset = Dataset.from_list([{"prompt": [{"role": "user", "content": p}] if chats else p} for p in texts])
-    first = train(folder, tmp_path, train_dataset=dataset, max_completion_length=32, per_device_train_batch_size=16,
+    first = train(llama, tmp_path, train_dataset=dataset, max_completion_length=32, per_device_train_batch_size=16,
                   processing_class=tokenizer)  # fmt: skip
     made, rows = {}, []
     for trajectory in (t for window in first.windows for t in window):
@@ -107,16 +105,16 @@ def test_tokenized_as_the_policy_would_have(data, folder, tmp_path):  # noqa: F8
             }
         )
     assert len(rows) >= 6 and {t.end for t in made.values()} == {End.EOS, End.LENGTH}
-    second = on(build(folder, tmp_path / "2", None, Dataset.from_list(rows), per_device_train_batch_size=1,
+    second = on(build(llama, tmp_path / "2", None, Dataset.from_list(rows), per_device_train_batch_size=1,
                       max_steps=len(rows), processing_class=tokenizer))  # fmt: skip
-    again = {prompt(t): t for window in seen(second) for t in window}
+    again = {prompt(t): t for window in windows_of(second) for t in window}
     assert again.keys() == made.keys()
     for text, trajectory in again.items():
         assert trajectory.completion_ids.tolist() == made[text].completion_ids.tolist()
         assert trajectory.loss_mask.all() and trajectory.end is made[text].end
 
 
-def test_turns_of_a_conversation(folder, tmp_path):  # noqa: F811
+def test_turns_of_a_conversation(llama, tmp_path):
     """Only what the assistant said is an action; the tool's turn, and the opening of the next, are not.
 
     The template writes `<u>hi\n<a>` for the prompt, and closes each of the assistant's turns by <eos>.
@@ -129,9 +127,9 @@ def test_turns_of_a_conversation(folder, tmp_path):  # noqa: F811
         ],
         "reward": 1.0,
     }]  # fmt: skip
-    trainer = on(build(folder, tmp_path, None, Dataset.from_list(rows), per_device_train_batch_size=1, max_steps=1,
-                       processing_class=closing(folder)))  # fmt: skip
-    ((trajectory,),) = seen(trainer)
+    trainer = on(build(llama, tmp_path, None, Dataset.from_list(rows), per_device_train_batch_size=1, max_steps=1,
+                       processing_class=closing(llama)))  # fmt: skip
+    ((trajectory,),) = windows_of(trainer)
     said = [TOKENIZER.decode(int(t)) for t, m in zip(trajectory.completion_ids, trajectory.loss_mask, strict=True) if m]
     assert prompt(trajectory) == "<u>hi\n<a>"
     assert TOKENIZER.decode(trajectory.completion_ids) == "call<eos>\n<t>42\n<a>it is 42<eos>"
@@ -158,12 +156,12 @@ def test_turns_of_a_conversation(folder, tmp_path):  # noqa: F811
         ([{"completion": "ünknown"}], "Row 8 .*does not give the completion 'ünknown' back"),
     ],
 )  # fmt: skip
-def test_bad_rows_are_named(rows, message, folder, tmp_path):  # noqa: F811
+def test_bad_rows_are_named(rows, message, llama, tmp_path):
     empty = dict.fromkeys(("prompt_ids", "completion_ids", "loss_mask", "end", "completion"))
     good = [{**empty, **row, "prompt": "a"} for row in IDS]
     bad = [{**empty, "prompt": "a", "reward": 0.0, **row} for row in rows]
     with pytest.raises(ValueError, match=message):
-        build(folder, tmp_path, None, Dataset.from_list(good + bad))
+        build(llama, tmp_path, None, Dataset.from_list(good + bad))
 
 
 def test_structure_is_checked_before_anything_is_loaded(tmp_path):
@@ -184,10 +182,10 @@ def test_structure_is_checked_before_anything_is_loaded(tmp_path):
         (CLOSING.replace("m['content']", "m['content'].upper()"), "drops or changes part"),
     ],
 )
-def test_templates_that_guarantee_nothing(template, message, folder, tmp_path):  # noqa: F811
+def test_templates_that_guarantee_nothing(template, message, llama, tmp_path):
     rows = [{"prompt": [{"role": "user", "content": "hi"}], "completion": "ab", "reward": 1.0}] * 2
     with pytest.raises(ValueError, match=f"Row 0 .*{message}"):
-        build(folder, tmp_path, None, Dataset.from_list(rows), processing_class=closing(folder, template))
+        build(llama, tmp_path, None, Dataset.from_list(rows), processing_class=closing(llama, template))
 
 
 # ---- two streams -----------------------------------------------------------------------------------------------------
@@ -260,13 +258,13 @@ def test_rollouts_come_in_groups():
         window_mix(10, 10, args, args.window_group_size)
 
 
-def test_mixed(folder, tmp_path):  # noqa: F811
+def test_mixed(llama, tmp_path):
     """Groups of 4 rollouts beside logged rows, whose own reward counts; where there is none, the function's does."""
     rows = [{"prompt": f"{i}", "completion": None, "reward": None} for i in range(8)]
     rows += [{"prompt": f"{i}!", "completion": "abc", "reward": 7.0 if i % 2 else None} for i in range(8)]
-    trainer = build(folder, tmp_path, train_dataset=Dataset.from_list(rows), per_device_train_batch_size=8,
+    trainer = build(llama, tmp_path, train_dataset=Dataset.from_list(rows), per_device_train_batch_size=8,
                     num_generations=4, logged_fraction=0.5, max_steps=3)  # fmt: skip
-    for window in seen(trainer):
+    for window in windows_of(trainer):
         rollouts = [t for t in window if t.source is Source.ROLLOUT]
         logs = [t for t in window if t.source is Source.LOGGED]
         assert len(rollouts) == len(logs) == 4 and len({t.group_id for t in rollouts}) == 1
@@ -276,7 +274,7 @@ def test_mixed(folder, tmp_path):  # noqa: F811
     assert all(value == 0.0 for value in logged(trainer, "left_out/unscored"))
 
 
-def test_columns_of_the_user_reach_the_reward_functions(folder, tmp_path):  # noqa: F811
+def test_columns_of_the_user_reach_the_reward_functions(llama, tmp_path):
     """Also those whose names a trajectory has for itself, such as `source` and `group`."""
     asked = []
 
@@ -285,14 +283,25 @@ def test_columns_of_the_user_reach_the_reward_functions(folder, tmp_path):  # no
         return [0.0] * len(completions)
 
     rows = [{"prompt": "a", "completion": "b" if i % 2 else None, "source": "web", "group": 7} for i in range(8)]
-    train(folder, tmp_path, reward, Dataset.from_list(rows), per_device_train_batch_size=4, max_steps=1)
+    train(llama, tmp_path, reward, Dataset.from_list(rows), per_device_train_batch_size=4, max_steps=1)
     assert asked == [(["web"] * 2, [7] * 2)] * 2
 
 
-def test_two_processes(tmp_path):
+def mix_in_each_process(folder: str, out: str) -> list[list[tuple[str, str]]]:
+    """Messages to roll out, n = 4, beside logged text. Returns source and prompt of this process's trajectories."""
+    rows = [{"prompt": [{"role": "user", "content": f"{i}!"}], "completion": "abc", "reward": 1.0} for i in range(16)]
+    rows += [{"prompt": [{"role": "user", "content": f"{i}"}], "completion": None, "reward": None} for i in range(8)]
+    trainer = build(
+        folder, Path(out), train_dataset=Dataset.from_list(rows), per_device_train_batch_size=8,
+        num_generations=4, logged_fraction=0.5, max_steps=3, shuffle_dataset=False,
+        processing_class=closing(folder),
+    )  # fmt: skip
+    return [[(t.source.value, prompt(t)) for t in window] for window in windows_of(trainer)]
+
+
+def test_two_processes(llama, tmp_path):
     """The same data on two processes, n = 4, messages beside logged text, the logged rows first in the data set."""
-    launch([str(tmp_path)], script="logged_processes.py")
-    shares = [torch.load(tmp_path / f"seen-{rank}.pt", weights_only=False) for rank in (0, 1)]
+    shares = launch("test_logged:mix_in_each_process", folder=llama, out=tmp_path)
     for windows in zip(*shares, strict=True):
         for window in windows:
             assert Counter(source for source, _ in window) == {"rollout": 4, "logged": 4}
@@ -312,7 +321,7 @@ def reference_rows(trainer) -> list[int]:
     return rows
 
 
-def test_precomputed_and_freed(folder, tmp_path, monkeypatch):  # noqa: F811
+def test_precomputed_and_freed(llama, tmp_path, monkeypatch):
     """The reference scores every row once, is gone before training, and the run is the one that keeps it."""
     from tbrm_trl.model import reference as module
 
@@ -322,24 +331,24 @@ def test_precomputed_and_freed(folder, tmp_path, monkeypatch):  # noqa: F811
         lambda batches, *rest: scored.extend(t for one in batches for t in one) or score_reference(batches, *rest),
     )
     data = Dataset.from_list(IDS)
-    first = on(build(folder, tmp_path, None, data, max_steps=12, per_device_train_batch_size=2))
+    first = on(build(llama, tmp_path, None, data, max_steps=12, per_device_train_batch_size=2))
     assert len(scored) == 8 and first.ref_model is None
     first.train()
     assert len(scored) == 8
-    kept = on(build(folder, tmp_path / "2", None, data, max_steps=12, precompute_ref_log_probs=False))
+    kept = on(build(llama, tmp_path / "2", None, data, max_steps=12, precompute_ref_log_probs=False))
     kept.train()
     assert kept.ref_model is not None and len(scored) == 16  # in training, and three epochs score each row once too
     assert kept.losses == pytest.approx(first.losses, rel=1e-4)
 
-    again = on(build(folder, tmp_path, None, data, max_steps=12))
+    again = on(build(llama, tmp_path, None, data, max_steps=12))
     assert len(scored) == 16  # cached
     again.train()
     assert again.losses == first.losses
-    build(folder, tmp_path, None, Dataset.from_list([{**row, "prompt_ids": [9, 9]} for row in IDS]))
+    build(llama, tmp_path, None, Dataset.from_list([{**row, "prompt_ids": [9, 9]} for row in IDS]))
     assert len(scored) == 24  # other data
     build(save(tmp_path / "other", "llama", seed=3), tmp_path, None, data)
     assert len(scored) == 32  # another model
-    build(folder, tmp_path, None, data, temperature=0.5)
+    build(llama, tmp_path, None, data, temperature=0.5)
     assert len(scored) == 40  # another temperature
 
 
@@ -366,15 +375,15 @@ def test_evaluation_needs_a_reward(tmp_path):
         build("no/such/model", tmp_path, None, Dataset.from_list(IDS), eval_dataset=CHATS)
 
 
-def test_given_scores_of_the_producing_policy_are_kept(folder, tmp_path):  # noqa: F811
+def test_given_scores_of_the_producing_policy_are_kept(llama, tmp_path):
     """With `reference="previous"` the user's own scores stand; those of another reference are refused."""
     rows = [{**row, "ref_log_probs": [-1.0, -2.0, -3.0], "ref_soft_value": 4.0} for row in IDS]
-    trainer = on(build(folder, tmp_path, None, Dataset.from_list(rows), reference="previous"))
-    for window in seen(trainer):
+    trainer = on(build(llama, tmp_path, None, Dataset.from_list(rows), reference="previous"))
+    for window in windows_of(trainer):
         assert all(t.ref_log_probs.tolist() == [-1, -2, -3] and t.ref_soft_value == 4 for t in window)
     with pytest.raises(ValueError, match=r"Row 0 .*these are another reference's"):
         rows = [{**row, "ref_key": "0123"} for row in rows]
-        build(folder, tmp_path, None, Dataset.from_list(rows), reference="previous")
+        build(llama, tmp_path, None, Dataset.from_list(rows), reference="previous")
 
 
 def test_streams_cannot_be_divided(tmp_path):
@@ -382,11 +391,9 @@ def test_streams_cannot_be_divided(tmp_path):
         build("no/such/model", tmp_path, None, Dataset.from_list(IDS).to_iterable_dataset())
 
 
-def test_evaluation_keeps_the_reference(folder, tmp_path):  # noqa: F811
+def test_evaluation_keeps_the_reference(llama, tmp_path):
     """With an evaluation set the scores are precomputed all the same, but the reference stays for its rollouts."""
-    from test_trainer import DATA
-
-    trainer = build(folder, tmp_path, train_dataset=Dataset.from_list(IDS), eval_dataset=DATA)
+    trainer = build(llama, tmp_path, train_dataset=Dataset.from_list(IDS), eval_dataset=DATA)
     assert trainer.ref_model is not None and trainer.train_dataset["ref_key"] == [trainer._reference.key] * 8
 
 
@@ -394,7 +401,7 @@ def test_evaluation_keeps_the_reference(folder, tmp_path):  # noqa: F811
 
 
 @pytest.mark.parametrize("reference", ["initial", "previous"])
-def test_a_run_can_be_replayed_into_another(reference, folder, tmp_path):  # noqa: F811
+def test_a_run_can_be_replayed_into_another(reference, llama, tmp_path):
     """Saved rollouts are the trajectories of the run; another run on them never generates nor scores, and learns."""
 
     def second(completions, **kwargs):
@@ -402,7 +409,7 @@ def test_a_run_can_be_replayed_into_another(reference, folder, tmp_path):  # noq
 
     from test_trainer import letters
 
-    first = train(folder, tmp_path, [letters, second], max_steps=4, save_rollouts=True, reference=reference,
+    first = train(llama, tmp_path, [letters, second], max_steps=4, save_rollouts=True, reference=reference,
                   num_generations=2, per_device_train_batch_size=4)  # fmt: skip
     made = [t for window in first.windows for t in window]
     saved = load_rollouts(tmp_path / "out")
@@ -420,10 +427,10 @@ def test_a_run_can_be_replayed_into_another(reference, folder, tmp_path):  # noq
     assert saved["policy_step"] == [step for step in range(4) for _ in range(4)]
 
     changes = {"precompute_ref_log_probs": False} if reference == "initial" else {}
-    other = on(build(folder, tmp_path / "2", None, saved, max_steps=4, reference=reference, shuffle_dataset=False,
+    other = on(build(llama, tmp_path / "2", None, saved, max_steps=4, reference=reference, shuffle_dataset=False,
                      per_device_train_batch_size=4, **changes))  # fmt: skip
     scored = reference_rows(other) if reference == "initial" else []
-    windows = seen(other)
+    windows = windows_of(other)
     assert not scored  # the stored scores are those of this reference
     assert [sorted(prompt(t) for t in w) for w in windows] == [sorted(prompt(t) for t in w) for w in first.windows]
     assert other.losses == pytest.approx(first.losses, rel=1e-4)
@@ -433,19 +440,19 @@ def test_a_run_can_be_replayed_into_another(reference, folder, tmp_path):  # noq
     )
 
 
-def test_unrewarded_rollouts_are_left_out_aloud(folder, tmp_path):  # noqa: F811
-    train(folder, tmp_path, lambda completions, **kwargs: [1.0, None], save_rollouts=True)
+def test_unrewarded_rollouts_are_left_out_aloud(llama, tmp_path):
+    train(llama, tmp_path, lambda completions, **kwargs: [1.0, None], save_rollouts=True)
     with pytest.warns(UserWarning, match="2 of 4 saved rollouts have no reward"):
         assert load_rollouts([tmp_path / "out"])["reward"] == [1.0, 1.0]
     with pytest.warns(UserWarning, match="holds rollouts of another run"):
-        train(folder, tmp_path, save_rollouts=True)
+        train(llama, tmp_path, save_rollouts=True)
     with pytest.raises(FileNotFoundError, match="save_rollouts=True"):
         load_rollouts(tmp_path)
 
 
-def test_previous_policy_is_the_reference(folder, tmp_path):  # noqa: F811
+def test_previous_policy_is_the_reference(llama, tmp_path):
     """log π_θ − log π_ref is 0 at a window's first update, and not at its second; no reference model is loaded."""
-    trainer = train(folder, tmp_path, reference="previous", num_iterations=2, max_steps=4, soft_value="calibrated")
+    trainer = train(llama, tmp_path, reference="previous", num_iterations=2, max_steps=4, soft_value="calibrated")
     assert trainer.ref_model is None
     ratios = logged(trainer, "log_ratio")
     assert max(map(abs, (ratios[0], ratios[2]))) < 1e-5 and min(map(abs, (ratios[1], ratios[3]))) > 1e-4

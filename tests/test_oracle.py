@@ -2,52 +2,22 @@
 
 from __future__ import annotations
 
-import copy
-import inspect
-
 import pytest
 import torch
-from common.tiny import ARCHITECTURES, perturb, save
-from oracle import distance, solve
-from peft import LoraConfig, PeftModel, get_peft_model
-from scripted import script, scripted_trainer
+from common.tiny import ARCHITECTURES, save
+from helpers.oracle import (
+    TOLERANCE,
+    check,
+    copy_of_adapter,
+    distance,
+    merged,
+    perturb_adapter,
+    plain,
+    solve,
+)
+from helpers.scripted import script, scripted_trainer
+from peft import LoraConfig, get_peft_model
 from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig
-
-from tbrm_trl import TBRMConfig
-
-TOLERANCE = 1e-5
-
-
-def plain(model) -> torch.nn.Module:
-    """The model without any patch, hook or wrapper of the trainer, in float64."""
-    config = copy.deepcopy(model.config)
-    config._experts_implementation = "eager"  # the grouped kernel knows no float64
-    fresh = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
-    fresh.load_state_dict(model.state_dict())
-    return fresh.double().eval()
-
-
-def options_of(trainer) -> dict:
-    """The trainer's options that the brute force knows, which calls them by the same names."""
-    known = inspect.getfullargspec(solve).kwonlyargs
-    return {name: getattr(trainer.args, name) for name in known if name in TBRMConfig.__dataclass_fields__}
-
-
-def check(trainer, *, tolerance=TOLERANCE, subset=None):
-    """Train one step from a policy that differs from its reference, and compare."""
-    perturb(trainer.ref_model)
-    policy, reference = plain(trainer.model), plain(trainer.ref_model)
-    trainer.train()
-    trajectories = trainer.windows[0]
-    answer = solve(policy, reference, trajectories, **options_of(trainer), subset=subset)
-    assert (
-        sum(abs(r) for r in answer.residuals) / len(answer.residuals) >= 1
-    )  # so that a relative error means something
-    assert sum(trainer.losses) == pytest.approx(answer.loss, rel=tolerance)
-    expected = {name: g for name, g in answer.gradient.items() if g.norm() > 0}
-    actual = {name: g for name, g in trainer.recorder.gradients[0].items() if name in expected}
-    assert distance(actual, expected) <= tolerance
-    return answer, trajectories
 
 
 @pytest.mark.parametrize("architecture", list(ARCHITECTURES))
@@ -166,26 +136,6 @@ def test_lora(trained_adapter, tmp_path):
             assert torch.equal(parameter, frozen[name]), name
     moved = [n for n, p in trainer.model.named_parameters() if ".default." in n and p.requires_grad]
     assert moved and all(g.norm() > 0 for g in trainer.recorder.gradients[0].values())
-
-
-def perturb_adapter(model: PeftModel, seed: int) -> None:
-    generator = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if ".default." in name:
-                parameter += 0.05 * torch.randn(parameter.shape, generator=generator)
-
-
-def merged(model: PeftModel) -> torch.nn.Module:
-    return plain(copy_of_adapter(model).merge_and_unload())
-
-
-def copy_of_adapter(model: PeftModel) -> PeftModel:
-    config = copy.deepcopy(model.peft_config["default"])
-    base = AutoModelForCausalLM.from_config(copy.deepcopy(model.config), dtype=torch.float32)
-    twin = get_peft_model(base, config)
-    twin.load_state_dict({n: t for n, t in model.state_dict().items() if ".ref." not in n})
-    return twin
 
 
 @pytest.mark.parametrize("reward", [0.0, 1.0])

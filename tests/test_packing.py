@@ -10,12 +10,12 @@ import pytest
 import torch
 import transformers.modeling_flash_attention_utils as flash
 from common.tiny import ARCHITECTURES, VOCABULARY, model, perturb, save
-from oracle import distance, solve
+from helpers.oracle import check, copy_of_adapter, distance, merged, perturb_adapter, solve
+from helpers.runs import config
+from helpers.scripted import script, scripted_trainer
+from helpers.sharded import unwrapped
+from helpers.two_processes import one_sided
 from peft import LoraConfig
-from scripted import script, scripted_trainer
-from test_config import config
-from test_oracle import check, copy_of_adapter, merged, perturb_adapter
-from test_two_processes import strip, two_processes
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 from trl.trainer.utils import add_fused_lm_head
 
@@ -273,7 +273,7 @@ def test_a_part_of_the_tokens(selection, tmp_path, monkeypatch):
     else:
         monkeypatch.setattr(
             trajectory_loss,
-            "scatter",
+            "random_subset",
             lambda mask, _: (mask & (mask.cumsum(dim=1) % 2 == 1), torch.full(mask.shape, 0.5)),
         )
 
@@ -327,11 +327,11 @@ def test_load_balancing_loss_and_evaluation(tmp_path):
 @pytest.mark.launch
 def test_two_processes(tmp_path):
     """Packed on two processes, one of which has nothing that counts: the gradient of padded rows on one."""
-    folder, rows, seen = two_processes(
+    folder, rows, seen = one_sided(
         tmp_path, padding_free=True, per_device_train_batch_size=2, gradient_accumulation_steps=2
     )
     one = scripted_trainer(folder, rows, tmp_path, per_device_train_batch_size=8)
     perturb(one.ref_model)
     one.train()
-    assert distance(strip(seen["gradients"]), one.recorder.gradients[0]) <= 1e-5
+    assert distance(unwrapped(seen["gradients"]), one.recorder.gradients[0]) <= 1e-5
     assert seen["log"][0]["pad_fraction"] == 0 < one.state.log_history[0]["pad_fraction"]

@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import math
-import shlex
-import sys
 from dataclasses import fields
 from pathlib import Path
 
@@ -15,26 +12,15 @@ import torch
 import yaml
 from common.tiny import ARCHITECTURES, save
 from datasets import Dataset
-from test_two_processes import launch
+from helpers.examples import RECIPES, after, command_of, sums
+from helpers.launch import run
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 from trl import get_peft_config
 
 from tbrm_trl import TBRMConfig
 
-ROOT = Path(__file__).parent.parent
-RECIPES = ROOT / "examples/recipes"
 MACHINE = {"use_cpu": True, "bf16": False}  # of these tests, not of the recipes
 FLAGS = ["--use_cpu", "true", "--bf16", "false"]
-
-
-@pytest.fixture(scope="module")
-def script():
-    """`examples/train.py` as a module."""
-    spec = importlib.util.spec_from_file_location("train_by_recipe", ROOT / "examples/train.py")
-    module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    yield module
-    del sys.modules[spec.name]
 
 
 # What makes each method itself, from the papers' tables, written down apart from the files. `rows_per_update` and
@@ -78,24 +64,12 @@ DEFINING = {
 }  # fmt: skip
 
 
-def command_of(recipe: Path) -> list[str]:
-    """The command in the comment that the file opens with; a backslash continues it."""
-    lines, command = iter(recipe.read_text().splitlines()), "\\"
-    while command.endswith("\\"):
-        command = command.removesuffix("\\") + next(lines).removeprefix("#")
-    return shlex.split(command)
-
-
-def after(command: list[str], option: str) -> str | None:
-    return command[command.index(option) + 1] if option in command else None
-
-
 def test_every_recipe_is_tested():
     assert {recipe.stem for recipe in RECIPES.glob("*.yaml")} == set(DEFINING)
 
 
 @pytest.mark.parametrize("name", DEFINING)
-def test_recipe(name, script, monkeypatch):
+def test_recipe(name, train_script, monkeypatch):
     """The file gives what the fields written by hand give, on the processes that its own command starts."""
     recipe = RECIPES / f"{name}.yaml"
     command = command_of(recipe)
@@ -105,7 +79,7 @@ def test_recipe(name, script, monkeypatch):
     # The configuration checks its own batches: whole groups in every update of every process.
     monkeypatch.setattr(TBRMConfig, "world_size", property(lambda self: processes))
 
-    data, config, model = script.parse(["--config", str(recipe), *FLAGS])
+    data, config, model = train_script.parse(["--config", str(recipe), *FLAGS])
     values = yaml.safe_load(recipe.read_text())
     ours = {field.name for field in fields(TBRMConfig)} & set(values)
     by_hand = TBRMConfig(**{name: values[name] for name in ours}, **MACHINE)
@@ -121,38 +95,45 @@ def test_recipe(name, script, monkeypatch):
     assert after(command, "--gradient_accumulation_steps") in (None, str(config.gradient_accumulation_steps))
 
 
-def test_rows_of_the_data(script, tmp_path):
+def test_rows_of_the_data(train_script, tmp_path):
     """Questions become messages, answers become what math-verify reads; rows with a completion stay as they are."""
     problems = [{"problem": "√18?", "answer": "3\\sqrt{2}"}, {"problem": "0?", "answer": "0"}]
     (tmp_path / "math.jsonl").write_text("\n".join(map(json.dumps, problems)))
-    asked = script.load(script.DataArguments(str(tmp_path / "math.jsonl"), system_prompt="Think."))
+    asked = train_script.load(train_script.DataArguments(str(tmp_path / "math.jsonl"), system_prompt="Think."))
     assert asked["prompt"][0] == [{"role": "system", "content": "Think."}, {"role": "user", "content": "√18?"}]
     assert asked["solution"][:] == ["$3\\sqrt{2}$", "$0$"]
 
     Dataset.from_list([{"question": [{"role": "user", "content": "6·7?"}], "answer": "6 · 7\n#### 42"}]).to_parquet(
         tmp_path / "gsm8k.parquet"
     )
-    (row,) = script.load(script.DataArguments(str(tmp_path / "gsm8k.parquet")))
+    (row,) = train_script.load(train_script.DataArguments(str(tmp_path / "gsm8k.parquet")))
     assert (row["prompt"], row["solution"]) == (row["question"], "$42$")
 
     (tmp_path / "log.json").write_text(json.dumps([{"prompt": "1+1=", "completion": "2", "reward": 1.0}]))
-    assert script.load(script.DataArguments(str(tmp_path / "log.json"))).to_list() == [
+    assert train_script.load(train_script.DataArguments(str(tmp_path / "log.json"))).to_list() == [
         {"prompt": "1+1=", "completion": "2", "reward": 1.0}
     ]
 
 
-def test_verified_correctness(script):
+def test_verified_correctness(train_script):
     """Equal values count, not equal strings; 3√2 is not taken for 3; without a readable answer a row is left out."""
     answers = ["3\\sqrt{2}", "3\\sqrt{2}", "0.5", "text with $x=4$, so \\boxed{4}"]
     said = ["\\sqrt{18}", "3", "\\frac{1}{2}", "4"]
     completions = [[{"role": "assistant", "content": f"It is \\boxed{{{answer}}}."}] for answer in said]
-    assert script.correct(completions, [script.verifiable(answer) for answer in answers]) == [1.0, 0.0, 1.0, 1.0]
-    assert script.correct(["\\boxed{4}", "\\boxed{4}"], ["$4$", ""]) == [1.0, None]  # text as well as messages
+    assert train_script.correct(completions, [train_script.verifiable(answer) for answer in answers]) == [
+        1.0,
+        0.0,
+        1.0,
+        1.0,
+    ]
+    assert train_script.correct(["\\boxed{4}", "\\boxed{4}"], ["$4$", ""]) == [1.0, None]  # text as well as messages
 
 
-def test_lora_has_no_dropout(script, tmp_path):
+def test_lora_has_no_dropout(train_script, tmp_path):
     """TRL's default is 0.05, which the trainer refuses."""
-    _, _, model = script.parse(["--dataset_name", "none", "--use_peft", "true", "--output_dir", str(tmp_path), *FLAGS])
+    _, _, model = train_script.parse(
+        ["--dataset_name", "none", "--use_peft", "true", "--output_dir", str(tmp_path), *FLAGS]
+    )
     assert get_peft_config(model).lora_dropout == 0.0
 
 
@@ -174,16 +155,11 @@ def log_of(out: Path, model: str) -> list[dict]:
     return [row for row in json.loads(state.read_text())["log_history"] if "residual/rms" in row]
 
 
-ONE_PROCESS = ["accelerate.commands.launch", "--cpu", "--num_processes", "1"]
-
-
-def sums(path: Path) -> Path:
-    path.write_text(json.dumps([{"problem": f"{a}+{b}=", "answer": str(a + b)} for a in range(4) for b in range(4)]))
-    return path
+ONE_PROCESS = ["accelerate", "launch", "--cpu", "--num_processes", "1", "examples/train.py"]
 
 
 @pytest.mark.parametrize("name", sorted(DEFINING.keys() - {"rpo"}))
-def test_every_recipe_trains(name, script, tmp_path, monkeypatch):
+def test_every_recipe_trains(name, train_script, tmp_path, monkeypatch):
     """Two updates of each, smaller but of the same shape: whole groups, as many updates of a window."""
     model, options = save(tmp_path / "model"), {"dataset_name": sums(tmp_path / "sums.json")}
     if name == "copg":
@@ -198,27 +174,27 @@ def test_every_recipe_trains(name, script, tmp_path, monkeypatch):
     def variety(completions, **kwargs):  # no random model solves a sum; this differs between completions
         return [len(set(completion[0]["content"])) / 4 for completion in completions]
 
-    monkeypatch.setattr(script, "correct", variety)
+    monkeypatch.setattr(train_script, "correct", variety)
     published = yaml.safe_load((RECIPES / f"{name}.yaml").read_text())
     if "steps_per_generation" in published:
         options["steps_per_generation"] = published["steps_per_generation"] // published["gradient_accumulation_steps"]
     rows = 2 * published["num_generations"] if published["num_generations"] > 1 else 4
     out = tmp_path / "out"
-    script.main(*script.parse(flags(name, model, out, per_device_train_batch_size=rows, **options)))
+    train_script.main(*train_script.parse(flags(name, model, out, per_device_train_batch_size=rows, **options)))
     log = log_of(out, model)
     assert len(log) == 2
     assert all(0 < row["residual/rms"] < math.inf and 0 < row["grad_norm"] < math.inf for row in log)
 
 
-def test_the_script_on_prompts(script, tmp_path):
+def test_the_script_on_prompts(train_script, tmp_path):
     """Launched as users launch it, with math-verify: a random model is never right. Its saved rollouts load again."""
     model, out = save(tmp_path / "model"), tmp_path / "out"
     data = sums(tmp_path / "sums.json")
-    launch(flags("tbrm", model, out, dataset_name=data, save_rollouts=True), ONE_PROCESS, "../examples/train.py")
+    run([*ONE_PROCESS, *flags("tbrm", model, out, dataset_name=data, save_rollouts=True)])
     log = log_of(out, model)
     assert [row["rewards/correct/mean"] for row in log] == [0, 0]
     assert all(0 < row["residual/fresh_rms"] < math.inf for row in log)
-    saved = script.load(script.DataArguments(str(out)))
+    saved = train_script.load(train_script.DataArguments(str(out)))
     assert len(saved) == 8 and all(len(ids) <= 4 for ids in saved["completion_ids"]) and saved["reward"][:] == [0.0] * 8
 
 
@@ -229,7 +205,7 @@ def test_the_script_on_a_log(tmp_path):
     (tmp_path / "log.jsonl").write_text("\n".join(map(json.dumps, rows)))
     model, out = save(tmp_path / "model"), tmp_path / "out"
     arguments = flags("rpo", model, out, dataset_name=tmp_path / "log.jsonl", max_steps=1)
-    launch(arguments, ONE_PROCESS, "../examples/train.py")
+    run([*ONE_PROCESS, *arguments])
     (first,) = log_of(out, model)
 
     tokenizer, policy = AutoTokenizer.from_pretrained(model), AutoModelForCausalLM.from_pretrained(model).double()

@@ -7,15 +7,17 @@ from typing import Any
 
 import pytest
 import torch
-from common.launch import free_port
+from accelerate.utils import gather_object
+from common.launch import allow_fsdp_on_cpu, free_port
 from common.tiny import perturb, save
-from oracle import solve
+from helpers.launch import launch
+from helpers.oracle import TOLERANCE, plain, solve
+from helpers.runs import before_each_update
+from helpers.scripted import script, scripted_trainer
+from helpers.sharded import whole
 from peft import LoraConfig, get_peft_model
-from reference_processes import train
-from scripted import script, scripted_trainer
-from test_oracle import TOLERANCE, plain
-from test_two_processes import launch
-from transformers import AutoModelForCausalLM, BitsAndBytesConfig, TrainerCallback
+from torch.distributed.tensor import DTensor
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
 from tbrm_trl.trajectory import Trajectory
 
@@ -25,20 +27,8 @@ SYNC: dict[str, Any] = dict(
 )
 
 
-def lora() -> LoraConfig:
+def lora_config() -> LoraConfig:
     return LoraConfig(r=4, target_modules="all-linear", lora_dropout=0.0)
-
-
-def keep_before_each_update(trainer, look) -> list:
-    """What `look()` returned before the first update, before the second, and so on."""
-    kept = []
-
-    class Keep(TrainerCallback):
-        def on_step_begin(self, args, state, control, **kwargs):
-            kept.append(look())
-
-    trainer.add_callback(Keep())
-    return kept
 
 
 # ---- one process -----------------------------------------------------------------------------------------------------
@@ -50,7 +40,7 @@ def test_the_reference_follows_the_formula(alpha, tmp_path):
     trainer = scripted_trainer(
         save(tmp_path / "model"), script(), tmp_path, num_iterations=5, max_steps=5, ref_model_mixup_alpha=alpha, **SYNC
     )
-    kept = keep_before_each_update(trainer, lambda: (plain(trainer.model), plain(trainer.ref_model)))
+    kept = before_each_update(trainer, lambda: (plain(trainer.model), plain(trainer.ref_model)))
     trainer.train()
     expected = {name: p.float() for name, p in kept[0][1].named_parameters()}
     for update, (policy, reference) in enumerate(kept):
@@ -77,9 +67,9 @@ def test_a_replayed_trajectory_is_scored_again_only_by_another_reference(tmp_pat
     collect = trainer._collect
 
     def keep(rows):
-        uses, held = collect(rows), trainer._replay.stored
-        updates.append(({use.number for use in uses}, held.end, counted, trainer._reference.key))
-        return uses
+        update, held = collect(rows), trainer._replay.stored
+        updates.append(({row.number for row in update}, held.end, counted, trainer._reference.key))
+        return update
 
     trainer._collect = keep
     trainer.train()
@@ -106,10 +96,10 @@ def test_hard_reset_of_an_adapter(policy, tmp_path):
     folder, given = save(tmp_path / "model", "llama"), {}
     model: Any = folder
     if policy == "trained adapter":
-        model = get_peft_model(AutoModelForCausalLM.from_pretrained(folder), lora())
+        model = get_peft_model(AutoModelForCausalLM.from_pretrained(folder), lora_config())
         perturb(torch.nn.ParameterList([p for p in model.parameters() if p.requires_grad]))
     else:
-        given["peft_config"] = lora()
+        given["peft_config"] = lora_config()
     if policy == "4-bit base":
         given["quantization_config"] = BitsAndBytesConfig(
             load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.float32
@@ -135,7 +125,7 @@ def test_hard_reset_of_an_adapter(policy, tmp_path):
             assert p.requires_grad or p.grad is None
         return {name: p.detach().clone() for name, p in parameters.items()}
 
-    kept = keep_before_each_update(trainer, look)
+    kept = before_each_update(trainer, look)
     trainer.train()
     kept.append(look())
 
@@ -159,8 +149,8 @@ def test_hard_reset_of_an_adapter(policy, tmp_path):
 def test_a_mixture_of_adapters_is_refused_before_anything_is_loaded(form, tmp_path):
     model: Any = "no such folder"
     if form == "model":
-        model = get_peft_model(AutoModelForCausalLM.from_pretrained(save(tmp_path / "model")), lora())
-    adapter = lora() if form == "configuration" else None
+        model = get_peft_model(AutoModelForCausalLM.from_pretrained(save(tmp_path / "model")), lora_config())
+    adapter = lora_config() if form == "configuration" else None
     with pytest.raises(ValueError, match=r"`ref_model_mixup_alpha=0\.5` is refused with adapters"):
         scripted_trainer(model, script(), tmp_path, peft_config=adapter, ref_model_mixup_alpha=0.5, **SYNC)
 
@@ -194,30 +184,69 @@ STRATEGIES: dict[str, dict[str, Any]] = {
 }
 
 
-@pytest.fixture(scope="module")
-def model(tmp_path_factory) -> str:
-    return save(tmp_path_factory.mktemp("model"))
+def run(folder: str, out: str, lora=False, loaded=False, resume: str | None = None, **options: Any) -> dict[str, Any]:
+    """One run.
+
+    Args:
+        folder: of the model.
+        out: where checkpoints go.
+        lora: train an adapter.
+        loaded: pass the model as an object, not as a folder.
+        resume: the checkpoint in `out` to resume from.
+    """
+    adapter = lora_config() if lora else None
+    model = AutoModelForCausalLM.from_pretrained(folder) if loaded else folder
+    trainer = scripted_trainer(model, script(unscored=(1,)), out, peft_config=adapter, **options)
+    references = before_each_update(
+        trainer, lambda: (trainer.state.global_step, whole(trainer._reference._synced().items()))
+    )
+    scored_at = []  # updates made before each forward of the reference
+    score = trainer._score
+
+    def watched_score(*args, **kwargs):
+        if not torch.is_grad_enabled():
+            scored_at.append(trainer.state.global_step)
+        return score(*args, **kwargs)
+
+    trainer._score = watched_score
+    trainer.train(resume_from_checkpoint=resume and f"{out}/{resume}")
+    assert isinstance(next(trainer.model.parameters()), DTensor) == trainer.is_fsdp_enabled
+    losses = gather_object([trainer.losses])
+    return {
+        "strategy": trainer.accelerator.distributed_type.value,
+        "losses": [sum(step) / len(losses) for step in zip(*losses, strict=True)],
+        "scored_at": scored_at,
+        "references": dict(references),
+        "reference": whole(trainer._reference._synced().items()),
+        "policy": whole(trainer._reference._trained().items()),
+    }
+
+
+def runs(folder: str, out: str, runs: dict[str, dict[str, Any]]) -> dict[str, Any]:
+    """All of them, one after the other, in each of the processes."""
+    allow_fsdp_on_cpu()
+    return {name: run(folder, f"{out}/{options.pop('out', name)}", **options) for name, options in runs.items()}
 
 
 @pytest.fixture(scope="module")
-def in_one_process(model, tmp_path_factory) -> dict[str, dict[str, Any]]:
+def in_one_process(qwen2, tmp_path_factory) -> dict[str, dict[str, Any]]:
     out = tmp_path_factory.mktemp("one")
     return {
-        name: train(model, str(out / name), per_device_train_batch_size=8, **options | dict(save_strategy="no"))
+        name: run(qwen2, str(out / name), per_device_train_batch_size=8, **options | dict(save_strategy="no"))
         for name, options in RUNS.items()
     }
 
 
 @pytest.mark.parametrize("strategy", list(STRATEGIES))
-def test_two_processes_sync_as_one_does(strategy, model, in_one_process, tmp_path):
+def test_two_processes_sync_as_one_does(strategy, qwen2, in_one_process, tmp_path):
     """Six updates on two windows, three syncs: within the first window, within the second, and at the end.
 
     Resumed before the first or after the second, a run ends with the same bits, and scores nothing again.
     """
-    runs = {name: dict(options, per_device_train_batch_size=4) for name, options in RUNS.items()}
-    runs["hard reset"]["loaded"] = strategy == "FSDP2"  # there, the reference to compare it with is sharded
+    asked = {name: dict(options, per_device_train_batch_size=4) for name, options in RUNS.items()}
+    asked["hard reset"]["loaded"] = strategy == "FSDP2"  # there, the reference to compare it with is sharded
     resumed = [("moving average", 5), ("adapter", 5), ("adapter", 1)]
-    runs |= {f"{name} from {step}": dict(runs[name], out=name, resume=f"checkpoint-{step}") for name, step in resumed}
+    asked |= {f"{name} from {step}": dict(asked[name], out=name, resume=f"checkpoint-{step}") for name, step in resumed}
     launcher = None
     if settings := STRATEGIES[strategy]:
         config = tmp_path / "launch.json"
@@ -230,28 +259,29 @@ def test_two_processes_sync_as_one_does(strategy, model, in_one_process, tmp_pat
             )
         )  # fmt: skip
         launcher = ["accelerate.commands.launch", "--config_file", str(config)]
-    launch([model, str(tmp_path), json.dumps(runs)], launcher, "reference_processes.py")
-    seen = torch.load(tmp_path / "seen.pt", weights_only=False)
+    seen = launch("test_reference:runs", launcher, folder=qwen2, out=tmp_path, runs=asked)[0]
 
     for name, expected in in_one_process.items():
-        run = seen[name]
-        assert run["strategy"] == settings.get("distributed_type", strategy)
-        assert run["losses"] == pytest.approx(expected["losses"], rel=1e-4)  # Adam amplifies rounding
-        assert run["references"].keys() == set(range(6))
-        for update, reference in run["references"].items():
+        two = seen[name]
+        assert two["strategy"] == settings.get("distributed_type", strategy)
+        assert two["losses"] == pytest.approx(expected["losses"], rel=1e-4)  # Adam amplifies rounding
+        assert two["references"].keys() == set(range(6))
+        for update, reference in two["references"].items():
             assert_close(reference, expected["references"][update])
-        assert_close(run["reference"], expected["reference"])
-        assert same(run["reference"], run["policy"]) == (name != "moving average")
-        assert run["scored_at"] == [0, 2, 3, 4]  # each window by both references that it meets
+        assert_close(two["reference"], expected["reference"])
+        assert same(two["reference"], two["policy"]) == (name != "moving average")
+        assert two["scored_at"] == [0, 2, 3, 4]  # each window by both references that it meets
     assert abs(seen["hard reset"]["losses"][2] - seen["moving average"]["losses"][2]) > 0.1
 
     for name, step in resumed:
-        run, again = seen[name], seen[f"{name} from {step}"]
-        assert again["losses"] == run["losses"][step:]
-        assert again["scored_at"] == [update for update in run["scored_at"] if update >= step]
+        whole_run, again = seen[name], seen[f"{name} from {step}"]
+        assert again["losses"] == whole_run["losses"][step:]
+        assert again["scored_at"] == [update for update in whole_run["scored_at"] if update >= step]
         assert again["references"].keys() == set(range(step, 6))
-        assert all(same(reference, run["references"][update]) for update, reference in again["references"].items())
-        assert same(again["reference"], run["reference"]) and same(again["policy"], run["policy"])
+        assert all(
+            same(reference, whole_run["references"][update]) for update, reference in again["references"].items()
+        )
+        assert same(again["reference"], whole_run["reference"]) and same(again["policy"], whole_run["policy"])
     assert not same(seen["adapter"]["references"][5], seen["adapter"]["references"][0])
 
 

@@ -3,20 +3,22 @@
 from __future__ import annotations
 
 import copy
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
-from oracle import distance, solve
-from test_oracle import TOLERANCE, plain
-from test_trainer import build, folder, logged, prompt, train  # noqa: F401
-from test_two_processes import launch
+from datasets import Dataset
+from helpers.launch import launch
+from helpers.oracle import TOLERANCE, distance, plain, solve
+from helpers.runs import build, kept_returns, logged, prompt, train
 from transformers import TrainerCallback
 
 from tbrm_trl.sources.replay import LEAST_PRIORITY, ReplayBuffer
 from tbrm_trl.trajectory import End, Trajectory
 
 
-def row(step: int, name: int = 0, priority: float | None = None) -> Trajectory:
+def drawn_at(step: int, name: int = 0, priority: float | None = None) -> Trajectory:
     return Trajectory(
         prompt_ids=torch.tensor([name]),
         completion_ids=torch.tensor([1]),
@@ -42,14 +44,14 @@ def names(trajectories) -> list[int]:
 
 def test_first_in_first_out():
     buffer = ReplayBuffer(capacity=3)
-    buffer.add(row(0, name) for name in range(5))
+    buffer.add(drawn_at(0, name) for name in range(5))
     assert names(buffer.stored) == [2, 3, 4]
 
 
 def test_age():
     """At update 7 with a maximal age of 3, what was drawn at updates 4 to 7 remains."""
     buffer = ReplayBuffer(capacity=10, max_age=3)
-    buffer.add(row(step, step) for step in range(8))
+    buffer.add(drawn_at(step, step) for step in range(8))
     sample = buffer.sample(4, 7, alone)
     assert sorted(names(sample.trajectories)) == [4, 5, 6, 7]
     assert sample.ages == [7 - t.policy_step for t in sample.trajectories] and len(buffer) == 4
@@ -60,7 +62,7 @@ def test_uniform_draws_without_replacement():
     """1,200 draws of 2 out of 4: each row about 600 times (sd 17), none twice in one draw, all with weight 1."""
     torch.manual_seed(0)
     buffer = ReplayBuffer(capacity=4)
-    buffer.add(row(0, name) for name in range(4))
+    buffer.add(drawn_at(0, name) for name in range(4))
     counts = [0] * 4
     for _ in range(1200):
         sample = buffer.sample(2, 0, alone)
@@ -72,7 +74,7 @@ def test_uniform_draws_without_replacement():
 
 def test_any_process_that_is_short_stops_all():
     buffer = ReplayBuffer(capacity=4)
-    buffer.add(row(0) for _ in range(4))
+    buffer.add(drawn_at(0) for _ in range(4))
     assert buffer.sample(3, 0, lambda mine: torch.tensor([mine, [2]])) is None
     assert buffer.sample(2, 0, lambda mine: torch.tensor([mine, [2]])) is not None
 
@@ -85,7 +87,7 @@ def test_prioritized_by_hand():
     """
     torch.manual_seed(0)
     buffer = ReplayBuffer(capacity=3, prioritized=True, exponent=1.0, correction=1.0)
-    buffer.add([row(0, 0, priority=1.0), row(0, 1, priority=3.0), row(0, 2)])
+    buffer.add([drawn_at(0, 0, priority=1.0), drawn_at(0, 1, priority=3.0), drawn_at(0, 2)])
     counts, weights = [0] * 3, {}
     for _ in range(500):
         sample = buffer.sample(2, 0, lambda mine: torch.tensor([mine, [2.0, 2.0, 8.0, 4.0, 4.0]]))
@@ -100,7 +102,7 @@ def test_prioritized_draws_from_a_large_buffer_are_as_often_as_they_should_be():
     """Over several blocks, after evictions, changed priorities and rows that were never replayed: 40,000 draws."""
     torch.manual_seed(0)
     buffer = ReplayBuffer(capacity=2500, prioritized=True, exponent=0.7, correction=0.5)
-    buffer.add(row(0, name) for name in range(3100))
+    buffer.add(drawn_at(0, name) for name in range(3100))
     buffer.sample(4, 0, alone)
     known = {number: 0.1 + number % 7 for number in range(600, 3100, 3)}
     for number, priority in known.items():
@@ -123,7 +125,7 @@ def test_prioritized_draws_from_a_large_buffer_are_as_often_as_they_should_be():
 
 def test_a_fitted_trajectory_is_still_drawn():
     buffer = ReplayBuffer(capacity=2, prioritized=True)
-    buffer.add([row(0, 0, priority=0.0), row(0, 1, priority=0.0)])
+    buffer.add([drawn_at(0, 0, priority=0.0), drawn_at(0, 1, priority=0.0)])
     sample = buffer.sample(2, 0, alone)
     assert sample.weights == pytest.approx([1.0, 1.0])
     assert LEAST_PRIORITY > 0
@@ -145,11 +147,11 @@ class At(TrainerCallback):
             self.action()
 
 
-def test_the_buffer_feeds_the_loss(folder, tmp_path):  # noqa: F811
+def test_the_buffer_feeds_the_loss(llama, tmp_path):
     """Two runs that differ in the rewards stored in the buffer alone: the fresh update agrees, the next does not."""
     runs = []
     for change in (0.0, 1.0):
-        trainer = build(folder, tmp_path, **REPLAY)
+        trainer = build(llama, tmp_path, **REPLAY)
 
         def add(trainer=trainer, change=change):
             trainer._replay.stored._records["reward"] += change
@@ -161,42 +163,42 @@ def test_the_buffer_feeds_the_loss(folder, tmp_path):  # noqa: F811
 
 
 @pytest.mark.parametrize("sampling", ["uniform", "prioritized"])
-def test_a_replay_update_is_the_oracles(sampling, folder, tmp_path):  # noqa: F811
+def test_a_replay_update_is_the_oracles(sampling, llama, tmp_path):
     """The gradient of a replay update is the weighted mean over what was drawn, stored reference scores included."""
     trainer = build(
-        folder, tmp_path, **{**REPLAY, "learning_rate": 0.05, "max_grad_norm": 0.0}, replay_sampling=sampling
+        llama, tmp_path, **{**REPLAY, "learning_rate": 0.05, "max_grad_norm": 0.0}, replay_sampling=sampling
     )
-    seen = {}
+    collected = {}
     collect = trainer._collect
 
     def watch(rows):
-        uses = collect(rows)
+        update = collect(rows)
         if trainer.state.global_step == 7:
-            seen.update(uses=copy.deepcopy(uses), policy=plain(trainer.model))
-        return uses
+            collected.update(rows=copy.deepcopy(update), policy=plain(trainer.model))
+        return update
 
     trainer._collect = watch
     trainer.train()
-    uses = seen["uses"]
-    assert [use.origin for use in uses] == ["replayed"] * 4 and len({use.age for use in uses}) > 1
-    assert ({use.weight for use in uses} == {1.0}) is (sampling == "uniform")
+    rows = collected["rows"]
+    assert [row.origin for row in rows] == ["replayed"] * 4 and len({row.age for row in rows}) > 1
+    assert ({row.weight for row in rows} == {1.0}) is (sampling == "uniform")
     reference, expected, loss = plain(trainer.ref_model), None, 0.0
-    for use in uses:
-        answer = solve(seen["policy"], reference, [use.trajectory], beta=0.1)
-        loss += use.weight * answer.loss / 4
-        part = {name: use.weight * g.clone() / 4 for name, g in answer.gradient.items()}
+    for row in rows:
+        answer = solve(collected["policy"], reference, [row.trajectory], beta=0.1)
+        loss += row.weight * answer.loss / 4
+        part = {name: row.weight * g.clone() / 4 for name, g in answer.gradient.items()}
         expected = part if expected is None else {name: expected[name] + g for name, g in part.items()}
     assert trainer.losses[7] == pytest.approx(loss, rel=TOLERANCE)
     assert distance(trainer.recorder.gradients[7], expected) <= TOLERANCE
 
 
-def test_ages_eviction_and_metrics(folder, tmp_path):  # noqa: F811
+def test_ages_eviction_and_metrics(llama, tmp_path):
     """Windows at updates 0, 3, 6 of 4 rows each, a buffer of 8, ages up to 4.
 
     Replay updates 1, 2 see ages 1 and 2; updates 4, 5 see rows of update 3 (ages 1, 2) and of update 0 (age 4, then 5:
     gone); updates 7, 8 see rows of 6 (1, 2) and of 3 (4, then gone). So the fill goes 4 4 4 8 8 4 8 8 4.
     """
-    trainer = train(folder, tmp_path, **REPLAY, replay_max_age=4)
+    trainer = train(llama, tmp_path, **REPLAY, replay_max_age=4)
     assert logged(trainer, "replay/fill") == [4, 4, 4, 8, 8, 4, 8, 8, 4]
     ages = [entry["replay/age_max"] for entry in trainer.state.log_history if "replay/age_max" in entry]
     assert [ages[i] for i in (0, 1, 3, 5)] == [1, 2, 2, 2] and {ages[2], ages[4]} <= {1, 4}
@@ -211,22 +213,22 @@ def test_ages_eviction_and_metrics(folder, tmp_path):  # noqa: F811
         assert entry["residual/rms"] == entry["residual/replayed_rms" if replay else "residual/fresh_rms"]
 
 
-def test_what_does_not_count_does_not_enter(folder, tmp_path):  # noqa: F811
+def test_what_does_not_count_does_not_enter(llama, tmp_path):
     """Unscored rows and, where they are masked, truncated ones: too few remain, so the window is used again."""
 
     def half(completions, **kwargs):
         return [1.0 if index % 2 else None for index in range(len(completions))]
 
     options = {**REPLAY, "max_steps": 6}
-    trainer = train(folder, tmp_path, half, **options, mask_truncated_completions=True)
+    trainer = train(llama, tmp_path, half, **options, mask_truncated_completions=True)
     kept = list(trainer._replay.stored)
     assert all(t.reward == 1.0 and t.end is End.EOS for t in kept)
     assert len(kept) == sum(t.reward == 1.0 and t.end is End.EOS for w in trainer.windows for t in w) < 4
     assert not logged(trainer, "replay/age") and logged(trainer, "residual/reused_rms")
 
 
-def test_no_reference_forward_for_replayed_rows(folder, tmp_path):  # noqa: F811
-    trainer = build(folder, tmp_path, **REPLAY)
+def test_no_reference_forward_for_replayed_rows(llama, tmp_path):
+    trainer = build(llama, tmp_path, **REPLAY)
     scored = []
     trainer.ref_model.base_model.register_forward_pre_hook(
         lambda module, args, kwargs: scored.append(len(kwargs["input_ids"])), with_kwargs=True
@@ -235,10 +237,31 @@ def test_no_reference_forward_for_replayed_rows(folder, tmp_path):  # noqa: F811
     assert scored == [4, 4, 4]  # three windows, nine updates
 
 
-def test_two_processes(tmp_path):
+def replay_shards(folder: str, out: str) -> dict[str, Any]:
+    """A shard of the buffer on each of two processes, one of which runs empty. Returns what this one saw."""
+
+    def reward(completions, trainer_state, **kwargs):
+        scored = trainer.accelerator.process_index == 0 or trainer_state.global_step == 0
+        return [float(len(text)) if scored else None for text in completions]
+
+    prompts = Dataset.from_list([{"prompt": f"{i}:"} for i in range(12)])
+    trainer = build(
+        folder, Path(out), reward, prompts, per_device_train_batch_size=2, max_steps=9,
+        num_iterations=3, replay_buffer_size=8, replay_max_age=4,
+    )  # fmt: skip
+    updates = kept_returns(trainer, "_collect")
+    trainer.train()
+    return {
+        "origins": [rows[0].origin for rows in updates],
+        "drawn": {prompt(row.trajectory) for rows in updates for row in rows if row.origin == "replayed"},
+        "prompts": [prompt(t) for window in trainer.windows for t in window],
+        "shard": [prompt(t) for t in trainer._replay.stored],
+    }
+
+
+def test_two_processes(llama, tmp_path):
     """Disjoint shards; when one shard is emptied by age, both processes fall back on the window, and none stalls."""
-    launch([str(tmp_path)], script="replay_processes.py")
-    first, second = (torch.load(tmp_path / f"seen-{rank}.pt", weights_only=False) for rank in (0, 1))
+    first, second = launch("test_replay:replay_shards", folder=llama, out=tmp_path)
     assert first["origins"] == second["origins"]
     # Window 0 (updates 0 to 2) replays; then process 1 gets no reward, its rows age out, and nobody replays.
     assert (

@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import json
 import math
 import multiprocessing
 import signal
-import subprocess
-import sys
 from collections.abc import Callable, Iterator
 from multiprocessing import forkserver
 from pathlib import Path
@@ -17,9 +14,8 @@ import numpy as np
 import pytest
 import torch
 from common.launch import free_port
-from common.tiny import save
-from resume import CASES, OPTIONS, PROMPTS, build, child
-from test_two_processes import TESTS
+from helpers.launch import SEARCHED, launch
+from helpers.resume import CASES, OPTIONS, PROMPTS, build, child, flat
 
 from tbrm_trl.resume.checkpoint import (
     checkpoint_to_resume,
@@ -44,27 +40,21 @@ WRITTEN = ("marked", "old one unmarked", "old one half-removed", "old one remove
 def imported_once() -> Iterator[None]:
     """Every run is a process of its own, forked from one that has imported everything and run nothing."""
     with pytest.MonkeyPatch.context() as environment:
-        environment.setenv("OMP_NUM_THREADS", "1")
-        environment.setenv("PYTHONPATH", str(TESTS))
-        PROCESSES.set_forkserver_preload(["resume"])
+        environment.setenv("PYTHONPATH", SEARCHED)
+        PROCESSES.set_forkserver_preload(["helpers.resume"])
         forkserver.ensure_running()
         yield
 
 
 @pytest.fixture(scope="module")
-def model(tmp_path_factory) -> str:
-    return save(tmp_path_factory.mktemp("model") / "model")
-
-
-@pytest.fixture(scope="module")
-def uninterrupted(model, tmp_path_factory) -> Callable[[str], Path]:
+def uninterrupted(qwen2, tmp_path_factory) -> Callable[[str], Path]:
     """The folder of a case's run that nothing disturbed."""
     done: dict[str, Path] = {}
 
     def of(case: str) -> Path:
         if case not in done:
             folder = tmp_path_factory.mktemp("uninterrupted")
-            assert not any(train(folder, case, model)), printed(folder)
+            assert not any(train(folder, case, qwen2)), printed(folder)
             done[case] = folder
         return done[case]
 
@@ -76,7 +66,7 @@ def processes_of(case: str) -> int:
 
 
 def train(folder: Path, case: str, model: str, kill: tuple | None = None, **options: Any) -> list[int]:
-    """One run, in as many processes as the case has, with options of `resume.run`. Returns their exit codes."""
+    """One run, in as many processes as the case has, with options of `helpers.resume.run`. Returns their exit codes."""
     number, port = processes_of(case), free_port()
     killed = kill[2] if kill and len(kill) > 2 else 0
     processes = [
@@ -101,20 +91,6 @@ def train(folder: Path, case: str, model: str, kill: tuple | None = None, **opti
 
 def printed(folder: Path) -> str:
     return "\n".join(file.read_text()[-3000:] for file in folder.glob("log-*"))
-
-
-def flat(value: Any, path: str = "") -> Iterator[tuple[str, Any]]:
-    """Every value in it, as something that is equal only if all bits are."""
-    if isinstance(value, dict):
-        for name, inner in value.items():
-            yield from flat(inner, f"{path}/{name}")
-    elif isinstance(value, (list, tuple)):
-        for index, inner in enumerate(value):
-            yield from flat(inner, f"{path}/{index}")
-    elif isinstance(value, (torch.Tensor, np.ndarray)):
-        yield path, (value.dtype, value.shape, np.asarray(value).tobytes())
-    else:
-        yield path, repr(value)
 
 
 def differing(folder: Path, other: Path) -> list[str]:
@@ -164,7 +140,7 @@ KILLS: dict[str, list[tuple]] = {
 
 
 @pytest.mark.parametrize("case", KILLS)
-def test_a_killed_run_ends_as_an_uninterrupted_one(case, model, uninterrupted, tmp_path):
+def test_a_killed_run_ends_as_an_uninterrupted_one(case, qwen2, uninterrupted, tmp_path):
     """Weights, optimizer, reference, trajectories, random state, logs and files; and always a checkpoint to go on from.
 
     Each kill leaves the checkpoints that it should, and the one being written is refused. Then the run is started again
@@ -174,7 +150,7 @@ def test_a_killed_run_ends_as_an_uninterrupted_one(case, model, uninterrupted, t
     out = tmp_path / "out"
     for kill in KILLS[case]:
         point, step = kill[:2]
-        codes = train(tmp_path, case, model, kill, resume=bool(complete_checkpoints(out)))
+        codes = train(tmp_path, case, qwen2, kill, resume=bool(complete_checkpoints(out)))
         assert codes[kill[2] if len(kill) > 2 else 0] == -signal.SIGKILL and all(codes), printed(tmp_path)
         assert (tmp_path / "killed").read_text() == f"{point} {step}"
         (tmp_path / "killed").unlink()
@@ -195,7 +171,7 @@ def test_a_killed_run_ends_as_an_uninterrupted_one(case, model, uninterrupted, t
             with pytest.raises(ValueError, match=rf"{at.name} is not a complete TBRM checkpoint: it was cut short"):
                 checkpoint_to_resume(at, str(out), {})
 
-    assert not any(train(tmp_path, case, model, resume=True)), printed(tmp_path)
+    assert not any(train(tmp_path, case, qwen2, resume=True)), printed(tmp_path)
     assert differing(tmp_path, uninterrupted(case)) == []
     files = [{file.relative_to(run) for file in run.glob("out/**/*")} for run in (tmp_path, uninterrupted(case))]
     assert files[0] == files[1]
@@ -203,25 +179,21 @@ def test_a_killed_run_ends_as_an_uninterrupted_one(case, model, uninterrupted, t
     assert own and {file.suffix for file in own} <= {".json", ".safetensors", ".parquet"}
 
 
-def test_under_a_launcher(model, uninterrupted, tmp_path):
+def test_under_a_launcher(qwen2, uninterrupted, tmp_path):
     """One of two processes dies before it has written its part; the launcher ends the other, and starts both again."""
-    kill = ["random state written", 6]
-    job = {"case": "two, mixed", "model": model, "output_dir": str(tmp_path / "out")}
-    for jobs in ([job, {**job, "kill": kill}], [{**job, "resume": True}] * 2):
-        command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", f"--master_port={free_port()}"]
-        done = subprocess.run(
-            [*command, str(TESTS / "resume.py"), *map(json.dumps, jobs)], capture_output=True, text=True, timeout=240
-        )
-        assert (done.returncode != 0) == ("kill" in jobs[1]), done.stdout[-2000:] + done.stderr[-4000:]
-        if done.returncode:
-            assert (tmp_path / "killed").read_text() == "random state written 6"
-            assert [folder.name for folder in complete_checkpoints(tmp_path / "out")] == ["checkpoint-3"]
+    job = {"case": "two, mixed", "model": qwen2, "output_dir": str(tmp_path / "out")}
+    function = "helpers.resume:run_of_rank"
+    with pytest.raises(AssertionError, match=r"Signal 9 \(SIGKILL\)"):
+        launch(function, jobs=[job, {**job, "kill": ["random state written", 6]}])
+    assert (tmp_path / "killed").read_text() == "random state written 6"
+    assert [folder.name for folder in complete_checkpoints(tmp_path / "out")] == ["checkpoint-3"]
+    launch(function, jobs=[{**job, "resume": True}] * 2)
     assert differing(tmp_path, uninterrupted("two, mixed")) == []
 
 
-def test_an_interrupted_call_of_train_resumes_in_its_process(model, uninterrupted, tmp_path):
+def test_an_interrupted_call_of_train_resumes_in_its_process(qwen2, uninterrupted, tmp_path):
     """As in a notebook: what the interrupted update had begun is forgotten."""
-    assert not any(train(tmp_path, "unlogged", model, interrupt=True)), printed(tmp_path)
+    assert not any(train(tmp_path, "unlogged", qwen2, interrupt=True)), printed(tmp_path)
     assert differing(tmp_path, uninterrupted("unlogged")) == []
 
 
@@ -238,23 +210,23 @@ def test_an_interrupted_call_of_train_resumes_in_its_process(model, uninterrupte
         ("prioritized", {"sync_ref_model": True}, "reference was 'initial' and is 'synced'"),
     ],
 )
-def test_a_checkpoint_of_another_run_is_refused(source, changes, message, model, uninterrupted, tmp_path):
+def test_a_checkpoint_of_another_run_is_refused(source, changes, message, qwen2, uninterrupted, tmp_path):
     [checkpoint] = complete_checkpoints(uninterrupted(source) / "out")
-    trainer = build("prioritized", model, tmp_path / "out", **changes)
+    trainer = build("prioritized", qwen2, tmp_path / "out", **changes)
     with pytest.raises(ValueError, match=rf"{checkpoint.name} belongs to another run: {message}"):
         trainer.train(resume_from_checkpoint=str(checkpoint))
     assert trainer.state.global_step == 0
 
 
-def test_the_data_cannot_be_started_anew(model, tmp_path):
+def test_the_data_cannot_be_started_anew(qwen2, tmp_path):
     with pytest.raises(ValueError, match="restores no position to go on at"):
-        build("fresh", model, tmp_path, ignore_data_skip=True).train(resume_from_checkpoint=True)
+        build("fresh", qwen2, tmp_path, ignore_data_skip=True).train(resume_from_checkpoint=True)
 
 
-def test_no_complete_checkpoint(model, uninterrupted, tmp_path):
+def test_no_complete_checkpoint(qwen2, uninterrupted, tmp_path):
     """None at all; one that holds the model alone; one that does not exist."""
     out = tmp_path / "out"
-    trainer = build("replay", model, out, save_only_model=True, max_steps=3)
+    trainer = build("replay", qwen2, out, save_only_model=True, max_steps=3)
     with pytest.raises(ValueError, match=rf"No complete checkpoint in {out}. Start without `resume_from_checkpoint`"):
         trainer.train(resume_from_checkpoint=True)
     trainer.train()

@@ -3,95 +3,28 @@
 from __future__ import annotations
 
 import math
-import random
 from collections import defaultdict
 from dataclasses import dataclass
+from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
-from common.tiny import perturb, save, save_value_model, tokenizer
+from accelerate.utils import gather_object
+from common.tiny import perturb, save_value_model, tokenizer
 from datasets import Dataset
-from oracle import distance, logits_of
-from test_oracle import TOLERANCE, plain
-from test_trainer import build, letters
-from test_two_processes import launch
+from helpers.launch import launch
+from helpers.oracle import TOLERANCE, distance, logits_of, plain
+from helpers.runs import Update, build, kept_returns, letters, log, one_update
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForSequenceClassification
 
 from tbrm_trl import SoftValue, TBRMConfig, bellman_residual, squared_residual_loss, trajectory_log_ratio
 from tbrm_trl.loss.soft_value import ConstantValue, ValueInputs
 from tbrm_trl.loss.soft_value.log_mean_exp import log_mean_exp
-from tbrm_trl.trajectory import End, Trajectory, UpdateRow
+from tbrm_trl.trajectory import End, Trajectory
 
 BETA = 0.1
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    return save(tmp_path_factory.mktemp("llama"), "llama")
-
-
-def log(prompts: int = 4, each: int = 2, seed: int = 0, unscored: tuple[int, ...] = ()) -> list[dict]:
-    """`each` completions for each prompt, some with inserted tokens, some cut, in mixed order."""
-    rng, rows = random.Random(seed), []
-    for prompt in range(prompts):
-        prompt_ids = [2, *(rng.randrange(3, 60) for _ in range(rng.randint(1, 6)))]
-        for one in range(each):
-            completion = [rng.randrange(3, 60) for _ in range(rng.randint(3, 8))]
-            mask = [1] * len(completion)
-            if one == 1:
-                mask[:1] = [0]  # inserted first: s_1 is not the prompt's end
-            else:
-                completion[-1] = 1
-            rows.append(
-                {
-                    "prompt": f"{prompt}:",
-                    "prompt_ids": prompt_ids,
-                    "completion_ids": completion,
-                    "loss_mask": mask,
-                    "reward": None if len(rows) in unscored else round(rng.uniform(-1, 1), 2),
-                }
-            )
-    rng.shuffle(rows)
-    return rows
-
-
-@dataclass
-class Seen:
-    """One update of a trainer at learning rate 0, and float64 copies of its policy and reference."""
-
-    loss: float
-    gradient: dict[str, torch.Tensor]
-    uses: list[UpdateRow]
-    policy: torch.nn.Module
-    reference: torch.nn.Module
-    trainer: object = None
-
-    @property
-    def counted(self) -> list[Trajectory]:
-        return [use.trajectory for use in self.uses if use.left_out is None]
-
-
-def one_update(folder, tmp_path, rows=None, reward_funcs=None, watch=None, **options) -> Seen:
-    rows = log() if rows is None else rows
-    defaults = dict(beta=BETA, learning_rate=0.0, max_steps=1, max_grad_norm=0.0, per_device_train_batch_size=8)
-    data = Dataset.from_list(rows)
-    trainer = build(folder, tmp_path, reward_funcs, data, **{**defaults, **options})
-    reference = plain(AutoModelForCausalLM.from_pretrained(folder))
-    perturb(trainer.model)
-    updates = watch_updates(trainer)
-    if watch is not None:
-        watch(trainer)
-    trainer.train()
-    loss = trainer.state.log_history[0]["loss"]
-    return Seen(loss, trainer.recorder.gradients[0], updates[0], plain(trainer.model), reference, trainer)
-
-
-def watch_updates(trainer) -> list[list[UpdateRow]]:
-    """Keeps what each update of this process is made of."""
-    collect, updates = trainer._collect, []
-    trainer._collect = lambda rows: updates.append(collect(rows)) or updates[-1]
-    return updates
 
 
 @dataclass
@@ -103,7 +36,7 @@ class Parts:
     log_ratio: torch.Tensor
 
 
-def parts(seen: Seen, trajectory: Trajectory) -> Parts:
+def parts(seen: Update, trajectory: Trajectory) -> Parts:
     logits = logits_of(seen.policy, trajectory, 1.0)
     with torch.no_grad():
         ref_logits = logits_of(seen.reference, trajectory, 1.0)
@@ -124,7 +57,7 @@ def by_prompt(trajectories) -> dict[tuple, list[Trajectory]]:
     return groups
 
 
-def solve(seen: Seen, values) -> tuple[float, dict[str, torch.Tensor]]:
+def solve(seen: Update, values) -> tuple[float, dict[str, torch.Tensor]]:
     """Loss and gradient of the mean of (β δ)², V in nats from `values(trajectory, its parts)`."""
     seen.policy.zero_grad()
     counted, loss = seen.counted, 0.0
@@ -137,46 +70,46 @@ def solve(seen: Seen, values) -> tuple[float, dict[str, torch.Tensor]]:
     return loss, {name: p.grad for name, p in seen.policy.named_parameters()}
 
 
-def check(seen: Seen, values) -> None:
+def check(seen: Update, values) -> None:
     loss, gradient = solve(seen, values)
     assert loss > 1e-4 and seen.loss == pytest.approx(loss, rel=TOLERANCE)
     assert distance(seen.gradient, gradient) <= TOLERANCE
 
 
-def group_value(seen: Seen, trajectory: Trajectory) -> float:
+def group_value(seen: Update, trajectory: Trajectory) -> float:
     group = by_prompt(seen.counted)[tuple(trajectory.prompt_ids.tolist())]
     with torch.no_grad():
         return sum(t.reward / BETA - parts(seen, t).log_ratio.item() for t in group) / len(group)
 
 
-def test_zero(folder, tmp_path):
-    check(one_update(folder, tmp_path, soft_value="zero"), lambda t, of: 0.0)
+def test_zero(llama, tmp_path):
+    check(one_update(llama, tmp_path, soft_value="zero"), lambda t, of: 0.0)
 
 
 # ---- groups under the current policy -------------------------------------------------------------------------------
 
 
-def test_group(folder, tmp_path):
-    seen = one_update(folder, tmp_path, soft_value="group", num_generations=2)
+def test_group(llama, tmp_path):
+    seen = one_update(llama, tmp_path, soft_value="group", num_generations=2)
     assert sorted(map(len, by_prompt(seen.counted).values())) == [2, 2, 2, 2]
     check(seen, lambda t, of: group_value(seen, t))
 
 
 @pytest.mark.parametrize("size", [1, 2, 3, 6])
-def test_a_group_split_over_micro_batches(size, folder, tmp_path):
+def test_a_group_split_over_micro_batches(size, llama, tmp_path):
     """Groups of 3 in micro-batches of 1, 2, 3 and 6: where they are split, a pass of its own gives the same value."""
     rows = log(prompts=2, each=3)
     options = dict(soft_value="group", num_generations=3, gradient_accumulation_steps=6 // size)
-    seen = one_update(folder, tmp_path, rows, per_device_train_batch_size=size, **options)
-    assert (seen.uses[0].value is None) is (size % 3 == 0)
+    seen = one_update(llama, tmp_path, rows, per_device_train_batch_size=size, **options)
+    assert (seen.rows[0].value is None) is (size % 3 == 0)
     check(seen, lambda t, of: group_value(seen, t))
 
 
-def test_a_group_with_one_scored_row_leaves_the_loss(folder, tmp_path):
+def test_a_group_with_one_scored_row_leaves_the_loss(llama, tmp_path):
     """Of 4 pairs one has a row that nobody can score: 6 count, one is `unscored`, its partner has `no_value`."""
     rows = log(unscored=(3,))
     seen = one_update(
-        folder, tmp_path, rows, lambda prompts, **kwargs: [None] * len(prompts), soft_value="group", num_generations=2
+        llama, tmp_path, rows, lambda prompts, **kwargs: [None] * len(prompts), soft_value="group", num_generations=2
     )
     metrics = seen.trainer.state.log_history[0]
     assert (metrics["left_out/unscored"], metrics["left_out/no_value"]) == (1 / 8, 1 / 8)
@@ -184,9 +117,9 @@ def test_a_group_with_one_scored_row_leaves_the_loss(folder, tmp_path):
     check(seen, lambda t, of: group_value(seen, t))
 
 
-def test_pairs_are_rebel(folder, tmp_path):
+def test_pairs_are_rebel(llama, tmp_path):
     """REBEL squares `β (log-ratio_1 − log-ratio_2) − (r_1 − r_2)`: of a pair, four times the group's mean square."""
-    seen = one_update(folder, tmp_path, soft_value="group", num_generations=2)
+    seen = one_update(llama, tmp_path, soft_value="group", num_generations=2)
     seen.policy.zero_grad()
     loss = 0.0
     for first, second in by_prompt(seen.counted).values():
@@ -199,10 +132,10 @@ def test_pairs_are_rebel(folder, tmp_path):
     assert distance(seen.gradient, expected) <= TOLERANCE
 
 
-def test_variance_with_gradient_in_the_mean(folder, tmp_path):
+def test_variance_with_gradient_in_the_mean(llama, tmp_path):
     """VarGrad's variance, `1/k Σ (d − mean d)²`, differentiated through the mean too; GVPO's is k/(k − 1) of it."""
     k = 4
-    seen = one_update(folder, tmp_path, log(prompts=2, each=k), soft_value="group", num_generations=k)
+    seen = one_update(llama, tmp_path, log(prompts=2, each=k), soft_value="group", num_generations=k)
     seen.policy.zero_grad()
     loss = 0.0
     for group in by_prompt(seen.counted).values():
@@ -215,16 +148,42 @@ def test_variance_with_gradient_in_the_mean(folder, tmp_path):
     assert distance(seen.gradient, expected) <= TOLERANCE
 
 
-def test_two_processes(folder, tmp_path):
+def group_and_sample(folder: str, out: str) -> dict[str, Any]:
+    """Groups of logged pairs, then sampling of optimal values. Returns what both processes saw."""
+    options = dict(beta=0.1, learning_rate=0.0, max_steps=1, max_grad_norm=0.0)
+    grouped = build(
+        folder, Path(out) / "group", None, Dataset.from_list(log()), soft_value="group", num_generations=2,
+        per_device_train_batch_size=1, gradient_accumulation_steps=4, **options,
+    )  # fmt: skip
+    perturb(grouped.accelerator.unwrap_model(grouped.model))
+    updates = kept_returns(grouped, "_collect")
+    grouped.train()
+    rows, losses = gather_object(updates[0]), gather_object([grouped.state.log_history[0]["loss"]])
+
+    sampled = build(
+        folder, Path(out) / "optimal", letters, PROMPTS, soft_value="optimal", soft_value_samples=4,
+        per_device_train_batch_size=2, max_steps=1,
+    )  # fmt: skip
+    sampled.train()
+    return {
+        "rows": rows,
+        "losses": losses,
+        "gradient": grouped.recorder.gradients[0],
+        "policy": grouped.accelerator.unwrap_model(grouped.model).state_dict(),
+        "columns": gather_object([sampled.train_dataset["optimal_value"]]),
+        "values": gather_object([[t.value for t in sampled.windows[-1]]]),
+    }
+
+
+def test_two_processes(llama, tmp_path):
     """A pair on each process and in micro-batches of one row; prompts are sampled in blocks of both processes."""
-    launch([folder, str(tmp_path)], script="soft_value_processes.py")
-    seen = torch.load(tmp_path / "seen.pt", weights_only=False)
-    policy = AutoModelForCausalLM.from_pretrained(folder)
+    seen = launch("test_soft_values:group_and_sample", folder=llama, out=tmp_path)[0]
+    policy = AutoModelForCausalLM.from_pretrained(llama)
     policy.load_state_dict(seen["policy"])
-    reference = plain(AutoModelForCausalLM.from_pretrained(folder))
-    both = Seen(seen["losses"][0], seen["gradient"], seen["uses"], plain(policy), reference)
+    reference = plain(AutoModelForCausalLM.from_pretrained(llama))
+    both = Update(seen["losses"][0], seen["gradient"], seen["rows"], plain(policy), reference)
     assert len(both.counted) == 8 and sorted(map(len, by_prompt(both.counted).values())) == [2, 2, 2, 2]
-    assert all(use.value is not None for use in both.uses)
+    assert all(row.value is not None for row in both.rows)
     check(both, lambda t, of: group_value(both, t))
 
     first, second = seen["columns"]
@@ -232,22 +191,15 @@ def test_two_processes(folder, tmp_path):
     assert {value for values in seen["values"] for value in values} <= set(first)
 
 
-def test_groups_are_replayed_whole(folder, tmp_path):
+def test_groups_are_replayed_whole(llama, tmp_path):
     trainer = build(
-        folder, tmp_path, soft_value="group", num_generations=2, per_device_train_batch_size=4, max_steps=6,
+        llama, tmp_path, soft_value="group", num_generations=2, per_device_train_batch_size=4, max_steps=6,
         num_iterations=3, replay_buffer_size=8,
     )  # fmt: skip
-    collect, replayed = trainer._collect, []
-
-    def watch(rows):
-        uses = collect(rows)
-        replayed.extend(
-            (a, b) for a, b in zip(uses[::2], uses[1::2], strict=True) if a.origin == b.origin == "replayed"
-        )
-        return uses
-
-    trainer._collect = watch
+    updates = kept_returns(trainer, "_collect")
     trainer.train()
+    pairs = [pair for rows in updates for pair in zip(rows[::2], rows[1::2], strict=True)]
+    replayed = [(a, b) for a, b in pairs if a.origin == b.origin == "replayed"]
     assert len(replayed) == 8  # two pairs in each of four replay updates
     for a, b in replayed:
         assert (
@@ -259,9 +211,9 @@ def test_groups_are_replayed_whole(folder, tmp_path):
 
 
 @pytest.mark.parametrize("soft_value_beta", [None, 1.0, math.inf])
-def test_log_mean_exp(soft_value_beta, folder, tmp_path):
+def test_log_mean_exp(soft_value_beta, llama, tmp_path):
     seen = one_update(
-        folder, tmp_path, soft_value="log_mean_exp", num_generations=2, soft_value_beta=soft_value_beta
+        llama, tmp_path, soft_value="log_mean_exp", num_generations=2, soft_value_beta=soft_value_beta
     )  # fmt: skip
     b = soft_value_beta or BETA
 
@@ -286,12 +238,12 @@ def test_log_mean_exp_by_hand():
 
 
 @pytest.mark.parametrize("self_normalized", [False, True])
-def test_partition(self_normalized, folder, tmp_path):
+def test_partition(self_normalized, llama, tmp_path):
     """Over the distinct completions of a prompt: a repeated one is one term of the sum, with its mean reward."""
     rows = log(prompts=2, each=3)
     repeated = {**rows[0], "reward": rows[0]["reward"] + 0.5}
     rows = [*rows, repeated, {**rows[1]}]
-    seen = one_update(folder, tmp_path, rows, soft_value="partition", soft_value_self_normalized=self_normalized)
+    seen = one_update(llama, tmp_path, rows, soft_value="partition", soft_value_self_normalized=self_normalized)
     assert len(seen.counted) == 8
     ids = list(rows[0]["prompt_ids"]), list(rows[0]["completion_ids"])
 
@@ -317,13 +269,13 @@ def test_partition(self_normalized, folder, tmp_path):
     check(seen, value)
 
 
-def test_optimal_from_a_column(folder, tmp_path):
+def test_optimal_from_a_column(llama, tmp_path):
     rows = [{**row, "optimal_value": 0.1 * len(row["prompt_ids"])} for row in log()]
-    seen = one_update(folder, tmp_path, rows, soft_value="optimal")
+    seen = one_update(llama, tmp_path, rows, soft_value="optimal")
     check(seen, lambda t, of: 0.1 * len(t.prompt_ids) / BETA)
 
 
-def test_optimal_is_a2pos_loss(folder, tmp_path):
+def test_optimal_is_a2pos_loss(llama, tmp_path):
     """TRL's experimental A*-PO on the same trajectories: `(β₂ log-ratio − (r − V*))²`, its loss with β₂ = β.
 
     Intended differences, none of which shows here: A2PO drops prompts whose samples all fail by default (here
@@ -333,7 +285,7 @@ def test_optimal_is_a2pos_loss(folder, tmp_path):
     from trl.experimental.a2po import A2POConfig, A2POTrainer
 
     rows = [{**row, "loss_mask": None, "optimal_value": 0.3} for row in log()]
-    seen = one_update(folder, tmp_path, rows, soft_value="optimal")
+    seen = one_update(llama, tmp_path, rows, soft_value="optimal")
     peer = object.__new__(A2POTrainer)
     peer.args = object.__new__(A2POConfig)
     peer.args.beta2 = BETA
@@ -363,12 +315,12 @@ def test_optimal_is_a2pos_loss(folder, tmp_path):
 PROMPTS = Dataset.from_list([{"prompt": text} for text in ("1+1=", "Say: ab", "c", "What? ", "longer", "x y")])
 
 
-def test_optimal_by_sampling(folder, tmp_path):
+def test_optimal_by_sampling(llama, tmp_path):
     """V̂* of 4 samples per prompt, kept on disk: a second run reads them and samples nothing; training is unmoved."""
     options = dict(
         soft_value="optimal", soft_value_samples=4, soft_value_beta=0.5, per_device_train_batch_size=3, max_steps=2
     )
-    first = build(folder, tmp_path, letters, PROMPTS, **options)
+    first = build(llama, tmp_path, letters, PROMPTS, **options)
     first.train()
     [file] = (tmp_path / "out" / "optimal_values").glob("*.parquet")
     rewards = Dataset.from_parquet(str(file), cache_dir=str(tmp_path))["rewards"]
@@ -382,16 +334,16 @@ def test_optimal_by_sampling(folder, tmp_path):
         text = tuple(map(ord, first.processing_class.decode(trajectory.prompt_ids, skip_special_tokens=True)))
         assert trajectory.value == by_prompt_ids[text]
 
-    again = build(folder, tmp_path, letters, PROMPTS, **options)
+    again = build(llama, tmp_path, letters, PROMPTS, **options)
     again.train()
     assert sum(len(window) for window in again.windows) == 2 * 3
     assert again.losses == first.losses  # sampling left no trace in training's random numbers
-    other = build(folder, tmp_path, letters, PROMPTS, **{**options, "soft_value_samples": 2})
+    other = build(llama, tmp_path, letters, PROMPTS, **{**options, "soft_value_samples": 2})
     other.train()
     assert len(list((tmp_path / "out" / "optimal_values").glob("*.parquet"))) == 2
 
 
-def test_optimal_goes_on_where_it_was_interrupted(folder, tmp_path):
+def test_optimal_goes_on_where_it_was_interrupted(llama, tmp_path):
     """Blocks of one prompt (4 samples, windows of 3): killed in the fourth, the next run samples three more."""
     options = dict(soft_value="optimal", soft_value_samples=4, per_device_train_batch_size=3, max_steps=1)
     calls, dies = [], True
@@ -403,46 +355,46 @@ def test_optimal_goes_on_where_it_was_interrupted(folder, tmp_path):
         return letters(completions)
 
     with pytest.raises(KeyboardInterrupt):
-        build(folder, tmp_path, counted, PROMPTS, **options).train()
+        build(llama, tmp_path, counted, PROMPTS, **options).train()
     assert calls == [4] * 4
     calls, dies = [], False
-    resumed = build(folder, tmp_path, counted, PROMPTS, **options)
+    resumed = build(llama, tmp_path, counted, PROMPTS, **options)
     resumed.train()
     assert calls == [4] * 3 + [3]
-    whole = build(folder, tmp_path / "whole", letters, PROMPTS, **options)
+    whole = build(llama, tmp_path / "whole", letters, PROMPTS, **options)
     whole.train()
     assert resumed.train_dataset["optimal_value"] == whole.train_dataset["optimal_value"]
 
 
-def test_another_reward_or_template_is_sampled_again(folder, tmp_path):
+def test_another_reward_or_template_is_sampled_again(llama, tmp_path):
     """The name on disk is made of what the functions do, not of what they are called."""
     options = dict(soft_value="optimal", soft_value_samples=2, per_device_train_batch_size=3, max_steps=1)
 
     def reward(completions, **kwargs):
         return [0.0] * len(completions)
 
-    first = build(folder, tmp_path, reward, PROMPTS, **options)
+    first = build(llama, tmp_path, reward, PROMPTS, **options)
     first.train()
 
     def reward(completions, **kwargs):
         return [1.0] * len(completions)
 
-    second = build(folder, tmp_path, reward, PROMPTS, **options)
+    second = build(llama, tmp_path, reward, PROMPTS, **options)
     second.train()
     assert set(first.train_dataset["optimal_value"]) == {0.0}
     assert second.train_dataset["optimal_value"] == pytest.approx([1.0] * 6)
-    unlike = build(folder, tmp_path, reward, PROMPTS, **options)
+    unlike = build(llama, tmp_path, reward, PROMPTS, **options)
     unlike.chat_template = "{{ messages }}"
     unlike.train()
     assert len(list((tmp_path / "out" / "optimal_values").glob("*.parquet"))) == 3
 
 
-def test_unsolved_prompts_can_be_dropped(folder, tmp_path):
+def test_unsolved_prompts_can_be_dropped(llama, tmp_path):
     def only_some(prompts, **kwargs):
         return [float(prompt in ("c", "x y", "longer")) for prompt in prompts]
 
     trainer = build(
-        folder, tmp_path, only_some, PROMPTS, soft_value="optimal", soft_value_samples=2, soft_value_drop_unsolved=True,
+        llama, tmp_path, only_some, PROMPTS, soft_value="optimal", soft_value_samples=2, soft_value_drop_unsolved=True,
         per_device_train_batch_size=3, max_steps=3,
     )  # fmt: skip
     trainer.train()
@@ -451,27 +403,27 @@ def test_unsolved_prompts_can_be_dropped(folder, tmp_path):
     assert trained == {"c", "x y", "longer"}
 
 
-def test_too_few_solved_prompts(folder, tmp_path):
+def test_too_few_solved_prompts(llama, tmp_path):
     trainer = build(
-        folder, tmp_path, lambda prompts, **kwargs: [float(p == "c") for p in prompts], PROMPTS, soft_value="optimal",
+        llama, tmp_path, lambda prompts, **kwargs: [float(p == "c") for p in prompts], PROMPTS, soft_value="optimal",
         soft_value_samples=2, soft_value_drop_unsolved=True, per_device_train_batch_size=3,
     )  # fmt: skip
     with pytest.raises(ValueError, match="leaves 1 of 6 prompts, fewer than the 3 of one generation window"):
         trainer.train()
 
 
-def test_what_leaves_the_loss_leaves_the_sum(folder, tmp_path):
+def test_what_leaves_the_loss_leaves_the_sum(llama, tmp_path):
     """A logged row without an action would count in the partition function with π_ref = exp(0) = 1."""
     rows = log(prompts=2, each=3)
     idle = {**rows[0], "loss_mask": [0] * len(rows[0]["loss_mask"]), "completion_ids": [5] * len(rows[0]["loss_mask"])}
     values = []
     for data in ([*rows, *rows[:2]], [*rows, idle, rows[1]]):
-        seen = one_update(folder, tmp_path, data, soft_value="partition")
+        seen = one_update(llama, tmp_path, data, soft_value="partition")
         values.append({round(t.value, 6) for t in seen.counted})
     assert values[0] == values[1] and len(values[0]) == 2
 
 
-def test_a_value_that_is_not_a_number_leaves_the_loss(folder, tmp_path):
+def test_a_value_that_is_not_a_number_leaves_the_loss(llama, tmp_path):
     class SomeNaN(ConstantValue):
         name = "some_nan"
 
@@ -480,25 +432,25 @@ def test_a_value_that_is_not_a_number_leaves_the_loss(folder, tmp_path):
                 trajectory.value = math.nan if place == 2 else 0.0
 
     try:
-        seen = one_update(folder, tmp_path, soft_value="some_nan")
+        seen = one_update(llama, tmp_path, soft_value="some_nan")
     finally:
         del SoftValue.registry["some_nan"]
     assert len(seen.counted) == 7
     check(seen, lambda t, of: 0.0)
 
 
-def test_whole_groups_in_evaluation(folder, tmp_path):
+def test_whole_groups_in_evaluation(llama, tmp_path):
     with pytest.raises(ValueError, match="per_device_eval_batch_size=3 does not hold whole groups of 2"):
         build(
-            folder, tmp_path, letters, PROMPTS, soft_value="group", num_generations=2, per_device_eval_batch_size=3,
+            llama, tmp_path, letters, PROMPTS, soft_value="group", num_generations=2, per_device_eval_batch_size=3,
             eval_dataset=PROMPTS,
         )  # fmt: skip
 
 
-def test_model(folder, tmp_path):
+def test_model(llama, tmp_path):
     """A value model scores the tokens up to s_1, inserted ones included."""
     of_values = save_value_model(tmp_path / "value", "llama")
-    seen = one_update(folder, tmp_path, soft_value="model", soft_value_model=of_values)
+    seen = one_update(llama, tmp_path, soft_value="model", soft_value_model=of_values)
     value_model = LlamaForSequenceClassification.from_pretrained(of_values).double()
 
     def value(trajectory, of):
@@ -525,7 +477,7 @@ def random_rows(soft_value: str, group: list[int], seed: int = 0, **changes):
         for name in ("policy_value", "ref_value", "log_ratio", "reward", "value")
     }
     numbers["log_ratio"].requires_grad_()
-    numbers |= changes
+    numbers |= {"hidden": torch.zeros(12, 4), **changes}
     rows = ValueInputs(**numbers, group=torch.tensor(group), counted=torch.ones(12, dtype=torch.bool), beta=BETA)
     value = SoftValue.registry[soft_value](None)(rows)
     return rows, bellman_residual(value, rows.log_ratio, rows.reward, BETA)
@@ -594,13 +546,13 @@ def test_a2po_is_optimal():
 
 
 @pytest.mark.parametrize("soft_value", ["calibrated", "zero", "group", "log_mean_exp", "optimal"])
-def test_without_reward_the_reference_is_the_optimum(soft_value, folder, tmp_path):
+def test_without_reward_the_reference_is_the_optimum(soft_value, llama, tmp_path):
     """R = 0 at θ = θ_ref: |β δ| below 1e-6, and a step of SGD moves no parameter by more than 1e-7."""
     rows = [{**row, "reward": 0.0} for row in log()]
     if soft_value == "optimal":
         rows = [{**row, "optimal_value": 0.0} for row in rows]
     trainer = build(
-        folder, tmp_path, None, Dataset.from_list(rows), soft_value=soft_value, max_steps=1, learning_rate=0.1,
+        llama, tmp_path, None, Dataset.from_list(rows), soft_value=soft_value, max_steps=1, learning_rate=0.1,
         optim="sgd", num_generations=2, per_device_train_batch_size=8, max_grad_norm=0.0,
     )  # fmt: skip
     start = [p.detach().clone() for p in trainer.model.parameters()]
@@ -609,10 +561,10 @@ def test_without_reward_the_reference_is_the_optimum(soft_value, folder, tmp_pat
     assert max((a - b).abs().max().item() for a, b in zip(start, trainer.model.parameters(), strict=True)) < 1e-7
 
 
-def test_with_the_policys_value_it_is_not(folder, tmp_path):
+def test_with_the_policys_value_it_is_not(llama, tmp_path):
     """What the bound above is measured against: V itself, some nats, is then the residual of TBRM."""
     rows = [{**row, "reward": 0.0} for row in log()]
-    seen = one_update(folder, tmp_path, rows, soft_value="policy")
+    seen = one_update(llama, tmp_path, rows, soft_value="policy")
     assert seen.trainer.state.log_history[0]["residual/rms"] > 0.1
 
 
@@ -672,7 +624,7 @@ def test_data_that_an_estimator_cannot_work_with(rows, options, message, tmp_pat
         build("no/such-model", tmp_path, letters, Dataset.from_list(rows), **options)
 
 
-def test_value_model_of_another_vocabulary(folder, tmp_path):
+def test_value_model_of_another_vocabulary(llama, tmp_path):
     config = LlamaConfig(
         vocab_size=20, hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2, num_labels=1
     )
@@ -680,7 +632,7 @@ def test_value_model_of_another_vocabulary(folder, tmp_path):
     tokenizer(alphabet="abc").save_pretrained(tmp_path / "value")
     with pytest.raises(ValueError, match="another vocabulary"):
         build(
-            folder, tmp_path, None, Dataset.from_list(log()), soft_value="model",
+            llama, tmp_path, None, Dataset.from_list(log()), soft_value="model",
             soft_value_model=str(tmp_path / "value"),
         )  # fmt: skip
 
@@ -689,10 +641,10 @@ def test_value_model_of_another_vocabulary(folder, tmp_path):
 
 
 @pytest.mark.parametrize("soft_value", ["group", "log_mean_exp", "optimal"])
-def test_evaluation(soft_value, folder, tmp_path):
+def test_evaluation(soft_value, llama, tmp_path):
     """Groups of the evaluation set have their own size; its prompts have no sampled value, and leave the loss."""
     trainer = build(
-        folder, tmp_path, letters, PROMPTS, soft_value=soft_value, num_generations=2, num_generations_eval=3,
+        llama, tmp_path, letters, PROMPTS, soft_value=soft_value, num_generations=2, num_generations_eval=3,
         per_device_train_batch_size=6, per_device_eval_batch_size=6, eval_dataset=PROMPTS,
         **({"soft_value_samples": 2} if soft_value == "optimal" else {}),
     )  # fmt: skip
@@ -703,7 +655,7 @@ def test_evaluation(soft_value, folder, tmp_path):
         assert metrics["eval_residual/rms"] > 0
 
 
-def test_an_estimator_of_ones_own(folder, tmp_path):
+def test_an_estimator_of_ones_own(llama, tmp_path):
     class Half(SoftValue):
         name = "half"
 
@@ -711,7 +663,7 @@ def test_an_estimator_of_ones_own(folder, tmp_path):
             return 0.5 * rows.policy_value
 
     try:
-        seen = one_update(folder, tmp_path, soft_value="half")
+        seen = one_update(llama, tmp_path, soft_value="half")
     finally:
         del SoftValue.registry["half"]
     check(seen, lambda t, of: 0.5 * of.value)

@@ -9,9 +9,9 @@ import torch
 from accelerate.utils import DistributedType
 from common.tiny import perturb, save
 from datasets import Dataset
+from helpers.runs import config
+from helpers.scripted import script, scripted_trainer
 from peft import LoHaConfig, LoraConfig, PromptTuningConfig, get_peft_model
-from scripted import script, scripted_trainer
-from test_config import config
 from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 
 from tbrm_trl.checks.advice import beta_for_length, startup_line, warn_of_beta, warn_of_soft_value

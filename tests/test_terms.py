@@ -3,22 +3,30 @@
 from __future__ import annotations
 
 import itertools
-import json
 import math
 import statistics
 from collections import Counter
-from dataclasses import asdict, replace
+from dataclasses import replace
 
 import pytest
 import torch
 from common.tiny import perturb, save
-from oracle import distance, solve
+from helpers.oracle import (
+    TOLERANCE,
+    check,
+    copy_of_adapter,
+    distance,
+    merged,
+    options_of,
+    perturb_adapter,
+    plain,
+    solve,
+)
+from helpers.runs import config, log, one_update
+from helpers.scripted import Row, script, scripted_trainer
+from helpers.sharded import unwrapped
+from helpers.two_processes import on_two_processes
 from peft import LoraConfig
-from scripted import Row, script, scripted_trainer
-from test_config import config
-from test_oracle import TOLERANCE, check, copy_of_adapter, merged, options_of, perturb_adapter, plain
-from test_soft_values import log, one_update
-from test_two_processes import launch, strip
 from transformers import AutoModelForCausalLM
 
 import tbrm_trl.trainer
@@ -30,11 +38,6 @@ from tbrm_trl.sources.returns import mean_reward, total_reward
 
 NAN = math.nan
 MASK = torch.tensor([[0, 1, 1, 0, 1, 1], [0, 0, 1, 0, 1, 0]]).bool()  # 4 and 2 actions, an inserted token between
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    return save(tmp_path_factory.mktemp("qwen2"))
 
 
 def float64(*shape, seed=0) -> torch.Tensor:
@@ -76,11 +79,11 @@ CENTRED = {"reward_baseline": "batch_mean"}  # the threshold is one of rewards, 
     [(SFT | CENTRED, 1), (ENTROPY, 1), *((SFT | ENTROPY | {"loss_units": "logits"}, n) for n in (1, 2, 4))],
     ids=str,
 )
-def test_added_terms(terms, accumulation, folder, tmp_path):
+def test_added_terms(terms, accumulation, qwen2, tmp_path):
     """In either unit the same multiple of (β δ)²: with `logits`, all of it is divided by β²."""
     rows = [replace(row, reward=row.reward and 1 + row.reward) for row in script(unscored=(3,))]
     trainer = scripted_trainer(
-        folder, rows, tmp_path, **terms, temperature=0.7,
+        qwen2, rows, tmp_path, **terms, temperature=0.7,
         per_device_train_batch_size=8 // accumulation, gradient_accumulation_steps=accumulation,
     )  # fmt: skip
     answer, trajectories = check(trainer)
@@ -113,10 +116,10 @@ def test_token_residuals_by_a_loop():
 
 
 @pytest.mark.parametrize("accumulation", [1, 2, 4])
-def test_token_residual(accumulation, folder, tmp_path):
+def test_token_residual(accumulation, qwen2, tmp_path):
     """With rows that no function could score, and whose NaN may not reach the gradient."""
     trainer = scripted_trainer(
-        folder, script(unscored=(3,)), tmp_path, residual="token", truncation="mask", temperature=0.7,
+        qwen2, script(unscored=(3,)), tmp_path, residual="token", truncation="mask", temperature=0.7,
         reward_baseline="batch_mean", per_device_train_batch_size=8 // accumulation,
         gradient_accumulation_steps=accumulation,
     )  # fmt: skip
@@ -162,7 +165,7 @@ def test_mean_reward():
     assert mean_reward([1.0, NAN, 0.0]) == 0.5 and mean_reward([NAN]) == mean_reward([]) == 0.0
 
 
-def test_pessimism(folder, tmp_path):
+def test_pessimism(qwen2, tmp_path):
     """Three functions judge every completion, one of them not all: the residual has the lower bound of their sum."""
 
     def first(completion_ids, **kwargs):
@@ -175,7 +178,7 @@ def test_pessimism(folder, tmp_path):
         return [None if ids[0] % 5 == 0 else 1.0 for ids in completion_ids]
 
     trainer = scripted_trainer(
-        folder, script(), tmp_path, reward_funcs=[first, second, third], reward_pessimism=0.8, soft_value="calibrated"
+        qwen2, script(), tmp_path, reward_funcs=[first, second, third], reward_pessimism=0.8, soft_value="calibrated"
     )
     _, trajectories = check(trainer)
     gaps = [sum(r for r in t.rewards.values() if not math.isnan(r)) - t.reward for t in trajectories]
@@ -183,10 +186,10 @@ def test_pessimism(folder, tmp_path):
 
 
 @pytest.mark.parametrize("accumulation", [1, 2, 4])
-def test_batch_mean(accumulation, folder, tmp_path):
+def test_batch_mean(accumulation, qwen2, tmp_path):
     """Of the window, whatever its micro-batches; rows that nobody could score or that are masked enter as they can."""
     trainer = scripted_trainer(
-        folder, script(unscored=(0, 3)), tmp_path, reward_baseline="batch_mean", soft_value="calibrated",
+        qwen2, script(unscored=(0, 3)), tmp_path, reward_baseline="batch_mean", soft_value="calibrated",
         truncation="mask", per_device_train_batch_size=8 // accumulation, gradient_accumulation_steps=accumulation,
     )  # fmt: skip
     _, trajectories = check(trainer)
@@ -196,13 +199,13 @@ def test_batch_mean(accumulation, folder, tmp_path):
 
 
 @pytest.mark.parametrize("soft_value", ["policy", "zero"])
-def test_group_mean(soft_value, folder, tmp_path):
+def test_group_mean(soft_value, qwen2, tmp_path):
     """Of the prompt's rows, in whatever order and micro-batch they stand. One has no reward; its partner no mean."""
     seen = one_update(
-        folder, tmp_path, log(unscored=(3,)), lambda prompts, **kwargs: [None] * len(prompts), soft_value=soft_value,
+        qwen2, tmp_path, log(unscored=(3,)), lambda prompts, **kwargs: [None] * len(prompts), soft_value=soft_value,
         reward_baseline="group_mean", num_generations=2, per_device_train_batch_size=4, gradient_accumulation_steps=2,
     )  # fmt: skip
-    window = [use.trajectory for use in seen.uses]
+    window = [row.trajectory for row in seen.rows]
     assert len({t.baseline for t in window}) == 4 and len(seen.counted) == 6
     answer = solve(seen.policy, seen.reference, window, **options_of(seen.trainer))
     assert seen.loss == pytest.approx(answer.loss, rel=TOLERANCE)
@@ -212,10 +215,8 @@ def test_group_mean(soft_value, folder, tmp_path):
 def test_batch_mean_over_two_processes(tmp_path):
     """The mean is over both processes' rows, whose own means differ."""
     folder, rows = save(tmp_path / "model"), script()
-    (tmp_path / "rows.json").write_text(json.dumps([asdict(row) for row in rows]))
     options = {"reward_baseline": "batch_mean", "soft_value": "calibrated", "per_device_train_batch_size": 4}
-    launch([folder, str(tmp_path / "rows.json"), str(tmp_path), json.dumps(options)])
-    seen = torch.load(tmp_path / "seen.pt", weights_only=False)
+    seen = on_two_processes(folder, rows, tmp_path, **options)
     means = [sum(t.reward for t in window) / 4 for window in seen["windows"]]
     assert abs(means[0] - means[1]) > 0.1
     policy, reference = (AutoModelForCausalLM.from_pretrained(folder) for _ in range(2))
@@ -224,7 +225,7 @@ def test_batch_mean_over_two_processes(tmp_path):
         plain(policy), plain(reference), [*seen["windows"][0], *seen["windows"][1]], beta=0.1, soft_value="calibrated",
         reward_baseline="batch_mean",
     )  # fmt: skip
-    assert distance(strip(seen["gradients"]), answer.gradient) <= TOLERANCE
+    assert distance(unwrapped(seen["gradients"]), answer.gradient) <= TOLERANCE
 
 
 # ---- part of the tokens: which ---------------------------------------------------------------------------------------
@@ -376,7 +377,7 @@ def test_squaring_a_part_of_the_residual_is_biased():
 
 @pytest.mark.parametrize("accumulation", [1, 2, 4])
 @pytest.mark.parametrize(("soft_value", "truncation"), [("policy", "bootstrap"), ("calibrated", "terminal")])
-def test_a_given_subset(soft_value, truncation, accumulation, folder, tmp_path, monkeypatch):
+def test_a_given_subset(soft_value, truncation, accumulation, qwen2, tmp_path, monkeypatch):
     """Every other action, as if each stood in with probability 1/2, in any split into micro-batches."""
 
     def every_other(mask, fraction):
@@ -385,20 +386,20 @@ def test_a_given_subset(soft_value, truncation, accumulation, folder, tmp_path, 
 
     monkeypatch.setattr(trajectory_loss, "random_subset", every_other)
     trainer = scripted_trainer(
-        folder, script(unscored=(3,)), tmp_path, token_fraction=0.5, soft_value=soft_value, truncation=truncation,
+        qwen2, script(unscored=(3,)), tmp_path, token_fraction=0.5, soft_value=soft_value, truncation=truncation,
         per_device_train_batch_size=8 // accumulation, gradient_accumulation_steps=accumulation,
     )  # fmt: skip
     check(trainer, subset=lambda n: dict.fromkeys(range(0, n, 2), 0.5))
 
 
 @pytest.mark.parametrize(("accumulation", "checkpointing"), [(1, False), (2, False), (4, False), (2, True)])
-def test_a_given_cut(accumulation, checkpointing, folder, tmp_path, monkeypatch):
+def test_a_given_cut(accumulation, checkpointing, qwen2, tmp_path, monkeypatch):
     """The first ⌈0.4 n⌉ of n actions; what comes later is not even computed a second time."""
     monkeypatch.setattr(
         trajectory_loss, "random_prefix", lambda mask, fraction: random_prefix(mask, fraction, draw=0.4)
     )
     trainer = scripted_trainer(
-        folder, script(unscored=(3,)), tmp_path, token_fraction=0.5, token_selection="cut",
+        qwen2, script(unscored=(3,)), tmp_path, token_fraction=0.5, token_selection="cut",
         gradient_checkpointing=checkpointing, per_device_train_batch_size=8 // accumulation,
         gradient_accumulation_steps=accumulation,
     )  # fmt: skip
@@ -419,7 +420,7 @@ FOURS = [Row(prompt, [*completion, 1], [1, 0, 1, 1, 1], reward) for prompt, comp
 
 
 @pytest.mark.parametrize("selection", ["scatter", "cut"])
-def test_all_parts_average_to_the_full_gradient_in_the_trainer(selection, folder, tmp_path, monkeypatch):
+def test_all_parts_average_to_the_full_gradient_in_the_trainer(selection, qwen2, tmp_path, monkeypatch):
     """One update, at learning rate 0, for each of the 6 pairs of 4 tokens, or each of 4 places to cut."""
     if selection == "scatter":
         parts = [(kept, 1 / 6) for kept in itertools.combinations(range(4), 2)]
@@ -439,7 +440,7 @@ def test_all_parts_average_to_the_full_gradient_in_the_trainer(selection, folder
         lambda mask, fraction: random_prefix(mask, fraction, next(upcoming)[0]),
     )
     trainer = scripted_trainer(
-        folder, FOURS, tmp_path, token_fraction=0.5, token_selection=selection, num_iterations=len(parts),
+        qwen2, FOURS, tmp_path, token_fraction=0.5, token_selection=selection, num_iterations=len(parts),
         max_steps=len(parts),
     )  # fmt: skip
     perturb(trainer.ref_model)
@@ -454,10 +455,10 @@ def test_all_parts_average_to_the_full_gradient_in_the_trainer(selection, folder
 
 
 @pytest.mark.parametrize("selection", ["scatter", "cut"])
-def test_each_update_draws_anew(selection, folder, tmp_path):
+def test_each_update_draws_anew(selection, qwen2, tmp_path):
     """The loss is that of all tokens, the gradient another at every update."""
     trainer = scripted_trainer(
-        folder, script(), tmp_path, token_fraction=0.5, token_selection=selection, num_iterations=2, max_steps=2
+        qwen2, script(), tmp_path, token_fraction=0.5, token_selection=selection, num_iterations=2, max_steps=2
     )
     trainer.train()
     assert trainer.losses[0] == pytest.approx(trainer.losses[1], rel=TOLERANCE)
@@ -466,11 +467,11 @@ def test_each_update_draws_anew(selection, folder, tmp_path):
 
 @pytest.mark.parametrize("size", [1, 4])
 @pytest.mark.parametrize("selection", ["scatter", "cut"])
-def test_a_row_without_an_action(selection, size, folder, tmp_path):
+def test_a_row_without_an_action(selection, size, qwen2, tmp_path):
     """Alone in its micro-batch, or beside others that are cut: nothing of it counts, in part as in full."""
     rows = [*script(3), Row("only a tool's, and longer than the others", [10] * 15 + [1], [0] * 16, 1.0)]
     trainer = scripted_trainer(
-        folder, rows, tmp_path, token_fraction=0.5, token_selection=selection, per_device_train_batch_size=size,
+        qwen2, rows, tmp_path, token_fraction=0.5, token_selection=selection, per_device_train_batch_size=size,
         gradient_accumulation_steps=4 // size,
     )  # fmt: skip
     perturb(trainer.ref_model)
@@ -482,13 +483,13 @@ def test_a_row_without_an_action(selection, size, folder, tmp_path):
     assert all(g.isfinite().all() for g in trainer.recorder.gradients[0].values())
 
 
-def test_lora(folder, tmp_path, monkeypatch):
+def test_lora(qwen2, tmp_path, monkeypatch):
     """Through an adapter, whose base model is the reference."""
     monkeypatch.setattr(
         trajectory_loss, "random_prefix", lambda mask, fraction: random_prefix(mask, fraction, draw=0.4)
     )
     lora = LoraConfig(r=4, target_modules=["q_proj", "v_proj", "down_proj"], lora_dropout=0.0)
-    trainer = scripted_trainer(folder, script(), tmp_path, peft_config=lora, token_fraction=0.5, token_selection="cut")
+    trainer = scripted_trainer(qwen2, script(), tmp_path, peft_config=lora, token_fraction=0.5, token_selection="cut")
     reference = merged(trainer.model)
     perturb_adapter(trainer.model, seed=4)
     policy = copy_of_adapter(trainer.model).double().eval()
@@ -541,6 +542,6 @@ def test_groups_stand_whole_on_a_process(monkeypatch):
         config(soft_value="group", num_generations=2, per_device_train_batch_size=1, steps_per_generation=4)
 
 
-def test_pessimism_about_one_function(folder, tmp_path):
+def test_pessimism_about_one_function(qwen2, tmp_path):
     with pytest.raises(ValueError, match=r"`reward_pessimism=1\.0` has no effect with one reward function"):
-        scripted_trainer(folder, script(), tmp_path, reward_pessimism=1.0)
+        scripted_trainer(qwen2, script(), tmp_path, reward_pessimism=1.0)

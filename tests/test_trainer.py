@@ -11,8 +11,21 @@ import pytest
 import torch
 from common.tiny import VOCABULARY, perturb, save, tokenizer
 from datasets import Dataset
+from helpers.runs import (
+    CHATS,
+    DATA,
+    PROMPTS,
+    TOKENIZER,
+    build,
+    completion,
+    differ,
+    digits,
+    letters,
+    logged,
+    prompt,
+    train,
+)
 from peft import LoraConfig, PromptTuningConfig, TaskType
-from scripted import RecordingTrainer
 from transformers import AutoModelForCausalLM, Qwen2Config, Qwen2ForSequenceClassification
 from trl import GRPOConfig
 from trl.chat_template_utils import qwen3_chat_template
@@ -20,74 +33,15 @@ from trl.chat_template_utils import qwen3_chat_template
 from tbrm_trl import TBRMConfig, TBRMTrainer
 from tbrm_trl.trajectory import End, Trajectory
 
-PROMPTS = ["1+1=", "Say: ab", "c", "What is it? ", "longer than the others", "x y", "z", "0:"]
-DATA = Dataset.from_list([{"prompt": text, "answer": i} for i, text in enumerate(PROMPTS)])
-CHATS = Dataset.from_list([{"prompt": [{"role": "user", "content": p}], "start": i} for i, p in enumerate(PROMPTS)])
-TOKENIZER = tokenizer()
 ZERO = pytest.approx(0, abs=1e-5)
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    return save(tmp_path_factory.mktemp("llama"), "llama")
-
-
-def letters(completions, **kwargs) -> list[float]:
-    """A reward that differs between rollouts: the share of lower-case letters."""
-    texts = [c if isinstance(c, str) else c[0]["content"] for c in completions]
-    return [sum(map(str.islower, text)) / 8 for text in texts]
-
-
-def digits(completions, **kwargs) -> list[float | None]:
-    """Scores only completions that hold a digit."""
-    counts = [float(sum(map(str.isdigit, text))) for text in completions]
-    return [count or None for count in counts]
 
 
 async def length(completion_ids, **kwargs) -> list[float]:
     return [float(len(ids)) for ids in completion_ids]
 
 
-def build(model, output_dir, reward_funcs=letters, train_dataset=DATA, **kwargs) -> RecordingTrainer:
-    """A trainer of 2 tiny updates; keyword arguments are options of TBRMConfig or else of the trainer."""
-    options = dict(
-        output_dir=str(output_dir / "out"), beta=0.1, learning_rate=0.01, max_steps=2, max_completion_length=8,
-        per_device_train_batch_size=2, gradient_checkpointing=False, bf16=False, use_cpu=True, logging_steps=1,
-        save_strategy="no", report_to="none", disable_tqdm=True,
-    )  # fmt: skip
-    options |= {name: kwargs.pop(name) for name in list(kwargs) if name in TBRMConfig.__dataclass_fields__}
-    return RecordingTrainer(model, reward_funcs, args=TBRMConfig(**options), train_dataset=train_dataset, **kwargs)
-
-
-def train(*args, **kwargs) -> RecordingTrainer:
-    """Build and train, and require that every loss was finite and the policy moved."""
-    trainer = build(*args, **kwargs)
-    start = [p.detach().clone() for p in trainer.model.parameters()]
-    trainer.train()
-    assert trainer.state.global_step == trainer.args.max_steps
-    assert trainer.losses and all(map(math.isfinite, trainer.losses))
-    assert differ(start, trainer.model.parameters())
-    return trainer
-
-
-def differ(some, others) -> bool:
-    return any(not torch.equal(a, b) for a, b in zip(some, others, strict=True))
-
-
 def trajectories(trainer) -> list[Trajectory]:
     return [trajectory for window in trainer.windows for trajectory in window]
-
-
-def prompt(trajectory: Trajectory) -> str:
-    return TOKENIZER.decode(trajectory.prompt_ids)
-
-
-def completion(trajectory: Trajectory) -> str:
-    return TOKENIZER.decode(trajectory.completion_ids, skip_special_tokens=True)
-
-
-def logged(trainer, name: str) -> list[float]:
-    return [entry[name] for entry in trainer.state.log_history if name in entry]
 
 
 # ---- models ----------------------------------------------------------------------------------------------------------
@@ -101,33 +55,33 @@ class OnCPU(TBRMConfig):
     bf16: bool = False
 
 
-def test_without_args(folder, tmp_path, monkeypatch):
-    """One rollout per prompt, in a folder named after the model, for three epochs; options of GRPO are refused."""
+def test_without_args(llama, tmp_path, monkeypatch):
+    """One rollout per prompt, in a llama named after the model, for three epochs; options of GRPO are refused."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("tbrm_trl.trainer.TBRMConfig", OnCPU)
-    trainer = TBRMTrainer(folder, letters, train_dataset=DATA)
+    trainer = TBRMTrainer(llama, letters, train_dataset=DATA)
     trainer.train()
-    assert trainer.args.output_dir == f"{Path(folder).name}-TBRM"
+    assert trainer.args.output_dir == f"{Path(llama).name}-TBRM"
     assert trainer.state.global_step == 3 and trainer.num_generations == 1
     assert differ(trainer.model.parameters(), trainer.ref_model.parameters())
     with pytest.raises(TypeError, match="must be a TBRMConfig, got GRPOConfig"):
-        TBRMTrainer(folder, letters, GRPOConfig(use_cpu=True, bf16=False), DATA)
+        TBRMTrainer(llama, letters, GRPOConfig(use_cpu=True, bf16=False), DATA)
 
 
-def test_model_object(folder, tmp_path):
-    """A loaded model trains; one that is no longer what its folder holds would get another reference."""
-    model = AutoModelForCausalLM.from_pretrained(folder)
+def test_model_object(llama, tmp_path):
+    """A loaded model trains; one that is no longer what its llama holds would get another reference."""
+    model = AutoModelForCausalLM.from_pretrained(llama)
     assert train(model, tmp_path).model is model
-    changed = AutoModelForCausalLM.from_pretrained(folder)
+    changed = AutoModelForCausalLM.from_pretrained(llama)
     perturb(changed)
     with pytest.raises(ValueError, match=r"The reference policy is not the model you passed.*save_pretrained"):
         build(changed, tmp_path)
 
 
 @pytest.mark.parametrize("rollouts", [1, 2, 4])
-def test_rollouts_per_prompt(rollouts, folder, tmp_path, recwarn):
+def test_rollouts_per_prompt(rollouts, llama, tmp_path, recwarn):
     """Also a batch of a single trajectory. Rollouts are independent samples, each with its own raw reward."""
-    trainer = train(folder, tmp_path, num_generations=rollouts, per_device_train_batch_size=rollouts)
+    trainer = train(llama, tmp_path, num_generations=rollouts, per_device_train_batch_size=rollouts)
     for window, mean in zip(trainer.windows, logged(trainer, "reward"), strict=True):
         assert len(window) == rollouts and len({prompt(t) for t in window}) == 1
         assert len({completion(t) for t in window}) == rollouts
@@ -167,10 +121,10 @@ def test_no_dropout_in_training(architecture, changes, tmp_path):
     assert not torch.equal(noisy(batch.input_ids).logits, noisy(batch.input_ids).logits)
 
 
-def test_lora(folder, tmp_path):
+def test_lora(llama, tmp_path):
     """Adapters move, the base does not, and no reference is loaded; adapters that bias the residual are refused."""
     lora = LoraConfig(r=4, target_modules=["q_proj", "v_proj"], task_type=TaskType.CAUSAL_LM)
-    trainer = build(folder, tmp_path, peft_config=lora, max_steps=3)
+    trainer = build(llama, tmp_path, peft_config=lora, max_steps=3)
     before = {name: p.detach().clone() for name, p in trainer.model.named_parameters()}
     trainer.train()
     moved = {name for name, p in trainer.model.named_parameters() if not torch.equal(p, before[name])}
@@ -178,18 +132,18 @@ def test_lora(folder, tmp_path):
     assert trainer.ref_model is None
     assert logged(trainer, "log_ratio")[0] == ZERO != logged(trainer, "log_ratio")[-1]  # the reference stays the base
     with pytest.raises(ValueError, match=r"`lora_dropout=0\.1` is refused"):
-        build(folder, tmp_path, peft_config=LoraConfig(lora_dropout=0.1))
+        build(llama, tmp_path, peft_config=LoraConfig(lora_dropout=0.1))
     with pytest.raises(ValueError, match="PromptTuningConfig is refused"):
-        build(folder, tmp_path, peft_config=PromptTuningConfig(num_virtual_tokens=2, task_type=TaskType.CAUSAL_LM))
+        build(llama, tmp_path, peft_config=PromptTuningConfig(num_virtual_tokens=2, task_type=TaskType.CAUSAL_LM))
 
 
 # ---- rewards ---------------------------------------------------------------------------------------------------------
 
 
-def test_several_rewards_are_weighted_and_raw(folder, tmp_path):
+def test_several_rewards_are_weighted_and_raw(llama, tmp_path):
     """R is the weighted sum of what the functions returned, sync or async; None leaves one function out of one row."""
     options = dict(reward_weights=[2.0, 0.5, -3.0], per_device_train_batch_size=8)
-    rows = trajectories(trainer := train(folder, tmp_path, [letters, length, digits], **options))
+    rows = trajectories(trainer := train(llama, tmp_path, [letters, length, digits], **options))
     counts = digits(map(completion, rows))
     assert None in counts and any(counts)
     for row, share, count in zip(rows, letters(map(completion, rows)), counts, strict=True):
@@ -197,9 +151,9 @@ def test_several_rewards_are_weighted_and_raw(folder, tmp_path):
     assert logged(trainer, "left_out/unscored") == [0, 0]
 
 
-def test_unscored_rollouts_leave_the_loss(folder, tmp_path):
+def test_unscored_rollouts_leave_the_loss(llama, tmp_path):
     """A row for which every function returned None has no reward, and is not in the mean; the metric says how many."""
-    trainer = train(folder, tmp_path, digits, per_device_train_batch_size=4, gradient_accumulation_steps=2)
+    trainer = train(llama, tmp_path, digits, per_device_train_batch_size=4, gradient_accumulation_steps=2)
     for step, window in enumerate(trainer.windows):
         unscored = [count is None for count in digits(map(completion, window))]
         assert [math.isnan(t.reward) for t in window] == unscored
@@ -208,29 +162,29 @@ def test_unscored_rollouts_leave_the_loss(folder, tmp_path):
 
 
 @pytest.mark.parametrize("value", [math.inf, -math.inf])
-def test_infinite_reward_is_refused(value, folder, tmp_path):
+def test_infinite_reward_is_refused(value, llama, tmp_path):
     def broken(completions, **kwargs):
         return [0.0] * (len(completions) - 1) + [value]
 
     with pytest.raises(ValueError, match=rf"Reward function 'broken' returned {value} for rollout 1 of 2"):
-        build(folder, tmp_path, [letters, broken]).train()
+        build(llama, tmp_path, [letters, broken]).train()
 
 
-def test_reward_model(folder, tmp_path):
-    """A sequence classifier, by its folder, scores prompt and completion together."""
+def test_reward_model(llama, tmp_path):
+    """A sequence classifier, by its llama, scores prompt and completion together."""
     config = Qwen2Config(
         vocab_size=VOCABULARY, hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2,
         num_key_value_heads=2, num_labels=1, pad_token_id=0, initializer_range=0.5,
     )  # fmt: skip
     judge = Qwen2ForSequenceClassification(config).eval()
     judge.save_pretrained(tmp_path / "judge")
-    trainer = train(folder, tmp_path, str(tmp_path / "judge"), reward_processing_classes=tokenizer())
+    trainer = train(llama, tmp_path, str(tmp_path / "judge"), reward_processing_classes=tokenizer())
     for trajectory in trajectories(trainer):
         text = TOKENIZER(prompt(trajectory) + completion(trajectory), return_tensors="pt")
         assert trajectory.reward == pytest.approx(judge(**text).logits.item(), rel=1e-4)
 
 
-def test_reward_functions_see_columns_and_training_and_can_log(folder, tmp_path):
+def test_reward_functions_see_columns_and_training_and_can_log(llama, tmp_path):
     """Columns, `trainer_state`, `log_extra` and `log_metric`; and completions are logged with their rewards."""
 
     def reward(completions, answer, trainer_state, log_extra, log_metric, **kwargs):
@@ -238,7 +192,7 @@ def test_reward_functions_see_columns_and_training_and_can_log(folder, tmp_path)
         log_metric("largest", max(answer))
         return [a + 100 * trainer_state.global_step for a in answer]
 
-    trainer = train(folder, tmp_path, reward, log_completions=True)
+    trainer = train(llama, tmp_path, reward, log_completions=True)
     for step, window in enumerate(trainer.windows):
         answers = [PROMPTS.index(prompt(t)) for t in window]
         assert [t.reward for t in window] == [a + 100 * step for a in answers]
@@ -262,9 +216,9 @@ def test_reward_functions_see_columns_and_training_and_can_log(folder, tmp_path)
     ],
     ids=["workers", "chats", "stream", "stream of chats"],
 )
-def test_data_sets(dataset, options, folder, tmp_path):
+def test_data_sets(dataset, options, llama, tmp_path):
     """Prompts arrive whole: rendered by the chat template where conversational, none of them twice."""
-    trainer = train(folder, tmp_path, train_dataset=dataset, max_steps=3, **options)
+    trainer = train(llama, tmp_path, train_dataset=dataset, max_steps=3, **options)
     rows = trajectories(trainer)
     known = PROMPTS if "answer" in next(iter(dataset)) else [f"<u>{p}\n<a>" for p in PROMPTS]
     assert {prompt(t) for t in rows} <= set(known)
@@ -272,29 +226,29 @@ def test_data_sets(dataset, options, folder, tmp_path):
     assert [t.reward for t in rows] == letters(map(completion, rows))
 
 
-def test_chat_template_kwargs(folder, tmp_path):
+def test_chat_template_kwargs(llama, tmp_path):
     words = tokenizer()
     words.chat_template = "{{ mood }}:{{ messages[0]['content'] }}"
-    trainer = train(folder, tmp_path, letters, CHATS, processing_class=words, chat_template_kwargs={"mood": "brief"})
+    trainer = train(llama, tmp_path, letters, CHATS, processing_class=words, chat_template_kwargs={"mood": "brief"})
     assert {prompt(t) for t in trajectories(trainer)} <= {f"brief:{p}" for p in PROMPTS}
 
 
 @pytest.mark.parametrize("options", [{"top_k": 1}, {"generation_kwargs": {"top_k": 1, "max_new_tokens": 3}}])
-def test_sampling_options_reach_generation_with_a_warning(options, folder, tmp_path):
+def test_sampling_options_reach_generation_with_a_warning(options, llama, tmp_path):
     """top_k=1 makes both rollouts of a prompt the same, and is warned of by either route."""
     with pytest.warns(UserWarning, match=r"\{'top_k': 1\} makes the sampler another policy"):
-        trainer = train(folder, tmp_path, num_generations=2, **options)
+        trainer = train(llama, tmp_path, num_generations=2, **options)
     assert all(completion(first) == completion(second) for first, second in trainer.windows)
     longest = options.get("generation_kwargs", {}).get("max_new_tokens", 8)
     assert max(len(t.completion_ids) for t in trajectories(trainer)) == longest
 
 
-def test_continuous_batching(folder, tmp_path):
+def test_continuous_batching(llama, tmp_path):
     """Greedy, so that it must produce what ordinary generation does, in the same order."""
     options = dict(top_k=1, max_steps=1, per_device_train_batch_size=4)
     small = dict(num_blocks=8, max_batch_tokens=64)
     paged = dict(use_transformers_continuous_batching=True, transformers_continuous_batching_config=small)
-    ordinary, batched = (trajectories(train(folder, tmp_path, **options, **extra)) for extra in ({}, paged))
+    ordinary, batched = (trajectories(train(llama, tmp_path, **options, **extra)) for extra in ({}, paged))
     seen = [[(prompt(t), completion(t), t.reward) for t in rows] for rows in (ordinary, batched)]
     assert seen[0] == seen[1]
 
@@ -302,10 +256,10 @@ def test_continuous_batching(folder, tmp_path):
 # ---- updates ---------------------------------------------------------------------------------------------------------
 
 
-def test_windows_are_reused_and_nothing_is_scored_twice(folder, tmp_path, monkeypatch):
+def test_windows_are_reused_and_nothing_is_scored_twice(llama, tmp_path, monkeypatch):
     """8 rollouts serve 4 updates (twice 2 steps' worth); one reference pass each, and no old-policy pass."""
     options = dict(gradient_accumulation_steps=2, steps_per_generation=4, num_iterations=2, max_steps=5)
-    trainer = build(folder, tmp_path, **options)
+    trainer = build(llama, tmp_path, **options)
     generated, policy, reference = [], [], []  # sequences in each call
     generate, generating = trainer.model.generate, False
 
@@ -336,19 +290,19 @@ def test_windows_are_reused_and_nothing_is_scored_twice(folder, tmp_path, monkey
 
 
 @pytest.mark.parametrize("sync", [False, True])
-def test_reference_follows_the_policy_when_asked(sync, folder, tmp_path):
-    trainer = train(folder, tmp_path, sync_ref_model=sync, ref_model_sync_steps=1, ref_model_mixup_alpha=1.0)
-    expected = trainer.model if sync else AutoModelForCausalLM.from_pretrained(folder)
+def test_reference_follows_the_policy_when_asked(sync, llama, tmp_path):
+    trainer = train(llama, tmp_path, sync_ref_model=sync, ref_model_sync_steps=1, ref_model_mixup_alpha=1.0)
+    expected = trainer.model if sync else AutoModelForCausalLM.from_pretrained(llama)
     assert not differ(trainer.ref_model.parameters(), expected.parameters())
     assert (logged(trainer, "log_ratio")[1] == ZERO) is sync  # the second window has the reference of its time
 
 
 @pytest.mark.parametrize("rollouts", [None, 2])
-def test_evaluation(rollouts, folder, tmp_path):
+def test_evaluation(rollouts, llama, tmp_path):
     """Evaluation generates on its own prompts, and logs the loss, the reward and the residual of those rollouts."""
     prompts = ["held", "out", "!", "??"]
     options = dict(eval_strategy="steps", eval_steps=1, per_device_eval_batch_size=4, num_generations_eval=rollouts)
-    trainer = train(folder, tmp_path, eval_dataset=Dataset.from_dict({"prompt": prompts}), **options)
+    trainer = train(llama, tmp_path, eval_dataset=Dataset.from_dict({"prompt": prompts}), **options)
     half = len(trainer.windows) // 2  # one window to train on, then the batches of its evaluation: one, or two
     for step, windows in enumerate((trainer.windows[1:half], trainer.windows[half + 1 :])):
         window = [trajectory for batch in windows for trajectory in batch]
@@ -442,9 +396,9 @@ def test_environment_owns_the_reward(caller, tmp_path):
 # ---- saving ----------------------------------------------------------------------------------------------------------
 
 
-def test_saved_model_and_card(folder, tmp_path):
+def test_saved_model_and_card(llama, tmp_path):
     """What is saved is a plain model with the trained weights; its card tells of TBRM, not of GRPO."""
-    trainer = train(folder, tmp_path)
+    trainer = train(llama, tmp_path)
     trainer.save_model()
     trainer.create_model_card(model_name="tiny")
     loaded, ids = AutoModelForCausalLM.from_pretrained(tmp_path / "out"), torch.arange(3, 20)[None]
@@ -454,10 +408,10 @@ def test_saved_model_and_card(folder, tmp_path):
     assert not any(part in card for part in ("2402.03300", "- grpo"))
 
 
-def test_resume(folder, tmp_path):
+def test_resume(llama, tmp_path):
     """A run goes on from its checkpoint: its steps, data and policy, with the reference where the first run began."""
-    first = train(folder, tmp_path, max_steps=1, save_strategy="steps", save_steps=1)
-    second = build(folder, tmp_path, max_steps=2)
+    first = train(llama, tmp_path, max_steps=1, save_strategy="steps", save_steps=1)
+    second = build(llama, tmp_path, max_steps=2)
     second.train(resume_from_checkpoint=True)
     assert second.state.global_step == 2 and len(second.windows) == 1
     assert logged(second, "loss")[0] == logged(first, "loss")[0] and len(logged(second, "loss")) == 2

@@ -9,6 +9,7 @@ import sys
 
 import pytest
 import trl.trainer.utils
+from helpers.signatures import signature
 from packaging.requirements import Requirement
 from packaging.specifiers import SpecifierSet
 from transformers import Trainer
@@ -56,13 +57,6 @@ CALLED = {
     "use_adapter": "(model, adapter_name)",
     "get_config_model_id": "(config)",
 }
-
-
-def signature(function) -> str:
-    """Names and defaults, without annotations."""
-    bare = inspect.signature(inspect.unwrap(function))
-    parameters = [p.replace(annotation=inspect.Parameter.empty) for p in bare.parameters.values()]
-    return str(bare.replace(parameters=parameters, return_annotation=inspect.Signature.empty))
 
 
 @pytest.mark.parametrize(("name", "expected"), [*OVERRIDDEN.items(), *CALLED_METHODS.items()])

@@ -4,32 +4,34 @@ from __future__ import annotations
 
 import pytest
 from common.tiny import perturb, save
-from oracle import distance, solve
+from helpers.oracle import (
+    TOLERANCE,
+    check,
+    copy_of_adapter,
+    distance,
+    merged,
+    options_of,
+    perturb_adapter,
+    plain,
+    solve,
+)
+from helpers.runs import config, log, one_update
+from helpers.scripted import script, scripted_trainer
 from peft import LoraConfig
-from scripted import script, scripted_trainer
-from test_config import config
-from test_oracle import TOLERANCE, check, copy_of_adapter, merged, options_of, perturb_adapter, plain
-from test_soft_values import log, one_update
 
 from tbrm_trl.loss import trajectory_loss
 from tbrm_trl.trajectory import End
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    return save(tmp_path_factory.mktemp("qwen2"))
-
 
 # ---- bootstrap -------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("soft_value", ["policy", "calibrated"])
 @pytest.mark.parametrize(("truncated_reward", "temperature"), [(0.0, 1.0), (0.3, 0.6)])
-def test_bootstrap(soft_value, truncated_reward, temperature, folder, tmp_path):
+def test_bootstrap(soft_value, truncated_reward, temperature, qwen2, tmp_path):
     """Of 8 rows 2 and 5 are cut. No verdict on the fragment matters: row 2 has none and counts, row 3 leaves."""
     options = dict(truncation="bootstrap", truncated_reward=truncated_reward)
     trainer = scripted_trainer(
-        folder, script(unscored=(2, 3)), tmp_path, soft_value=soft_value, temperature=temperature, **options
+        qwen2, script(unscored=(2, 3)), tmp_path, soft_value=soft_value, temperature=temperature, **options
     )
     answer, trajectories = check(trainer)
     assert [t.end for t in trajectories].count(End.LENGTH) == 2
@@ -49,9 +51,9 @@ def test_bootstrap_of_transformed_logits(architecture, tmp_path):
 
 @pytest.mark.parametrize("accumulation", [1, 2, 4])
 @pytest.mark.parametrize("truncation", ["bootstrap", "mask"])
-def test_accumulation_changes_nothing(truncation, accumulation, folder, tmp_path):
+def test_accumulation_changes_nothing(truncation, accumulation, qwen2, tmp_path):
     trainer = scripted_trainer(
-        folder, script(unscored=(0, 2)), tmp_path, truncation=truncation, per_device_train_batch_size=8 // accumulation,
+        qwen2, script(unscored=(0, 2)), tmp_path, truncation=truncation, per_device_train_batch_size=8 // accumulation,
         gradient_accumulation_steps=accumulation,
     )  # fmt: skip
     answer, _ = check(trainer)
@@ -59,7 +61,7 @@ def test_accumulation_changes_nothing(truncation, accumulation, folder, tmp_path
 
 
 @pytest.mark.parametrize("soft_value", ["policy", "calibrated"])
-def test_a_trajectory_is_the_sum_of_its_parts(soft_value, folder, tmp_path, monkeypatch):
+def test_a_trajectory_is_the_sum_of_its_parts(soft_value, qwen2, tmp_path, monkeypatch):
     """`V(s_1) − V(s_m) + Σ_{h<m}` of the first part and `V(s_m) + Σ_{h≥m} − R/β` of the rest make up the whole's δ."""
     prompt, first, rest = [2, 10, 11, 12], [20, 21, 22], [30, 31, 1]
     rows = [
@@ -74,9 +76,9 @@ def test_a_trajectory_is_the_sum_of_its_parts(soft_value, folder, tmp_path, monk
         lambda *args: seen.append(original(*args).tolist()) or original(*args),
     )
     update = one_update(
-        folder, tmp_path, rows, soft_value=soft_value, truncation="bootstrap", per_device_train_batch_size=3
+        qwen2, tmp_path, rows, soft_value=soft_value, truncation="bootstrap", per_device_train_batch_size=3
     )
-    in_order = [use.trajectory for use in sorted(update.uses, key=len, reverse=True)]  # of the micro-batch
+    in_order = [row.trajectory for row in sorted(update.rows, key=len, reverse=True)]  # of the micro-batch
     by_length = dict(zip([len(t.completion_ids) for t in in_order], seen[0], strict=True))
     residuals = {(t.end, len(t.prompt_ids)): r for t, r in zip(in_order, seen[0], strict=True)}
     whole, cut, remainder = by_length[6], residuals[End.LENGTH, 4], residuals[End.EOS, 7]
@@ -85,27 +87,27 @@ def test_a_trajectory_is_the_sum_of_its_parts(soft_value, folder, tmp_path, monk
 
 
 @pytest.mark.parametrize(("soft_value", "precompute"), [("policy", True), ("calibrated", True), ("calibrated", False)])
-def test_logged_rows(soft_value, precompute, folder, tmp_path):
+def test_logged_rows(soft_value, precompute, qwen2, tmp_path):
     """Scored beforehand or on the way, the reference's value after the cut travels with the trajectory.
 
     Nobody can score rows 0 and 1: the first of them ended and leaves the loss, the other was cut and needs no verdict.
     """
     seen = one_update(
-        folder, tmp_path, log(unscored=(0, 1)), lambda prompts, **kwargs: [None] * len(prompts), soft_value=soft_value,
+        qwen2, tmp_path, log(unscored=(0, 1)), lambda prompts, **kwargs: [None] * len(prompts), soft_value=soft_value,
         truncation="bootstrap", truncated_reward=0.2, precompute_ref_log_probs=precompute,
     )  # fmt: skip
     assert len(seen.counted) == 7
-    window = [use.trajectory for use in seen.uses]
+    window = [row.trajectory for row in seen.rows]
     answer = solve(seen.policy, seen.reference, window, **options_of(seen.trainer))
     assert sum(t.end is End.LENGTH for t in window) == 4
     assert seen.loss == pytest.approx(answer.loss, rel=TOLERANCE)
     assert distance(seen.gradient, answer.gradient) <= TOLERANCE
 
 
-def test_replayed_trajectories_keep_the_value_after_the_cut(folder, tmp_path):
+def test_replayed_trajectories_keep_the_value_after_the_cut(qwen2, tmp_path):
     """At learning rate 0 an update from the buffer, which holds all of the window, has the fresh one's gradient."""
     trainer = scripted_trainer(
-        folder, script(), tmp_path, truncation="bootstrap", soft_value="calibrated", num_iterations=2, max_steps=2,
+        qwen2, script(), tmp_path, truncation="bootstrap", soft_value="calibrated", num_iterations=2, max_steps=2,
         replay_buffer_size=8,
     )  # fmt: skip
     perturb(trainer.ref_model)
@@ -115,11 +117,11 @@ def test_replayed_trajectories_keep_the_value_after_the_cut(folder, tmp_path):
     assert distance(replayed, fresh) <= TOLERANCE
 
 
-def test_lora(folder, tmp_path):
+def test_lora(qwen2, tmp_path):
     """The reference is the base model under the adapter: its value after the cut is the base's."""
     lora = LoraConfig(r=4, target_modules=["q_proj", "v_proj", "down_proj"], lora_dropout=0.0)
     trainer = scripted_trainer(
-        folder, script(), tmp_path, peft_config=lora, truncation="bootstrap", soft_value="calibrated",
+        qwen2, script(), tmp_path, peft_config=lora, truncation="bootstrap", soft_value="calibrated",
         truncated_reward=0.3, sft_coef=0.2, sft_threshold=0.2, entropy_advantage_coef=0.05,
         reward_baseline="batch_mean",
     )  # fmt: skip
@@ -132,10 +134,10 @@ def test_lora(folder, tmp_path):
     assert distance(trainer.recorder.gradients[0], answer.gradient) <= TOLERANCE
 
 
-def test_evaluation(folder, tmp_path):
+def test_evaluation(qwen2, tmp_path):
     """The evaluation loss is the same function of the evaluation's own rollouts, over all tokens."""
     trainer = scripted_trainer(
-        folder, script(), tmp_path, truncation="bootstrap", soft_value="calibrated", token_fraction=0.5
+        qwen2, script(), tmp_path, truncation="bootstrap", soft_value="calibrated", token_fraction=0.5
     )
     perturb(trainer.ref_model)
     metrics = trainer.evaluate(trainer.train_dataset)
@@ -147,8 +149,8 @@ def test_evaluation(folder, tmp_path):
 
 
 @pytest.mark.parametrize("options", [{"truncation": "mask"}, {"mask_truncated_completions": True}])
-def test_mask(options, folder, tmp_path):
-    trainer = scripted_trainer(folder, script(unscored=(0,)), tmp_path, **options)
+def test_mask(options, qwen2, tmp_path):
+    trainer = scripted_trainer(qwen2, script(unscored=(0,)), tmp_path, **options)
     assert trainer.args.truncation == "mask" and trainer.args.mask_truncated_completions
     answer, _ = check(trainer)
     assert len(answer.residuals) == 5
@@ -184,7 +186,7 @@ def test_the_default_and_the_alias():
     assert config(truncation="mask", mask_truncated_completions=True).truncation == "mask"
 
 
-def test_logs_of_the_previous_policy_bring_no_value_after_the_cut(folder, tmp_path):
+def test_logs_of_the_previous_policy_bring_no_value_after_the_cut(qwen2, tmp_path):
     rows = [{**row, "ref_log_probs": [-1.0] * len(row["completion_ids"]), "ref_soft_value": 1.0} for row in log()]
     with pytest.raises(ValueError, match="they do not bring the value of their last state"):
-        one_update(folder, tmp_path, rows, reference="previous", truncation="bootstrap")
+        one_update(qwen2, tmp_path, rows, reference="previous", truncation="bootstrap")

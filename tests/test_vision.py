@@ -17,10 +17,10 @@ import torch
 import transformers as hf
 from common import tiny
 from datasets import Dataset
-from oracle import distance, solve
+from helpers.oracle import distance, solve
+from helpers.runs import config
+from helpers.scripted import RecordingTrainer
 from PIL import Image
-from scripted import RecordingTrainer
-from test_config import config
 
 from tbrm_trl import TBRMConfig
 from tbrm_trl.batch import PER_TOKEN_INPUTS

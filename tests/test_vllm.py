@@ -1,12 +1,11 @@
 """Rollouts by vLLM: the launch lines as they stand, and that vLLM samples from the policy in training.
 
-Run where vLLM for CPUs is (`make vllm`); tests/vllm_on_cpu.py says what it needs there. Sleep mode, which the colocate
-setup asks for, exists on GPUs alone.
+Run where vLLM for CPUs is (`make vllm`); helpers/vllm_on_cpu.py says what it needs there. Sleep mode, which the
+colocate setup asks for, exists on GPUs alone.
 """
 
 from __future__ import annotations
 
-import json
 import os
 import re
 import shlex
@@ -22,13 +21,17 @@ from urllib.error import URLError
 from urllib.request import urlopen
 
 import pytest
-from common.launch import free_port, launcher_of
+import torch
+from common.launch import allow_fsdp_on_cpu, free_port
 from common.tiny import save
-from test_distributed import HOW
-from test_examples import ROOT, SETUPS, run, run_line, updates
-from test_recipes import command_of
-from test_two_processes import TESTS
-from vllm_on_cpu import install
+from datasets import Dataset
+from helpers.examples import HOW, SETUPS, logged_updates, run_line
+from helpers.launch import ROOT, SEARCHED, launch
+from helpers.vllm_on_cpu import in_trainer, install
+from peft import LoraConfig
+from transformers import AutoModelForCausalLM, PreTrainedModel
+
+from tbrm_trl import TBRMConfig, TBRMTrainer
 
 pytestmark = [
     pytest.mark.vllm,
@@ -48,9 +51,9 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 @pytest.fixture(scope="module")
 def environment(model: str) -> dict[str, str]:
-    paths = install(Path(model).parent / "plugin")
-    return {"PYTHONPATH": f"{paths}:{ROOT / 'src'}:{ROOT / 'benchmarks'}",
-            "VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_CPU_CI_ENV": "1", "VLLM_HOST_IP": "127.0.0.1"}  # fmt: skip
+    plugin = install(Path(model).parent / "plugin")
+    return {"PYTHONPATH": f"{plugin}:{SEARCHED}:{ROOT / 'src'}", "VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_CPU_CI_ENV": "1",
+            "VLLM_HOST_IP": "127.0.0.1"}  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -93,24 +96,63 @@ def answers(port: int) -> bool:
 def test_colocate_setup(model, environment, tmp_path):
     """Its own line, without sleep mode."""
     options = ["--model_name_or_path", model, "--vllm_max_model_length", "128", "--vllm_enable_sleep_mode", "false"]
-    done = run_line(SETUPS / "vllm_colocate.yaml", tmp_path, *options, **environment)
-    assert done.returncode == 0, done.stderr[-4000:]
-    updates(tmp_path)
+    run_line(SETUPS / "vllm_colocate.yaml", tmp_path, *options, **environment)
+    logged_updates(tmp_path)
 
 
-def through_the_plugin(line: list[str]) -> list[str]:
-    at = line.index("examples/train.py")
-    return [*line[:at], "tests/vllm_on_cpu.py", *line[at:]]
+def reward(completion_ids: list[list[int]], **kwargs) -> list[float]:
+    return [float(len(set(ids)) / 8) for ids in completion_ids]
+
+
+@torch.no_grad()
+def distance(model: PreTrainedModel, prompts, completions, logprobs) -> float:
+    """Mean difference, in nats, of the tokens' log-probabilities from those that vLLM reports of its samples."""
+    differences = []
+    for prompt, completion, reported in zip(prompts, completions, logprobs, strict=True):
+        logits = model(torch.tensor([[*prompt, *completion]])).logits[0, len(prompt) - 1 : -1].double()  # (T, V)
+        own = logits.log_softmax(-1).gather(1, torch.tensor(completion)[:, None])  # (T, 1)
+        differences.append((own - torch.tensor(reported)).abs().flatten())
+    return float(torch.cat(differences).mean())
+
+
+def train_and_compare(model: str, folder: str, **options: Any) -> dict[str, Any]:
+    """Train with vLLM's rollouts, then compare what vLLM samples with the policy that was trained.
+
+    `options` are those of `TBRMConfig`, and `lora`.
+    """
+    in_trainer()
+    allow_fsdp_on_cpu()
+    before = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)  # ZeRO-3 would divide a later one
+    rows = Dataset.from_list([{"prompt": f"{i} and {j}:"} for i in range(8) for j in range(8)])
+    settings = dict(
+        output_dir=f"{folder}/trained", beta=0.1, learning_rate=0.01, max_steps=4, lr_scheduler_type="constant",
+        per_device_train_batch_size=16, max_completion_length=8, use_cpu=True, bf16=False, use_vllm=True,
+        vllm_max_model_length=64, save_strategy="no", report_to="none", logging_steps=1, disable_tqdm=True,
+    )  # fmt: skip
+    settings |= options
+    adapter = LoraConfig(r=8, target_modules="all-linear") if settings.pop("lora", False) else None
+    trainer = TBRMTrainer(model, reward, TBRMConfig(**settings), rows, peft_config=adapter)
+    trainer.train()
+    trainer.vllm_generation.sync_weights()
+    texts = [row["prompt"] for row in rows][:16]
+    prompts, completions, logprobs, _ = trainer.vllm_generation.generate(
+        [trainer.processing_class(text)["input_ids"] for text in texts], None, num_generations=1
+    )
+    compared: dict[str, Any] = {
+        name: distance(policy.eval(), prompts, completions, logprobs)
+        for name, policy in (("before", before), ("trained", trainer.model))
+    }
+    compared["updates"] = sum("residual/rms" in row for row in trainer.state.log_history)
+    compared["strategy"] = trainer.accelerator.distributed_type.value
+    return compared
 
 
 def trained(model: str, out: Path, environment: dict[str, str], file: str, **options: Any) -> dict[str, Any]:
-    """What vllm_processes.py has seen under a launch file."""
-    script = [str(TESTS / "vllm_on_cpu.py"), str(TESTS / "vllm_processes.py")]
+    """What the first process has seen under a launch file."""
     processes = 1 if file == "single" else 2
-    done = run([sys.executable, "-m", *launcher_of(file, processes), *script, model, str(out), json.dumps(options)],
-               **environment)  # fmt: skip
-    assert done.returncode == 0, done.stderr[-4000:]
-    return json.loads((out / "seen.json").read_text())
+    return launch(
+        "test_vllm:train_and_compare", file, processes, environment, model=model, folder=out, **options
+    )[0]  # fmt: skip
 
 
 def check(seen: dict[str, Any], file: str) -> None:
@@ -124,13 +166,11 @@ def test_colocated_samples_are_of_the_trained_policy(file, model, environment, t
     check(trained(model, tmp_path, environment, file, vllm_mode="colocate"), file)
 
 
-def test_server_setup(model, server, environment, tmp_path, monkeypatch):
+def test_server_setup(model, server, environment, tmp_path):
     """Its own line, against the server of its own line."""
     options = ["--model_name_or_path", model, "--vllm_server_port", str(server), "--vllm_group_port", str(free_port())]
-    monkeypatch.setattr("test_examples.command_of", lambda file: through_the_plugin(command_of(file)))
-    done = run_line(SETUPS / "vllm_server.yaml", tmp_path, *options, **environment)
-    assert done.returncode == 0, done.stderr[-4000:]
-    updates(tmp_path)
+    run_line(SETUPS / "vllm_server.yaml", tmp_path, *options, plugin="tests/helpers/vllm_on_cpu.py", **environment)
+    logged_updates(tmp_path)
 
 
 @pytest.mark.parametrize("lora", [False, True])

@@ -1,14 +1,25 @@
-"""Start several processes with a launch file of the examples, on CPUs too."""
+"""Start processes, also several at once with a launch file of the examples, on CPUs too.
 
-from __future__ import annotations
+python -m common.launch MODULE:FUNCTION ARGUMENTS FILE    # what `call` runs in each process
+"""
 
+import json
+import os
 import socket
+import subprocess
+import sys
+import tempfile
+from collections.abc import Sequence
+from importlib import import_module
 from pathlib import Path
+from typing import Any
 
+import torch
 from accelerate.state import AcceleratorState, PartialState
 from accelerate.utils import DistributedType
 
-LAUNCH_FILES = Path(__file__).resolve().parents[2] / "examples/accelerate"
+BENCHMARKS = Path(__file__).resolve().parents[1]
+LAUNCH_FILES = BENCHMARKS.parent / "examples/accelerate"
 
 
 def free_port() -> int:
@@ -35,3 +46,43 @@ def allow_fsdp_on_cpu() -> None:
             self.distributed_type = PartialState._shared_state["distributed_type"] = DistributedType.FSDP
 
     AcceleratorState.__init__ = init_with_fsdp
+
+
+def call(function: str, launcher: Sequence[str] = (), threads: int = 1, **arguments: Any) -> Any:
+    """What a function returns in a process of its own. Under a launcher, what it returns in the first process.
+
+    Args:
+        function: `module:name`.
+        launcher: a module that starts processes, with its options. Without it, there is one process.
+        threads: of each process.
+        arguments: of the function. They and the result must be JSON.
+    """
+    paths = filter(None, [str(BENCHMARKS), os.environ.get("PYTHONPATH")])
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(paths), "OMP_NUM_THREADS": str(threads)}
+    with tempfile.TemporaryDirectory() as folder:
+        output = Path(folder) / "result.json"
+        command = [
+            sys.executable,
+            "-m",
+            *launcher,
+            *(["-m"] if launcher else []),
+            "common.launch",
+            function,
+            json.dumps(arguments),
+            str(output),
+        ]
+        subprocess.run(command, check=True, stdout=sys.stderr, env=environment)
+        return json.loads(output.read_text())
+
+
+def main(function: str, arguments: str, output: str) -> None:
+    module, name = function.split(":")
+    result = getattr(import_module(module), name)(**json.loads(arguments))
+    if os.environ.get("RANK", "0") == "0":
+        Path(output).write_text(json.dumps(result))
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

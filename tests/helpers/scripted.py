@@ -8,6 +8,7 @@ from __future__ import annotations
 import random
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 from datasets import Dataset
@@ -17,6 +18,11 @@ from tbrm_trl import TBRMConfig, TBRMTrainer
 from tbrm_trl.trajectory import Trajectory
 
 EOS = 1
+# Options of a run on a CPU that neither saves nor reports, and computes nothing twice.
+QUIET: dict[str, Any] = dict(
+    gradient_checkpointing=False, bf16=False, use_cpu=True, logging_steps=1, save_strategy="no", report_to="none",
+    disable_tqdm=True,
+)  # fmt: skip
 
 
 @dataclass
@@ -104,23 +110,10 @@ def scripted_trainer(
     def reward(prompts, **kwargs):
         return [by_prompt[prompt].reward for prompt in prompts]
 
-    defaults = dict(
-        output_dir=str(output_dir),
-        beta=0.1,
-        per_device_train_batch_size=len(rows),
-        max_steps=1,
-        learning_rate=0.0,
-        max_grad_norm=0.0,  # no clipping
-        shuffle_dataset=False,
-        max_completion_length=16,
-        gradient_checkpointing=False,
-        bf16=False,
-        use_cpu=True,
-        logging_steps=1,
-        save_strategy="no",
-        report_to="none",
-        disable_tqdm=True,
-    )
+    defaults = QUIET | dict(
+        output_dir=str(output_dir), beta=0.1, per_device_train_batch_size=len(rows), max_steps=1, learning_rate=0.0,
+        max_grad_norm=0.0, shuffle_dataset=False, max_completion_length=16,
+    )  # fmt: skip
     return RecordingTrainer(
         model=model,
         reward_funcs=reward_funcs or reward,

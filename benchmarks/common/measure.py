@@ -1,13 +1,35 @@
-"""The most memory that tensors take at once, counted exactly on a CPU and on a CUDA device."""
+"""Measuring: the peak of tensor memory, counted exactly on a CPU and on a CUDA device; training without chatter."""
 
-from __future__ import annotations
-
+import io
+import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stdout
 from dataclasses import dataclass
+from typing import Any
 
 import torch
+import transformers
 from torch.autograd.profiler import profile
+
+# What every measured trainer is told.
+QUIET: dict[str, Any] = dict(
+    gradient_checkpointing=False, save_strategy="no", report_to="none", logging_strategy="no", disable_tqdm=True
+)
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """No output on stdout, no warnings."""
+    with redirect_stdout(io.StringIO()), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        yield
+
+
+def set_up(threads: int = 1) -> None:
+    """Use so many threads, and let transformers report errors alone."""
+    torch.set_num_threads(threads)
+    transformers.utils.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
 
 
 @dataclass
@@ -21,9 +43,9 @@ class Peak:
 def peak_memory(device: torch.device | str = "cpu") -> Iterator[Peak]:
     """Measure the block's peak of allocated tensor bytes, relative to its start.
 
-    On a CPU every allocation of torch's allocator is recorded (those inside a kernel too) and summed up in the order in
-    which they were made; memory from before the block that it frees is not subtracted. The operating system's peak of
-    resident memory would count the allocator's leftovers as well. It slows the block down, so time it elsewhere.
+    On a CPU the profiler records every allocation, those inside a kernel too, and they are summed up in their order.
+    If the block frees memory from before, that is not subtracted. The operating system's peak of resident memory would
+    count the allocator's leftovers as well. Recording slows the block down, so time it elsewhere.
     """
     device, peak = torch.device(device), Peak()
     if device.type == "cuda":

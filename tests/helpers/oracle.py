@@ -1,17 +1,25 @@
 """The residual, loss and gradient by brute force: float64, one unpadded row at a time, full logits, Python loops.
 
-Shares no code with the library; it only reads trajectories (token ids, mask, reward, end). Its options have the names
-and meanings of `TBRMConfig`'s.
+It shares no code with the library: it only reads trajectories (token ids, mask, reward, end). Its options have the
+names and meanings of `TBRMConfig`'s. At the end stands what compares a trainer with it.
 """
 
 from __future__ import annotations
 
+import copy
+import inspect
 import math
 import statistics
 from collections.abc import Callable
 from dataclasses import dataclass
 
+import pytest
 import torch
+from common.tiny import perturb
+from peft import PeftModel, get_peft_model
+from transformers import AutoModelForCausalLM
+
+TOLERANCE = 1e-5  # relative, of float32 against float64
 
 
 @dataclass
@@ -163,3 +171,56 @@ def distance(gradient: dict[str, torch.Tensor], expected: dict[str, torch.Tensor
     assert gradient.keys() == expected.keys()
     difference = math.sqrt(sum(((gradient[n].double() - expected[n].double()) ** 2).sum().item() for n in expected))
     return difference / math.sqrt(sum((expected[n].double() ** 2).sum().item() for n in expected))
+
+
+# ---- a trainer beside it ---------------------------------------------------------------------------------------------
+
+
+def plain(model) -> torch.nn.Module:
+    """The model without any patch, hook or wrapper of the trainer, in float64."""
+    config = copy.deepcopy(model.config)
+    config._experts_implementation = "eager"  # the grouped kernel knows no float64
+    fresh = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    fresh.load_state_dict(model.state_dict())
+    return fresh.double().eval()
+
+
+def options_of(trainer) -> dict:
+    """The trainer's options that the brute force knows, which calls them by the same names."""
+    known = inspect.getfullargspec(solve).kwonlyargs
+    return {name: getattr(trainer.args, name) for name in known if hasattr(trainer.args, name)}
+
+
+def check(trainer, *, tolerance=TOLERANCE, subset=None):
+    """Train one step from a policy that differs from its reference, and compare."""
+    perturb(trainer.ref_model)
+    policy, reference = plain(trainer.model), plain(trainer.ref_model)
+    trainer.train()
+    trajectories = trainer.windows[0]
+    answer = solve(policy, reference, trajectories, **options_of(trainer), subset=subset)
+    # So that a relative error means something:
+    assert statistics.mean(map(abs, answer.residuals)) >= 1
+    assert sum(trainer.losses) == pytest.approx(answer.loss, rel=tolerance)
+    expected = {name: g for name, g in answer.gradient.items() if g.norm() > 0}
+    actual = {name: g for name, g in trainer.recorder.gradients[0].items() if name in expected}
+    assert distance(actual, expected) <= tolerance
+    return answer, trajectories
+
+
+def merged(model: PeftModel) -> torch.nn.Module:
+    """A plain model that says what this one says with its trained adapter."""
+    return plain(copy_of_adapter(model).merge_and_unload())
+
+
+def copy_of_adapter(model: PeftModel) -> PeftModel:
+    """The same base and trained adapter, without any patch or hook of the trainer."""
+    config = copy.deepcopy(model.peft_config["default"])
+    base = AutoModelForCausalLM.from_config(copy.deepcopy(model.config), dtype=torch.float32)
+    twin = get_peft_model(base, config)
+    twin.load_state_dict({n: t for n, t in model.state_dict().items() if ".ref." not in n})
+    return twin
+
+
+def perturb_adapter(model: PeftModel, seed: int) -> None:
+    """Move the trained adapter a little."""
+    perturb(torch.nn.ParameterList([p for name, p in model.named_parameters() if ".default." in name]), seed=seed)

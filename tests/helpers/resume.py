@@ -1,27 +1,28 @@
-"""Run by test_resume.py in processes of their own: one training run, which may kill itself at a named point."""
+"""Training runs in processes of their own, which may kill themselves at a named point; and what they made."""
 
 from __future__ import annotations
 
 import gc
-import json
 import os
 import random
 import shutil
 import signal
-import sys
 import tempfile
+from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from accelerate import PartialState
 from datasets import Dataset
 from peft import LoraConfig
 from transformers import TrainerCallback
 
 import tbrm_trl.resume.exact_resume
+from helpers.launch import end_process_group
+from helpers.runs import digits
+from helpers.scripted import QUIET
 from tbrm_trl import TBRMConfig, TBRMTrainer
 from tbrm_trl.model.reference import Reference
 from tbrm_trl.sources.parquet import to_row
@@ -34,11 +35,10 @@ MIXED = [{"prompt": word, "completion": None, "reward": None} for word in WORDS[
 ]
 
 # Updates 1 to 4 are on the first window, twice two; 8 updates are an epoch; 14 end in the middle of a window.
-OPTIONS: dict[str, Any] = dict(
+OPTIONS: dict[str, Any] = QUIET | dict(
     beta=0.1, learning_rate=0.01, max_steps=14, max_completion_length=6, num_generations=2,
     per_device_train_batch_size=2, gradient_accumulation_steps=2, steps_per_generation=4, num_iterations=2,
-    save_strategy="steps", save_steps=3, save_total_limit=1, logging_steps=1, save_rollouts=True,
-    gradient_checkpointing=False, bf16=False, use_cpu=True, report_to="none", disable_tqdm=True,
+    save_strategy="steps", save_steps=3, save_total_limit=1, save_rollouts=True,
 )  # fmt: skip
 SYNC = dict(sync_ref_model=True, ref_model_sync_steps=4)
 CASES: dict[str, dict[str, Any]] = {
@@ -71,11 +71,6 @@ def letters(completions, log_metric, log_extra, **kwargs) -> list[float]:
     log_metric("length", sum(map(len, completions)) / len(completions))
     log_extra("letters", shares)
     return shares
-
-
-def digits(completions, **kwargs) -> list[float | None]:
-    """Scores only completions that hold a digit."""
-    return [float(sum(map(str.isdigit, text))) or None for text in completions]
 
 
 def build(case: str, model: str, output_dir: Path, **changes: Any) -> TBRMTrainer:
@@ -172,6 +167,20 @@ def outcome(trainer: TBRMTrainer) -> dict[str, Any]:
     }
 
 
+def flat(value: Any, path: str = "") -> Iterator[tuple[str, Any]]:
+    """Every value in it, as something that is equal only if all bits are."""
+    if isinstance(value, dict):
+        for name, inner in value.items():
+            yield from flat(inner, f"{path}/{name}")
+    elif isinstance(value, (list, tuple)):
+        for index, inner in enumerate(value):
+            yield from flat(inner, f"{path}/{index}")
+    elif isinstance(value, (torch.Tensor, np.ndarray)):
+        yield path, (value.dtype, value.shape, np.asarray(value).tobytes())
+    else:
+        yield path, repr(value)
+
+
 def run(
     case: str,
     model: str,
@@ -221,9 +230,9 @@ def child(log: str, **job: Any) -> None:
     os.dup2(descriptor, 2)
     gc.freeze()  # what was imported: the Trainer collects garbage when it starts
     run(**job)
-    PartialState().destroy_process_group()  # or its threads may outlive the process, which then aborts
+    end_process_group()
 
 
-if __name__ == "__main__":
-    jobs = [json.loads(argument) for argument in sys.argv[1:]]  # one for each process
+def run_of_rank(jobs: list[dict[str, Any]]) -> None:
+    """Under a launcher: `run` with the arguments of this process."""
     run(**jobs[int(os.environ["RANK"])])

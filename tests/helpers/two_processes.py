@@ -1,0 +1,43 @@
+"""One optimizer step on scripted rows, on two processes under torchrun."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from accelerate.utils import gather_object
+from common.tiny import perturb, save
+
+from helpers.launch import launch
+from helpers.scripted import Row, script, scripted_trainer
+
+
+def step_of_rows(folder: str, rows: list[dict], out: str, **options: Any) -> dict[str, Any]:
+    """The step, in each of the processes. Returns what both of them saw."""
+    trainer = scripted_trainer(folder, [Row(**row) for row in rows], out, **options)
+    assert trainer.accelerator.num_processes == 2
+    perturb(trainer.accelerator.unwrap_model(trainer.ref_model))
+    trainer.train()
+    return {
+        "losses": gather_object([trainer.losses]),
+        "windows": gather_object([trainer.windows[0]]),
+        "gradients": trainer.recorder.gradients[0],
+        "log": trainer.state.log_history,
+    }
+
+
+def on_two_processes(folder: str, rows: list[Row], tmp_path: Path, under: str | None = None, **options: Any) -> dict:
+    """What the first of two processes saw of a step on these rows."""
+    function, rows = "helpers.two_processes:step_of_rows", [asdict(row) for row in rows]
+    return launch(function, under, folder=folder, rows=rows, out=tmp_path, **options)[0]
+
+
+def one_sided(tmp_path: Path, **options: Any) -> tuple[str, list[Row], dict[str, Any]]:
+    """A step on rows of which only 0, 2 and 3 count, all on the first process: model, rows, and what was seen."""
+    folder, rows = save(tmp_path / "model"), script(unscored=(1, 4, 5, 6, 7))
+    seen = on_two_processes(folder, rows, tmp_path, **options)
+    on_first, on_second = seen["windows"]
+    assert len(on_first) == len(on_second) == 4
+    assert all(t.reward != t.reward for t in on_second) and sum(t.reward == t.reward for t in on_first) == 3
+    return folder, rows, seen

@@ -1,0 +1,338 @@
+"""Estimators written against the `Run` protocol alone: one with trained parameters, and one with state per prompt.
+
+Both are saved, resumed and equal on every process; and a plain object with the protocol's names is a run to all that
+ship.
+"""
+
+from __future__ import annotations
+
+import inspect
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from accelerate import Accelerator
+from accelerate.utils import gather_object
+from common.tiny import save_value_model
+from datasets import Dataset
+from helpers.launch import launch
+from helpers.oracle import TOLERANCE, distance, steps
+from helpers.resume import build as build_resumable
+from helpers.resume import flat, outcome
+from helpers.runs import DATA, TOKENIZER, build, config, log, one_update
+from torch import nn
+from transformers import AutoTokenizer, TrainerCallback
+
+from tbrm_trl import SoftValue
+from tbrm_trl.loss.soft_value import ConstantValue, Run
+from tbrm_trl.trajectory import End, Trajectory
+
+BETA, RATE = 0.1, 0.05
+
+
+class HeadValue(SoftValue):
+    """`V = w · h(s_1) + b`, trained on the same loss. It starts elsewhere on every process."""
+
+    name = "linear_head"
+
+    def attach(self, run: Run) -> None:
+        generator = torch.Generator().manual_seed(run.accelerator.process_index)
+        self.head = nn.Linear(32, 1)
+        for parameter in self.head.parameters():
+            parameter.data = 0.1 * torch.randn(parameter.shape, generator=generator)
+        run.train_module(self.head, RATE)
+
+    def __call__(self, inputs):
+        return self.head(inputs.hidden).squeeze(1)
+
+
+class RunningMean(ConstantValue):
+    """The mean reward of a prompt so far, over all processes; 0 for a new one."""
+
+    name = "running_mean"
+
+    def attach(self, run: Run) -> None:
+        self.run = run
+
+    def prepare(self, run: Run) -> None:
+        self.totals: dict[str, list[float]] = {}  # number and sum of rewards, by prompt
+
+    def on_window(self, trajectories, rows, group_size):
+        for trajectory in trajectories:
+            number, total = self.totals.get(trajectory.prompt_key, (0, 0.0))
+            trajectory.value = total / max(number, 1)
+        if self.run.evaluating:
+            return
+        for key, reward in gather_object([(t.prompt_key, t.reward) for t in trajectories]):
+            number, total = self.totals.get(key, (0, 0.0))
+            if not math.isnan(reward):
+                self.totals[key] = [number + 1, total + reward]
+
+    def state(self):
+        return self.totals
+
+    def restore(self, state):
+        self.totals = state
+
+
+def head_of(trainer) -> dict[str, Any]:
+    """Trained parameters and their optimizer, copied."""
+    kept = {"head": trainer._soft_value.head.state_dict(), "optimizer": trainer._trained_module.optimizer.state_dict()}
+    return dict(flat(kept))
+
+
+# ---- trained parameters ----------------------------------------------------------------------------------------------
+
+
+def test_the_first_gradient(llama, tmp_path):
+    """Of `mean (β δ)²` in w and b, over two micro-batches; the policy's, for which V is a constant; and Adam's step.
+
+    AdamW's first step is `−rate · g/(|g| + 1e-8)`.
+    """
+    kept: dict[str, Any] = {"gradients": {"weight": 0.0, "bias": 0.0}}
+
+    def watch(trainer):
+        head = trainer._soft_value.head
+        kept["before"] = {name: p.detach().clone() for name, p in head.named_parameters()}
+        for name, parameter in head.named_parameters():
+            parameter.register_hook(
+                lambda g, name=name: kept["gradients"].update({name: kept["gradients"][name] + g.clone()})
+            )
+
+    update = one_update(
+        llama, tmp_path, log(unscored=(3,)), lambda prompts, **kwargs: [None] * len(prompts), watch,
+        soft_value="linear_head", per_device_train_batch_size=4, gradient_accumulation_steps=2,
+    )  # fmt: skip
+    head = nn.Linear(32, 1).double()
+    head.load_state_dict(kept["before"])
+    assert len(update.counted) == 7
+    loss = 0.0
+    for trajectory in update.counted:
+        ids = torch.cat([trajectory.prompt_ids, trajectory.completion_ids])[None]
+        s_1 = len(trajectory.prompt_ids) + trajectory.loss_mask.tolist().index(True) - 1
+        with torch.no_grad():
+            hidden = update.policy.base_model(ids).last_hidden_state[0, s_1]
+            reference = sum(steps(update.reference, trajectory, 1.0).log_probs)
+        log_ratio = sum(steps(update.policy, trajectory, 1.0).log_probs) - reference
+        loss = loss + (BETA * (head(hidden)[0] + log_ratio - trajectory.reward / BETA)) ** 2 / 7
+    update.policy.zero_grad()
+    loss.backward()
+    assert update.loss == pytest.approx(loss.item(), rel=TOLERANCE)
+    assert distance(update.gradient, {name: p.grad for name, p in update.policy.named_parameters()}) <= TOLERANCE
+    gradients = {name: p.grad for name, p in head.named_parameters()}
+    assert distance(kept["gradients"], gradients) <= TOLERANCE
+    for name, after in update.trainer._soft_value.head.state_dict().items():
+        expected = kept["before"][name] - RATE * gradients[name] / (gradients[name].abs() + 1e-8)
+        torch.testing.assert_close(after.double(), expected, rtol=0, atol=1e-6)
+
+
+def train_head(folder: str, out: str, batch: int) -> dict[str, Any]:
+    """Four updates on a log of eight rows, in each of the processes."""
+    trainer = build(
+        folder, Path(out), None, Dataset.from_list(log()), soft_value="linear_head", per_device_train_batch_size=batch,
+        max_steps=4, shuffle_dataset=False,
+    )  # fmt: skip
+    start = dict(flat(trainer._soft_value.head.state_dict()))
+    trainer.train()
+    head = {name: p.detach().clone() for name, p in trainer._soft_value.head.named_parameters()}
+    return {"start": start, "kept": head_of(trainer), "head": head, "losses": trainer.losses}
+
+
+def test_two_processes_train_one_head(llama, tmp_path):
+    """They begin with the main process's weights, agree on every bit afterwards, and do what one process does."""
+    first, second = launch("test_estimators_of_ones_own:train_head", folder=llama, out=tmp_path, batch=4)
+    assert first["start"] == second["start"] and first["kept"] == second["kept"]
+    assert first["losses"] != second["losses"]  # of their own rows
+    one = train_head(llama, str(tmp_path / "one"), batch=8)
+    assert (
+        one["start"] == first["start"] != {name: value for name, value in one["kept"].items() if name in first["start"]}
+    )
+    for name, parameter in one["head"].items():
+        torch.testing.assert_close(first["head"][name], parameter, rtol=1e-3, atol=1e-5)
+
+
+# ---- state per prompt ------------------------------------------------------------------------------------------------
+
+
+def track(folder: str, out: str) -> dict[str, Any]:
+    """Six windows of four prompts, with evaluations between, in each of the processes."""
+    trainer = build(
+        folder, Path(out), train_dataset=DATA.select(range(4)), eval_dataset=DATA.select(range(2)), max_steps=6,
+        soft_value="running_mean", eval_strategy="steps", eval_steps=2, per_device_eval_batch_size=2,
+    )  # fmt: skip
+    windows: list[list[tuple[bool, str, float, float]]] = []
+    on_window = trainer._soft_value.on_window
+
+    def watch(trajectories, rows, group_size):
+        on_window(trajectories, rows, group_size)
+        windows.append([(trainer.evaluating, t.prompt_key, t.reward, t.value) for t in trajectories])
+
+    trainer._soft_value.on_window = watch
+    trainer.train()
+    before = trainer._soft_value.state().copy()
+    trainer.evaluate()
+    return {"windows": windows, "state": trainer._soft_value.state(), "before": before}
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+def test_a_mean_of_each_prompt(processes, llama, tmp_path):
+    """Each window is given the means of those before it, of both processes; evaluations get them and change nothing."""
+    if processes == 1:
+        seen = [track(llama, str(tmp_path))]
+    else:
+        seen = launch("test_estimators_of_ones_own:track", folder=llama, out=tmp_path)
+    rewards: dict[str, list[float]] = {}
+    for windows in zip(*(one["windows"] for one in seen), strict=True):
+        everything = [row for window in windows for row in window]
+        for _, key, _, value in everything:
+            known = rewards.get(key, [0.0])
+            assert value == pytest.approx(sum(known) / len(known), abs=1e-12)
+        for evaluating, key, reward, _ in everything:
+            if not evaluating:
+                rewards.setdefault(key, []).append(reward)
+    assert len(rewards) == 4 and sum(map(len, rewards.values())) == 6 * 2 * processes
+    expected = {key: [len(given), pytest.approx(sum(given))] for key, given in rewards.items()}
+    assert len({mean for mean in (sum(given) / len(given) for given in rewards.values())}) > 1
+    for one in seen:
+        assert one["state"] == one["before"] == expected
+        assert any(evaluating for window in one["windows"] for evaluating, *_ in window)
+    assert all(one["state"] == seen[0]["state"] for one in seen)
+
+
+# ---- stopped and resumed ---------------------------------------------------------------------------------------------
+
+
+class Stop(TrainerCallback):
+    def on_step_begin(self, args, state, control, **kwargs):
+        if state.global_step == 5:
+            raise KeyboardInterrupt
+
+
+@pytest.mark.parametrize("name", ["linear_head", "running_mean"])
+def test_a_resumed_run_ends_as_an_uninterrupted_one(name, qwen2, tmp_path):
+    """Stopped in update 6 and resumed from checkpoint 3, in the middle of a window: the same bits of everything."""
+
+    def made(folder: str):
+        return build_resumable("fresh", qwen2, tmp_path / folder, soft_value=name, max_steps=8, eval_steps=4)
+
+    whole = made("whole")  # which seeds the random numbers
+    whole.train()
+    stopped = made("stopped")
+    stopped.add_callback(Stop())
+    with pytest.raises(KeyboardInterrupt):
+        stopped.train()
+    assert [file.name for file in (tmp_path / "stopped").glob("checkpoint-*")] == ["checkpoint-3"]
+    resumed = made("stopped")
+    resumed.train(resume_from_checkpoint=True)
+    assert resumed.state.global_step == 8
+    ends = [dict(flat(outcome(trainer))) for trainer in (whole, resumed)]
+    assert [path for path in {**ends[0], **ends[1]} if ends[0].get(path) != ends[1].get(path)] == []
+    if name == "linear_head":
+        start = made("another")
+        assert head_of(resumed) == head_of(whole)
+        assert not torch.equal(start._soft_value.head.weight, whole._soft_value.head.weight)
+    else:
+        assert resumed._soft_value.totals == whole._soft_value.totals != {}
+
+
+# ---- a run that is none ----------------------------------------------------------------------------------------------
+
+
+class FakeRun:
+    """What the protocol names, and nothing else."""
+
+    def __init__(self, rows: list[dict[str, Any]], trajectories: list[Trajectory]):
+        self.train_dataset, self.evaluating = Dataset.from_list(rows), False
+        self.tokenizer, self.is_sharded, self.reference_key, self.rollout_settings = TOKENIZER, False, "key", {}
+        self._trajectories, self._trained = trajectories, []
+
+    @property
+    def accelerator(self):
+        return Accelerator(cpu=True)
+
+    def counts(self, trajectory):
+        return trajectory.reward >= 0
+
+    def logged_trajectories(self):
+        return iter(self._trajectories)
+
+    def sample(self, rows):
+        return [trajectory(row["prompt"], reward=float(len(row["prompt"]))) for row in rows]
+
+    def replace_prompts(self, dataset):
+        self.train_dataset = dataset
+
+    def train_module(self, module, learning_rate):
+        self._trained.append((module, learning_rate))
+
+
+def trajectory(text: str, reward: float, log_prob: float = -1.0, completion: int = 40) -> Trajectory:
+    return Trajectory(
+        torch.tensor(TOKENIZER(text)["input_ids"]), torch.tensor([completion]), torch.tensor([True]), reward, End.EOS,
+        ref_log_probs=torch.tensor([log_prob]),
+    )  # fmt: skip
+
+
+def public(names) -> set[str]:
+    return {name for name in names if not name.startswith("_")}
+
+
+@pytest.fixture
+def run() -> FakeRun:
+    logged = [trajectory("a", 0.1, -1.0), trajectory("a", 0.2, -2.0, 41), trajectory("a", -1.0, -9.0, 42)]
+    return FakeRun([{"prompt": "a"}, {"prompt": "bc"}], logged)
+
+
+def test_it_has_the_names_of_the_protocol_alone(run):
+    assert public({*vars(run), *vars(FakeRun)}) == public({*inspect.get_annotations(Run), *vars(Run)})
+
+
+def test_optimal_needs_no_more(run, tmp_path):
+    """Two samples of each prompt with rewards 1, 1 and 2, 2: their log-mean-exp is 1 and 2."""
+    estimator = SoftValue.registry["optimal"](
+        config(soft_value="optimal", soft_value_samples=2, output_dir=str(tmp_path))
+    )
+    estimator.attach(run)
+    estimator.prepare(run)
+    assert run.train_dataset["optimal_value"] == pytest.approx([1.0, 2.0])
+    window = run.sample(run.train_dataset)
+    estimator.on_window(window, list(run.train_dataset), 1)
+    assert [t.value for t in window] == pytest.approx([1.0, 2.0])
+
+
+def test_partition_needs_no_more(run):
+    """`β log (e^(−1 + 0.1/β) + e^(−2 + 0.2/β))` at β = 0.1: both exponents are 0. The third row does not count."""
+    estimator = SoftValue.registry["partition"](config(soft_value="partition", beta=0.1))
+    estimator.attach(run)
+    estimator.prepare(run)
+    window = list(run.logged_trajectories())
+    estimator.on_window(window, [{}] * 3, 1)
+    assert [t.value for t in window] == pytest.approx([0.1 * math.log(2)] * 3)
+
+
+def test_model_needs_no_more(run, tmp_path):
+    folder = save_value_model(tmp_path / "value")
+    run.tokenizer = AutoTokenizer.from_pretrained(folder)
+    estimator = SoftValue.registry["model"](config(soft_value="model", soft_value_model=folder))
+    estimator.attach(run)
+    estimator.prepare(run)
+    window = run.sample(run.train_dataset)
+    estimator.on_window(window, list(run.train_dataset), 1)
+    expected = [estimator.model(t.prompt_ids[None]).logits.item() for t in window]
+    assert [t.value for t in window] == pytest.approx(expected) and expected[0] != expected[1]
+
+
+@pytest.mark.parametrize(
+    "name", ["calibrated", "group", "log_mean_exp", "policy", "zero", "linear_head", "running_mean"]
+)
+def test_the_others_ask_nothing_else(name, run):
+    groups = dict(num_generations=2, per_device_train_batch_size=2)
+    estimator = SoftValue.registry[name](config(soft_value=name, **groups))
+    estimator.attach(run)
+    estimator.prepare(run)
+    estimator.on_window(window := list(run.logged_trajectories())[:2], [{}] * 2, 2)
+    estimator.restore(estimator.state())
+    assert [t.value is None for t in window] == [not estimator.gives_constants] * 2
+    assert [rate for _, rate in run._trained] == [RATE] * (name == "linear_head")
