@@ -186,7 +186,7 @@ class TBRMOptions(GRPOConfig):
     soft_value_self_normalized: bool = False
     soft_value_model: str | None = None
     residual: str = "trajectory"
-    truncation: str | None = None  # read as "terminal", or "mask" where TRL's older option asks for it
+    truncation: str | None = None  # read as "terminal", or "mask" if TRL's older option asks for it
     truncated_reward: float = 0.0
     loss_units: str = "reward"
     reward_baseline: str = "none"

@@ -562,7 +562,7 @@ class TBRMTrainer(ExactResume, GRPOTrainer):
         return {*self.eos_token_ids, self._tokenizer.pad_token_id}
 
     def _give_values(self, window: Sequence[Trajectory], rows: Sequence[Mapping[str, Any]], group_size: int) -> None:
-        """What is known of a trajectory's return and soft value when it is drawn."""
+        """Set the baselines of a window, and have the estimator give its constants."""
         args = self.args
         set_baselines(window, args.reward_baseline, args.reward_of, group_size, self._gather)
         self._soft_value.on_window(window, rows, group_size)
@@ -651,9 +651,10 @@ class TBRMTrainer(ExactResume, GRPOTrainer):
     # ---- update ------------------------------------------------------------------------------------------------
 
     def _compute_loss(self, model: nn.Module, inputs: dict[str, Any]) -> Tensor:
-        """The loss of this step's micro-batches, of which all but the last are back-propagated here.
+        """The loss of this step's micro-batches. All but the last are back-propagated here.
 
-        The last one's backward is the Trainer's. In it, and under ZeRO-2 and -3 in every one, gradients are reduced.
+        The Trainer back-propagates the last, and processes exchange gradients then. Under ZeRO-2 and -3 they do so in
+        every backward.
         """
         *earlier, last = inputs["microbatches"]
         done = torch.zeros((), device=self.accelerator.device)
@@ -666,7 +667,7 @@ class TBRMTrainer(ExactResume, GRPOTrainer):
 
     @contextmanager
     def _reduction_deferred(self, model: nn.Module) -> Iterator[None]:
-        """As in the Trainer's own accumulation, gradients stay on their process, unless `sync_each_batch` is set."""
+        """Inside, gradients stay on their process, as in the Trainer's accumulation, unless `sync_each_batch` is set."""
         state = self.accelerator.gradient_state
         state._set_sync_gradients(False)
         try:
@@ -712,14 +713,14 @@ class TBRMTrainer(ExactResume, GRPOTrainer):
 
     @property
     def _mode(self) -> str:
-        """Which of TRL's two dictionaries of metrics is written to."""
+        """The name of the dictionary of TRL's metrics that is written to."""
         return "eval" if self.evaluating else "train"
 
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
         with temporarily(self, evaluating=True):
             metrics = super().evaluate(*args, **kwargs)
         if self.is_in_train:
-            self.model.train()  # TRL reads from it where the next log belongs
+            self.model.train()  # TRL logs training metrics only in this mode
         return metrics
 
     def predict(self, *args: Any, **kwargs: Any) -> Any:
@@ -907,7 +908,7 @@ def _mean(values: Sequence[float]) -> float | None:
 
 
 def _no_reward(**kwargs: Any) -> list[float]:
-    """Stands in where every trajectory brings its reward, since TRL wants a function."""
+    """TRL wants a reward function, even if every trajectory brings its reward. This one is never called."""
     raise RuntimeError("There is no reward function to reward a rollout: pass `reward_funcs`.")
 
 

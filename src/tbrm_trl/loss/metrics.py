@@ -144,12 +144,12 @@ class Recorder:
         self.since_log = {"train": Totals(), "eval": Totals()}
 
     def record(self, totals: Totals, mode: str, step_ends: bool, accelerator: Accelerator) -> Totals | None:
-        """Add a micro-batch's totals; where an optimizer step ends with it, return those of the step, of all processes.
+        """Add a micro-batch's totals. If an optimizer step ends with it, return the step's totals over all processes.
 
         Args:
             totals: from `microbatch_totals`.
             mode: "train" or "eval".
-            step_ends: whether this is the last micro-batch of an optimizer step. Every process says so at once.
+            step_ends: whether this is the last micro-batch of an optimizer step. All processes agree on it.
             accelerator: reduces over processes.
         """
         self.step += totals

@@ -2,10 +2,11 @@
 
 Layout, inside `checkpoint-<step>/tbrm/`:
 
-    process-<rank>/state.json              unlogged metrics; which trajectories stand in the window
+    process-<rank>/state.json              unlogged metrics, the soft value's state, which trajectories stand in the window
     process-<rank>/trajectories.parquet    those trajectories, each once
     process-<rank>/vision.safetensors      their vision inputs, if any
     process-<rank>/arrays.safetensors      the replay buffer, if any
+    process-<rank>/soft_value.pt           trained parameters of the soft value and their optimizer, if any
     process-<rank>/reference.safetensors   the reference, where it is synced: a shard each, or on process 0 the whole
     complete.json                          written last, once every process has written: without it nothing resumes
 """
