@@ -74,6 +74,7 @@ from .model.reference import (
     Reference,
     SyncReference,
     add_reference_adapter,
+    base_kept,
     score_reference,
     tokenizer_digest,
 )
@@ -223,7 +224,8 @@ class TBRMTrainer(ExactResume, GRPOTrainer):
 
         # Build. TRL would sync no adapter, and load a reference where another one is given.
         trls_reference = args.reference == "initial" and reference_model is None
-        with temporarily(args, sync_ref_model=False, beta=args.beta if trls_reference else 0.0):
+        trls_view = temporarily(args, sync_ref_model=False, beta=args.beta if trls_reference else 0.0)
+        with trls_view, base_kept(model):
             super().__init__(
                 model=model,
                 reward_funcs=reward_funcs if self._plan.mix.rollouts else reward_funcs or _no_reward,
@@ -667,7 +669,7 @@ class TBRMTrainer(ExactResume, GRPOTrainer):
 
     @contextmanager
     def _reduction_deferred(self, model: nn.Module) -> Iterator[None]:
-        """Inside, gradients stay on their process, as in the Trainer's accumulation, unless `sync_each_batch` is set."""
+        """Inside, gradients stay on their process, as in the Trainer's accumulation, unless told otherwise."""
         state = self.accelerator.gradient_state
         state._set_sync_gradients(False)
         try:

@@ -19,9 +19,9 @@ KEPT = frozenset(
 GIVEN_A_MEANING = {
     "learning_rate": "The default is 2.5e-6, as published.",
     "beta": "The temperature of the Bellman residual. It must be positive; the default is 0.002.",
-    "num_generations": "Rollouts per prompt. The default is 1. Soft values and baselines that compare rewards compare these.",
-    "num_iterations": "Updates for each fresh one. The others take replayed trajectories, or the same ones again, without a ratio.",
-    "steps_per_generation": "It must be a multiple of gradient_accumulation_steps, so that a window holds whole updates.",
+    "num_generations": "Rollouts per prompt, 1 by default, which soft values and baselines may compare.",
+    "num_iterations": "Updates for each fresh one. The others replay, or take the same trajectories again. No ratio.",
+    "steps_per_generation": "A multiple of gradient_accumulation_steps, so that a window holds whole updates.",
     "temperature": "It applies to sampling and to the soft value: the policy is softmax(logits / temperature).",
     "sync_ref_model": "It works with adapters too, where only a hard reset (ref_model_mixup_alpha=1) has a meaning.",
     "ref_model_mixup_alpha": "Share of the policy in the new reference. 1 is a hard reset.",

@@ -2,8 +2,8 @@
 
 Layout, inside `checkpoint-<step>/tbrm/`:
 
-    process-<rank>/state.json              unlogged metrics, the soft value's state, which trajectories stand in the window
-    process-<rank>/trajectories.parquet    those trajectories, each once
+    process-<rank>/state.json              unlogged metrics, the soft value's state, the window's trajectories
+    process-<rank>/trajectories.parquet    the trajectories, each once
     process-<rank>/vision.safetensors      their vision inputs, if any
     process-<rank>/arrays.safetensors      the replay buffer, if any
     process-<rank>/soft_value.pt           trained parameters of the soft value and their optimizer, if any
