@@ -288,7 +288,8 @@ def test_4_3_several_sets_log_under_their_own_names(folder, tmp_path):
     sets = {"easy": NUMBERED.select([0, 1]), "hard": NUMBERED.select([3, 4])}
     trainer = evaluated(
         folder, tmp_path, sets, per_device_eval_batch_size=2, eval_strategy="steps", eval_steps=1,
-        save_strategy="steps", save_steps=1, max_steps=2, load_best_model_at_end=True, metric_for_best_model="eval_hard_reward",
+        save_strategy="steps", save_steps=1, max_steps=2, load_best_model_at_end=True,
+        metric_for_best_model="eval_hard_reward",
     )  # fmt: skip
     trainer.train()
     logged = [entry for entry in trainer.state.log_history if "eval_easy_reward" in entry]

@@ -719,10 +719,12 @@ class TBRMTrainer(ExactResume, GRPOTrainer):
         return "eval" if self.evaluating else "train"
 
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
+        log_is_due = self.control.should_log
         with temporarily(self, evaluating=True):
             metrics = super().evaluate(*args, **kwargs)
         if self.is_in_train:
             self.model.train()  # TRL logs training metrics only in this mode
+            self.control.should_log = log_is_due  # logging an evaluation cleared it
         return metrics
 
     def predict(self, *args: Any, **kwargs: Any) -> Any:
