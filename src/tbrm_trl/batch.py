@@ -31,7 +31,7 @@ class Batch:
     ref_soft_value: Tensor  # (B,) NaN until scored
     ref_end_value: Tensor  # (B,) NaN until scored
     vision: dict[str, Tensor]
-    packed: bool = False  # whether models read the real tokens alone, as one row (`scoring.score`)
+    packed: bool = False  # whether models read the real tokens alone, as one row (`model.scoring.score`)
     pad_fraction: float = 0.0  # padding among the positions that models read, as a share
 
     def until(self, width: int) -> Batch:

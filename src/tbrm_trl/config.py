@@ -16,6 +16,7 @@ class TBRMConfig(TBRMOptions):
         options.refuse_options_without_meaning(self)
         self._resolve_truncation()
         options.check_residual_options(self)
+        options.check_generation(self)
         try:
             super().__post_init__()
         except ValueError as error:

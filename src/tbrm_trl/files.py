@@ -49,7 +49,7 @@ def dataset_digest(dataset: Any) -> str | None:
 
 
 def source_of(thing: Any) -> str | None:
-    """The source text of a function or class; the name of a model, or of what has no source."""
+    """The source text of a function or class. A model, or a function without source, gives its name."""
     try:
         return inspect.getsource(thing)
     except (TypeError, OSError):

@@ -15,7 +15,7 @@ Options = TypeVar("Options", bound=type)
 
 _SAMPLING_FILTERS = ("top_p", "top_k", "min_p", "repetition_penalty")
 # What `generation_kwargs` may set without changing the sampled distribution.
-_HARMLESS = (
+HARMLESS = (
     "max_new_tokens",
     "max_length",
     "cache_implementation",
@@ -186,7 +186,7 @@ class TBRMOptions(GRPOConfig):
     soft_value_self_normalized: bool = False
     soft_value_model: str | None = None
     residual: str = "trajectory"
-    truncation: str | None = None  # read as "terminal", or "mask" where TRL's older option asks for it
+    truncation: str | None = None  # read as "terminal", or "mask" if TRL's older option asks for it
     truncated_reward: float = 0.0
     loss_units: str = "reward"
     reward_baseline: str = "none"
@@ -246,9 +246,11 @@ class TBRMOptions(GRPOConfig):
     def sampling_filters(self) -> dict[str, Any]:
         """The options that make the sampler another policy than softmax(logits / temperature)."""
         chosen = {name: getattr(self, name) for name in _SAMPLING_FILTERS}
-        chosen |= {name: value for name, value in (self.generation_kwargs or {}).items() if name not in _HARMLESS}
+        chosen |= {name: value for name, value in (self.generation_kwargs or {}).items() if name not in HARMLESS}
         off = {name: type(self).__dataclass_fields__[name].default for name in _SAMPLING_FILTERS}
         off |= {"temperature": self.temperature, "do_sample": True}
+        if self.vllm_structured_outputs_regex:
+            chosen["vllm_structured_outputs_regex"] = self.vllm_structured_outputs_regex
         return {name: value for name, value in chosen.items() if value is not None and value != off.get(name)}
 
     def is_default(self, name: str) -> bool:

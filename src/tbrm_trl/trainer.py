@@ -14,6 +14,7 @@ One update, in order; each name is a method here, or of the object it is called 
 """
 
 import copy
+import math
 import textwrap
 from collections.abc import Callable, Iterator, Mapping, Sequence, Sized
 from contextlib import contextmanager, nullcontext
@@ -27,36 +28,53 @@ from accelerate.utils import is_peft_model
 from datasets import Dataset, IterableDataset
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
+from transformers.trainer_utils import has_length
 from trl import GRPOTrainer
+from trl.models import prepare_deepspeed, prepare_fsdp
 from trl.trainer.grpo_trainer import RolloutFunc
-from trl.trainer.utils import get_config_model_id
+from trl.trainer.utils import add_fused_lm_head, create_model_from_path, get_config_model_id, use_adapter
 
 from .batch import Batch, MicrobatchSize, TrajectoryScores, chunks, collate, float_tensor, random_order
-from .checks.advice import startup_line, warn_of_beta, warn_of_rollouts, warn_of_soft_value
+from .checks.advice import (
+    startup_line,
+    warn_of_beta,
+    warn_of_finished_schedule,
+    warn_of_rollouts,
+    warn_of_shipped_sampling,
+    warn_of_soft_value,
+)
 from .checks.data import check_dataset, check_sources_of_vision, check_training_set
 from .checks.launch import check_sharding
 from .checks.model import (
     check_adapters,
+    check_backend,
+    check_length,
     check_packing,
     check_quantization,
+    check_reference_model,
+    check_start,
+    check_trainable,
     check_vision,
     require_equal_weights,
+    rotary_limit,
+    warn_of_half_precision,
     warn_of_merging,
 )
 from .config import TBRMConfig
 from .context import temporarily
 from .files import dataset_digest, source_of
-from .loss.metrics import Recorder, Totals, microbatch_totals
+from .loss.metrics import Recorder, Totals, evaluation_totals, microbatch_totals
 from .loss.residual import mean_over_counted
 from .loss.soft_value import Run, SoftValue
 from .loss.trajectory_loss import TrajectoryLoss
-from .model.head import add_trajectory_head, disable_randomness
+from .model.head import add_trajectory_head, disable_randomness, keep_weights_unpacked
 from .model.reference import (
     ADAPTER,
     PreviousPolicy,
     Reference,
     SyncReference,
     add_reference_adapter,
+    base_kept,
     score_reference,
     tokenizer_digest,
 )
@@ -103,6 +121,7 @@ class TBRMTrainer(ExactResume, GRPOTrainer):
     - `_prepare_inputs`: collects the trajectories of an optimizer step, and has the reference score them;
     - `_compute_loss`: the residual, one micro-batch after the other;
     - `evaluate`, `predict`: say when an evaluation is under way;
+    - `evaluation_loop`: means over the rows of the set, under the set's own name;
     - `log`: adds the residual's metrics to TRL's;
     - those of [`~resume.ExactResume`].
 
@@ -132,6 +151,8 @@ class TBRMTrainer(ExactResume, GRPOTrainer):
         train_dataset: as in `GRPOTrainer`, with a column `prompt`. A row with a `completion` (text or messages), or
             with `prompt_ids` and `completion_ids` (and `loss_mask`), is a logged trajectory. It is trained on without
             being generated again. Its return is its `reward`; if that is None, the reward functions give it.
+        reference_model: id, folder or `PreTrainedModel` of the reference π_ref of a full model. By default π_ref is
+            `model` as it is given. A run that goes on from another run's weights keeps that run's reference by it.
         eval_dataset, processing_class, reward_processing_classes, callbacks, optimizers, quantization_config,
             peft_config, tools, rollout_func, environment_factory: as in `GRPOTrainer`.
 
@@ -179,6 +200,7 @@ class TBRMTrainer(ExactResume, GRPOTrainer):
         tools: list[Callable] | None = None,
         rollout_func: RolloutFunc | None = None,
         environment_factory: Any = None,
+        reference_model: str | PreTrainedModel | None = None,
     ):
         if args is None:
             name = model if isinstance(model, str) else get_config_model_id(model.config)
@@ -198,9 +220,12 @@ class TBRMTrainer(ExactResume, GRPOTrainer):
         self._soft_value.check_data(train_dataset, self._plan.logged)
         check_adapters(model, peft_config, args)
         check_quantization(model, peft_config, quantization_config, args)
+        check_reference_model(reference_model, model, peft_config, args)
 
-        # Build. TRL would sync no adapter, and load a reference that the previous policy makes superfluous.
-        with temporarily(args, sync_ref_model=False, beta=0.0 if args.reference == "previous" else args.beta):
+        # Build. TRL would sync no adapter, and load a reference where another one is given.
+        trls_reference = args.reference == "initial" and reference_model is None
+        trls_view = temporarily(args, sync_ref_model=False, beta=args.beta if trls_reference else 0.0)
+        with trls_view, base_kept(model):
             super().__init__(
                 model=model,
                 reward_funcs=reward_funcs if self._plan.mix.rollouts else reward_funcs or _no_reward,
@@ -220,15 +245,20 @@ class TBRMTrainer(ExactResume, GRPOTrainer):
         self.beta = 0.0  # TRL's own reference pass stays off
         self.mask_truncated_completions = False  # TRL would hide them from attention too; here they leave the loss
 
+        if reference_model is not None:
+            self.ref_model = self._load_reference(reference_model)
+
         policy = self.model.get_base_model() if is_peft_model(self.model) else self.model
-        self._check_what_was_built(model, policy)
+        self._check_what_was_built(model if reference_model is None else None, policy)
 
         disable_randomness(self.model)
+        keep_weights_unpacked(self.model)
         for scored in (policy, self.ref_model):
             if scored is not None:
                 bare = self.accelerator.unwrap_model(scored, keep_torch_compile=False)
                 add_trajectory_head(bare, self.temperature, args.cast_lm_head_to_fp32)
         self.evaluating = False
+        self._evaluated_batches, self._rows_to_evaluate = 0, None
         self._given_dataset = train_dataset
         self._loss = TrajectoryLoss(args, self._soft_value, router_loss=self.aux_loss_enabled)
         self._recorder = Recorder()
@@ -243,6 +273,8 @@ class TBRMTrainer(ExactResume, GRPOTrainer):
         self._rows_drawn = self._rows_trained = 0  # by this process: into windows, and over all updates
         self._mean_length = 0.0
         self._beta_checked = False
+        self._has_given_reference, self._has_new_adapter = reference_model is not None, peft_config is not None
+        self._starts_at_reference = not self._has_given_reference  # until the first update has shown it
 
         run: Run = self
         self._soft_value.attach(run)
@@ -257,6 +289,12 @@ class TBRMTrainer(ExactResume, GRPOTrainer):
                 "disagree. Pass several, or list one several times."
             )
         check_sharding(args, self.accelerator)
+        check_trainable(self.model)
+        check_backend(self.model, args)
+        warn_of_half_precision(self.model, args.learning_rate)
+        self._rotary_limit = rotary_limit(policy)
+        if self._plan.mix.rollouts:
+            check_length(args.max_completion_length + 1, self._rotary_limit)
         check_quantization(self.model, None, None, args)  # a checkpoint may be quantized itself, which shows here
         warn_of_merging(self.model, args)
         check_vision(policy, self._is_vlm)
@@ -264,8 +302,32 @@ class TBRMTrainer(ExactResume, GRPOTrainer):
             check_sources_of_vision(args, self._plan.mix)
         if args.padding_free:
             check_packing(policy)
+        if not args.use_vllm:
+            warn_of_shipped_sampling(policy.generation_config, self.generation_config)
         if isinstance(given, PreTrainedModel) and self.ref_model is not None:
             require_equal_weights(policy, self.accelerator.unwrap_model(self.ref_model, keep_torch_compile=False))
+
+    def _load_reference(self, given: str | PreTrainedModel) -> nn.Module:
+        """The reference of the user's choice, prepared as TRL prepares its own."""
+        model: Any = given
+        if isinstance(given, str):
+            settings = {"dtype": self.model.dtype, "attn_implementation": self.model.config._attn_implementation}
+            model = create_model_from_path(given, **{**settings, **(self.args.model_init_kwargs or {})})
+        theirs, ours = (one.config.get_text_config().vocab_size for one in (model, self.model))
+        if theirs != ours:
+            raise ValueError(
+                f"`reference_model` has a vocabulary of {theirs} tokens, the policy one of {ours}. Name a reference "
+                "with the policy's tokenizer."
+            )
+        disable_randomness(model)
+        if self.args.cast_lm_head_to_fp32:
+            model.lm_head = model.lm_head.float()
+        add_fused_lm_head(model, self.temperature, self.args.cast_lm_head_to_fp32)
+        if self.is_deepspeed_enabled:
+            return prepare_deepspeed(model, self.accelerator)
+        if self.is_fsdp_enabled:
+            return prepare_fsdp(model, self.accelerator)
+        return self.accelerator.prepare_model(model, evaluation_mode=True)
 
     def _make_replay_buffer(self) -> ReplayBuffer | None:
         args = self.args
@@ -282,6 +344,7 @@ class TBRMTrainer(ExactResume, GRPOTrainer):
 
     def _make_reference(self) -> Reference | PreviousPolicy | None:
         args = self.args
+        self._initial_reference_key: str | None = None
         if args.reference == "previous":
             return PreviousPolicy(lambda: self.model, lambda: self.state.global_step)
         if self.ref_model is None and (args.sync_ref_model or ADAPTER in self.model.peft_config):
@@ -293,6 +356,7 @@ class TBRMTrainer(ExactResume, GRPOTrainer):
             **({"end_value": True} if args.truncation == "bootstrap" else {}),
         }
         reference = Reference(lambda: self.model, self.ref_model, self.accelerator, settings)
+        self._initial_reference_key = reference.key
         if args.sync_ref_model:
             self.add_callback(SyncReference(reference))
         return reference
@@ -363,17 +427,29 @@ class TBRMTrainer(ExactResume, GRPOTrainer):
         micro_step = self._step % self.args.gradient_accumulation_steps
         if micro_step == 0:
             self._microbatches = self._microbatches_of(self._collect(generation_batch))
+            if self._starts_at_reference and self._has_new_adapter and ADAPTER in self.model.peft_config:
+                self._check_new_adapter(self._microbatches[0])
         # A micro-step of the Trainer is a micro-batch of rows. Sized by tokens, all micro-batches go into one.
         by_tokens = self.args.max_tokens_per_microbatch is not None
         return {"microbatches": self._microbatches if by_tokens else [self._microbatches[micro_step]]}
 
     def _evaluation_rows(self, rows: list[dict[str, Any]]) -> list[UpdateRow]:
+        """The rows of an evaluation batch. Rows that only fill up the last batches do not count."""
         trajectories = self._roll_out(rows)
+        process, processes = self.accelerator.process_index, self.accelerator.num_processes
+        first = (self._evaluated_batches * processes + process) * self.args.per_device_eval_batch_size
+        self._evaluated_batches += 1
+        repeated = [
+            self._rows_to_evaluate is not None and first + i >= self._rows_to_evaluate for i in range(len(rows))
+        ]
         self._score_stale(trajectories)
         self._give_values(trajectories, rows, self.num_generations_eval)
         compared = self.num_generations_eval if self._soft_value.compares == "ratios" else 1
         evaluated = _numbered_by_group([UpdateRow(t, "fresh") for t in trajectories], compared)
-        self._counted_in_step = int(self._gather([self._loss.mark_left_out(evaluated)]).sum())
+        self._loss.mark_left_out(evaluated)
+        for row, is_repeated in zip(evaluated, repeated, strict=True):
+            row.left_out = "repeated" if is_repeated else row.left_out
+        self._counted_in_step = int(self._gather([sum(row.left_out is None for row in evaluated)]).sum())
         return evaluated
 
     def _collect(self, rows: list[dict[str, Any]]) -> list[UpdateRow]:
@@ -418,6 +494,7 @@ class TBRMTrainer(ExactResume, GRPOTrainer):
         fresh = [row for row in rows if not self._plan.mix.logged or row["completion_ids"] is None]
         rollouts = self._roll_out(fresh) if fresh else []
         window = rollouts + (self._logged_rows.take(logged) if self._logged_rows is not None and logged else [])
+        check_length(max(map(len, window)), self._rotary_limit)
         self._mean_length = sum(len(t.completion_ids) for t in window) / len(window)
         self._rows_drawn += len(window)
         self._score_stale(window)
@@ -435,7 +512,6 @@ class TBRMTrainer(ExactResume, GRPOTrainer):
     def _roll_out(self, rows: Sequence[Mapping[str, Any]]) -> list[Trajectory]:
         """Generate a completion for every row, and reward it. TRL's dictionary is read in `trajectories_from_trl`."""
         output = self._generate_and_score_completions(columns_for_rewards(rows))
-        self.model.train(not self.evaluating)  # TRL's continuous batching leaves a model that it evaluates in training
         per_prompt = self.num_generations_eval if self.evaluating else self.num_generations
         first = self.accelerator.process_index * len(rows)
         step = self.state.global_step
@@ -443,6 +519,7 @@ class TBRMTrainer(ExactResume, GRPOTrainer):
         return trajectories_from_trl(output, self._rewards, self._end_token_ids(), group_ids, step)
 
     def _calculate_rewards(self, inputs, prompts, completions, completion_ids_list):
+        self.model.train(not self.evaluating)  # TRL's continuous batching leaves a model that it evaluates in training
         rewards_per_func = super()._calculate_rewards(inputs, prompts, completions, completion_ids_list)  # (N, F)
         if torch.isinf(rewards_per_func).any():
             row, column = torch.isinf(rewards_per_func).nonzero()[0].tolist()
@@ -487,7 +564,7 @@ class TBRMTrainer(ExactResume, GRPOTrainer):
         return {*self.eos_token_ids, self._tokenizer.pad_token_id}
 
     def _give_values(self, window: Sequence[Trajectory], rows: Sequence[Mapping[str, Any]], group_size: int) -> None:
-        """What is known of a trajectory's return and soft value when it is drawn."""
+        """Set the baselines of a window, and have the estimator give its constants."""
         args = self.args
         set_baselines(window, args.reward_baseline, args.reward_of, group_size, self._gather)
         self._soft_value.on_window(window, rows, group_size)
@@ -554,12 +631,32 @@ class TBRMTrainer(ExactResume, GRPOTrainer):
                 filler or trajectories[0],
             )
 
+    @torch.no_grad()
+    def _check_new_adapter(self, rows: Sequence[UpdateRow]) -> None:
+        """Compare the adapter `ref`, which is the policy before the first update, with the model that it was put on.
+
+        This costs one forward pass of a micro-batch. A new adapter without `ref` has that model as its reference.
+        """
+        batch = self._collate([row.trajectory for row in rows])
+        with use_adapter(self.accelerator.unwrap_model(self.model, keep_torch_compile=False), None):
+            log_probs = self._score(self.model, batch).log_probs  # (B, T)
+        self._check_start(batch, log_probs, of_adapter=True)
+
+    def _check_start(self, batch: Batch, log_probs: Tensor, of_adapter: bool = False) -> None:
+        """Before the first update, the reference's log-probabilities must be those of another model: `(B, T)`."""
+        parameters = list(self.model.parameters())
+        is_half = self.accelerator.mixed_precision != "no" or any(p.itemsize < 4 for p in parameters)  # or quantized
+        difference = torch.where(batch.action_mask, (log_probs.detach() - batch.ref_log_probs).abs(), 0.0).sum()
+        total, count = self._gather([difference.item(), int(batch.action_mask.sum())]).sum(dim=0).tolist()
+        check_start(total / max(count, 1), is_half, of_adapter)
+
     # ---- update ------------------------------------------------------------------------------------------------
 
     def _compute_loss(self, model: nn.Module, inputs: dict[str, Any]) -> Tensor:
-        """The loss of this step's micro-batches, of which all but the last are back-propagated here.
+        """The loss of this step's micro-batches. All but the last are back-propagated here.
 
-        The last one's backward is the Trainer's. In it, and under ZeRO-2 and -3 in every one, gradients are reduced.
+        The Trainer back-propagates the last, and processes exchange gradients then. Under ZeRO-2 and -3 they do so in
+        every backward.
         """
         *earlier, last = inputs["microbatches"]
         done = torch.zeros((), device=self.accelerator.device)
@@ -572,7 +669,7 @@ class TBRMTrainer(ExactResume, GRPOTrainer):
 
     @contextmanager
     def _reduction_deferred(self, model: nn.Module) -> Iterator[None]:
-        """As in the Trainer's own accumulation, gradients stay on their process, unless `sync_each_batch` is set."""
+        """Inside, gradients stay on their process, as in the Trainer's accumulation, unless told otherwise."""
         state = self.accelerator.gradient_state
         state._set_sync_gradients(False)
         try:
@@ -587,6 +684,9 @@ class TBRMTrainer(ExactResume, GRPOTrainer):
         output = self._loss(
             rows, batch, partial(self._score, model), in_part=not self.evaluating and args.token_fraction < 1
         )
+        if self._starts_at_reference and not self.evaluating:
+            self._starts_at_reference = False
+            self._check_start(batch, output.scores.log_probs)
         weight = float_tensor([row.weight for row in rows], output.loss.device)  # (B,)
         # Gradients are averaged over processes; the factor makes that the sum over them, as the denominator expects.
         processes = self.accelerator.num_processes
@@ -595,7 +695,10 @@ class TBRMTrainer(ExactResume, GRPOTrainer):
             share = 1.0 if self.evaluating else len(rows) / args.rows_per_device  # of the update
             loss = loss + self.router_aux_loss_coef * output.aux_loss * share
 
-        self._record(microbatch_totals(rows, batch, output.scores, output.inputs, output.soft_value, output.residual))
+        totals = microbatch_totals(rows, batch, output.scores, output.inputs, output.soft_value, output.residual)
+        if self.evaluating:
+            totals.by_name |= evaluation_totals(rows, self.reward_func_names, output, weight)
+        self._record(totals)
         if self._replay is not None and self._replay.prioritized:
             for row, priority in zip(rows, (args.beta * output.residual).detach().abs().tolist(), strict=True):
                 if row.number is not None:
@@ -612,23 +715,35 @@ class TBRMTrainer(ExactResume, GRPOTrainer):
 
     @property
     def _mode(self) -> str:
-        """Which of TRL's two dictionaries of metrics is written to."""
+        """The name of the dictionary of TRL's metrics that is written to."""
         return "eval" if self.evaluating else "train"
 
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
-        with self._evaluation():
-            return super().evaluate(*args, **kwargs)
+        log_is_due = self.control.should_log
+        with temporarily(self, evaluating=True):
+            metrics = super().evaluate(*args, **kwargs)
+        if self.is_in_train:
+            self.model.train()  # TRL logs training metrics only in this mode
+            self.control.should_log = log_is_due  # logging an evaluation cleared it
+        return metrics
 
     def predict(self, *args: Any, **kwargs: Any) -> Any:
-        with self._evaluation():
+        with temporarily(self, evaluating=True):
             return super().predict(*args, **kwargs)
 
-    @contextmanager
-    def _evaluation(self) -> Iterator[None]:
-        with temporarily(self, evaluating=True):
-            yield
-        if self.is_in_train:
-            self.model.train()  # TRL reads from it where the next log belongs
+    def evaluation_loop(self, dataloader: Any, *args: Any, metric_key_prefix: str = "eval", **kwargs: Any) -> Any:
+        """Evaluate one set. Its metrics are means over its rows, each counted once, under the set's own prefix."""
+        self._metrics["eval"].clear()
+        self._recorder.means("eval")
+        self._evaluated_batches, self._rows_to_evaluate = 0, None
+        if has_length(dataloader.dataset):
+            self._rows_to_evaluate = len(dataloader.dataset) * self.num_generations_eval
+        output = super().evaluation_loop(dataloader, *args, metric_key_prefix=metric_key_prefix, **kwargs)
+        means = {name: _mean(values) for name, values in self._metrics["eval"].items()}
+        means |= self._recorder.means("eval")
+        output.metrics.update({f"{metric_key_prefix}_{name}": value for name, value in means.items()})
+        self._metrics["eval"].clear()  # or TRL would log them again, without the prefix of the set
+        return output
 
     def _record(self, totals: Totals) -> None:
         step_ends = self.evaluating or self.accelerator.sync_gradients
@@ -648,7 +763,8 @@ class TBRMTrainer(ExactResume, GRPOTrainer):
             warn_of_soft_value(self.args.beta, soft_value / self.args.beta)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        self._metrics[self._mode].update({n: [mean] for n, mean in self._recorder.means(self._mode).items()})
+        if not self.evaluating:
+            self._metrics["train"].update({name: [mean] for name, mean in self._recorder.means("train").items()})
         super().log(logs, start_time)
 
     # ---- what an estimator may ask: `loss.soft_value.Run` --------------------------------------------------------
@@ -724,6 +840,7 @@ class TBRMTrainer(ExactResume, GRPOTrainer):
             "reference": "synced" if args.sync_ref_model else args.reference,
             "soft_value": [args.soft_value, *(getattr(args, name) for name in sorted(self._soft_value.options))],
             "truncation": args.truncation,
+            "the reference's weights, tokenizer, temperature and precision": self._initial_reference_key,
         }
 
     def forget(self) -> None:
@@ -760,6 +877,8 @@ class TBRMTrainer(ExactResume, GRPOTrainer):
         return {"trainer": trainer, "own": own}, {"window": self._window, "logged": logged}, arrays
 
     def restore_run_state(self, state: RunState, folder: Path, main_folder: Path) -> None:
+        self._starts_at_reference = False
+        warn_of_finished_schedule(self.lr_scheduler, self.state.global_step, self.state.max_steps)
         values, trajectories, arrays = state
         trainer, own = values["trainer"], values["own"]
         self._step = self.state.global_step * self.args.gradient_accumulation_steps
@@ -786,8 +905,14 @@ class TBRMTrainer(ExactResume, GRPOTrainer):
             self._reference.load(folder, main_folder)
 
 
+def _mean(values: Sequence[float]) -> float | None:
+    """As TRL's log takes it: NaN is no value, and no value is None."""
+    given = [value for value in values if not math.isnan(value)]
+    return sum(given) / len(given) if given else None
+
+
 def _no_reward(**kwargs: Any) -> list[float]:
-    """Stands in where every trajectory brings its reward, since TRL wants a function."""
+    """TRL wants a reward function, even if every trajectory brings its reward. This one is never called."""
     raise RuntimeError("There is no reward function to reward a rollout: pass `reward_funcs`.")
 
 

@@ -94,7 +94,7 @@ class UpdateRow:
 
     Attributes:
         trajectory: the object that the window or the log holds too.
-        origin: where the update has it from, one of `metrics.ORIGINS`.
+        origin: where the update has it from, one of `loss.metrics.ORIGINS`.
         weight: factor on its squared residual.
         age: updates since it was generated, if it is replayed.
         number: its number in the replay buffer, if it is replayed.

@@ -3,12 +3,19 @@
 import math
 import warnings
 from pathlib import Path
+from typing import Any
 
-from ..options import TBRMOptions
+from transformers import GenerationConfig
+
+from ..options import HARMLESS, TBRMOptions
 from ..sources.sampler import WindowMix, WindowSampler
 
 # (response length, β) as published, arXiv 2603.23355: in between, β follows the power law through both.
 BETA_BY_LENGTH = ((600, 0.02), (5000, 0.002))
+# Fields of a generation_config.json that do not change which token is drawn, or that TRL always sets itself.
+HARMLESS_IN_FILES = frozenset(
+    ("transformers_version", "_from_model_config", "do_sample", "temperature", "bos_token_id", "eos_token_id")
+) | {"pad_token_id", "decoder_start_token_id", "output_attentions", "output_hidden_states", "return_dict_in_generate"}
 
 
 def startup_line(mix: WindowMix, args: TBRMOptions, sampler: WindowSampler | None) -> str:
@@ -83,6 +90,29 @@ def warn_of_sampling_filters(args: TBRMOptions) -> None:
             "scored. The residual stays valid (any data is), but the metrics `kl` and `entropy` no longer "
             "describe the sampled policy, and tokens that the filter removes are never corrected.",
             stacklevel=4,
+        )
+
+
+def warn_of_shipped_sampling(shipped: GenerationConfig, chosen: GenerationConfig) -> None:
+    """Warn of sampling fields of the model's own generation_config.json that apply because no option sets them."""
+    harmless = {*HARMLESS, *HARMLESS_IN_FILES}
+    fields = {name: value for name, value in shipped.to_diff_dict().items() if name not in harmless}
+    if applied := {name: value for name, value in fields.items() if getattr(chosen, name, None) is None}:
+        warnings.warn(
+            f"{applied} of the model's own generation_config makes the sampler another policy than softmax(logits / "
+            "temperature), which is the one scored. The residual stays valid (any data is), but `kl` and `entropy` no "
+            "longer describe the sampled policy. Set these fields to None in the model's generation_config.",
+            stacklevel=4,
+        )
+
+
+def warn_of_finished_schedule(schedule: Any, step: int, steps: int) -> None:
+    """Warn if a run goes on with a learning rate of 0, from a checkpoint in which its schedule had ended."""
+    if step < steps and not any(schedule.get_last_lr()):
+        warnings.warn(
+            f"The learning rate schedule had ended at the checkpoint of step {step}, so the next update has a learning "
+            f"rate of 0, though {steps - step} updates are left. Start a new run from the weights to train for longer.",
+            stacklevel=3,
         )
 
 

@@ -1,5 +1,7 @@
 """What is refused or warned of in models: adapters, quantization, architectures, a reference that is not the policy."""
 
+import copy
+import math
 import warnings
 from types import SimpleNamespace
 from typing import Any
@@ -138,11 +140,159 @@ def require_equal_weights(policy: nn.Module, reference: nn.Module) -> None:
     for name, parameter in reference.named_parameters():
         loaded = parameter.full_tensor() if isinstance(parameter, DTensor) else parameter
         start = weights.get(name)
-        if start is None or start.shape != loaded.shape or start.is_meta:
+        if start is None or start.is_meta or hasattr(start, "ds_id"):
             continue  # partitioned or renamed by a wrapper: not comparable here
-        if not torch.equal(start.detach().to(loaded.device, loaded.dtype), loaded.detach()):
+        equal = start.shape == loaded.shape and torch.equal(start.to(loaded.device, loaded.dtype), loaded)
+        if not equal:
             raise ValueError(
-                f"The reference policy is not the model you passed: parameter {name!r} differs between the model "
-                f"object and what was loaded from {getattr(policy.config, '_name_or_path', '')!r}. Save the model with "
-                "`save_pretrained(folder)` and its tokenizer beside it, and pass `model=folder`."
+                f"The reference policy is not the model you passed: parameter {name!r} of shape {tuple(start.shape)} "
+                f"differs between the model object and what was loaded from "
+                f"{getattr(policy.config, '_name_or_path', '')!r}, of shape {tuple(loaded.shape)}. Save the model with "
+                "`save_pretrained(folder)` and its tokenizer beside it, and pass `model=folder`; or name the reference "
+                "that you want: `reference_model=`."
             )
+
+
+def check_reference_model(reference_model: Any, model: Any, peft_config: Any, args: TBRMOptions) -> None:
+    """Refuse a reference of the user's choice where another policy is the reference."""
+    if reference_model is None:
+        return
+    if peft_config is not None or (not isinstance(model, str) and is_peft_model(model)):
+        raise ValueError(
+            "`reference_model` with adapters is refused: their reference is the base model, or the adapter that the "
+            "model came with. Merge the adapter into the model, or leave `reference_model` out."
+        )
+    if args.reference == "previous":
+        raise ValueError(
+            '`reference_model` with `reference="previous"` is refused: each trajectory has the policy that produced it '
+            'as its reference. Use `reference="initial"`, or leave `reference_model` out.'
+        )
+
+
+def check_trainable(model: nn.Module) -> None:
+    """Refuse a model in which nothing would be trained."""
+    if not any(parameter.requires_grad for parameter in model.parameters()):
+        raise ValueError(
+            "No parameter of the model is trainable: training would change nothing. Load an adapter with "
+            "`PeftModel.from_pretrained(base, adapter, is_trainable=True)`, or unfreeze the model."
+        )
+
+
+def warn_of_half_precision(model: nn.Module, learning_rate: float, samples: int = 1_000_000) -> None:
+    """Warn if rounding would swallow most updates of weights that are trained in half precision.
+
+    An Adam step moves a weight by about the learning rate. A weight stays the same if that is less than half the
+    distance to its neighbour in its dtype.
+    """
+    stuck = total = 0
+    for parameter in model.parameters():
+        if parameter.requires_grad and parameter.is_floating_point() and parameter.itemsize < 4:
+            local = parameter.to_local() if isinstance(parameter, DTensor) else parameter
+            weights = local.detach().flatten()[: max(samples // 100, 1)]
+            stuck += int((weights + learning_rate == weights).sum())
+            total += weights.numel()
+    if total and stuck > total / 2:
+        warnings.warn(
+            f"{stuck / total:.0%} of the trained weights are kept in half precision and are too large for a step of "
+            f"learning_rate={learning_rate:g}: rounding would leave them as they are. Load the model in float32 "
+            '(model_init_kwargs={"dtype": "float32"}, with bf16=True for the speed), train an adapter, or raise the '
+            "learning rate.",
+            stacklevel=3,
+        )
+
+
+def check_backend(model: nn.Module, args: TBRMOptions) -> None:
+    """Refuse rollouts for which TRL would change the model that is trained."""
+    wanted = torch.bfloat16 if args.bf16 else torch.float16 if args.fp16 else None
+    held = {parameter.dtype for parameter in model.parameters() if parameter.is_floating_point()}
+    if args.use_transformers_continuous_batching and wanted is not None and held != {wanted}:
+        raise ValueError(
+            f"`use_transformers_continuous_batching=True` with {'bf16' if args.bf16 else 'fp16'}=True is refused: TRL "
+            f"casts the trained weights to {wanted} for good, and most updates are then lost to rounding. Turn mixed "
+            "precision off, or generate without continuous batching."
+        )
+    saved = [n for n, p in model.named_parameters() if p.requires_grad and ".modules_to_save." in n]
+    if args.sync_ref_model and args.use_vllm and saved:
+        raise ValueError(
+            f"`sync_ref_model=True` with `use_vllm=True` and `modules_to_save` ({saved[0]}) is refused: TRL would send "
+            "vLLM the reference's copy of these weights too. Leave `modules_to_save` out, or generate without vLLM."
+        )
+
+
+def rotary_limit(model: PreTrainedModel, shortest: int = 8) -> int | None:
+    """The longest row for which rotary embeddings do not depend on the length of the batch; None if no length does.
+
+    Some rotary embeddings (`dynamic`, `longrope`) rescale every position once a batch is longer than the original
+    context. A row's log-probabilities then depend on the rows beside it. The rotary modules themselves are asked: the
+    embedding of the first positions must be the same for every length.
+    """
+    limits = []
+    for module in model.modules():
+        frequencies = [buffer for name, buffer in module.named_buffers(recurse=False) if name.endswith("inv_freq")]
+        if not frequencies or not hasattr(module, "rope_type"):
+            continue
+        rotary = copy.deepcopy(module)  # asking changes some of them
+        states = torch.zeros(1, 1, 1, device=frequencies[0].device)
+        kinds: list[tuple] = [(kind,) for kind in set(getattr(module, "layer_types", ()))] or [()]
+
+        def first_positions(
+            length: int, rotary: Any = rotary, states: Any = states, kinds: Any = kinds
+        ) -> torch.Tensor:
+            positions = torch.arange(length, device=states.device)[None]  # (1, length)
+            parts = [part[..., :shortest, :] for kind in kinds for part in rotary(states, positions, *kind)]
+            return torch.cat(parts, dim=-1)
+
+        longest = 2 * int(model.config.get_text_config().max_position_embeddings)
+        try:
+            expected = first_positions(shortest)
+            if torch.equal(first_positions(longest), expected):
+                continue
+        except (TypeError, IndexError, KeyError, ValueError):
+            continue  # it takes positions of another form, as those of images
+        low, high = shortest, longest  # the embedding is the usual one at `low`, and another one at `high`
+        while high - low > 1:
+            middle = (low + high) // 2
+            low, high = (middle, high) if torch.equal(first_positions(middle), expected) else (low, middle)
+        limits.append(low)
+    return min(limits, default=None)
+
+
+def check_length(length: int, limit: int | None) -> None:
+    """Refuse a trajectory whose log-probabilities would depend on the rows beside it."""
+    if limit is not None and length > limit:
+        raise ValueError(
+            f"A trajectory of {length} tokens is longer than {limit}, from where on the model's rotary embedding is "
+            "rescaled for the whole batch: log-probabilities would depend on the rows beside it. Lower "
+            f"max_completion_length, drop longer prompts and logged rows, or train within {limit} tokens."
+        )
+
+
+def check_start(difference: float, dtype_is_half: bool, of_adapter: bool) -> None:
+    """Refuse to train a policy that does not begin where it should.
+
+    Args:
+        difference: mean over actions of |log π_θ − log π|, in nats, before the first update, over all processes. π is
+            the reference, or for `of_adapter` the model that the adapter was put on.
+        dtype_is_half: whether anything is computed in half precision or quantized. The tolerance is then 0.1 nats per
+            token, else 0.001.
+        of_adapter: which of the two π is.
+    """
+    tolerance = 0.1 if dtype_is_half else 1e-3
+    if difference <= tolerance:  # NaN is another fault's
+        return
+    if math.isnan(difference):
+        return
+    if of_adapter:
+        raise ValueError(
+            f"The new adapter changes the model before anything is trained: log-probabilities differ by "
+            f"{difference:.3g} nats per token (allowed: {tolerance:g}). Some initialisations rewrite the base or begin "
+            "with a product BA that is not 0. Use init_lora_weights=True (the default) or 'gaussian', or save the "
+            "model with the adapter merged and pass it as `model`."
+        )
+    raise ValueError(
+        f"The policy is not its reference before anything is trained: log-probabilities differ by {difference:.3g} "
+        f"nats per token (allowed: {tolerance:g}). With a new adapter, its initialisation rewrites the base "
+        "(init_lora_weights='pissa', 'olora', …) or does not begin at 0: use init_lora_weights=True or 'gaussian'. "
+        "With a full model, the reference was loaded from elsewhere: save the model and pass its folder, or name the "
+        "reference that you want (`reference_model=`)."
+    )

@@ -3,7 +3,7 @@
 import math
 
 from ..loss.soft_value import SoftValue
-from ..options import TBRMOptions
+from ..options import HARMLESS, TBRMOptions
 from .trl_options import REFUSED
 
 CHOICES = {
@@ -49,6 +49,26 @@ def check_residual_options(args: TBRMOptions) -> None:
             raise ValueError(f"`{name}={getattr(args, name)!r}` is unknown. Choose one of {', '.join(allowed)}.")
     if args.num_generations < 1:
         raise ValueError(f"`num_generations={args.num_generations}` is refused: at least 1 rollout per prompt.")
+
+
+def check_generation(args: TBRMOptions) -> None:
+    """Refuse generation options that change what an action is, or that a backend would ignore."""
+    given = args.generation_kwargs or {}
+    if stops := [name for name in given if name.startswith("stop") or name in ("eos_token_id", "pad_token_id")]:
+        raise ValueError(
+            f"`generation_kwargs` with {', '.join(stops)} is refused: completions would end where trajectories, "
+            "truncation and logs do not know of an end. Set the end tokens in the model's `generation_config` "
+            "(model.generation_config.eos_token_id, or the file beside the weights)."
+        )
+    if args.use_transformers_continuous_batching:
+        ignored = {name: value for name, value in given.items() if name not in HARMLESS}
+        if args.repetition_penalty != 1.0:
+            ignored["repetition_penalty"] = args.repetition_penalty
+        if ignored:
+            raise ValueError(
+                f"{ignored} with `use_transformers_continuous_batching=True` is refused: transformers ignores these "
+                "there, or fails in the middle of a generation. Leave them out, or generate without it."
+            )
 
 
 def broken_groups(args: TBRMOptions) -> ValueError:

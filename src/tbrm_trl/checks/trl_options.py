@@ -17,21 +17,21 @@ KEPT = frozenset(
 )
 
 GIVEN_A_MEANING = {
-    "learning_rate": "2.5e-6 by default, as published",
-    "beta": "the temperature of the Bellman residual, 0.002 by default; must be positive",
-    "num_generations": "rollouts per prompt, 1 by default; the group of soft values and baselines that compare rewards",
-    "num_iterations": "updates per fresh one: the others take replayed trajectories, or the same again; no ratio",
-    "steps_per_generation": "must be a multiple of gradient_accumulation_steps, so that a window holds whole updates",
-    "temperature": "of sampling and of the soft value alike: the policy is softmax(logits / temperature)",
-    "sync_ref_model": "with adapters too, where only a hard reset (ref_model_mixup_alpha=1) has a meaning",
-    "ref_model_mixup_alpha": "share of the policy in the new reference; 1 is a hard reset",
-    "ref_model_sync_steps": "updates between two syncs",
-    "disable_dropout": "always on: a noisy log-probability biases the squared residual",
-    "mask_truncated_completions": "the same as truncation='mask'",
-    "top_p": "allowed with a warning: the scored policy is no longer the sampled one",
-    "top_k": "allowed with a warning: the scored policy is no longer the sampled one",
-    "min_p": "allowed with a warning: the scored policy is no longer the sampled one",
-    "repetition_penalty": "allowed with a warning: the scored policy is no longer the sampled one",
+    "learning_rate": "The default is 2.5e-6, as published.",
+    "beta": "The temperature of the Bellman residual. It must be positive; the default is 0.002.",
+    "num_generations": "Rollouts per prompt, 1 by default, which soft values and baselines may compare.",
+    "num_iterations": "Updates for each fresh one. The others replay, or take the same trajectories again. No ratio.",
+    "steps_per_generation": "A multiple of gradient_accumulation_steps, so that a window holds whole updates.",
+    "temperature": "It applies to sampling and to the soft value: the policy is softmax(logits / temperature).",
+    "sync_ref_model": "It works with adapters too, where only a hard reset (ref_model_mixup_alpha=1) has a meaning.",
+    "ref_model_mixup_alpha": "Share of the policy in the new reference. 1 is a hard reset.",
+    "ref_model_sync_steps": "Updates between two syncs.",
+    "disable_dropout": "Dropout is always off, since a noisy log-probability biases the squared residual.",
+    "mask_truncated_completions": "It means truncation='mask'.",
+    "top_p": "It is allowed with a warning: the scored policy is then not the sampled one.",
+    "top_k": "It is allowed with a warning: the scored policy is then not the sampled one.",
+    "min_p": "It is allowed with a warning: the scored policy is then not the sampled one.",
+    "repetition_penalty": "It is allowed with a warning: the scored policy is then not the sampled one.",
 }
 
 _NO_RATIO = "TBRM has no importance ratio, so there is nothing to clip or weight"

@@ -11,8 +11,9 @@ from accelerate import Accelerator
 from torch import Tensor
 
 from ..batch import Batch, TrajectoryScores, at_least_float32
-from ..trajectory import UpdateRow
+from ..trajectory import End, UpdateRow
 from .soft_value import ValueInputs
+from .trajectory_loss import LossOutput
 
 LEFT_OUT_REASONS = ("unscored", "truncated", "no_action", "no_value")
 # Where an update has a trajectory from: drawn for it, the same window again, the replay buffer, or the log.
@@ -110,6 +111,31 @@ def microbatch_totals(
     return totals
 
 
+@torch.no_grad()
+def evaluation_totals(
+    rows: Sequence[UpdateRow], reward_names: Sequence[str], output: LossOutput, weight: Tensor
+) -> dict[str, Tensor]:
+    """Totals of an evaluation batch by TRL's names, over its rows instead of its batches. Repeated rows do not count.
+
+    Args:
+        rows: B rows, after `left_out` was decided.
+        reward_names: of the reward functions.
+        output: the loss of the rows.
+        weight: `(B,)` factor on each loss.
+    """
+    own = [row.trajectory for row in rows if row.left_out != "repeated"]
+    values: dict[str, list[float]] = {
+        "reward": [one.reward for one in own],
+        **{f"rewards/{name}/mean": [one.rewards.get(name, math.nan) for one in own] for name in reward_names},
+        "completions/mean_length": [float(len(one.completion_ids)) for one in own],
+        "completions/clipped_ratio": [float(one.end is End.LENGTH) for one in own],
+        "loss": torch.where(output.inputs.counted, output.loss * weight, math.nan).tolist(),
+    }
+    given = {name: [value for value in column if not math.isnan(value)] for name, column in values.items()}
+    device = output.loss.device
+    return {name: torch.tensor([sum(column), len(column)], device=device) for name, column in given.items()}
+
+
 class Recorder:
     """The totals of this process in the current optimizer step, and those of all processes since the last log."""
 
@@ -118,12 +144,12 @@ class Recorder:
         self.since_log = {"train": Totals(), "eval": Totals()}
 
     def record(self, totals: Totals, mode: str, step_ends: bool, accelerator: Accelerator) -> Totals | None:
-        """Add a micro-batch's totals; where an optimizer step ends with it, return those of the step, of all processes.
+        """Add a micro-batch's totals. If an optimizer step ends with it, return the step's totals over all processes.
 
         Args:
             totals: from `microbatch_totals`.
             mode: "train" or "eval".
-            step_ends: whether this is the last micro-batch of an optimizer step. Every process says so at once.
+            step_ends: whether this is the last micro-batch of an optimizer step. All processes agree on it.
             accelerator: reduces over processes.
         """
         self.step += totals

@@ -1,8 +1,9 @@
 """The reference policy π_ref: which module computes it, its identity, its resets, and the scores it gives."""
 
+import copy
 import json
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from trl.trainer.callbacks import SyncRefModelCallback
 from trl.trainer.utils import use_adapter
 
 from ..batch import Batch, TrajectoryScores
+from ..context import temporarily
 from ..trajectory import PREVIOUS, Trajectory
 
 ADAPTER = "ref"  # TRL's name for it
@@ -183,11 +185,26 @@ def _gathered(parameter: nn.Parameter) -> AbstractContextManager[None]:
     return nullcontext()
 
 
+@contextmanager
+def base_kept(policy: Any) -> Iterator[None]:
+    """Inside, an adapter that is added beside another of the same configuration leaves the base as it is.
+
+    Some initialisations (PiSSA, OLoRA, …) rewrite the base for the adapter that they make. TRL and this library give
+    `ref` the values of the trained adapter afterwards, so its own initialisation does not matter.
+    """
+    configs = [one for one in getattr(policy, "peft_config", {}).values() if hasattr(one, "init_lora_weights")]
+    with ExitStack() as stack:
+        for config in configs:
+            stack.enter_context(temporarily(config, init_lora_weights=True))
+        yield
+
+
 def add_reference_adapter(policy: Any) -> None:
     """Give a PEFT policy the frozen adapter `ref`, equal to the one being trained. TRL may have added it already."""
     active = policy.active_adapter
     if ADAPTER not in policy.peft_config:
-        policy.add_adapter(ADAPTER, policy.peft_config[active])
+        with base_kept(policy):
+            policy.add_adapter(ADAPTER, copy.deepcopy(policy.peft_config[active]))
         policy.set_adapter(active)  # leaves `ref` frozen
     trained = _adapter(policy, active)
     for name, parameter in _adapter(policy, ADAPTER).items():

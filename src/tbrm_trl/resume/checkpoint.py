@@ -2,10 +2,11 @@
 
 Layout, inside `checkpoint-<step>/tbrm/`:
 
-    process-<rank>/state.json              unlogged metrics; which trajectories stand in the window
-    process-<rank>/trajectories.parquet    those trajectories, each once
+    process-<rank>/state.json              unlogged metrics, the soft value's state, the window's trajectories
+    process-<rank>/trajectories.parquet    the trajectories, each once
     process-<rank>/vision.safetensors      their vision inputs, if any
     process-<rank>/arrays.safetensors      the replay buffer, if any
+    process-<rank>/soft_value.pt           trained parameters of the soft value and their optimizer, if any
     process-<rank>/reference.safetensors   the reference, where it is synced: a shard each, or on process 0 the whole
     complete.json                          written last, once every process has written: without it nothing resumes
 """
@@ -106,7 +107,8 @@ def checkpoint_to_resume(resume_from: str | Path | Literal[True], output_dir: st
             f"`save_only_model`, or comes from another trainer. {last}"
         )
     saved = json.loads(marker.read_text())
-    differing = [name for name in identity if saved.get(name) != identity[name]]
+    # A checkpoint of an earlier version says less of its run.
+    differing = [name for name in identity if name in saved and saved[name] != identity[name]]
     if differing:
         raise ValueError(
             f"{resume_from} belongs to another run: "

@@ -71,6 +71,8 @@ class ExactResume(Trainer):
             ValueError: for a checkpoint that is not complete, or of a run with other processes, data or batches.
         """
         self.forget()
+        if isinstance(resume_from_checkpoint, str) and resume_from_checkpoint.lower() in ("true", "false"):
+            resume_from_checkpoint = resume_from_checkpoint.lower() == "true"  # as a command line gives it
         if resume_from_checkpoint:
             if self.args.ignore_data_skip:
                 raise ValueError(

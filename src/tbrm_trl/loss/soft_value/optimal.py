@@ -53,8 +53,7 @@ class OptimalValue(ConstantValue):
         if args.remove_unused_columns:
             raise ValueError(
                 f'`remove_unused_columns=True` would drop the column `{COLUMN}` that `soft_value="optimal"` reads. '
-                "Leave it "
-                "at False."
+                "Leave it at False."
             )
 
     def check_data(self, dataset: Any, logged: np.ndarray) -> None:
@@ -123,8 +122,8 @@ class OptimalValue(ConstantValue):
             if run.is_sharded:
                 raise ValueError(
                     '`soft_value="optimal"` samples the reference before the model is sharded, which DeepSpeed and '
-                    "FSDP do "
-                    "not allow. Run the script once without them and with `max_steps=1`; `run.train_dataset` then "
+                    "FSDP do not "
+                    "allow. Run the script once without them and with `max_steps=1`; `run.train_dataset` then "
                     f"has a column `{COLUMN}`: save it, and train on that."
                 )
             process, processes = accelerator.process_index, accelerator.num_processes
