@@ -22,7 +22,7 @@ NAMES = {
         "TBRMTrainer": (
             "(model, reward_funcs=None, args=None, train_dataset=None, eval_dataset=None, processing_class=None, "
             "reward_processing_classes=None, callbacks=None, optimizers=(None, None), quantization_config=None, "
-            "peft_config=None, tools=None, rollout_func=None, environment_factory=None)"
+            "peft_config=None, tools=None, rollout_func=None, environment_factory=None, reference_model=None)"
         ),
         "bellman_residual": "(soft_value, log_ratio, reward, beta)",
         "load_rollouts": "(folder)",

@@ -33,6 +33,9 @@ OVERRIDDEN = {
     "_compute_loss": "(self, model, inputs)",
     "log": "(self, logs, start_time=None)",
     "evaluate": "(self, eval_dataset=None, ignore_keys=None, metric_key_prefix='eval')",
+    "evaluation_loop": (
+        "(self, dataloader, description, prediction_loss_only=None, ignore_keys=None, metric_key_prefix='eval')"
+    ),
     "predict": "(self, test_dataset, ignore_keys=None, metric_key_prefix='test')",
     "train": "(self, resume_from_checkpoint=None, trial=None, ignore_keys_for_eval=None)",
     "save_model": "(self, output_dir=None, _internal_call=False)",
