@@ -24,7 +24,9 @@ _ADDED_COLUMNS = frozenset(("optimal_value", _INDEX))
 # Columns that describe a logged row's own trajectory. All others go to the reward functions. In a data set without
 # logged rows they are columns like any other.
 OWN_COLUMNS = _ADDED_COLUMNS | frozenset(
-    "completion prompt_ids completion_ids loss_mask end reward ref_log_probs ref_soft_value ref_end_value ref_key".split()
+    """
+    completion prompt_ids completion_ids loss_mask end reward ref_log_probs ref_soft_value ref_end_value ref_key
+    """.split()
 )
 
 _FEATURES = Features(

@@ -123,10 +123,10 @@ def save_rollouts(
         prompts: text or messages, as the reward functions were given them.
         completions: text or messages, as the reward functions were given them.
     """
-    extra = {"prompt": _column(prompts), "completion": _column(completions)}
+    extra = {"prompt": column_of(prompts), "completion": column_of(completions)}
     for name in {name: None for row in rows for name in row if name not in extra}:
         taken = name in _SCHEMA or name.startswith((REWARD_PREFIX, ROW_PREFIX))
-        extra[ROW_PREFIX + name if taken else name] = _column([row.get(name) for row in rows])
+        extra[ROW_PREFIX + name if taken else name] = column_of([row.get(name) for row in rows])
     write_trajectories(file, trajectories, extra, {_VERSION: str(ROLLOUTS_VERSION)})
 
 
@@ -135,7 +135,7 @@ def rollouts_file(folder: Path, step: int, process: int) -> Path:
     return folder / f"step-{step:08d}-process-{process}.parquet"
 
 
-def _column(values: Sequence[Any]) -> pa.Array:
+def column_of(values: Sequence[Any]) -> pa.Array:
     """A column of plain values, or of JSON where they are nested or of several types."""
     if not any(map(_is_nested, values)):
         try:
