@@ -80,6 +80,7 @@ from .sources.logged import (
     logged_trajectory,
     own_columns,
     scratch_folder,
+    some_unrewarded,
     tokenize_logged_rows,
 )
 from .sources.parquet import rollouts_file, save_rollouts
@@ -269,7 +270,8 @@ class TBRMTrainer(ExactResume, GRPOTrainer):
 
     def _check_reward_functions(self, reward_funcs: Any, train_dataset: Any, eval_dataset: Any, more: Any) -> None:
         """Each function can be called with what each data set gives it. A stream without known columns gives none."""
-        sets = {"the training set": train_dataset}
+        asked = self._plan.mix.rollouts or some_unrewarded(train_dataset, self._plan.logged)
+        sets = {"the training set": train_dataset} if asked else {}
         if isinstance(eval_dataset, Mapping):
             sets |= {f"the evaluation set {name!r}": one for name, one in eval_dataset.items()}
         elif eval_dataset is not None:
@@ -278,8 +280,8 @@ class TBRMTrainer(ExactResume, GRPOTrainer):
             columns = getattr(dataset, "column_names", None)
             if reward_funcs is not None and columns is not None:
                 hidden = own_columns(bool(self._plan.mix.logged) and dataset is train_dataset)
-                asked = [name for name in columns if name not in hidden]
-                check_reward_arguments(reward_funcs, title, asked, more=bool(more))
+                given = [name for name in columns if name not in hidden]
+                check_reward_arguments(reward_funcs, title, given, more=bool(more))
 
     def _check_what_was_built(self, given: Any, policy: PreTrainedModel) -> None:
         args = self.args

@@ -412,6 +412,14 @@ def columns_for_rewards(rows: Sequence[Mapping[str, Any]], some_logged: bool) ->
     ]
 
 
+def some_unrewarded(dataset: Dataset, logged: np.ndarray) -> bool:
+    """Whether a logged row brings no reward."""
+    if "reward" not in dataset.column_names:
+        return bool(logged.any())
+    column = dataset.select_columns(["reward"]).with_format("arrow")[:]["reward"]
+    return bool((logged & ~column.is_valid().to_numpy()).any())
+
+
 RewardRows = Callable[[Sequence[Mapping[str, Any]], Sequence[Trajectory]], Sequence[float]]
 
 
@@ -427,8 +435,7 @@ class LoggedRows:
 
     def __init__(self, dataset: Dataset, logged: np.ndarray, scored: bool, reward: RewardRows):
         self.scored, self.reward = scored, reward
-        rewards = dataset["reward"] if "reward" in dataset.column_names else [None] * len(dataset)
-        self.some_unrewarded = any(value is None for value, mine in zip(rewards, logged, strict=True) if mine)
+        self.some_unrewarded = some_unrewarded(dataset, logged)
         self._by_row: dict[int, Trajectory] = {}  # those taken so far, which keep the scores they are given
 
     def take(self, rows: Sequence[Mapping[str, Any]]) -> list[Trajectory]:

@@ -22,8 +22,8 @@ def read_verl_dump(paths: Paths, prompt: Callable[[dict[str, Any]], Any] | None 
     """Read the rollouts that verl writes where `trainer.rollout_data_dir` is set, as logged rows.
 
     Each line of its files has `input`, `output` and `score`, which become `prompt`, `completion` and `reward`. All
-    other entries (`gts`, `step`, what the reward function added) are kept as columns, those with the name of a column that a
-    logged row has for itself under `verl/<name>`.
+    other entries (`gts`, `step`, what the reward function added) are kept as columns, those with the
+    name of a column that a logged row has for itself under `verl/<name>`.
 
     verl decodes both texts without special tokens. So `input` is what the policy read only if no chat template wrote
     the prompt. For a conversation give `prompt`: without it the policy is trained after a prompt that it never had. Of

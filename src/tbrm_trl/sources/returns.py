@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence, Set
 from numbers import Real
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from trl.trainer.utils import is_async_callable
@@ -38,11 +39,11 @@ def rewards_of(returned: Any, count: int, name: str) -> list[float | None]:
 
 
 def _number(value: Any, row: int, name: str, wanted: str) -> float | None:
-    if isinstance(value, Tensor) and value.ndim == 0:
+    if isinstance(value, np.generic) or (isinstance(value, Tensor) and value.ndim == 0):
         value = value.item()
     if value is None:
         return None
-    if not isinstance(value, Real) and type(value).__name__ != "bool_":  # NumPy's bool is no number to it
+    if not isinstance(value, Real):
         raise ValueError(f"Reward function {name!r} returned {_shown(value)} for completion {row}. {wanted}")
     return float(value)
 
