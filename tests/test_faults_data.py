@@ -521,6 +521,8 @@ def test_4_9_columns_of_prompts(folder, tmp_path):
         ({"prompt": {"role": "user", "content": "a"}}, "Row 2 .*`prompt` is a single message"),
         ({"prompt": ["a"]}, "Row 2 .*message 0 of `prompt` is 'a'"),
         ({"prompt": ""}, "Row 2 .*its prompt has no token.*BOS"),
+        ({"prompt": 3}, "Row 2 .*`prompt` is 3, a int"),
+        ({"prompt": CHAT}, "Row 2 .*its prompt is text and others are messages"),
     ],
 )
 def test_6_rows_of_another_form(row, message, folder, tmp_path):
@@ -529,6 +531,33 @@ def test_6_rows_of_another_form(row, message, folder, tmp_path):
     features = Features({**Dataset.from_list([good]).features, **{name: Json() for name in row if name != "reward"}})
     with pytest.raises(ValueError, match=message if not isinstance(whole["reward"], str) else "`reward` is '0', a str"):
         build(folder, tmp_path, None, Dataset.from_list([good, good, whole], features=features))
+
+
+def test_6_messages_that_the_template_cannot_write(folder, tmp_path):
+    turn = {"role": "assistant", "content": [{"type": "text", "text": "b"}]}
+    row = {"prompt": CHAT, "completion": [turn], "reward": 0.0}
+    refused(folder, tmp_path, [row], "Row 2 .*cannot write message 0 of `completion` .TypeError")
+
+
+@pytest.mark.parametrize(
+    ("ids", "message"),
+    [
+        (["6"], "The column `completion_ids` of the training set holds list<.*string>.*cast_column"),
+        ([[6, 1]], "The column `completion_ids` of the training set holds list"),
+        ([6.5], "The column `completion_ids` of the training set holds list<.*double>"),
+        (6, "The column `completion_ids` of the training set holds int64"),
+        ([6, None], "Row 0 of the training set: `completion_ids` holds None"),
+    ],
+)
+def test_6_ids_of_another_type(ids, message, tmp_path):
+    data = Dataset.from_list([{"prompt_ids": [5], "completion_ids": ids, "reward": 0.0}] * 2)
+    with pytest.raises(ValueError, match=message):
+        build("no/such/model", tmp_path, None, data)
+
+
+def test_6_an_empty_prompt_that_is_rolled_out(folder, tmp_path):
+    with pytest.raises(ValueError, match="Row 1 of the training set: its prompt is empty"):
+        build(folder, tmp_path, train_dataset=Dataset.from_list([{"prompt": "a"}, {"prompt": ""}]))
 
 
 @pytest.mark.parametrize("kind", ["torch", "numpy", "pandas"])
@@ -579,6 +608,8 @@ def needs_gold(completions, gold, **kwargs):
         (lambda completions: [], r"'<lambda>' does not take"),
         (needs_gold, "'needs_gold' needs 'gold', but the training set has no such column .its columns: prompt, answer"),
         (functools.partial(needs_gold, completions=[]), "'needs_gold' needs 'gold'"),
+        ((letters, letters), "holds .<function letters .*which is no function. Pass a list"),
+        (RewardObject, "holds <class .*RewardObject'>, which is no function.*an instance"),
     ],
 )
 def test_6_reward_functions_that_cannot_be_called(function, message, tmp_path):

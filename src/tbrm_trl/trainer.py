@@ -35,6 +35,7 @@ from .batch import Batch, MicrobatchSize, TrajectoryScores, chunks, collate, flo
 from .checks.advice import startup_line, warn_of_beta, warn_of_double_bos, warn_of_rollouts, warn_of_soft_value
 from .checks.data import (
     check_dataset,
+    check_empty_prompts,
     check_evaluation_sets,
     check_sources_of_vision,
     check_training_set,
@@ -298,6 +299,9 @@ class TBRMTrainer(ExactResume, GRPOTrainer):
             check_sources_of_vision(args, self._plan.mix)
         if args.padding_free:
             check_packing(policy)
+        if not self._plan.mix.logged:  # logged rows are looked at when they are tokenized
+            check_empty_prompts(self.train_dataset, "the training set", self._tokenizer)
+        check_empty_prompts(self.eval_dataset, "the evaluation set", self._tokenizer)
         if self.accelerator.is_main_process:
             warn_of_double_bos([self.train_dataset, self.eval_dataset], self._tokenizer)
         if isinstance(given, PreTrainedModel) and self.ref_model is not None:

@@ -7,7 +7,9 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 from datasets import Dataset, IterableDataset
+from transformers import PreTrainedTokenizerBase
 
 from ..options import TBRMOptions
 from ..sources.logged import OWN_COLUMNS, logged_rows, prompt_numbers
@@ -166,6 +168,7 @@ def check_prompts(dataset: Any, title: str, needed: np.ndarray, rendered: np.nda
 
 
 def _problems_of_prompts(dataset: Dataset, needed: np.ndarray, rendered: np.ndarray) -> Iterator[tuple[int, str]]:
+    kind = None  # of the first prompt
     plain = dataset.select_columns(["prompt"])
     arrow, rows = plain.with_format("arrow"), plain.with_format(None)
     for first in range(0, len(dataset), 1000):
@@ -184,8 +187,31 @@ def _problems_of_prompts(dataset: Dataset, needed: np.ndarray, rendered: np.ndar
                 roles = np.array(column.values.field("role").to_pylist() or [None], dtype=object)
                 suspects &= ~filled | np.isin(roles[np.where(filled, last, 0)].astype(str), ("assistant", "None"))
         for place in np.flatnonzero(suspects).tolist():
-            if problem := problem_of_prompt(rows[first + place]["prompt"]):
+            prompt = rows[first + place]["prompt"]
+            kind = kind or type(prompt)
+            if problem := problem_of_prompt(prompt):
                 yield first + place, problem
+            if isinstance(prompt, str) is not issubclass(kind, str):
+                yield (
+                    first + place,
+                    "its prompt is text and others are messages, or the reverse. Give all in one form.",
+                )
+
+
+def check_empty_prompts(dataset: Any, title: str, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Refuse empty text as a prompt, by row, if the tokenizer makes no token of it."""
+    if not isinstance(dataset, Dataset) or "prompt" not in dataset.column_names or tokenizer(text="")["input_ids"]:
+        return
+    arrow = dataset.select_columns(["prompt"]).with_format("arrow")
+    for first in range(0, len(dataset), 1000):
+        column = arrow[first : first + 1000]["prompt"]
+        if not (pa.types.is_string(column.type) or pa.types.is_large_string(column.type)):
+            return
+        if (place := pc.index(column, pa.scalar("", column.type)).as_py()) >= 0:
+            raise ValueError(
+                f"Row {first + place} of {title}: its prompt is empty, and the tokenizer makes no token of it. Drop the "
+                "row, or begin the prompt with some text or the tokenizer's BOS token."
+            )
 
 
 def problem_of_prompt(prompt: Any) -> str | None:
@@ -320,6 +346,8 @@ def check_logged_rows(dataset: Dataset, logged: np.ndarray, rewarded: bool, scor
             "The training set has logged rows and a transform (`set_transform`), which changes rows when they are read "
             "and not when they are checked. Apply it once: `dataset.map(...)`."
         )
+    for name in {"prompt_ids", "completion_ids"} & set(dataset.column_names):
+        _check_ids(dataset, name)
     known = [name for name in dataset.column_names if name in OWN_COLUMNS or name == "prompt"]
     rows = dataset.select_columns(known).with_format(None)
     for index in np.flatnonzero(logged).tolist():
@@ -327,6 +355,24 @@ def check_logged_rows(dataset: Dataset, logged: np.ndarray, rewarded: bool, scor
         problem = _problem(row, rewarded) or (_problem_of_scores(row) if scored else None)
         if problem:
             raise ValueError(f"Row {index} of the training set: {problem}")
+
+
+def _check_ids(dataset: Dataset, name: str) -> None:
+    """Refuse a column of token ids that holds anything but lists of integers. No row is read for that."""
+    arrow = dataset.select_columns([name]).with_format("arrow")
+    for first in range(0, len(dataset), 1000):
+        column = arrow[first : first + 1000][name].combine_chunks()
+        if pa.types.is_null(column.type):
+            continue
+        inner = column.type.value_type if pa.types.is_list(column.type) or pa.types.is_large_list(column.type) else None
+        if inner is None or not (pa.types.is_integer(inner) or pa.types.is_null(inner)):
+            raise ValueError(
+                f"The column `{name}` of the training set holds {column.type}. It must hold lists of integers: "
+                f'`dataset.cast_column("{name}", List(Value("int32")))`.'
+            )
+        if column.flatten().null_count:
+            row = next(place for place, ids in enumerate(column.to_pylist()) if ids is not None and None in ids)
+            raise ValueError(f"Row {first + row} of the training set: `{name}` holds None among its token ids.")
 
 
 def _problem(row: Mapping[str, Any], rewarded: bool) -> str | None:

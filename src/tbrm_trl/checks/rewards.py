@@ -21,12 +21,18 @@ def check_reward_arguments(reward_funcs: Any, title: str, columns: Collection[st
         more: whether arguments that are not known here may be added (by environments, a rollout function).
 
     Raises:
-        ValueError: for a function that does not take an argument, or needs one that the data set does not have.
+        ValueError: for what is no function, one that does not take an argument, and one that needs an argument which
+            the data set does not have.
     """
     given = [*_ALWAYS, *(name for name in columns if name not in ("prompt", "completion", "completion_ids"))]
     for function in reward_funcs if isinstance(reward_funcs, list) else [reward_funcs]:
-        if isinstance(function, nn.Module) or not callable(function):
+        if isinstance(function, (nn.Module, str)):
             continue
+        if inspect.isclass(function) or not callable(function):
+            raise ValueError(
+                f"`reward_funcs` holds {function!r}, which is no function. Pass a list of functions (of a class: an "
+                "instance that can be called)."
+            )
         try:
             parameters = inspect.signature(function).parameters.values()
         except (TypeError, ValueError):  # built-in: it has none

@@ -148,8 +148,14 @@ class CompletionTokenizer:
                         "writes such messages, or give `prompt_ids` and `completion_ids` instead."
                     )
                 continue
-            opening = self.template([*prompt, *completion[:turn]], True)
-            through = self.template([*prompt, *completion[: turn + 1]], False)
+            try:
+                opening = self.template([*prompt, *completion[:turn]], True)
+                through = self.template([*prompt, *completion[: turn + 1]], False)
+            except Exception as error:  # a template raises what it likes
+                raise ValueError(
+                    f"the chat template cannot write message {turn} of `completion` ({type(error).__name__}: {error}). "
+                    "Give the message the form that it expects, or `prompt_ids` and `completion_ids` instead."
+                ) from error
             if opening[: len(ids)] != ids or through[: len(opening)] != opening:
                 raise ValueError(
                     f"the chat template does not write message {turn} of `completion` after what the policy had "
