@@ -536,7 +536,8 @@ def test_6_rows_of_another_form(row, message, folder, tmp_path):
 def test_6_messages_that_the_template_cannot_write(folder, tmp_path):
     turn = {"role": "assistant", "content": [{"type": "text", "text": "b"}]}
     row = {"prompt": CHAT, "completion": [turn], "reward": 0.0}
-    refused(folder, tmp_path, [row], "Row 2 .*cannot write message 0 of `completion` .TypeError")
+    message = "Row 2 .*cannot write message 0 of `completion` .TypeError"
+    refused(folder, tmp_path, [row], message, processing_class=with_template(CONTENT))
 
 
 @pytest.mark.parametrize(
