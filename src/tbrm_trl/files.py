@@ -1,10 +1,17 @@
 """Files that appear under their name only when they are whole, and digests by which they are found again."""
 
+import functools
 import inspect
 import json
 import os
+import re
+import sys
+import sysconfig
 from collections import deque
+from collections.abc import Mapping
+from enum import Enum
 from pathlib import Path
+from types import BuiltinFunctionType, CodeType, FunctionType, MethodType, ModuleType
 from typing import Any
 
 import pyarrow as pa
@@ -24,11 +31,12 @@ def write_table(path: Path, table: pa.Table) -> None:
 def write_json(path: Path, value: Any) -> None:
     """Write a JSON file, with NaN and Infinity as the Trainer's own file has them. Tensors and arrays become lists."""
     partial = path.with_suffix(".partial")
-    partial.write_text(json.dumps(value, default=_plain))
+    partial.write_text(json.dumps(value, default=plain_value))
     os.replace(partial, path)
 
 
-def _plain(value: Any) -> Any:
+def plain_value(value: Any) -> Any:
+    """What JSON cannot hold, as something that it can."""
     if isinstance(value, deque):
         return list(value)
     return value.tolist() if hasattr(value, "tolist") else str(value)  # a user may log anything
@@ -48,9 +56,125 @@ def dataset_digest(dataset: Any) -> str | None:
     return digest.hexdigest()
 
 
-def source_of(thing: Any) -> str | None:
-    """The source text of a function or class. A model, or a function without source, gives its name."""
+def source_of(thing: Any) -> Any:
+    """What a function, class or callable object would do, as JSON-able values that change when it does.
+
+    It holds the source of the function or class, and with it what the source alone does not say: values of the
+    closure, defaults, arguments bound by `functools.partial`, attributes of a callable object, and the globals that
+    the code names. Of these, numbers, text, None and lists, sets and dictionaries of them are taken by value, NumPy
+    arrays and tensors too, and functions and classes in turn by all this.
+
+    A list that the function itself fills is a value too: where it counts or caches, it does so in an object of another
+    kind, or is another function after each call.
+
+    The limit: other objects are known by their type alone, modules by their name, installed packages by the names of
+    their functions, and a model by its name or folder. What a function reads from a file, the environment or a server
+    does not show here.
+    """
+    return _describe(thing, {})
+
+
+def _describe(thing: Any, seen: dict[int, Any]) -> Any:
+    """`seen`: what is described already, by its id. It is not described again, even inside itself."""
+    if thing is None or isinstance(thing, (bool, int, float, str)):
+        return thing
+    if id(thing) in seen:
+        return f"described as number {list(seen).index(id(thing))}"
+    seen[id(thing)] = thing
+    kind = f"{type(thing).__module__}.{type(thing).__qualname__}"
+    if isinstance(thing, (bytes, complex, re.Pattern, Enum)):
+        return repr(thing)
+    if isinstance(thing, Mapping):
+        return [kind, *([_describe(name, seen), _describe(value, seen)] for name, value in thing.items())]
+    if isinstance(thing, (set, frozenset)):
+        return [kind, *sorted(json.dumps(_describe(value, seen)) for value in thing)]
+    if isinstance(thing, (list, tuple, deque)):
+        return [kind, *(_describe(value, seen) for value in thing)]
+    if isinstance(thing, ModuleType):
+        return thing.__name__
+    if isinstance(thing, functools.partial):
+        return [kind, *(_describe(part, seen) for part in (thing.func, thing.args, thing.keywords))]
+    if isinstance(thing, MethodType):
+        return [kind, _describe(thing.__func__, seen), _describe(thing.__self__, seen)]
+    if isinstance(thing, FunctionType):
+        return _describe_function(thing, seen)
+    if isinstance(thing, type):
+        return _describe_class(thing, seen)
+    if name := getattr(getattr(thing, "config", None), "_name_or_path", None):
+        return name
+    if hasattr(thing, "tolist") and hasattr(thing, "dtype"):
+        return [kind, str(thing.dtype), thing.tolist()]
+    if callable(thing) and not isinstance(thing, BuiltinFunctionType):
+        return [_describe(type(thing), seen), _describe(getattr(thing, "__dict__", {}), seen)]
+    return getattr(thing, "__qualname__", kind)
+
+
+def _describe_function(function: FunctionType, seen: dict[int, Any]) -> Any:
+    names = f"{function.__module__}.{function.__qualname__}"
+    if len(seen) > 1 and _is_installed(function.__code__.co_filename):
+        return names
+    cells = [cell.cell_contents for cell in function.__closure__ or () if _is_filled(cell)]
+    named = _names_in(function.__code__)
+    return {
+        "source": _text_of(function.__code__),
+        "defaults": _describe([function.__defaults__, function.__kwdefaults__], seen),
+        "closure": _describe(cells, seen),
+        "globals": {
+            name: _describe(function.__globals__[name], seen) for name in named if name in function.__globals__
+        },
+        # What it reads from modules by attribute, such as `settings.THRESHOLD`.
+        "attributes": {
+            f"{module}.{name}": _describe(vars(value)[name], seen)
+            for module in named
+            if isinstance(value := function.__globals__.get(module), ModuleType)
+            and not _is_installed(getattr(value, "__file__", None) or "")
+            for name in named
+            if name in vars(value)
+        },
+    }
+
+
+def _describe_class(one: type, seen: dict[int, Any]) -> Any:
+    if one.__module__ == "builtins" or _is_installed(getattr(sys.modules.get(one.__module__), "__file__", None) or ""):
+        try:
+            return inspect.getsource(one) if len(seen) == 1 else f"{one.__module__}.{one.__qualname__}"
+        except (TypeError, OSError):
+            return f"{one.__module__}.{one.__qualname__}"
+    members = {}
+    for base in reversed(one.__mro__[:-1]):
+        for name, value in vars(base).items():
+            if isinstance(value, (classmethod, staticmethod)):
+                value = value.__func__
+            if isinstance(value, property):
+                value = value.fget
+            if not name.startswith("__") or isinstance(value, FunctionType):
+                members[f"{base.__qualname__}.{name}"] = _describe(value, seen)
+    return [f"{one.__module__}.{one.__qualname__}", members]
+
+
+def _names_in(code: CodeType) -> list[str]:
+    """The globals and attributes that code names, and the functions inside it."""
+    inner = [name for part in code.co_consts if isinstance(part, CodeType) for name in _names_in(part)]
+    return sorted({*code.co_names, *inner})
+
+
+def _text_of(code: CodeType) -> str:
     try:
-        return inspect.getsource(thing)
-    except (TypeError, OSError):
-        return getattr(getattr(thing, "config", thing), "_name_or_path", None) or getattr(thing, "__name__", None)
+        return inspect.getsource(code)
+    except (TypeError, OSError):  # typed in by hand: the code itself, without the addresses of functions in it
+        constants = [_text_of(part) if isinstance(part, CodeType) else repr(part) for part in code.co_consts]
+        return f"{code.co_code.hex()} {code.co_names} {constants}"
+
+
+def _is_filled(cell: Any) -> bool:
+    try:
+        cell.cell_contents  # noqa: B018
+    except ValueError:  # a variable that is not assigned yet
+        return False
+    return True
+
+
+def _is_installed(file: str) -> bool:
+    """Whether a file belongs to Python or to an installed package, which a run does not change."""
+    folders = {sysconfig.get_path(name) for name in ("stdlib", "platstdlib", "purelib", "platlib")}
+    return any(file.startswith(folder + os.sep) for folder in folders if folder) or file.startswith("<frozen")

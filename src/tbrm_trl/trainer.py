@@ -38,12 +38,22 @@ from .batch import Batch, MicrobatchSize, TrajectoryScores, chunks, collate, flo
 from .checks.advice import (
     startup_line,
     warn_of_beta,
+    warn_of_double_bos,
     warn_of_finished_schedule,
     warn_of_rollouts,
     warn_of_shipped_sampling,
     warn_of_soft_value,
 )
-from .checks.data import check_dataset, check_sources_of_vision, check_training_set
+from .checks.data import (
+    check_dataset,
+    check_empty_prompts,
+    check_evaluation_sets,
+    check_sources_of_vision,
+    check_training_set,
+    is_logged,
+    logged_stream,
+    problem_of_prompt,
+)
 from .checks.launch import check_sharding
 from .checks.model import (
     check_adapters,
@@ -60,6 +70,7 @@ from .checks.model import (
     warn_of_half_precision,
     warn_of_merging,
 )
+from .checks.rewards import check_reward_arguments
 from .config import TBRMConfig
 from .context import temporarily
 from .files import dataset_digest, source_of
@@ -87,12 +98,15 @@ from .sources.logged import (
     columns_for_rewards,
     completion_of,
     logged_trajectory,
+    own_columns,
+    scratch_folder,
+    some_unrewarded,
     tokenize_logged_rows,
 )
-from .sources.parquet import save_rollouts
+from .sources.parquet import rollouts_file, save_rollouts
 from .sources.reference_scores import precompute_scores
 from .sources.replay import ReplayBuffer
-from .sources.returns import set_baselines, total_reward
+from .sources.returns import checked_reward, set_baselines, total_reward, unique_names
 from .sources.rollout import Rewards, trajectories_from_trl
 from .sources.sampler import DataPlan, WindowSampler
 from .trajectory import Source, Trajectory, UpdateRow
@@ -181,6 +195,7 @@ class TBRMTrainer(ExactResume, GRPOTrainer):
     args: TBRMConfig
     ref_model: nn.Module | None
     train_dataset: Any
+    reward_func_names: list[str]
     _metrics: Any
     _logs: Any
 
@@ -215,7 +230,12 @@ class TBRMTrainer(ExactResume, GRPOTrainer):
             args.window_group_size,
             rewarded=bool(reward_funcs or environment_factory),
             evaluated=eval_dataset is not None,
+            needs_prompts=environment_factory is None,
         )
+        check_evaluation_sets(eval_dataset, needs_prompts=environment_factory is None)
+        self._check_reward_functions(reward_funcs, train_dataset, eval_dataset, rollout_func or environment_factory)
+        if isinstance(train_dataset, Dataset) and self._plan.mix.logged:
+            train_dataset = train_dataset.with_format(None)  # rows are read as plain values, not as tensors
         self._soft_value = SoftValue.registry[args.soft_value](args)
         self._soft_value.check_data(train_dataset, self._plan.logged)
         check_adapters(model, peft_config, args)
@@ -242,6 +262,7 @@ class TBRMTrainer(ExactResume, GRPOTrainer):
                 rollout_func=rollout_func,
                 environment_factory=environment_factory,
             )
+        self.reward_func_names = unique_names(self.reward_func_names)
         self.beta = 0.0  # TRL's own reference pass stays off
         self.mask_truncated_completions = False  # TRL would hide them from attention too; here they leave the loss
 
@@ -281,6 +302,21 @@ class TBRMTrainer(ExactResume, GRPOTrainer):
         sampler = self._get_train_sampler() if isinstance(train_dataset, Sized) else None
         self.accelerator.print(startup_line(self._plan.mix, args, sampler))
 
+    def _check_reward_functions(self, reward_funcs: Any, train_dataset: Any, eval_dataset: Any, more: Any) -> None:
+        """Each function can be called with what each data set gives it. A stream without known columns gives none."""
+        asked = self._plan.mix.rollouts or some_unrewarded(train_dataset, self._plan.logged)
+        sets = {"the training set": train_dataset} if asked else {}
+        if isinstance(eval_dataset, Mapping):
+            sets |= {f"the evaluation set {name!r}": one for name, one in eval_dataset.items()}
+        elif eval_dataset is not None:
+            sets["the evaluation set"] = eval_dataset
+        for title, dataset in sets.items():
+            columns = getattr(dataset, "column_names", None)
+            if reward_funcs is not None and columns is not None:
+                hidden = own_columns(bool(self._plan.mix.logged) and dataset is train_dataset)
+                given = [name for name in columns if name not in hidden]
+                check_reward_arguments(reward_funcs, title, given, more=bool(more))
+
     def _check_what_was_built(self, given: Any, policy: PreTrainedModel) -> None:
         args = self.args
         if args.reward_pessimism and len(self.reward_funcs) == 1:
@@ -304,6 +340,11 @@ class TBRMTrainer(ExactResume, GRPOTrainer):
             check_packing(policy)
         if not args.use_vllm:
             warn_of_shipped_sampling(policy.generation_config, self.generation_config)
+        if not self._plan.mix.logged:  # logged rows are looked at when they are tokenized
+            check_empty_prompts(self.train_dataset, "the training set", self._tokenizer)
+        check_empty_prompts(self.eval_dataset, "the evaluation set", self._tokenizer)
+        if self.accelerator.is_main_process:
+            warn_of_double_bos([self.train_dataset, self.eval_dataset], self._tokenizer)
         if isinstance(given, PreTrainedModel) and self.ref_model is not None:
             require_equal_weights(policy, self.accelerator.unwrap_model(self.ref_model, keep_torch_compile=False))
 
@@ -364,17 +405,19 @@ class TBRMTrainer(ExactResume, GRPOTrainer):
     def _make_logged_rows(self, policy: PreTrainedModel) -> LoggedRows:
         """Tokenize the logged rows of the training set, and have the reference score them now if that frees it."""
         text_config = policy.config.get_text_config()
+        self._scratch = scratch_folder(self.train_dataset)
         self.train_dataset = tokenize_logged_rows(
             self.train_dataset,
             self._plan.logged,
             CompletionTokenizer(
                 self._tokenizer,
-                self._end_token_ids(),
+                set(self.eos_token_ids),
                 prompt_ids=lambda prompt: list(self._tokenize_prompts([prompt])[0][0]),
                 template=self._render_messages,
             ),
             text_config.vocab_size,
             getattr(text_config, "max_position_embeddings", None),
+            self._scratch,
         )
         scored = self._precompute_reference() or self.args.reference == "previous"
         return LoggedRows(self.train_dataset, self._plan.logged, scored, self._reward_logged)
@@ -492,16 +535,20 @@ class TBRMTrainer(ExactResume, GRPOTrainer):
     def _new_window(self, rows: list[dict[str, Any]]) -> list[Trajectory]:
         logged = [row for row in rows if self._plan.mix.logged and row["completion_ids"] is not None]
         fresh = [row for row in rows if not self._plan.mix.logged or row["completion_ids"] is None]
+        if not isinstance(self.train_dataset, Sized) and any(map(is_logged, fresh)):
+            raise logged_stream()
         rollouts = self._roll_out(fresh) if fresh else []
+        rewards = self._rewards if rollouts else None  # kept here, since logged rows are rewarded next
         window = rollouts + (self._logged_rows.take(logged) if self._logged_rows is not None and logged else [])
         check_length(max(map(len, window)), self._rotary_limit)
         self._mean_length = sum(len(t.completion_ids) for t in window) / len(window)
         self._rows_drawn += len(window)
         self._score_stale(window)
         self._give_values(window, fresh + logged, self.num_generations)
-        if self.args.save_rollouts and rollouts:
+        if self.args.save_rollouts and rewards is not None:
             folder, process = Path(self.args.output_dir) / "rollouts", self.accelerator.process_index
-            save_rollouts(folder, self.state.global_step, process, rollouts, self._tokenizer)
+            file = rollouts_file(folder, self.state.global_step, process)
+            save_rollouts(file, rollouts, rewards.rows, rewards.prompts, rewards.completions)
         group_size = self.args.update_group_size
         if self._replay is not None:
             for group in chunks(rollouts, group_size):
@@ -511,7 +558,11 @@ class TBRMTrainer(ExactResume, GRPOTrainer):
 
     def _roll_out(self, rows: Sequence[Mapping[str, Any]]) -> list[Trajectory]:
         """Generate a completion for every row, and reward it. TRL's dictionary is read in `trajectories_from_trl`."""
-        output = self._generate_and_score_completions(columns_for_rewards(rows))
+        given = columns_for_rewards(rows, some_logged=bool(self._plan.mix.logged) and not self.evaluating)
+        for row in given:  # a stream, or a data set given to `evaluate`, was not checked before
+            if self.environment_factories is None and (problem := problem_of_prompt(row.get("prompt"))):
+                raise ValueError(f"A prompt of this window, {str(row.get('prompt'))[:60]!r}: {problem}")
+        output = self._generate_and_score_completions(given)
         per_prompt = self.num_generations_eval if self.evaluating else self.num_generations
         first = self.accelerator.process_index * len(rows)
         step = self.state.global_step
@@ -520,7 +571,12 @@ class TBRMTrainer(ExactResume, GRPOTrainer):
 
     def _calculate_rewards(self, inputs, prompts, completions, completion_ids_list):
         self.model.train(not self.evaluating)  # TRL's continuous batching leaves a model that it evaluates in training
-        rewards_per_func = super()._calculate_rewards(inputs, prompts, completions, completion_ids_list)  # (N, F)
+        checked = [
+            function if isinstance(function, nn.Module) else checked_reward(function, name)
+            for function, name in zip(self.reward_funcs, self.reward_func_names, strict=True)
+        ]
+        with temporarily(self, reward_funcs=checked):
+            rewards_per_func = super()._calculate_rewards(inputs, prompts, completions, completion_ids_list)  # (N, F)
         if torch.isinf(rewards_per_func).any():
             row, column = torch.isinf(rewards_per_func).nonzero()[0].tolist()
             raise ValueError(
@@ -533,6 +589,9 @@ class TBRMTrainer(ExactResume, GRPOTrainer):
             total_reward(local, self.reward_weights.to(local.device), self.args.reward_pessimism),
             [dict(zip(self.reward_func_names, row, strict=True)) for row in local.tolist()],
             [bool(self.tools and isinstance(one, list) and one[-1].get("tool_calls")) for one in completions],
+            inputs,
+            prompts,
+            completions,
         )
         return rewards_per_func
 
@@ -542,7 +601,7 @@ class TBRMTrainer(ExactResume, GRPOTrainer):
     def _reward_logged(self, rows: Sequence[Mapping[str, Any]], trajectories: Sequence[Trajectory]) -> list[float]:
         prompts, completions = zip(*(completion_of(row, self._tokenizer) for row in rows), strict=True)
         ids = [trajectory.completion_ids.tolist() for trajectory in trajectories]
-        self._calculate_rewards(columns_for_rewards(rows), list(prompts), list(completions), ids)
+        self._calculate_rewards(columns_for_rewards(rows, some_logged=True), list(prompts), list(completions), ids)
         # TRL would count what the functions log here among the next rollouts.
         self._pending_metrics.clear()
         self._pending_extra_logs.clear()

@@ -2,10 +2,14 @@
 
 import math
 import warnings
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from transformers import GenerationConfig
+import pyarrow as pa
+import pyarrow.compute as pc
+from datasets import Dataset
+from transformers import GenerationConfig, PreTrainedTokenizerBase
 
 from ..options import HARMLESS, TBRMOptions
 from ..sources.sampler import WindowMix, WindowSampler
@@ -79,6 +83,34 @@ def warn_of_soft_value(beta: float, soft_value: float) -> None:
             "the residual of the untrained model is mostly V, and the first updates move the policy without any "
             'reward. Use soft_value="calibrated", or a smaller beta '
             f"(below {0.1 / abs(soft_value):.2g}).",
+            stacklevel=2,
+        )
+
+
+def warn_of_double_bos(given: Sequence[Any], tokenizer: PreTrainedTokenizerBase) -> None:
+    """Warn of prompts given as text that begin with the BOS token, if the tokenizer writes one before them.
+
+    Args:
+        given: data sets, or several by name. Streams, None and prompts that are messages are passed over.
+        tokenizer: the policy's.
+    """
+    bos = tokenizer.bos_token
+    if not bos or tokenizer(text=bos)["input_ids"][:2] != [tokenizer.bos_token_id] * 2:
+        return
+    double = total = 0
+    for one in given:
+        for dataset in one.values() if isinstance(one, Mapping) else [one]:
+            if not isinstance(dataset, Dataset) or "prompt" not in dataset.column_names:
+                continue
+            for table in dataset.select_columns(["prompt"]).with_format("arrow").iter(batch_size=1000):
+                if pa.types.is_string(table["prompt"].type) or pa.types.is_large_string(table["prompt"].type):
+                    double += pc.sum(pc.starts_with(table["prompt"], bos)).as_py() or 0
+                    total += len(table)
+    if double:
+        warnings.warn(
+            f"{double} of {total} prompts begin with {bos!r}, and the tokenizer writes one before every text: the "
+            "policy reads two, which it never saw in its training. Take it off the prompts (a chat template may have "
+            "written it), or give the prompts as messages.",
             stacklevel=2,
         )
 

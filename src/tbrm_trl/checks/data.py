@@ -1,11 +1,15 @@
 """What is refused of data sets: too few rows, rows that cannot be trained on, options that ask for other rows."""
 
 import math
-from collections.abc import Mapping, Sized
+from collections.abc import Iterator, Mapping, Sequence, Sized
+from numbers import Real
 from typing import Any
 
 import numpy as np
-from datasets import Dataset
+import pyarrow as pa
+import pyarrow.compute as pc
+from datasets import Dataset, IterableDataset
+from transformers import PreTrainedTokenizerBase
 
 from ..options import TBRMOptions
 from ..sources.logged import OWN_COLUMNS, logged_rows, prompt_numbers
@@ -13,7 +17,9 @@ from ..sources.sampler import DataPlan, WindowMix, window_mix
 from ..trajectory import PREVIOUS, End
 
 
-def check_training_set(dataset: Any, args: TBRMOptions, group_size: int, rewarded: bool, evaluated: bool) -> DataPlan:
+def check_training_set(
+    dataset: Any, args: TBRMOptions, group_size: int, rewarded: bool, evaluated: bool, needs_prompts: bool = True
+) -> DataPlan:
     """Check the training set before any model is loaded, and say how windows are made of it.
 
     Args:
@@ -22,16 +28,34 @@ def check_training_set(dataset: Any, args: TBRMOptions, group_size: int, rewarde
         group_size: trajectories of one prompt that are compared within a window; 1 if none are.
         rewarded: whether there is something to reward completions with.
         evaluated: whether there is an evaluation set.
+        needs_prompts: whether a row without a prompt cannot be rolled out. Environments may give prompts themselves.
 
     Raises:
         ValueError: for a set that fills no window, a row that cannot be trained on (by its number), and options that
             ask for rows of a kind it does not have.
     """
+    check_kind(dataset)
     logged, mix = check_dataset(dataset, args, group_size)
     check_sources(mix, args, group_size, rewarded, evaluated)
+    check_prompts(dataset, "the training set", ~logged & needs_prompts, ~logged | _given_as_text(dataset, logged))
     if mix.logged:
         check_logged_rows(dataset, logged, rewarded, args.reference == "previous")
     return DataPlan(logged, mix, check_logged_groups(dataset, logged, mix, args, group_size))
+
+
+def check_kind(dataset: Any) -> None:
+    """Refuse what is no single data set."""
+    if isinstance(dataset, Mapping):
+        splits = ", ".join(repr(name) for name in dataset)
+        raise ValueError(
+            f"`train_dataset` is a {type(dataset).__name__} of several data sets ({splits}). Pass one of them, such as "
+            f"`train_dataset[{next(iter(dataset), 'train')!r}]`."
+        )
+    if isinstance(dataset, Sized) and not isinstance(dataset, Dataset):
+        raise TypeError(
+            f"`train_dataset` is a {type(dataset).__name__}. Pass a `datasets.Dataset` (of rows in memory: "
+            "`Dataset.from_list(rows)`), or a stream."
+        )
 
 
 def check_dataset(dataset: Any, args: TBRMOptions, group_size: int) -> tuple[np.ndarray, WindowMix]:
@@ -42,11 +66,11 @@ def check_dataset(dataset: Any, args: TBRMOptions, group_size: int) -> tuple[np.
             for a stream with completions, which cannot be divided into prompts and logged rows.
     """
     if not isinstance(dataset, Sized):
-        if dataset is not None and {"completion", "completion_ids"} & set(dataset.column_names or ()):
-            raise ValueError(
-                "A streamed training set has a column of completions. Logged trajectories need a data set whose rows "
-                "can be counted: load it without streaming, or drop the column to have the prompts rolled out."
-            )
+        if isinstance(dataset, IterableDataset):
+            # A stream that does not know its columns is asked for its first row. It begins anew when it is trained on.
+            first: Mapping[str, Any] = {} if dataset.column_names is not None else next(iter(dataset), {})
+            if _COMPLETIONS & set(dataset.column_names or ()) or is_logged(first):
+                raise logged_stream()
         return np.zeros(0, dtype=bool), WindowMix(args.generation_batch_size, 0)
     logged = logged_rows(dataset)
     prompts, logs = int((~logged).sum()), int(logged.sum())
@@ -81,6 +105,144 @@ def check_dataset(dataset: Any, args: TBRMOptions, group_size: int) -> tuple[np.
         f"({args.generation_batch_size} rollouts, {args.num_generations} per prompt): no batch would ever be full. "
         f"{advice}"
     )
+
+
+_COMPLETIONS = {"completion", "completion_ids"}
+
+
+def is_logged(row: Mapping[str, Any]) -> bool:
+    """Whether a row of a stream has a completion."""
+    return any(row.get(name) is not None for name in _COMPLETIONS)
+
+
+def logged_stream() -> ValueError:
+    return ValueError(
+        "A streamed training set has a column of completions. Logged trajectories need a data set whose rows can be "
+        "counted: load it without streaming, or drop the column to have the prompts rolled out."
+    )
+
+
+def check_evaluation_sets(given: Any, needs_prompts: bool) -> None:
+    """Refuse rows of evaluation sets that cannot be rolled out, by set and row. A stream is looked at when it is drawn.
+
+    Args:
+        given: an evaluation set, several by name, or None.
+        needs_prompts: whether a row without a prompt cannot be rolled out.
+    """
+    for name, dataset in given.items() if isinstance(given, Mapping) else [(None, given)]:
+        every = np.ones(len(dataset) if isinstance(dataset, Dataset) else 0, dtype=bool)
+        title = "the evaluation set" if name is None else f"the evaluation set {name!r}"
+        check_prompts(dataset, title, every & needs_prompts, every)
+
+
+def _given_as_text(dataset: Any, logged: np.ndarray) -> np.ndarray:
+    """`(N,)` bool: logged rows whose ids are made from their text or messages."""
+    if not logged.any() or "completion_ids" not in dataset.column_names:
+        return logged
+    return logged & ~logged_rows(dataset.select_columns(["completion_ids"]))
+
+
+def check_prompts(dataset: Any, title: str, needed: np.ndarray, rendered: np.ndarray) -> None:
+    """Refuse prompts from which no policy could begin a completion.
+
+    Args:
+        dataset: a data set; a stream is passed over.
+        title: what the error calls it.
+        needed: `(N,)` bool, rows that need a prompt.
+        rendered: `(N,)` bool, rows with prompts that are tokenized.
+
+    Raises:
+        ValueError: for a missing column, and by row for no prompt and for `problem_of_prompt`.
+    """
+    if not isinstance(dataset, Dataset):
+        return
+    if "prompt" not in dataset.column_names:
+        if needed.any():
+            raise ValueError(
+                f"{title.capitalize()} has no column `prompt`. Its columns are {', '.join(dataset.column_names)}: "
+                "rename the one that holds the prompts (`rename_column`)."
+            )
+        return
+    for index, problem in _problems_of_prompts(dataset, needed, rendered):
+        raise ValueError(f"Row {index} of {title}: {problem}")
+
+
+def _problems_of_prompts(dataset: Dataset, needed: np.ndarray, rendered: np.ndarray) -> Iterator[tuple[int, str]]:
+    kind = None  # of the first prompt
+    plain = dataset.select_columns(["prompt"])
+    arrow, rows = plain.with_format("arrow"), plain.with_format(None)
+    for first in range(0, len(dataset), 1000):
+        column = arrow[first : first + 1000]["prompt"].combine_chunks()
+        given = column.is_valid().to_numpy(zero_copy_only=False)
+        for place in np.flatnonzero(needed[first : first + 1000] & ~given).tolist():
+            yield first + place, "it has no `prompt`, and is to be rolled out. Drop the row, or give it one."
+        suspects = given & rendered[first : first + 1000]
+        if pa.types.is_string(column.type) or pa.types.is_large_string(column.type):
+            continue
+        if pa.types.is_list(column.type) and pa.types.is_struct(column.type.value_type):  # most are cleared at once
+            fields = [column.type.value_type.field(i).name for i in range(column.type.value_type.num_fields)]
+            if "role" in fields:
+                last = column.offsets.to_numpy()[1:] - 1
+                filled = np.diff(column.offsets.to_numpy()) > 0
+                roles = np.array(column.values.field("role").to_pylist() or [None], dtype=object)
+                suspects &= ~filled | np.isin(roles[np.where(filled, last, 0)].astype(str), ("assistant", "None"))
+        for place in np.flatnonzero(suspects).tolist():
+            prompt = rows[first + place]["prompt"]
+            kind = kind or type(prompt)
+            if problem := problem_of_prompt(prompt):
+                yield first + place, problem
+            if isinstance(prompt, str) is not issubclass(kind, str):
+                yield (
+                    first + place,
+                    "its prompt is text and others are messages, or the reverse. Give all in one form.",
+                )
+
+
+def check_empty_prompts(dataset: Any, title: str, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Refuse empty text as a prompt, by row, if the tokenizer makes no token of it."""
+    if not isinstance(dataset, Dataset) or "prompt" not in dataset.column_names or tokenizer(text="")["input_ids"]:
+        return
+    arrow = dataset.select_columns(["prompt"]).with_format("arrow")
+    for first in range(0, len(dataset), 1000):
+        column = arrow[first : first + 1000]["prompt"]
+        if not (pa.types.is_string(column.type) or pa.types.is_large_string(column.type)):
+            return
+        if (place := pc.index(column, pa.scalar("", column.type)).as_py()) >= 0:
+            raise ValueError(
+                f"Row {first + place} of {title}: its prompt is empty, and the tokenizer makes no token of it. Drop "
+                "the row, or begin the prompt with some text or the tokenizer's BOS token."
+            )
+
+
+def problem_of_prompt(prompt: Any) -> str | None:
+    """What is wrong with a prompt: no text or messages, or a last message that the assistant has begun."""
+    if isinstance(prompt, str):
+        return None
+    if problem := _problem_of_messages(prompt, "prompt"):
+        return problem
+    if prompt[-1]["role"] == "assistant":
+        return (
+            "its prompt ends in a message of the assistant. The chat template would close that turn and open a second "
+            "one, so that nothing continues it. Move the message into `completion` if it is logged; else drop it, or "
+            "give the prompt as text that ends where the policy is to go on."
+        )
+    return None
+
+
+def _problem_of_messages(value: Any, name: str) -> str | None:
+    if isinstance(value, Mapping):
+        return f"`{name}` is a single message, a dictionary. Put it into a list: [message]."
+    if not isinstance(value, Sequence):
+        return f"`{name}` is {value!r}, a {type(value).__name__}. It must be text, or a list of messages."
+    if not value:
+        return f"`{name}` has no message. Drop the row."
+    for place, message in enumerate(value):
+        if not (isinstance(message, Mapping) and isinstance(message.get("role"), str)):
+            return (
+                f"message {place} of `{name}` is {str(message)[:60]!r}. A message is a dictionary with a `role` and a "
+                "`content`."
+            )
+    return None
 
 
 def check_logged_groups(
@@ -128,6 +290,11 @@ def check_sources(mix: WindowMix, args: TBRMOptions, group_size: int, rewarded: 
     if not mix.rollouts and args.save_rollouts:
         raise ValueError("`save_rollouts=True`, but every row of the training set has a completion. Leave it False.")
     per_prompt = args.num_generations_eval or args.num_generations
+    if evaluated and args.reward_baseline == "batch_mean" and args.per_device_eval_batch_size * args.world_size == 1:
+        raise ValueError(
+            "`reward_baseline='batch_mean'` with evaluation batches of one trajectory is refused: its own reward would "
+            "be its baseline. Raise per_device_eval_batch_size, or use 'none'."
+        )
     if evaluated and group_size > 1 and args.per_device_eval_batch_size % per_prompt:
         raise ValueError(
             f"per_device_eval_batch_size={args.per_device_eval_batch_size} does not hold whole groups of "
@@ -174,13 +341,38 @@ def check_logged_rows(dataset: Dataset, logged: np.ndarray, rewarded: bool, scor
         ValueError: for an empty completion, ids without prompt ids, a mask of the wrong length or content, an unknown
             end, a reward that is missing or not finite.
     """
+    if dataset.format["type"] == "custom":
+        raise ValueError(
+            "The training set has logged rows and a transform (`set_transform`), which changes rows when they are read "
+            "and not when they are checked. Apply it once: `dataset.map(...)`."
+        )
+    for name in {"prompt_ids", "completion_ids"} & set(dataset.column_names):
+        _check_ids(dataset, name)
     known = [name for name in dataset.column_names if name in OWN_COLUMNS or name == "prompt"]
-    rows = dataset.select_columns(known)
+    rows = dataset.select_columns(known).with_format(None)
     for index in np.flatnonzero(logged).tolist():
         row = rows[index]
         problem = _problem(row, rewarded) or (_problem_of_scores(row) if scored else None)
         if problem:
             raise ValueError(f"Row {index} of the training set: {problem}")
+
+
+def _check_ids(dataset: Dataset, name: str) -> None:
+    """Refuse a column of token ids that holds anything but lists of integers. No row is read for that."""
+    arrow = dataset.select_columns([name]).with_format("arrow")
+    for first in range(0, len(dataset), 1000):
+        column = arrow[first : first + 1000][name].combine_chunks()
+        if pa.types.is_null(column.type):
+            continue
+        inner = column.type.value_type if pa.types.is_list(column.type) or pa.types.is_large_list(column.type) else None
+        if inner is None or not (pa.types.is_integer(inner) or pa.types.is_null(inner)):
+            raise ValueError(
+                f"The column `{name}` of the training set holds {column.type}. It must hold lists of integers: "
+                f'`dataset.cast_column("{name}", List(Value("int32")))`.'
+            )
+        if column.flatten().null_count:
+            row = next(place for place, ids in enumerate(column.to_pylist()) if ids is not None and None in ids)
+            raise ValueError(f"Row {first + row} of the training set: `{name}` holds None among its token ids.")
 
 
 def _problem(row: Mapping[str, Any], rewarded: bool) -> str | None:
@@ -201,14 +393,28 @@ def _problem(row: Mapping[str, Any], rewarded: bool) -> str | None:
         return "`completion` without `prompt`. Give both, or `prompt_ids` and `completion_ids`."
     elif not row["completion"]:
         return "`completion` is empty. Drop the row, or leave it None to have the prompt rolled out."
+    elif problem := _problem_of_text(row):
+        return problem
     elif mask is not None:
         return "`loss_mask` counts tokens, so it needs `prompt_ids` and `completion_ids` beside it, not text."
     if row.get("end") not in (None, *(end.value for end in End)):
         return f"`end` is {row['end']!r}. It may be {', '.join(end.value for end in End)} or None."
     if reward is None and not rewarded:
         return "it has no `reward`, and there is no reward function to give it one. Add the column, or `reward_funcs`."
+    if reward is not None and not isinstance(reward, Real):
+        return (
+            f"`reward` is {reward!r}, a {type(reward).__name__}. It must be a number: convert the column, for example "
+            '`dataset.cast_column("reward", Value("float64"))`.'
+        )
     if reward is not None and not math.isfinite(reward):
         return f"`reward` is {reward}. It must be a finite number, or None to have the reward functions give it."
+    return None
+
+
+def _problem_of_text(row: Mapping[str, Any]) -> str | None:
+    for name in ("prompt", "completion"):
+        if not isinstance(row[name], str) and (problem := _problem_of_messages(row[name], name)):
+            return problem
     return None
 
 

@@ -145,6 +145,12 @@ def check_soft_value(args: TBRMOptions) -> None:
 
 def check_groups(args: TBRMOptions, window_group_size: int, update_group_size: int) -> None:
     group = args.num_generations
+    if args.reward_baseline == "batch_mean" and args.generation_batch_size == 1:
+        raise ValueError(
+            "`reward_baseline='batch_mean'` with one trajectory in a generation window is refused: its own reward "
+            "would be its baseline, and no reward could be learned from. Raise per_device_train_batch_size or "
+            "steps_per_generation, or use 'none'."
+        )
     if SoftValue.registry[args.soft_value].compares:
         who = f"soft_value={args.soft_value!r}"
     elif args.reward_baseline == "group_mean":
@@ -155,6 +161,11 @@ def check_groups(args: TBRMOptions, window_group_size: int, update_group_size: i
         raise ValueError(
             f"`{who}` compares the trajectories of a prompt: with num_generations=1 each would be compared with "
             "itself, and no reward could be learned from. Use 2 or more."
+        )
+    if args.num_generations_eval == 1:
+        raise ValueError(
+            f"`num_generations_eval=1` with `{who}` is refused: the trajectories of a prompt are compared in "
+            "evaluation too, and one alone would be compared with itself. Use 2 or more, or leave it at None."
         )
     for group_size, steps, name in (
         (window_group_size, args.steps_per_generation, "steps_per_generation"),

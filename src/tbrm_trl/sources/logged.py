@@ -3,6 +3,9 @@
 import json
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
+from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
@@ -16,10 +19,15 @@ from .parquet import from_row
 
 _COMPLETION_COLUMNS = ("completion_ids", "completion")
 _INDEX = "_row"  # column with the number of the row in the training set
-# Columns that describe the row's own trajectory. All others go to the reward functions.
-OWN_COLUMNS = frozenset(
-    ("completion", "prompt_ids", "completion_ids", "loss_mask", "end", "reward", "ref_log_probs", "ref_soft_value")
-) | {"ref_end_value", "ref_key", "optimal_value", _INDEX}
+# Columns of this library's making. No reward function is given them.
+_ADDED_COLUMNS = frozenset(("optimal_value", _INDEX))
+# Columns that describe a logged row's own trajectory. All others go to the reward functions. In a data set without
+# logged rows they are columns like any other.
+OWN_COLUMNS = _ADDED_COLUMNS | frozenset(
+    """
+    completion prompt_ids completion_ids loss_mask end reward ref_log_probs ref_soft_value ref_end_value ref_key
+    """.split()
+)
 
 _FEATURES = Features(
     {
@@ -48,12 +56,33 @@ def prompt_numbers(dataset: Dataset, logged: np.ndarray) -> np.ndarray:
     numbers: dict[str, int] = {}
     of_row = np.full(len(dataset), -1)
     names = [name for name in ("prompt_ids", "prompt") if name in dataset.column_names]
-    prompts = dataset.select_columns(names)
+    prompts = dataset.select_columns(names).with_format(None)
     for index in np.flatnonzero(logged).tolist():
         row = prompts[index]
         prompt = next(row[name] for name in names if row[name] is not None)
-        of_row[index] = numbers.setdefault(json.dumps(prompt), len(numbers))
+        of_row[index] = numbers.setdefault(json.dumps(normal_prompt(prompt)), len(numbers))
     return of_row
+
+
+def without_none(value: Any) -> Any:
+    """The value without the keys of its dictionaries that hold None, however deep.
+
+    Arrow gives the dictionaries of a column one set of keys, and fills up with None: of what a row said and what was
+    filled up, nobody can tell any more. A column of JSON keeps each row's own keys. Both are the same after this.
+    """
+    if isinstance(value, dict):
+        return {name: without_none(one) for name, one in value.items() if one is not None}
+    return [without_none(one) for one in value] if isinstance(value, list) else value
+
+
+def normal_prompt(prompt: Any) -> Any:
+    """A prompt or a completion in one form, however its data set was stored.
+
+    Messages lose the keys that hold None, and a message without content has the content "". Text stays as it is.
+    """
+    if not isinstance(prompt, list):
+        return prompt
+    return [{"content": "", **without_none(one)} if isinstance(one, dict) else one for one in prompt]
 
 
 @dataclass
@@ -62,7 +91,7 @@ class CompletionTokenizer:
 
     Attributes:
         tokenizer: the policy's.
-        end_token_ids: tokens that end a completion.
+        end_token_ids: tokens that end a completion: those at which generation stops.
         prompt_ids: prompt (text or messages) → ids, as generation makes them.
         template: messages → ids by the chat template. The second argument says whether to open the assistant's turn.
     """
@@ -111,10 +140,22 @@ class CompletionTokenizer:
             raise ValueError("the last message of `completion` must be the assistant's.")
         ids, mask = list(prompt_ids), [False] * len(prompt_ids)
         for turn, message in enumerate(completion):
-            if message["role"] != "assistant":
-                continue  # an inserted message: the opening of the next turn holds it
-            opening = self.template([*prompt, *completion[:turn]], True)
-            through = self.template([*prompt, *completion[: turn + 1]], False)
+            if message["role"] != "assistant":  # an inserted message: the opening of the next turn holds it
+                if self._render([*prompt, *completion[:turn]]) == self._render([*prompt, *completion[: turn + 1]]):
+                    raise ValueError(
+                        f"the chat template drops message {turn} of `completion`, whose role is "
+                        f"{message['role']!r}: the policy would not have read it. Drop the row, use a template that "
+                        "writes such messages, or give `prompt_ids` and `completion_ids` instead."
+                    )
+                continue
+            try:
+                opening = self.template([*prompt, *completion[:turn]], True)
+                through = self.template([*prompt, *completion[: turn + 1]], False)
+            except Exception as error:  # a template raises what it likes
+                raise ValueError(
+                    f"the chat template cannot write message {turn} of `completion` ({type(error).__name__}: {error}). "
+                    "Give the message the form that it expects, or `prompt_ids` and `completion_ids` instead."
+                ) from error
             if opening[: len(ids)] != ids or through[: len(opening)] != opening:
                 raise ValueError(
                     f"the chat template does not write message {turn} of `completion` after what the policy had "
@@ -137,19 +178,126 @@ class CompletionTokenizer:
                     f"the chat template drops or changes part of the completion {_short(content)}. Give `prompt_ids` "
                     "and `completion_ids` instead."
                 )
+            self._check_parts([*prompt, *completion[:turn]], turn, message, through)
             if end is End.LENGTH and turn == len(completion) - 1:
                 turn_ids = turn_ids[:-1]
             mask += [False] * (len(opening) - len(ids)) + [True] * len(turn_ids)
             ids = [*opening, *turn_ids]
         return ids[len(prompt_ids) :], mask[len(prompt_ids) :]
 
+    def _check_parts(
+        self, before: list[dict[str, Any]], turn: int, message: dict[str, Any], through: list[int]
+    ) -> None:
+        """Refuse a message if the template writes the same without one of its parts, or one element of a part."""
+        for name, part in message.items():
+            if name == "role" or not part or (name == "content" and isinstance(part, str)):
+                continue
+            lesser: list[tuple[str, Any]] = [(f"`{name}`", None)]
+            if isinstance(part, list) and len(part) > 1:
+                lesser += [(f"`{name}[{i}]`", [*part[:i], *part[i + 1 :]]) for i in range(len(part))]
+            for what, rest in lesser:
+                without = {key: value for key, value in message.items() if key != name}
+                without |= {name: rest} if rest is not None else {"content": ""} if name == "content" else {}
+                if self._render([*before, without]) == through:
+                    raise ValueError(
+                        f"the chat template drops {what} of message {turn} of `completion`: the completion would be "
+                        "trained on as if the policy had not written it. Remove it from the message if the policy "
+                        "did not write it (an id, a name); else drop the row, use a template that writes it, or "
+                        "give `prompt_ids` and `completion_ids` instead."
+                    )
+
+    def _render(self, messages: list[dict[str, Any]]) -> list[int] | None:
+        """Ids of messages by the chat template; None if it refuses them."""
+        try:
+            return self.template(messages, False)
+        except Exception:  # a template raises what it likes
+            return None
+
+    def refuse_impossible(
+        self, prompt_ids: list[int], ids: list[int], mask: list[bool], end: End, drawn_here: bool
+    ) -> None:
+        """Refuse ids that no policy could have produced: padding, and anything it chose after an end token.
+
+        Args:
+            prompt_ids: the prompt's.
+            ids: the completion's.
+            mask: which of them the policy chose.
+            end: how the row says that the completion ended.
+            drawn_here: whether this library drew and unpadded the completion. Its policy chose what it chose, be it
+                the padding token.
+
+        Raises:
+            ValueError: saying where, and what to change.
+        """
+        ends, pad = self.end_token_ids, self.tokenizer.pad_token_id
+        for place, token in enumerate(ids[:-1]):
+            if token in ends and mask[place] and mask[place + 1]:
+                raise ValueError(
+                    f"token {place} of {len(ids)} in the completion is {self._named(token)}, which ends a completion, "
+                    f"and the policy is said to have chosen {self._named(ids[place + 1])} after it. Cut the "
+                    "completion after its end token; if a tool or an environment inserted what follows, say so by "
+                    "`loss_mask`."
+                )
+        if end is End.LENGTH and ids[-1] in ends and mask[-1]:
+            raise ValueError(
+                f'`end` is "length", but the completion ends with {self._named(ids[-1])}, which ends a completion. '
+                'Set `end` to "eos", or cut the token off if it was added.'
+            )
+        if pad is None or drawn_here:
+            return
+        strip = (
+            "No policy could have produced that: strip the padding (`ids[attention_mask == 1]`) from `prompt_ids`, "
+            "`completion_ids` and `loss_mask`."
+        )
+        before = _run(prompt_ids, pad)
+        if before > self._opening_padding or before == len(prompt_ids) > 1:
+            raise ValueError(f"`prompt_ids` begins with {before} × the padding token {self._named(pad)}. {strip}")
+        after = _run(prompt_ids[::-1], pad)
+        if before < len(prompt_ids) and after > (pad in ends):
+            raise ValueError(f"`prompt_ids` ends with {after} × the padding token {self._named(pad)}. {strip}")
+        after = _run(ids[::-1], pad)
+        if after and (pad not in ends or not mask[-1]):
+            raise ValueError(f"the completion ends with {after} × the padding token {self._named(pad)}. {strip}")
+        if pad in ends or pad == self.tokenizer.bos_token_id:
+            return
+        for place, token in enumerate(ids):
+            if token == pad and (mask[place] or ids[place - 1 : place] == [pad] or place == 0):
+                raise ValueError(
+                    f"token {place} of {len(ids)} in the completion is the padding token {self._named(pad)}. {strip}"
+                )
+
+    @cached_property
+    def _opening_padding(self) -> int:
+        """Padding tokens that a prompt may begin with, because the tokenizer has one token for several purposes."""
+        pad = self.tokenizer.pad_token_id
+        return max(int(pad == self.tokenizer.bos_token_id), _run(self.tokenizer(text="a")["input_ids"], pad))
+
+    def _named(self, token: int) -> str:
+        return f"{self.tokenizer.convert_ids_to_tokens(token)!r} (id {token})"
+
+
+def _run(ids: list[int], token: int | None) -> int:
+    """How often the token stands at the beginning of the ids."""
+    return next((place for place, other in enumerate(ids) if other != token), len(ids))
+
 
 def _short(text: str) -> str:
     return repr(text if len(text) <= 60 else text[:57] + "...")
 
 
+def scratch_folder(dataset: Dataset) -> TemporaryDirectory | None:
+    """A folder for the tokenized rows of a data set, which vanishes with the object; None if they stay in memory."""
+    files = dataset.cache_files
+    return TemporaryDirectory(prefix="tbrm-logged-", dir=Path(files[0]["filename"]).parent) if files else None
+
+
 def tokenize_logged_rows(
-    dataset: Dataset, logged: np.ndarray, tokenize: CompletionTokenizer, vocabulary: int, context: int | None
+    dataset: Dataset,
+    logged: np.ndarray,
+    tokenize: CompletionTokenizer,
+    vocabulary: int,
+    context: int | None,
+    scratch: TemporaryDirectory | None = None,
 ) -> Dataset:
     """Give every logged row the columns of its trajectory. Rows without a completion get None in these columns.
 
@@ -159,10 +307,11 @@ def tokenize_logged_rows(
         tokenize: tokenizes completions that are text or messages.
         vocabulary: number of token ids of the model.
         context: largest number of tokens that the model can read; None if unlimited.
+        scratch: where the result lies on disk, from `scratch_folder`.
 
     Raises:
-        ValueError: for ids outside the vocabulary, a trajectory longer than the context, or text that does not
-            tokenize into what the policy would have produced. The error names the row.
+        ValueError: for ids outside the vocabulary, ids that no policy could have produced, a trajectory longer than the
+            context, or text that does not tokenize into what the policy would have produced. The error names the row.
     """
 
     def columns(row: dict[str, Any], index: int) -> dict[str, Any]:
@@ -178,6 +327,7 @@ def tokenize_logged_rows(
         with_indices=True,
         features=Features({**dataset.features, **_FEATURES}),
         load_from_cache_file=False,  # the checks are the point
+        cache_file_name=str(Path(scratch.name) / "rows.arrow") if scratch is not None else None,
         new_fingerprint=generate_random_fingerprint(),
         desc="Tokenizing logged trajectories",
     )
@@ -193,7 +343,12 @@ def _trajectory_columns(
         end = given_end or (End.EOS if ids[-1] in tokenize.end_token_ids else End.LENGTH)
     else:
         end = given_end or End.EOS
-        prompt_ids, ids, mask = tokenize(row["prompt"], row["completion"], end)
+        prompt_ids, ids, mask = tokenize(normal_prompt(row["prompt"]), normal_prompt(row["completion"]), end)
+    if not (prompt_ids and ids):
+        raise ValueError(
+            f"its {'completion' if prompt_ids else 'prompt'} has no token, and a policy needs one to begin with. Drop "
+            "the row, or begin the prompt with some text or the tokenizer's BOS token."
+        )
     outside = next((token for token in (*prompt_ids, *ids) if not 0 <= token < vocabulary), None)
     if outside is not None:
         raise ValueError(
@@ -205,6 +360,7 @@ def _trajectory_columns(
             f"{len(prompt_ids)} prompt and {len(ids)} completion tokens do not fit the model's context of {context}. "
             "Drop the row; it is never cut."
         )
+    tokenize.refuse_impossible(prompt_ids, ids, mask, end, drawn_here=row.get("policy_step") is not None)
     return {
         "prompt_ids": prompt_ids,
         "completion_ids": ids,
@@ -225,7 +381,7 @@ def logged_trajectory(row: Mapping[str, Any]) -> Trajectory:
 
 def completion_of(row: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase) -> tuple[Any, Any]:
     """A logged row's prompt and completion as reward functions expect them: both text, or both messages."""
-    prompt, completion = row.get("prompt"), row.get("completion")
+    prompt, completion = normal_prompt(row.get("prompt")), normal_prompt(row.get("completion"))
     if prompt is None:
         prompt = tokenizer.decode(row["prompt_ids"], skip_special_tokens=True)
     if completion is None:
@@ -235,9 +391,39 @@ def completion_of(row: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase) ->
     return prompt, completion
 
 
-def columns_for_rewards(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """The rows without the columns that describe their own trajectory."""
-    return [{name: value for name, value in row.items() if name not in OWN_COLUMNS} for row in rows]
+def own_columns(some_logged: bool) -> frozenset[str]:
+    """The columns that describe trajectories, which no reward function is given.
+
+    Args:
+        some_logged: whether the data set has logged rows. In another, `reward`, `end`, … are columns like any other.
+    """
+    return OWN_COLUMNS if some_logged else _ADDED_COLUMNS
+
+
+def columns_for_rewards(rows: Sequence[Mapping[str, Any]], some_logged: bool) -> list[dict[str, Any]]:
+    """What generation and the reward functions are given of the rows: the same however their data set was stored.
+
+    Args:
+        rows: of a training set or an evaluation set.
+        some_logged: whether their data set has logged rows, whose own columns (`reward`, `end`, …) are then left out.
+    """
+    hidden = own_columns(some_logged)
+    return [
+        {
+            name: normal_prompt(value) if name == "prompt" else without_none(value)
+            for name, value in row.items()
+            if name not in hidden
+        }
+        for row in rows
+    ]
+
+
+def some_unrewarded(dataset: Dataset, logged: np.ndarray) -> bool:
+    """Whether a logged row brings no reward."""
+    if "reward" not in dataset.column_names:
+        return bool(logged.any())
+    column = dataset.select_columns(["reward"]).with_format("arrow")[:]["reward"]
+    return bool((logged & ~column.is_valid().to_numpy()).any())
 
 
 RewardRows = Callable[[Sequence[Mapping[str, Any]], Sequence[Trajectory]], Sequence[float]]
@@ -255,8 +441,7 @@ class LoggedRows:
 
     def __init__(self, dataset: Dataset, logged: np.ndarray, scored: bool, reward: RewardRows):
         self.scored, self.reward = scored, reward
-        rewards = dataset["reward"] if "reward" in dataset.column_names else [None] * len(dataset)
-        self.some_unrewarded = any(value is None for value, mine in zip(rewards, logged, strict=True) if mine)
+        self.some_unrewarded = some_unrewarded(dataset, logged)
         self._by_row: dict[int, Trajectory] = {}  # those taken so far, which keep the scores they are given
 
     def take(self, rows: Sequence[Mapping[str, Any]]) -> list[Trajectory]:

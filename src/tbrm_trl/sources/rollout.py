@@ -28,11 +28,17 @@ class Rewards:
         total: `(B,)` weighted sum over the functions that applied; NaN if none did.
         by_function: per row, the raw reward by function's name; NaN if it did not apply.
         tool_limit: per row, whether its last message calls a tool that was not run any more.
+        rows: what the functions were given of the data set's rows.
+        prompts: what they were given, text or messages.
+        completions: what they were given, text or messages.
     """
 
     total: Tensor
     by_function: list[dict[str, float]]
     tool_limit: list[bool]
+    rows: Sequence[dict[str, Any]]
+    prompts: Sequence[Any]
+    completions: Sequence[Any]
 
 
 def trajectories_from_trl(

@@ -1,0 +1,56 @@
+"""What is refused of reward functions before anything is loaded: arguments that they do not take, or would not get."""
+
+import inspect
+from collections.abc import Collection
+from typing import Any
+
+from torch import nn
+from trl.trainer.utils import get_callable_name
+
+# What TRL hands to every reward function, beside the columns of the data set.
+_ALWAYS = ("prompts", "completions", "completion_ids", "trainer_state", "log_extra", "log_metric")
+
+
+def check_reward_arguments(reward_funcs: Any, title: str, columns: Collection[str], more: bool) -> None:
+    """Refuse reward functions that cannot be called with what they will be given.
+
+    Args:
+        reward_funcs: as the trainer takes them. Models, and what has no signature, are passed over.
+        title: what the error calls the data set.
+        columns: of the data set, without those that no reward function is given.
+        more: whether arguments that are not known here may be added (by environments, a rollout function).
+
+    Raises:
+        ValueError: for what is no function, one that does not take an argument, and one that needs an argument which
+            the data set does not have.
+    """
+    given = [*_ALWAYS, *(name for name in columns if name not in ("prompt", "completion", "completion_ids"))]
+    for function in reward_funcs if isinstance(reward_funcs, list) else [reward_funcs]:
+        if isinstance(function, (nn.Module, str)):
+            continue
+        if inspect.isclass(function) or not callable(function):
+            raise ValueError(
+                f"`reward_funcs` holds {function!r}, which is no function. Pass a list of functions (of a class: an "
+                "instance that can be called)."
+            )
+        try:
+            parameters = inspect.signature(function).parameters.values()
+        except (TypeError, ValueError):  # built-in: it has none
+            continue
+        named = {p.name for p in parameters if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)}
+        needed = {
+            p.name for p in parameters if p.default is p.empty and p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)
+        }
+        name = get_callable_name(function)
+        unknown = [argument for argument in given if argument not in named]
+        if unknown and not any(p.kind is p.VAR_KEYWORD for p in parameters):
+            raise ValueError(
+                f"Reward function {name!r} does not take {', '.join(map(repr, unknown))}, which it is given by name "
+                f"with {title}. Add `**kwargs` to its arguments."
+            )
+        missing = sorted(needed - set(given))
+        if missing and not more:
+            raise ValueError(
+                f"Reward function {name!r} needs {', '.join(map(repr, missing))}, but {title} has no such column (its "
+                f"columns: {', '.join(columns)}). Add the column, or give the argument a default."
+            )
