@@ -13,7 +13,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import AutoConfig, AutoModelForCausalLM, TrainerCallback
 
 from tbrm_trl.checks.model import check_start, rotary_limit, warn_of_half_precision
-from tbrm_trl.model.head import keep_weights_unpacked
+from tbrm_trl.model.randomness import keep_weights_unpacked
 
 PROMPTS = Dataset.from_list([{"prompt": f"{i}:"} for i in range(8)])
 ADAPTER = dict(r=4, target_modules=["q_proj", "down_proj"], lora_dropout=0.0)

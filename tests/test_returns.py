@@ -8,7 +8,8 @@ import statistics
 import pytest
 import torch
 
-from tbrm_trl.sources.returns import mean_reward, total_reward
+from tbrm_trl.sources.baselines import mean_reward
+from tbrm_trl.sources.returns import total_reward
 
 NAN = math.nan
 

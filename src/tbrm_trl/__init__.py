@@ -15,7 +15,7 @@ if not _SpecifierSet(SUPPORTED_TRL).contains(_version("trl"), prereleases=True):
 from .config import TBRMConfig  # noqa: E402
 from .loss.residual import bellman_residual, squared_residual_loss, trajectory_log_ratio  # noqa: E402
 from .loss.soft_value import SoftValue  # noqa: E402
-from .sources.parquet import load_rollouts  # noqa: E402
+from .sources.saved_rollouts import load_rollouts  # noqa: E402
 from .trainer import TBRMTrainer  # noqa: E402
 
 __version__ = _version("tbrm-trl")

@@ -1,4 +1,4 @@
-"""`TBRMConfig`: the options of a run, checked together."""
+"""`TBRMConfig`: the options of a run, checked together. `options.py` has each option and its help text."""
 
 from dataclasses import dataclass
 

@@ -78,7 +78,8 @@ from .loss.metrics import Recorder, Totals, evaluation_totals, microbatch_totals
 from .loss.residual import mean_over_counted
 from .loss.soft_value import Run, SoftValue
 from .loss.trajectory_loss import TrajectoryLoss
-from .model.head import add_trajectory_head, disable_randomness, keep_weights_unpacked
+from .model.head import add_trajectory_head
+from .model.randomness import disable_randomness, keep_weights_unpacked
 from .model.reference import (
     ADAPTER,
     PreviousPolicy,
@@ -92,6 +93,7 @@ from .model.reference import (
 from .model.replicated import ReplicatedModule
 from .model.scoring import score
 from .resume import ExactResume, RunState
+from .sources.baselines import set_baselines
 from .sources.logged import (
     CompletionTokenizer,
     LoggedRows,
@@ -103,12 +105,12 @@ from .sources.logged import (
     some_unrewarded,
     tokenize_logged_rows,
 )
-from .sources.parquet import rollouts_file, save_rollouts
 from .sources.reference_scores import precompute_scores
 from .sources.replay import ReplayBuffer
-from .sources.returns import checked_reward, set_baselines, total_reward, unique_names
+from .sources.returns import checked_reward, total_reward, unique_names
 from .sources.rollout import Rewards, trajectories_from_trl
 from .sources.sampler import DataPlan, WindowSampler
+from .sources.saved_rollouts import rollouts_file, save_rollouts
 from .trajectory import Source, Trajectory, UpdateRow
 
 # What TRL keeps in order to log completions; images are not saved.
@@ -290,7 +292,7 @@ class TBRMTrainer(ExactResume, GRPOTrainer):
 
         self._window: list[Trajectory] = []  # of the current generation window, on this process
         self._microbatches: list[list[UpdateRow]] = []  # of the current update, on this process
-        self._counted_in_step = 0  # trajectories that count in the current update, over all processes
+        self._denominator = 0  # of the loss: trajectories that count in the current update, over all processes
         self._rows_drawn = self._rows_trained = 0  # by this process: into windows, and over all updates
         self._mean_length = 0.0
         self._beta_checked = False
@@ -492,7 +494,7 @@ class TBRMTrainer(ExactResume, GRPOTrainer):
         self._loss.mark_left_out(evaluated)
         for row, is_repeated in zip(evaluated, repeated, strict=True):
             row.left_out = "repeated" if is_repeated else row.left_out
-        self._counted_in_step = int(self._gather([sum(row.left_out is None for row in evaluated)]).sum())
+        self._denominator = int(self._gather([sum(row.left_out is None for row in evaluated)]).sum())
         return evaluated
 
     def _collect(self, rows: list[dict[str, Any]]) -> list[UpdateRow]:
@@ -523,7 +525,7 @@ class TBRMTrainer(ExactResume, GRPOTrainer):
 
         oldest = max((row.age for row in update_rows if row.age is not None), default=0)
         counts = self._gather([self._loss.mark_left_out(update_rows), oldest, len(self._replay or ())])  # (P, 3)
-        self._counted_in_step = int(counts[:, 0].sum())
+        self._denominator = int(counts[:, 0].sum())
         self._rows_trained += rows_here
         if sample is not None:
             metrics["replay/age_max"].append(counts[:, 1].max().item())
@@ -749,7 +751,7 @@ class TBRMTrainer(ExactResume, GRPOTrainer):
         weight = float_tensor([row.weight for row in rows], output.loss.device)  # (B,)
         # Gradients are averaged over processes; the factor makes that the sum over them, as the denominator expects.
         processes = self.accelerator.num_processes
-        loss = processes * mean_over_counted(output.loss, output.inputs.counted, self._counted_in_step, weight)
+        loss = processes * mean_over_counted(output.loss, output.inputs.counted, self._denominator, weight)
         if output.aux_loss is not None:
             share = 1.0 if self.evaluating else len(rows) / args.rows_per_device  # of the update
             loss = loss + self.router_aux_loss_coef * output.aux_loss * share

@@ -1,3 +1,5 @@
+"""`python -m tbrm_trl.memory` prints the table of `estimate.MemoryEstimate`."""
+
 from .estimate import main
 
 main()

@@ -11,7 +11,7 @@ import pyarrow as pa
 from datasets import Dataset
 
 from .logged import OWN_COLUMNS
-from .parquet import column_of
+from .saved_rollouts import column_of
 
 Paths = str | Path | Iterable[str | Path]
 

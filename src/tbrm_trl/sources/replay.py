@@ -1,4 +1,4 @@
-"""The replay buffer: this process's share of past trajectories, first in, first out."""
+"""The replay buffer: this process's share of past trajectories. The oldest are evicted first, by age or for room."""
 
 import random
 from collections.abc import Callable, Iterable, Sequence

@@ -1,0 +1,33 @@
+"""A model in training computes what it computes in evaluation: no dropout, no noise, no repacked weights."""
+
+from torch import nn
+
+
+def keep_weights_unpacked(model: nn.Module) -> None:
+    """Keep bitsandbytes from repacking a 4-bit base for the CPU when it is evaluated, which spoils training after it.
+
+    Raises:
+        ValueError: if it was repacked already.
+    """
+    for name, module in model.named_modules():
+        if getattr(module, "support_avx512bf16_for_cpu", False):
+            module.support_avx512bf16_for_cpu = False
+        if getattr(getattr(getattr(module, "weight", None), "quant_state", None), "packing_format_for_cpu", False):
+            raise ValueError(
+                f"The 4-bit weights of {name!r} were repacked for the CPU when the model was evaluated, and their "
+                "gradients would be wrong. Load the model anew, and evaluate it after it was given to the trainer."
+            )
+
+
+def disable_randomness(model: nn.Module) -> None:
+    """Switch off every dropout and router jitter of `model`, in place.
+
+    A noisy log-probability biases a squared sum: E(δ + ε)² = δ² + Var ε. Attention layers keep their rate as a plain
+    number beside the dropout modules, so both are set to 0.
+    """
+    for module in model.modules():
+        if isinstance(module, nn.modules.dropout._DropoutNd):
+            module.p = 0.0
+        for name, value in vars(module).items():
+            if isinstance(value, float) and value > 0 and any(word in name for word in ("dropout", "pdrop", "jitter")):
+                setattr(module, name, 0.0)
