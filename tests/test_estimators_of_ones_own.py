@@ -15,6 +15,7 @@ import pytest
 import torch
 from accelerate import Accelerator
 from accelerate.utils import gather_object
+from common.launch import allow_fsdp_on_cpu
 from common.tiny import save_value_model
 from datasets import Dataset
 from helpers.launch import launch
@@ -130,6 +131,7 @@ def test_the_first_gradient(llama, tmp_path):
 
 def train_head(folder: str, out: str, batch: int) -> dict[str, Any]:
     """Four updates on a log of eight rows, in each of the processes."""
+    allow_fsdp_on_cpu()
     trainer = build(
         folder, Path(out), None, Dataset.from_list(log()), soft_value="linear_head", per_device_train_batch_size=batch,
         max_steps=4, shuffle_dataset=False,
@@ -140,9 +142,12 @@ def train_head(folder: str, out: str, batch: int) -> dict[str, Any]:
     return {"start": start, "kept": head_of(trainer), "head": head, "losses": trainer.losses}
 
 
-def test_two_processes_train_one_head(llama, tmp_path):
+@pytest.mark.parametrize(
+    "file", [None, *(pytest.param(f, marks=pytest.mark.launch) for f in ("fsdp2", "zero2", "zero3"))]
+)
+def test_two_processes_train_one_head(file, llama, tmp_path):
     """They begin with the main process's weights, agree on every bit afterwards, and do what one process does."""
-    first, second = launch("test_estimators_of_ones_own:train_head", folder=llama, out=tmp_path, batch=4)
+    first, second = launch("test_estimators_of_ones_own:train_head", file, folder=llama, out=tmp_path, batch=4)
     assert first["start"] == second["start"] and first["kept"] == second["kept"]
     assert first["losses"] != second["losses"]  # of their own rows
     one = train_head(llama, str(tmp_path / "one"), batch=8)

@@ -7,11 +7,13 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
 import tempfile
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -31,16 +33,27 @@ def run(command: Sequence[str | Path], **environment: str) -> str:
              for name, first in (("PATH", str(Path(sys.executable).parent)), ("PYTHONPATH", SEARCHED))}  # fmt: skip
     environment = {**os.environ, **paths, **environment}
     environment.pop("ACCELERATE_USE_CPU", None)  # left by a trainer in this process, it would mean "no DeepSpeed"
-    done = subprocess.run(
-        list(map(str, command)),
-        cwd=ROOT,
-        env=environment,
-        capture_output=True,
-        text=True,
-        timeout=600,  # DeepSpeed compiles an operator on its first launch
-    )
-    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
-    return done.stdout
+    with tempfile.TemporaryFile("w+") as output:
+        process = subprocess.Popen(
+            list(map(str, command)),
+            cwd=ROOT,
+            env=environment,
+            stdout=output,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,  # a group to be ended as one
+        )
+        try:
+            process.wait(timeout=600)  # DeepSpeed compiles an operator on its first launch
+        except subprocess.TimeoutExpired:
+            pass
+        finally:
+            with suppress(ProcessLookupError):  # it is over
+                os.killpg(process.pid, signal.SIGTERM)  # on which torchrun ends its processes too
+        code = process.wait(timeout=60)
+        output.seek(0)
+        printed = output.read()
+    assert code == 0, f"Exit code {code}: {printed[-8000:]}"
+    return printed
 
 
 def launch(
