@@ -394,21 +394,21 @@ def test_optimal_by_sampling(folder, tmp_path):
 def test_optimal_goes_on_where_it_was_interrupted(folder, tmp_path):
     """Blocks of one prompt (4 samples, windows of 3): killed in the fourth, the next run samples three more."""
     options = dict(soft_value="optimal", soft_value_samples=4, per_device_train_batch_size=3, max_steps=1)
-    calls, dies = [], True
+    state = SimpleNamespace(calls=[], dies=True)  # a list would be a value, and make it another reward function
 
     def counted(completions, **kwargs):
-        calls.append(len(completions))
-        if dies and len(calls) == 4:
+        state.calls.append(len(completions))
+        if state.dies and len(state.calls) == 4:
             raise KeyboardInterrupt
         return letters(completions)
 
     with pytest.raises(KeyboardInterrupt):
         build(folder, tmp_path, counted, PROMPTS, **options).train()
-    assert calls == [4] * 4
-    calls, dies = [], False
+    assert state.calls == [4] * 4
+    state.calls, state.dies = [], False
     resumed = build(folder, tmp_path, counted, PROMPTS, **options)
     resumed.train()
-    assert calls == [4] * 3 + [3]
+    assert state.calls == [4] * 3 + [3]
     whole = build(folder, tmp_path / "whole", letters, PROMPTS, **options)
     whole.train()
     assert resumed.train_dataset["optimal_value"] == whole.train_dataset["optimal_value"]

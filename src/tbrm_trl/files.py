@@ -64,6 +64,9 @@ def source_of(thing: Any) -> Any:
     the code names. Of these, numbers, text, None and lists, sets and dictionaries of them are taken by value, NumPy
     arrays and tensors too, and functions and classes in turn by all this.
 
+    A list that the function itself fills is a value too: where it counts or caches, it does so in an object of another
+    kind, or is another function after each call.
+
     The limit: other objects are known by their type alone, modules by their name, installed packages by the names of
     their functions, and a model by its name or folder. What a function reads from a file, the environment or a server
     does not show here.

@@ -209,8 +209,8 @@ def check_empty_prompts(dataset: Any, title: str, tokenizer: PreTrainedTokenizer
             return
         if (place := pc.index(column, pa.scalar("", column.type)).as_py()) >= 0:
             raise ValueError(
-                f"Row {first + place} of {title}: its prompt is empty, and the tokenizer makes no token of it. Drop the "
-                "row, or begin the prompt with some text or the tokenizer's BOS token."
+                f"Row {first + place} of {title}: its prompt is empty, and the tokenizer makes no token of it. Drop "
+                "the row, or begin the prompt with some text or the tokenizer's BOS token."
             )
 
 
@@ -389,8 +389,6 @@ def _problem(row: Mapping[str, Any], rewarded: bool) -> str | None:
             )
         if mask is not None and not set(mask) <= {0, 1}:
             return "`loss_mask` holds values other than 0 and 1."
-        if mask is not None and not any(mask):
-            return "`loss_mask` says that the policy chose no token, so there is nothing to train on. Drop the row."
     elif row.get("prompt") is None:
         return "`completion` without `prompt`. Give both, or `prompt_ids` and `completion_ids`."
     elif not row["completion"]:
