@@ -7,6 +7,7 @@ import json
 import re
 from pathlib import Path
 
+import memory_estimate
 import pytest
 from common.tiny import ARCHITECTURES, model
 from peft import LoraConfig, get_peft_model
@@ -153,17 +154,17 @@ def test_cache_grows_with_rows_and_length():
     assert estimate_memory(TINY, **LENGTHS, generated_rows=0).phases["generation"]["generation"] == 0
 
 
-def test_a_measured_peak(tmp_path, monkeypatch):
+def test_a_measured_peak(monkeypatch):
     """A real run's, within 15%; more of them in docs/benchmarks/memory_estimate.md."""
-    monkeypatch.syspath_prepend(ROOT / "benchmarks")
-    benchmark = importlib.import_module("memory_estimate")
-    benchmark.MODELS["tiny"] = dict(
+    sizes = dict(
         model_type="qwen2", hidden_size=64, intermediate_size=256, num_hidden_layers=3, num_attention_heads=4,
         num_key_value_heads=2, vocab_size=2000,
     )  # fmt: skip
-    run = benchmark.Run("tiny", rows=8, prompt=16, completion=112)
-    measured = benchmark.measure(run, tmp_path)
-    estimate = max(sum(parts.values()) for parts in benchmark.estimate(run, "cpu").values())
+    run = memory_estimate.Run("tiny", rows=8, prompt=16, completion=112)
+    monkeypatch.setitem(memory_estimate.MODELS, "tiny", sizes)
+    monkeypatch.setitem(memory_estimate.RUNS, "tiny", run)
+    measured = memory_estimate.measure("tiny")
+    estimate = max(sum(parts.values()) for parts in memory_estimate.estimate(run, "cpu").values())
     assert estimate == pytest.approx(measured, rel=0.15)
 
 
