@@ -1,5 +1,6 @@
 """What practitioners ran into: a policy, a reference or an evaluation that is silently another one."""
 
+import functools
 import json
 import warnings
 
@@ -7,15 +8,17 @@ import pytest
 import torch
 from common.tiny import model, save, tokenizer
 from datasets import Dataset
+from helpers import runs
 from helpers.launch import launch
-from helpers.runs import build
 from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import AutoConfig, AutoModelForCausalLM, TrainerCallback
 
+from tbrm_trl import TBRMTrainer
 from tbrm_trl.checks.model import check_start, rotary_limit, warn_of_half_precision
 from tbrm_trl.model.randomness import keep_weights_unpacked
 
 PROMPTS = Dataset.from_list([{"prompt": f"{i}:"} for i in range(8)])
+build = functools.partial(runs.build, trainer_class=TBRMTrainer)  # which checks where a run starts
 ADAPTER = dict(r=4, target_modules=["q_proj", "down_proj"], lora_dropout=0.0)
 
 
@@ -260,7 +263,7 @@ def number(completions, number, **kwargs):
 
 
 def evaluated(folder, tmp_path, evaluation, **options):
-    return build(
+    return runs.build(
         folder, tmp_path, number, Dataset.from_list([{"prompt": f"{i}:", "number": i} for i in range(8)]),
         eval_dataset=evaluation, **options,
     )  # fmt: skip

@@ -40,14 +40,16 @@ def digits(completions, **kwargs) -> list[float | None]:
     return [float(sum(map(str.isdigit, text))) or None for text in completions]
 
 
-def build(model, output_dir: Path, reward_funcs=letters, train_dataset=DATA, **kwargs) -> RecordingTrainer:
+def build(
+    model, output_dir: Path, reward_funcs=letters, train_dataset=DATA, trainer_class=RecordingTrainer, **kwargs
+) -> RecordingTrainer:
     """A trainer of 2 tiny updates; keyword arguments are options of TBRMConfig or else of the trainer."""
     options = QUIET | dict(
         output_dir=str(output_dir / "out"), beta=0.1, learning_rate=0.01, max_steps=2, max_completion_length=8,
         per_device_train_batch_size=2,
     )  # fmt: skip
     options |= {name: kwargs.pop(name) for name in list(kwargs) if name in TBRMConfig.__dataclass_fields__}
-    return RecordingTrainer(model, reward_funcs, args=TBRMConfig(**options), train_dataset=train_dataset, **kwargs)
+    return trainer_class(model, reward_funcs, args=TBRMConfig(**options), train_dataset=train_dataset, **kwargs)
 
 
 def train(*args, **kwargs) -> RecordingTrainer:

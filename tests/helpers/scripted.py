@@ -76,6 +76,7 @@ class RecordingTrainer(TBRMTrainer):
         self.recorder = Recorder()
         super().__init__(*args, callbacks=[self.recorder], **kwargs)
         self.recorder.trainer = self
+        self._starts_at_reference = False  # tests move policy and reference apart after this
         self.losses: list[float] = []
         self.windows: list[list[Trajectory]] = []
 
