@@ -25,7 +25,7 @@ NAMES = {
             "peft_config=None, tools=None, rollout_func=None, environment_factory=None, reference_model=None)"
         ),
         "bellman_residual": "(soft_value, log_ratio, reward, beta)",
-        "load_rollouts": "(folder)",
+        "load_rollouts": "(folder, unrewarded=False)",
         "squared_residual_loss": "(residual, counted, denominator, weight=None)",
         "trajectory_log_ratio": "(policy_logps, ref_logps, mask)",
     },

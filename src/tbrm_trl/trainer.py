@@ -943,6 +943,7 @@ class TBRMTrainer(ExactResume, GRPOTrainer):
         values, trajectories, arrays = state
         trainer, own = values["trainer"], values["own"]
         self._step = self.state.global_step * self.args.gradient_accumulation_steps
+        self.model.train()  # or TRL would log what is left of training as an evaluation's
         self._metrics["train"].clear()
         self._metrics["train"].update(trainer["metrics"])
         for name, saved in trainer["completions"].items():
