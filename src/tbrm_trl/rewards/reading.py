@@ -130,11 +130,12 @@ def _closing_brace(text: str, start: int) -> int | None:
 
 def announced(text: str) -> str | None:
     """What follows the last announcement, up to the end of its sentence; None if there is none."""
-    for mark in reversed(list(_ANNOUNCED.finditer(text))):
-        rest = text[mark.end() :].split("</answer>")[0].lstrip()
-        if answer := _clause(rest):
-            return answer
-    return None
+    return next((answer for rest in announcements(text) if (answer := _clause(rest))), None)
+
+
+def announcements(text: str) -> list[str]:
+    """What follows each announcement, all of it; the last announcement first."""
+    return [text[mark.end() :].split("</answer>")[0].strip() for mark in reversed(list(_ANNOUNCED.finditer(text)))]
 
 
 def _clause(rest: str) -> str | None:
