@@ -63,7 +63,6 @@ def read_gold(gold: Any) -> str | None:
 
 @lru_cache(maxsize=4096)
 def _normal_gold(text: str) -> str | None:
-    text = re.sub(r"\s*(?:solution|answer)\s*:?\s*$", "", text) if re.match(r"\$.+\$\s*\w", text) else text
     text = normal(text)
     return text if balanced(text) and re.search(r"\w|\\infty|\\emptyset", text) else None
 
@@ -88,11 +87,35 @@ def _same(gold: str, answer: str, depth: int = 0) -> bool:
         return False
     if squeezed(gold) == squeezed(answer):
         return True
+    gold, answer = (re.sub(rf"^({_NAME.pattern})\\s*\\\\approx(?![a-zA-Z])", r"\1=", text) for text in (gold, answer))
     for read, compare in _KINDS:
         kind = read(gold)
         if kind is not None:
             return compare(kind, answer, depth + 1)
     return _same_scalar(gold, answer, depth + 1)
+
+
+_CONDITION = re.compile(r"(?<![\\a-zA-Z])(?:otherwise|where|when|if|for|such that)(?![a-zA-Z])|\\begin\{cases\}")
+
+
+def _prose(gold: str) -> str | None:
+    """A gold of sentences, or one that depends on conditions: only the same words are the same answer."""
+    words = re.findall(r"(?<![\\a-zA-Z])[a-zA-Z]{3,}", re.sub(r"\\(?:begin|end)\{[^{}]*\}", "", gold))
+    return gold if len(words) > 5 or (_CONDITION.search(gold) and re.search(r"[\d=]", gold)) else None
+
+
+def _same_prose(gold: str, answer: str, depth: int) -> bool:
+    return plain(gold) == plain(answer)
+
+
+def _double(gold: str) -> list[str] | None:
+    """An inequality and the interval that it means, `-1 < x \\le 2 : (-1, 2]`."""
+    parts = [part.strip() for part in gold.split(":")]
+    return parts if len(parts) == 2 and re.search(_RELATION, parts[0]) and all(region(part) for part in parts) else None
+
+
+def _same_double(gold: list[str], answer: str, depth: int) -> bool:
+    return all(any(_same(one, part.strip(), depth) for one in gold) for part in answer.split(":"))
 
 
 # --- choices, words, times, dates, ratios, bases -----------------------------------------------------------------------
@@ -325,6 +348,8 @@ def _same_list(gold: list[str], answer: str, depth: int) -> bool:
     if len(set(names)) > 1 and sorted(names) == sorted(given_names):
         ordered = [dict(zip(given_names, given, strict=True))[name] for name in names]
         return len(set(given_names)) == len(names) and _in_order(values, ordered, depth)
+    if len(set(names)) == len(names) > 1 and all(names) and all(given_names):
+        return False  # c₁ and c₂ are not c₁ and c₅
     return _matched(values, given, depth)
 
 
@@ -393,10 +418,6 @@ def region(text: str) -> Region | None:
     if match and _VARIABLE.fullmatch(match[1].strip()):
         inner = region(match[2].strip())
         return (inner[0], match[1].strip()) if inner else None
-    if ":" in text and re.search(_RELATION, text) and not whole:  # -1 < x ≤ 2 : (-1, 2]
-        for part in text.split(":"):
-            if (found := region(part.strip())) is not None:
-                return found
     pieces = cut(text, r"\\cup(?![a-zA-Z])|(?<![a-zA-Z\\])[Uu](?![a-zA-Z])")
     if len(pieces) > 1:
         regions = [region(piece) for piece in pieces]
@@ -546,9 +567,12 @@ def _same_equation(gold: list[str], answer: str, depth: int) -> bool:
     if given is None:
         return name is not None and any(_same(side, answer, depth) for side in gold[1:])
     if name is not None and _NAME.fullmatch(given[0]):
-        return _same_name(name, given[0]) and any(
-            _same(_with_argument(side, name, given[0]), other, depth) for side in gold[1:] for other in given[1:]
-        )
+        sides = [_with_argument(side, name, given[0]) for side in gold[1:]]
+        if not _same_name(name, given[0]):
+            return False
+        if len(gold) == len(given):
+            return _in_order(sides, given[1:], depth)
+        return any(_same(side, given[-1], depth) for side in sides) or (len(gold) == 2 and _same(sides[0], given[1], depth))
     if len(gold) == len(given) == 2:
         if _same_scalar(gold[0], given[0], depth) and _same_scalar(gold[1], given[1], depth):
             return True
@@ -566,7 +590,7 @@ def _same_name(gold: str, answer: str) -> bool:
     first, second = (squeezed(re.sub(r"\(.*", "", text)).strip("{}") for text in (gold, answer))
     if re.search(r"[a-z]{3}", second) and not second.startswith("\\") or (len(first) == 1 and second.isupper() and len(second) > 2):
         return True
-    return first.split("_")[0] == second.split("_")[0]
+    return first == second if "_" in first and "_" in second else first.split("_")[0] == second.split("_")[0]
 
 
 def _with_argument(text: str, gold: str, answer: str) -> str:
@@ -580,12 +604,17 @@ def _with_argument(text: str, gold: str, answer: str) -> str:
 def _same_scalar(gold: str, answer: str, depth: int) -> bool:
     """Two single values: numbers without rounding, then units, then expressions."""
     given = _equation(answer)
+    if bool(re.search(_RELATION, gold)) != bool(re.search(_RELATION, answer)):
+        return False
     if given is not None and _equation(gold) is None:
+        if not (_NAME.fullmatch(given[0]) or _NAME.fullmatch(given[-1])) and re.search(r"(?<![\\a-zA-Z])[a-zA-Z]", given[0]):
+            return False  # x² + y² = 1 is not 1
         return any(_same_scalar(gold, side, depth) for side in {given[-1], given[0] if _NAME.fullmatch(given[-1]) else given[-1]})
-    for side, other in ((gold, answer), (answer, gold)):
-        if "\\approx" in side:
-            parts = [part for part in cut(side, r"\\approx(?![a-zA-Z])") if part]
-            return any(_same(part, other, depth + 1) if side is gold else _same(other, part, depth + 1) for part in parts)
+    if "\\approx" in gold + answer:
+        wanted, said = ([part for part in cut(text, r"\\approx(?![a-zA-Z])") if part] for text in (gold, answer))
+        if len(wanted) > 1 and len(said) > 1:  # the exact value and its decimal, both
+            return _same(wanted[0], said[0], depth + 1) and _same(wanted[-1], said[-1], depth + 1)
+        return bool(said) and any(_same(one, part, depth + 1) for one in wanted for part in {said[0], said[-1]})
     while (whole := bracketed(answer)) and whole[0] == "(" and whole[2] == ")" and "," not in whole[1] and bracketed(whole[1]):
         answer = whole[1]
     if whole and whole[0] in ("(", "\\{", "{", "[") and whole[1] and OPENING.get(whole[0], "\\}") == whole[2]:
@@ -657,6 +686,8 @@ def _could_be_formula(text: str) -> bool:
 
 # The kinds of gold, the first that reads it decides: how a gold is read, and how an answer is held against it.
 _KINDS: list[tuple[Callable[[str], Any], Callable[[Any, str, int], bool]]] = [
+    (_prose, _same_prose),
+    (_double, _same_double),
     (_gold_choice, _same_choice),
     (quantities.date, _same_date),
     (quantities.time_of_day, _same_time_of_day),

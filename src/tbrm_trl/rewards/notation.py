@@ -68,8 +68,7 @@ _ROOT = re.compile(r"\\sqrt\s*(\[[^\[\]]*\])?\s*([a-zA-Z\d]|\\[a-zA-Z]+)")
 def normal(text: str) -> str:
     """The text in one spelling: no layout, `\\frac{a}{b}` with braces, `\\text{…}` for every upright word."""
     text = re.sub(r"[⁰¹²³⁴⁵⁶⁷⁸⁹⁻]+", lambda m: "^{" + m[0].translate(_SUPERSCRIPTS) + "}", text.strip())
-    text = text.translate(_CHARACTERS)
-    text = unwrap(text)
+    text = _lines(unwrap(text.translate(_CHARACTERS)))
     for pattern, replacement in _COMPILED:
         text = pattern.sub(replacement, text)
     text = re.sub(r"\{\s*\\(?:rm|it|bf)\s+([^{}]*)\}", r"\\text{\1}", text)
@@ -88,6 +87,12 @@ def normal(text: str) -> str:
     if whole := re.fullmatch(r"\\text\{([^{}]*\d[^{}]*)\}", text):  # \text{18 dollars}
         text = whole[1]
     return trimmed(re.sub(r"\s+", " ", text))
+
+
+def _lines(text: str) -> str:
+    """Several lines that are each an equation, as a list of equations."""
+    lines = [line.strip().rstrip(",;") for line in text.split("\n") if line.strip()]
+    return "; ".join(lines) if len(lines) > 1 and "\\begin" not in text and all("=" in line for line in lines) else text
 
 
 def _braces(match: re.Match) -> str:
@@ -112,6 +117,9 @@ def unwrap(text: str) -> str:
 
 def trimmed(text: str) -> str:
     """The text without full stops, quotes and asterisks around it."""
+    text = re.sub(r"(?<=\S)\s*(?:solution|answer):\s*$", "", text)
+    text = re.sub(r"^(?:the\s+)?solutions?\s*(?:is|are)?\s*:\s*", "", text.strip(), flags=re.IGNORECASE) or text
+    text = re.sub(r",?\s+for (?:all|any|every) (?:real )?(?:numbers?|values?)?[^.]{0,30}$", "", text) or text
     text = re.sub(r"^(?:=|:)\s*", "", text.strip().strip("\"'`").strip())
     text = re.sub(r"^\*+|\*+$", "", text).strip()
     while text and (text[-1] in ",;" or (text[-1] == "." and not re.search(r"(?:\b[ap]\.\s?m|\\ldots|^\d+)\.$", text))):

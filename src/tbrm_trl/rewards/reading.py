@@ -223,7 +223,7 @@ def gold_text(gold: Any) -> str | None:
         return found[-1][2] if found else None
     if "####" in text:
         text = text.rpartition("####")[2].strip()
-    elif "\n" in text or len(text) > 60:
+    elif ("\n" in text or len(text) > 60) and re.search(r"\banswer\b", text, re.IGNORECASE):
         text = announced(text) or text
     if not re.search(r"\w|\\(?:emptyset|varnothing|infty)|[∅∞]", text) or text.lower() in ("none", "null", "nan", "n/a", "[]"):
         return None

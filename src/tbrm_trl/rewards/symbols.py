@@ -72,7 +72,11 @@ def _readable(text: str) -> str:
 
 
 # math-verify 0.9.0 reads capitals as small letters: M + m as 2m. A capital gets a name of its own; so does e with an index.
-_CAPITALS = "Gamma Delta Theta Lambda Xi Pi Sigma Upsilon Phi Psi Omega".split()
+# It reads \gamma as infinity, a value of the gamma function: Greek letters get names of their own too.
+_CAPITALS = (
+    "Gamma Delta Theta Lambda Xi Pi Sigma Upsilon Phi Psi Omega alpha beta gamma delta epsilon zeta eta theta iota kappa "
+    "lambda mu nu xi rho sigma tau upsilon phi chi psi omega varepsilon vartheta varphi varrho ell"
+).split()
 _CAPITAL = re.compile(
     rf"(?:(?<![\\a-zA-Z{{])|(?<=[a-zA-Z])(?<!\\[a-zA-Z])|(?<=\{{))(?:([A-Z])|(e)(?=_)|\\({'|'.join(_CAPITALS)})(?![a-zA-Z]))"
     r"(?:_(?:\{([^{}]*)\}|(\w)))?(\s*\((?!\s*\w\s*\)))?"
@@ -82,6 +86,8 @@ _CAPITAL = re.compile(
 
 def _named(match: re.Match) -> str:
     letter = match[1] or match[2] or match[3]
+    if letter == "Gamma" and match[6]:
+        return match[0]
     at = 200 + _CAPITALS.index(letter) if match[3] else ord(letter)
     index = re.sub(r"\W", "", match[4] or match[5] or "")
     return f" x_{{9{at:03d}{index}}}" + (r"\cdot (" if match[6] else "")
@@ -196,7 +202,7 @@ def _values(first: Any, second: Any, positive: bool = False) -> list[tuple[Any, 
     import mpmath
     import sympy
 
-    first, second = (_without_functions(one) for one in (first, second))
+    first, second = (_opaque(one) for one in (first, second))
     letters = sorted(first.free_symbols | second.free_symbols, key=str)
     pairs = []
     with mpmath.workdps(50):
@@ -219,14 +225,30 @@ def _values(first: Any, second: Any, positive: bool = False) -> list[tuple[Any, 
     return pairs
 
 
-def _without_functions(parsed: Any) -> Any:
-    """The expression with a letter for every value of a function that is only named, and for every derivative."""
+def _opaque(parsed: Any) -> Any:
+    """The expression with a letter for each part that has no value at a point: values of functions that are only named,
+    derivatives, integrals, limits, and sums but short ones. Such parts are the same where they are written alike."""
     import sympy
     from sympy.core.function import AppliedUndef
 
-    unknown = parsed.atoms(AppliedUndef, sympy.Derivative) if hasattr(parsed, "atoms") else set()
-    outermost = sorted(unknown, key=lambda one: -len(str(one)))
-    return parsed.xreplace({one: sympy.Symbol(f"value of {one}") for one in outermost}) if unknown else parsed
+    kinds = (AppliedUndef, sympy.Derivative, sympy.Integral, sympy.Limit, sympy.Sum, sympy.Product)
+    parts = sorted(parsed.atoms(*kinds), key=lambda one: -len(str(one))) if hasattr(parsed, "atoms") else []
+    return parsed.xreplace({one: _short_sum(one) or sympy.Symbol(f"{_spelled(one)}") for one in parts}) if parts else parsed
+
+
+def _short_sum(part: Any) -> Any | None:
+    import sympy
+
+    if not isinstance(part, sympy.Sum) or len(part.limits) != 1:
+        return None
+    _, low, high = part.limits[0]
+    return part.doit() if low.is_Integer and high.is_Integer and high - low <= 1000 else None
+
+
+def _spelled(part: Any) -> str:
+    import sympy
+
+    return str(type(part).__name__) + str([sympy.expand(one) if isinstance(one, sympy.Expr) else one for one in part.args])
 
 
 def value(text: str) -> Fraction | None:
