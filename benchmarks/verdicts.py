@@ -30,8 +30,6 @@ PACKAGES = ("math-verify", "latex2sympy2-extended", "sympy", "trl")
 MOST = 300  # pairs of each kind, evenly spread over a set, that the slow judges are given
 UNITS = ("cm", "dollars", "hours", "apples")
 
-Scorer = Callable[[list[str], list[Any]], list[float | None]]
-
 
 def bare(gold: Any) -> str:
     """A gold as a model would put it into a box."""
@@ -39,7 +37,7 @@ def bare(gold: Any) -> str:
     return re.sub(r"(?<!\\)\$", "", text).strip()
 
 
-# --- other forms of the same answer --------------------------------------------------------------------------------------
+# --- other forms of the same answer ---
 
 
 def as_power_of_ten(text: str, row: int) -> str | None:
@@ -149,7 +147,7 @@ def same_text(first: str, second: str) -> bool:
     return plain(first) == plain(second)
 
 
-# --- the three that judge ------------------------------------------------------------------------------------------------
+# --- the three that judge ---
 
 
 def verifiable_before() -> Callable[[Any], str]:
@@ -160,7 +158,8 @@ def verifiable_before() -> Callable[[Any], str]:
     kept = [
         node
         for node in ast.parse(source).body
-        if getattr(node, "name", "") == "verifiable" or "LATEX" in [getattr(t, "id", "") for t in getattr(node, "targets", [])]
+        if getattr(node, "name", "") == "verifiable"
+        or "LATEX" in [getattr(t, "id", "") for t in getattr(node, "targets", [])]
     ]
     names: dict[str, Any] = {"Any": Any}
     exec(compile(ast.Module(kept, []), "train.py", "exec"), names)
@@ -183,12 +182,12 @@ def by_example_before(completions: list[str], solution: list[Any], **columns: An
     return accuracy_reward([[{"content": one}] for one in completions], [_verifiable(gold) for gold in solution])
 
 
-def judges(workers: int) -> dict[str, Scorer]:
+def judges(workers: int) -> dict[str, InWorkers]:
     functions = {"now": correct, "before": by_example_before, "TRL": by_trl}
     return {name: InWorkers(function, time_limit=20.0, workers=workers) for name, function in functions.items()}
 
 
-# --- measuring -----------------------------------------------------------------------------------------------------------
+# --- measuring ---
 
 
 def timed(golds: list[Any]) -> dict[str, float]:
@@ -218,7 +217,7 @@ def slowest(pairs: list[tuple[Any, str, float]]) -> dict[str, Any]:
 
 
 def throughput(golds: list[Any], rounds: int) -> dict[str, float]:
-    """Batches of 64 rows, half of them wrong, long reasoning before each answer: in workers, as a share of in process."""
+    """Rows a second in batches of 64, half of them wrong, with long reasoning: in workers and in process."""
     words = "Let us consider the next case and add what it gives. " * 40
     completions = [words + boxed(bare(golds[row if row % 2 else row - 1])) for row in range(len(golds))]
     batches = [slice(start, start + 64) for start in range(0, len(golds) - 63, 64)][:rounds]
@@ -244,28 +243,33 @@ def share(values: list[bool]) -> float | None:
 def measure(folder: Path, workers: int, only_now: bool) -> dict[str, Any]:
     results: dict[str, Any] = {"sets": {}, "wrong_now": []}
     everything: list[tuple[Any, str, float]] = []
-    golds_of = {path.stem: [json.loads(line)["answer"] for line in path.open()] for path in sorted(folder.glob("*.jsonl"))}
+    golds_of = {
+        path.stem: [json.loads(line)["answer"] for line in path.open()] for path in sorted(folder.glob("*.jsonl"))
+    }
     results["gsm8k"] = timed(golds_of["gsm8k"])
     for name, golds in golds_of.items():
         asked = pairs_of(golds)
-        rows = results["sets"][name] = {"golds": len(golds), "pairs": {kind: len(pairs) for kind, pairs in asked.items()}}
+        rows = results["sets"][name] = {
+            "golds": len(golds),
+            "pairs": {kind: len(pairs) for kind, pairs in asked.items()},
+        }
         for judge, score in judges(workers).items():
             if only_now and judge != "now":
                 continue
-            rows[judge] = {}
+            shares = rows[judge] = {}
             for kind, pairs in asked.items():
                 if judge != "now":
                     pairs = pairs[:: -(-len(pairs) // MOST)]
-                verdicts = score([one[1] for one in pairs], solution=[one[0] for one in pairs])  # type: ignore[call-arg]
+                verdicts = score([one[1] for one in pairs], solution=[one[0] for one in pairs])
                 right = [given == wanted for given, (_, _, wanted) in zip(verdicts, pairs, strict=True)]
-                rows[judge][kind] = share(right)
+                shares[kind] = share(right)
                 if judge == "now":
                     results["wrong_now"] += [
                         [name, kind, str(gold), completion[18:]]
                         for (gold, completion, _), good in zip(pairs, right, strict=True)
                         if not good
                     ]
-            score.close()  # type: ignore[attr-defined]
+            score.close()
         everything += [pair for pairs in asked.values() for pair in pairs]
         print(name, {judge: rows[judge] for judge in ("now", "before", "TRL") if judge in rows}, flush=True)
     results["time"] = slowest(everything)
@@ -287,11 +291,12 @@ def write(results: dict[str, Any], folder: Path) -> None:
         "# Verdicts on the golds of eight benchmarks",
         "",
         "Written by `python benchmarks/verdicts.py <folder of answers>`. "
-        f"{platform.machine()}; {versions}. Raw numbers, and every pair that is judged wrong: [verdicts.json](verdicts.json).",
+        f"{platform.machine()}; {versions}. Raw numbers, and every pair that is judged wrong: "
+        "[verdicts.json](verdicts.json).",
         "",
         "Percent of right verdicts. *now*: `tbrm_trl.rewards.correct`; *before*: `correct(verifiable(gold))` of "
-        f"`examples/train.py` at {BEFORE}; *TRL*: its `accuracy_reward` on the gold as it stands. A verdict of None counts "
-        f"as wrong. *before* and *TRL* judge at most {MOST} of the pairs, spread evenly.",
+        f"`examples/train.py` at {BEFORE}; *TRL*: its `accuracy_reward` on the gold as it stands. A verdict of None "
+        f"counts as wrong. *before* and *TRL* judge at most {MOST} of the pairs, spread evenly.",
     ]
     for kind, title in kinds.items():
         lines += ["", f"{title}:", "", "| set | pairs | now | before | TRL |", "|---|---|---|---|---|"]
@@ -303,8 +308,9 @@ def write(results: dict[str, Any], folder: Path) -> None:
     lines += [
         "",
         f"Time of one verdict, of the {spent['verdicts']} above: median {spent['median_ms']} ms, 99 of 100 within "
-        f"{spent['p99_ms']} ms, the worst {spent['worst_s']} s (`{spent['worst']}`). In workers the time limit bounds it, "
-        f"5 s by default. All {one['rows']} golds of gsm8k against themselves: {one['seconds']} s in one process, from a cold start.",
+        f"{spent['p99_ms']} ms, the worst {spent['worst_s']} s (`{spent['worst']}`). In workers the time limit bounds "
+        f"it, 5 s by default. All {one['rows']} golds of gsm8k against themselves: {one['seconds']} s in one process, "
+        "from a cold start.",
         "",
         "Rows a second in batches of 64, half of them wrong, 2,000 characters of reasoning before each answer:",
         "",

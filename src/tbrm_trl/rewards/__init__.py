@@ -57,7 +57,9 @@ def load(
         The functions, and their weights if weights were given, else None.
     """
     if isinstance(rewards, Mapping):
-        return [reward_function(one, **worker_options) for one in rewards], [float(weight) for weight in rewards.values()]
+        return [reward_function(one, **worker_options) for one in rewards], [
+            float(weight) for weight in rewards.values()
+        ]
     several = [rewards] if isinstance(rewards, str) or callable(rewards) else list(rewards)
     return [reward_function(one, **worker_options) for one in several], None
 
@@ -77,7 +79,9 @@ def reward_function(reward: str | Reward, **worker_options: Any) -> Reward:
             try:
                 function = function(**arguments)
             except TypeError as error:
-                raise ValueError(f"The reward {reward!r} needs other arguments: {inspect.signature(function)}.") from error
+                raise ValueError(
+                    f"The reward {reward!r} needs other arguments: {inspect.signature(function)}."
+                ) from error
         elif arguments:
             raise ValueError(f"The reward {name!r} takes no arguments.")
     else:

@@ -32,6 +32,8 @@ class Length:
             raise ValueError(f"length needs 0 ≤ free < limit, not free={free} and limit={limit}.")
         self.limit, self.free = limit, free
 
-    def __call__(self, completions: Sequence[Any], completion_ids: Sequence[Any] | None = None, **columns: Any) -> list[float]:
+    def __call__(
+        self, completions: Sequence[Any], completion_ids: Sequence[Any] | None = None, **columns: Any
+    ) -> list[float]:
         lengths = [len(ids) for ids in completion_ids or map(completion_text, completions)]
         return [-min(1.0, max(0.0, (length - self.free) / (self.limit - self.free))) for length in lengths]

@@ -27,7 +27,8 @@ class Golds:
     unreadable: dict[int, Any]  # row: what stands there
 
     def __str__(self) -> str:
-        said = f"{len(self.texts) - len(self.unreadable)} of {len(self.texts)} answers in the column {self.column!r} can be read."
+        readable = len(self.texts) - len(self.unreadable)
+        said = f"{readable} of {len(self.texts)} answers in the column {self.column!r} can be read."
         if self.unreadable:
             some = list(self.unreadable.items())[:_SHOWN]
             more = len(self.unreadable) - len(some)
@@ -102,11 +103,13 @@ def _candidates(rows: Any) -> list[str]:
 
 def _rank(name: str) -> int:
     name = name.rpartition(".")[2].lower()
-    return next((at for at, known in enumerate(_NAMES) if known == name or known in re.split(r"[^a-z_]", name)), len(_NAMES))
+    return next(
+        (at for at, known in enumerate(_NAMES) if known == name or known in re.split(r"[^a-z_]", name)), len(_NAMES)
+    )
 
 
 def _clarity(cell: Any) -> float:
-    """How much a cell looks like an answer: 1 for a number, a formula or a choice, less for words, 0 for a worked text."""
+    """How much a cell looks like an answer: 1 for a number, a formula or a choice, little for a worked text."""
     text, gold = reading.gold_text(cell), read_gold(cell)
     if text is None or gold is None:
         return 0.0
@@ -114,7 +117,11 @@ def _clarity(cell: Any) -> float:
     marked = "\\boxed" in raw or "####" in raw
     if number(split_unit(gold)[0]) is not None:
         return 1.0
-    if len(text) > 150 or "\n" in text.strip() or len(re.findall(r"[a-zA-Z]{3,}", re.sub(r"\\[a-zA-Z]+", "", text))) > 6:
+    if (
+        len(text) > 150
+        or "\n" in text.strip()
+        or len(re.findall(r"[a-zA-Z]{3,}", re.sub(r"\\[a-zA-Z]+", "", text))) > 6
+    ):
         return 0.9 if marked else 0.05
     return 1.0
 

@@ -12,7 +12,7 @@ import re
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from fractions import Fraction
-from functools import lru_cache
+from functools import cache, lru_cache
 from typing import Any
 
 from . import reading
@@ -27,8 +27,8 @@ _PLAIN_NUMBER = re.compile(r"-?(?:0|[1-9]\d*)(?:\.\d+)?")
 def train_and_test(task: str, train: int, test: int, seed: int = 0, **settings: Any) -> tuple[list[dict], list[dict]]:
     """Rows for training and for testing, no question twice in either or in both.
 
-    All are drawn from one sequence of problems, and `seed` shuffles them: reasoning-gym's own seeds s and s + 1 share 99
-    of 100 problems.
+    All are drawn from one sequence of problems, and `seed` shuffles them: reasoning-gym's own seeds s and s + 1 share
+    99 of 100 problems.
 
     Args:
         task: name of a reasoning-gym data set.
@@ -67,7 +67,7 @@ def solved(
     log_extra: Callable[[str, list], None] | None = None,
     **columns: Any,
 ) -> list[float | None]:
-    """1 where the completion solves the reasoning-gym problem of its row, else 0. Logs the task's own score as `score`."""
+    """1 where the completion solves the reasoning-gym problem of its row, else 0. Logs the task's score as `score`."""
     verdicts, scores = [], []
     for problem, completion in zip(gym, completions, strict=True):
         task, entry = decode(problem)
@@ -126,7 +126,7 @@ def _plain(value: Fraction) -> str:
     return str(value.numerator) if value.denominator == 1 else repr(float(value))
 
 
-# --- what some verifiers of reasoning-gym 0.1.25 do not check -----------------------------------------------------------
+# --- what some verifiers of reasoning-gym 0.1.25 do not check ---
 
 
 def _nothing(answer: str, entry: Mapping[str, Any]) -> bool:
@@ -164,19 +164,22 @@ _ALSO: dict[str, Callable[[str, Mapping[str, Any]], bool]] = {
 }
 
 
-@lru_cache(maxsize=None)
+@cache
 def _verifier(task: str) -> Callable[[str, Mapping[str, Any]], float]:
     from reasoning_gym import get_score_answer_fn
 
     return get_score_answer_fn(task)
 
 
-# --- problems as text ---------------------------------------------------------------------------------------------------
+# --- problems as text ---
 
 
 def encode(task: str, entry: Mapping[str, Any]) -> str:
-    """A problem as text that `decode` reads back unchanged. JSON alone makes lists of tuples, and `arc_agi` then refuses
-    its own answer. Drawing the problem again would not do: six tasks depend on Python's hash seed."""
+    """A problem as text that `decode` reads back unchanged.
+
+    JSON alone makes lists of tuples, and `arc_agi` then refuses its own answer. Drawing the problem again would not do:
+    six tasks depend on Python's hash seed.
+    """
     return json.dumps({"task": task, "entry": _tagged(dict(entry))}, ensure_ascii=False)
 
 

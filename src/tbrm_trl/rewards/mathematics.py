@@ -14,17 +14,38 @@ from .notation import OPENING, balanced, bracketed, cut, normal, plain, squeezed
 from .quantities import Number, number, split_unit
 
 _RELATION = r"\\le(?![a-zA-Z])|\\ge(?![a-zA-Z])|\\ne(?![a-zA-Z])|<|>"
-_JOIN = r"\\text\{\s*,?\s*(?:and|or)\s*\}|(?<![a-zA-Z\\])(?:and|or)(?![a-zA-Z])|[,;]|\\vee(?![a-zA-Z])|\\lor(?![a-zA-Z])"
+_JOIN = (
+    r"\\text\{\s*,?\s*(?:and|or)\s*\}|(?<![a-zA-Z\\])(?:and|or)(?![a-zA-Z])|[,;]|\\vee(?![a-zA-Z])|\\lor(?![a-zA-Z])"
+)
 _WORD_JOIN = _JOIN.replace("[,;]", ";")
 _NAME = re.compile(
-    r"(?:\\(?:text|overline|vec|hat|tilde|angle|triangle)\s*)?\{?(?:\\(?!frac|sqrt|log|sin|cos|tan|ln|binom)[a-zA-Z]+|[a-zA-Z][a-zA-Z ]*)\}?"
+    r"(?:\\(?:text|overline|vec|hat|tilde|angle|triangle)\s*)?"
+    r"\{?(?:\\(?!frac|sqrt|log|sin|cos|tan|ln|binom)[a-zA-Z]+|[a-zA-Z][a-zA-Z ]*)\}?"
     r"'*(?:_\{?[^{}=<>]*\}?)?'*(?:\^\{?-1\}?)?\s*(?:\(\s*[a-zA-Z](?:\s*,\s*[a-zA-Z])*\s*\))?"
 )
 _VARIABLE = re.compile(r"(?:\\[a-zA-Z]+|[a-zA-Z])(?:_\{?\w+\}?)?'*")
 _LABEL = re.compile(r"\(?([A-Z])\)?")
-_EMPTY = {"no solution", "no solutions", "\\emptyset", "empty set", "\\{\\}", "no real solution", "no real solutions", "the empty set"}
+_EMPTY = {
+    "no solution",
+    "no solutions",
+    "\\emptyset",
+    "empty set",
+    "\\{\\}",
+    "no real solution",
+    "no real solutions",
+    "the empty set",
+}
 _NOWHERE = {"does not exist", "dne", "the limit does not exist", "limit does not exist"}
-_EVERYTHING = {"all real numbers", "\\mathbb{r}", "all reals", "all real", "all real values", "r", "every real number", "x \\in \\mathbb{r}"}
+_EVERYTHING = {
+    "all real numbers",
+    "\\mathbb{r}",
+    "all reals",
+    "all real",
+    "all real values",
+    "r",
+    "every real number",
+    "x \\in \\mathbb{r}",
+}
 
 
 def correct(completions: Sequence[Any], solution: Sequence[Any], **columns: Any) -> list[float | None]:
@@ -44,7 +65,7 @@ def verdict(gold: Any, completion: Any) -> float | None:
     if equal(wanted, given) or ((alone := reading.only_number(given)) is not None and _is_number(wanted, alone)):
         return 1.0
     together = reading.boxes_together(text)
-    if len(together) > 1 and len(cut(wanted, _JOIN)) == len(together) or len(together) > 1 and bracketed(wanted):
+    if (len(together) > 1 and len(cut(wanted, _JOIN)) == len(together)) or (len(together) > 1 and bracketed(wanted)):
         return float(equal(wanted, ", ".join(together)))
     return 0.0
 
@@ -72,7 +93,16 @@ def equal(gold: str, answer: str) -> bool:
     try:
         answer = normal(answer[: 4 * len(gold) + 2000])
         return _same(gold, answer) or _same_without_label(gold, answer)
-    except (RecursionError, MemoryError, OverflowError, ValueError, ArithmeticError, TypeError, AttributeError, IndexError):
+    except (
+        RecursionError,
+        MemoryError,
+        OverflowError,
+        ValueError,
+        ArithmeticError,
+        TypeError,
+        AttributeError,
+        IndexError,
+    ):
         return False
 
 
@@ -118,7 +148,7 @@ def _same_double(gold: list[str], answer: str, depth: int) -> bool:
     return all(any(_same(one, part.strip(), depth) for one in gold) for part in answer.split(":"))
 
 
-# --- choices, words, times, dates, ratios, bases -----------------------------------------------------------------------
+# --- choices, words, times, dates, ratios, bases ---
 
 
 def choice(text: str) -> str | None:
@@ -129,14 +159,26 @@ def choice(text: str) -> str | None:
     if match is None:
         return None
     rest = text[match.end() :].strip(" ).:")
-    if match[1] is None and text[match.end() :].lstrip()[:1] == ")" and re.match(r"\)\s*[-+*/^]", text[match.end() :].lstrip()):
+    if (
+        match[1] is None
+        and text[match.end() :].lstrip()[:1] == ")"
+        and re.match(r"\)\s*[-+*/^]", text[match.end() :].lstrip())
+    ):
         return None
-    return (match[1] or match[2]) if not rest.startswith(("^", "_", "=", "(", "+", "/", "\\cup", "\\cap", "<", ">")) else None
+    return (
+        (match[1] or match[2])
+        if not rest.startswith(("^", "_", "=", "(", "+", "/", "\\cup", "\\cap", "<", ">"))
+        else None
+    )
 
 
 def _gold_choice(gold: str) -> str | None:
     letter = choice(gold)
-    return gold if letter and (_LABEL.fullmatch(re.sub(r"\\text\{([^{}]*)\}|\s", r"\1", gold)) or _labelled(gold)) else None
+    return (
+        gold
+        if letter and (_LABEL.fullmatch(re.sub(r"\\text\{([^{}]*)\}|\s", r"\1", gold)) or _labelled(gold))
+        else None
+    )
 
 
 def _labelled(gold: str) -> re.Match | None:
@@ -161,7 +203,9 @@ def _words(gold: str) -> str | None:
     if re.search(r"[\d\\=<>^_|{}]", bare):
         return None
     words = re.findall(r"[^\W\d_]{2,}", bare)
-    return bare if words and (max(map(len, words)) > 3 or "\\text" in gold or bare.casefold() in ("yes", "no")) else None
+    return (
+        bare if words and (max(map(len, words)) > 3 or "\\text" in gold or bare.casefold() in ("yes", "no")) else None
+    )
 
 
 def _same_words(gold: str, answer: str, depth: int) -> bool:
@@ -171,7 +215,9 @@ def _same_words(gold: str, answer: str, depth: int) -> bool:
     for synonyms in (_EMPTY, _EVERYTHING, _NOWHERE):
         if gold.strip().casefold() in synonyms:
             name = given.strip(" .")
-            return name in synonyms or (synonyms is _EVERYTHING and squeezed(answer).rpartition("\\in ")[2] in _WHOLE_LINE)
+            return name in synonyms or (
+                synonyms is _EVERYTHING and squeezed(answer).rpartition("\\in ")[2] in _WHOLE_LINE
+            )
     return plain(gold) == plain(answer) or plain(_after_articles(gold)) == plain(_after_articles(answer))
 
 
@@ -221,7 +267,7 @@ def _same_based(gold: str, answer: str, depth: int) -> bool:
     return quantities.in_base(gold) == quantities.in_base(answer)
 
 
-# --- collections ------------------------------------------------------------------------------------------------------
+# --- collections ---
 
 
 def items(text: str) -> list[str]:
@@ -297,7 +343,7 @@ def _tuple(text: str) -> list[str] | None:
         if rows is not None and (len(rows) == 1 or all(len(row) == 1 for row in rows)):
             return [cell for row in rows for cell in row]
         return None
-    if whole[0] == "(" and whole[2] == "]" or whole[0] == "[" and whole[2] == ")":
+    if (whole[0] == "(" and whole[2] == "]") or (whole[0] == "[" and whole[2] == ")"):
         return None
     parts = _components(whole[1])
     return parts if len(parts) > 1 else None
@@ -336,7 +382,7 @@ def _same_list(gold: list[str], answer: str, depth: int) -> bool:
     names, values = _names_and_values(gold)
     answer = re.sub(r"^(?:\\text\{)?(?:Solution is:?|solutions?:)\}?\s*", "", answer, flags=re.IGNORECASE)
     components = _tuple(answer) if _list(answer) is None else None
-    if components is not None and not (len(components) == 1):
+    if components is not None and len(components) != 1:
         given_names, given = _names_and_values(components)
         if len(set(names)) == len(names) and given_names and names == given_names:
             return _in_order(values, given, depth)
@@ -398,7 +444,7 @@ def _same_matrix(gold: list[list[str]], answer: str, depth: int) -> bool:
     return len(gold) == len(given) and all(_in_order(a, b, depth) for a, b in zip(gold, given, strict=True))
 
 
-# --- intervals and inequalities -----------------------------------------------------------------------------------------
+# --- intervals and inequalities ---
 
 End = tuple[str, bool]  # a bound, and whether it belongs to the interval
 Region = tuple[list[tuple[End, End]], str]  # intervals and points, and the variable's name if it has one
@@ -442,7 +488,10 @@ def _interval(text: str) -> tuple[End, End] | None:
 
 
 def _inequalities(text: str) -> Region | None:
-    found = [_inequality(part) for part in cut(text, r"\\text\{\s*or\s*\}|(?<![a-zA-Z\\])or(?![a-zA-Z])|,|\\text\{\s*,?\s*and\s*\}")]
+    found = [
+        _inequality(part)
+        for part in cut(text, r"\\text\{\s*or\s*\}|(?<![a-zA-Z\\])or(?![a-zA-Z])|,|\\text\{\s*,?\s*and\s*\}")
+    ]
     if not found or any(one is None for one in found):
         return None
     regions = [one for one in found if one is not None]
@@ -471,7 +520,9 @@ def _inequality(text: str) -> Region | None:
     if len(parts) == 3 and _VARIABLE.fullmatch(parts[1]):
         if signs[0] in (">", "\\ge"):
             parts, signs = parts[::-1], [_FLIP[sign] for sign in reversed(signs)]
-        if all(sign in ("<", "\\le") for sign in signs) and not any(_VARIABLE.fullmatch(p) for p in (parts[0], parts[2])):
+        if all(sign in ("<", "\\le") for sign in signs) and not any(
+            _VARIABLE.fullmatch(p) for p in (parts[0], parts[2])
+        ):
             return [((parts[0], signs[0] != "<"), (parts[2], signs[1] != "<"))], parts[1]
     return None
 
@@ -545,7 +596,7 @@ def _same_order(gold: tuple[list[str], list[str]], answer: str, depth: int) -> b
     return False
 
 
-# --- equations and single values -----------------------------------------------------------------------------------------
+# --- equations and single values ---
 
 
 def _equation(text: str) -> list[str] | None:
@@ -572,13 +623,15 @@ def _same_equation(gold: list[str], answer: str, depth: int) -> bool:
             return False
         if len(gold) == len(given):
             return _in_order(sides, given[1:], depth)
-        return any(_same(side, given[-1], depth) for side in sides) or (len(gold) == 2 and _same(sides[0], given[1], depth))
+        return any(_same(side, given[-1], depth) for side in sides) or (
+            len(gold) == 2 and _same(sides[0], given[1], depth)
+        )
     if len(gold) == len(given) == 2:
         if _same_scalar(gold[0], given[0], depth) and _same_scalar(gold[1], given[1], depth):
             return True
         if _same_scalar(gold[0], given[1], depth) and _same_scalar(gold[1], given[0], depth):
             return True
-        return symbols.proportional(*(f"({left})-({right})" for left, right in (gold, given)))
+        return symbols.proportional(f"({gold[0]})-({gold[1]})", f"({given[0]})-({given[1]})")
     return False
 
 
@@ -588,7 +641,9 @@ _FUNCTION = re.compile(r"^(\\?[a-zA-Z]+)\s*\(\s*([a-zA-Z])\s*\)$")
 def _same_name(gold: str, answer: str) -> bool:
     """Whether two sides name the same: letters must agree, f(x) is f(t), and words may be any."""
     first, second = (squeezed(re.sub(r"\(.*", "", text)).strip("{}") for text in (gold, answer))
-    if re.search(r"[a-z]{3}", second) and not second.startswith("\\") or (len(first) == 1 and second.isupper() and len(second) > 2):
+    if (re.search(r"[a-z]{3}", second) and not second.startswith("\\")) or (
+        len(first) == 1 and second.isupper() and len(second) > 2
+    ):
         return True
     return first == second if "_" in first and "_" in second else first.split("_")[0] == second.split("_")[0]
 
@@ -607,15 +662,26 @@ def _same_scalar(gold: str, answer: str, depth: int) -> bool:
     if bool(re.search(_RELATION, gold)) != bool(re.search(_RELATION, answer)):
         return False
     if given is not None and _equation(gold) is None:
-        if not (_NAME.fullmatch(given[0]) or _NAME.fullmatch(given[-1])) and re.search(r"(?<![\\a-zA-Z])[a-zA-Z]", given[0]):
+        if not (_NAME.fullmatch(given[0]) or _NAME.fullmatch(given[-1])) and re.search(
+            r"(?<![\\a-zA-Z])[a-zA-Z]", given[0]
+        ):
             return False  # x² + y² = 1 is not 1
-        return any(_same_scalar(gold, side, depth) for side in {given[-1], given[0] if _NAME.fullmatch(given[-1]) else given[-1]})
+        return any(
+            _same_scalar(gold, side, depth)
+            for side in {given[-1], given[0] if _NAME.fullmatch(given[-1]) else given[-1]}
+        )
     if "\\approx" in gold + answer:
         wanted, said = ([part for part in cut(text, r"\\approx(?![a-zA-Z])") if part] for text in (gold, answer))
         if len(wanted) > 1 and len(said) > 1:  # the exact value and its decimal, both
             return _same(wanted[0], said[0], depth + 1) and _same(wanted[-1], said[-1], depth + 1)
         return bool(said) and any(_same(one, part, depth + 1) for one in wanted for part in {said[0], said[-1]})
-    while (whole := bracketed(answer)) and whole[0] == "(" and whole[2] == ")" and "," not in whole[1] and bracketed(whole[1]):
+    while (
+        (whole := bracketed(answer))
+        and whole[0] == "("
+        and whole[2] == ")"
+        and "," not in whole[1]
+        and bracketed(whole[1])
+    ):
         answer = whole[1]
     if whole and whole[0] in ("(", "\\{", "{", "[") and whole[1] and OPENING.get(whole[0], "\\}") == whole[2]:
         return "," not in whole[1] and _same(gold, whole[1], depth + 1)
@@ -635,7 +701,9 @@ def _same_scalar(gold: str, answer: str, depth: int) -> bool:
 _PERCENT, _DEGREE = (("percent", 1),), (("degree", 1),)
 
 
-def _same_quantity(gold: str, gold_unit: quantities.Unit | None, answer: str, answer_unit: quantities.Unit | None) -> bool:
+def _same_quantity(
+    gold: str, gold_unit: quantities.Unit | None, answer: str, answer_unit: quantities.Unit | None
+) -> bool:
     first = gold_unit.powers if gold_unit else ()
     second = answer_unit.powers if answer_unit else ()
     if first == second:
@@ -645,7 +713,7 @@ def _same_quantity(gold: str, gold_unit: quantities.Unit | None, answer: str, an
     if not first or not second:
         if _PERCENT in (first, second):
             ratio = Fraction(1, 100) if first == _PERCENT else Fraction(100)
-            return _same_plain(gold, answer) and not _fraction_of_one(gold, first) or _same_plain(gold, answer, ratio)
+            return (_same_plain(gold, answer) and not _fraction_of_one(gold, first)) or _same_plain(gold, answer, ratio)
         if second == _DEGREE and "\\pi" in gold:
             return _same_plain(gold, f"({answer})\\cdot\\frac{{\\pi}}{{180}}")
         return _same_plain(gold, answer)
@@ -674,7 +742,10 @@ def _same_plain(gold: str, answer: str, scale: Fraction = Fraction(1)) -> bool:
         return plain(gold) == plain(answer) and len(plain(gold)) > 1
     if "\\ln" in gold + answer:  # a logarithm without a base is the natural one beside an \\ln
         gold, answer = (re.sub(r"\\log(?!\s*_)(?![a-zA-Z])", r"\\ln", text) for text in (gold, answer))
-    if symbols.same_value(gold if first is None or scale == 1 else f"\\frac{{{first.value.numerator}}}{{{first.value.denominator}}}", answer):
+    if symbols.same_value(
+        gold if first is None or scale == 1 else f"\\frac{{{first.value.numerator}}}{{{first.value.denominator}}}",
+        answer,
+    ):
         return True
     return symbols.rounds_as(first if first is not None else gold, second if second is not None else answer)
 

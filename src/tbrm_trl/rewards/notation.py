@@ -9,15 +9,22 @@ _CHARACTERS = str.maketrans(
         "⋅": r"\cdot ", "÷": r"\div ", "π": r"\pi ", "∞": r"\infty ", "≤": r"\le ", "≥": r"\ge ", "≠": r"\ne ",
         "⩽": r"\le ", "⩾": r"\ge ", "±": r"\pm ", "∪": r"\cup ", "∩": r"\cap ", "∈": r"\in ", "∅": r"\emptyset ",
         "°": r"^\circ ", "ℝ": r"\mathbb{R}", "θ": r"\theta ", "α": r"\alpha ", "β": r"\beta ", "λ": r"\lambda ",
-        "⁄": "/", "。": ".", "、": ",", "？": "?", "’": "'", "‘": "'", "“": '"', "”": '"', "′": "'", "…": r"\ldots ", "½": r"\frac{1}{2}", "¼": r"\frac{1}{4}",
+        "⁄": "/", "。": ".", "、": ",", "？": "?", "’": "'", "‘": "'", "“": '"', "”": '"', "′": "'", "…": r"\ldots ",
+        "½": r"\frac{1}{2}", "¼": r"\frac{1}{4}",
         "¾": r"\frac{3}{4}", "⅓": r"\frac{1}{3}", "⅔": r"\frac{2}{3}", "\u00a0": " ", "\u2009": " ", "\u202f": " ",
         "\u200b": "", "\ufeff": "", "∠": r"\angle ", "≈": r"\approx ", "⟨": r"\langle ", "⟩": r"\rangle ",
     }
 )  # fmt: skip
 _SUPERSCRIPTS = str.maketrans("⁰¹²³⁴⁵⁶⁷⁸⁹⁻", "0123456789-")
-_TEXT = r"\\(?:text(?:bf|it|rm|sf|tt|normal|sl|up)?|math(?:rm|bf|it|sf|tt|normal|bb(?=\{[^R]))|mbox|hbox|bf|boldsymbol|bm|operatorname\*?)"
+_TEXT = (
+    r"\\(?:text(?:bf|it|rm|sf|tt|normal|sl|up)?|math(?:rm|bf|it|sf|tt|normal|bb(?=\{[^R]))"
+    r"|mbox|hbox|bf|boldsymbol|bm|operatorname\*?)"
+)
 _RULES = [
-    (r"\\\\(?=(?:frac|dfrac|sqrt|text|pi|left|right|cdot|times|infty|boxed|mathrm)(?![a-zA-Z]))", r"\\"),  # escaped twice
+    (
+        r"\\\\(?=(?:frac|dfrac|sqrt|text|pi|left|right|cdot|times|infty|boxed|mathrm)(?![a-zA-Z]))",
+        r"\\",
+    ),  # escaped twice
     (r"\\\\\s*(?:\[[^\]]*\])?", r"\\cr "),
     (r"\\begin\{(?:aligned|align\*?|equation\*?|gathered)\}|\\end\{(?:aligned|align\*?|equation\*?|gathered)\}", ""),
     (r"\\(?:left|right|middle)\b\s*\.", ""),  # \left. has no bracket
@@ -104,7 +111,9 @@ def unwrap(text: str) -> str:
     """The text without the signs that mark mathematics; a dollar sign that stands for money stays, as `\\$`."""
     text = text.strip().strip("`").strip()
     text = re.sub(r"^\*+(.*?)\*+$", r"\1", text)
-    whole = re.fullmatch(r"\$\$(.+?)\$\$\.?|\\\[(.+?)\\\]\.?|\\\((.+?)\\\)\.?|\$((?:[^$\\]|\\.)+)\$\.?", text, re.DOTALL)
+    whole = re.fullmatch(
+        r"\$\$(.+?)\$\$\.?|\\\[(.+?)\\\]\.?|\\\((.+?)\\\)\.?|\$((?:[^$\\]|\\.)+)\$\.?", text, re.DOTALL
+    )
     if whole:
         return unwrap(next(part for part in whole.groups() if part is not None))
     if len(re.findall(r"(?<!\\)\$", text)) % 2 == 0:
@@ -149,7 +158,7 @@ OPENING = {"(": ")", "[": "]", "{": "}"}
 
 
 def cut(text: str, separator: str) -> list[str]:
-    """The parts of a text between matches of `separator` that stand in no bracket. One part if brackets do not match."""
+    """The parts of a text between matches of `separator` outside brackets. One part if brackets do not match."""
     pattern = re.compile(separator)
     parts, depth, start, at = [], 0, 0, 0
     half_open = not balanced(text)

@@ -94,7 +94,7 @@ def rounds_to(exact: Fraction, decimal: Number, digits: int) -> bool:
     return abs(exact - decimal.value) * 2 <= decimal.step
 
 
-# --- bases ---------------------------------------------------------------------------------------------------------
+# --- bases ---
 
 _WORD_BASES = dict(two=2, three=3, four=4, five=5, six=6, seven=7, eight=8, nine=9, ten=10, twelve=12, sixteen=16)
 
@@ -112,11 +112,11 @@ def in_base(text: str) -> int | None:
         return None
 
 
-# --- units ---------------------------------------------------------------------------------------------------------
+# --- units ---
 
 # name: (what it measures, how much of it)
 _UNITS: dict[str, tuple[str, Fraction]] = {}
-for _measure, _names in {
+_MEASURES: dict[str, dict[str, int | str]] = {
     "length": {"m": 1, "meter metre": 1, "cm centimeter centimetre": "1/100", "mm millimeter millimetre": "1/1000",
                "km kilometer kilometre": 1000, "in inch inche": "254/10000", "ft foot feet": "3048/10000",
                "yd yard": "9144/10000", "mi mile": "1609344/1000", "nm nanometer": "1/1000000000"},
@@ -125,17 +125,21 @@ for _measure, _names in {
     "time": {"s sec second": 1, "min minute": 60, "h hr hour": 3600, "day": 86400, "week": 604800, "ms": "1/1000"},
     "litre": {"l liter litre": 1, "ml milliliter millilitre": "1/1000"},
     "dollar": {"dollar usd buck": 1, "cent ¢ penny pennie": "1/100"},
-    "euro": {"€ euro eur": 1}, "pound sterling": {"£ gbp": 1}, "yen": {"¥ yen jpy yuan rmb": 1}, "rupee": {"₹ rupee rs": 1},
+    "euro": {"€ euro eur": 1}, "pound sterling": {"£ gbp": 1}, "yen": {"¥ yen jpy yuan rmb": 1},
+    "rupee": {"₹ rupee rs": 1},
     "degree": {"degree deg": 1}, "radian": {"rad radian": 1}, "percent": {"% percent percentage": 1},
     "celsius": {"celsius": 1}, "fahrenheit": {"fahrenheit": 1}, "kelvin": {"k kelvin": 1},
     "newton": {"n newton": 1}, "joule": {"j joule": 1, "kj": 1000}, "watt": {"w watt": 1, "kw": 1000},
     "volt": {"v volt": 1}, "ampere": {"a amp ampere": 1}, "hertz": {"hz hertz": 1}, "pascal": {"pa pascal": 1},
     "mole": {"mol mole": 1}, "erg": {"erg": 1},
-}.items():  # fmt: skip
+}  # fmt: skip
+for _measure, _names in _MEASURES.items():
     for _spellings, _size in _names.items():
         for _name in _spellings.split():
             _UNITS[_name] = (_measure, Fraction(_size))
-_SHORT = set("m s g h l L N J W V A K C F".split())  # letters that are units only where they stand upright or apart
+_SHORT = set(
+    ["m", "s", "g", "h", "l", "L", "N", "J", "W", "V", "A", "K", "C", "F"]
+)  # letters that are units only where they stand upright or apart
 _COUNTED = {"unit", "square unit", "sq unit", "cubic unit", "units²"}
 
 
@@ -191,13 +195,18 @@ _END = re.compile(
         (?:\\text\{[^{}]*[a-zA-Z%][^{}]*\}(?:\s*\^\s*\{?-?\d\}?)?(?:\s*(?:/|\\cdot|\\times|-|per)?\s*))+
       | \^\\circ\s*(?:\\text\{)?[CF]?\}?
       | \\?%
-      | (?:square|sq\.?|cubic|cu\.?)?\s*(?<![a-zA-Z\\])[a-zA-Z]{2,}(?:\s*(?:/|per)\s*[a-zA-Z]+|[ ][a-zA-Z]+)*(?:\^\{?\d\}?)?
+      | (?:square|sq\.?|cubic|cu\.?)?\s*(?<![a-zA-Z\\])[a-zA-Z]{2,}
+        (?:\s*(?:/|per)\s*[a-zA-Z]+|[ ][a-zA-Z]+)*(?:\^\{?\d\}?)?
       | [€£¥₹¢] | \\\$
     )$""",
     re.VERBOSE | re.DOTALL,
 )
-_LOOSE = re.compile(r"^(?P<rest>.*?[\d})\w])\s*(?<![a-zA-Z\\])(?P<unit>[msghlLNJWVAKCF](?:\s*\^\s*\{?[23]\}?)?)$", re.DOTALL)
-_FRONT = re.compile(r"^(?P<sign>[-+]?)\s*(?P<unit>\\\$|[€£¥₹]|(?:USD|Rs\.?)(?![a-zA-Z]))\s*(?P<rest>[-+]?\s*[\d.\\({].*)$")
+_LOOSE = re.compile(
+    r"^(?P<rest>.*?[\d})\w])\s*(?<![a-zA-Z\\])(?P<unit>[msghlLNJWVAKCF](?:\s*\^\s*\{?[23]\}?)?)$", re.DOTALL
+)
+_FRONT = re.compile(
+    r"^(?P<sign>[-+]?)\s*(?P<unit>\\\$|[€£¥₹]|(?:USD|Rs\.?)(?![a-zA-Z]))\s*(?P<rest>[-+]?\s*[\d.\\({].*)$"
+)
 
 
 def split_unit(text: str, loose: bool = False) -> tuple[str, Unit | None]:
@@ -216,15 +225,20 @@ def split_unit(text: str, loose: bool = False) -> tuple[str, Unit | None]:
     return text, None
 
 
-# --- times of day and dates ----------------------------------------------------------------------------------------
+# --- times of day and dates ---
 
-_MONTHS = "jan feb mar apr may jun jul aug sep oct nov dec".split()
+_NAMED_DATE = re.compile(
+    r"(?:([a-zA-Z]{3,9})\.? (\d{1,2})(?:st|nd|rd|th)?|(\d{1,2})(?:st|nd|rd|th)? ([a-zA-Z]{3,9})\.?)(?: (\d{4}))?"
+)
+_MONTHS = ["jan", "feb", "mar", "apr", "may", "jun", "jul", "aug", "sep", "oct", "nov", "dec"]
 
 
 def time_of_day(text: str) -> tuple[int, int, int, str] | None:
     """Hours, minutes, seconds and "am", "pm" or ""."""
     text = re.sub(r"\\text\{([^{}]*)\}", r" \1 ", text)
-    match = re.fullmatch(r"\s*(\d{1,2})\s*:\s*(\d{2})(?:\s*:\s*(\d{2}))?\s*(?:([ap])\.?\s*m\.?)?\s*", text, re.IGNORECASE)
+    match = re.fullmatch(
+        r"\s*(\d{1,2})\s*:\s*(\d{2})(?:\s*:\s*(\d{2}))?\s*(?:([ap])\.?\s*m\.?)?\s*", text, re.IGNORECASE
+    )
     if match is None:
         match = re.fullmatch(r"\s*(\d{1,2})()()\s*([ap])\.?\s*m\.?\s*", text, re.IGNORECASE)
     if match is None or int(match[1]) > 24 or int(match[2] or 0) > 59:
@@ -238,7 +252,7 @@ def same_time(gold: tuple[int, int, int, str], answer: tuple[int, int, int, str]
     def hour(time: tuple[int, int, int, str]) -> int:
         return time[0] % 12 + 12 * (time[3] == "pm") if time[3] else time[0]
 
-    if gold[3] and answer[3] or not (gold[3] or answer[3]):
+    if (gold[3] and answer[3]) or not (gold[3] or answer[3]):
         return (hour(gold), *gold[1:3]) == (hour(answer), *answer[1:3])
     return gold[1:3] == answer[1:3] and (hour(gold) == hour(answer) or gold[0] == answer[0])
 
@@ -250,7 +264,9 @@ def date(text: str) -> tuple[int, int, int] | None:
         year, month, day = map(int, match.groups())
     elif match := re.fullmatch(r"(\d{1,2})/(\d{1,2})/(\d{4})", text):
         month, day, year = map(int, match.groups())
-    elif match := re.fullmatch(r"(?:([a-zA-Z]{3,9})\.? (\d{1,2})|(\d{1,2}) ([a-zA-Z]{3,9})\.?)(?:st|nd|rd|th)?(?: (\d{4}))?", text):
+    elif match := re.fullmatch(
+        r"(?:([a-zA-Z]{3,9})\.? (\d{1,2})|(\d{1,2}) ([a-zA-Z]{3,9})\.?)(?:st|nd|rd|th)?(?: (\d{4}))?", text
+    ):
         name, day = match[1] or match[4], int(match[2] or match[3])
         if name[:3].lower() not in _MONTHS:
             return None

@@ -32,7 +32,8 @@ _MATHEMATICS = re.compile(
 _SPECIAL = re.compile(r"<\|[^|<>]*\|>\s*|</?s>|<eos>|<end_of_turn>")
 _SEPARATORS = re.compile(r"(?:[\s$,;.*{}]|\\[,;()\[\] ]|\\text|\\quad|and|or)*")
 _HEDGE = re.compile(
-    r"^[\s*_]*(?:(?:probably|therefore|thus|hence|simply|just|exactly|indeed|equal to|equals|approximately|about|likely)\b[\s:,]*)+",
+    r"^[\s*_]*(?:(?:probably|therefore|thus|hence|simply|just|exactly|indeed|equal to|equals|approximately|about|likely)"
+    r"\b[\s:,]*)+",
     re.IGNORECASE,
 )
 _CLAUSE_END = re.compile(
@@ -182,7 +183,7 @@ def last_mathematics(text: str) -> str | None:
 
 
 def only_number(text: str) -> str | None:
-    """The number of a clause that has one number among words, with its unit: `16 dollars` of "that he has 16 dollars"."""
+    """The one number of a clause of words, with its unit: `16 dollars` of "that he has 16 dollars"."""
     found = list(_NUMBER.finditer(text))
     if len(found) != 1 or re.search(r"[=^<>{}]|\b(?:not|least|most|more|less|over|under|than|between|or)\b", text):
         return None
@@ -202,11 +203,19 @@ def last_number(text: str) -> str | None:
 def gold_text(gold: Any) -> str | None:
     """The answer in a cell of a data set, or None if it holds none that can be read."""
     if isinstance(gold, Mapping):  # DAPO's `reward_model`
-        return gold_text(next((gold[name] for name in ("ground_truth", "answer", "final_answer") if name in gold), None))
+        return gold_text(
+            next((gold[name] for name in ("ground_truth", "answer", "final_answer") if name in gold), None)
+        )
     if isinstance(gold, bool):
         return str(gold)
     if isinstance(gold, int | float):
-        return None if not math.isfinite(gold) else str(int(gold)) if gold == int(gold) and abs(gold) < 1e15 else repr(gold)
+        return (
+            None
+            if not math.isfinite(gold)
+            else str(int(gold))
+            if gold == int(gold) and abs(gold) < 1e15
+            else repr(gold)
+        )
     if isinstance(gold, Sequence) and not isinstance(gold, str):
         parts = [gold_text(part) for part in gold]
         return None if not parts or None in parts else ", ".join(part for part in parts if part)
@@ -225,6 +234,12 @@ def gold_text(gold: Any) -> str | None:
         text = text.rpartition("####")[2].strip()
     elif ("\n" in text or len(text) > 60) and re.search(r"\banswer\b", text, re.IGNORECASE):
         text = announced(text) or text
-    if not re.search(r"\w|\\(?:emptyset|varnothing|infty)|[∅∞]", text) or text.lower() in ("none", "null", "nan", "n/a", "[]"):
+    if not re.search(r"\w|\\(?:emptyset|varnothing|infty)|[∅∞]", text) or text.lower() in (
+        "none",
+        "null",
+        "nan",
+        "n/a",
+        "[]",
+    ):
         return None
     return text

@@ -1,8 +1,8 @@
 """Expressions with letters, roots and functions: read by math-verify, compared at random points in high precision.
 
-math-verify's own comparison rounds to six decimals, and simplifies for up to five seconds. Two expressions that agree to
-thirty digits at points drawn at random are equal; two that differ at one of them are not. Where they cannot be evaluated
-(derivatives, matrices, sums without bounds), math-verify's comparison decides.
+math-verify's own comparison rounds to six decimals, and simplifies for up to five seconds. Two expressions that agree
+to thirty digits at points drawn at random are equal; two that differ at one of them are not. Where they cannot be
+evaluated (matrices, sets), math-verify's comparison decides.
 """
 
 import logging
@@ -17,8 +17,9 @@ _LONGEST = 600
 _POINTS = 4
 # Written out, these have more digits than fit: towers of powers, exponents of six digits, factorials of five.
 _SMALL_TOWER = re.compile(r"(?<![\d.^{])([1-4])\s*\^\s*\{?\s*([1-4])\s*\^\s*\{?\s*([1-4])\s*\}*(?![\d^!.}])")
-_TOO_LARGE = re.compile(r"\^\s*\{?\s*-?\s*\d{5,}|\d\s*\^\s*\{?\s*\d+\s*\}?\s*\^|\d{5,}\s*!|!\s*!|\\prod|\^\s*\{\s*\d+\s*!")
-
+_TOO_LARGE = re.compile(
+    r"\^\s*\{?\s*-?\s*\d{5,}|\d\s*\^\s*\{?\s*\d+\s*\}?\s*\^|\d{5,}\s*!|!\s*!|\\prod|\^\s*\{\s*\d+\s*!"
+)
 
 
 @lru_cache(maxsize=4096)
@@ -33,7 +34,9 @@ def expression(text: str) -> Any | None:
         logging.getLogger(name).setLevel(logging.CRITICAL)
     config = LatexExtractionConfig(
         boxed_match_priority=0,
-        normalization_config=NormalizationConfig(basic_latex=True, units=False, malformed_operators=False, boxed="last"),
+        normalization_config=NormalizationConfig(
+            basic_latex=True, units=False, malformed_operators=False, boxed="last"
+        ),
     )
     try:
         parsed = parse(
@@ -71,17 +74,52 @@ def _readable(text: str) -> str:
     return re.sub(r"\s+", " ", text)
 
 
-# math-verify 0.9.0 reads capitals as small letters: M + m as 2m. A capital gets a name of its own; so does e with an index.
+# math-verify 0.9.0 reads capitals as small letters: M + m as 2m. A capital gets a name of its own, as has e with an index.
 # It reads \gamma as infinity, a value of the gamma function: Greek letters get names of their own too.
-_CAPITALS = (
-    "Gamma Delta Theta Lambda Xi Pi Sigma Upsilon Phi Psi Omega alpha beta gamma delta epsilon zeta eta theta iota kappa "
-    "lambda mu nu xi rho sigma tau upsilon phi chi psi omega varepsilon vartheta varphi varrho ell"
-).split()
+_CAPITALS = [
+    "Gamma",
+    "Delta",
+    "Theta",
+    "Lambda",
+    "Xi",
+    "Pi",
+    "Sigma",
+    "Upsilon",
+    "Phi",
+    "Psi",
+    "Omega",
+    "alpha",
+    "beta",
+    "gamma",
+    "delta",
+    "epsilon",
+    "zeta",
+    "eta",
+    "theta",
+    "iota",
+    "kappa",
+    "lambda",
+    "mu",
+    "nu",
+    "xi",
+    "rho",
+    "sigma",
+    "tau",
+    "upsilon",
+    "phi",
+    "chi",
+    "psi",
+    "omega",
+    "varepsilon",
+    "vartheta",
+    "varphi",
+    "varrho",
+    "ell",
+]
 _CAPITAL = re.compile(
     rf"(?:(?<![\\a-zA-Z{{])|(?<=[a-zA-Z])(?<!\\[a-zA-Z])|(?<=\{{))(?:([A-Z])|(e)(?=_)|\\({'|'.join(_CAPITALS)})(?![a-zA-Z]))"
     r"(?:_(?:\{([^{}]*)\}|(\w)))?(\s*\((?!\s*\w\s*\)))?"
 )
-
 
 
 def _named(match: re.Match) -> str:
@@ -146,7 +184,9 @@ def _by_math_verify(first: Any, second: Any) -> bool:
     from math_verify import verify
 
     try:
-        return bool(verify([first], [second], strict=True, float_rounding=12, numeric_precision=30, timeout_seconds=None))
+        return bool(
+            verify([first], [second], strict=True, float_rounding=12, numeric_precision=30, timeout_seconds=None)
+        )
     except Exception:
         return False
 
@@ -233,7 +273,11 @@ def _opaque(parsed: Any) -> Any:
 
     kinds = (AppliedUndef, sympy.Derivative, sympy.Integral, sympy.Limit, sympy.Sum, sympy.Product)
     parts = sorted(parsed.atoms(*kinds), key=lambda one: -len(str(one))) if hasattr(parsed, "atoms") else []
-    return parsed.xreplace({one: _short_sum(one) or sympy.Symbol(f"{_spelled(one)}") for one in parts}) if parts else parsed
+    return (
+        parsed.xreplace({one: _short_sum(one) or sympy.Symbol(f"{_spelled(one)}") for one in parts})
+        if parts
+        else parsed
+    )
 
 
 def _short_sum(part: Any) -> Any | None:
@@ -248,7 +292,9 @@ def _short_sum(part: Any) -> Any | None:
 def _spelled(part: Any) -> str:
     import sympy
 
-    return str(type(part).__name__) + str([sympy.expand(one) if isinstance(one, sympy.Expr) else one for one in part.args])
+    return str(type(part).__name__) + str(
+        [sympy.expand(one) if isinstance(one, sympy.Expr) else one for one in part.args]
+    )
 
 
 def value(text: str) -> Fraction | None:

@@ -17,6 +17,7 @@ import time
 import types
 from multiprocessing.connection import Connection
 from pathlib import Path
+from typing import Any
 
 STARTED, DONE, VALUES = 0, 1, 2  # doubles in the shared page: when the row began, rows done, then a value for each row
 FAILED, LEFT_OUT = math.inf, math.nan
@@ -35,7 +36,8 @@ def main() -> None:
     connection.send(None)  # ready
     with contextlib.suppress(EOFError, OSError):
         while True:
-            connection.send(_score(function, *connection.recv(), page))
+            completions, columns = connection.recv()
+            connection.send(_score(function, completions, columns, page))
 
 
 def _prepare(job: dict):
@@ -57,7 +59,7 @@ def _prepare(job: dict):
     return function
 
 
-def _score(function, completions: list, columns: dict[str, list], page: memoryview) -> tuple[dict, dict]:
+def _score(function, completions: list, columns: dict[str, list], page: Any) -> tuple[dict, dict]:
     """Score rows, each on its own. Returns what the function logged: columns, with None where it did not; metrics."""
     page[DONE] = 0
     extra: dict[str, list] = {}

@@ -77,11 +77,12 @@ class InWorkers:
             before = self.counts.copy()
             rewards, extra, metrics = self._score(list(completions), rows)
             new = self.counts - before
-        for name, values in extra.items() if log_extra is not None else ():
-            log_extra(name, values)
-        for name, values in metrics.items() if log_metric is not None else ():
-            log_metric(name, sum(values) / len(values))
+        if log_extra is not None:
+            for name, values in extra.items():
+                log_extra(name, values)
         if log_metric is not None and completions:
+            for name, values in metrics.items():
+                log_metric(name, sum(values) / len(values))
             for kind in ("late", "crashed", "raised"):  # each time, so that all processes log the same metrics
                 log_metric(f"{self.__name__}/{kind}", new[kind] / len(completions))
         return rewards
@@ -170,8 +171,8 @@ class InWorkers:
             function = pickle.dumps(self.function)
         except (pickle.PicklingError, AttributeError, TypeError) as error:
             raise TypeError(
-                f"{self.__name__} cannot be sent to a worker ({error}). Define it at the top level of a module, or pass "
-                "it to the trainer without workers."
+                f"{self.__name__} cannot be sent to a worker ({error}). Define it at the top level of a module, or "
+                "pass it to the trainer without workers."
             ) from None
         main = getattr(sys.modules["__main__"], "__file__", None) if module == "__main__" else None
         ours = module.startswith(__package__ or "tbrm_trl.rewards")
@@ -186,7 +187,7 @@ class _Worker:
         with tempfile.TemporaryFile() as file:
             file.truncate(8 * (VALUES + ROWS_AT_ONCE))
             self.page = memoryview(mmap.mmap(file.fileno(), 0)).cast("d")
-            # Started by its path, not forked: safe beside threads and CUDA, and no guard is needed in the user's script.
+            # Started by its path, not forked: safe beside threads and CUDA, and the user's script needs no guard.
             self.process = subprocess.Popen(
                 [sys.executable, str(PROGRAM), str(theirs.fileno()), str(file.fileno())],
                 pass_fds=(theirs.fileno(), file.fileno()),
@@ -247,5 +248,3 @@ def _cores() -> int:
     """This process's share of the cores it may use."""
     processes = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     return max(1, min(8, len(os.sched_getaffinity(0)) // processes))
-
-
