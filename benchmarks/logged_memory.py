@@ -22,10 +22,11 @@ from pathlib import Path
 from datasets import Dataset
 
 from tbrm_trl import TBRMConfig, TBRMTrainer, load_rollouts
+from tbrm_trl.rewards import gym
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT / "examples"))
-from reasoning_gym_demo import SMOLLM2, SYSTEM_PROMPT, distinct_problems, extract_answer, unpack_smollm2  # noqa: E402
+from reasoning_gym_demo import SMOLLM2, SYSTEM_PROMPT, distinct_problems, unpack_smollm2  # noqa: E402
 
 SUMS = dict(min_terms=2, max_terms=2, min_digits=1, max_digits=1)
 STEPS, ROLLOUTS_PER_STEP = 2, 16
@@ -34,15 +35,15 @@ PACKAGES = ("torch", "transformers", "trl", "accelerate", "reasoning-gym")
 
 def train(kind: str, model: Path, folder: Path) -> dict[str, float]:
     """One of the two runs, in this process."""
-    dataset, entries, _ = distinct_problems("chain_sum", SUMS, 140, 60, seed=0)
+    entries, _ = distinct_problems("chain_sum", SUMS, 140, 60, seed=0)
     by_question = {entry["question"]: entry for entry in entries}
 
     def as_prompt(question: str) -> list[dict]:
         return [{"role": "system", "content": SYSTEM_PROMPT}, {"role": "user", "content": question}]
 
     def correct(completions, question, **kwargs):
-        answers = [extract_answer(completion[0]["content"]) for completion in completions]
-        return [dataset.score_answer(answer=a, entry=by_question[q]) for a, q in zip(answers, question, strict=True)]
+        pairs = zip(completions, question, strict=True)
+        return [gym.judge("chain_sum", by_question[q], completion[0]["content"])[1] for completion, q in pairs]
 
     logs = kind == "logged"
     online_rows = Dataset.from_list([{"prompt": as_prompt(question), "question": question} for question in by_question])

@@ -42,6 +42,7 @@ from trl import GRPOConfig, GRPOTrainer, RLOOConfig, RLOOTrainer
 
 from tbrm_trl import TBRMConfig, TBRMTrainer
 from tbrm_trl.evaluation import evaluate_accuracy
+from tbrm_trl.rewards import gym
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
@@ -251,7 +252,7 @@ def arithmetic_task(run: Run) -> Task:
     folder = demo["unpack_smollm2"](ROOT / "outputs" / demo["SMOLLM2"])
     tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
     difficulty = dict(min_terms=2, max_terms=2, min_digits=1, max_digits=1)
-    dataset, train, held_out = demo["distinct_problems"]("chain_sum", difficulty, 140, 60, run.seed)
+    train, held_out = demo["distinct_problems"]("chain_sum", difficulty, 140, 60, run.seed)
 
     def as_prompt(entry: dict) -> list[dict]:
         return [
@@ -260,7 +261,7 @@ def arithmetic_task(run: Run) -> Task:
         ]
 
     def verify(completion: str, entry: dict) -> float:
-        return float(dataset.score_answer(answer=demo["extract_answer"](completion), entry=entry) == 1.0)
+        return gym.judge("chain_sum", entry, completion)[0]
 
     entries = {entry["question"]: entry for entry in train}
 

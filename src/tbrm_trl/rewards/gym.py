@@ -105,7 +105,7 @@ def readings(completion: str, stored: str | None) -> list[str]:
     elif found is not None:
         answers = [re.sub(r"^\\text\{(.*)\}$", r"\1", found[-1][2])] if found else []
     elif stored is not None and _PLAIN_NUMBER.fullmatch(stored):
-        answers = [reading.announced(text) or text]
+        answers = [text]  # its last number
     else:  # a grid, a list of moves, a sentence: all that follows the announcement, or its first clause
         rest = reading.announcements(text)
         answers = [rest[0], reading.announced(text) or ""] if rest else [text.strip()]

@@ -6,7 +6,7 @@ from fractions import Fraction
 
 EXACT = 10  # significant digits from which a decimal stands for an exact number
 _LONGEST = 2000  # digits; more are compared as text
-_APART = re.compile(r"\d\s*,\s+\d|[eE]\s+[-+]|[eE][-+]\s")  # a list; a letter and a difference
+_APART = re.compile(r"\d\s*,\s+\d|\d\.\s+\d|\d\s+\.\d|[eE]\s+[-+]|[eE][-+]\s")  # two numbers; a letter and a difference
 _DECIMAL = r"(?:\d{1,3}(?:,\d{3})+(?:\.\d+)?|\d+(?:\.\d*)?|\.\d+)"
 
 

@@ -21,7 +21,7 @@ _ANNOUNCED = re.compile(
     | \b(?:option|choice) \s+ is \b
     | ^[\s\#*_]*(?:final\s+)?answer[\s*_:]*$
     | (?:答案|réponse|respuesta|antwort|resposta|ответ) [*_\s]* (?: 是|为|為 | \b(?:est|es|ist|é)\b | [:：] )
-    )[*_:：\s]*""",
+    )(?:[*:：\s]|_(?=[^\s_]))*""",
     re.IGNORECASE | re.VERBOSE | re.MULTILINE,
 )
 _MATHEMATICS = re.compile(
@@ -32,7 +32,7 @@ _MATHEMATICS = re.compile(
 _SPECIAL = re.compile(r"<\|[^|<>]*\|>\s*|</?s>|<eos>|<end_of_turn>")
 _SEPARATORS = re.compile(r"(?:[\s$,;.*{}]|\\[,;()\[\] ]|\\text|\\quad|and|or)*")
 _HEDGE = re.compile(
-    r"^[\s*_]*(?:(?:probably|therefore|thus|hence|simply|just|exactly|indeed|equal to|equals|approximately|about|likely)"
+    r"^[\s*_]*(?:(?:probably|therefore|thus|hence|simply|just|exactly|indeed|equal to|equals|approximately|about)"
     r"\b[\s:,]*)+",
     re.IGNORECASE,
 )
@@ -40,8 +40,9 @@ _CLAUSE_END = re.compile(
     r"(?<=[\w)\]}%$*°!])[.!?](?=\s|$|\*)|。|\s+(?:because|since|which|where|as\s+(?:required|desired|needed)|when)\b|[,;]?\s+so\b",
     re.IGNORECASE,
 )
-# A minus that touches a digit, a letter or a bracket on its left subtracts; it is no sign.
-_SIGN = r"(?:(?<![\w)\]}])[-+−–](?=\s?[\d.$€£\\]))?"
+# A minus that touches a digit, a letter or a bracket on its left subtracts; one apart from its number is a sign only
+# after an equals sign, a colon or an opening bracket.
+_SIGN = r"(?:(?<![\w)\]}])[-+−–](?=[\d.$€£\\])|(?<=[=:(] )[-−–](?= \d)|(?<=[=:(])[-−–](?= \d))?"
 _PLAIN = r"\d{1,3}(?:,\d{3})+(?:\.\d+)?(?!\d)|\d+\.\d+|\d+\.(?=/)|\d+|(?<![\w.])\.\d+"
 _NUMBER = re.compile(
     rf"{_SIGN}[ ]?(?:\\?[$€£¥][ ]?)?(?:(?:{_PLAIN})(?:[eE][-+]?\d+)?(?:[ ]?(?:\\times|[×x*])[ ]?10\^\{{?-?\d+\}}?)?)"
@@ -175,7 +176,8 @@ def last_mathematics(text: str) -> str | None:
     for number in _NUMBER.finditer(text, last.end() if last else 0):  # noqa: B007
         pass
     stripped = text.strip().strip("*`\"'").strip()
-    if "\n" not in stripped and len(stripped) <= 40 and last is None and len(stripped.split()) <= 4:
+    short = "\n" not in stripped and len(stripped) <= 40 and last is None and len(stripped.split()) <= 4
+    if short and (number is None or not re.search(r"[a-zA-Z]{2,}\s", text[: number.start()])):
         return stripped.rstrip(".") or None
     if number is not None:
         return number[0].strip()
@@ -228,7 +230,7 @@ def gold_text(gold: Any) -> str | None:
         except ValueError:
             pass
     found = boxes(text)
-    if found is not None:
+    if found is not None or re.search(r"\\boxed\s*\{\s*\}", text):
         return found[-1][2] if found else None
     if "####" in text:
         text = text.rpartition("####")[2].strip()

@@ -74,7 +74,7 @@ def _readable(text: str) -> str:
     return re.sub(r"\s+", " ", text)
 
 
-# math-verify 0.9.0 reads capitals as small letters: M + m as 2m. A capital gets a name of its own, as has e with an index.
+# math-verify 0.9.0 reads capitals as small letters: M + m as 2m. A capital gets its own name; so does e with an index.
 # It reads \gamma as infinity, a value of the gamma function: Greek letters get names of their own too.
 _CAPITALS = [
     "Gamma",
