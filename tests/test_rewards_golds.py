@@ -5,14 +5,16 @@ from datasets import Dataset
 
 from tbrm_trl.rewards import find_column, read_golds
 
-WORKED = "Consider the smallest case first. " * 10 + "This proves that the number of pairs is as claimed, hence the result."
+WORKED = (
+    "Consider the smallest case first. " * 10 + "This proves that the number of pairs is as claimed, hence the result."
+)
 DATA_SETS = {
-    "OlympiadBench": ({"question": "?", "solution": [WORKED], "final_answer": ["$\\frac{1}{2}$"], "unit": None}, "final_answer"),
-    "DAPO": ({"prompt": "?", "data_source": "math", "ability": "MATH", "reward_model": {"ground_truth": "34", "style": "rule"}},
+    "OlympiadBench": ({"question": "?", "solution": [WORKED], "final_answer": ["$\\frac{1}{2}$"]}, "final_answer"),
+    "DAPO": ({"prompt": "?", "ability": "MATH", "reward_model": {"ground_truth": "34", "style": "rule"}},
              "reward_model.ground_truth"),
-    "Minerva": ({"problem": "?", "type": "Physics", "solution": "So $L=\\boxed{3.2e31}$ erg/s.", "idx": 3}, "solution"),
+    "Minerva": ({"problem": "?", "type": "Physics", "solution": "So $L=\\boxed{3.2e31}$ erg/s."}, "solution"),
     "GSM8K": ({"question": "?", "answer": "3 * 4 = 12\n#### 12"}, "answer"),
-    "MATH-500": ({"problem": "?", "solution": f"{WORKED} $\\boxed{{3}}$", "answer": "3", "subject": "Algebra"}, "answer"),
+    "MATH-500": ({"problem": "?", "solution": f"{WORKED} $\\boxed{{3}}$", "answer": "3", "level": 1}, "answer"),
     "AMC": ({"id": 1, "problem": "?", "answer": 27.0, "url": "https://x"}, "answer"),
     "log": ({"prompt": "1+1=", "completion": "2", "reward": 1.0}, None),
 }  # fmt: skip

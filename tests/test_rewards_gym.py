@@ -16,13 +16,15 @@ def test_no_problem_twice():
     assert len(questions) == len(set(questions)) == 150
     again, other = (train_and_test("chain_sum", 100, 50, seed=seed, **SUMS)[1] for seed in (0, 1))
     assert again == test and other != test
-    with pytest.raises(ValueError, match="only .* distinct problems"):
+    with pytest.raises(ValueError, match=r"only .* distinct problems"):
         distinct_problems("chain_sum", 1000, **SUMS)
 
 
 def test_reasoning_gym_seeds_overlap():
     """Why seeds are not used to part training from testing."""
-    first, second = ({e["question"] for e in reasoning_gym.create_dataset("chain_sum", size=100, seed=s)} for s in (1, 2))
+    first, second = (
+        {e["question"] for e in reasoning_gym.create_dataset("chain_sum", size=100, seed=s)} for s in (1, 2)
+    )
     assert len(first & second) == 99
 
 
@@ -30,7 +32,9 @@ def problem(task, **settings):
     return reasoning_gym.create_dataset(task, size=1, seed=3, **settings)[0]
 
 
-@pytest.mark.parametrize("task", ["arc_agi", "chain_sum", "mini_sudoku", "calendar_arithmetic", "n_queens", "caesar_cipher"])
+@pytest.mark.parametrize(
+    "task", ["arc_agi", "chain_sum", "mini_sudoku", "calendar_arithmetic", "n_queens", "caesar_cipher"]
+)
 def test_own_answer(task):
     """The stored answer is right in every dress, also after a problem has been text; another text is wrong."""
     name, entry = decode(encode(task, problem(task)))
@@ -49,7 +53,7 @@ def test_own_answer(task):
         ("puzzle24", "\\boxed{24 * 1 * 1 * 1}"),
         ("calendar_arithmetic", "\\boxed{7193}"),
         ("countdown", "\\boxed{1}"),
-        ("chain_sum", "\\boxed{about %s or so}" * 0 + "\\boxed{99999}"),
+        ("chain_sum", "\\boxed{99999}"),
     ],
 )
 def test_wrong_answers(task, completion):

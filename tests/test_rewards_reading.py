@@ -78,6 +78,8 @@ def test_gold(cell, text):
     assert gold_text(cell) == text
 
 
-@pytest.mark.parametrize("cell", ["", " ", None, "None", [], [None], float("nan"), "$ $", "\\boxed{}", {}, {"style": "rule"}])
+@pytest.mark.parametrize(
+    "cell", ["", " ", None, "None", [], [None], float("nan"), "$ $", "\\boxed{}", {}, {"style": "rule"}]
+)
 def test_no_gold(cell):
     assert gold_text(cell) is None

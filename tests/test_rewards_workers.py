@@ -5,6 +5,7 @@ import sys
 import textwrap
 import threading
 import time
+from pathlib import Path
 
 import pytest
 import reward_functions
@@ -73,7 +74,7 @@ def test_what_cannot_run_in_workers():
         InWorkers(reward_functions.later)
     with pytest.raises(TypeError, match="top level"):
         InWorkers(lambda completions, **columns: [])(["a"])
-    with pytest.raises(RuntimeError, match="could not start.*not here"):
+    with pytest.raises(RuntimeError, match=r"could not start.*not here"):
         InWorkers(reward_functions.Unloadable(), workers=1)(["a"])
 
 
@@ -101,14 +102,12 @@ def test_a_worker_does_not_load_torch():
     workers = InWorkers(mathematics.correct, workers=1)
     assert workers(["\\boxed{1+x}"], solution=["x+1"]) == [1.0]
     (worker,) = workers._pool
-    loaded = open(f"/proc/{worker.process.pid}/maps").read()
-    assert "sympy" in loaded or "python" in loaded
-    assert "libtorch" not in loaded
+    assert "libtorch" not in Path(f"/proc/{worker.process.pid}/maps").read_text()
     workers.close()
 
 
 def test_throughput():
-    """Batches of 64: at least 95% of the rows a second that one process scores, beside 30 ms of work a batch and more."""
+    """Batches of 64 take about as long as in this process."""
     workers, spent = InWorkers(mathematics.correct), {True: 0.0, False: 0.0}
     workers(["\\boxed{1}"] * 8, solution=["1"] * 8)
     for round_ in range(3):
@@ -142,7 +141,8 @@ def test_by_name():
     ("name", "message"),
     [
         ("mathh", "Names: math"), ("no_module.reward", "cannot be imported"), ("reward_functions.none", "cannot be"),
-        ("length", "limit"), ("length(2048)", "written as"), ("math(x=1)", "no arguments"), ("length(limit=1, free=2)", "free"),
+        ("length", "limit"), ("length(2048)", "written as"), ("math(x=1)", "no arguments"),
+        ("length(limit=1, free=2)", "free"),
     ],
 )  # fmt: skip
 def test_unknown_names(name, message):

@@ -68,7 +68,8 @@ def solved(
     **columns: Any,
 ) -> list[float | None]:
     """1 where the completion solves the reasoning-gym problem of its row, else 0. Logs the task's score as `score`."""
-    verdicts, scores = [], []
+    verdicts: list[float | None] = []
+    scores: list[float] = []
     for problem, completion in zip(gym, completions, strict=True):
         task, entry = decode(problem)
         verdict, score = judge(task, entry, reading.completion_text(completion))
@@ -79,7 +80,7 @@ def solved(
     return verdicts
 
 
-def judge(task: str, entry: Mapping[str, Any], completion: str) -> tuple[float | None, float]:
+def judge(task: str, entry: Mapping[str, Any], completion: str) -> tuple[float, float]:
     """The verdict on a completion, and the task's own score of its answer, in [0, 1]."""
     verdict = best = 0.0
     for answer in readings(completion, entry.get("answer")):
