@@ -12,6 +12,7 @@ import ast
 import importlib.metadata
 import json
 import platform
+import random
 import re
 import statistics
 import subprocess
@@ -27,8 +28,8 @@ from tbrm_trl.rewards import InWorkers, correct, verdict
 ROOT = Path(__file__).resolve().parent.parent
 BEFORE = "f8ecbad"  # the last commit whose examples/train.py has its own reading of answers
 PACKAGES = ("math-verify", "latex2sympy2-extended", "sympy", "trl")
-MOST = 120  # pairs of each kind, evenly spread over a set, that the slow judges are given
-EVERY = 8  # one of so many pairs is timed by itself
+MOST = 80  # pairs of each kind, drawn at random from a set, that the slow judges are given
+EVERY = 16  # one of so many pairs is timed by itself
 UNITS = ("cm", "dollars", "hours", "apples")
 
 
@@ -248,34 +249,30 @@ def measure(folder: Path, workers: int, only_now: bool) -> dict[str, Any]:
         path.stem: [json.loads(line)["answer"] for line in path.open()] for path in sorted(folder.glob("*.jsonl"))
     }
     results["gsm8k"] = timed(golds_of["gsm8k"])
-    for name, golds in golds_of.items():
-        asked = pairs_of(golds)
-        rows = results["sets"][name] = {
-            "golds": len(golds),
-            "pairs": {kind: len(pairs) for kind, pairs in asked.items()},
-        }
-        for judge, score in judges(workers).items():
-            if only_now and judge != "now":
-                continue
-            shares = rows[judge] = {}
+    pairs_by_set = {name: pairs_of(golds) for name, golds in golds_of.items()}
+    for name, asked in pairs_by_set.items():
+        counts = {kind: len(pairs) for kind, pairs in asked.items()}
+        results["sets"][name] = {"golds": len(golds_of[name]), "pairs": counts}
+        everything += [pair for pairs in asked.values() for pair in pairs]
+    for judge, score in judges(workers).items():
+        if only_now and judge != "now":
+            continue
+        for name, asked in pairs_by_set.items():
+            shares = results["sets"][name][judge] = {}
             for kind, pairs in asked.items():
                 if judge != "now":
-                    pairs = pairs[:: -(-len(pairs) // MOST)]
+                    pairs = random.Random(0).sample(pairs, min(MOST, len(pairs)))
                 verdicts = score([one[1] for one in pairs], solution=[one[0] for one in pairs])
                 right = [given == wanted for given, (_, _, wanted) in zip(verdicts, pairs, strict=True)]
                 shares[kind] = share(right)
                 if judge == "now":
-                    results["wrong_now"] += [
-                        [name, kind, str(gold), completion[18:]]
-                        for (gold, completion, _), good in zip(pairs, right, strict=True)
-                        if not good
-                    ]
-            score.close()
-        everything += [pair for pairs in asked.values() for pair in pairs]
-        print(name, {judge: rows[judge] for judge in ("now", "before", "TRL") if judge in rows}, flush=True)
+                    wrong = [pair for pair, good in zip(pairs, right, strict=True) if not good]
+                    results["wrong_now"] += [[name, kind, str(gold), completion] for gold, completion, _ in wrong]
+            print(judge, name, shares, flush=True)
+        score.close()
     results["time"] = slowest(everything[::EVERY])
     results["throughput"] = {
-        name: throughput(golds_of[name], rounds=20) for name in ("gsm8k", "college_math", "olympiadbench")
+        name: throughput(golds_of[name], rounds=6) for name in ("gsm8k", "college_math", "olympiadbench")
     }
     results["versions"] = {name: importlib.metadata.version(name) for name in PACKAGES}
     return results
@@ -297,7 +294,7 @@ def write(results: dict[str, Any], folder: Path) -> None:
         "",
         "Percent of right verdicts. *now*: `tbrm_trl.rewards.correct`; *before*: `correct(verifiable(gold))` of "
         f"`examples/train.py` at {BEFORE}; *TRL*: its `accuracy_reward` on the gold as it stands. A verdict of None "
-        f"counts as wrong. *before* and *TRL* judge at most {MOST} of the pairs, spread evenly.",
+        f"counts as wrong. *before* and *TRL* judge {MOST} of the pairs, drawn at random.",
     ]
     for kind, title in kinds.items():
         lines += ["", f"{title}:", "", "| set | pairs | now | before | TRL |", "|---|---|---|---|---|"]

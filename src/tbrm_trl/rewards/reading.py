@@ -187,7 +187,7 @@ def last_mathematics(text: str) -> str | None:
 def only_number(text: str) -> str | None:
     """The one number of a clause of words, with its unit: `16 dollars` of "that he has 16 dollars"."""
     found = list(_NUMBER.finditer(text))
-    if len(found) != 1 or re.search(r"[=^<>{}]|\b(?:not|least|most|more|less|over|under|than|between|or)\b", text):
+    if len(found) != 1 or re.search(r"[=^<>{}]|\\[a-zA-Z]|\b(?:not|least|most|more|less|over|under|than|or)\b", text):
         return None
     return text[found[0].start() :].strip() if re.search(r"[^\W\d]{2,}\s", text) else None
 
