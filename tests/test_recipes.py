@@ -141,6 +141,18 @@ def test_rows_of_the_data(script, tmp_path):
     ]
 
 
+def test_answers_that_cannot_be_read(script, tmp_path):
+    """They stand in the column where most answers are, and are refused or left out."""
+    rows = [{"question": "½?", "solution": ["A long way. " * 30], "final_answer": [text]} for text in ("0.5", "", "1")]
+    data = tmp_path / "olympiad.json"
+    data.write_text(json.dumps(rows))
+    with pytest.raises(ValueError, match=r"2 of 3 answers in the column 'final_answer' .* Rows without: 1 "):
+        script.load(script.DataArguments(str(data)))
+    kept = script.load(script.DataArguments(str(data), unreadable_answers="leave_out"))
+    assert kept["solution"][:] == ["0.5", "1"]
+    assert script.load(script.DataArguments(str(data), answer_column="question"))["solution"][:] == ["½?"] * 3
+
+
 def test_verified_correctness(script):
     """Equal values count, not equal strings; 3√2 is not taken for 3; without a readable answer a row is left out."""
     answers = ["3\\sqrt{2}", "3\\sqrt{2}", "0.5", "text with $x=4$, so \\boxed{4}"]
