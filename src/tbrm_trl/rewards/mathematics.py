@@ -131,7 +131,7 @@ _CONDITION = re.compile(r"(?<![\\a-zA-Z])(?:otherwise|where|when|if|for|such tha
 def _prose(gold: str) -> str | None:
     """A gold of sentences, or one that depends on conditions: only the same words are the same answer."""
     words = re.findall(r"(?<![\\a-zA-Z])[a-zA-Z]{3,}", re.sub(r"\\(?:begin|end)\{[^{}]*\}", "", gold))
-    return gold if len(words) > 5 or (_CONDITION.search(gold) and re.search(r"[\d=]", gold)) else None
+    return gold if len(words) > 4 or (_CONDITION.search(gold) and re.search(r"[\d=]", gold)) else None
 
 
 def _same_prose(gold: str, answer: str, depth: int) -> bool:
@@ -182,6 +182,9 @@ def _gold_choice(gold: str) -> str | None:
 
 
 def _labelled(gold: str) -> re.Match | None:
+    """A choice's letter with its value, `B) 7`; not several letters with theirs, `J: 4 h, S: 14 h`."""
+    if re.search(r",\s*(?:\\text\{)?[A-Z]\}?\s*:", gold):
+        return None
     return re.match(r"(?:\\text\{)?\s*(?:\([A-K]\)|[A-K][).:])\s*\}?\s*\S", gold)
 
 
@@ -238,11 +241,21 @@ def _same_time_of_day(gold: tuple[int, int, int, str], answer: str, depth: int) 
     return given is not None and quantities.same_time(gold, given)
 
 
+def _angle(gold: str) -> Fraction | None:
+    return quantities.angle(gold) if "\\prime" in gold or "'" in gold else None
+
+
+def _same_angle(gold: Fraction, answer: str, depth: int) -> bool:
+    return quantities.angle(answer) == gold
+
+
 def _ratio(text: str) -> list[str] | None:
     if "\\{" in text or re.search(_RELATION + "|=", text):
         return None
     parts = cut(re.sub(r"\\text\{\s*to\s*\}|(?<=\d)\s+to\s+(?=\d)", ":", text), ":")
-    return parts if len(parts) > 1 and all(parts) and not any("[" in part for part in parts) else None
+    return (
+        parts if len(parts) > 1 and all(parts) and not any("[" in part or "\\text" in part for part in parts) else None
+    )
 
 
 def _same_ratio(gold: list[str], answer: str, depth: int) -> bool:
@@ -761,6 +774,7 @@ _KINDS: list[tuple[Callable[[str], Any], Callable[[Any, str, int], bool]]] = [
     (_double, _same_double),
     (_gold_choice, _same_choice),
     (quantities.date, _same_date),
+    (_angle, _same_angle),
     (quantities.time_of_day, _same_time_of_day),
     (_words, _same_words),
     (_based, _same_based),

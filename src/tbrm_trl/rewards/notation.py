@@ -129,7 +129,8 @@ def trimmed(text: str) -> str:
     text = re.sub(r"(?<=\S)\s*(?:solution|answer):\s*$", "", text)
     text = re.sub(r"^(?:the\s+)?solutions?\s*(?:is|are)?\s*:\s*", "", text.strip(), flags=re.IGNORECASE) or text
     text = re.sub(r",?\s+for (?:all|any|every) (?:real )?(?:numbers?|values?)?[^.]{0,30}$", "", text) or text
-    text = re.sub(r"^(?:=|:)\s*", "", text.strip().strip("\"'`").strip())
+    text = re.sub(r"^([\"'`])(.*)\1$", r"\2", text.strip(), flags=re.DOTALL).strip()  # a prime stays
+    text = re.sub(r"^(?:=|:)\s*", "", text)
     text = re.sub(r"^\*+|\*+$", "", text).strip()
     while text and (text[-1] in ",;" or (text[-1] == "." and not re.search(r"(?:\b[ap]\.\s?m|\\ldots|^\d+)\.$", text))):
         text = text[:-1].rstrip()

@@ -225,6 +225,21 @@ def split_unit(text: str, loose: bool = False) -> tuple[str, Unit | None]:
     return text, None
 
 
+_ANGLE = re.compile(
+    r"(-?)(\d+)\s*\^\\circ\s*(\d+)\s*(?:'|\^\{?\s*\\prime\s*\}?)"
+    r"\s*(?:(\d+(?:\.\d+)?)\s*(?:''|\"|\^\{?\s*\\prime\s*\\prime\s*\}?))?"
+)
+
+
+def angle(text: str) -> Fraction | None:
+    """Degrees of an angle in degrees, minutes and seconds, or of one that is a number of degrees."""
+    if match := _ANGLE.fullmatch(text.strip()):
+        degrees = Fraction(match[2]) + Fraction(match[3]) / 60 + Fraction(match[4] or 0) / 3600
+        return -degrees if match[1] else degrees
+    bare = number(split_unit(text)[0])
+    return bare.value if bare else None
+
+
 # --- times of day and dates ---
 
 _NAMED_DATE = re.compile(

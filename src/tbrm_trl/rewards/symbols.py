@@ -25,7 +25,12 @@ _TOO_LARGE = re.compile(
 @lru_cache(maxsize=4096)
 def expression(text: str) -> Any | None:
     """The sympy object that a text in normal spelling is, or None if it cannot be read."""
-    if len(text) > _LONGEST or _TOO_LARGE.search(_SMALL_TOWER.sub("1", text)) or not re.search(r"[\w]", text):
+    if (
+        len(text) > _LONGEST
+        or _TOO_LARGE.search(_SMALL_TOWER.sub("1", text))
+        or not re.search(r"\w", text)
+        or ":" in text
+    ):
         return None
     from latex2sympy2_extended import NormalizationConfig
     from math_verify import LatexExtractionConfig, parse
