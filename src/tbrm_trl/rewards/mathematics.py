@@ -559,11 +559,10 @@ def _same_region(gold: Region, answer: str, depth: int) -> bool:
         given = [(("-\\infty", False), ("\\infty", False))], ""
     if given is None or (gold[1] and given[1] and squeezed(gold[1]) != squeezed(given[1])):
         return False
-    first, second = _without_inner_bounds(gold[0], depth), _without_inner_bounds(given[0], depth)
-    if len(first) != len(second):
+    if len(gold[0]) != len(given[0]):
         return False
-    left = list(second)
-    for (low, has_low), (high, has_high) in first:
+    left = list(given[0])
+    for (low, has_low), (high, has_high) in gold[0]:
         for other in left:
             (other_low, has_other_low), (other_high, has_other_high) = other
             if (has_low, has_high) == (has_other_low, has_other_high) and (
@@ -574,10 +573,6 @@ def _same_region(gold: Region, answer: str, depth: int) -> bool:
         else:
             return False
     return True
-
-
-def _without_inner_bounds(intervals: list[tuple[End, End]], depth: int) -> list[tuple[End, End]]:
-    return intervals
 
 
 def _same_bound(gold: str, answer: str, depth: int) -> bool:
