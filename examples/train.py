@@ -2,26 +2,25 @@
 
     accelerate launch examples/train.py --config examples/recipes/tbrm.yaml --learning_rate 2e-6 --use_peft true
 
-Options: those of `TBRMConfig`, those of TRL's `ModelConfig` (model, LoRA, quantization), and the data's, below. Rewards
-are verified correctness by math-verify: pip install ".[math]".
+Options: those of `TBRMConfig`, those of TRL's `ModelConfig` (model, LoRA, quantization), and the data's, below. The
+reward is mathematical equality with the answer in the data (docs/rewards.md): pip install ".[math]". Others go by name
+or dotted path: --reward_funcs math format my_module.my_reward --reward_weights 1.0 0.1 0.5
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 from datasets import Dataset, load_dataset
 from trl import ModelConfig, TrlParser, get_peft_config, get_quantization_config
-from trl.rewards import accuracy_reward
 
 from tbrm_trl import TBRMConfig, TBRMTrainer, load_rollouts
+from tbrm_trl.rewards import find_column, read_golds
+from tbrm_trl.rewards import load as load_rewards
 
-# Where data sets keep the question and the answer; the first one present is taken.
+# Where data sets keep the question; the first one present is taken.
 PROMPT_COLUMNS = ("prompt", "problem", "question")
-ANSWER_COLUMNS = ("answer", "solution", "final_answer")
-LATEX = ("$", "\\boxed", "\\(", "\\[")
 
 
 @dataclass
@@ -39,6 +38,27 @@ class DataArguments:
         default="Please reason step by step, and put your final answer within \\boxed{}.",
         metadata={"help": "Put before prompts that are text. Messages, and rows with a completion, stay as they are."},
     )
+    answer_column: str | None = field(
+        default=None,
+        metadata={
+            "help": "Column of the answers; `reward_model.ground_truth` is a key in a column. By default it is the "
+            "column whose cells can best be read as answers."
+        },
+    )
+    unreadable_answers: str = field(
+        default="refuse",
+        metadata={
+            "help": 'What becomes of rows whose answer cannot be read: "refuse" stops and names them, "leave_out" '
+            "trains on the others.",
+            "choices": ["refuse", "leave_out"],
+        },
+    )
+    reward_funcs: list[str] = field(
+        default_factory=lambda: ["math"],
+        metadata={
+            "help": "Rewards, by name (math, format, thinking, length(limit=2048), reasoning_gym) or dotted path."
+        },
+    )
 
 
 def load(arguments: DataArguments) -> Dataset:
@@ -52,19 +72,24 @@ def load(arguments: DataArguments) -> Dataset:
     else:
         dataset = load_dataset(arguments.dataset_name, arguments.dataset_config, split=arguments.dataset_train_split)
 
-    answer = next((name for name in ANSWER_COLUMNS if name in dataset.column_names), None)
-    if answer is not None:
-        dataset = dataset.map(lambda row: {"solution": verifiable(row[answer])}, desc="Reading answers")
+    column = arguments.answer_column or find_column(dataset)
+    if column is not None:
+        dataset = with_answers(dataset, column, arguments.unreadable_answers)
     prompt = next((name for name in PROMPT_COLUMNS if name in dataset.column_names), None)
     if prompt is not None and not {"completion", "completion_ids"} & set(dataset.column_names):
         dataset = dataset.map(lambda row: {"prompt": messages(row[prompt], arguments.system_prompt)}, desc="Prompts")
     return dataset
 
 
-def verifiable(answer: Any) -> str | None:
-    """An answer in the form that math-verify reads; bare LaTeX it would misread: 3\\sqrt{2} as 3."""
-    text = str(answer[0] if isinstance(answer, list) else answer).split("####")[-1].strip()  # GSM8K's mark
-    return text if any(mark in text for mark in LATEX) else f"${text}$"
+def with_answers(dataset: Dataset, column: str, unreadable: str) -> Dataset:
+    """The rows with an answer that can be read, and that answer as text in the column `solution`."""
+    golds = read_golds(dataset, column, unreadable)
+    if golds.unreadable:
+        print(f"{golds} They are left out.")
+    if "solution" in dataset.column_names:
+        dataset = dataset.remove_columns("solution")
+    dataset = dataset.add_column("solution", golds.texts)
+    return dataset.select([row for row, text in enumerate(golds.texts) if text is not None])
 
 
 def messages(prompt: str | list[dict[str, str]], system_prompt: str) -> list[dict[str, str]]:
@@ -72,11 +97,6 @@ def messages(prompt: str | list[dict[str, str]], system_prompt: str) -> list[dic
         return prompt
     system = [{"role": "system", "content": system_prompt}] if system_prompt else []
     return [*system, {"role": "user", "content": prompt}]
-
-
-def correct(completions, solution, **kwargs) -> list[float | None]:
-    """1 where the answer in the completion is that of the solution, else 0; None where the solution has none."""
-    return accuracy_reward([one if isinstance(one, list) else [{"content": one}] for one in completions], solution)
 
 
 def parse(arguments: list[str] | None = None) -> tuple[DataArguments, TBRMConfig, ModelConfig]:
@@ -93,9 +113,12 @@ def main(data: DataArguments, config: TBRMConfig, model: ModelConfig) -> None:
         **(config.model_init_kwargs or {}),
     }
     dataset = load(data)
+    # A log without answers has its rewards already.
+    answered = "solution" in dataset.column_names or data.reward_funcs != ["math"]
+    rewards, _ = load_rewards(data.reward_funcs)
     trainer = TBRMTrainer(
         model=model.model_name_or_path,
-        reward_funcs=correct if "solution" in dataset.column_names else None,
+        reward_funcs=rewards if answered else None,
         args=config,
         train_dataset=dataset,
         quantization_config=get_quantization_config(model),

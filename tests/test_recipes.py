@@ -96,18 +96,18 @@ def test_recipe(name, train_script, monkeypatch):
 
 
 def test_rows_of_the_data(train_script, tmp_path):
-    """Questions become messages, answers become what math-verify reads; rows with a completion stay as they are."""
+    """Questions become messages, answers a column `solution`; rows with a completion stay as they are."""
     problems = [{"problem": "√18?", "answer": "3\\sqrt{2}"}, {"problem": "0?", "answer": "0"}]
     (tmp_path / "math.jsonl").write_text("\n".join(map(json.dumps, problems)))
     asked = train_script.load(train_script.DataArguments(str(tmp_path / "math.jsonl"), system_prompt="Think."))
     assert asked["prompt"][0] == [{"role": "system", "content": "Think."}, {"role": "user", "content": "√18?"}]
-    assert asked["solution"][:] == ["$3\\sqrt{2}$", "$0$"]
+    assert asked["solution"][:] == ["3\\sqrt{2}", "0"]
 
     Dataset.from_list([{"question": [{"role": "user", "content": "6·7?"}], "answer": "6 · 7\n#### 42"}]).to_parquet(
         tmp_path / "gsm8k.parquet"
     )
     (row,) = train_script.load(train_script.DataArguments(str(tmp_path / "gsm8k.parquet")))
-    assert (row["prompt"], row["solution"]) == (row["question"], "$42$")
+    assert (row["prompt"], row["solution"]) == (row["question"], "42")
 
     (tmp_path / "log.json").write_text(json.dumps([{"prompt": "1+1=", "completion": "2", "reward": 1.0}]))
     assert train_script.load(train_script.DataArguments(str(tmp_path / "log.json"))).to_list() == [
@@ -115,18 +115,28 @@ def test_rows_of_the_data(train_script, tmp_path):
     ]
 
 
+def test_answers_that_cannot_be_read(train_script, tmp_path):
+    """They stand in the column where most answers are, and are refused or left out."""
+    rows = [{"question": "½?", "solution": ["A long way. " * 30], "final_answer": [text]} for text in ("0.5", "", "1")]
+    data = tmp_path / "olympiad.json"
+    data.write_text(json.dumps(rows))
+    with pytest.raises(ValueError, match=r"2 of 3 answers in the column 'final_answer' .* Rows without: 1 "):
+        train_script.load(train_script.DataArguments(str(data)))
+    kept = train_script.load(train_script.DataArguments(str(data), unreadable_answers="leave_out"))
+    assert kept["solution"][:] == ["0.5", "1"]
+    assert (
+        train_script.load(train_script.DataArguments(str(data), answer_column="question"))["solution"][:] == ["½?"] * 3
+    )
+
+
 def test_verified_correctness(train_script):
     """Equal values count, not equal strings; 3√2 is not taken for 3; without a readable answer a row is left out."""
     answers = ["3\\sqrt{2}", "3\\sqrt{2}", "0.5", "text with $x=4$, so \\boxed{4}"]
     said = ["\\sqrt{18}", "3", "\\frac{1}{2}", "4"]
     completions = [[{"role": "assistant", "content": f"It is \\boxed{{{answer}}}."}] for answer in said]
-    assert train_script.correct(completions, [train_script.verifiable(answer) for answer in answers]) == [
-        1.0,
-        0.0,
-        1.0,
-        1.0,
-    ]
-    assert train_script.correct(["\\boxed{4}", "\\boxed{4}"], ["$4$", ""]) == [1.0, None]  # text as well as messages
+    (reward,), _ = train_script.load_rewards("math")
+    assert reward(completions, solution=answers) == [1.0, 0.0, 1.0, 1.0]
+    assert reward(["\\boxed{4}", "\\boxed{4}"], solution=["$4$", ""]) == [1.0, None]  # text as well as messages
 
 
 def test_lora_has_no_dropout(train_script, tmp_path):
@@ -177,7 +187,7 @@ def test_every_recipe_trains(name, train_script, tmp_path, monkeypatch):
         rewarded.extend(completions)
         return [len(set(completion[0]["content"])) / 4 for completion in completions]
 
-    monkeypatch.setattr(train_script, "correct", variety)
+    monkeypatch.setattr(train_script, "load_rewards", lambda names: ([variety], None))
     published = yaml.safe_load((RECIPES / f"{name}.yaml").read_text())
     if "steps_per_generation" in published:
         options["steps_per_generation"] = published["steps_per_generation"] // published["gradient_accumulation_steps"]

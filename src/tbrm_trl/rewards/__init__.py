@@ -1,0 +1,117 @@
+"""Reward functions, each by name, by dotted path, or in a list with weights.
+
+    from tbrm_trl.rewards import load
+
+    functions, weights = load({"math": 1.0, "format": 0.1, "my_module.my_reward": 0.5})
+    TBRMTrainer(reward_funcs=functions, args=TBRMConfig(reward_weights=weights, ...), ...)
+
+`math` compares the answer with the column `solution`, `reasoning_gym` asks the task's verifier, `format` and `thinking`
+look at the form, `length(limit=2048)` at the length. docs/rewards.md says what each gives.
+"""
+
+import ast
+import importlib
+import inspect
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from . import form, gym, mathematics
+from .golds import Golds, find_column, read_golds
+from .mathematics import correct, verdict
+from .workers import InWorkers
+
+Reward = Callable[..., Any]
+
+# name: (the function, or a class whose instances are functions; whether it runs in workers)
+NAMES: dict[str, tuple[Any, bool]] = {
+    "math": (mathematics.correct, True),
+    "reasoning_gym": (gym.solved, True),
+    "format": (form.boxed, False),
+    "thinking": (form.thinking, False),
+    "length": (form.Length, False),
+}
+
+__all__ = [
+    "NAMES",
+    "Golds",
+    "InWorkers",
+    "correct",
+    "find_column",
+    "load",
+    "read_golds",
+    "reward_function",
+    "verdict",
+]
+
+
+def load(
+    rewards: str | Reward | Sequence[str | Reward] | Mapping[str, float], **worker_options: Any
+) -> tuple[list[Reward], list[float] | None]:
+    """Reward functions and their weights, as `reward_funcs` and `reward_weights` take them.
+
+    Args:
+        rewards: one name, dotted path or function; several in a list; or names with their weights in a mapping.
+        worker_options: of `InWorkers`, such as `time_limit`, for those that run in workers.
+
+    Returns:
+        The functions, and their weights if weights were given, else None.
+    """
+    if isinstance(rewards, Mapping):
+        return [reward_function(one, **worker_options) for one in rewards], [
+            float(weight) for weight in rewards.values()
+        ]
+    several = [rewards] if isinstance(rewards, str) or callable(rewards) else list(rewards)
+    return [reward_function(one, **worker_options) for one in several], None
+
+
+def reward_function(reward: str | Reward, **worker_options: Any) -> Reward:
+    """The reward function of a name ("math", "length(limit=2048)") or of a dotted path ("my_module.my_reward").
+
+    `math`, `reasoning_gym` and what a dotted path names run in worker processes (`InWorkers`), unless it is a coroutine
+    function. A function that is passed as such is given back as it is.
+    """
+    if not isinstance(reward, str):
+        return reward
+    name, arguments = _with_arguments(reward)
+    if name in NAMES:
+        function, in_workers = NAMES[name]
+        if inspect.isclass(function):
+            try:
+                function = function(**arguments)
+            except TypeError as error:
+                raise ValueError(
+                    f"The reward {reward!r} needs other arguments: {inspect.signature(function)}."
+                ) from error
+        elif arguments:
+            raise ValueError(f"The reward {name!r} takes no arguments.")
+    else:
+        function, in_workers = _imported(name), True
+        if inspect.isclass(function) or arguments:
+            function = function(**arguments)
+    if not in_workers or inspect.iscoroutinefunction(function):
+        return function
+    return InWorkers(function, **worker_options)
+
+
+def _with_arguments(reward: str) -> tuple[str, dict[str, Any]]:
+    """`length(limit=2048)` as a name and its arguments."""
+    name, bracket, _ = reward.partition("(")
+    if not bracket:
+        return reward.strip(), {}
+    try:
+        call = ast.parse(reward.strip(), mode="eval").body
+        if not isinstance(call, ast.Call) or call.args:
+            raise ValueError
+        return name.strip(), {str(one.arg): ast.literal_eval(one.value) for one in call.keywords}
+    except (SyntaxError, ValueError):
+        raise ValueError(f"A reward with arguments is written as length(limit=2048), not {reward!r}.") from None
+
+
+def _imported(path: str) -> Any:
+    module, _, name = path.replace(":", ".").rpartition(".")
+    if not module:
+        raise ValueError(f"There is no reward {path!r}. Names: {', '.join(NAMES)}; or a dotted path, module.function.")
+    try:
+        return getattr(importlib.import_module(module), name)
+    except (ImportError, AttributeError) as error:
+        raise ValueError(f"The reward {path!r} cannot be imported: {error}") from error

@@ -1,0 +1,39 @@
+"""Rewards of form and length: what they give does not depend on the answer being right."""
+
+import re
+from collections.abc import Sequence
+from typing import Any
+
+from .reading import boxes, completion_text
+
+_THINKING = re.compile(r"\s*(?:<think>)?(?:(?!</?think>).)*</think>\s*(?=\S)(?:(?!</?think>).)*", re.DOTALL)
+
+
+def boxed(completions: Sequence[Any], **columns: Any) -> list[float]:
+    """1 where the completion gives an answer in a box that is closed and not empty, else 0."""
+    return [float(bool(boxes(completion_text(one).rpartition("</think>")[2]))) for one in completions]
+
+
+def thinking(completions: Sequence[Any], **columns: Any) -> list[float]:
+    """1 where reasoning ends with `</think>`, once, and an answer follows, else 0. The prompt may hold `<think>`."""
+    return [float(_THINKING.fullmatch(completion_text(one)) is not None) for one in completions]
+
+
+class Length:
+    """0 up to `free` tokens, then falling in a straight line to -1 at `limit` and beyond, as DAPO punishes length.
+
+    The length is the number of completion tokens; called without token ids, the number of characters.
+    """
+
+    __name__ = "length"
+
+    def __init__(self, limit: int, free: int = 0) -> None:
+        if not 0 <= free < limit:
+            raise ValueError(f"length needs 0 ≤ free < limit, not free={free} and limit={limit}.")
+        self.limit, self.free = limit, free
+
+    def __call__(
+        self, completions: Sequence[Any], completion_ids: Sequence[Any] | None = None, **columns: Any
+    ) -> list[float]:
+        lengths = [len(ids) for ids in completion_ids or map(completion_text, completions)]
+        return [-min(1.0, max(0.0, (length - self.free) / (self.limit - self.free))) for length in lengths]

@@ -1,0 +1,131 @@
+"""Golds, before training: which column holds them, which of them cannot be read, and what becomes of those rows."""
+
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from . import reading
+from .mathematics import read_gold
+from .quantities import number, split_unit
+
+# Names that an answer may stand under, the likeliest first. What is in the column decides; the order breaks ties.
+_NAMES = (
+    "final_answer", "answer", "ground_truth", "gold", "target", "expected_answer", "reward_model", "solution", "label",
+    "result", "extra_info",
+)  # fmt: skip
+_SAMPLE = 200  # rows read to find the column
+_SHOWN = 10
+
+
+@dataclass(frozen=True)
+class Golds:
+    """The golds of a data set: where they stand, their text for each row, and the rows that hold none."""
+
+    column: str
+    texts: list[str | None]
+    unreadable: dict[int, Any]  # row: what stands there
+
+    def __str__(self) -> str:
+        readable = len(self.texts) - len(self.unreadable)
+        said = f"{readable} of {len(self.texts)} answers in the column {self.column!r} can be read."
+        if self.unreadable:
+            some = list(self.unreadable.items())[:_SHOWN]
+            more = len(self.unreadable) - len(some)
+            said += " Rows without: " + ", ".join(f"{row} ({_short(value)})" for row, value in some)
+            said += f" and {more} more." if more else "."
+        return said
+
+
+def read_golds(rows: Any, column: str | None = None, unreadable: str = "refuse") -> Golds:
+    """Read the golds of a data set.
+
+    Args:
+        rows: a data set, or a sequence of mappings.
+        column: where they stand; `reward_model.ground_truth` is a key of a column of mappings. By default the column
+            whose cells can best be read as answers, among those with a name that answers have.
+        unreadable: what becomes of rows whose answer cannot be read: "refuse" raises an error that names them,
+            "leave_out" leaves that to the caller, who finds them in `unreadable`.
+
+    Returns:
+        The golds, with the text of each, which `mathematics.verdict` takes.
+    """
+    if unreadable not in ("refuse", "leave_out"):
+        raise ValueError(f'unreadable must be "refuse" or "leave_out", not {unreadable!r}.')
+    if column is None and (column := find_column(rows)) is None:
+        raise ValueError(
+            f"No column holds answers that can be read. Columns: {', '.join(_columns(rows))}. Name the right one."
+        )
+    cells = list(cells_of(rows, column))
+    texts = [reading.gold_text(cell) if read_gold(cell) is not None else None for cell in cells]
+    golds = Golds(column, texts, {row: cells[row] for row, text in enumerate(texts) if text is None})
+    if golds.unreadable and unreadable == "refuse":
+        raise ValueError(f"{golds} Leave them out, or correct them.")
+    return golds
+
+
+def find_column(rows: Any) -> str | None:
+    """The column whose cells can best be read as answers; None if none of those with a likely name can."""
+    best, best_score = None, 0.0
+    for column in sorted(_candidates(rows), key=_rank):
+        cells = [cell for cell, _ in zip(cells_of(rows, column), range(_SAMPLE), strict=False)]
+        score = sum(map(_clarity, cells)) / max(1, len(cells))
+        if score > best_score + 0.05:
+            best, best_score = column, score
+    return best if best_score >= 0.2 else None
+
+
+def cells_of(rows: Any, column: str) -> Iterable[Any]:
+    """The cells of a column, or of a key within a column of mappings."""
+    name, _, key = column.partition(".")
+    for row in rows:
+        cell = row[name]
+        yield cell.get(key) if key and isinstance(cell, Mapping) else cell
+
+
+def _columns(rows: Any) -> list[str]:
+    names = getattr(rows, "column_names", None)
+    return list(names) if isinstance(names, Sequence) else list(rows[0]) if len(rows) else []
+
+
+def _candidates(rows: Any) -> list[str]:
+    found: list[str] = []
+    for name in _columns(rows):
+        if _rank(name) == len(_NAMES):
+            continue
+        first = rows[0][name] if len(rows) else None
+        if isinstance(first, Mapping):
+            found += [f"{name}.{key}" for key in first if _rank(key) < len(_NAMES)]
+        else:
+            found.append(name)
+    return found
+
+
+def _rank(name: str) -> int:
+    name = name.rpartition(".")[2].lower()
+    return next(
+        (at for at, known in enumerate(_NAMES) if known == name or known in re.split(r"[^a-z_]", name)), len(_NAMES)
+    )
+
+
+def _clarity(cell: Any) -> float:
+    """How much a cell looks like an answer: 1 for a number, a formula or a choice, little for a worked text."""
+    text, gold = reading.gold_text(cell), read_gold(cell)
+    if text is None or gold is None:
+        return 0.0
+    raw = cell if isinstance(cell, str) else text
+    marked = "\\boxed" in raw or "####" in raw
+    if number(split_unit(gold)[0]) is not None:
+        return 1.0
+    if (
+        len(text) > 150
+        or "\n" in text.strip()
+        or len(re.findall(r"[a-zA-Z]{3,}", re.sub(r"\\[a-zA-Z]+", "", text))) > 6
+    ):
+        return 0.9 if marked else 0.05
+    return 1.0
+
+
+def _short(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 40 else text[:37] + "..."

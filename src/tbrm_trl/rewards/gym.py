@@ -1,0 +1,228 @@
+"""reasoning-gym: data sets that do not repeat a problem, and verdicts from scores that are not verdicts.
+
+A task's own verifier may give part of the credit to an answer inside a sentence, a hundredth to any text, or 4.9e8.
+Here the reward is 1 where it gives full marks and what it does not check holds too, else 0. Its own score, cut to
+[0, 1], is logged beside it.
+"""
+
+import json
+import math
+import random
+import re
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from fractions import Fraction
+from functools import cache, lru_cache
+from typing import Any
+
+from . import reading
+from .notation import normal
+from .quantities import number
+
+COLUMN = "gym"
+_TRIES = 50  # problems drawn for each that is wanted, before a task counts as exhausted
+_PLAIN_NUMBER = re.compile(r"-?(?:0|[1-9]\d*)(?:\.\d+)?")
+
+
+def train_and_test(task: str, train: int, test: int, seed: int = 0, **settings: Any) -> tuple[list[dict], list[dict]]:
+    """Rows for training and for testing, no question twice in either or in both.
+
+    All are drawn from one sequence of problems, and `seed` shuffles them: reasoning-gym's own seeds s and s + 1 share
+    99 of 100 problems.
+
+    Args:
+        task: name of a reasoning-gym data set.
+        train: number of rows for training.
+        test: number of rows for testing.
+        seed: of the shuffle.
+        settings: the task's own, such as `min_terms=2`.
+
+    Returns:
+        Two lists of rows, with the columns `question`, `answer` and `gym`, from which `solved` has the verdict.
+    """
+    entries = distinct_problems(task, train + test, **settings)
+    random.Random(seed).shuffle(entries)
+    rows = [{"question": e["question"], "answer": str(e["answer"]), COLUMN: encode(task, e)} for e in entries]
+    return rows[test:], rows[:test]
+
+
+def distinct_problems(task: str, count: int, **settings: Any) -> list[dict[str, Any]]:
+    """So many problems of a task, distinct by question. Of `chain_sum`'s small questions 62% would repeat."""
+    import reasoning_gym
+
+    by_question: dict[str, dict[str, Any]] = {}
+    for entry in reasoning_gym.create_dataset(task, size=_TRIES * count, seed=0, **settings):
+        by_question.setdefault(entry["question"], entry)
+        if len(by_question) == count:
+            return list(by_question.values())
+    raise ValueError(
+        f"{task} has only {len(by_question)} distinct problems at this difficulty, fewer than the {count} asked for. "
+        "Ask for fewer, or raise the difficulty."
+    )
+
+
+def solved(
+    completions: Sequence[Any],
+    gym: Sequence[str],
+    log_extra: Callable[[str, list], None] | None = None,
+    **columns: Any,
+) -> list[float | None]:
+    """1 where the completion solves the reasoning-gym problem of its row, else 0. Logs the task's score as `score`."""
+    verdicts: list[float | None] = []
+    scores: list[float] = []
+    for problem, completion in zip(gym, completions, strict=True):
+        task, entry = decode(problem)
+        verdict, score = judge(task, entry, reading.completion_text(completion))
+        verdicts.append(verdict)
+        scores.append(score)
+    if log_extra is not None:
+        log_extra("score", scores)
+    return verdicts
+
+
+def judge(task: str, entry: Mapping[str, Any], completion: str) -> tuple[float, float]:
+    """The verdict on a completion, and the task's own score of its answer, in [0, 1]."""
+    verdict = best = 0.0
+    for answer in readings(completion, entry.get("answer")):
+        try:
+            score = float(_verifier(task)(answer, entry))
+        except Exception:  # a verifier that raises at an answer has not accepted it
+            continue
+        right = math.isclose(score, 1.0, abs_tol=1e-9) and _ALSO.get(task, _nothing)(answer, entry)
+        verdict, best = max(verdict, float(right)), max(best, min(1.0, score))
+    return verdict, best
+
+
+def readings(completion: str, stored: str | None) -> list[str]:
+    """The answer of a completion as the task writes answers; two where its end is not clear from the text.
+
+    A number is read by its value, so that "4.0" and "−4" are the stored 4 and -4.
+    """
+    text = completion.rpartition("</think>")[2]
+    tagged = re.findall(r"<answer>(.*?)</answer>", text, re.DOTALL)
+    found = reading.boxes(text)
+    if tagged:
+        answers = [tagged[-1].strip()]
+    elif found is not None:
+        answers = [re.sub(r"^\\text\{(.*)\}$", r"\1", found[-1][2])] if found else []
+    elif stored is not None and _PLAIN_NUMBER.fullmatch(stored):
+        answers = [text]  # its last number
+    else:  # a grid, a list of moves, a sentence: all that follows the announcement, or its first clause
+        rest = reading.announcements(text)
+        answers = [rest[0], reading.announced(text) or ""] if rest else [text.strip()]
+    if stored is not None and _PLAIN_NUMBER.fullmatch(stored):
+        answers = [_as_stored(answer, stored) for answer in answers]
+    return list(dict.fromkeys(answer for answer in answers if answer))
+
+
+def _as_stored(answer: str, stored: str) -> str:
+    """An answer to a task of numbers: the stored one if it has its value, else its own number."""
+    given = number(normal(answer)) or number(reading.last_number(answer) or "")
+    if given is None:
+        return answer
+    return stored if given == number(stored) or given.value == Fraction(stored) else _plain(given.value)
+
+
+def _plain(value: Fraction) -> str:
+    return str(value.numerator) if value.denominator == 1 else repr(float(value))
+
+
+# --- what some verifiers of reasoning-gym 0.1.25 do not check ---
+
+
+def _nothing(answer: str, entry: Mapping[str, Any]) -> bool:
+    return True
+
+
+def _is_stored(answer: str, entry: Mapping[str, Any]) -> bool:
+    """`game_of_life_halting` gives 1 to any text, `spell_backward` to a letter too many."""
+    return answer.strip().casefold() == str(entry["answer"]).strip().casefold()
+
+
+def _is_close(answer: str, entry: Mapping[str, Any]) -> bool:
+    """`coin_flip` gives 1 to "0": a prefix of the probability's digits."""
+    try:
+        return abs(Fraction(answer.replace(",", "")) - Fraction(entry["answer"])) <= Fraction(1, 10**4)
+    except (ValueError, ZeroDivisionError):
+        return False
+
+
+def _uses_its_numbers(answer: str, entry: Mapping[str, Any]) -> bool:
+    """`puzzle24` gives 1 to the solution of any other puzzle, and to 24.5."""
+    from sympy.parsing.sympy_parser import parse_expr
+
+    if not re.fullmatch(r"[\d\s+\-*/()]+", answer) or "**" in answer or "//" in answer:
+        return False
+    used = Counter(int(digits) for digits in re.findall(r"\d+", answer))
+    return used == Counter(int(one) for one in entry["metadata"]["numbers"]) and parse_expr(answer) == 24
+
+
+_ALSO: dict[str, Callable[[str, Mapping[str, Any]], bool]] = {
+    "game_of_life_halting": _is_stored,
+    "spell_backward": _is_stored,
+    "coin_flip": _is_close,
+    "puzzle24": _uses_its_numbers,
+}
+
+
+@cache
+def _verifier(task: str) -> Callable[[str, Mapping[str, Any]], float]:
+    from reasoning_gym import get_score_answer_fn
+
+    return get_score_answer_fn(task)
+
+
+# --- problems as text ---
+
+
+def encode(task: str, entry: Mapping[str, Any]) -> str:
+    """A problem as text that `decode` reads back unchanged.
+
+    JSON alone makes lists of tuples, and `arc_agi` then refuses its own answer. Drawing the problem again would not do:
+    six tasks depend on Python's hash seed.
+    """
+    return json.dumps({"task": task, "entry": _tagged(dict(entry))}, ensure_ascii=False)
+
+
+@lru_cache(maxsize=1024)
+def decode(text: str) -> tuple[str, dict[str, Any]]:
+    """The task and the problem of a row."""
+    problem = json.loads(text)
+    return problem["task"], _untagged(problem["entry"])
+
+
+def _tagged(value: Any) -> Any:
+    if isinstance(value, tuple | set | frozenset):
+        return {f"<{type(value).__name__}>": [_tagged(one) for one in value]}
+    if isinstance(value, list):
+        return [_tagged(one) for one in value]
+    if isinstance(value, dict):
+        if all(isinstance(key, str) for key in value):
+            return {key: _tagged(one) for key, one in value.items()}
+        return {"<dict>": [[_tagged(key), _tagged(one)] for key, one in value.items()]}
+    if value is None or isinstance(value, bool | int | float | str):
+        return value
+    if hasattr(value, "tolist"):  # numpy
+        return _tagged(value.tolist())
+    return {"<str>": str(value)}  # an object of the task's, for reading only
+
+
+def _untagged(value: Any) -> Any:
+    if isinstance(value, list):
+        return [_untagged(one) for one in value]
+    if not isinstance(value, dict):
+        return value
+    if len(value) == 1:
+        (tag, inside), kinds = next(iter(value.items())), {"<tuple>": tuple, "<set>": set, "<frozenset>": frozenset}
+        if tag in kinds:
+            return kinds[tag](_untagged(one) for one in inside)
+        if tag == "<dict>":
+            return {_untagged(key): _untagged(one) for key, one in inside}
+        if tag == "<str>":
+            return inside
+    return {key: _untagged(one) for key, one in value.items()}
+
+
+def warm_up() -> None:
+    """Import reasoning-gym: a worker does it before its first row."""
+    import reasoning_gym  # noqa: F401

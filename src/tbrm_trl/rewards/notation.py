@@ -1,0 +1,214 @@
+"""One spelling for what LaTeX and Unicode can spell in several ways, and cuts at the top level of brackets."""
+
+import re
+
+_CHARACTERS = str.maketrans(
+    {
+        "−": "-", "–": "-", "—": "-", "‐": "-", "‑": "-", "﹣": "-", "＋": "+", "，": ",", "（": "(", "）": ")",
+        "：": ":", "；": ";", "．": ".", "％": "%", "＝": "=", "×": r"\times ", "✕": r"\times ", "·": r"\cdot ",
+        "⋅": r"\cdot ", "÷": r"\div ", "π": r"\pi ", "∞": r"\infty ", "≤": r"\le ", "≥": r"\ge ", "≠": r"\ne ",
+        "⩽": r"\le ", "⩾": r"\ge ", "±": r"\pm ", "∪": r"\cup ", "∩": r"\cap ", "∈": r"\in ", "∅": r"\emptyset ",
+        "°": r"^\circ ", "ℝ": r"\mathbb{R}", "θ": r"\theta ", "α": r"\alpha ", "β": r"\beta ", "λ": r"\lambda ",
+        "⁄": "/", "。": ".", "、": ",", "？": "?", "’": "'", "‘": "'", "“": '"', "”": '"', "′": "'", "…": r"\ldots ",
+        "½": r"\frac{1}{2}", "¼": r"\frac{1}{4}",
+        "¾": r"\frac{3}{4}", "⅓": r"\frac{1}{3}", "⅔": r"\frac{2}{3}", "\u00a0": " ", "\u2009": " ", "\u202f": " ",
+        "\u200b": "", "\ufeff": "", "∠": r"\angle ", "≈": r"\approx ", "⟨": r"\langle ", "⟩": r"\rangle ",
+    }
+)  # fmt: skip
+_SUPERSCRIPTS = str.maketrans("⁰¹²³⁴⁵⁶⁷⁸⁹⁻", "0123456789-")
+_TEXT = (
+    r"\\(?:text(?:bf|it|rm|sf|tt|normal|sl|up)?|math(?:rm|bf|it|sf|tt|normal|bb(?=\{[^R]))"
+    r"|mbox|hbox|bf|boldsymbol|bm|operatorname\*?)"
+)
+_RULES = [
+    (
+        r"\\\\(?=(?:frac|dfrac|sqrt|text|pi|left|right|cdot|times|infty|boxed|mathrm)(?![a-zA-Z]))",
+        r"\\",
+    ),  # escaped twice
+    (r"\\\\\s*(?:\[[^\]]*\])?", r"\\cr "),
+    (r"\\begin\{(?:aligned|align\*?|equation\*?|gathered)\}|\\end\{(?:aligned|align\*?|equation\*?|gathered)\}", ""),
+    (r"\\(?:left|right|middle)\b\s*\.", ""),  # \left. has no bracket
+    (r"\\(?:[mM]?left|[mM]?right|middle|[bB]ig{1,2}[lrm]?)(?![a-zA-Z])\s*", ""),
+    (r"\\(?:displaystyle|textstyle|scriptstyle|limits|nolimits|mathop|nonumber|rm|it|bf|centering)(?![a-zA-Z])\s*", ""),
+    (r"\\(?:[,;:>]|quad|qquad|thinspace|enspace|hspace\*?\{[^{}]*\}|phantom\{[^{}]*\})|\\ |~|\\\n", " "),
+    (r"\\!", ""),
+    (r"\{\s*,\s*\}", ","),  # 2{,}125
+    (r"\\(?:[dtc]|sf)frac(?![a-zA-Z])", r"\\frac"),
+    (r"\\[dt]binom(?![a-zA-Z])", r"\\binom"),
+    (r"\\(?:leqslant|leq|leqq)(?![a-zA-Z])", r"\\le "),
+    (r"\\(?:geqslant|geq|geqq)(?![a-zA-Z])", r"\\ge "),
+    (r"\\(?:neq|not\s*=)(?![a-zA-Z])|!=", r"\\ne "),
+    (r"<=|=<", r"\\le "),
+    (r">=", r"\\ge "),
+    (r"\\lt(?![a-zA-Z])", "<"),
+    (r"\\gt(?![a-zA-Z])", ">"),
+    (r"\\(?:lbrace|lgroup)(?![a-zA-Z])", r"\\{"),
+    (r"\\(?:rbrace|rgroup)(?![a-zA-Z])", r"\\}"),
+    (r"\\lbrack(?![a-zA-Z])", "["),
+    (r"\\rbrack(?![a-zA-Z])", "]"),
+    (r"\\(?:lvert|rvert|vert|mid)(?![a-zA-Z])", "|"),
+    (r"\\(?:varnothing|emptyset)(?![a-zA-Z])", r"\\emptyset "),
+    (r"\\(?:colon)(?![a-zA-Z])", ":"),
+    (r"\\(?:Re|R|reals)(?![a-zA-Z])", r"\\mathbb{R}"),
+    (r"\\mathbb\s*R(?![a-zA-Z])|\\(?:mathbf|bf)\s*\{R\}", r"\\mathbb{R}"),
+    (r"\\bigcup(?![a-zA-Z_])", r"\\cup "),
+    (r"\^\s*\{\s*\\circ\s*\}|\^\s*\\circ(?![a-zA-Z])|\\degree(?![a-zA-Z])|\\textdegree(?![a-zA-Z])", r"^\\circ "),
+    (r"\\overline|\\bar(?![a-zA-Z])|\\dot(?=\s*\{?\d)", r"\\overline"),
+    (r"\\euro(?![a-zA-Z])|\\texteuro(?![a-zA-Z])", "€"),
+    (r"\\dots|\\cdots|\\ldots", r"\\ldots"),
+    (r"\\(?:infty|infin)(?![a-zA-Z])|(?<![a-zA-Z\\])(?:infinity|inf|oo)(?![a-zA-Z])", r"\\infty "),
+    (r"(?<![a-zA-Z\\])(?:sqrt)\s*\(([^()]*)\)", r"\\sqrt{\1}"),
+    (r"√\s*\(([^()]*)\)", r"\\sqrt{\1}"),
+    (r"√\s*(\d+|[a-zA-Z])", r"\\sqrt{\1}"),
+    (r"\*\*(?=\s*[\d({-])", "^"),
+    (r"(?<![a-zA-Z\\])(?:np|math)\.(?=[a-z])", ""),
+    (r"(?<![a-zA-Z\\])(arcsin|arccos|arctan|sin|cos|tan|log|ln|exp|pi)(?![a-zA-Z])", r"\\\1 "),
+]
+_COMPILED = [(re.compile(pattern), replacement) for pattern, replacement in _RULES]
+_WORDS = re.compile(_TEXT + r"\s*\{((?:[^{}]|\{[^{}]*\})*)\}")
+# \frac13, \frac{1}3, \frac1{3}, \frac 1 3; likewise roots.
+_ARGUMENT = r"(\{(?:[^{}]|\{(?:[^{}]|\{(?:[^{}]|\{[^{}]*\})*\})*\})*\}|\\[a-zA-Z]+(?:\{[^{}]*\})?|[a-zA-Z\d])"
+_FRACTION = re.compile(r"\\frac\s*" + _ARGUMENT + r"\s*" + _ARGUMENT)
+_ROOT = re.compile(r"\\sqrt\s*(\[[^\[\]]*\])?\s*([a-zA-Z\d]|\\[a-zA-Z]+)")
+
+
+def normal(text: str) -> str:
+    """The text in one spelling: no layout, `\\frac{a}{b}` with braces, `\\text{…}` for every upright word."""
+    text = re.sub(r"[⁰¹²³⁴⁵⁶⁷⁸⁹⁻]+", lambda m: "^{" + m[0].translate(_SUPERSCRIPTS) + "}", text.strip())
+    text = _lines(unwrap(text.translate(_CHARACTERS)))
+    for pattern, replacement in _COMPILED:
+        text = pattern.sub(replacement, text)
+    text = re.sub(r"\{\s*\\(?:rm|it|bf)\s+([^{}]*)\}", r"\\text{\1}", text)
+    for _ in range(3):  # nested, as \textbf{(\mathrm{C})}
+        replaced = _WORDS.sub(lambda m: "\\text{" + m[1].strip() + "}" if m[1].strip() else " ", text)
+        if replaced == text:
+            break
+        text = re.sub(r"\\text\{\\text\{([^{}]*)\}\}", r"\\text{\1}", replaced)
+    text = re.sub(r"\\text\{(\(?[A-Z]\)?|[.:])\}\s*\\text\{([).:]*)\}", r"\\text{\1\2}", text)
+    text = re.sub(r"\{\s+", "{", re.sub(r"\s+\}", "}", text)) if "\\text" not in text else text
+    for _ in range(4):
+        fixed = _FRACTION.sub(_braces, _ROOT.sub(lambda m: f"\\sqrt{m[1] or ''}{{{m[2]}}}", text))
+        if fixed == text:
+            break
+        text = fixed
+    if whole := re.fullmatch(r"\\text\{([^{}]*\d[^{}]*)\}", text):  # \text{18 dollars}
+        text = whole[1]
+    return trimmed(re.sub(r"\s+", " ", text))
+
+
+def _lines(text: str) -> str:
+    """Several lines that are each an equation, as a list of equations."""
+    lines = [line.strip().rstrip(",;") for line in text.split("\n") if line.strip()]
+    return "; ".join(lines) if len(lines) > 1 and "\\begin" not in text and all("=" in line for line in lines) else text
+
+
+def _braces(match: re.Match) -> str:
+    first, second = (part if part[0] == "{" else "{" + part + "}" for part in match.groups())
+    return f"\\frac{first}{second}"
+
+
+def unwrap(text: str) -> str:
+    """The text without the signs that mark mathematics; a dollar sign that stands for money stays, as `\\$`."""
+    text = text.strip().strip("`").strip()
+    text = re.sub(r"^\*+(.*?)\*+$", r"\1", text)
+    whole = re.fullmatch(
+        r"\$\$(.+?)\$\$\.?|\\\[(.+?)\\\]\.?|\\\((.+?)\\\)\.?|\$((?:[^$\\]|\\.)+)\$\.?", text, re.DOTALL
+    )
+    if whole:
+        return unwrap(next(part for part in whole.groups() if part is not None))
+    if len(re.findall(r"(?<!\\)\$", text)) % 2 == 0:
+        text = re.sub(r"(?<!\\)\$((?:[^$\\]|\\.)*)\$", r" \1 ", text)
+    else:  # one sign alone is money
+        text = re.sub(r"(?<!\\)\$\s*(?=-?[\d.])", r"\\$", text)
+        text = re.sub(r"(?<!\\)\$", " ", text)
+    return re.sub(r"\\\(|\\\)|\\\[|(?<!\\)\\\](?!\[)", " ", text).strip()
+
+
+def trimmed(text: str) -> str:
+    """The text without full stops, quotes and asterisks around it."""
+    text = re.sub(r"(?<=\S)\s*(?:solution|answer):\s*$", "", text)
+    text = re.sub(r"^(?:the\s+)?solutions?\s*(?:is|are)?\s*:\s*", "", text.strip(), flags=re.IGNORECASE) or text
+    text = re.sub(r",?\s+for (?:all|any|every) (?:real )?(?:numbers?|values?)?[^.]{0,30}$", "", text) or text
+    text = re.sub(r"^([\"'`])(.*)\1$", r"\2", text.strip(), flags=re.DOTALL).strip()  # a prime stays
+    text = re.sub(r"^(?:=|:)\s*", "", text)
+    text = re.sub(r"^\*+|\*+$", "", text).strip()
+    while text and (text[-1] in ",;" or (text[-1] == "." and not re.search(r"(?:\b[ap]\.\s?m|\\ldots|^\d+)\.$", text))):
+        text = text[:-1].rstrip()
+    if re.fullmatch(r"-?\d+\.", text):
+        text = text[:-1]
+    return re.sub(r"\s*\\(?:cr|newline)$|^\\cr\s", "", text).strip()
+
+
+def squeezed(text: str) -> str:
+    """For comparing letter by letter: without spaces, and without braces around one character."""
+    text = re.sub(r"\\text\{([^{}]*)\}", r" \1 ", text)
+    text = re.sub(r"(\\[a-zA-Z]+) (?=[a-zA-Z])", "\\1\0", text)  # \pi r is not \pir
+    text = re.sub(r"\{\s*(\w)\s*\}", r"\1", text)
+    text = re.sub(r"(?<=\d) +(?=\d)", "\0", text)  # 5 1/2 is not 51/2
+    return re.sub(r"\s+", "", text).replace("\0", " ").replace("{}", "")
+
+
+def plain(text: str) -> str:
+    """For comparing words: no markup, one case."""
+    text = re.sub(r"\\text\{([^{}]*)\}", r" \1 ", text)
+    words = re.sub(r"[^\w\s+\-*/=<>^().,:\\]", " ", text).casefold().strip(" .").split()
+    return " ".join(word for word in words if word not in ("a", "an", "the")) or " ".join(words)
+
+
+OPENING = {"(": ")", "[": "]", "{": "}"}
+
+
+def cut(text: str, separator: str) -> list[str]:
+    """The parts of a text between matches of `separator` outside brackets. One part if brackets do not match."""
+    pattern = re.compile(separator)
+    parts, depth, start, at = [], 0, 0, 0
+    half_open = not balanced(text)
+    while at < len(text):
+        if depth == 0 and (match := pattern.match(text, at)) and match.end() > at:
+            parts.append(text[start:at].strip())
+            at = start = match.end()
+            continue
+        letter = text[at]
+        if letter == "\\" and at + 1 < len(text):
+            if text[at + 1] == "{":
+                depth += 1
+            elif text[at + 1] == "}":
+                depth -= 1
+            at += 2
+            while text[at - 1].isalpha() and at < len(text) and text[at].isalpha():
+                at += 1
+            continue
+        if letter in "([{":
+            depth += 1
+        elif letter in ")]}":
+            depth = max(0, depth - 1)
+        at += 1
+    parts.append(text[start:].strip())
+    return [text] if half_open and depth else parts
+
+
+def balanced(text: str) -> bool:
+    """Whether every brace that opens is closed."""
+    depth = 0
+    for brace in re.findall(r"\\.|[{}]", text):
+        depth += {"{": 1, "}": -1}.get(brace, 0)
+        if depth < 0:
+            return False
+    return depth == 0
+
+
+def bracketed(text: str) -> tuple[str, str, str] | None:
+    """Opening bracket, inside and closing bracket of a text that one pair of brackets encloses; else None."""
+    match = re.fullmatch(r"(\\\{|\\langle|[(\[{<])\s*(.*?)\s*(\\\}|\\rangle|[)\]}>])", text, re.DOTALL)
+    if match is None:
+        return None
+    depth = 0
+    inside = match[2]
+    for token in re.finditer(r"\\[{}]|\\langle|\\rangle|\\[a-zA-Z]+|\\.|[()\[\]{}]", inside):
+        if token[0] in ("\\{", "\\langle", "(", "[", "{"):
+            depth += 1
+        elif token[0] in ("\\}", "\\rangle", ")", "]", "}"):
+            depth -= 1
+            if depth < 0:
+                return None
+    return (match[1], inside, match[3]) if depth == 0 else None

@@ -1,0 +1,94 @@
+"""A worker process of `workers.py`: started by its path, it scores rows until its parent closes the connection.
+
+It does not import `tbrm_trl` as a whole, which would load torch into every worker, but only what the function needs.
+"""
+
+import contextlib
+import math
+import mmap
+import os
+import pickle
+import resource
+import runpy
+import signal
+import sys
+import threading
+import time
+import types
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any
+
+STARTED, DONE, VALUES = 0, 1, 2  # doubles in the shared page: when the row began, rows done, then a value for each row
+FAILED, LEFT_OUT = math.inf, math.nan
+
+
+def main() -> None:
+    connection, shared = Connection(int(sys.argv[1])), int(sys.argv[2])
+    page = memoryview(mmap.mmap(shared, 0)).cast("d")
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent's to handle; it closes the connection
+    threading.Thread(target=_end_with, args=(os.getppid(),), daemon=True).start()
+    try:
+        function = _prepare(connection.recv())
+    except BaseException as error:
+        connection.send(f"{type(error).__name__}: {error}")
+        return
+    connection.send(None)  # ready
+    with contextlib.suppress(EOFError, OSError):
+        while True:
+            completions, columns = connection.recv()
+            connection.send(_score(function, completions, columns, page))
+
+
+def _prepare(job: dict):
+    sys.path[:] = job["path"]
+    if job["memory_limit"]:
+        resource.setrlimit(resource.RLIMIT_DATA, (job["memory_limit"], job["memory_limit"]))
+    if job["main"]:  # the function stands in the script that was started
+        module = types.ModuleType("__mp_main__")
+        module.__dict__.update(runpy.run_path(job["main"], run_name="__mp_main__"))
+        sys.modules["__main__"] = sys.modules["__mp_main__"] = module
+    elif job["ours"]:
+        package = types.ModuleType("tbrm_trl")
+        package.__path__ = [str(Path(__file__).resolve().parent.parent)]
+        sys.modules["tbrm_trl"] = package
+    function = pickle.loads(job["function"])
+    warm_up = getattr(sys.modules.get(getattr(function, "__module__", "") or ""), "warm_up", None)
+    if warm_up is not None:  # what the first row would pay for, such as building a parser
+        warm_up()
+    return function
+
+
+def _score(function, completions: list, columns: dict[str, list], page: Any) -> tuple[dict, dict]:
+    """Score rows, each on its own. Returns what the function logged: columns, with None where it did not; metrics."""
+    page[DONE] = 0
+    extra: dict[str, list] = {}
+    metrics: dict[str, list] = {}
+    for at, completion in enumerate(completions):
+        page[STARTED] = time.monotonic()
+
+        def log_extra(name, values, at=at):
+            extra.setdefault(name, [None] * len(completions))[at] = values[0]
+
+        def log_metric(name, value):
+            metrics.setdefault(name, []).append(value)
+
+        row = {name: [values[at]] for name, values in columns.items()}
+        try:
+            (value,) = function([completion], **row, log_extra=log_extra, log_metric=log_metric)
+            value = LEFT_OUT if value is None else float(value)
+            page[VALUES + at] = FAILED if math.isinf(value) else value
+        except BaseException:
+            page[VALUES + at] = FAILED
+        page[DONE] = at + 1
+    return extra, metrics
+
+
+def _end_with(parent: int) -> None:
+    while os.getppid() == parent:
+        time.sleep(1)
+    os._exit(1)
+
+
+if __name__ == "__main__":
+    main()

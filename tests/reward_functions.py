@@ -1,0 +1,55 @@
+"""Reward functions that misbehave at certain completions, for tests of worker processes."""
+
+import os
+import time
+
+
+def length(completions, **columns):
+    """The number of characters, or None for an empty completion."""
+    return [float(len(one)) if one else None for one in completions]
+
+
+def misbehaving(completions, log_extra=None, log_metric=None, **columns):
+    """Hangs, sleeps, dies, raises, recurses or fills memory, as each completion says; else its length."""
+    rewards = []
+    for one in completions:
+        if one == "hang":
+            while True:
+                pass
+        if one == "sleep":
+            time.sleep(1000)
+        if one == "die":
+            os._exit(3)
+        if one == "raise":
+            raise ValueError(one)
+        if one == "recurse":
+            misbehaving([one])
+        if one == "fill memory":
+            bytearray(64 << 30)
+        rewards.append(float(len(one)))
+    if log_extra is not None:
+        log_extra("first letter", [one[:1] for one in completions])
+        log_metric("words", sum(len(one.split()) for one in completions) / len(completions))
+    return rewards
+
+
+def weighted_column(completions, weight, **columns):
+    return [float(one) for one in weight]
+
+
+async def later(completions, **columns):
+    return [1.0] * len(completions)
+
+
+class Unloadable:
+    """A function that a worker cannot load."""
+
+    def __call__(self, completions, **columns):
+        return [0.0] * len(completions)
+
+    def __reduce__(self):
+        return _fail, ()
+
+
+def _fail():
+    raise RuntimeError("not here")
