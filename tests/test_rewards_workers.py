@@ -8,7 +8,7 @@ import time
 from pathlib import Path
 
 import pytest
-import reward_functions
+from helpers import reward_functions
 
 from tbrm_trl.rewards import InWorkers, load, mathematics
 
@@ -124,7 +124,7 @@ def test_throughput():
 
 
 def test_by_name():
-    functions, weights = load({"math": 1.0, "length(limit=10, free=4)": 0.5, "reward_functions.length": 2.0})
+    functions, weights = load({"math": 1.0, "length(limit=10, free=4)": 0.5, "helpers.reward_functions.length": 2.0})
     assert weights == [1.0, 0.5, 2.0]
     assert [function.__name__ for function in functions] == ["correct", "length", "length"]
     assert functions[1](["abc", "x" * 7, "x" * 20]) == [0.0, -0.5, -1.0]
@@ -134,13 +134,13 @@ def test_by_name():
     assert load(["format", reward_functions.length])[0][1] is reward_functions.length
     assert load("format")[0][0](["\\boxed{1}", "\\boxed{}", "\\boxed{1", "1"]) == [1.0, 0.0, 0.0, 0.0]
     assert load("thinking")[0][0](["<think>a</think>b", "a</think> b", "b", "<think>a</think>"]) == [1.0, 1.0, 0.0, 0.0]
-    assert load("reward_functions:later")[0] == [reward_functions.later]
+    assert load("helpers.reward_functions:later")[0] == [reward_functions.later]
 
 
 @pytest.mark.parametrize(
     ("name", "message"),
     [
-        ("mathh", "Names: math"), ("no_module.reward", "cannot be imported"), ("reward_functions.none", "cannot be"),
+        ("mathh", "Names: math"), ("no_module.reward", "cannot be imported"), ("helpers.reward_functions.none", "cannot be"),
         ("length", "limit"), ("length(2048)", "written as"), ("math(x=1)", "no arguments"),
         ("length(limit=1, free=2)", "free"),
     ],
