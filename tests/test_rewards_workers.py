@@ -140,7 +140,8 @@ def test_by_name():
 @pytest.mark.parametrize(
     ("name", "message"),
     [
-        ("mathh", "Names: math"), ("no_module.reward", "cannot be imported"), ("helpers.reward_functions.none", "cannot be"),
+        ("mathh", "Names: math"), ("no_module.reward", "cannot be imported"),
+        ("helpers.reward_functions.none", "cannot be"),
         ("length", "limit"), ("length(2048)", "written as"), ("math(x=1)", "no arguments"),
         ("length(limit=1, free=2)", "free"),
     ],
