@@ -296,8 +296,8 @@ class TBRMTrainer(ExactResume, GRPOTrainer):
         self._rows_drawn = self._rows_trained = 0  # by this process: into windows, and over all updates
         self._mean_length = 0.0
         self._beta_checked = False
-        self._has_given_reference, self._has_new_adapter = reference_model is not None, peft_config is not None
-        self._starts_at_reference = not self._has_given_reference  # until the first update has shown it
+        self._has_new_adapter = peft_config is not None
+        self._starts_at_reference = reference_model is None  # until the first update has shown it
 
         run: Run = self
         self._soft_value.attach(run)

@@ -1,4 +1,4 @@
-"""From raw rewards to the return that the residual takes: checked numbers, weighted sums, bounds, baselines."""
+"""From raw rewards to the return that the residual takes: checked numbers, weighted sums, lower bounds."""
 
 import functools
 from collections.abc import Callable, Iterable, Mapping, Sequence, Set
