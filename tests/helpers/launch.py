@@ -16,7 +16,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from importlib import import_module
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 import yaml
@@ -91,12 +91,19 @@ def main(function: str, arguments: str, folder: str) -> None:
     module, name = function.split(":")
     result = getattr(import_module(module), name)(**json.loads(arguments))
     torch.save(result, Path(folder) / f"{os.environ.get('RANK', '0')}.pt")
-    end_process_group()
+    end_process()
 
 
-def end_process_group() -> None:
-    """To be called at the end of a process: the group's threads may outlive it, and it then aborts."""
+def end_process() -> NoReturn:
+    """End a process of a group, without the interpreter's own end.
+
+    FSDP2's modules hold the process group, so that gloo's threads may still run when the interpreter lets it go. The
+    process then aborts, about once in twenty runs (torch 2.13).
+    """
     PartialState().destroy_process_group()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(0)
 
 
 if __name__ == "__main__":

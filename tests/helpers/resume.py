@@ -20,7 +20,7 @@ from peft import LoraConfig
 from transformers import TrainerCallback
 
 import tbrm_trl.resume.exact_resume
-from helpers.launch import end_process_group
+from helpers.launch import end_process
 from helpers.runs import digits
 from helpers.scripted import QUIET
 from tbrm_trl import TBRMConfig, TBRMTrainer
@@ -230,7 +230,7 @@ def child(log: str, **job: Any) -> None:
     os.dup2(descriptor, 2)
     gc.freeze()  # what was imported: the Trainer collects garbage when it starts
     run(**job)
-    end_process_group()
+    end_process()
 
 
 def run_of_rank(jobs: list[dict[str, Any]]) -> None:
