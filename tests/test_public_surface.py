@@ -85,6 +85,7 @@ OPTIONS = {
     "logged_fraction": None,
     "precompute_ref_log_probs": None,
     "save_rollouts": False,
+    "max_skipped_updates": 3,
     "reference": "initial",
 }
 OTHER_DEFAULTS_THAN_TRLS = {

@@ -26,6 +26,7 @@ class TBRMConfig(TBRMOptions):
             if not (self.num_generations == 1 and str(error).startswith("GRPO requires at least 2 generations")):
                 raise
         options.check_batch_arithmetic(self)
+        options.check_skipping(self)
         options.check_microbatches(self)
         options.check_soft_value(self)
         options.check_groups(self, self.window_group_size, self.update_group_size)

@@ -156,6 +156,12 @@ class TBRMOptions(GRPOConfig):
         save_rollouts (`bool`, *optional*, defaults to `False`):
             Write every rollout to `output_dir/rollouts` as Parquet. `load_rollouts` reads them back as a training set.
 
+        > Parameters that keep a run alive
+
+        max_skipped_updates (`int`, *optional*, defaults to `3`):
+            An update with a loss or a gradient that is not finite is skipped: it reaches neither the weights nor the
+            optimizer's moments. After this many in a row training stops with an error.
+
         > Parameters that control the reference
 
         reference (`"initial"` or `"previous"`, *optional*, defaults to `"initial"`):
@@ -206,6 +212,7 @@ class TBRMOptions(GRPOConfig):
     logged_fraction: float | None = None
     precompute_ref_log_probs: bool | None = None
     save_rollouts: bool = False
+    max_skipped_updates: int = 3
     reference: str = "initial"
     num_generations: int = 1
     learning_rate: float = 2.5e-6

@@ -10,6 +10,7 @@ One update, in order; each name is a method here, or of the object it is called 
     _compute_loss              for each micro-batch:
         _score                     one forward pass of the policy: log π_θ(τ), V_θ(s_1), entropies
         TrajectoryLoss             soft value → residual → squared, and what is added to it
+    _get_grad_norm             takes the update, or skips one that is not finite
     log                        the means of `microbatch_totals` over the updates since the last log
 """
 
@@ -24,6 +25,7 @@ from typing import Any, ClassVar
 
 import numpy as np
 import torch
+from accelerate.logging import get_logger
 from accelerate.utils import is_peft_model
 from datasets import Dataset, IterableDataset
 from torch import Tensor, nn
@@ -74,6 +76,7 @@ from .checks.rewards import check_reward_arguments
 from .config import TBRMConfig
 from .context import temporarily
 from .files import dataset_digest, source_of
+from .loss.finite import voided_unless
 from .loss.metrics import Recorder, Totals, evaluation_totals, microbatch_totals
 from .loss.residual import mean_over_counted
 from .loss.soft_value import Run, SoftValue
@@ -92,7 +95,8 @@ from .model.reference import (
 )
 from .model.replicated import ReplicatedModule
 from .model.scoring import score
-from .resume import ExactResume, RunState
+from .resume import ExactResume, RunState, complete_checkpoints
+from .skipped_updates import FOLDER, SkippedUpdates, write_culprits
 from .sources.baselines import set_baselines
 from .sources.logged import (
     CompletionTokenizer,
@@ -112,6 +116,8 @@ from .sources.rollout import Rewards, trajectories_from_trl
 from .sources.sampler import DataPlan, WindowSampler
 from .sources.saved_rollouts import rollouts_file, save_rollouts
 from .trajectory import Source, Trajectory, UpdateRow
+
+logger = get_logger(__name__)
 
 # What TRL keeps in order to log completions; images are not saved.
 _COMPLETIONS = ("prompt", "completion", "rewards", "advantages", "extra")
@@ -136,6 +142,7 @@ class TBRMTrainer(ExactResume, GRPOTrainer):
     - `_get_per_token_logps_and_entropies`: returns nothing, so that TRL runs no old-policy pass;
     - `_prepare_inputs`: collects the trajectories of an optimizer step, and has the reference score them;
     - `_compute_loss`: the residual, one micro-batch after the other;
+    - `_get_grad_norm`: the update is taken, or skipped if its loss or gradient is not finite;
     - `evaluate`, `predict`: say when an evaluation is under way;
     - `evaluation_loop`: means over the rows of the set, under the set's own name;
     - `log`: adds the residual's metrics to TRL's;
@@ -293,6 +300,10 @@ class TBRMTrainer(ExactResume, GRPOTrainer):
         self._window: list[Trajectory] = []  # of the current generation window, on this process
         self._microbatches: list[list[UpdateRow]] = []  # of the current update, on this process
         self._denominator = 0  # of the loss: trajectories that count in the current update, over all processes
+        self._scored: list[tuple[list[UpdateRow], Tensor, Tensor]] = []  # rows, loss (B,) and β δ (B,) of the update
+        self._totals = Totals()  # of the current update, over all processes
+        self._loss_before = 0.0  # what the Trainer has summed since the last log, before the current update
+        self._skipped = SkippedUpdates(args.max_skipped_updates)
         self._rows_drawn = self._rows_trained = 0  # by this process: into windows, and over all updates
         self._mean_length = 0.0
         self._beta_checked = False
@@ -471,6 +482,7 @@ class TBRMTrainer(ExactResume, GRPOTrainer):
             return {"microbatches": [self._evaluation_rows(generation_batch)]}
         micro_step = self._step % self.args.gradient_accumulation_steps
         if micro_step == 0:
+            self._scored, self._loss_before = [], self._tr_loss.clone()
             self._microbatches = self._microbatches_of(self._collect(generation_batch))
             if self._starts_at_reference and self._has_new_adapter and ADAPTER in self.model.peft_config:
                 self._check_new_adapter(self._microbatches[0])
@@ -759,12 +771,81 @@ class TBRMTrainer(ExactResume, GRPOTrainer):
         totals = microbatch_totals(rows, batch, output.scores, output.inputs, output.soft_value, output.residual)
         if self.evaluating:
             totals.by_name |= evaluation_totals(rows, self.reward_func_names, output, weight)
-        self._record(totals)
+            self._recorder.keep(totals.over_processes(self.accelerator), "eval")
+            return loss
+        self._scored.append((rows, output.loss.detach(), (args.beta * output.residual).detach()))
+        is_finite = torch.isfinite(loss.detach())
+        totals.count_not_finite(~is_finite)
+        # Every process takes this update, or none: they agree before the last backward, with the metrics.
+        summed = self._recorder.record(totals, self.accelerator)
+        if summed is not None:
+            self._totals, is_finite = summed, summed.all_finite()
+        return voided_unless(is_finite, loss)
+
+    def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:
+        """The norm of the update's gradient, which decides whether the update is taken.
+
+        A loss that is not finite has a gradient of NaN. DeepSpeed has stepped by now, or has skipped by itself. Under
+        float16 an overflow of the gradient alone belongs to the loss scale, which skips it and shrinks.
+        """
+        norm = super()._get_grad_norm(model, grad_norm)
+        is_finite = math.isfinite(norm)
+        of_scale = not is_finite and self.accelerator.mixed_precision == "fp16" and bool(self._totals.all_finite())
+        if is_finite or of_scale:
+            self._take_update()
+        else:
+            self._skip_update(model)
+        return norm
+
+    def _take_update(self) -> None:
+        self._skipped.took()
+        self._recorder.keep(self._totals.finite(), "train")
         if self._replay is not None and self._replay.prioritized:
-            for row, priority in zip(rows, (args.beta * output.residual).detach().abs().tolist(), strict=True):
-                if row.number is not None:
-                    self._replay.set_priority(row.number, priority)
-        return loss
+            for rows, _, residual in self._scored:
+                for row, priority in zip(rows, residual.abs().tolist(), strict=True):
+                    if row.number is not None:
+                        self._replay.set_priority(row.number, priority)
+        if not self._beta_checked:
+            means = self._totals.means()
+            if "soft_value" in means:  # the first update in which a trajectory counts
+                self._beta_checked = True
+                self._check_beta(means["soft_value"])
+
+    def _skip_update(self, model: nn.Module) -> None:
+        """Keep an update from the weights, the moments, the buffer and the log. The schedule and the data go on."""
+        model.zero_grad()  # to None, by which an optimizer leaves a parameter and its moments alone
+        if self._trained_module is not None:
+            self._trained_module.skip_next_step()
+        if self.is_deepspeed_enabled:
+            self.model_wrapped.optimizer.overflow = False  # or the Trainer would not step the schedule
+        self._tr_loss.copy_(self._loss_before)
+        self._skipped.skipped()
+        scored = [
+            (row, loss, residual)
+            for rows, losses, residuals in self._scored
+            for row, loss, residual in zip(rows, losses.tolist(), residuals.tolist(), strict=True)
+        ]
+        culprits = [one for one in scored if not math.isfinite(one[1]) and one[0].left_out is None]
+        of_loss = bool(self._gather([len(culprits)]).sum())
+        if not of_loss:
+            culprits = scored  # only the sum of their gradients is known
+        update, process = self.state.global_step + 1, self.accelerator.process_index
+        file = Path(self.args.output_dir) / FOLDER / f"process-{process}.jsonl"
+        write_culprits(file, update, "loss" if of_loss else "gradient", culprits)
+        if self._replay is not None:
+            self._replay.drop([row.trajectory for row, _, _ in culprits])
+        if self._skipped.in_a_row >= self._skipped.limit:
+            sound = complete_checkpoints(self.args.output_dir)
+            raise FloatingPointError(
+                f"{self._skipped.in_a_row} updates in a row were not finite (`max_skipped_updates`), the last one "
+                f"update {update}. None of them reached the weights. Their trajectories are in {file.parent}. "
+                f"The last complete checkpoint is {sound[-1] if sound else 'none'}. Rewards, reference scores or the "
+                "model's own numbers overflow: look at the file, lower the learning rate, or use bf16 in place of fp16."
+            )
+        logger.warning(
+            f"Update {update} was skipped: its {'loss' if of_loss else 'gradient'} is not finite. Its trajectories are "
+            f"in {file.parent}."
+        )
 
     def _gather(self, values: Sequence[float]) -> Tensor:
         """This process's numbers beside those of the others. `(n,)` → `(P, n)`, on the CPU."""
@@ -806,16 +887,6 @@ class TBRMTrainer(ExactResume, GRPOTrainer):
         self._metrics["eval"].clear()  # or TRL would log them again, without the prefix of the set
         return output
 
-    def _record(self, totals: Totals) -> None:
-        step_ends = self.evaluating or self.accelerator.sync_gradients
-        summed = self._recorder.record(totals, self._mode, step_ends, self.accelerator)
-        if summed is None or self.evaluating or self._beta_checked:
-            return
-        means = summed.means()
-        if "soft_value" in means:  # the first step in which a trajectory counts
-            self._beta_checked = True
-            self._check_beta(means["soft_value"])
-
     def _check_beta(self, soft_value: float) -> None:
         if not self.accelerator.is_main_process:
             return
@@ -826,6 +897,12 @@ class TBRMTrainer(ExactResume, GRPOTrainer):
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         if not self.evaluating:
             self._metrics["train"].update({name: [mean] for name, mean in self._recorder.means("train").items()})
+            self._metrics["train"]["skipped_updates"] = [self._skipped.total]
+            if "loss" in logs:
+                logs["loss"] = self._skipped.mean_over_taken(logs["loss"])
+                self._skipped.logged()
+            if "train_loss" in logs and self.state.global_step > self._skipped.total:
+                logs["train_loss"] *= self.state.global_step / (self.state.global_step - self._skipped.total)
         super().log(logs, start_time)
 
     # ---- what an estimator may ask: `loss.soft_value.Run` --------------------------------------------------------
@@ -907,6 +984,7 @@ class TBRMTrainer(ExactResume, GRPOTrainer):
     def forget(self) -> None:
         self._step, self._window, self._rows_drawn, self._rows_trained = 0, [], 0, 0
         self._recorder.clear()
+        self._skipped = SkippedUpdates(self.args.max_skipped_updates)
         if self._replay is not None:
             self._replay.clear()
 
@@ -919,6 +997,7 @@ class TBRMTrainer(ExactResume, GRPOTrainer):
         taken, logged = self._logged_rows.state() if self._logged_rows is not None else ([], [])
         own = {
             "totals": self._recorder.since_log["train"].state(),
+            "skipped_updates": self._skipped.state(),
             "rows_drawn": self._rows_drawn,
             "rows_trained": self._rows_trained,
             "mean_length": self._mean_length,
@@ -953,6 +1032,8 @@ class TBRMTrainer(ExactResume, GRPOTrainer):
             for column, cells in saved.items():
                 self._logs[name][column].extend(cells)
         self._recorder.clear(Totals.from_state(own["totals"], self.accelerator.device))
+        counts = {**own.get("skipped_updates", {}), "limit": self.args.max_skipped_updates}
+        self._skipped = SkippedUpdates(**counts)
         self._rows_drawn, self._rows_trained = own["rows_drawn"], own["rows_trained"]
         self._mean_length, self._beta_checked = own["mean_length"], own["beta_checked"]
         self._window = trajectories["window"]

@@ -39,6 +39,17 @@ def check_launch(args: TBRMOptions) -> None:
             "DeepSpeed's 32-bit CPU Adam, with an L2 penalty for weight decay. Use optim='adamw_torch', "
             "which becomes DeepSpeed's CPU AdamW, or do not offload the optimizer."
         )
+    precise = deepspeed.get("bf16", {})
+    if deepspeed and not zero.get("stage") and not args.fp16:
+        raise ValueError(
+            "DeepSpeed without ZeRO is refused: it steps inside backward, and looks at no gradient before. An update "
+            "that is not finite would reach the weights. Set `zero_optimization.stage` to 1, 2 or 3."
+        )
+    if precise.get("enabled") and precise.get("check_grad_overflow") is False:
+        raise ValueError(
+            "DeepSpeed's `bf16.check_grad_overflow=false` is refused: an update that is not finite would reach the "
+            "weights. Leave it out, or set it to true."
+        )
     version = fsdp_version(args)
     if version is None:
         return

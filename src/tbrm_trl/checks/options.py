@@ -100,6 +100,17 @@ def check_batch_arithmetic(args: TBRMOptions) -> None:
         )
 
 
+def check_skipping(args: TBRMOptions) -> None:
+    if args.max_skipped_updates < 1:
+        raise ValueError(f"`max_skipped_updates={args.max_skipped_updates}` must be at least 1.")
+    if args.optim.endswith("layerwise") or args.optim in ("lomo", "adalomo"):
+        raise ValueError(
+            f"`optim={args.optim.value!r}` is refused: it steps in every backward, so that an update that turns out "
+            "not to be finite has reached the weights, and an update of several micro-batches is several. Use another "
+            "optimizer."
+        )
+
+
 def check_microbatches(args: TBRMOptions) -> None:
     tokens = args.max_tokens_per_microbatch
     if tokens is None:
@@ -111,11 +122,6 @@ def check_microbatches(args: TBRMOptions) -> None:
             f"`max_tokens_per_microbatch={tokens}` divides an update into micro-batches itself: set "
             f"gradient_accumulation_steps=1 and per_device_train_batch_size={args.rows_per_device}, the rows of an "
             "update on each device. (steps_per_generation then counts updates.)"
-        )
-    if args.optim.endswith("layerwise") or args.optim in ("lomo", "adalomo"):
-        raise ValueError(
-            f"`optim={args.optim.value!r}` with `max_tokens_per_microbatch` is refused: it steps in every backward, "
-            "and an update has several. Use another optimizer, or micro-batches of whole updates."
         )
 
 

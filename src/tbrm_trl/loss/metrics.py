@@ -17,6 +17,7 @@ from .trajectory_loss import LossOutput
 
 LEFT_OUT_REASONS = ("unscored", "truncated", "no_action", "no_value")
 # Where an update has a trajectory from: drawn for it, the same window again, the replay buffer, or the log.
+_NOT_FINITE = "micro-batches that are not finite"
 ORIGINS = ("fresh", "reused", "replayed", "logged")
 
 
@@ -33,6 +34,19 @@ class Totals:
         if not self:
             return other
         return Totals({name: pair + other.by_name[name] for name, pair in self.by_name.items()})
+
+    def count_not_finite(self, is_not: Tensor) -> None:
+        """Note, by a bool scalar, that a micro-batch has a loss that is not finite."""
+        count = is_not.float()
+        self.by_name[_NOT_FINITE] = torch.stack([count, torch.zeros_like(count)])  # without weight it has no mean
+
+    def all_finite(self) -> Tensor:
+        """Bool scalar: whether no micro-batch has a loss that is not finite."""
+        return self.by_name[_NOT_FINITE][0] == 0
+
+    def finite(self) -> Totals:
+        """The totals without the count of what is not finite."""
+        return Totals({name: pair for name, pair in self.by_name.items() if name != _NOT_FINITE})
 
     def over_processes(self, accelerator: Accelerator) -> Totals:
         """The totals of all processes, with one reduction."""
@@ -143,21 +157,20 @@ class Recorder:
         self.step = Totals()
         self.since_log = {"train": Totals(), "eval": Totals()}
 
-    def record(self, totals: Totals, mode: str, step_ends: bool, accelerator: Accelerator) -> Totals | None:
+    def record(self, totals: Totals, accelerator: Accelerator) -> Totals | None:
         """Add a micro-batch's totals. If an optimizer step ends with it, return the step's totals over all processes.
 
-        Args:
-            totals: from `microbatch_totals`.
-            mode: "train" or "eval".
-            step_ends: whether this is the last micro-batch of an optimizer step. All processes agree on it.
-            accelerator: reduces over processes.
+        All processes agree on where a step ends. `keep` then says that the step was taken.
         """
         self.step += totals
-        if not step_ends:
+        if not accelerator.sync_gradients:
             return None
         summed, self.step = self.step.over_processes(accelerator), Totals()
-        self.since_log[mode] += summed
         return summed
+
+    def keep(self, totals: Totals, mode: str) -> None:
+        """Count the totals of all processes among those since the last log of "train" or "eval"."""
+        self.since_log[mode] += totals
 
     def means(self, mode: str) -> dict[str, float]:
         """The means since the last call. Counting begins anew."""

@@ -34,13 +34,22 @@ class ReplicatedModule(TrainerCallback):
         for parameter in module.parameters():
             parameter.data = broadcast(parameter.data)
         self.optimizer = torch.optim.AdamW(module.parameters(), lr=learning_rate, weight_decay=0.0)
+        self._skips = False
+
+    def skip_next_step(self) -> None:
+        """The policy's update is not taken, so this one is not either."""
+        self._skips = True
 
     def on_optimizer_step(self, args, state, control, **kwargs):
+        is_finite = True
         for parameter in self.module.parameters():
             gradient = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
             parameter.grad = self.accelerator.reduce(gradient, reduction="mean")
-        self.optimizer.step()
+            is_finite = is_finite and bool(torch.isfinite(parameter.grad).all())
+        if is_finite and not self._skips:
+            self.optimizer.step()
         self.optimizer.zero_grad()
+        self._skips = False
 
     def save(self, path: Path) -> None:
         """Write weights and optimizer, which every process has alike."""

@@ -81,6 +81,14 @@ class ReplayBuffer:
         self.stored.set_priority(number, priority)
         self._priorities.changed(number)
 
+    def drop(self, trajectories: Iterable[Trajectory]) -> None:
+        """Take trajectories out, with the groups that they are in. The time it takes grows with the buffer."""
+        first, size = self.stored.first, self.group_size
+        groups = {(number - first) // size for one in trajectories for number in self.stored.find(one)}
+        if groups:
+            self.stored.remove({first + group * size + i for group in groups for i in range(size)})
+            self._priorities = _Priorities(self.stored, self.exponent)
+
     def clear(self) -> None:
         self.stored.clear()
         self._priorities = _Priorities(self.stored, self.exponent)

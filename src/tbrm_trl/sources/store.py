@@ -38,7 +38,7 @@ class TrajectoryStore:
 
     A loss mask that is not all true is kept as bits in the words after the ids. The reference's log-probabilities are
     kept as their sum over the actions, since a trajectory residual takes no more. None is kept as NaN. Trajectories are
-    numbered in the order in which they came, and keep their numbers.
+    numbered in the order in which they came, and keep their numbers until one of them is removed.
 
     A trajectory that comes out has no raw rewards by function, no group and no vision inputs. Each of its actions has
     the mean of the reference's log-probabilities.
@@ -109,6 +109,29 @@ class TrajectoryStore:
             del self._segments[0], self._starts[0]
         return self.first - 1
 
+    def find(self, trajectory: Trajectory) -> list[int]:
+        """The numbers under which a trajectory is stored: equal tokens of the same policy's."""
+        numbers = np.arange(self.first, self.end)
+        records = self._records[numbers % self.capacity]  # (N,)
+        alike = np.ones(len(numbers), bool)  # (N,)
+        for name, value in (
+            ("policy_step", trajectory.policy_step),
+            ("prompt", len(trajectory.prompt_ids)),
+            ("completion", len(trajectory.completion_ids)),
+        ):
+            alike &= records[name] == value
+        ids = torch.cat([trajectory.prompt_ids, trajectory.completion_ids]).numpy()  # (P + C,)
+        return [n for n in numbers[alike].tolist() if np.array_equal(self._ids(n), ids)]
+
+    def remove(self, numbers: set[int]) -> None:
+        """Drop trajectories wherever they stand. Those behind them get lower numbers. It copies the whole store."""
+        state, arrays = self.state()
+        kept = np.array([number not in numbers for number in range(self.first, self.end)], bool)  # (N,)
+        arrays["words"] = arrays["words"][np.repeat(kept, arrays["words_of"])]
+        arrays["words_of"] = arrays["words_of"][kept]
+        arrays["records"] = arrays["records"].view(_RECORD)[kept].view(np.uint8)
+        self.restore(state, arrays)
+
     def priorities(self, numbers: np.ndarray) -> np.ndarray:
         """`(N,)` float64; NaN for trajectories that were not replayed yet."""
         return self._records["priority"][numbers % self.capacity].astype(np.float64)
@@ -136,6 +159,10 @@ class TrajectoryStore:
         completion = int(record["completion"])
         bits = -(-completion // 32) if record["masked"] else 0
         return segment[first : first + int(record["prompt"]) + completion + bits]
+
+    def _ids(self, number: int) -> np.ndarray:
+        record = self._records[number % self.capacity]
+        return self._words(number, record)[: int(record["prompt"]) + int(record["completion"])]
 
     def __getitem__(self, number: int) -> Trajectory:
         record = self._records[number % self.capacity]
