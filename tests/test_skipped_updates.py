@@ -7,6 +7,8 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import torch
 from accelerate.utils import gather_object
@@ -20,7 +22,7 @@ from helpers.sharded import whole
 from peft import LoraConfig
 from transformers import TrainerCallback
 
-from tbrm_trl import TBRMConfig
+from tbrm_trl import TBRMConfig, TBRMTrainer
 from tbrm_trl.loss.finite import voided_unless
 from tbrm_trl.skipped_updates import FOLDER, SkippedUpdates
 
@@ -286,3 +288,60 @@ def test_optimizers_that_step_in_backward_are_refused(optim, tmp_path):
         TBRMConfig(str(tmp_path), use_cpu=True, optim=optim)
     with pytest.raises(ValueError, match="`max_skipped_updates=0` must be at least 1"):
         TBRMConfig(str(tmp_path), use_cpu=True, max_skipped_updates=0)
+
+
+def rows_with(**values: Any) -> Dataset:
+    rows = log()
+    rows[3] |= values
+    return Dataset.from_list([{**dict.fromkeys(values), **row} for row in rows])
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"reward": 1e300}, r"Row 3 of the training set: `reward` is 1e\+300\. With this beta it may reach 1e\+17"),
+        ({"reward": -3e17}, r"Row 3 of the training set: `reward` is -3e\+17"),
+        ({"ref_log_probs": [-1.0, math.nan], "ref_soft_value": 1.0}, r"Row 3 .*: `ref_log_probs` holds"),
+        ({"ref_log_probs": [-1.0], "ref_soft_value": math.inf}, r"Row 3 .*: `ref_soft_value` holds"),
+    ],
+)  # fmt: skip
+def test_logged_numbers_that_cannot_be_trained_on(values, message, tmp_path):
+    with pytest.raises(ValueError, match=message):
+        build("no model is loaded before that", tmp_path, None, rows_with(**values))
+
+
+@pytest.mark.parametrize("precomputed", [True, False])
+def test_a_reference_that_overflows_is_refused(precomputed, tmp_path):
+    """On one prompt alone, whose row is named where it has one."""
+    rows = log()
+    build_it = lambda: build(save(tmp_path / "model"), tmp_path, None, Dataset.from_list(rows),  # noqa: E731
+                             precompute_ref_log_probs=precomputed, per_device_train_batch_size=8)  # fmt: skip
+    score = TBRMTrainer._score
+
+    def overflowing(self, model, batch, **wanted):
+        scores = score(self, model, batch, **wanted)
+        if not torch.is_grad_enabled():
+            first = [ids[mask.bool()].tolist() for ids, mask in zip(batch.input_ids, batch.attention_mask, strict=True)]
+            spoilt = first.index(rows[5]["prompt_ids"] + rows[5]["completion_ids"])
+            scores.soft_value[spoilt] = math.inf
+        return scores
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(TBRMTrainer, "_score", overflowing)
+        name = "row 5 of the training set" if precomputed else "a trajectory of this window"
+        with pytest.raises(
+            ValueError, match=rf"The reference gives {name} scores that are not finite: .*'V_ref\(s_1\)': inf"
+        ):
+            build_it().train()
+    if precomputed:  # the next run begins anew, and a damaged file is refused
+        build_it()
+        (file,) = (tmp_path / "out" / "reference_scores").glob("*.parquet")
+        table = pq.read_table(file)
+        values = table["ref_soft_value"].to_pylist()
+        values[2] = math.nan
+        column = pa.array(values, table.schema.field("ref_soft_value").type)
+        pq.write_table(table.set_column(table.schema.get_field_index("ref_soft_value"), "ref_soft_value", column), file)
+        with pytest.raises(
+            ValueError, match=r"parquet holds reference scores \(`ref_soft_value`\) that are not finite"
+        ):
+            build_it()

@@ -2,6 +2,9 @@
 
 from dataclasses import dataclass
 
+import torch
+from torch.distributed.distributed_c10d import _set_pg_timeout
+
 from .checks import launch, options
 from .checks.advice import warn_of_sampling_filters
 from .loss.soft_value import SoftValue
@@ -25,7 +28,9 @@ class TBRMConfig(TBRMOptions):
             # GRPO's last word on batches, after it has derived all their sizes. Here one rollout is enough.
             if not (self.num_generations == 1 and str(error).startswith("GRPO requires at least 2 generations")):
                 raise
+        self._keep_time_limit()
         options.check_batch_arithmetic(self)
+        options.check_reward_calls(self)
         options.check_skipping(self)
         options.check_microbatches(self)
         options.check_soft_value(self)
@@ -36,6 +41,11 @@ class TBRMConfig(TBRMOptions):
         options.check_replay(self, self.update_group_size)
         launch.check_launch(self)
         warn_of_sampling_filters(self)
+
+    def _keep_time_limit(self) -> None:
+        """Give the process group its `ddp_timeout`, which transformers drops with `use_cpu=True`."""
+        if self.use_cpu and not self.is_default("ddp_timeout") and torch.distributed.is_initialized():
+            _set_pg_timeout(self.ddp_timeout_delta)
 
     def _resolve_truncation(self) -> None:
         if self.mask_truncated_completions and self.truncation not in (None, "mask"):

@@ -158,6 +158,16 @@ class TBRMOptions(GRPOConfig):
 
         > Parameters that keep a run alive
 
+        reward_timeout (`float` or `None`, *optional*):
+            Seconds that a call of a reward function, with a batch of completions, may take. None waits for ever. A
+            synchronous function then runs in a thread, where a late one is left behind. `tbrm_trl.rewards.InWorkers`
+            runs it in processes that can be ended, with a limit for each completion.
+        reward_on_error (`str` or `float`, *optional*, defaults to `"raise"`):
+            What becomes of the completions of a call that raised or was late. `"raise"` ends the run, on every process
+            alike. `"skip"` gives them no reward of this function, and a number gives them that reward; both are counted
+            as `rewards/<function>/raised` and `/late`. A function that returns something else than rewards ends the run
+            in any case.
+
         max_skipped_updates (`int`, *optional*, defaults to `3`):
             An update with a loss or a gradient that is not finite is skipped: it reaches neither the weights nor the
             optimizer's moments. After this many in a row training stops with an error.
@@ -212,6 +222,8 @@ class TBRMOptions(GRPOConfig):
     logged_fraction: float | None = None
     precompute_ref_log_probs: bool | None = None
     save_rollouts: bool = False
+    reward_timeout: float | None = None
+    reward_on_error: str = "raise"
     max_skipped_updates: int = 3
     reference: str = "initial"
     num_generations: int = 1
@@ -249,6 +261,11 @@ class TBRMOptions(GRPOConfig):
         if self.truncation == "bootstrap" and trajectory.end is End.LENGTH:
             return self.truncated_reward
         return trajectory.reward
+
+    @property
+    def reward_of_failure(self) -> float | None:
+        """What a completion gets from a reward function that failed; None is no reward."""
+        return None if self.reward_on_error in ("raise", "skip") else float(self.reward_on_error)
 
     def sampling_filters(self) -> dict[str, Any]:
         """The options that make the sampler another policy than softmax(logits / temperature)."""

@@ -17,6 +17,7 @@ One update, in order; each name is a method here, or of the object it is called 
 import copy
 import math
 import textwrap
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence, Sized
 from contextlib import contextmanager, nullcontext
 from functools import cached_property, partial
@@ -111,11 +112,12 @@ from .sources.logged import (
 )
 from .sources.reference_scores import precompute_scores
 from .sources.replay import ReplayBuffer
-from .sources.returns import checked_reward, total_reward, unique_names
+from .sources.returns import check_magnitude, total_reward, unique_names
+from .sources.reward_calls import REASONS, Failure, RewardCalls
 from .sources.rollout import Rewards, trajectories_from_trl
 from .sources.sampler import DataPlan, WindowSampler
 from .sources.saved_rollouts import rollouts_file, save_rollouts
-from .trajectory import Source, Trajectory, UpdateRow
+from .trajectory import Source, Trajectory, UpdateRow, check_scores
 
 logger = get_logger(__name__)
 
@@ -292,6 +294,7 @@ class TBRMTrainer(ExactResume, GRPOTrainer):
         self._given_dataset = train_dataset
         self._loss = TrajectoryLoss(args, self._soft_value, router_loss=self.aux_loss_enabled)
         self._recorder = Recorder()
+        self._reward_calls = RewardCalls(args.reward_timeout, args.reward_of_failure)
         self._replay = self._make_replay_buffer()
         self._reference = self._make_reference()
         self._logged_rows = self._make_logged_rows(policy) if self._plan.mix.logged else None
@@ -585,22 +588,19 @@ class TBRMTrainer(ExactResume, GRPOTrainer):
 
     def _calculate_rewards(self, inputs, prompts, completions, completion_ids_list):
         self.model.train(not self.evaluating)  # TRL's continuous batching leaves a model that it evaluates in training
-        checked = [
-            function if isinstance(function, nn.Module) else checked_reward(function, name)
+        guarded = [
+            function if isinstance(function, nn.Module) else self._reward_calls.guarded(function, name)
             for function, name in zip(self.reward_funcs, self.reward_func_names, strict=True)
         ]
-        with temporarily(self, reward_funcs=checked):
+        with temporarily(self, reward_funcs=guarded):
             rewards_per_func = super()._calculate_rewards(inputs, prompts, completions, completion_ids_list)  # (N, F)
-        if torch.isinf(rewards_per_func).any():
-            row, column = torch.isinf(rewards_per_func).nonzero()[0].tolist()
-            raise ValueError(
-                f"Reward function {self.reward_func_names[column]!r} returned {rewards_per_func[row, column].item()} "
-                f"for rollout {row} of {len(rewards_per_func)}. Return a finite number, or None to leave it out."
-            )
+        self._agree_on_failures(self._reward_calls.taken(), len(prompts))
+        weights = self.reward_weights.to(rewards_per_func.device)  # (F,)
+        check_magnitude(rewards_per_func, weights, self.reward_func_names, self.args.beta)
         first = self.accelerator.process_index * len(prompts)
         local = rewards_per_func[first : first + len(prompts)]  # (B, F) NaN where a function did not apply
         self._rewards = Rewards(
-            total_reward(local, self.reward_weights.to(local.device), self.args.reward_pessimism),
+            total_reward(local, weights, self.args.reward_pessimism),
             [dict(zip(self.reward_func_names, row, strict=True)) for row in local.tolist()],
             [bool(self.tools and isinstance(one, list) and one[-1].get("tool_calls")) for one in completions],
             inputs,
@@ -608,6 +608,25 @@ class TBRMTrainer(ExactResume, GRPOTrainer):
             completions,
         )
         return rewards_per_func
+
+    def _agree_on_failures(self, failures: Sequence[Failure], completions: int) -> None:
+        """Raise on every process what a reward function raised on one, or count it where `reward_on_error` says so."""
+        for column in [n for n, values in self._pending_extra_logs.items() if failures and len(values) != completions]:
+            del self._pending_extra_logs[column]  # of a function that failed half-way
+        raises = self.args.reward_on_error == "raise"
+        fatal = [one for one in failures if raises or one.reason == "wrong"]
+        lost = Counter({(one.function, one.reason): one.completions for one in failures})
+        kinds = [(name, reason) for name in self.reward_func_names for reason in REASONS]
+        counts = self._gather([len(fatal), completions, *(lost[kind] for kind in kinds)])  # (P, 2 + 2F)
+        if fatal:
+            raise fatal[0].error
+        if counts[:, 0].any():
+            process = int(counts[:, 0].argmax())
+            raise RuntimeError(f"A reward function failed on process {process}, which says how in its output.")
+        if not raises:
+            total, *lost_everywhere = counts[:, 1:].sum(dim=0).tolist()
+            for (name, reason), count in zip(kinds, lost_everywhere, strict=True):
+                self._metrics[self._mode][f"rewards/{name}/{reason}"].append(count / total)
 
     def _get_per_token_logps_and_entropies(self, *args, **kwargs):
         return None, None, None  # TBRM has no old policy, and scores the reference on trajectories
@@ -703,6 +722,9 @@ class TBRMTrainer(ExactResume, GRPOTrainer):
                 partial(self._score, reference),
                 filler or trajectories[0],
             )
+        if filler is None:  # otherwise the caller knows what they are called
+            for trajectory in stale:
+                check_scores(trajectory, "a trajectory of this window")
 
     @torch.no_grad()
     def _check_new_adapter(self, rows: Sequence[UpdateRow]) -> None:

@@ -1,5 +1,6 @@
 """A trajectory, which every part of the library takes or gives, and its part in one update."""
 
+import math
 from dataclasses import dataclass, field
 from enum import Enum
 
@@ -86,6 +87,21 @@ class Trajectory:
     def prompt_key(self) -> str:
         """Digest of the prompt's tokens: equal for the trajectories of one prompt, in every process and run."""
         return xxhash.xxh3_128_hexdigest(self.prompt_ids.numpy().tobytes())
+
+
+def check_scores(trajectory: Trajectory, name: str) -> None:
+    """Refuse reference scores that are not finite, of a trajectory that an error calls by `name`."""
+    scores = {
+        "log π_ref": None if trajectory.ref_log_probs is None else float(trajectory.ref_log_probs.sum()),
+        "V_ref(s_1)": trajectory.ref_soft_value,
+        "V_ref(s_{H+1})": trajectory.ref_end_value,
+    }
+    if any(score is not None and not math.isfinite(score) for score in scores.values()):
+        ids = [*trajectory.prompt_ids.tolist(), *trajectory.completion_ids.tolist()]
+        raise ValueError(
+            f"The reference gives {name} scores that are not finite: {scores}. Its {len(ids)} tokens begin with "
+            f"{ids[:8]}. Look at the reference's weights, or run it in bfloat16 or float32 instead of float16."
+        )
 
 
 @dataclass

@@ -13,6 +13,7 @@ from transformers import PreTrainedTokenizerBase
 
 from ..options import TBRMOptions
 from ..sources.logged import OWN_COLUMNS, logged_rows, prompt_numbers
+from ..sources.returns import largest_return
 from ..sources.sampler import DataPlan, WindowMix, window_mix
 from ..trajectory import PREVIOUS, End
 
@@ -39,7 +40,7 @@ def check_training_set(
     check_sources(mix, args, group_size, rewarded, evaluated)
     check_prompts(dataset, "the training set", ~logged & needs_prompts, ~logged | _given_as_text(dataset, logged))
     if mix.logged:
-        check_logged_rows(dataset, logged, rewarded, args.reference == "previous")
+        check_logged_rows(dataset, logged, rewarded, args.reference == "previous", largest_return(args.beta))
     return DataPlan(logged, mix, check_logged_groups(dataset, logged, mix, args, group_size))
 
 
@@ -328,7 +329,7 @@ def check_sources_of_vision(args: TBRMOptions, mix: WindowMix) -> None:
         )
 
 
-def check_logged_rows(dataset: Dataset, logged: np.ndarray, rewarded: bool, scored: bool) -> None:
+def check_logged_rows(dataset: Dataset, logged: np.ndarray, rewarded: bool, scored: bool, largest: float) -> None:
     """Refuse logged rows that cannot be trained on, before any model is loaded. Each error names the row.
 
     Args:
@@ -336,10 +337,11 @@ def check_logged_rows(dataset: Dataset, logged: np.ndarray, rewarded: bool, scor
         logged: `(N,)` bool, from `logged_rows`.
         rewarded: whether there are reward functions for rows without a reward.
         scored: whether each row must bring the scores of the policy that produced it.
+        largest: |R| that float32 can square, in reward units.
 
     Raises:
         ValueError: for an empty completion, ids without prompt ids, a mask of the wrong length or content, an unknown
-            end, a reward that is missing or not finite.
+            end, a reward that is missing or not finite, reference scores that are not finite.
     """
     if dataset.format["type"] == "custom":
         raise ValueError(
@@ -352,7 +354,7 @@ def check_logged_rows(dataset: Dataset, logged: np.ndarray, rewarded: bool, scor
     rows = dataset.select_columns(known).with_format(None)
     for index in np.flatnonzero(logged).tolist():
         row = rows[index]
-        problem = _problem(row, rewarded) or (_problem_of_scores(row) if scored else None)
+        problem = _problem(row, rewarded, largest) or (_problem_of_scores(row) if scored else None)
         if problem:
             raise ValueError(f"Row {index} of the training set: {problem}")
 
@@ -375,7 +377,7 @@ def _check_ids(dataset: Dataset, name: str) -> None:
             raise ValueError(f"Row {first + row} of the training set: `{name}` holds None among its token ids.")
 
 
-def _problem(row: Mapping[str, Any], rewarded: bool) -> str | None:
+def _problem(row: Mapping[str, Any], rewarded: bool, largest: float) -> str | None:
     reward, mask = row.get("reward"), row.get("loss_mask")
     if row.get("completion_ids") is not None:
         if not row["completion_ids"]:
@@ -408,6 +410,16 @@ def _problem(row: Mapping[str, Any], rewarded: bool) -> str | None:
         )
     if reward is not None and not math.isfinite(reward):
         return f"`reward` is {reward}. It must be a finite number, or None to have the reward functions give it."
+    if reward is not None and abs(float(reward)) > largest:
+        return (
+            f"`reward` is {reward:g}. With this beta it may reach {largest:g}: the residual divides it by beta, and "
+            "float32 could not sum its square. Scale the rewards."
+        )
+    for name in ("ref_log_probs", "ref_soft_value", "ref_end_value"):
+        value = row.get(name)
+        scores = value if isinstance(value, Sequence) else [value]
+        if any(score is not None and not math.isfinite(score) for score in scores):
+            return f"`{name}` holds a number that is not finite. Drop the column, so that the row is scored again."
     return None
 
 

@@ -100,6 +100,26 @@ def check_batch_arithmetic(args: TBRMOptions) -> None:
         )
 
 
+def check_reward_calls(args: TBRMOptions) -> None:
+    try:
+        failed = args.reward_of_failure
+    except (TypeError, ValueError):
+        failed = math.nan
+    if failed is not None and not math.isfinite(failed):
+        raise ValueError(
+            f"`reward_on_error={args.reward_on_error!r}` is unknown. Choose 'raise', 'skip', or a finite number, the "
+            "reward of what failed."
+        )
+    limit = args.reward_timeout
+    if limit is not None and not limit > 0:
+        raise ValueError(f"`reward_timeout={limit}` must be positive, or None to wait for ever.")
+    if limit is not None and args.world_size > 1 and limit >= args.ddp_timeout:
+        raise ValueError(
+            f"`reward_timeout={limit}` is not below `ddp_timeout={args.ddp_timeout}`: the other processes would give "
+            "up waiting before it is reached. Raise ddp_timeout, or lower reward_timeout."
+        )
+
+
 def check_skipping(args: TBRMOptions) -> None:
     if args.max_skipped_updates < 1:
         raise ValueError(f"`max_skipped_updates={args.max_skipped_updates}` must be at least 1.")

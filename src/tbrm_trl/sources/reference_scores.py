@@ -3,13 +3,15 @@
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import xxhash
 from accelerate import Accelerator
 from accelerate.utils import gather_object
 from datasets import Dataset, concatenate_datasets
 
-from ..trajectory import Trajectory
+from ..trajectory import Trajectory, check_scores
 from .logged import logged_trajectory
 from .parquet import read_trajectories, write_trajectories
 
@@ -36,6 +38,9 @@ def precompute_scores(
         accelerator: the trainer's.
         score: writes the scores onto trajectories. Its second argument is run where a process has none left.
         block: trajectories in memory at once, on each process.
+
+    Raises:
+        ValueError: for a score that is not finite; it names the row.
     """
     digest = xxhash.xxh3_128(reference_key.encode())
     ids = dataset.select_columns(["prompt_ids", "completion_ids", "loss_mask"])
@@ -50,6 +55,8 @@ def precompute_scores(
             rows = range(first + process, min(first + block * processes, len(dataset)), processes)
             trajectories = [logged_trajectory(dataset[row]) for row in rows]
             score(trajectories, trajectories[0] if trajectories else logged_trajectory(dataset[0]))
+            for row, trajectory in zip(rows, trajectories, strict=True):
+                check_scores(trajectory, f"row {row} of the training set")
             mine += trajectories
         write_trajectories(_part(file, process), mine)
         accelerator.wait_for_everyone()
@@ -60,8 +67,19 @@ def precompute_scores(
                 _part(file, one).unlink()
         accelerator.wait_for_everyone()
     scores = Dataset(pq.read_table(file, columns=list(_SCORES)))
+    _check_stored(scores, file)
     kept = dataset.remove_columns([name for name in _SCORES if name in dataset.column_names])
     return concatenate_datasets([kept, scores], axis=1)
+
+
+def _check_stored(scores: Dataset, file: Path) -> None:
+    """Refuse stored scores that are not finite, from an earlier version or a damaged disk. No row is read for that."""
+    for batch in scores.with_format("arrow").iter(batch_size=10_000):
+        for name in ("ref_log_probs", "ref_soft_value"):
+            column = batch[name].combine_chunks()
+            values = column.flatten() if pa.types.is_list(column.type) else column
+            if pc.any(pc.invert(pc.is_finite(values))).as_py():  # None if there is none
+                raise ValueError(f"{file} holds reference scores (`{name}`) that are not finite. Delete it.")
 
 
 def _part(file: Path, process: int) -> Path:

@@ -1,14 +1,16 @@
 """From raw rewards to the return that the residual takes: checked numbers, weighted sums, lower bounds."""
 
-import functools
-from collections.abc import Callable, Iterable, Mapping, Sequence, Set
+from collections.abc import Iterable, Mapping, Sequence, Set
 from numbers import Real
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
-from trl.trainer.utils import is_async_callable
+
+
+class NotRewardsError(ValueError):
+    """A reward function returned something else than a list of rewards."""
 
 
 def rewards_of(returned: Any, count: int, name: str) -> list[float | None]:
@@ -20,17 +22,19 @@ def rewards_of(returned: Any, count: int, name: str) -> list[float | None]:
         name: of the reward function.
 
     Raises:
-        ValueError: for anything else. It names the function and says what it returned.
+        NotRewardsError: for anything else. It names the function and says what it returned.
     """
     wanted = f"Return a list of {count} numbers, one for each completion (None where the function does not apply)."
     if isinstance(returned, (str, bytes, Mapping, Set)) or not isinstance(returned, Iterable):
-        raise ValueError(f"Reward function {name!r} returned {_shown(returned)}. {wanted}")
+        raise NotRewardsError(f"Reward function {name!r} returned {_shown(returned)}. {wanted}")
     shape = tuple(getattr(returned, "shape", ()))
     if (shape and len(shape) != 1) or (hasattr(returned, "shape") and not shape):
-        raise ValueError(f"Reward function {name!r} returned an array of shape {shape}. {wanted}")
+        raise NotRewardsError(f"Reward function {name!r} returned an array of shape {shape}. {wanted}")
     values = returned.tolist() if isinstance(returned, Tensor) else list(returned)
     if len(values) != count:
-        raise ValueError(f"Reward function {name!r} returned {len(values)} rewards for {count} completions. {wanted}")
+        raise NotRewardsError(
+            f"Reward function {name!r} returned {len(values)} rewards for {count} completions. {wanted}"
+        )
     return [_number(value, row, name, wanted) for row, value in enumerate(values)]
 
 
@@ -40,7 +44,7 @@ def _number(value: Any, row: int, name: str, wanted: str) -> float | None:
     if value is None:
         return None
     if not isinstance(value, Real):
-        raise ValueError(f"Reward function {name!r} returned {_shown(value)} for completion {row}. {wanted}")
+        raise NotRewardsError(f"Reward function {name!r} returned {_shown(value)} for completion {row}. {wanted}")
     return float(value)
 
 
@@ -49,21 +53,34 @@ def _shown(value: Any) -> str:
     return f"{text if len(text) <= 60 else text[:57] + '...'} (a {type(value).__name__})"
 
 
-def checked_reward(function: Callable[..., Any], name: str) -> Callable[..., Any]:
-    """The reward function, followed by `rewards_of`."""
-    if is_async_callable(function):
+def largest_return(beta: float) -> float:
+    """The largest |R|, in reward units, of whose `R/β` float32 can sum the squares.
 
-        @functools.wraps(function)
-        async def checked(*args: Any, completions: Sequence[Any], **kwargs: Any) -> list[float | None]:
-            return rewards_of(await function(*args, completions=completions, **kwargs), len(completions), name)
+    The sum of 100 squares of `1e18` is 1e38, of float32's 3.4e38.
+    """
+    return 1e18 * beta
 
-    else:
 
-        @functools.wraps(function)
-        def checked(*args: Any, completions: Sequence[Any], **kwargs: Any) -> list[float | None]:
-            return rewards_of(function(*args, completions=completions, **kwargs), len(completions), name)
+def check_magnitude(rewards: Tensor, weights: Tensor, names: Sequence[str], beta: float) -> None:
+    """Refuse rewards that float32 cannot square in nats.
 
-    return checked
+    Args:
+        rewards: `(N, F)`, NaN where a function did not apply.
+        weights: `(F,)`.
+        names: of the F functions.
+        beta: β.
+
+    Raises:
+        ValueError: it names the function, the rollout and the reward.
+    """
+    beyond = rewards.isinf() | ((weights * rewards).abs() > largest_return(beta))  # (N, F)
+    if beyond.any():
+        row, column = beyond.nonzero()[0].tolist()
+        raise ValueError(
+            f"Reward function {names[column]!r} returned {rewards[row, column].item():g} for rollout {row} of "
+            f"{len(rewards)}. With beta={beta} a reward may reach {largest_return(beta):g}: the residual divides it by "
+            "beta, and float32 could not sum its square. Return a number of ordinary size, or None to leave it out."
+        )
 
 
 def unique_names(names: Sequence[str]) -> list[str]:

@@ -1,0 +1,160 @@
+"""Calls of the user's reward functions: under a time limit, said when they are slow, their failures kept."""
+
+import asyncio
+import contextvars
+import functools
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, wait
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+from accelerate.logging import get_logger
+from trl.trainer.utils import is_async_callable
+
+from .returns import NotRewardsError, rewards_of
+
+logger = get_logger(__name__)
+
+SLOW_AFTER = 60.0  # seconds in one call until a line says so
+SHOWN = 3  # failures that are logged with their completion; later ones are only counted
+REASONS = ("raised", "late")
+
+
+@dataclass
+class Failure:
+    """A call that gave no rewards.
+
+    Attributes:
+        function: its name.
+        reason: "raised", "late", or "wrong" for a return value that is no list of rewards.
+        error: what was raised.
+        completions: how many the call was given.
+    """
+
+    function: str
+    reason: str
+    error: Exception
+    completions: int
+
+
+class LateError(TimeoutError):
+    """A reward function took longer than it may."""
+
+
+@dataclass
+class RewardCalls:
+    """Calls reward functions, so that a failure ends no process while the others wait for it.
+
+    A call that fails gives every completion of it the same reward, and is kept in `failures`. The caller agrees on
+    them with the other processes.
+
+    Args:
+        limit: seconds that one call may take, or None. A synchronous function that is late goes on in its thread,
+            where nothing waits for it; only a worker process can be ended (`tbrm_trl.rewards.InWorkers`).
+        failed: reward of each completion of a call that failed; None leaves it without one of this function.
+    """
+
+    limit: float | None = None
+    failed: float | None = None
+    failures: list[Failure] = field(default_factory=list)
+    _shown: int = 0
+
+    def guarded(self, function: Callable[..., Any], name: str) -> Callable[..., Any]:
+        """The function, which gives a list of one number or None per completion, whatever happens inside."""
+        if is_async_callable(function):
+
+            @functools.wraps(function)
+            async def call(*args: Any, completions: Sequence[Any], **kwargs: Any) -> list[float | None]:
+                with self._kept(name, completions) as rewards:
+                    async with asyncio.timeout(self.limit) as scope:
+                        try:
+                            returned = await function(*args, completions=completions, **kwargs)
+                        except asyncio.CancelledError:
+                            if scope.expired():
+                                raise LateError from None
+                            raise
+                    rewards[:] = rewards_of(returned, len(completions), name)
+                return rewards
+
+        else:
+
+            @functools.wraps(function)
+            def call(*args: Any, completions: Sequence[Any], **kwargs: Any) -> list[float | None]:
+                with self._kept(name, completions) as rewards:
+                    run = functools.partial(function, *args, completions=completions)
+                    returned = run(**kwargs) if self.limit is None else _within(self.limit, run, kwargs)
+                    rewards[:] = rewards_of(returned, len(completions), name)
+                return rewards
+
+        return call
+
+    def taken(self) -> list[Failure]:
+        """The failures since this was last called."""
+        failures, self.failures = self.failures, []
+        return failures
+
+    @contextmanager
+    def _kept(self, name: str, completions: Sequence[Any]) -> Iterator[list[float | None]]:
+        rewards: list[float | None] = [self.failed] * len(completions)
+        try:
+            with _said_if_slow(name, len(completions)):
+                yield rewards
+        except Exception as error:
+            reason = "late" if isinstance(error, LateError) else "raised"
+            if isinstance(error, LateError):
+                error.args = (
+                    f"Reward function {name!r} took longer than reward_timeout={self.limit:g} seconds for "
+                    f"{len(completions)} completions.",
+                )
+            if isinstance(error, NotRewardsError):
+                reason = "wrong"
+            self.failures.append(Failure(name, reason, error, len(completions)))
+            if self._shown < SHOWN:
+                self._shown += 1
+                logger.warning(
+                    f"Reward function {name!r} failed on {len(completions)} completions with {type(error).__name__}: "
+                    f"{error}. The first of them: {str(completions[0])[:400]!r}",
+                    main_process_only=False,
+                )
+
+
+def _within(limit: float, run: Callable[..., Any], kwargs: dict[str, Any]) -> Any:
+    """Call a function in a thread of its own, and wait for it no longer than this many seconds."""
+    result: Future[Any] = Future()
+    given_up = threading.Event()
+
+    def in_time(log: Callable[..., Any]) -> Callable[..., Any]:
+        return lambda *args: None if given_up.is_set() else log(*args)
+
+    kwargs = {n: in_time(value) if n in ("log_extra", "log_metric") else value for n, value in kwargs.items()}
+
+    def target() -> None:
+        try:
+            result.set_result(run(**kwargs))
+        except BaseException as error:
+            result.set_exception(error)
+
+    threading.Thread(target=contextvars.copy_context().run, args=(target,), daemon=True).start()
+    if not wait([result], limit).done:
+        given_up.set()
+        raise LateError
+    return result.result()
+
+
+@contextmanager
+def _said_if_slow(name: str, completions: int) -> Iterator[None]:
+    def say() -> None:
+        logger.warning(
+            f"Reward function {name!r} has been running for {SLOW_AFTER:g} seconds, on {completions} completions.",
+            main_process_only=False,
+        )
+
+    timer = threading.Timer(SLOW_AFTER, say)
+    timer.daemon = True
+    timer.start()
+    try:
+        yield
+    finally:
+        timer.cancel()

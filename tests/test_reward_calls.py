@@ -1,0 +1,223 @@
+"""Reward functions that raise, hang or return nonsense: what becomes of their completions, on every process."""
+
+import asyncio
+import functools
+import logging
+import math
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from accelerate.utils import gather_object
+from common.tiny import save
+from helpers.launch import launch
+from helpers.runs import PROMPTS, build, letters, logged
+from torch.distributed import DistBackendError
+
+from tbrm_trl import TBRMConfig
+from tbrm_trl.sources import reward_calls
+from tbrm_trl.sources.returns import check_magnitude, largest_return
+from tbrm_trl.sources.reward_calls import LateError, RewardCalls
+
+
+def broken(prompts, completions, **kwargs):
+    if PROMPTS[0] in prompts:
+        raise KeyError("no such answer")
+    return [1.0] * len(completions)
+
+
+def slow(prompts, completions, **kwargs):
+    if PROMPTS[0] in prompts:
+        time.sleep(30)
+    return [1.0] * len(completions)
+
+
+async def slow_async(prompts, completions, **kwargs):
+    if PROMPTS[0] in prompts:
+        await asyncio.sleep(30)
+    return [1.0] * len(completions)
+
+
+async def broken_async(prompts, completions, **kwargs):
+    return broken(prompts, completions)
+
+
+def times_out_itself(completions, **kwargs):
+    raise TimeoutError("the judge did not answer")
+
+
+FAILING = {"raised": (broken, broken_async), "late": (slow, slow_async)}
+
+
+@pytest.mark.parametrize("reason", FAILING)
+@pytest.mark.parametrize("is_async", [False, True], ids=["sync", "async"])
+@pytest.mark.parametrize(("policy", "reward"), [("skip", math.nan), (-1.0, -1.0), ("0.5", 0.5)])
+def test_completions_of_a_call_that_failed(policy, reward, is_async, reason, tmp_path):
+    """Two windows of four; one of them holds the prompt on which the call fails."""
+    function = FAILING[reason][is_async]
+    trainer = build(save(tmp_path / "model"), tmp_path, [function, letters], reward_on_error=policy, max_steps=2,
+                    reward_timeout=0.5, per_device_train_batch_size=4, shuffle_dataset=False)  # fmt: skip
+    began = time.monotonic()
+    trainer.train()
+    assert time.monotonic() - began < 20
+    name = function.__name__
+    first, second = trainer.windows
+    given = [one.rewards[name] for one in first]
+    assert all(map(math.isnan, given)) if math.isnan(reward) else given == [reward] * 4
+    assert [one.rewards[name] for one in second] == [1.0] * 4
+    assert all(
+        one.reward == pytest.approx(one.rewards["letters"] + (0 if math.isnan(reward) else reward)) for one in first
+    )
+    other = next(one for one in FAILING if one != reason)
+    assert logged(trainer, f"rewards/{name}/{reason}") == [1.0, 0.0]
+    assert logged(trainer, f"rewards/{name}/{other}") == logged(trainer, f"rewards/letters/{reason}") == [0.0, 0.0]
+
+
+@pytest.mark.parametrize(
+    ("function", "error", "message"),
+    [
+        (broken, KeyError, "no such answer"),
+        (broken_async, KeyError, "no such answer"),
+        (slow, LateError, r"'slow' took longer than reward_timeout=0.5 seconds for 4 completions"),
+        (slow_async, LateError, r"'slow_async' took longer than reward_timeout=0.5 seconds"),
+        (times_out_itself, TimeoutError, "the judge did not answer"),
+    ],
+)
+def test_by_default_the_run_ends_with_the_functions_own_error(function, error, message, tmp_path):
+    trainer = build(save(tmp_path / "model"), tmp_path, function, reward_timeout=0.5, per_device_train_batch_size=4,
+                    shuffle_dataset=False)  # fmt: skip
+    with pytest.raises(error, match=message):
+        trainer.train()
+    assert trainer.state.global_step == 0
+
+
+def test_nonsense_ends_the_run_whatever_the_policy(tmp_path):
+    trainer = build(save(tmp_path / "model"), tmp_path, lambda completions, **kwargs: 1.0, reward_on_error="skip")
+    with pytest.raises(ValueError, match=r"Reward function '<lambda>' returned 1.0 \(a float\)"):
+        trainer.train()
+
+
+def test_the_first_failures_are_logged_with_a_completion(caplog):
+    calls = RewardCalls()
+    call = calls.guarded(times_out_itself, "judge")
+    with caplog.at_level(logging.WARNING):
+        for number in range(5):
+            assert call(completions=[f"completion {number}\x1b[2J"]) == [None]
+    said = [one for one in caplog.messages if "the judge did not answer" in one]
+    assert len(said) == reward_calls.SHOWN == 3 and "completion 0" in said[0] and "\x1b" not in said[0]
+    assert [(one.function, one.reason) for one in calls.taken()] == [("judge", "raised")] * 5
+    assert calls.taken() == []
+
+
+def test_a_slow_call_is_named(caplog, monkeypatch):
+    monkeypatch.setattr(reward_calls, "SLOW_AFTER", 0.2)
+    with caplog.at_level(logging.WARNING):
+        RewardCalls().guarded(lambda completions: time.sleep(0.6) or [1.0], "judge")(completions=["a"])
+        RewardCalls().guarded(lambda completions: [1.0], "quick")(completions=["a"])
+    assert len(caplog.messages) == 1 and "'judge' has been running for 0.2 seconds" in caplog.messages[0]
+
+
+def test_what_is_late_logs_nothing_any_more():
+    seen: list[Any] = []
+
+    def late(completions, log_metric):
+        log_metric("before", 1)
+        time.sleep(0.5)
+        log_metric("after", 1)
+        return [1.0]
+
+    assert RewardCalls(limit=0.2).guarded(late, "late")(
+        completions=["a"], log_metric=lambda *one: seen.append(one)
+    ) == [None]
+    time.sleep(0.6)
+    assert seen == [("before", 1)]
+
+
+def test_a_callable_object_and_a_partial_can_be_late():
+    class Judge:
+        def __call__(self, completions, seconds=5.0):
+            time.sleep(seconds)
+            return [1.0] * len(completions)
+
+    calls = RewardCalls(limit=0.1, failed=-2.0)
+    assert calls.guarded(functools.partial(Judge(), seconds=3.0), "judge")(completions=["a", "b"]) == [-2.0, -2.0]
+    assert calls.guarded(functools.partial(Judge(), seconds=0.0), "judge")(completions=["a", "b"]) == [1.0, 1.0]
+
+
+@pytest.mark.parametrize(("reward", "is_refused"), [(1e15, False), (-1e15, False), (3e15, True), (-math.inf, True)])
+def test_rewards_that_float32_cannot_square(reward, is_refused):
+    """β = 0.002: R/β = 1e18 is the limit, whose squares float32 sums."""
+    rewards = torch.tensor([[1.0, math.nan], [0.0, reward / 2]])
+    assert largest_return(0.002) == pytest.approx(2e15)
+    assert torch.tensor(1e18).square().mul(100).isfinite()
+    if not is_refused:
+        check_magnitude(rewards, torch.tensor([1.0, 2.0]), ["a", "b"], 0.002)
+        return
+    with pytest.raises(
+        ValueError, match=r"'b' returned .* for rollout 1 of 2\. With beta=0\.002 a reward may reach 2e\+15"
+    ):
+        check_magnitude(rewards, torch.tensor([1.0, 2.0]), ["a", "b"], 0.002)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"reward_on_error": "ignore"}, "`reward_on_error='ignore'` is unknown"),
+        ({"reward_on_error": math.inf}, "`reward_on_error=inf` is unknown"),
+        ({"reward_timeout": 0}, "`reward_timeout=0` must be positive"),
+    ],
+)
+def test_misuse(options, message, tmp_path):
+    with pytest.raises(ValueError, match=message):
+        TBRMConfig(str(tmp_path), use_cpu=True, **options)
+
+
+def fail_on_one(folder: str, out: str, reward: str, **options: Any) -> dict[str, Any]:
+    """In each of two processes: the first alone meets the prompt on which the function fails."""
+    trainer = build(folder, Path(out), globals()[reward], per_device_train_batch_size=4, shuffle_dataset=False,
+                    max_steps=1, **options)  # fmt: skip
+    began, error = time.monotonic(), None
+    try:
+        trainer.train()
+    except Exception as raised:
+        error = f"{type(raised).__name__}: {raised}"
+    return {
+        "error": error,
+        "seconds": time.monotonic() - began,
+        "rewards": gather_object([[one.reward for one in window] for window in trainer.windows]),
+        "log": trainer.state.log_history,
+    }
+
+
+def test_processes_agree_on_a_failure(tmp_path):
+    options = {"folder": save(tmp_path / "model"), "out": tmp_path, "reward_timeout": 1.0}
+    first, second = launch("test_reward_calls:fail_on_one", reward="slow", **options)
+    assert first["error"].startswith("LateError: Reward function 'slow' took longer")
+    assert second["error"] == "RuntimeError: A reward function failed on process 0, which says how in its output."
+    assert max(first["seconds"], second["seconds"]) < 60
+
+
+def test_processes_agree_on_what_is_skipped(tmp_path):
+    seen = launch("test_reward_calls:fail_on_one", folder=save(tmp_path / "model"), out=tmp_path, reward="broken",
+                  reward_on_error="-2")[0]  # fmt: skip
+    assert seen["error"] is None and seen["rewards"] == [[-2.0] * 4, [1.0] * 4]
+    assert seen["log"][0]["rewards/broken/raised"] == 0.5
+
+
+def wait_for_the_other(seconds: float, limit: int) -> float | None:
+    """Seconds after which the first process gave up on the second, under `use_cpu=True`."""
+    TBRMConfig("unused", use_cpu=True, bf16=False, report_to="none", ddp_timeout=limit)
+    if torch.distributed.get_rank() == 1:
+        time.sleep(seconds)
+        return None
+    began = time.monotonic()
+    with pytest.raises((RuntimeError, DistBackendError), match=r"(?i)time"):
+        torch.distributed.barrier()
+    return time.monotonic() - began
+
+
+def test_the_groups_time_limit_holds_on_cpus(tmp_path):
+    waited = launch("test_reward_calls:wait_for_the_other", seconds=20, limit=4)[0]
+    assert 3 < waited < 15
