@@ -2,8 +2,10 @@
 
 import functools
 import json
+import math
 import warnings
 
+import pandas
 import pytest
 import torch
 from common.tiny import model, save, tokenizer
@@ -262,11 +264,72 @@ def number(completions, number, **kwargs):
     return [float(one) for one in number]
 
 
-def evaluated(folder, tmp_path, evaluation, **options):
+def evaluated(folder, tmp_path, evaluation, reward_funcs=number, **options):
     return runs.build(
-        folder, tmp_path, number, Dataset.from_list([{"prompt": f"{i}:", "number": i} for i in range(8)]),
+        folder, tmp_path, reward_funcs, Dataset.from_list([{"prompt": f"{i}:", "number": i} for i in range(8)]),
         eval_dataset=evaluation, **options,
     )  # fmt: skip
+
+
+def advantages_and_expected(folder, out, step, reward="letters") -> list[tuple[float, float]]:
+    """The table's column `advantage`, and what it must hold at the reference: `β V(s_1) − R`, by the model alone."""
+    table = pandas.read_parquet(f"{out}/completions/completions_{step:05d}.parquet")
+    plain = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float64)
+    with torch.no_grad():
+        logits = [plain(**tokenizer()(prompt, return_tensors="pt")).logits[0, -1] for prompt in table["prompt"]]
+    expected = [0.1 * one.logsumexp(-1).item() - r for one, r in zip(logits, table[reward], strict=True)]
+    return list(zip(table["advantage"].tolist(), expected, strict=True))
+
+
+def is_right(advantage: float, expected: float) -> bool:
+    return advantage == pytest.approx(expected, abs=1e-5)
+
+
+def test_4_5_the_advantage_of_logged_completions_is_the_residual(folder, tmp_path):
+    """`β δ` as soon as a row was in an update; the two updates of a window come one after the other."""
+    trainer = evaluated(
+        folder, tmp_path, NUMBERED, reward_funcs=letters, log_completions=True, max_steps=4, steps_per_generation=2,
+        per_device_eval_batch_size=2, learning_rate=0.0,
+    )  # fmt: skip
+    trainer.train()
+    for step in (1, 3):
+        rows = advantages_and_expected(folder, tmp_path / "out", step)
+        assert sum(is_right(*row) for row in rows) == 2 and sum(math.isnan(row[0]) for row in rows) == 2
+    for step in (2, 4):
+        rows = advantages_and_expected(folder, tmp_path / "out", step)
+        assert len(rows) == 4 and all(is_right(*row) for row in rows)
+    trainer.evaluate()
+    rows = advantages_and_expected(folder, tmp_path / "out", 4)
+    assert len(rows) == 4 and all(is_right(*row) for row in rows)
+
+
+def test_4_5_rows_that_do_not_count_have_none(folder, tmp_path):
+    trainer = evaluated(folder, tmp_path, NUMBERED, log_completions=True, max_steps=1, truncation="mask",
+                        max_completion_length=1)  # fmt: skip
+    trainer.train()
+    rows = advantages_and_expected(folder, tmp_path / "out", 1, "number")
+    assert [math.isnan(advantage) for advantage, _ in rows] == [True, True]
+
+
+@pytest.mark.parametrize("form", ["text", "messages", "extra"])
+def test_6_control_characters_of_completions_do_not_reach_the_terminal(form, folder, tmp_path, capsys):
+    """They are written out by their property; the table on disk keeps them."""
+    clear = "\x1b[2J\x9b31m\x07 a\r\x00"
+
+    trainer = evaluated(folder, tmp_path, NUMBERED, log_completions=True, max_steps=1)
+    trainer._logs["prompt"].extend(["a", "b"])
+    trainer._logs["rewards"]["number"].extend([0.0, 0.0])
+    shown = {"text": clear, "messages": [{"role": "assistant", "content": clear}], "extra": "a"}[form]
+    trainer._logs["completion"].extend([shown] * 2)
+    if form == "extra":
+        trainer._logs["extra"]["said"].extend([clear] * 2)
+    trainer.log({})
+    printed = capsys.readouterr().out
+    assert r"\x1b[2J\x9b31m\x07" in printed.replace("\n", "") and "\x9b" not in printed and "\x07" not in printed
+    assert "\x1b[2J" not in printed and "\r" not in printed
+    (file,) = (tmp_path / "out/completions").iterdir()
+    kept = pandas.read_parquet(file).to_dict("list")
+    assert clear in (kept.get("said") or kept["completion"])[0] or kept["completion"][0][0]["content"] == clear
 
 
 @pytest.mark.parametrize("rows", [1, 2, 3, 5, 8])
@@ -279,12 +342,16 @@ def mean_over_two(folder: str, out: str) -> float:
     """Run in each of two processes: 5 rows in batches of 2 are 3 batches, so one process fills up with rows again."""
     from pathlib import Path
 
-    metrics = evaluated(folder, Path(out), NUMBERED, per_device_eval_batch_size=2).evaluate()
+    metrics = evaluated(
+        folder, Path(out), NUMBERED, per_device_eval_batch_size=2, per_device_train_batch_size=4, log_completions=True
+    ).evaluate()
     return metrics["eval_reward"]
 
 
-def test_4_2_over_two_processes(folder, tmp_path):
+def test_4_2_and_4_5_over_two_processes(folder, tmp_path):
     assert launch("test_faults_start:mean_over_two", folder=folder, out=str(tmp_path)) == [2.0, 2.0]
+    rows = advantages_and_expected(folder, tmp_path / "out", 0, "number")
+    assert len(rows) == 8 and sum(is_right(*row) for row in rows) == 5
 
 
 def test_4_3_several_sets_log_under_their_own_names(folder, tmp_path):

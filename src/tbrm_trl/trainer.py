@@ -29,10 +29,17 @@ from datasets import Dataset, IterableDataset
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
 from transformers.trainer_utils import has_length
+from transformers.utils import is_rich_available
 from trl import GRPOTrainer
 from trl.models import prepare_deepspeed, prepare_fsdp
 from trl.trainer.grpo_trainer import RolloutFunc
-from trl.trainer.utils import add_fused_lm_head, create_model_from_path, get_config_model_id, use_adapter
+from trl.trainer.utils import (
+    add_fused_lm_head,
+    create_model_from_path,
+    get_config_model_id,
+    print_prompt_completions_sample,
+    use_adapter,
+)
 
 from .batch import Batch, MicrobatchSize, TrajectoryScores, chunks, collate, float_tensor, random_order
 from .checks.advice import (
@@ -74,7 +81,7 @@ from .checks.rewards import check_reward_arguments
 from .config import TBRMConfig
 from .context import temporarily
 from .files import dataset_digest, source_of
-from .loss.metrics import Recorder, Totals, evaluation_totals, microbatch_totals
+from .loss.metrics import AdvantageColumn, Recorder, Totals, evaluation_totals, microbatch_totals
 from .loss.residual import mean_over_counted
 from .loss.soft_value import Run, SoftValue
 from .loss.trajectory_loss import TrajectoryLoss
@@ -92,6 +99,7 @@ from .model.reference import (
 )
 from .model.replicated import ReplicatedModule
 from .model.scoring import score
+from .printing import printable
 from .resume import ExactResume, RunState
 from .sources.baselines import set_baselines
 from .sources.logged import (
@@ -114,7 +122,7 @@ from .sources.saved_rollouts import rollouts_file, save_rollouts
 from .trajectory import Source, Trajectory, UpdateRow
 
 # What TRL keeps in order to log completions; images are not saved.
-_COMPLETIONS = ("prompt", "completion", "rewards", "advantages", "extra")
+_COMPLETIONS = ("prompt", "completion", "rewards", "extra")
 
 
 class TBRMTrainer(ExactResume, GRPOTrainer):
@@ -285,6 +293,7 @@ class TBRMTrainer(ExactResume, GRPOTrainer):
         self._given_dataset = train_dataset
         self._loss = TrajectoryLoss(args, self._soft_value, router_loss=self.aux_loss_enabled)
         self._recorder = Recorder()
+        self._advantages = AdvantageColumn(args.generation_batch_size // args.world_size)
         self._replay = self._make_replay_buffer()
         self._reference = self._make_reference()
         self._logged_rows = self._make_logged_rows(policy) if self._plan.mix.logged else None
@@ -481,6 +490,8 @@ class TBRMTrainer(ExactResume, GRPOTrainer):
     def _evaluation_rows(self, rows: list[dict[str, Any]]) -> list[UpdateRow]:
         """The rows of an evaluation batch. Rows that only fill up the last batches do not count."""
         trajectories = self._roll_out(rows)
+        if self.log_completions:
+            self._advantages.add(trajectories, "eval")
         process, processes = self.accelerator.process_index, self.accelerator.num_processes
         first = (self._evaluated_batches * processes + process) * self.args.per_device_eval_batch_size
         self._evaluated_batches += 1
@@ -540,6 +551,8 @@ class TBRMTrainer(ExactResume, GRPOTrainer):
         if not isinstance(self.train_dataset, Sized) and any(map(is_logged, fresh)):
             raise logged_stream()
         rollouts = self._roll_out(fresh) if fresh else []
+        if self.log_completions and rollouts:
+            self._advantages.add(rollouts, "train")
         rewards = self._rewards if rollouts else None  # kept here, since logged rows are rewarded next
         window = rollouts + (self._logged_rows.take(logged) if self._logged_rows is not None and logged else [])
         check_length(max(map(len, window)), self._rotary_limit)
@@ -760,6 +773,8 @@ class TBRMTrainer(ExactResume, GRPOTrainer):
         if self.evaluating:
             totals.by_name |= evaluation_totals(rows, self.reward_func_names, output, weight)
         self._record(totals)
+        if self.log_completions:
+            self._advantages.set(rows, args.beta * output.residual, self._mode)
         if self._replay is not None and self._replay.prioritized:
             for row, priority in zip(rows, (args.beta * output.residual).detach().abs().tolist(), strict=True):
                 if row.number is not None:
@@ -826,7 +841,19 @@ class TBRMTrainer(ExactResume, GRPOTrainer):
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         if not self.evaluating:
             self._metrics["train"].update({name: [mean] for name, mean in self._recorder.means("train").items()})
-        super().log(logs, start_time)
+        if self.log_completions:
+            column = self._advantages.over_processes()
+            missing = len(self._logs["prompt"]) - len(column)  # of an older checkpoint
+            self._logs["advantages"].clear()
+            self._logs["advantages"].extend([math.nan] * missing + column)
+        with temporarily(self, num_completions_to_print=0):  # TRL would print control characters
+            super().log(logs, start_time)
+        if self.log_completions and self.accelerator.is_main_process and self._logs["prompt"] and is_rich_available():
+            prompts, completions, rewards, advantages, extra = (
+                printable(self._logs[name]) for name in ("prompt", "completion", "rewards", "advantages", "extra")
+            )
+            step, number = self.state.global_step, self.num_completions_to_print
+            print_prompt_completions_sample(prompts, completions, rewards, advantages, step, number, extra)
 
     # ---- what an estimator may ask: `loss.soft_value.Run` --------------------------------------------------------
 
@@ -925,6 +952,7 @@ class TBRMTrainer(ExactResume, GRPOTrainer):
             "beta_checked": self._beta_checked,
             "logged_rows": taken,
             "soft_value": self._soft_value.state(),
+            "advantages": self._advantages.state(self._window),
         }
         arrays: dict[str, np.ndarray] = {}
         if self._replay is not None:
@@ -956,6 +984,8 @@ class TBRMTrainer(ExactResume, GRPOTrainer):
         self._rows_drawn, self._rows_trained = own["rows_drawn"], own["rows_trained"]
         self._mean_length, self._beta_checked = own["mean_length"], own["beta_checked"]
         self._window = trajectories["window"]
+        if "advantages" in own:
+            self._advantages.restore(own["advantages"], self._window)
         self._soft_value.restore(own.get("soft_value"))
         if self._logged_rows is not None:
             self._logged_rows.restore(own["logged_rows"], trajectories["logged"])
