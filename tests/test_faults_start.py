@@ -17,6 +17,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, TrainerCallback
 
 from tbrm_trl import TBRMTrainer
 from tbrm_trl.checks.model import check_start, rotary_limit, warn_of_half_precision
+from tbrm_trl.loss.metrics import evaluation_metrics
 from tbrm_trl.model.randomness import keep_weights_unpacked
 
 PROMPTS = Dataset.from_list([{"prompt": f"{i}:"} for i in range(8)])
@@ -334,22 +335,50 @@ def test_6_control_characters_of_completions_do_not_reach_the_terminal(form, fol
 
 @pytest.mark.parametrize("rows", [1, 2, 3, 5, 8])
 def test_4_2_every_row_of_an_evaluation_counts_once(rows, folder, tmp_path):
-    metrics = evaluated(folder, tmp_path, NUMBERED, per_device_eval_batch_size=rows).evaluate()
+    """Means, standard deviations (√2.5, of a sample) and extremes: over all rows, not means over batches."""
+    trainer = evaluated(folder, tmp_path, NUMBERED, per_device_eval_batch_size=rows, max_completion_length=40)
+    metrics = trainer.evaluate()
     assert metrics["eval_reward"] == metrics["eval_rewards/number/mean"] == 2.0
+    assert metrics["eval_reward_std"] == metrics["eval_rewards/number/std"] == pytest.approx(math.sqrt(2.5))
+    drawn = [t for window in trainer.windows for t in window]
+    lengths, ended = [len(t.completion_ids) for t in drawn], [t.completion_ids[-1] == 1 for t in drawn]
+    whole = [length for length, has_ended in zip(lengths, ended, strict=True) if has_ended]
+    assert len(drawn) == 5 and len(set(lengths)) > 1 and 0 < len(whole) < 5
+    for name, those in (("", lengths), ("_terminated", whole)):
+        seen = [metrics[f"eval_completions/{how}{name}_length"] for how in ("mean", "min", "max")]
+        assert seen == [pytest.approx(sum(those) / len(those)), min(those), max(those)]
+    assert metrics["eval_completions/clipped_ratio"] == pytest.approx(1 - len(whole) / 5)
 
 
-def mean_over_two(folder: str, out: str) -> float:
+def test_4_2_the_metrics_of_rows_by_hand():
+    """Two prompts of two rows and a prompt that only fills up the batch; a row that no function scored."""
+    nan = math.nan
+    numbers = torch.tensor([[0, 3, 0, 1, 2], [0, 5, 1, 3, nan], [0, 4, 1, nan, nan], [0, 8, 0, 2, 2], [1, 9, 0, 7, 7],
+                            [1, 9, 1, 7, 7]])  # fmt: skip
+    metrics = evaluation_metrics(numbers, ["f", "g"], torch.tensor([1.0, 0.5]), 2)
+    assert metrics == pytest.approx(
+        {
+            "reward": (2 + 3 + 3) / 3, "reward_std": math.sqrt(1 / 3), "frac_reward_zero_std": 0.0,
+            "rewards/f/mean": 2.0, "rewards/f/std": 1.0, "rewards/g/mean": 2.0, "rewards/g/std": 0.0,
+            "completions/mean_length": 5.0, "completions/min_length": 3.0, "completions/max_length": 8.0,
+            "completions/mean_terminated_length": 5.5, "completions/min_terminated_length": 3.0,
+            "completions/max_terminated_length": 8.0, "completions/clipped_ratio": 0.5,
+        }
+    )  # fmt: skip
+
+
+def mean_over_two(folder: str, out: str) -> tuple[float, float]:
     """Run in each of two processes: 5 rows in batches of 2 are 3 batches, so one process fills up with rows again."""
     from pathlib import Path
 
     metrics = evaluated(
         folder, Path(out), NUMBERED, per_device_eval_batch_size=2, per_device_train_batch_size=4, log_completions=True
     ).evaluate()
-    return metrics["eval_reward"]
+    return metrics["eval_reward"], round(metrics["eval_reward_std"] ** 2, 5)
 
 
 def test_4_2_and_4_5_over_two_processes(folder, tmp_path):
-    assert launch("test_faults_start:mean_over_two", folder=folder, out=str(tmp_path)) == [2.0, 2.0]
+    assert launch("test_faults_start:mean_over_two", folder=folder, out=str(tmp_path)) == [(2.0, 2.5)] * 2
     rows = advantages_and_expected(folder, tmp_path / "out", 0, "number")
     assert len(rows) == 8 and sum(is_right(*row) for row in rows) == 5
 

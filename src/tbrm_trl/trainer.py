@@ -81,7 +81,15 @@ from .checks.rewards import check_reward_arguments
 from .config import TBRMConfig
 from .context import temporarily
 from .files import dataset_digest, source_of
-from .loss.metrics import AdvantageColumn, Recorder, Totals, evaluation_totals, microbatch_totals
+from .loss.metrics import (
+    AdvantageColumn,
+    Recorder,
+    Totals,
+    evaluated_numbers,
+    evaluation_loss,
+    evaluation_metrics,
+    microbatch_totals,
+)
 from .loss.residual import mean_over_counted
 from .loss.soft_value import Run, SoftValue
 from .loss.trajectory_loss import TrajectoryLoss
@@ -289,7 +297,8 @@ class TBRMTrainer(ExactResume, GRPOTrainer):
                 bare = self.accelerator.unwrap_model(scored, keep_torch_compile=False)
                 add_trajectory_head(bare, self.temperature, args.cast_lm_head_to_fp32)
         self.evaluating = False
-        self._evaluated_batches, self._rows_to_evaluate = 0, None
+        self._evaluated: list[Tensor] = []  # numbers of the rows of each batch of the evaluation under way
+        self._rows_to_evaluate: int | None = None
         self._given_dataset = train_dataset
         self._loss = TrajectoryLoss(args, self._soft_value, router_loss=self.aux_loss_enabled)
         self._recorder = Recorder()
@@ -493,8 +502,7 @@ class TBRMTrainer(ExactResume, GRPOTrainer):
         if self.log_completions:
             self._advantages.add(trajectories, "eval")
         process, processes = self.accelerator.process_index, self.accelerator.num_processes
-        first = (self._evaluated_batches * processes + process) * self.args.per_device_eval_batch_size
-        self._evaluated_batches += 1
+        first = (len(self._evaluated) * processes + process) * self.args.per_device_eval_batch_size
         repeated = [
             self._rows_to_evaluate is not None and first + i >= self._rows_to_evaluate for i in range(len(rows))
         ]
@@ -505,6 +513,8 @@ class TBRMTrainer(ExactResume, GRPOTrainer):
         self._loss.mark_left_out(evaluated)
         for row, is_repeated in zip(evaluated, repeated, strict=True):
             row.left_out = "repeated" if is_repeated else row.left_out
+        numbers = evaluated_numbers(evaluated, self.reward_func_names)
+        self._evaluated.append(self.accelerator.gather(numbers.to(self.accelerator.device)))
         self._denominator = int(self._gather([sum(row.left_out is None for row in evaluated)]).sum())
         return evaluated
 
@@ -771,7 +781,7 @@ class TBRMTrainer(ExactResume, GRPOTrainer):
 
         totals = microbatch_totals(rows, batch, output.scores, output.inputs, output.soft_value, output.residual)
         if self.evaluating:
-            totals.by_name |= evaluation_totals(rows, self.reward_func_names, output, weight)
+            totals.by_name["loss"] = evaluation_loss(output, weight)
         self._record(totals)
         if self.log_completions:
             self._advantages.set(rows, args.beta * output.residual, self._mode)
@@ -811,11 +821,15 @@ class TBRMTrainer(ExactResume, GRPOTrainer):
         """Evaluate one set. Its metrics are means over its rows, each counted once, under the set's own prefix."""
         self._metrics["eval"].clear()
         self._recorder.means("eval")
-        self._evaluated_batches, self._rows_to_evaluate = 0, None
+        self._evaluated, self._rows_to_evaluate = [], None
         if has_length(dataloader.dataset):
             self._rows_to_evaluate = len(dataloader.dataset) * self.num_generations_eval
         output = super().evaluation_loop(dataloader, *args, metric_key_prefix=metric_key_prefix, **kwargs)
         means = {name: _mean(values) for name, values in self._metrics["eval"].items()}
+        if self._evaluated:
+            names, weights = self.reward_func_names, self.reward_weights
+            over_rows = evaluation_metrics(torch.cat(self._evaluated), names, weights, self.num_generations_eval)
+            means |= {name: _mean([value]) for name, value in over_rows.items()}
         means |= self._recorder.means("eval")
         output.metrics.update({f"{metric_key_prefix}_{name}": value for name, value in means.items()})
         self._metrics["eval"].clear()  # or TRL would log them again, without the prefix of the set

@@ -12,6 +12,7 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import gather_object
 from torch import Tensor
+from trl.trainer.utils import nanstd
 
 from ..batch import Batch, TrajectoryScores, at_least_float32
 from ..trajectory import End, Trajectory, UpdateRow
@@ -114,29 +115,59 @@ def microbatch_totals(
     return totals
 
 
-@torch.no_grad()
-def evaluation_totals(
-    rows: Sequence[UpdateRow], reward_names: Sequence[str], output: LossOutput, weight: Tensor
-) -> dict[str, Tensor]:
-    """Totals of an evaluation batch by TRL's names, over its rows instead of its batches. Repeated rows do not count.
+def evaluation_loss(output: LossOutput, weight: Tensor) -> Tensor:
+    """`(2,)` the sum of the losses that count, and their number. `weight`: `(B,)` factor on each."""
+    counted = output.inputs.counted  # (B,)
+    return torch.stack([torch.where(counted, output.loss.detach() * weight, 0.0).sum(), counted.sum()]).float()
+
+
+def evaluated_numbers(rows: Sequence[UpdateRow], reward_names: Sequence[str]) -> Tensor:
+    """`(B, 3 + F)` of each row: whether it only fills up the batch, its length, whether it was cut, and each reward."""
+    return torch.tensor(
+        [
+            [
+                float(row.left_out == "repeated"),
+                float(row.trajectory.loss_mask.sum()),
+                float(row.trajectory.end is End.LENGTH),
+                *(row.trajectory.rewards.get(name, math.nan) for name in reward_names),
+            ]
+            for row in rows
+        ],
+        dtype=torch.float32,
+    )
+
+
+def evaluation_metrics(
+    numbers: Tensor, reward_names: Sequence[str], reward_weights: Tensor, group_size: int
+) -> dict[str, float]:
+    """TRL's metrics of completions and rewards, over all rows of an evaluation instead of one batch after the other.
 
     Args:
-        rows: B rows, after `left_out` was decided.
-        reward_names: of the reward functions.
-        output: the loss of the rows.
-        weight: `(B,)` factor on each loss.
+        numbers: `(N, 3 + F)` `evaluated_numbers` of all processes, the rows of a prompt one after the other.
+        reward_names: of the F reward functions.
+        reward_weights: `(F,)`.
+        group_size: rows of a prompt.
     """
-    own = [row.trajectory for row in rows if row.left_out != "repeated"]
-    values: dict[str, list[float]] = {
-        "reward": [one.reward for one in own],
-        **{f"rewards/{name}/mean": [one.rewards.get(name, math.nan) for one in own] for name in reward_names},
-        "completions/mean_length": [float(len(one.completion_ids)) for one in own],
-        "completions/clipped_ratio": [float(one.end is End.LENGTH) for one in own],
-        "loss": torch.where(output.inputs.counted, output.loss * weight, math.nan).tolist(),
+    repeated, length, cut, rewards = numbers.double().cpu().tensor_split([1, 2, 3], dim=1)
+    own = repeated[:, 0] == 0
+    length, ended, rewards = length[own, 0], cut[own, 0] == 0, rewards[own]  # (M,), (M,), (M, F)
+    total = (rewards * reward_weights.double().cpu()).nansum(dim=1)  # (M,)
+    total[rewards.isnan().all(dim=1)] = math.nan
+    if group_size > 1:
+        has_zero_std = nanstd(total.view(-1, group_size), dim=1).abs() < 1e-8  # (M / group_size,)
+    else:
+        has_zero_std = torch.ones_like(total, dtype=torch.bool)
+    values = {
+        "reward": total.nanmean(),
+        "reward_std": nanstd(total),
+        "frac_reward_zero_std": has_zero_std.double().mean(),
+        "completions/clipped_ratio": 1 - ended.double().mean(),
     }
-    given = {name: [value for value in column if not math.isnan(value)] for name, column in values.items()}
-    device = output.loss.device
-    return {name: torch.tensor([sum(column), len(column)], device=device) for name, column in given.items()}
+    for name, column in zip(reward_names, rewards.unbind(dim=1), strict=True):
+        values |= {f"rewards/{name}/mean": column.nanmean(), f"rewards/{name}/std": nanstd(column)}
+    for name, lengths in (("", length), ("_terminated", length[ended] if ended.any() else torch.zeros(1))):
+        values |= {f"completions/{how}{name}_length": getattr(lengths, how)() for how in ("mean", "min", "max")}
+    return {name: value.item() for name, value in values.items()}
 
 
 class AdvantageColumn:
