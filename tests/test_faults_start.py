@@ -3,17 +3,22 @@
 import functools
 import json
 import math
+import re
 import warnings
+from contextlib import nullcontext
 
 import pandas
 import pytest
 import torch
-from common.tiny import model, save, tokenizer
+from common.launch import allow_fsdp_on_cpu
+from common.tiny import model, perturb, save, tokenizer
 from datasets import Dataset
 from helpers import runs
 from helpers.launch import launch
 from peft import LoraConfig, PeftModel, get_peft_model
+from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, TrainerCallback
+from trl.generation.vllm_client import VLLMClient
 
 from tbrm_trl import TBRMTrainer
 from tbrm_trl.checks.model import check_start, rotary_limit, warn_of_half_precision
@@ -67,6 +72,43 @@ def test_1_2_a_given_adapter_keeps_its_base(folder, tmp_path):
         torch.testing.assert_close(trainer.model(ids).logits, before)
     trainer.train()
     assert trainer.state.log_history[0]["log_ratio"] == pytest.approx(0, abs=1e-5)
+
+
+def starts(folder: str, out: str) -> list[str]:
+    """In each process of a sharded launch: how runs of sound policies begin, and of moved ones."""
+    from pathlib import Path
+
+    allow_fsdp_on_cpu()
+    said = []
+    for adapter, moved in ((None, False), (None, True), (LoraConfig(**ADAPTER), False), (LoraConfig(**ADAPTER), True)):
+        trainer = build(folder, Path(out), letters, PROMPTS, max_steps=1, peft_config=adapter)
+        if moved:
+            trained = nn.ParameterList([p for p in trainer.model.parameters() if p.requires_grad])
+            sharded = any(hasattr(parameter, "ds_id") for parameter in trained)
+            with gathered(trained) if sharded else nullcontext():
+                perturb(trained)
+        try:
+            trainer.train()
+            said.append(f"log-ratio {trainer.state.log_history[0]['log_ratio']:.6f}")
+        except ValueError as refusal:
+            said.append(str(refusal))
+    return [trainer.accelerator.distributed_type.value, *said]
+
+
+def gathered(parameters):
+    import deepspeed
+
+    return deepspeed.zero.GatheredParameters(parameters, modifier_rank=0)
+
+
+@pytest.mark.parametrize(("file", "strategy"), [("fsdp2", "FSDP"), ("zero3", "DEEPSPEED")])
+def test_1_2_the_start_is_checked_where_models_are_sharded(file, strategy, folder, tmp_path):
+    for seen in launch("test_faults_start:starts", file, folder=folder, out=str(tmp_path)):
+        kind, sound, moved, adapter, moved_adapter = seen
+        assert kind == strategy
+        assert {sound, adapter} <= {"log-ratio 0.000000", "log-ratio -0.000000"}
+        for refusal in (moved, moved_adapter):
+            assert re.match(r"The policy is not its reference before .*: log-prob.* differ by \d\.\d+ nats", refusal)
 
 
 def test_the_start_has_a_tolerance():
@@ -232,6 +274,22 @@ def test_4_1_sampling_fields_that_a_model_ships_with_are_warned_of(folder, tmp_p
     shipped.generation_config.do_sample = True
     with pytest.warns(UserWarning, match=r"\{'typical_p': 0.9\} of the model's own generation_config"):
         build(shipped, tmp_path, letters, PROMPTS, processing_class=tokenizer())
+
+
+def test_4_1_vllm_is_sent_every_sampling_field(monkeypatch):
+    """vLLM fills fields that a request leaves out from the model's file. TRL leaves none of those out."""
+    sent = {}
+
+    def post(url, json):
+        sent.update(json)
+        return {"choices": [{"prompt_token_ids": [5, 6], "token_ids": [7], "logprobs": None}]}
+
+    client = VLLMClient.__new__(VLLMClient)
+    client.model, client.base_url, client._post = "a/model", "", post
+    client.generate([[5, 6]])
+    # What vLLM's `ModelConfig.get_diff_sampling_param` takes from the file; `max_new_tokens` is `max_tokens` there.
+    from_the_file = {"repetition_penalty", "temperature", "top_k", "top_p", "min_p", "max_tokens"}
+    assert all(sent[name] is not None for name in from_the_file)
 
 
 def test_4_6_options_that_continuous_batching_ignores_are_refused(folder, tmp_path):

@@ -68,7 +68,7 @@ def hub(tmp_path_factory) -> Path:
 def run(hub, monkeypatch):
     """Runs a script there; a CPU computes in bfloat16 too, which transformers refuses without a GPU."""
     monkeypatch.chdir(hub)
-    monkeypatch.setenv("HF_DATASETS_CACHE", str(hub / "cache"))
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", hub / "cache")
     monkeypatch.setattr("transformers.training_args.is_torch_bf16_gpu_available", lambda: True)
 
     def run_here(script: str) -> dict:
