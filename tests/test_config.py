@@ -93,7 +93,10 @@ AT_ONCE = {
     "truncated_reward": (0.5, "`truncated_reward=0.5` has no effect with `truncation='terminal'`"),
     "sft_threshold": (0.5, "`sft_threshold=0.5` has no effect without `sft_coef`. Set that too"),
     "token_fraction": (2.0, r"`token_fraction=2.0` must lie in \(0, 1\]"),
-    "generation_kwargs": ('{"eos_token_id": 7}', "`generation_kwargs` with eos_token_id is refused.*Set the end tokens"),
+    "generation_kwargs": (
+        '{"eos_token_id": 7}',
+        "`generation_kwargs` with eos_token_id is refused.*Set the end tokens",
+    ),
     "soft_value_model": ("a/model", "`soft_value_model='a/model'` has no effect with `soft_value='policy'`"),
     "replay_max_age": (3, "`replay_max_age=3` needs a buffer: set `replay_buffer_size`"),
     "ds3_gather_for_generation": (False, "`ds3_gather_for_generation=False` with `use_vllm=True` is refused"),

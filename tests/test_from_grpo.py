@@ -111,7 +111,9 @@ def test_options_without_a_meaning_are_named_at_once(run):
 # ---- the table -------------------------------------------------------------------------------------------------------
 
 PAGE = ROOT / "docs/from-grpo.md"
-ROW = re.compile(r"^\| (?P<what>[^|]+) \| (?P<state>supported|refused|warned of|other|refused, else supported) \| (?P<how>[^|]*) \| (?P<tests>[^|]+) \|$")
+ROW = re.compile(
+    r"^\| (?P<what>[^|]+) \| (?P<state>supported|refused|warned of|other|refused, else supported) \| (?P<how>[^|]*) \| (?P<tests>[^|]+) \|$"
+)
 
 
 def rows() -> list[re.Match]:

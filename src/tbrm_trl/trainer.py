@@ -65,6 +65,7 @@ from .checks.launch import check_sharding
 from .checks.model import (
     check_adapters,
     check_backend,
+    check_head,
     check_length,
     check_packing,
     check_quantization,
@@ -101,7 +102,6 @@ from .model.reference import (
     Reference,
     SyncReference,
     add_reference_adapter,
-    base_kept,
     score_reference,
     tokenizer_digest,
 )
@@ -260,10 +260,11 @@ class TBRMTrainer(ExactResume, GRPOTrainer):
         check_quantization(model, peft_config, quantization_config, args)
         check_reference_model(reference_model, model, peft_config, args)
 
-        # Build. TRL would sync no adapter, and load a reference where another one is given.
-        trls_reference = args.reference == "initial" and reference_model is None
+        # Build. TRL would sync no adapter, copy one only if it is named "default", and load a reference beside another.
+        given_adapter = not isinstance(model, str) and is_peft_model(model)
+        trls_reference = args.reference == "initial" and reference_model is None and not given_adapter
         trls_view = temporarily(args, sync_ref_model=False, beta=args.beta if trls_reference else 0.0)
-        with trls_view, base_kept(model):
+        with trls_view:
             super().__init__(
                 model=model,
                 reward_funcs=reward_funcs if self._plan.mix.rollouts else reward_funcs or _no_reward,
@@ -280,6 +281,7 @@ class TBRMTrainer(ExactResume, GRPOTrainer):
                 rollout_func=rollout_func,
                 environment_factory=environment_factory,
             )
+        self._has_new_adapter = peft_config is not None
         self.reward_func_names = unique_names(self.reward_func_names)
         self.beta = 0.0  # TRL's own reference pass stays off
         self.mask_truncated_completions = False  # TRL would hide them from attention too; here they leave the loss
@@ -314,7 +316,6 @@ class TBRMTrainer(ExactResume, GRPOTrainer):
         self._rows_drawn = self._rows_trained = 0  # by this process: into windows, and over all updates
         self._mean_length = 0.0
         self._beta_checked = False
-        self._has_new_adapter = peft_config is not None
         self._starts_at_reference = reference_model is None  # until the first update has shown it
 
         run: Run = self
@@ -346,7 +347,9 @@ class TBRMTrainer(ExactResume, GRPOTrainer):
             )
         check_sharding(args, self.accelerator)
         check_trainable(self.model)
-        check_backend(self.model, args)
+        adapter_is_reference = args.sync_ref_model or not self._has_new_adapter
+        check_backend(self.model, args, adapter_is_reference and args.reference == "initial")
+        check_head(policy)
         warn_of_half_precision(self.model, args.learning_rate)
         self._rotary_limit = rotary_limit(policy)
         if self._plan.mix.rollouts:
@@ -408,7 +411,7 @@ class TBRMTrainer(ExactResume, GRPOTrainer):
         self._initial_reference_key: str | None = None
         if args.reference == "previous":
             return PreviousPolicy(lambda: self.model, lambda: self.state.global_step)
-        if self.ref_model is None and (args.sync_ref_model or ADAPTER in self.model.peft_config):
+        if self.ref_model is None and (args.sync_ref_model or not self._has_new_adapter):
             add_reference_adapter(self.model)
         settings = {
             "temperature": self.temperature,

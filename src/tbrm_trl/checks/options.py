@@ -25,9 +25,7 @@ def check_meaning(args: TBRMOptions) -> Iterator[str]:
     for name, reason in REFUSED.items():
         if not args.is_default(name):
             default = type(args).__dataclass_fields__[name].default
-            yield (
-                f"`{name}={getattr(args, name)!r}` has no meaning for TBRM: {reason}. Leave it at {default!r}."
-            )
+            yield (f"`{name}={getattr(args, name)!r}` has no meaning for TBRM: {reason}. Leave it at {default!r}.")
     if not args.disable_dropout:
         yield (
             "`disable_dropout=False` is refused: a log-probability with noise ε gives E(δ+ε)² = δ² + Var ε, so "
@@ -196,9 +194,7 @@ def check_terms(args: TBRMOptions) -> Iterator[str]:
     if not 0 < args.token_fraction <= 1:
         yield (f"`token_fraction={args.token_fraction}` must lie in (0, 1].")
     if args.residual == "token" and (args.soft_value != "policy" or args.truncation == "bootstrap"):
-        yield (
-            '`residual="token"` takes V_θ of every state: it needs `soft_value="policy"`, and no bootstrap.'
-        )
+        yield ('`residual="token"` takes V_θ of every state: it needs `soft_value="policy"`, and no bootstrap.')
     if args.token_fraction < 1:
         for name, beside in (
             ("residual", args.residual == "token"),
