@@ -316,6 +316,13 @@ class TBRMTrainer(ExactResume, GRPOTrainer):
         self._rows_drawn = self._rows_trained = 0  # by this process: into windows, and over all updates
         self._mean_length = 0.0
         self._beta_checked = False
+        self._streams_may_double_bos = any(
+            isinstance(one, IterableDataset)
+            for one in (
+                train_dataset,
+                *(eval_dataset.values() if isinstance(eval_dataset, Mapping) else [eval_dataset]),
+            )
+        )
         self._starts_at_reference = reference_model is None  # until the first update has shown it
 
         run: Run = self
@@ -588,8 +595,14 @@ class TBRMTrainer(ExactResume, GRPOTrainer):
         """Generate a completion for every row, and reward it. TRL's dictionary is read in `trajectories_from_trl`."""
         given = columns_for_rewards(rows, some_logged=bool(self._plan.mix.logged) and not self.evaluating)
         for row in given:  # a stream, or a data set given to `evaluate`, was not checked before
-            if self.environment_factories is None and (problem := problem_of_prompt(row.get("prompt"))):
+            if self.environment_factories is None and (
+                problem := problem_of_prompt(row.get("prompt"), self._tokenizer)
+            ):
                 raise ValueError(f"A prompt of this window, {str(row.get('prompt'))[:60]!r}: {problem}")
+        if self._streams_may_double_bos:
+            texts = [row["prompt"] for row in given if isinstance(row.get("prompt"), str)]
+            drawn = Dataset.from_dict({"prompt": texts})
+            self._streams_may_double_bos = not warn_of_double_bos([drawn], self._tokenizer)
         output = self._generate_and_score_completions(given)
         per_prompt = self.num_generations_eval if self.evaluating else self.num_generations
         first = self.accelerator.process_index * len(rows)
