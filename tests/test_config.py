@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import re
 import warnings
 
 import pytest
@@ -81,6 +82,60 @@ def test_options_without_meaning_are_refused(name):
 def test_bad_numbers_say_what_to_change(options, message):
     with pytest.raises(ValueError, match=message):
         config(**options)
+
+
+# One refused option of TRL's, of transformers', and of each of this library's checks, with what its error must name.
+AT_ONCE = {
+    "epsilon": (0.3, "`epsilon=0.3` has no meaning for TBRM: .*Leave it at 0.2"),
+    "loss_type": ("grpo", "`loss_type='grpo'` has no meaning for TBRM: .*Leave it at 'dapo'"),
+    "disable_dropout": (False, "`disable_dropout=False` is refused.*Leave it at True"),
+    "beta": (0.0, "`beta=0.0` is refused.*The paper uses 0.002"),
+    "truncated_reward": (0.5, "`truncated_reward=0.5` has no effect with `truncation='terminal'`"),
+    "sft_threshold": (0.5, "`sft_threshold=0.5` has no effect without `sft_coef`. Set that too"),
+    "token_fraction": (2.0, r"`token_fraction=2.0` must lie in \(0, 1\]"),
+    "generation_kwargs": (
+        '{"eos_token_id": 7}',
+        "`generation_kwargs` with eos_token_id is refused.*Set the end tokens",
+    ),
+    "soft_value_model": ("a/model", "`soft_value_model='a/model'` has no effect with `soft_value='policy'`"),
+    "replay_max_age": (3, "`replay_max_age=3` needs a buffer: set `replay_buffer_size`"),
+    "ds3_gather_for_generation": (False, "`ds3_gather_for_generation=False` with `use_vllm=True` is refused"),
+    "steps_per_generation": (3, "steps_per_generation=3 is not a multiple of gradient_accumulation_steps=2"),
+}
+
+
+def test_all_that_is_refused_is_named_at_once():
+    """In one error, a line for each: TRL's options without a meaning, and contradictions of one's own."""
+    given = {name: value for name, (value, _) in AT_ONCE.items()}
+    with pytest.raises(ValueError) as error:
+        config(gradient_accumulation_steps=2, use_vllm=True, **given)
+    title, *lines = str(error.value).split("\n- ")
+    assert title == f"{len(AT_ONCE)} options are refused:" and len(lines) == len(AT_ONCE)
+    for _, message in AT_ONCE.values():
+        assert sum(re.search(message, line) is not None for line in lines) == 1, message
+
+
+@pytest.mark.parametrize(
+    ("options", "messages"),
+    [
+        ({"bf16": True, "fp16": True, "epsilon": 0.3}, ["At most one of fp16 and bf16", "`epsilon=0.3`"]),
+        ({"num_generations": 0, "beta": 0.0}, ["`num_generations=0` is refused", "`beta=0.0`"]),
+        ({"soft_value": "critic", "delta": 1.0}, ["`soft_value='critic'` is unknown", "`delta=1.0`"]),
+        ({"num_generations": 3, "delta": 1.0}, ["whole groups of num_generations=3", "`delta=1.0`"]),
+        (
+            {"soft_value": "optimal", "sync_ref_model": True, "top_k": 5, "remove_unused_columns": True},
+            ["is the value of the initial reference", "'top_k': 5.*is refused", "would drop the column"],
+        ),
+        (
+            {"soft_value": "partition", "reference": "previous", "precompute_ref_log_probs": False},
+            ["one fixed reference", "Leave `precompute_ref_log_probs` at None"],
+        ),
+    ],
+)
+def test_what_stops_the_derivation_hides_nothing(options, messages):
+    with pytest.raises(ValueError) as error:
+        config(**options)
+    assert all(re.search(message, str(error.value)) for message in messages)
 
 
 def test_one_rollout_and_one_row():
@@ -185,6 +240,9 @@ def test_launches_that_work():
     config(deepspeed=own, optim="adamw_8bit")
     config(deepspeed={"zero_optimization": OFFLOADED, "optimizer": {"type": "Adam"}}, optim="sgd")
     config(deepspeed={"zero_optimization": OFFLOADED}, optim="adamw_torch")
+    for nothing in (None, {"device": "none"}):
+        config(deepspeed={"zero_optimization": {"stage": 2, "offload_optimizer": nothing}}, optim="adamw_8bit")
+        config(deepspeed={"zero_optimization": {"stage": 3, "offload_param": nothing}}, optim="adamw_8bit")
     config(fsdp=True, fsdp_config={"version": 2})
 
 

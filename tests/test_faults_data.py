@@ -261,12 +261,45 @@ def test_2_5_prompts_that_begin_with_bos_are_counted():
 
 
 def test_2_5_the_trainer_warns(folder, tmp_path):
+    adding = with_bos()
+    with pytest.warns(UserWarning, match="4 of 4 prompts begin with '<bos>'"):
+        build(folder, tmp_path, train_dataset=Dataset.from_list([{"prompt": "<bos>a"}] * 4), processing_class=adding)
+
+
+def with_bos():
+    """A tokenizer that writes BOS before every text, and makes no token of an empty one but that."""
     from tokenizers.processors import TemplateProcessing
 
     adding = tokenizer()
     adding._tokenizer.post_processor = TemplateProcessing(single="<bos> $A", special_tokens=[("<bos>", BOS)])
-    with pytest.warns(UserWarning, match="4 of 4 prompts begin with '<bos>'"):
-        build(folder, tmp_path, train_dataset=Dataset.from_list([{"prompt": "<bos>a"}] * 4), processing_class=adding)
+    return adding
+
+
+@pytest.mark.parametrize("where", ["trained", "evaluated"])
+def test_2_5_streams_are_looked_at_as_they_are_read(where, folder, tmp_path):
+    """The warning comes with the first window that has such a prompt, and once."""
+    texts = ["a", "b", "<bos>c", "d", "<bos>e", "f", "g", "h"]
+    stream = Dataset.from_list([{"prompt": text} for text in texts]).to_iterable_dataset()
+    sets = dict(train_dataset=stream) if where == "trained" else dict(eval_dataset=stream)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        trainer = build(
+            folder, tmp_path, processing_class=with_bos(), max_steps=4, per_device_eval_batch_size=2, **sets
+        )
+        assert not any("begin with" in str(one.message) for one in caught)
+        trainer.train() if where == "trained" else trainer.evaluate()
+    assert sum("1 of 2 prompts begin with '<bos>'" in str(one.message) for one in caught) == 1
+
+
+@pytest.mark.parametrize("where", ["trained", "evaluated"])
+def test_6_empty_prompts_of_streams(where, folder, tmp_path):
+    stream = Dataset.from_list([{"prompt": text} for text in ("a", "", "b", "c")]).to_iterable_dataset()
+    sets = dict(train_dataset=stream) if where == "trained" else dict(eval_dataset=stream)
+    trainer = build(folder, tmp_path, per_device_eval_batch_size=2, **sets)
+    with pytest.raises(ValueError, match="A prompt of this window, '': its prompt is empty"):
+        trainer.train() if where == "trained" else trainer.evaluate()
+    other = build(folder, tmp_path, per_device_eval_batch_size=2, processing_class=with_bos(), **sets)
+    other.train() if where == "trained" else other.evaluate()
 
 
 # ---- 3.2: streams of logged rows -------------------------------------------------------------------------------------

@@ -2,19 +2,27 @@
 
 import functools
 import json
+import math
+import re
 import warnings
+from contextlib import nullcontext
 
+import pandas
 import pytest
 import torch
-from common.tiny import model, save, tokenizer
+from common.launch import allow_fsdp_on_cpu
+from common.tiny import model, perturb, save, tokenizer
 from datasets import Dataset
 from helpers import runs
 from helpers.launch import launch
 from peft import LoraConfig, PeftModel, get_peft_model
+from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, TrainerCallback
+from trl.generation.vllm_client import VLLMClient
 
 from tbrm_trl import TBRMTrainer
 from tbrm_trl.checks.model import check_start, rotary_limit, warn_of_half_precision
+from tbrm_trl.loss.metrics import evaluation_metrics
 from tbrm_trl.model.randomness import keep_weights_unpacked
 
 PROMPTS = Dataset.from_list([{"prompt": f"{i}:"} for i in range(8)])
@@ -64,6 +72,43 @@ def test_1_2_a_given_adapter_keeps_its_base(folder, tmp_path):
         torch.testing.assert_close(trainer.model(ids).logits, before)
     trainer.train()
     assert trainer.state.log_history[0]["log_ratio"] == pytest.approx(0, abs=1e-5)
+
+
+def starts(folder: str, out: str) -> list[str]:
+    """In each process of a sharded launch: how runs of sound policies begin, and of moved ones."""
+    from pathlib import Path
+
+    allow_fsdp_on_cpu()
+    said = []
+    for adapter, moved in ((None, False), (None, True), (LoraConfig(**ADAPTER), False), (LoraConfig(**ADAPTER), True)):
+        trainer = build(folder, Path(out), letters, PROMPTS, max_steps=1, peft_config=adapter)
+        if moved:
+            trained = nn.ParameterList([p for p in trainer.model.parameters() if p.requires_grad])
+            sharded = any(hasattr(parameter, "ds_id") for parameter in trained)
+            with gathered(trained) if sharded else nullcontext():
+                perturb(trained)
+        try:
+            trainer.train()
+            said.append(f"log-ratio {trainer.state.log_history[0]['log_ratio']:.6f}")
+        except ValueError as refusal:
+            said.append(str(refusal))
+    return [trainer.accelerator.distributed_type.value, *said]
+
+
+def gathered(parameters):
+    import deepspeed
+
+    return deepspeed.zero.GatheredParameters(parameters, modifier_rank=0)
+
+
+@pytest.mark.parametrize(("file", "strategy"), [("fsdp2", "FSDP"), ("zero3", "DEEPSPEED")])
+def test_1_2_the_start_is_checked_where_models_are_sharded(file, strategy, folder, tmp_path):
+    for seen in launch("test_faults_start:starts", file, folder=folder, out=str(tmp_path)):
+        kind, sound, moved, adapter, moved_adapter = seen
+        assert kind == strategy
+        assert {sound, adapter} <= {"log-ratio 0.000000", "log-ratio -0.000000"}
+        for refusal in (moved, moved_adapter):
+            assert re.match(r"The policy is not its reference before .*: log-prob.* differ by \d\.\d+ nats", refusal)
 
 
 def test_the_start_has_a_tolerance():
@@ -231,6 +276,22 @@ def test_4_1_sampling_fields_that_a_model_ships_with_are_warned_of(folder, tmp_p
         build(shipped, tmp_path, letters, PROMPTS, processing_class=tokenizer())
 
 
+def test_4_1_vllm_is_sent_every_sampling_field(monkeypatch):
+    """vLLM fills fields that a request leaves out from the model's file. TRL leaves none of those out."""
+    sent = {}
+
+    def post(url, json):
+        sent.update(json)
+        return {"choices": [{"prompt_token_ids": [5, 6], "token_ids": [7], "logprobs": None}]}
+
+    client = VLLMClient.__new__(VLLMClient)
+    client.model, client.base_url, client._post = "a/model", "", post
+    client.generate([[5, 6]])
+    # What vLLM's `ModelConfig.get_diff_sampling_param` takes from the file; `max_new_tokens` is `max_tokens` there.
+    from_the_file = {"repetition_penalty", "temperature", "top_k", "top_p", "min_p", "max_tokens"}
+    assert all(sent[name] is not None for name in from_the_file)
+
+
 def test_4_6_options_that_continuous_batching_ignores_are_refused(folder, tmp_path):
     batching = dict(use_transformers_continuous_batching=True)
     for options in (dict(repetition_penalty=1.2), dict(generation_kwargs={"min_new_tokens": 3})):
@@ -262,29 +323,122 @@ def number(completions, number, **kwargs):
     return [float(one) for one in number]
 
 
-def evaluated(folder, tmp_path, evaluation, **options):
+def evaluated(folder, tmp_path, evaluation, reward_funcs=number, **options):
     return runs.build(
-        folder, tmp_path, number, Dataset.from_list([{"prompt": f"{i}:", "number": i} for i in range(8)]),
+        folder, tmp_path, reward_funcs, Dataset.from_list([{"prompt": f"{i}:", "number": i} for i in range(8)]),
         eval_dataset=evaluation, **options,
     )  # fmt: skip
 
 
+def advantages_and_expected(folder, out, step, reward="letters") -> list[tuple[float, float]]:
+    """The table's column `advantage`, and what it must hold at the reference: `β V(s_1) − R`, by the model alone."""
+    table = pandas.read_parquet(f"{out}/completions/completions_{step:05d}.parquet")
+    plain = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float64)
+    with torch.no_grad():
+        logits = [plain(**tokenizer()(prompt, return_tensors="pt")).logits[0, -1] for prompt in table["prompt"]]
+    expected = [0.1 * one.logsumexp(-1).item() - r for one, r in zip(logits, table[reward], strict=True)]
+    return list(zip(table["advantage"].tolist(), expected, strict=True))
+
+
+def is_right(advantage: float, expected: float) -> bool:
+    return advantage == pytest.approx(expected, abs=1e-5)
+
+
+def test_4_5_the_advantage_of_logged_completions_is_the_residual(folder, tmp_path):
+    """`β δ` as soon as a row was in an update; the two updates of a window come one after the other."""
+    trainer = evaluated(
+        folder, tmp_path, NUMBERED, reward_funcs=letters, log_completions=True, max_steps=4, steps_per_generation=2,
+        per_device_eval_batch_size=2, learning_rate=0.0,
+    )  # fmt: skip
+    trainer.train()
+    for step in (1, 3):
+        rows = advantages_and_expected(folder, tmp_path / "out", step)
+        assert sum(is_right(*row) for row in rows) == 2 and sum(math.isnan(row[0]) for row in rows) == 2
+    for step in (2, 4):
+        rows = advantages_and_expected(folder, tmp_path / "out", step)
+        assert len(rows) == 4 and all(is_right(*row) for row in rows)
+    trainer.evaluate()
+    rows = advantages_and_expected(folder, tmp_path / "out", 4)
+    assert len(rows) == 4 and all(is_right(*row) for row in rows)
+
+
+def test_4_5_rows_that_do_not_count_have_none(folder, tmp_path):
+    trainer = evaluated(folder, tmp_path, NUMBERED, log_completions=True, max_steps=1, truncation="mask",
+                        max_completion_length=1)  # fmt: skip
+    trainer.train()
+    rows = advantages_and_expected(folder, tmp_path / "out", 1, "number")
+    assert [math.isnan(advantage) for advantage, _ in rows] == [True, True]
+
+
+@pytest.mark.parametrize("form", ["text", "messages", "extra"])
+def test_6_control_characters_of_completions_do_not_reach_the_terminal(form, folder, tmp_path, capsys):
+    """They are written out by their property; the table on disk keeps them."""
+    clear = "\x1b[2J\x9b31m\x07 a\r\x00"
+
+    trainer = evaluated(folder, tmp_path, NUMBERED, log_completions=True, max_steps=1)
+    trainer._logs["prompt"].extend(["a", "b"])
+    trainer._logs["rewards"]["number"].extend([0.0, 0.0])
+    shown = {"text": clear, "messages": [{"role": "assistant", "content": clear}], "extra": "a"}[form]
+    trainer._logs["completion"].extend([shown] * 2)
+    if form == "extra":
+        trainer._logs["extra"]["said"].extend([clear] * 2)
+    trainer.log({})
+    printed = capsys.readouterr().out
+    assert r"\x1b[2J\x9b31m\x07" in printed.replace("\n", "") and "\x9b" not in printed and "\x07" not in printed
+    assert "\x1b[2J" not in printed and "\r" not in printed
+    (file,) = (tmp_path / "out/completions").iterdir()
+    kept = pandas.read_parquet(file).to_dict("list")
+    assert clear in (kept.get("said") or kept["completion"])[0] or kept["completion"][0][0]["content"] == clear
+
+
 @pytest.mark.parametrize("rows", [1, 2, 3, 5, 8])
 def test_4_2_every_row_of_an_evaluation_counts_once(rows, folder, tmp_path):
-    metrics = evaluated(folder, tmp_path, NUMBERED, per_device_eval_batch_size=rows).evaluate()
+    """Means, standard deviations (√2.5, of a sample) and extremes: over all rows, not means over batches."""
+    trainer = evaluated(folder, tmp_path, NUMBERED, per_device_eval_batch_size=rows, max_completion_length=40)
+    metrics = trainer.evaluate()
     assert metrics["eval_reward"] == metrics["eval_rewards/number/mean"] == 2.0
+    assert metrics["eval_reward_std"] == metrics["eval_rewards/number/std"] == pytest.approx(math.sqrt(2.5))
+    drawn = [t for window in trainer.windows for t in window]
+    lengths, ended = [len(t.completion_ids) for t in drawn], [t.completion_ids[-1] == 1 for t in drawn]
+    whole = [length for length, has_ended in zip(lengths, ended, strict=True) if has_ended]
+    assert len(drawn) == 5 and len(set(lengths)) > 1 and 0 < len(whole) < 5
+    for name, those in (("", lengths), ("_terminated", whole)):
+        seen = [metrics[f"eval_completions/{how}{name}_length"] for how in ("mean", "min", "max")]
+        assert seen == [pytest.approx(sum(those) / len(those)), min(those), max(those)]
+    assert metrics["eval_completions/clipped_ratio"] == pytest.approx(1 - len(whole) / 5)
 
 
-def mean_over_two(folder: str, out: str) -> float:
+def test_4_2_the_metrics_of_rows_by_hand():
+    """Two prompts of two rows and a prompt that only fills up the batch; a row that no function scored."""
+    nan = math.nan
+    numbers = torch.tensor([[0, 3, 0, 1, 2], [0, 5, 1, 3, nan], [0, 4, 1, nan, nan], [0, 8, 0, 2, 2], [1, 9, 0, 7, 7],
+                            [1, 9, 1, 7, 7]])  # fmt: skip
+    metrics = evaluation_metrics(numbers, ["f", "g"], torch.tensor([1.0, 0.5]), 2)
+    assert metrics == pytest.approx(
+        {
+            "reward": (2 + 3 + 3) / 3, "reward_std": math.sqrt(1 / 3), "frac_reward_zero_std": 0.0,
+            "rewards/f/mean": 2.0, "rewards/f/std": 1.0, "rewards/g/mean": 2.0, "rewards/g/std": 0.0,
+            "completions/mean_length": 5.0, "completions/min_length": 3.0, "completions/max_length": 8.0,
+            "completions/mean_terminated_length": 5.5, "completions/min_terminated_length": 3.0,
+            "completions/max_terminated_length": 8.0, "completions/clipped_ratio": 0.5,
+        }
+    )  # fmt: skip
+
+
+def mean_over_two(folder: str, out: str) -> tuple[float, float]:
     """Run in each of two processes: 5 rows in batches of 2 are 3 batches, so one process fills up with rows again."""
     from pathlib import Path
 
-    metrics = evaluated(folder, Path(out), NUMBERED, per_device_eval_batch_size=2).evaluate()
-    return metrics["eval_reward"]
+    metrics = evaluated(
+        folder, Path(out), NUMBERED, per_device_eval_batch_size=2, per_device_train_batch_size=4, log_completions=True
+    ).evaluate()
+    return metrics["eval_reward"], round(metrics["eval_reward_std"] ** 2, 5)
 
 
-def test_4_2_over_two_processes(folder, tmp_path):
-    assert launch("test_faults_start:mean_over_two", folder=folder, out=str(tmp_path)) == [2.0, 2.0]
+def test_4_2_and_4_5_over_two_processes(folder, tmp_path):
+    assert launch("test_faults_start:mean_over_two", folder=folder, out=str(tmp_path)) == [(2.0, 2.5)] * 2
+    rows = advantages_and_expected(folder, tmp_path / "out", 0, "number")
+    assert len(rows) == 8 and sum(is_right(*row) for row in rows) == 5
 
 
 def test_4_3_several_sets_log_under_their_own_names(folder, tmp_path):

@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import re
 import shlex
+import shutil
 import signal
 import subprocess
 import sys
@@ -29,7 +30,7 @@ from helpers.examples import HOW, SETUPS, logged_updates, run_line
 from helpers.launch import ROOT, SEARCHED, launch
 from helpers.vllm_on_cpu import in_trainer, install
 from peft import LoraConfig
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedModel
 
 from tbrm_trl import TBRMConfig, TBRMTrainer
 
@@ -164,6 +165,29 @@ def check(seen: dict[str, Any], file: str) -> None:
 @pytest.mark.parametrize("file", ["single", "ddp"])
 def test_colocated_samples_are_of_the_trained_policy(file, model, environment, tmp_path):
     check(trained(model, tmp_path, environment, file, vllm_mode="colocate"), file)
+
+
+def distinct_samples(model: str, folder: str, vllm_mode: str) -> int:
+    """How many completions of one prompt are different, of 8 that vLLM draws for a trainer."""
+    in_trainer()
+    options = dict(use_cpu=True, bf16=False, use_vllm=True, vllm_mode=vllm_mode, vllm_max_model_length=64)
+    args = TBRMConfig(folder, max_completion_length=8, report_to="none", **options)
+    trainer = TBRMTrainer(model, reward, args, Dataset.from_list([{"prompt": "a"}] * 8))
+    prompts = [trainer.processing_class("a")["input_ids"]] * 8
+    _, completions, _, _ = trainer.vllm_generation.generate(prompts, None, num_generations=1)
+    return len(set(map(tuple, completions)))
+
+
+def test_what_a_model_ships_with_does_not_reach_vllms_samples(model, environment, tmp_path):
+    """vLLM takes these fields of the model's file by default; TRL sends its own value for each of them."""
+    shipped = GenerationConfig.from_pretrained(model)
+    shipped.update(do_sample=True, top_k=1, temperature=0.01, min_p=0.9, repetition_penalty=3.0)
+    biased = shutil.copytree(model, tmp_path / "biased")
+    shipped.save_pretrained(biased)
+    (distinct,) = launch(
+        "test_vllm:distinct_samples", "single", 1, environment, model=biased, folder=tmp_path, vllm_mode="colocate"
+    )
+    assert distinct == 8
 
 
 def test_server_setup(model, server, environment, tmp_path):

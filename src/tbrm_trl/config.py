@@ -1,5 +1,6 @@
 """`TBRMConfig`: the options of a run, checked together. `options.py` has each option and its help text."""
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -8,7 +9,7 @@ from torch.distributed.distributed_c10d import _set_pg_timeout
 from .checks import launch, options
 from .checks.advice import warn_of_sampling_filters
 from .loss.soft_value import SoftValue
-from .options import TBRMOptions
+from .options import TBRMOptions, refuse
 
 
 @dataclass
@@ -16,40 +17,53 @@ class TBRMConfig(TBRMOptions):
     __doc__ = TBRMOptions.__doc__
 
     def __post_init__(self):
-        options.refuse_options_without_meaning(self)
-        self._resolve_truncation()
-        options.check_residual_options(self)
-        options.check_generation(self)
+        problems = [
+            *options.check_meaning(self),
+            *self._resolve_truncation(),
+            *options.check_residual_options(self),
+            *options.check_terms(self),
+            *options.check_padding(self),
+            *options.check_reference(self),
+            *self._derive(),
+        ]
+        derived = hasattr(self, "deepspeed_plugin") and self.steps_per_generation and self.generation_batch_size
+        if derived and self.soft_value in SoftValue.registry:
+            problems += [
+                *options.check_generation(self),
+                *options.check_batch_arithmetic(self),
+                *options.check_reward_calls(self),
+                *options.check_skipping(self),
+                *options.check_microbatches(self),
+                *options.check_soft_value(self),
+                *options.check_groups(self, self.window_group_size, self.update_group_size),
+                *options.check_replay(self, self.update_group_size),
+                *launch.check_launch(self),
+            ]
+        refuse(problems)
+        self._keep_time_limit()
+        warn_of_sampling_filters(self)
+
+    def _derive(self) -> Iterator[str]:
+        """Have transformers and TRL derive what follows from the options, and pass on what they refuse."""
+        if self.num_generations < 1:
+            return  # refused already, and TRL divides by it
         try:
             super().__post_init__()
         except ValueError as error:
             if self.generation_batch_size and self.generation_batch_size % self.num_generations:
-                raise options.broken_groups(self) from error
+                yield options.broken_groups(self)
             # GRPO's last word on batches, after it has derived all their sizes. Here one rollout is enough.
-            if not (self.num_generations == 1 and str(error).startswith("GRPO requires at least 2 generations")):
-                raise
-        self._keep_time_limit()
-        options.check_batch_arithmetic(self)
-        options.check_reward_calls(self)
-        options.check_skipping(self)
-        options.check_microbatches(self)
-        options.check_soft_value(self)
-        options.check_groups(self, self.window_group_size, self.update_group_size)
-        options.check_terms(self)
-        options.check_padding(self)
-        options.check_reference(self)
-        options.check_replay(self, self.update_group_size)
-        launch.check_launch(self)
-        warn_of_sampling_filters(self)
+            elif not (self.num_generations == 1 and str(error).startswith("GRPO requires at least 2 generations")):
+                yield str(error)
 
     def _keep_time_limit(self) -> None:
         """Give the process group its `ddp_timeout`, which transformers drops with `use_cpu=True`."""
         if self.use_cpu and not self.is_default("ddp_timeout") and torch.distributed.is_initialized():
             _set_pg_timeout(self.ddp_timeout_delta)
 
-    def _resolve_truncation(self) -> None:
+    def _resolve_truncation(self) -> Iterator[str]:
         if self.mask_truncated_completions and self.truncation not in (None, "mask"):
-            raise ValueError(
+            yield (
                 f"`mask_truncated_completions=True` is truncation='mask', but `truncation={self.truncation!r}`. Use "
                 "one of the two."
             )
@@ -57,7 +71,7 @@ class TBRMConfig(TBRMOptions):
             self.truncation = "mask" if self.mask_truncated_completions else "terminal"
         self.mask_truncated_completions: bool = self.truncation == "mask"
         if self.truncated_reward and self.truncation != "bootstrap":
-            raise ValueError(
+            yield (
                 f"`truncated_reward={self.truncated_reward}` has no effect with `truncation={self.truncation!r}`: only "
                 "with 'bootstrap' is a cut completion's own reward ignored."
             )

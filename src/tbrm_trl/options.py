@@ -2,6 +2,7 @@
 
 import inspect
 import re
+from collections.abc import Iterable
 from dataclasses import dataclass, fields
 from types import MappingProxyType
 from typing import Any, TypeVar
@@ -25,6 +26,15 @@ HARMLESS = (
     "disable_compile",
 )
 _OPTION = re.compile(r"^    (\w+) \((.+)\):\n((?:        .+\n?|\n(?=        ))+)", flags=re.M)
+
+
+def refuse(problems: Iterable[str]) -> None:
+    """Raise one ValueError that names all problems, if there are any."""
+    problems = list(dict.fromkeys(problems))
+    if len(problems) > 1:
+        raise ValueError("\n- ".join([f"{len(problems)} options are refused:", *problems]))
+    if problems:
+        raise ValueError(*problems)
 
 
 def option_texts(options: type) -> dict[str, str]:

@@ -32,10 +32,17 @@ from datasets import Dataset, IterableDataset
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
 from transformers.trainer_utils import has_length
+from transformers.utils import is_rich_available
 from trl import GRPOTrainer
 from trl.models import prepare_deepspeed, prepare_fsdp
 from trl.trainer.grpo_trainer import RolloutFunc
-from trl.trainer.utils import add_fused_lm_head, create_model_from_path, get_config_model_id, use_adapter
+from trl.trainer.utils import (
+    add_fused_lm_head,
+    create_model_from_path,
+    get_config_model_id,
+    print_prompt_completions_sample,
+    use_adapter,
+)
 
 from .batch import Batch, MicrobatchSize, TrajectoryScores, chunks, collate, float_tensor, random_order
 from .checks.advice import (
@@ -61,6 +68,7 @@ from .checks.launch import check_sharding
 from .checks.model import (
     check_adapters,
     check_backend,
+    check_head,
     check_length,
     check_packing,
     check_quantization,
@@ -78,7 +86,15 @@ from .config import TBRMConfig
 from .context import temporarily
 from .files import dataset_digest, source_of
 from .loss.finite import voided_unless
-from .loss.metrics import Recorder, Totals, evaluation_totals, microbatch_totals
+from .loss.metrics import (
+    AdvantageColumn,
+    Recorder,
+    Totals,
+    evaluated_numbers,
+    evaluation_loss,
+    evaluation_metrics,
+    microbatch_totals,
+)
 from .loss.residual import mean_over_counted
 from .loss.soft_value import Run, SoftValue
 from .loss.trajectory_loss import TrajectoryLoss
@@ -90,12 +106,12 @@ from .model.reference import (
     Reference,
     SyncReference,
     add_reference_adapter,
-    base_kept,
     score_reference,
     tokenizer_digest,
 )
 from .model.replicated import ReplicatedModule
 from .model.scoring import score
+from .printing import printable
 from .resume import ExactResume, RunState, complete_checkpoints
 from .skipped_updates import FOLDER, SkippedUpdates, write_culprits
 from .sources.baselines import set_baselines
@@ -122,7 +138,7 @@ from .trajectory import Source, Trajectory, UpdateRow, check_scores
 logger = get_logger(__name__)
 
 # What TRL keeps in order to log completions; images are not saved.
-_COMPLETIONS = ("prompt", "completion", "rewards", "advantages", "extra")
+_COMPLETIONS = ("prompt", "completion", "rewards", "extra")
 
 
 class TBRMTrainer(ExactResume, GRPOTrainer):
@@ -253,10 +269,11 @@ class TBRMTrainer(ExactResume, GRPOTrainer):
         check_quantization(model, peft_config, quantization_config, args)
         check_reference_model(reference_model, model, peft_config, args)
 
-        # Build. TRL would sync no adapter, and load a reference where another one is given.
-        trls_reference = args.reference == "initial" and reference_model is None
+        # Build. TRL would sync no adapter, copy one only if it is named "default", and load a reference beside another.
+        given_adapter = not isinstance(model, str) and is_peft_model(model)
+        trls_reference = args.reference == "initial" and reference_model is None and not given_adapter
         trls_view = temporarily(args, sync_ref_model=False, beta=args.beta if trls_reference else 0.0)
-        with trls_view, base_kept(model):
+        with trls_view:
             super().__init__(
                 model=model,
                 reward_funcs=reward_funcs if self._plan.mix.rollouts else reward_funcs or _no_reward,
@@ -273,6 +290,7 @@ class TBRMTrainer(ExactResume, GRPOTrainer):
                 rollout_func=rollout_func,
                 environment_factory=environment_factory,
             )
+        self._has_new_adapter = peft_config is not None
         self.reward_func_names = unique_names(self.reward_func_names)
         self.beta = 0.0  # TRL's own reference pass stays off
         self.mask_truncated_completions = False  # TRL would hide them from attention too; here they leave the loss
@@ -290,11 +308,13 @@ class TBRMTrainer(ExactResume, GRPOTrainer):
                 bare = self.accelerator.unwrap_model(scored, keep_torch_compile=False)
                 add_trajectory_head(bare, self.temperature, args.cast_lm_head_to_fp32)
         self.evaluating = False
-        self._evaluated_batches, self._rows_to_evaluate = 0, None
+        self._evaluated: list[Tensor] = []  # numbers of the rows of each batch of the evaluation under way
+        self._rows_to_evaluate: int | None = None
         self._given_dataset = train_dataset
         self._loss = TrajectoryLoss(args, self._soft_value, router_loss=self.aux_loss_enabled)
         self._recorder = Recorder()
         self._reward_calls = RewardCalls(args.reward_timeout, args.reward_of_failure)
+        self._advantages = AdvantageColumn(args.generation_batch_size // args.world_size)
         self._replay = self._make_replay_buffer()
         self._reference = self._make_reference()
         self._logged_rows = self._make_logged_rows(policy) if self._plan.mix.logged else None
@@ -310,7 +330,13 @@ class TBRMTrainer(ExactResume, GRPOTrainer):
         self._rows_drawn = self._rows_trained = 0  # by this process: into windows, and over all updates
         self._mean_length = 0.0
         self._beta_checked = False
-        self._has_new_adapter = peft_config is not None
+        self._streams_may_double_bos = any(
+            isinstance(one, IterableDataset)
+            for one in (
+                train_dataset,
+                *(eval_dataset.values() if isinstance(eval_dataset, Mapping) else [eval_dataset]),
+            )
+        )
         self._starts_at_reference = reference_model is None  # until the first update has shown it
 
         run: Run = self
@@ -342,7 +368,9 @@ class TBRMTrainer(ExactResume, GRPOTrainer):
             )
         check_sharding(args, self.accelerator)
         check_trainable(self.model)
-        check_backend(self.model, args)
+        adapter_is_reference = args.sync_ref_model or not self._has_new_adapter
+        check_backend(self.model, args, adapter_is_reference and args.reference == "initial")
+        check_head(policy)
         warn_of_half_precision(self.model, args.learning_rate)
         self._rotary_limit = rotary_limit(policy)
         if self._plan.mix.rollouts:
@@ -404,7 +432,7 @@ class TBRMTrainer(ExactResume, GRPOTrainer):
         self._initial_reference_key: str | None = None
         if args.reference == "previous":
             return PreviousPolicy(lambda: self.model, lambda: self.state.global_step)
-        if self.ref_model is None and (args.sync_ref_model or ADAPTER in self.model.peft_config):
+        if self.ref_model is None and (args.sync_ref_model or not self._has_new_adapter):
             add_reference_adapter(self.model)
         settings = {
             "temperature": self.temperature,
@@ -496,9 +524,10 @@ class TBRMTrainer(ExactResume, GRPOTrainer):
     def _evaluation_rows(self, rows: list[dict[str, Any]]) -> list[UpdateRow]:
         """The rows of an evaluation batch. Rows that only fill up the last batches do not count."""
         trajectories = self._roll_out(rows)
+        if self.log_completions:
+            self._advantages.add(trajectories, "eval")
         process, processes = self.accelerator.process_index, self.accelerator.num_processes
-        first = (self._evaluated_batches * processes + process) * self.args.per_device_eval_batch_size
-        self._evaluated_batches += 1
+        first = (len(self._evaluated) * processes + process) * self.args.per_device_eval_batch_size
         repeated = [
             self._rows_to_evaluate is not None and first + i >= self._rows_to_evaluate for i in range(len(rows))
         ]
@@ -509,6 +538,8 @@ class TBRMTrainer(ExactResume, GRPOTrainer):
         self._loss.mark_left_out(evaluated)
         for row, is_repeated in zip(evaluated, repeated, strict=True):
             row.left_out = "repeated" if is_repeated else row.left_out
+        numbers = evaluated_numbers(evaluated, self.reward_func_names)
+        self._evaluated.append(self.accelerator.gather(numbers.to(self.accelerator.device)))
         self._denominator = int(self._gather([sum(row.left_out is None for row in evaluated)]).sum())
         return evaluated
 
@@ -555,6 +586,8 @@ class TBRMTrainer(ExactResume, GRPOTrainer):
         if not isinstance(self.train_dataset, Sized) and any(map(is_logged, fresh)):
             raise logged_stream()
         rollouts = self._roll_out(fresh) if fresh else []
+        if self.log_completions and rollouts:
+            self._advantages.add(rollouts, "train")
         rewards = self._rewards if rollouts else None  # kept here, since logged rows are rewarded next
         window = rollouts + (self._logged_rows.take(logged) if self._logged_rows is not None and logged else [])
         check_length(max(map(len, window)), self._rotary_limit)
@@ -577,8 +610,14 @@ class TBRMTrainer(ExactResume, GRPOTrainer):
         """Generate a completion for every row, and reward it. TRL's dictionary is read in `trajectories_from_trl`."""
         given = columns_for_rewards(rows, some_logged=bool(self._plan.mix.logged) and not self.evaluating)
         for row in given:  # a stream, or a data set given to `evaluate`, was not checked before
-            if self.environment_factories is None and (problem := problem_of_prompt(row.get("prompt"))):
+            if self.environment_factories is None and (
+                problem := problem_of_prompt(row.get("prompt"), self._tokenizer)
+            ):
                 raise ValueError(f"A prompt of this window, {str(row.get('prompt'))[:60]!r}: {problem}")
+        if self._streams_may_double_bos:
+            texts = [row["prompt"] for row in given if isinstance(row.get("prompt"), str)]
+            drawn = Dataset.from_dict({"prompt": texts})
+            self._streams_may_double_bos = not warn_of_double_bos([drawn], self._tokenizer)
         output = self._generate_and_score_completions(given)
         per_prompt = self.num_generations_eval if self.evaluating else self.num_generations
         first = self.accelerator.process_index * len(rows)
@@ -791,8 +830,10 @@ class TBRMTrainer(ExactResume, GRPOTrainer):
             loss = loss + self.router_aux_loss_coef * output.aux_loss * share
 
         totals = microbatch_totals(rows, batch, output.scores, output.inputs, output.soft_value, output.residual)
+        if self.log_completions:
+            self._advantages.set(rows, args.beta * output.residual, self._mode)
         if self.evaluating:
-            totals.by_name |= evaluation_totals(rows, self.reward_func_names, output, weight)
+            totals.by_name["loss"] = evaluation_loss(output, weight)
             self._recorder.keep(totals.over_processes(self.accelerator), "eval")
             return loss
         self._scored.append((rows, output.loss.detach(), (args.beta * output.residual).detach()))
@@ -899,11 +940,15 @@ class TBRMTrainer(ExactResume, GRPOTrainer):
         """Evaluate one set. Its metrics are means over its rows, each counted once, under the set's own prefix."""
         self._metrics["eval"].clear()
         self._recorder.means("eval")
-        self._evaluated_batches, self._rows_to_evaluate = 0, None
+        self._evaluated, self._rows_to_evaluate = [], None
         if has_length(dataloader.dataset):
             self._rows_to_evaluate = len(dataloader.dataset) * self.num_generations_eval
         output = super().evaluation_loop(dataloader, *args, metric_key_prefix=metric_key_prefix, **kwargs)
         means = {name: _mean(values) for name, values in self._metrics["eval"].items()}
+        if self._evaluated:
+            names, weights = self.reward_func_names, self.reward_weights
+            over_rows = evaluation_metrics(torch.cat(self._evaluated), names, weights, self.num_generations_eval)
+            means |= {name: _mean([value]) for name, value in over_rows.items()}
         means |= self._recorder.means("eval")
         output.metrics.update({f"{metric_key_prefix}_{name}": value for name, value in means.items()})
         self._metrics["eval"].clear()  # or TRL would log them again, without the prefix of the set
@@ -925,7 +970,19 @@ class TBRMTrainer(ExactResume, GRPOTrainer):
                 self._skipped.logged()
             if "train_loss" in logs and self.state.global_step > self._skipped.total:
                 logs["train_loss"] *= self.state.global_step / (self.state.global_step - self._skipped.total)
-        super().log(logs, start_time)
+        if self.log_completions:
+            column = self._advantages.over_processes()
+            missing = len(self._logs["prompt"]) - len(column)  # of an older checkpoint
+            self._logs["advantages"].clear()
+            self._logs["advantages"].extend([math.nan] * missing + column)
+        with temporarily(self, num_completions_to_print=0):  # TRL would print control characters
+            super().log(logs, start_time)
+        if self.log_completions and self.accelerator.is_main_process and self._logs["prompt"] and is_rich_available():
+            prompts, completions, rewards, advantages, extra = (
+                printable(self._logs[name]) for name in ("prompt", "completion", "rewards", "advantages", "extra")
+            )
+            step, number = self.state.global_step, self.num_completions_to_print
+            print_prompt_completions_sample(prompts, completions, rewards, advantages, step, number, extra)
 
     # ---- what an estimator may ask: `loss.soft_value.Run` --------------------------------------------------------
 
@@ -1026,6 +1083,7 @@ class TBRMTrainer(ExactResume, GRPOTrainer):
             "beta_checked": self._beta_checked,
             "logged_rows": taken,
             "soft_value": self._soft_value.state(),
+            "advantages": self._advantages.state(self._window),
         }
         arrays: dict[str, np.ndarray] = {}
         if self._replay is not None:
@@ -1059,6 +1117,8 @@ class TBRMTrainer(ExactResume, GRPOTrainer):
         self._rows_drawn, self._rows_trained = own["rows_drawn"], own["rows_trained"]
         self._mean_length, self._beta_checked = own["mean_length"], own["beta_checked"]
         self._window = trajectories["window"]
+        if "advantages" in own:
+            self._advantages.restore(own["advantages"], self._window)
         self._soft_value.restore(own.get("soft_value"))
         if self._logged_rows is not None:
             self._logged_rows.restore(own["logged_rows"], trajectories["logged"])

@@ -87,8 +87,10 @@ def warn_of_soft_value(beta: float, soft_value: float) -> None:
         )
 
 
-def warn_of_double_bos(given: Sequence[Any], tokenizer: PreTrainedTokenizerBase) -> None:
+def warn_of_double_bos(given: Sequence[Any], tokenizer: PreTrainedTokenizerBase) -> bool:
     """Warn of prompts given as text that begin with the BOS token, if the tokenizer writes one before them.
+
+    Returns whether there are any.
 
     Args:
         given: data sets, or several by name. Streams, None and prompts that are messages are passed over.
@@ -96,7 +98,7 @@ def warn_of_double_bos(given: Sequence[Any], tokenizer: PreTrainedTokenizerBase)
     """
     bos = tokenizer.bos_token
     if not bos or tokenizer(text=bos)["input_ids"][:2] != [tokenizer.bos_token_id] * 2:
-        return
+        return False
     double = total = 0
     for one in given:
         for dataset in one.values() if isinstance(one, Mapping) else [one]:
@@ -113,6 +115,7 @@ def warn_of_double_bos(given: Sequence[Any], tokenizer: PreTrainedTokenizerBase)
             "written it), or give the prompts as messages.",
             stacklevel=2,
         )
+    return double > 0
 
 
 def warn_of_sampling_filters(args: TBRMOptions) -> None:

@@ -209,16 +209,22 @@ def check_empty_prompts(dataset: Any, title: str, tokenizer: PreTrainedTokenizer
         if not (pa.types.is_string(column.type) or pa.types.is_large_string(column.type)):
             return
         if (place := pc.index(column, pa.scalar("", column.type)).as_py()) >= 0:
-            raise ValueError(
-                f"Row {first + place} of {title}: its prompt is empty, and the tokenizer makes no token of it. Drop "
-                "the row, or begin the prompt with some text or the tokenizer's BOS token."
-            )
+            raise ValueError(f"Row {first + place} of {title}: {_EMPTY}")
 
 
-def problem_of_prompt(prompt: Any) -> str | None:
-    """What is wrong with a prompt: no text or messages, or a last message that the assistant has begun."""
+_EMPTY = (
+    "its prompt is empty, and the tokenizer makes no token of it. Drop the row, or begin the prompt with some text or "
+    "the tokenizer's BOS token."
+)
+
+
+def problem_of_prompt(prompt: Any, tokenizer: PreTrainedTokenizerBase | None = None) -> str | None:
+    """What is wrong with a prompt: no text or messages, or a last message that the assistant has begun.
+
+    With a tokenizer, text of which it makes no token is wrong too.
+    """
     if isinstance(prompt, str):
-        return None
+        return _EMPTY if prompt == "" and tokenizer is not None and not tokenizer(text="")["input_ids"] else None
     if problem := _problem_of_messages(prompt, "prompt"):
         return problem
     if prompt[-1]["role"] == "assistant":

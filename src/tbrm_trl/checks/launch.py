@@ -2,6 +2,7 @@
 
 import os
 import warnings
+from collections.abc import Iterator
 
 from accelerate import Accelerator
 
@@ -13,13 +14,13 @@ OFFLOADED_OPTIMIZERS = frozenset(
 )
 
 
-def check_launch(args: TBRMOptions) -> None:
+def check_launch(args: TBRMOptions) -> Iterator[str]:
     """Refuse or warn of ways to shard, offload or generate that keep an option from doing what it says."""
     deepspeed = {} if args.deepspeed_plugin is None else args.deepspeed_plugin.deepspeed_config
-    zero = deepspeed.get("zero_optimization", {})
+    zero = deepspeed.get("zero_optimization") or {}  # a file may say null
     if not args.ds3_gather_for_generation:
         if args.use_vllm:
-            raise ValueError(
+            yield (
                 "`ds3_gather_for_generation=False` with `use_vllm=True` is refused: vLLM needs every weight gathered, "
                 "and TRL does so one at a time whatever this option says. Leave it at True."
             )
@@ -30,23 +31,24 @@ def check_launch(args: TBRMOptions) -> None:
                 "cannot, prefer `use_vllm=True`.",
                 stacklevel=4,
             )
-    offloaded = zero.get("offload_optimizer", {}).get("device", "none") != "none"
+    offload = zero.get("offload_optimizer") or {}
+    offloaded = offload.get("device", "none") != "none"
     own = "optimizer" in deepspeed  # DeepSpeed's configuration names one, which takes the place of `optim`
     replaced = offloaded and not own and deepspeed.get("zero_force_ds_cpu_optimizer", True)
     if replaced and args.optim not in OFFLOADED_OPTIMIZERS:
-        raise ValueError(
+        yield (
             f"`optim={args.optim.value!r}` with DeepSpeed's optimizer offload is refused: accelerate replaces it by "
             "DeepSpeed's 32-bit CPU Adam, with an L2 penalty for weight decay. Use optim='adamw_torch', "
             "which becomes DeepSpeed's CPU AdamW, or do not offload the optimizer."
         )
-    precise = deepspeed.get("bf16", {})
+    precise = deepspeed.get("bf16") or {}
     if deepspeed and not zero.get("stage") and not args.fp16:
-        raise ValueError(
+        yield (
             "DeepSpeed without ZeRO is refused: it steps inside backward, and looks at no gradient before. An update "
             "that is not finite would reach the weights. Set `zero_optimization.stage` to 1, 2 or 3."
         )
     if precise.get("enabled") and precise.get("check_grad_overflow") is False:
-        raise ValueError(
+        yield (
             "DeepSpeed's `bf16.check_grad_overflow=false` is refused: an update that is not finite would reach the "
             "weights. Leave it out, or set it to true."
         )
@@ -54,12 +56,12 @@ def check_launch(args: TBRMOptions) -> None:
     if version is None:
         return
     if version == 1:
-        raise ValueError(
+        yield (
             "FSDP version 1 is refused: the reference is saved, reset and compared by whole parameters, which it "
             "flattens. Put `fsdp_version: 2` into the `fsdp_config` of the launcher's file."
         )
     if "torch" not in args.optim and any(word in args.optim for word in ("8bit", "paged", "bnb", "lion", "ademamix")):
-        raise ValueError(
+        yield (
             f"`optim={args.optim.value!r}` under FSDP2 is refused: bitsandbytes' update is not defined for sharded "
             "tensors (torch: no sharding strategy registered). Use optim='adamw_torch', which is sharded as well."
         )

@@ -3,6 +3,7 @@
 import copy
 import math
 import warnings
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -13,8 +14,10 @@ from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
 from transformers.utils.generic import is_flash_attention_requested
 
+from ..model.reference import ADAPTER as REFERENCE_ADAPTER
 from ..options import TBRMOptions
 
+ADAPTER_CONFIG = "adapter_config.json"  # PEFT's name for it
 # Architectures whose image inputs are tested to survive unpadding and re-batching.
 VISION_MODEL_TYPES = frozenset(
     ("gemma3", "idefics3", "internvl", "llava", "llava_next", "qwen2_vl", "qwen2_5_vl", "qwen3_vl", "smolvlm")
@@ -36,7 +39,15 @@ PACKED_MODEL_TYPES = frozenset(
 
 def check_adapters(model: Any, peft_config: Any, args: TBRMOptions) -> None:
     """Refuse adapters that would bias or misplace the residual, or that no sync could follow."""
-    configs = list(model.peft_config.values()) if not isinstance(model, str) and is_peft_model(model) else []
+    if isinstance(model, str) and Path(model, ADAPTER_CONFIG).is_file() and not Path(model, "config.json").is_file():
+        raise ValueError(
+            f"`model={model!r}` is the folder of an adapter. Put it on its base and pass the object: "
+            "`PeftModel.from_pretrained(base, folder, is_trainable=True)`."
+        )
+    given = not isinstance(model, str) and is_peft_model(model)
+    if given:
+        _check_given_adapter(model)
+    configs = list(model.peft_config.values()) if given else []
     for config in [*configs, *([peft_config] if peft_config is not None else [])]:
         for name, rate in vars(config).items():
             if name.endswith("dropout") and isinstance(rate, (int, float)) and rate > 0:
@@ -59,6 +70,38 @@ def check_adapters(model: Any, peft_config: Any, args: TBRMOptions) -> None:
                 f"`ref_model_mixup_alpha={args.ref_model_mixup_alpha}` is refused with adapters: mixing the factors A "
                 "and B of two adapters does not mix their products BA. Use ref_model_mixup_alpha=1.0, a hard reset."
             )
+
+
+def _check_given_adapter(model: Any) -> None:
+    """Refuse a PeftModel in which it is not one adapter that is trained, or not one that can be told by its name."""
+    if REFERENCE_ADAPTER in model.peft_config:
+        raise ValueError(
+            f"The model has an adapter named {REFERENCE_ADAPTER!r}, as the reference's will be. Load it under another "
+            "name, or not at all if it is not trained."
+        )
+    if len(model.active_adapters) != 1:
+        raise ValueError(
+            f"{len(model.active_adapters)} adapters are active ({', '.join(map(repr, model.active_adapters))}), and "
+            "one is trained. Choose it: `model.set_adapter(name)`; merge another one into the base first."
+        )
+    (name,) = model.active_adapters
+    base = [one for one, _ in model.named_parameters() if ".base_layer." in one]
+    if (clash := next((one for one in base if name in one.split(".")), None)) is not None:
+        raise ValueError(
+            f"The adapter is named {name!r}, as a part of the model is ({clash}): its parameters could not be told by "
+            "their names. Give it another name."
+        )
+
+
+def check_head(model: PreTrainedModel) -> None:
+    """Refuse a head that is more than a weight and a bias: TRL's kernel computes log-probabilities from these two."""
+    head = model.get_output_embeddings()
+    if not (hasattr(head, "weight") and hasattr(head, "bias")):
+        raise ValueError(
+            f"The model's head is a {type(head).__name__}, of which log-probabilities cannot be computed without its "
+            "logits. (`trainable_token_indices` makes one of a head that is tied to the embeddings.) Untie them "
+            "(tie_word_embeddings=False), or train whole modules: modules_to_save=['embed_tokens']."
+        )
 
 
 def check_quantization(model: Any, peft_config: Any, quantization_config: Any, args: TBRMOptions) -> None:
@@ -201,7 +244,7 @@ def warn_of_half_precision(model: nn.Module, learning_rate: float, samples: int 
         )
 
 
-def check_backend(model: nn.Module, args: TBRMOptions) -> None:
+def check_backend(model: Any, args: TBRMOptions, has_reference_adapter: bool) -> None:
     """Refuse rollouts for which TRL would change the model that is trained."""
     wanted = torch.bfloat16 if args.bf16 else torch.float16 if args.fp16 else None
     held = {parameter.dtype for parameter in model.parameters() if parameter.is_floating_point()}
@@ -211,12 +254,41 @@ def check_backend(model: nn.Module, args: TBRMOptions) -> None:
             f"casts the trained weights to {wanted} for good, and most updates are then lost to rounding. Turn mixed "
             "precision off, or generate without continuous batching."
         )
-    saved = [n for n, p in model.named_parameters() if p.requires_grad and ".modules_to_save." in n]
-    if args.sync_ref_model and args.use_vllm and saved:
+    if not (args.use_vllm and is_peft_model(model)):
+        return
+    # TRL merges the adapter for a sync, and sends what is not the tuner's own. It knows one name of saved modules.
+    beside = [n for n, p in model.named_parameters() if p.requires_grad and model.base_model.prefix not in n]
+    unknown = [n for n in beside if ".modules_to_save.default." not in n]
+    if beside and has_reference_adapter:
         raise ValueError(
-            f"`sync_ref_model=True` with `use_vllm=True` and `modules_to_save` ({saved[0]}) is refused: TRL would send "
-            "vLLM the reference's copy of these weights too. Leave `modules_to_save` out, or generate without vLLM."
+            f"An adapter with weights beside its layers ({beside[0]}, of `modules_to_save` or "
+            "`trainable_token_indices`) with `use_vllm=True` and a reference that is an adapter too (`sync_ref_model`, "
+            "or a model that came with its adapter) is refused: TRL would send vLLM the reference's copy of these "
+            "weights too. Leave them out, or generate without vLLM."
         )
+    if unknown:
+        raise ValueError(
+            f"An adapter that trains {unknown[0]} with `use_vllm=True` is refused: TRL would send vLLM this weight "
+            "under a name that it does not know. Use `modules_to_save` in an adapter named 'default', or generate "
+            "without vLLM."
+        )
+    check_tied_layers(model)
+
+
+def check_tied_layers(model: Any) -> None:
+    """Refuse an adapter on a weight that another module uses without the adapter: merged, it would change both."""
+    weights: dict[int, list[str]] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        weights.setdefault(id(parameter), []).append(name)
+    for names in weights.values():
+        adapted = [name for name in names if ".base_layer." in name]
+        if adapted and len(adapted) < len(names):
+            raise ValueError(
+                f"The adapter is on {adapted[0]}, which is one tensor with "
+                f"{next(name for name in names if name not in adapted)}. With `use_vllm=True` TRL merges the adapter "
+                "into it, and vLLM would sample from another policy. Untie them (tie_word_embeddings=False), or leave "
+                "that module out of `target_modules`."
+            )
 
 
 def rotary_limit(model: PreTrainedModel, shortest: int = 8) -> int | None:

@@ -1,6 +1,10 @@
-"""What is refused of options: those without a meaning here, and numbers that do not fit together."""
+"""What is refused of options: those without a meaning here, and numbers that do not fit together.
+
+Each check gives its refusals one by one, so that `TBRMConfig` can name all of them in one error.
+"""
 
 import math
+from collections.abc import Iterator
 
 from ..loss.soft_value import SoftValue
 from ..options import HARMLESS, TBRMOptions
@@ -17,45 +21,43 @@ CHOICES = {
 }
 
 
-def refuse_options_without_meaning(args: TBRMOptions) -> None:
+def check_meaning(args: TBRMOptions) -> Iterator[str]:
     for name, reason in REFUSED.items():
         if not args.is_default(name):
             default = type(args).__dataclass_fields__[name].default
-            raise ValueError(
-                f"`{name}={getattr(args, name)!r}` has no meaning for TBRM: {reason}. Leave it at {default!r}."
-            )
+            yield (f"`{name}={getattr(args, name)!r}` has no meaning for TBRM: {reason}. Leave it at {default!r}.")
     if not args.disable_dropout:
-        raise ValueError(
+        yield (
             "`disable_dropout=False` is refused: a log-probability with noise ε gives E(δ+ε)² = δ² + Var ε, so "
             "dropout biases the squared residual. Leave it at True."
         )
     if args.neftune_noise_alpha:
-        raise ValueError(
+        yield (
             f"`neftune_noise_alpha={args.neftune_noise_alpha}` is refused: a log-probability with noise ε gives "
             "E(δ+ε)² = δ² + Var ε, so noisy embeddings bias the squared residual. Leave it at None."
         )
 
 
-def check_residual_options(args: TBRMOptions) -> None:
+def check_residual_options(args: TBRMOptions) -> Iterator[str]:
     if not args.beta > 0:
-        raise ValueError(
+        yield (
             f"`beta={args.beta}` is refused: the residual V + log-ratio − R/β divides by it. The paper uses 0.002 "
             "near 2,000 to 5,000 tokens; use about 0.02 for responses of some hundred tokens."
         )
     if not args.temperature > 0:
-        raise ValueError(f"`temperature={args.temperature}` is refused: the policy is softmax(logits / temperature).")
+        yield (f"`temperature={args.temperature}` is refused: the policy is softmax(logits / temperature).")
     for name, allowed in {**CHOICES, "soft_value": tuple(SoftValue.registry)}.items():
         if getattr(args, name) not in allowed:
-            raise ValueError(f"`{name}={getattr(args, name)!r}` is unknown. Choose one of {', '.join(allowed)}.")
+            yield (f"`{name}={getattr(args, name)!r}` is unknown. Choose one of {', '.join(allowed)}.")
     if args.num_generations < 1:
-        raise ValueError(f"`num_generations={args.num_generations}` is refused: at least 1 rollout per prompt.")
+        yield (f"`num_generations={args.num_generations}` is refused: at least 1 rollout per prompt.")
 
 
-def check_generation(args: TBRMOptions) -> None:
+def check_generation(args: TBRMOptions) -> Iterator[str]:
     """Refuse generation options that change what an action is, or that a backend would ignore."""
     given = args.generation_kwargs or {}
     if stops := [name for name in given if name.startswith("stop") or name in ("eos_token_id", "pad_token_id")]:
-        raise ValueError(
+        yield (
             f"`generation_kwargs` with {', '.join(stops)} is refused: completions would end where trajectories, "
             "truncation and logs do not know of an end. Set the end tokens in the model's `generation_config` "
             "(model.generation_config.eos_token_id, or the file beside the weights)."
@@ -65,13 +67,13 @@ def check_generation(args: TBRMOptions) -> None:
         if args.repetition_penalty != 1.0:
             ignored["repetition_penalty"] = args.repetition_penalty
         if ignored:
-            raise ValueError(
+            yield (
                 f"{ignored} with `use_transformers_continuous_batching=True` is refused: transformers ignores these "
                 "there, or fails in the middle of a generation. Leave them out, or generate without it."
             )
 
 
-def broken_groups(args: TBRMOptions) -> ValueError:
+def broken_groups(args: TBRMOptions) -> str:
     rows, batch, group = (
         args.per_device_train_batch_size * args.world_size,
         args.generation_batch_size,
@@ -79,7 +81,7 @@ def broken_groups(args: TBRMOptions) -> ValueError:
     )
     unit = math.lcm(rows, group) if batch % rows == 0 and batch != rows else group
     fits = [size for size in (batch - batch % unit, batch - batch % unit + unit) if size]
-    return ValueError(
+    return (
         f"A generation of {batch} rollouts (generation_batch_size, or per_device_train_batch_size "
         f"{args.per_device_train_batch_size} × {args.world_size} processes × steps_per_generation "
         f"{args.steps_per_generation}) does not hold whole groups of num_generations={group}. Make it "
@@ -87,12 +89,12 @@ def broken_groups(args: TBRMOptions) -> ValueError:
     )
 
 
-def check_batch_arithmetic(args: TBRMOptions) -> None:
+def check_batch_arithmetic(args: TBRMOptions) -> Iterator[str]:
     generation, accumulation = args.steps_per_generation, args.gradient_accumulation_steps
     if generation % accumulation:
         down, up = generation - generation % accumulation, generation + accumulation - generation % accumulation
         choices = " or ".join(str(steps) for steps in (down, up) if steps)
-        raise ValueError(
+        yield (
             f"steps_per_generation={generation} is not a multiple of gradient_accumulation_steps={accumulation}: "
             f"an optimizer step would mix two generations. Set steps_per_generation to {choices} (or "
             f"generation_batch_size to {choices} × {args.per_device_train_batch_size * args.world_size}), or "
@@ -100,79 +102,82 @@ def check_batch_arithmetic(args: TBRMOptions) -> None:
         )
 
 
-def check_reward_calls(args: TBRMOptions) -> None:
+def check_reward_calls(args: TBRMOptions) -> Iterator[str]:
     try:
         failed = args.reward_of_failure
     except (TypeError, ValueError):
         failed = math.nan
     if failed is not None and not math.isfinite(failed):
-        raise ValueError(
+        yield (
             f"`reward_on_error={args.reward_on_error!r}` is unknown. Choose 'raise', 'skip', or a finite number, the "
             "reward of what failed."
         )
     limit = args.reward_timeout
     if limit is not None and not limit > 0:
-        raise ValueError(f"`reward_timeout={limit}` must be positive, or None to wait for ever.")
+        yield f"`reward_timeout={limit}` must be positive, or None to wait for ever."
     if limit is not None and args.world_size > 1 and limit >= args.ddp_timeout:
-        raise ValueError(
+        yield (
             f"`reward_timeout={limit}` is not below `ddp_timeout={args.ddp_timeout}`: the other processes would give "
             "up waiting before it is reached. Raise ddp_timeout, or lower reward_timeout."
         )
 
 
-def check_skipping(args: TBRMOptions) -> None:
+def check_skipping(args: TBRMOptions) -> Iterator[str]:
     if args.max_skipped_updates < 1:
-        raise ValueError(f"`max_skipped_updates={args.max_skipped_updates}` must be at least 1.")
+        yield f"`max_skipped_updates={args.max_skipped_updates}` must be at least 1."
     if args.optim.endswith("layerwise") or args.optim in ("lomo", "adalomo"):
-        raise ValueError(
+        yield (
             f"`optim={args.optim.value!r}` is refused: it steps in every backward, so that an update that turns out "
             "not to be finite has reached the weights, and an update of several micro-batches is several. Use another "
             "optimizer."
         )
 
 
-def check_microbatches(args: TBRMOptions) -> None:
+def check_microbatches(args: TBRMOptions) -> Iterator[str]:
     tokens = args.max_tokens_per_microbatch
     if tokens is None:
         return
     if tokens < 1:
-        raise ValueError(f"`max_tokens_per_microbatch={tokens}` must be at least 1, or None for a number of rows.")
+        yield (f"`max_tokens_per_microbatch={tokens}` must be at least 1, or None for a number of rows.")
     if args.gradient_accumulation_steps > 1:
-        raise ValueError(
+        yield (
             f"`max_tokens_per_microbatch={tokens}` divides an update into micro-batches itself: set "
             f"gradient_accumulation_steps=1 and per_device_train_batch_size={args.rows_per_device}, the rows of an "
             "update on each device. (steps_per_generation then counts updates.)"
         )
 
 
-def check_soft_value(args: TBRMOptions) -> None:
+def check_soft_value(args: TBRMOptions) -> Iterator[str]:
     estimator = SoftValue.registry[args.soft_value]
     for other in SoftValue.registry.values():
         for name in other.options - estimator.options:
             if hasattr(args, name) and not args.is_default(name):  # a user's estimator may have options elsewhere
-                raise ValueError(
+                yield (
                     f"`{name}={getattr(args, name)!r}` has no effect with `soft_value={args.soft_value!r}`; it "
                     f"belongs to {', '.join(n for n, one in SoftValue.registry.items() if name in one.options)}."
                 )
     if args.reward_baseline != "none" and not estimator.takes_baseline:
-        raise ValueError(
+        yield (
             f"`reward_baseline={args.reward_baseline!r}` with `soft_value={args.soft_value!r}` is refused: it takes no "
             "baseline (`takes_baseline`). From a value made of rewards, a baseline would be taken off twice. Use "
             "'none'."
         )
     if args.truncation == "bootstrap" and not estimator.bootstraps:
         able = [name for name, one in SoftValue.registry.items() if one.bootstraps]
-        raise ValueError(
+        yield (
             f'`truncation="bootstrap"` with `soft_value={args.soft_value!r}` is refused: it gives no value of the '
             f"state after the cut (`bootstraps`). Use {' or '.join(able)}, or truncation='mask'."
         )
-    estimator.check(args)
+    try:
+        estimator.check(args)
+    except ValueError as refusal:
+        yield str(refusal)
 
 
-def check_groups(args: TBRMOptions, window_group_size: int, update_group_size: int) -> None:
+def check_groups(args: TBRMOptions, window_group_size: int, update_group_size: int) -> Iterator[str]:
     group = args.num_generations
     if args.reward_baseline == "batch_mean" and args.generation_batch_size == 1:
-        raise ValueError(
+        yield (
             "`reward_baseline='batch_mean'` with one trajectory in a generation window is refused: its own reward "
             "would be its baseline, and no reward could be learned from. Raise per_device_train_batch_size or "
             "steps_per_generation, or use 'none'."
@@ -184,12 +189,12 @@ def check_groups(args: TBRMOptions, window_group_size: int, update_group_size: i
     else:
         return
     if group == 1:
-        raise ValueError(
+        yield (
             f"`{who}` compares the trajectories of a prompt: with num_generations=1 each would be compared with "
             "itself, and no reward could be learned from. Use 2 or more."
         )
     if args.num_generations_eval == 1:
-        raise ValueError(
+        yield (
             f"`num_generations_eval=1` with `{who}` is refused: the trajectories of a prompt are compared in "
             "evaluation too, and one alone would be compared with itself. Use 2 or more, or leave it at None."
         )
@@ -199,25 +204,23 @@ def check_groups(args: TBRMOptions, window_group_size: int, update_group_size: i
     ):
         rows = args.per_device_train_batch_size * steps
         if rows % group_size:
-            raise ValueError(
+            yield (
                 f"`{who}` needs the {group} trajectories of a prompt on one process, but {rows} rows "
                 f"(per_device_train_batch_size {args.per_device_train_batch_size} × {name} {steps}) are not whole "
                 f"groups of num_generations={group}. Make that product a multiple of {group}."
             )
 
 
-def check_terms(args: TBRMOptions) -> None:
+def check_terms(args: TBRMOptions) -> Iterator[str]:
     for name in ("sft_coef", "entropy_advantage_coef", "reward_pessimism"):
         if not 0 <= getattr(args, name) < math.inf:
-            raise ValueError(f"`{name}={getattr(args, name)}` must be 0 (off) or positive, and finite.")
+            yield (f"`{name}={getattr(args, name)}` must be 0 (off) or positive, and finite.")
     if not math.isfinite(args.truncated_reward):
-        raise ValueError(f"`truncated_reward={args.truncated_reward}` must be a finite number.")
+        yield (f"`truncated_reward={args.truncated_reward}` must be a finite number.")
     if not 0 < args.token_fraction <= 1:
-        raise ValueError(f"`token_fraction={args.token_fraction}` must lie in (0, 1].")
+        yield (f"`token_fraction={args.token_fraction}` must lie in (0, 1].")
     if args.residual == "token" and (args.soft_value != "policy" or args.truncation == "bootstrap"):
-        raise ValueError(
-            '`residual="token"` takes V_θ of every state: it needs `soft_value="policy"`, and no bootstrap.'
-        )
+        yield ('`residual="token"` takes V_θ of every state: it needs `soft_value="policy"`, and no bootstrap.')
     if args.token_fraction < 1:
         for name, beside in (
             ("residual", args.residual == "token"),
@@ -226,50 +229,50 @@ def check_terms(args: TBRMOptions) -> None:
             ("truncation", args.truncation == "bootstrap" and args.token_selection == "cut"),
         ):
             if beside:
-                raise ValueError(
+                yield (
                     f"`token_fraction={args.token_fraction}` with `{name}={getattr(args, name)!r}` is refused: "
                     "that needs the gradient of every token. Use one of the two."
                 )
     for name, beside in (("sft_threshold", args.sft_coef), ("token_selection", args.token_fraction < 1)):
         if not (beside or args.is_default(name)):
             needed = {"sft_threshold": "sft_coef", "token_selection": "token_fraction"}[name]
-            raise ValueError(f"`{name}={getattr(args, name)!r}` has no effect without `{needed}`. Set that too.")
+            yield (f"`{name}={getattr(args, name)!r}` has no effect without `{needed}`. Set that too.")
     if args.reward_pessimism and args.reward_weights and min(args.reward_weights) <= 0:
-        raise ValueError(
+        yield (
             "`reward_pessimism` reads the reward functions as verdicts on one thing, so `reward_weights` must be "
             "positive."
         )
 
 
-def check_reference(args: TBRMOptions) -> None:
+def check_reference(args: TBRMOptions) -> Iterator[str]:
     if not args.sync_ref_model:
         return
     if args.reference == "previous":
-        raise ValueError(
+        yield (
             '`sync_ref_model=True` with `reference="previous"` is refused: the previous policy is the reference '
             "already. Use one of the two."
         )
     if args.precompute_ref_log_probs:
-        raise ValueError(
+        yield (
             "`precompute_ref_log_probs=True` with `sync_ref_model=True` is refused: scores that were computed once "
             "would go stale at the first sync. Use one of the two."
         )
     if not (0 < args.ref_model_mixup_alpha <= 1 and args.ref_model_sync_steps >= 1):
-        raise ValueError(
+        yield (
             f"`ref_model_mixup_alpha={args.ref_model_mixup_alpha}` must lie in (0, 1], and "
             f"`ref_model_sync_steps={args.ref_model_sync_steps}` must be at least 1."
         )
 
 
-def check_padding(args: TBRMOptions) -> None:
+def check_padding(args: TBRMOptions) -> Iterator[str]:
     if args.padding_free and args.pad_to_multiple_of is not None:
-        raise ValueError(
+        yield (
             f"`pad_to_multiple_of={args.pad_to_multiple_of}` has no meaning with `padding_free=True`, where nothing is "
             "padded. Leave it at None, or padding_free at False."
         )
 
 
-def check_replay(args: TBRMOptions, update_group_size: int) -> None:
+def check_replay(args: TBRMOptions, update_group_size: int) -> Iterator[str]:
     size, rows = args.replay_buffer_size, args.rows_per_update
     if size == 0:
         for name in (
@@ -279,44 +282,44 @@ def check_replay(args: TBRMOptions, update_group_size: int) -> None:
             "replay_priority_correction",
         ):
             if not args.is_default(name):
-                raise ValueError(f"`{name}={getattr(args, name)!r}` needs a buffer: set `replay_buffer_size`.")
+                yield (f"`{name}={getattr(args, name)!r}` needs a buffer: set `replay_buffer_size`.")
         return
     if size < rows:
-        raise ValueError(
+        yield (
             f"`replay_buffer_size={size}` is smaller than one update of {rows} trajectories "
             f"({args.per_device_train_batch_size} per device × {args.world_size} process(es) × "
             f"{args.gradient_accumulation_steps} accumulation): no replay update could ever be filled. Set it to "
             f"{rows} or more, or to 0 for no buffer."
         )
     if size % args.world_size:
-        raise ValueError(
+        yield (
             f"`replay_buffer_size={size}` does not divide over {args.world_size} processes: each holds a shard of "
             f"one size. Use {size - size % args.world_size + args.world_size}."
         )
     if update_group_size > 1:
         if args.replay_sampling == "prioritized":
-            raise ValueError(
+            yield (
                 f'`replay_sampling="prioritized"` draws single trajectories, and `soft_value={args.soft_value!r}` '
                 'needs whole groups. Use "uniform".'
             )
         if size // args.world_size % args.num_generations:
-            raise ValueError(
+            yield (
                 f"`replay_buffer_size={size}` over {args.world_size} process(es) does not hold whole groups of "
                 f"num_generations={args.num_generations}. Make it a multiple of "
                 f"{args.num_generations * args.world_size}."
             )
     if args.residual == "token":
-        raise ValueError(
+        yield (
             '`replay_buffer_size` with `residual="token"` is refused: the buffer keeps the sum of the reference\'s '
             "log-probabilities, and this residual takes each of them. Use one of the two."
         )
     if args.num_iterations == 1:
-        raise ValueError(
+        yield (
             "`replay_buffer_size` has no effect with `num_iterations=1`, whose only update takes the fresh "
             "trajectories. Use 2 or more, or no buffer."
         )
     if args.replay_max_age is not None and args.replay_max_age < 1:
-        raise ValueError(f"`replay_max_age={args.replay_max_age}` must be at least 1 update.")
+        yield (f"`replay_max_age={args.replay_max_age}` must be at least 1 update.")
     for name in ("replay_priority_exponent", "replay_priority_correction"):
         if not 0 <= getattr(args, name) <= 1:
-            raise ValueError(f"`{name}={getattr(args, name)}` must lie between 0 and 1.")
+            yield (f"`{name}={getattr(args, name)}` must lie between 0 and 1.")

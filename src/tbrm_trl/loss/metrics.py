@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import math
+from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from accelerate import Accelerator
+from accelerate.utils import gather_object
 from torch import Tensor
+from trl.trainer.utils import nanstd
 
 from ..batch import Batch, TrajectoryScores, at_least_float32
-from ..trajectory import End, UpdateRow
+from ..trajectory import End, Trajectory, UpdateRow
 from .soft_value import ValueInputs
 from .trajectory_loss import LossOutput
 
@@ -125,29 +129,109 @@ def microbatch_totals(
     return totals
 
 
-@torch.no_grad()
-def evaluation_totals(
-    rows: Sequence[UpdateRow], reward_names: Sequence[str], output: LossOutput, weight: Tensor
-) -> dict[str, Tensor]:
-    """Totals of an evaluation batch by TRL's names, over its rows instead of its batches. Repeated rows do not count.
+def evaluation_loss(output: LossOutput, weight: Tensor) -> Tensor:
+    """`(2,)` the sum of the losses that count, and their number. `weight`: `(B,)` factor on each."""
+    counted = output.inputs.counted  # (B,)
+    return torch.stack([torch.where(counted, output.loss.detach() * weight, 0.0).sum(), counted.sum()]).float()
+
+
+def evaluated_numbers(rows: Sequence[UpdateRow], reward_names: Sequence[str]) -> Tensor:
+    """`(B, 3 + F)` of each row: whether it only fills up the batch, its length, whether it was cut, and each reward."""
+    return torch.tensor(
+        [
+            [
+                float(row.left_out == "repeated"),
+                float(row.trajectory.loss_mask.sum()),
+                float(row.trajectory.end is End.LENGTH),
+                *(row.trajectory.rewards.get(name, math.nan) for name in reward_names),
+            ]
+            for row in rows
+        ],
+        dtype=torch.float32,
+    )
+
+
+def evaluation_metrics(
+    numbers: Tensor, reward_names: Sequence[str], reward_weights: Tensor, group_size: int
+) -> dict[str, float]:
+    """TRL's metrics of completions and rewards, over all rows of an evaluation instead of one batch after the other.
 
     Args:
-        rows: B rows, after `left_out` was decided.
-        reward_names: of the reward functions.
-        output: the loss of the rows.
-        weight: `(B,)` factor on each loss.
+        numbers: `(N, 3 + F)` `evaluated_numbers` of all processes, the rows of a prompt one after the other.
+        reward_names: of the F reward functions.
+        reward_weights: `(F,)`.
+        group_size: rows of a prompt.
     """
-    own = [row.trajectory for row in rows if row.left_out != "repeated"]
-    values: dict[str, list[float]] = {
-        "reward": [one.reward for one in own],
-        **{f"rewards/{name}/mean": [one.rewards.get(name, math.nan) for one in own] for name in reward_names},
-        "completions/mean_length": [float(len(one.completion_ids)) for one in own],
-        "completions/clipped_ratio": [float(one.end is End.LENGTH) for one in own],
-        "loss": torch.where(output.inputs.counted, output.loss * weight, math.nan).tolist(),
+    repeated, length, cut, rewards = numbers.double().cpu().tensor_split([1, 2, 3], dim=1)
+    own = repeated[:, 0] == 0
+    length, ended, rewards = length[own, 0], cut[own, 0] == 0, rewards[own]  # (M,), (M,), (M, F)
+    total = (rewards * reward_weights.double().cpu()).nansum(dim=1)  # (M,)
+    total[rewards.isnan().all(dim=1)] = math.nan
+    if group_size > 1:
+        has_zero_std = nanstd(total.view(-1, group_size), dim=1).abs() < 1e-8  # (M / group_size,)
+    else:
+        has_zero_std = torch.ones_like(total, dtype=torch.bool)
+    values = {
+        "reward": total.nanmean(),
+        "reward_std": nanstd(total),
+        "frac_reward_zero_std": has_zero_std.double().mean(),
+        "completions/clipped_ratio": 1 - ended.double().mean(),
     }
-    given = {name: [value for value in column if not math.isnan(value)] for name, column in values.items()}
-    device = output.loss.device
-    return {name: torch.tensor([sum(column), len(column)], device=device) for name, column in given.items()}
+    for name, column in zip(reward_names, rewards.unbind(dim=1), strict=True):
+        values |= {f"rewards/{name}/mean": column.nanmean(), f"rewards/{name}/std": nanstd(column)}
+    for name, lengths in (("", length), ("_terminated", length[ended] if ended.any() else torch.zeros(1))):
+        values |= {f"completions/{how}{name}_length": getattr(lengths, how)() for how in ("mean", "min", "max")}
+    return {name: value.item() for name, value in values.items()}
+
+
+class AdvantageColumn:
+    """`β δ` of the rollouts that TRL's table of completions shows, in its order.
+
+    A row of the table is there once it is generated, and has its residual once it was in an update.
+
+    Args:
+        size: the rows of the table that this process generates.
+    """
+
+    def __init__(self, size: int) -> None:
+        self.size = size
+        self.generations: deque[list[float | None]] = deque()  # the values of each generation's rows on this process
+        self.places: dict[str, dict[int, tuple[list[float | None], int]]] = {}  # of the last trajectories of each mode
+
+    def add(self, trajectories: Sequence[Trajectory], mode: str) -> None:
+        """Add the rollouts of a generation, in the order in which TRL returned them. `mode`: "train" or "eval"."""
+        values: list[float | None] = [None] * len(trajectories)
+        self.generations.append(values)
+        self.places[mode] = {id(one): (values, place) for place, one in enumerate(trajectories)}
+        while sum(map(len, self.generations)) - len(self.generations[0]) >= self.size:
+            self.generations.popleft()
+
+    def set(self, rows: Sequence[UpdateRow], residual: Tensor, mode: str) -> None:
+        """Take the residuals of a micro-batch: `(B,)` in reward units. Rows that do not count have none."""
+        places = self.places.get(mode, {})
+        for row, value in zip(rows, residual.tolist(), strict=True):
+            if id(row.trajectory) in places and row.left_out is None:
+                values, place = places[id(row.trajectory)]
+                values[place] = value
+
+    def over_processes(self) -> list[float]:
+        """The whole column: in each generation the rows of one process after those of another. All call this."""
+        generations = zip(*gather_object([list(self.generations)]), strict=True)
+        column = [value for of_processes in generations for values in of_processes for value in values]
+        return [math.nan if value is None else value for value in column]
+
+    def state(self, window: Sequence[Trajectory]) -> dict[str, Any]:
+        """Plain values, for a checkpoint that holds these trajectories."""
+        number = {id(values): number for number, values in enumerate(self.generations)}
+        found = [self.places.get("train", {}).get(id(trajectory)) for trajectory in window]
+        places = [found and id(found[0]) in number and [number[id(found[0])], found[1]] for found in found]
+        return {"generations": list(self.generations), "places": places}
+
+    def restore(self, state: dict[str, Any], window: Sequence[Trajectory]) -> None:
+        """Go on from what `state` returned."""
+        self.generations = deque(state["generations"])
+        found = [(one, place) for one, place in zip(window, state["places"], strict=True) if place]
+        self.places = {"train": {id(one): (self.generations[n], place) for one, (n, place) in found}}
 
 
 class Recorder:

@@ -1,14 +1,14 @@
 """OAPL and Kimi k1.5: log-mean-exp of the group's rewards."""
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
 from ...batch import chunks
-from ...options import TBRMOptions
+from ...options import TBRMOptions, refuse
 from ...trajectory import Trajectory
 from .base import ConstantValue
 
@@ -20,9 +20,9 @@ def log_mean_exp(rewards: Tensor, temperature: float) -> Tensor:
     return temperature * ((rewards / temperature).logsumexp(dim=-1) - math.log(rewards.shape[-1]))
 
 
-def check_temperature(soft_value_beta: float | None) -> None:
+def problem_of_temperature(soft_value_beta: float | None) -> Iterator[str]:
     if soft_value_beta is not None and not soft_value_beta > 0:
-        raise ValueError(
+        yield (
             f"`soft_value_beta={soft_value_beta}` is refused: β₁ divides the rewards in β₁ log mean exp(r/β₁). For "
             "their mean, its limit at infinity, set float('inf') (.inf in YAML); towards 0 it becomes the largest "
             "reward."
@@ -42,7 +42,7 @@ class LogMeanExpValue(ConstantValue):
 
     @classmethod
     def check(cls, args: TBRMOptions) -> None:
-        check_temperature(args.soft_value_beta)
+        refuse(problem_of_temperature(args.soft_value_beta))
 
     def on_window(self, trajectories: Sequence[Trajectory], rows: Sequence[Mapping[str, Any]], group_size: int) -> None:
         temperature = self.args.soft_value_beta or self.args.beta

@@ -16,10 +16,10 @@ from accelerate.utils import gather_object
 from datasets import Dataset
 
 from ...files import dataset_digest, write_table
-from ...options import TBRMOptions
+from ...options import TBRMOptions, refuse
 from ...trajectory import Trajectory
 from .base import ConstantValue
-from .log_mean_exp import check_temperature, log_mean_exp
+from .log_mean_exp import log_mean_exp, problem_of_temperature
 from .run import Run
 
 COLUMN = "optimal_value"
@@ -39,19 +39,23 @@ class OptimalValue(ConstantValue):
 
     @classmethod
     def check(cls, args: TBRMOptions) -> None:
-        check_temperature(args.soft_value_beta)
+        refuse(cls._problems(args))
+
+    @staticmethod
+    def _problems(args: TBRMOptions) -> Iterator[str]:
+        yield from problem_of_temperature(args.soft_value_beta)
         if args.reference == "previous" or args.sync_ref_model:
-            raise ValueError(
+            yield (
                 '`soft_value="optimal"` is the value of the initial reference, sampled once. Use `reference="initial"` '
                 "without `sync_ref_model`."
             )
         if filters := args.sampling_filters():
-            raise ValueError(
+            yield (
                 f'{filters} with `soft_value="optimal"` is refused: the samples would come from another policy than '
                 "the reference, and their log-mean-exp would be another value. Leave them at their defaults."
             )
         if args.remove_unused_columns:
-            raise ValueError(
+            yield (
                 f'`remove_unused_columns=True` would drop the column `{COLUMN}` that `soft_value="optimal"` reads. '
                 "Leave it at False."
             )

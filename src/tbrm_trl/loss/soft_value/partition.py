@@ -1,13 +1,13 @@
 """Reward partitioning: the partition function over the logged completions of a prompt."""
 
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, ClassVar
 
 import numpy as np
 import torch
 
-from ...options import TBRMOptions
+from ...options import TBRMOptions, refuse
 from ...trajectory import Trajectory
 from .base import ConstantValue
 from .run import Run
@@ -26,13 +26,17 @@ class PartitionValue(ConstantValue):
 
     @classmethod
     def check(cls, args: TBRMOptions) -> None:
+        refuse(cls._problems(args))
+
+    @staticmethod
+    def _problems(args: TBRMOptions) -> Iterator[str]:
         if args.reference == "previous" or args.sync_ref_model:
-            raise ValueError(
+            yield (
                 '`soft_value="partition"` sums over the log with one fixed reference. Use `reference="initial"` '
                 "without `sync_ref_model`."
             )
         if args.precompute_ref_log_probs is False:
-            raise ValueError(
+            yield (
                 '`soft_value="partition"` needs the reference\'s score of every completion before the first update. '
                 "Leave `precompute_ref_log_probs` at None."
             )
