@@ -140,7 +140,7 @@ def test_the_readmes_programs_run(tmp_path, monkeypatch):
     """Word for word, one after the other, but for the model, the number of steps and the machine."""
     program = "\n".join(programs_of("README.md"))
     assert "Qwen/Qwen2.5-0.5B" in program
-    program = program.replace("Qwen/Qwen2.5-0.5B", save(tmp_path / "model"))
+    program = program.replace("Qwen/Qwen2.5-0.5B", save(tmp_path / "model", max_position_embeddings=1024))
     program = re.sub(r'(output_dir="\w+")', r'\1, max_steps=2, use_cpu=True, report_to="none"', program)
     monkeypatch.chdir(tmp_path)
     scope: dict = {}

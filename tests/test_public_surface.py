@@ -86,6 +86,8 @@ OPTIONS = {
     "precompute_ref_log_probs": None,
     "save_rollouts": False,
     "max_skipped_updates": 3,
+    "max_prompt_length": None,
+    "long_prompts": "refuse",
     "reward_timeout": None,
     "reward_on_error": "raise",
     "reference": "initial",

@@ -22,6 +22,7 @@ from tbrm_trl.resume import ExactResume
 
 OVERRIDDEN = {
     "_get_grad_norm": "(self, model, grad_norm=None)",
+    "_tokenize_prompts": "(self, prompts)",
     "_get_train_sampler": "(self, dataset=None)",
     "_calculate_rewards": "(self, inputs, prompts, completions, completion_ids_list)",
     "_get_per_token_logps_and_entropies": (

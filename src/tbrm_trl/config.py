@@ -32,6 +32,7 @@ class TBRMConfig(TBRMOptions):
                 *options.check_generation(self),
                 *options.check_batch_arithmetic(self),
                 *options.check_reward_calls(self),
+                *options.check_prompt_options(self),
                 *options.check_skipping(self),
                 *options.check_microbatches(self),
                 *options.check_soft_value(self),

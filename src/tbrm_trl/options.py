@@ -166,6 +166,15 @@ class TBRMOptions(GRPOConfig):
         save_rollouts (`bool`, *optional*, defaults to `False`):
             Write every rollout to `output_dir/rollouts` as Parquet. `load_rollouts` reads them back as a training set.
 
+        > Parameters that control prompts
+
+        max_prompt_length (`int` or `None`, *optional*):
+            Tokens that a prompt may have, with its chat template. None allows what the model's context leaves beside
+            `max_completion_length`.
+        long_prompts (`"refuse"`, `"drop"` or `"cut"`, *optional*, defaults to `"refuse"`):
+            What becomes of longer prompts. `"refuse"` names the first of them before the model is loaded. `"drop"`
+            leaves their rows out of the data sets, and counts them. `"cut"` keeps the last tokens of each.
+
         > Parameters that keep a run alive
 
         reward_timeout (`float` or `None`, *optional*):
@@ -232,6 +241,8 @@ class TBRMOptions(GRPOConfig):
     logged_fraction: float | None = None
     precompute_ref_log_probs: bool | None = None
     save_rollouts: bool = False
+    max_prompt_length: int | None = None
+    long_prompts: str = "refuse"
     reward_timeout: float | None = None
     reward_on_error: str = "raise"
     max_skipped_updates: int = 3

@@ -126,6 +126,7 @@ from .sources.logged import (
     some_unrewarded,
     tokenize_logged_rows,
 )
+from .sources.prompts import PromptRenderer, fitting_prompts
 from .sources.reference_scores import precompute_scores
 from .sources.replay import ReplayBuffer
 from .sources.returns import check_magnitude, total_reward, unique_names
@@ -156,6 +157,7 @@ class TBRMTrainer(ExactResume, GRPOTrainer):
     overridden methods are
 
     - `_get_train_sampler`: two streams of rows, prompts to roll out and logged trajectories;
+    - `_tokenize_prompts`: refuses prompts that are too long, or cuts them;
     - `_calculate_rewards`: keeps the raw rewards, of which TRL only returns normalised advantages;
     - `_get_per_token_logps_and_entropies`: returns nothing, so that TRL runs no old-policy pass;
     - `_prepare_inputs`: collects the trajectories of an optimizer step, and has the reference score them;
@@ -251,14 +253,15 @@ class TBRMTrainer(ExactResume, GRPOTrainer):
             raise TypeError(f"`args` must be a TBRMConfig, got {type(args).__name__}.")
 
         # Check what was given, before anything is loaded.
-        self._plan = check_training_set(
-            train_dataset,
-            args,
-            args.window_group_size,
+        planned = partial(
+            check_training_set,
+            args=args,
+            group_size=args.window_group_size,
             rewarded=bool(reward_funcs or environment_factory),
             evaluated=eval_dataset is not None,
             needs_prompts=environment_factory is None,
         )
+        self._plan = planned(train_dataset)
         check_evaluation_sets(eval_dataset, needs_prompts=environment_factory is None)
         self._check_reward_functions(reward_funcs, train_dataset, eval_dataset, rollout_func or environment_factory)
         if isinstance(train_dataset, Dataset) and self._plan.mix.logged:
@@ -268,6 +271,18 @@ class TBRMTrainer(ExactResume, GRPOTrainer):
         check_adapters(model, peft_config, args)
         check_quantization(model, peft_config, quantization_config, args)
         check_reference_model(reference_model, model, peft_config, args)
+        renderer = PromptRenderer(model, processing_class, args, tools, environment_factory or rollout_func)
+        self._prompt_limit = renderer.limit(train_dataset)
+        fitted = self._with_fitting_prompts(train_dataset, "the training set", ~self._plan.logged, renderer)
+        if fitted is not train_dataset:
+            train_dataset, self._plan = fitted, planned(fitted)
+        if isinstance(eval_dataset, Mapping):
+            eval_dataset = {
+                name: self._with_fitting_prompts(one, f"the evaluation set {name!r}", np.ones(1, bool), renderer)
+                for name, one in eval_dataset.items()
+            }
+        else:
+            eval_dataset = self._with_fitting_prompts(eval_dataset, "the evaluation set", np.ones(1, bool), renderer)
 
         # Build. TRL would sync no adapter, copy one only if it is named "default", and load a reference beside another.
         given_adapter = not isinstance(model, str) and is_peft_model(model)
@@ -280,7 +295,7 @@ class TBRMTrainer(ExactResume, GRPOTrainer):
                 args=args,
                 train_dataset=train_dataset,
                 eval_dataset=eval_dataset,
-                processing_class=processing_class,
+                processing_class=renderer.processing_class,
                 reward_processing_classes=reward_processing_classes,
                 callbacks=callbacks,
                 optimizers=optimizers,
@@ -307,7 +322,7 @@ class TBRMTrainer(ExactResume, GRPOTrainer):
             if scored is not None:
                 bare = self.accelerator.unwrap_model(scored, keep_torch_compile=False)
                 add_trajectory_head(bare, self.temperature, args.cast_lm_head_to_fp32)
-        self.evaluating = False
+        self.evaluating = self._prompts_are_rolled_out = False
         self._evaluated: list[Tensor] = []  # numbers of the rows of each batch of the evaluation under way
         self._rows_to_evaluate: int | None = None
         self._given_dataset = train_dataset
@@ -343,6 +358,19 @@ class TBRMTrainer(ExactResume, GRPOTrainer):
         self._soft_value.attach(run)
         sampler = self._get_train_sampler() if isinstance(train_dataset, Sized) else None
         self.accelerator.print(startup_line(self._plan.mix, args, sampler))
+
+    def _with_fitting_prompts(self, dataset: Any, title: str, asked: np.ndarray, renderer: PromptRenderer) -> Any:
+        """The data set without prompts that are too long, where they are dropped; those that cannot be are refused.
+
+        Streams, and prompts with images or from environments, are looked at when they are drawn.
+        """
+        if not isinstance(dataset, Dataset) or "prompt" not in dataset.column_names:
+            return dataset
+        if asked.all():  # logged rows are looked at when they are tokenized
+            check_empty_prompts(dataset, title, renderer.tokenizer)
+        if not renderer.is_exact:
+            return dataset
+        return fitting_prompts(dataset, title, asked, self._prompt_limit, renderer)
 
     def _check_reward_functions(self, reward_funcs: Any, train_dataset: Any, eval_dataset: Any, more: Any) -> None:
         """Each function can be called with what each data set gives it. A stream without known columns gives none."""
@@ -384,9 +412,6 @@ class TBRMTrainer(ExactResume, GRPOTrainer):
             check_packing(policy)
         if not args.use_vllm:
             warn_of_shipped_sampling(policy.generation_config, self.generation_config)
-        if not self._plan.mix.logged:  # logged rows are looked at when they are tokenized
-            check_empty_prompts(self.train_dataset, "the training set", self._tokenizer)
-        check_empty_prompts(self.eval_dataset, "the evaluation set", self._tokenizer)
         if self.accelerator.is_main_process:
             warn_of_double_bos([self.train_dataset, self.eval_dataset], self._tokenizer)
         if isinstance(given, PreTrainedModel) and self.ref_model is not None:
@@ -618,12 +643,23 @@ class TBRMTrainer(ExactResume, GRPOTrainer):
             texts = [row["prompt"] for row in given if isinstance(row.get("prompt"), str)]
             drawn = Dataset.from_dict({"prompt": texts})
             self._streams_may_double_bos = not warn_of_double_bos([drawn], self._tokenizer)
-        output = self._generate_and_score_completions(given)
+        with temporarily(self, _prompts_are_rolled_out=True):
+            output = self._generate_and_score_completions(given)
         per_prompt = self.num_generations_eval if self.evaluating else self.num_generations
         first = self.accelerator.process_index * len(rows)
         step = self.state.global_step
         group_ids = [step * self.args.generation_batch_size + (first + i) // per_prompt for i in range(len(rows))]
         return trajectories_from_trl(output, self._rewards, self._end_token_ids(), group_ids, step)
+
+    def _tokenize_prompts(self, prompts):
+        prompt_ids, images, multimodal_fields = super()._tokenize_prompts(prompts)
+        limit = self._prompt_limit
+        if self._prompts_are_rolled_out and limit.tokens is not None:
+            if limit.policy == "cut":
+                prompt_ids = [ids[-limit.tokens :] for ids in prompt_ids]
+            for prompt, ids in zip(prompts, prompt_ids, strict=True):
+                limit.check(len(ids), f"The prompt {str(prompt)[:60]!r} of this window")
+        return prompt_ids, images, multimodal_fields
 
     def _calculate_rewards(self, inputs, prompts, completions, completion_ids_list):
         self.model.train(not self.evaluating)  # TRL's continuous batching leaves a model that it evaluates in training

@@ -11,6 +11,7 @@ from ..options import HARMLESS, TBRMOptions
 from .trl_options import REFUSED
 
 CHOICES = {
+    "long_prompts": ("refuse", "drop", "cut"),
     "loss_units": ("reward", "logits"),
     "reference": ("initial", "previous"),
     "replay_sampling": ("uniform", "prioritized"),
@@ -120,6 +121,11 @@ def check_reward_calls(args: TBRMOptions) -> Iterator[str]:
             f"`reward_timeout={limit}` is not below `ddp_timeout={args.ddp_timeout}`: the other processes would give "
             "up waiting before it is reached. Raise ddp_timeout, or lower reward_timeout."
         )
+
+
+def check_prompt_options(args: TBRMOptions) -> Iterator[str]:
+    if args.max_prompt_length is not None and args.max_prompt_length < 1:
+        yield f"`max_prompt_length={args.max_prompt_length}` must be at least 1, or None for the model's context."
 
 
 def check_skipping(args: TBRMOptions) -> Iterator[str]:

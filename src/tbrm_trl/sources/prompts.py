@@ -1,0 +1,223 @@
+"""Prompts that are longer than they may be, or of which the tokenizer knows nothing: found before a model is loaded."""
+
+import warnings
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+from datasets import Dataset, IterableDataset
+from transformers import AutoConfig, AutoProcessor, PreTrainedTokenizerBase
+from trl.trainer.utils import get_config_model_id
+
+from ..batch import chunks
+from ..options import TBRMOptions
+
+BYTES_PER_MESSAGE = 64  # more than templates put around a message
+_UNUSED = "\U0010fffd"  # a character that no text uses
+
+
+@dataclass(frozen=True)
+class PromptLimit:
+    """How long a prompt may be, and what becomes of longer ones.
+
+    Attributes:
+        tokens: the limit; None if there is none.
+        reason: what sets it, for errors.
+        policy: "refuse", "drop" or "cut".
+    """
+
+    tokens: int | None
+    reason: str
+    policy: str
+
+    def check(self, length: int, name: str, more: str = "") -> None:
+        """Refuse a prompt of this many tokens, which an error calls by `name`, if it is too long."""
+        if self.tokens is not None and length > self.tokens:
+            raise ValueError(
+                f"{name} has {length} tokens, more than {self.tokens}, which is {self.reason}.{more} Drop long prompts "
+                "(`long_prompts='drop'`), cut them on the left (`long_prompts='cut'`), or make room."
+            )
+
+
+class PromptRenderer:
+    """Makes token ids of prompts as generation will, before the model is loaded.
+
+    Args:
+        model: id, folder or model.
+        processing_class: tokenizer or processor; None loads the model's own, as TRL would.
+        args: the options.
+        tools: that the chat template is given.
+        other: a rollout function or environment factory, which render prompts by themselves.
+
+    Attributes:
+        processing_class: as given or loaded.
+        tokenizer: the text tokenizer of it.
+        is_exact: whether generation renders nothing else.
+    """
+
+    def __init__(self, model: Any, processing_class: Any, args: TBRMOptions, tools: Any, other: Any):
+        self.args, self.tools, self.model = args, tools, model
+        named = isinstance(model, str)
+        self.settings = {
+            "revision": (args.model_init_kwargs or {}).get("revision") if named else None,
+            "trust_remote_code": args.trust_remote_code,
+        }
+        self.processing_class = processing_class or AutoProcessor.from_pretrained(
+            model if named else get_config_model_id(model.config),
+            truncation_side="left",
+            padding_side="left",
+            **self.settings,
+        )
+        self.tokenizer = getattr(self.processing_class, "tokenizer", self.processing_class)
+        self.is_exact = self.tokenizer is self.processing_class and not other
+
+    def __call__(self, prompts: list[Any]) -> Sequence[Sequence[int]]:
+        """The ids of prompts that are all text, or all messages."""
+        if isinstance(prompts[0], str):
+            return self.tokenizer(text=prompts)["input_ids"]
+        return self.processing_class.apply_chat_template(
+            conversation=prompts,
+            tools=self.tools or None,
+            add_generation_prompt=True,
+            tokenize=True,
+            return_dict=True,
+            **(self.args.chat_template_kwargs or {}),
+        )["input_ids"]
+
+    def limit(self, training_set: Any) -> PromptLimit:
+        """`max_prompt_length`, or what the model's context leaves beside a completion.
+
+        Raises:
+            ValueError: if that leaves nothing, or for a policy that cannot be kept.
+        """
+        args, policy = self.args, self.args.long_prompts
+        if policy == "cut" and not self.is_exact:
+            raise ValueError(
+                "`long_prompts='cut'` with images, `rollout_func` or `environment_factory` is refused: what they draw "
+                "from is no list of tokens that can be cut. Use 'drop' or 'refuse'."
+            )
+        if policy == "drop" and isinstance(training_set, IterableDataset):
+            raise ValueError("`long_prompts='drop'` needs a data set, not a stream. Filter the stream, or use 'cut'.")
+        named = isinstance(self.model, str)
+        config = AutoConfig.from_pretrained(self.model, **self.settings) if named else self.model.config
+        context = getattr(config.get_text_config(), "max_position_embeddings", None)
+        longest, completion = args.max_prompt_length, args.max_completion_length
+        if context is not None and context <= completion:
+            raise ValueError(
+                f"`max_completion_length={completion}` leaves no room for a prompt in the model's context of {context} "
+                "tokens. Lower it."
+            )
+        room = None if context is None else context - completion
+        if longest is not None and (room is None or longest <= room):
+            return PromptLimit(longest, "max_prompt_length", policy)
+        return PromptLimit(room, f"the model's context of {context} less max_completion_length={completion}", policy)
+
+
+def fitting_prompts(
+    dataset: Dataset, title: str, asked: np.ndarray, limit: PromptLimit, renderer: PromptRenderer
+) -> Dataset:
+    """The data set without prompts that are too long, if they are to be dropped.
+
+    Args:
+        dataset: rows with a column `prompt`.
+        title: what errors call it.
+        asked: `(N,)` bool, the rows that are to be rolled out, or `(1,)` for all.
+        limit: how long they may be.
+        renderer: prompts → ids, as for generation.
+
+    Raises:
+        ValueError: for a prompt of nothing but unknown characters, and for one that is too long if that is refused. It
+            names the row.
+    """
+    asked = np.broadcast_to(asked, len(dataset))
+    _refuse_unknown(dataset, title, asked, renderer.tokenizer)
+    if limit.tokens is None or limit.policy == "cut":
+        return dataset
+    lengths = _lengths_of_suspects(dataset, asked, limit.tokens, renderer)
+    long = {row: length for row, length in lengths if length > limit.tokens}
+    if not long:
+        return dataset
+    if limit.policy == "refuse":
+        row, length = next(iter(long.items()))
+        limit.check(length, f"Row {row} of {title}: its prompt", f" {len(long)} of {len(dataset)} rows are too long.")
+    warnings.warn(
+        f"{len(long)} of {len(dataset)} rows of {title} are dropped: their prompts have more than {limit.tokens} "
+        f"tokens, which is {limit.reason}. They are rows {', '.join(map(str, list(long)[:10]))}"
+        f"{', …' if len(long) > 10 else ''}.",
+        stacklevel=2,
+    )
+    kept = np.ones(len(dataset), bool)
+    kept[list(long)] = False
+    if not kept.any():
+        raise ValueError(f"No row of {title} is left: every prompt has more than {limit.tokens} tokens.")
+    return dataset.select(np.flatnonzero(kept))
+
+
+def _lengths_of_suspects(
+    dataset: Dataset, asked: np.ndarray, limit: int, renderer: PromptRenderer
+) -> Iterator[tuple[int, int]]:
+    """Rows that may be too long, with their tokens. A token has at least one byte, so most rows are cleared unread."""
+    plain = dataset.select_columns(["prompt"])
+    arrow, rows = plain.with_format("arrow"), plain.with_format(None)
+    around: int | None = None  # tokens that the template puts around the first prompt
+    for first in range(0, len(dataset), 1000):
+        suspects = asked[first : first + 1000].copy()
+        size = _bytes_of(arrow[first : first + 1000]["prompt"].combine_chunks())  # (n,)
+        if size is not None and suspects.any():
+            if around is None:
+                one = rows[first + int(np.flatnonzero(suspects)[0])]["prompt"]
+                around = 8 if isinstance(one, str) else len(renderer([one])[0])
+            suspects &= size + around > limit
+        places = (first + np.flatnonzero(suspects)).tolist()
+        for some in chunks(places, 256):
+            yield from zip(some, map(len, renderer(rows[some]["prompt"])), strict=True)
+
+
+def _bytes_of(column: pa.Array) -> np.ndarray | None:
+    """`(n,)` bytes of text in each prompt, at least; None if they cannot be counted in bulk."""
+    if pa.types.is_string(column.type) or pa.types.is_large_string(column.type):
+        return _text_bytes(column)
+    inner = column.type.value_type if pa.types.is_list(column.type) else None
+    if inner is None or not pa.types.is_struct(inner) or inner.get_field_index("content") < 0:
+        return None
+    if any(not pa.types.is_string(inner.field(i).type) for i in range(inner.num_fields)):
+        return None  # parts of messages and tool calls are rendered too
+    before = np.concatenate([[0], (_text_bytes(column.values.field("content")) + BYTES_PER_MESSAGE).cumsum()])
+    offsets = column.offsets.to_numpy()
+    return before[offsets[1:]] - before[offsets[:-1]]
+
+
+def _text_bytes(column: pa.Array) -> np.ndarray:
+    return pc.fill_null(pc.binary_length(column), 0).to_numpy(zero_copy_only=False).astype(np.int64)
+
+
+def _refuse_unknown(dataset: Dataset, title: str, asked: np.ndarray, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Refuse prompts of which the tokenizer knows no character. One that knows every byte has none to look for."""
+    unknown = unknown_tokens(tokenizer)
+    if unknown is None:
+        return
+    rows = dataset.select_columns(["prompt"]).with_format(None)
+    for some in chunks(np.flatnonzero(asked).tolist(), 256):
+        texts = [_text_of(prompt) for prompt in rows[some]["prompt"]]
+        tokenized = tokenizer(text=texts, add_special_tokens=False)["input_ids"]
+        for row, text, ids in zip(some, texts, tokenized, strict=True):
+            if text.strip() and unknown.issuperset(ids):
+                raise ValueError(
+                    f"Row {row} of {title}: the tokenizer knows none of the characters of its prompt, {text[:40]!r}. "
+                    "Drop the row, or use a tokenizer of its language."
+                )
+
+
+def unknown_tokens(tokenizer: PreTrainedTokenizerBase) -> set[int] | None:
+    """The ids, if any, that the tokenizer makes of a character it does not know; None if it knows every one."""
+    ids = tokenizer(text=_UNUSED, add_special_tokens=False)["input_ids"]
+    return None if _UNUSED in tokenizer.decode(ids) else set(ids)
+
+
+def _text_of(prompt: Any) -> str:
+    if isinstance(prompt, str):
+        return prompt
+    return " ".join(message["content"] for message in prompt or () if isinstance(message.get("content"), str))
