@@ -217,8 +217,8 @@ def test_1_5_rows_that_depend_on_the_batch_are_found_by_asking(kind):
 
 
 def test_1_5_only_lengths_past_the_limit_are_refused(tmp_path):
-    parameters, _ = ROPES["dynamic"]
-    path = save(tmp_path / "model", "llama", rope_parameters=parameters, max_position_embeddings=32)
+    parameters = {**ROPES["longrope"][0], "original_max_position_embeddings": 32}
+    path = save(tmp_path / "model", "llama", rope_parameters=parameters, max_position_embeddings=64)
     with pytest.raises(ValueError, match="A trajectory of 33 tokens is longer than 32"):
         build(path, tmp_path / "out", letters, PROMPTS, max_completion_length=32)
     build(path, tmp_path / "out", letters, PROMPTS, max_completion_length=8, max_steps=1).train()
