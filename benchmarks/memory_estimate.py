@@ -18,9 +18,9 @@ from typing import Any
 
 import torch
 from common import tiny
-from common.launch import allow_fsdp_on_cpu, call, launcher_of
+from common.launch import allow_fsdp_on_cpu, launch, launcher_of
 from common.measure import QUIET, peak_memory
-from common.report import listed, new_parser, parse, table, versions, wrapped, write
+from common.report import listed, parse, table, versions, wrapped, write
 from datasets import Dataset
 from peft import LoraConfig
 from torch.distributed.tensor import DTensor
@@ -239,9 +239,8 @@ given rather than generated. Prompts differ in length, so rows are padded.
 
 
 def main() -> None:
-    parser = new_parser(__doc__)
-    parser.add_argument("--only", help="measure those with this in their name, and any without a measured peak")
-    arguments = parse(parser)
+    only = dict(help="measure those with this in their name, and any without a measured peak")
+    arguments = parse(__doc__, only=only)
     on_gpu = torch.cuda.is_available()
     file = arguments.output / "memory_estimate.json"
     runs: dict[str, Any] = json.loads(file.read_text())["runs"] if arguments.only is not None else {}
@@ -252,7 +251,10 @@ def main() -> None:
     }
     for name, run in RUNS.items():
         if name not in runs or arguments.only in name:
-            runs[name] = {"measured": call("memory_estimate:measure", launcher(run), name=name)}
+            (peak, *_) = launch(
+                "memory_estimate:measure", launcher(run), environment={"OMP_NUM_THREADS": "1"}, timeout=3600, name=name
+            )
+            runs[name] = {"measured": peak}
         runs[name]["phases"] = estimate(run, "cuda" if on_gpu else "cpu")
         file.write_text(json.dumps(results, indent=1) + "\n")
     write(arguments.output, "memory_estimate", report(results))

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from common.report import bullets, listed, new_parser, parse, ratios, table, versions, write
+from common.report import bullets, listed, parse, ratios, table, versions, write
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 from trl.kernels import chunked_logprob
 from trl.trainer.utils import add_fused_lm_head
@@ -185,11 +185,8 @@ What it says:
 
 
 def main() -> None:
-    parser = new_parser(__doc__)
-    parser.add_argument("--rounds", type=int, default=7)
-    parser.add_argument("--layers", type=int, default=LAYERS)
-    parser.add_argument("--completion", type=int, default=COMPLETION)
-    arguments = parse(parser)
+    sizes = dict(rounds=7, layers=LAYERS, completion=COMPLETION)
+    arguments = parse(__doc__, **{name: dict(type=int, default=size) for name, size in sizes.items()})
     if not os.environ.keys() >= MALLOC.keys():  # read when the process starts
         os.execve(sys.executable, [sys.executable, *sys.argv], {**os.environ, **MALLOC})
     torch.set_num_threads(1)

@@ -10,8 +10,6 @@ difficulty, model (a Hub id or a folder), number of steps, or LoRA:
         --model Qwen/Qwen2.5-0.5B-Instruct --steps 200 --lora 16
 """
 
-from __future__ import annotations
-
 import argparse
 import importlib.util
 import json

@@ -2,7 +2,6 @@
 
 import itertools
 import random
-import re
 import string
 import time
 from collections.abc import Callable, Iterable
@@ -30,6 +29,7 @@ from common.measure import QUIET, quiet
 from common.report import ROOT
 from tbrm_trl import TBRMConfig, TBRMTrainer
 from tbrm_trl.evaluation import evaluate_accuracy
+from tbrm_trl.rewards import gym
 
 METHODS: dict[str, tuple[Any, Any]] = {
     "TBRM": (TBRMTrainer, TBRMConfig),
@@ -140,12 +140,7 @@ def smollm2() -> str:
 
 def sums(seed: int) -> Task:
     """The task of `make demo`: sums and differences of two one-digit numbers, 140 to train on and 60 held out."""
-    import reasoning_gym
-
-    data = reasoning_gym.create_dataset(
-        "chain_sum", size=10_000, seed=0, min_terms=2, max_terms=2, min_digits=1, max_digits=1
-    )
-    entries = list({entry["question"]: entry for entry in data}.values())[:200]
+    entries = gym.distinct_problems("chain_sum", 200, min_terms=2, max_terms=2, min_digits=1, max_digits=1)
     random.Random(seed).shuffle(entries)
     by_question = {entry["question"]: entry for entry in entries}
     model = smollm2()
@@ -155,8 +150,7 @@ def sums(seed: int) -> Task:
         return [{"role": "system", "content": "Reply with a number."}, {"role": "user", "content": question}]
 
     def verify(completion: str, question: str) -> float:
-        numbers = [number.replace(",", "") for number in re.findall(r"-?\d[\d,]*", completion)]
-        return float(data.score_answer(numbers[-1] if numbers else None, by_question[question]) == 1.0)
+        return gym.judge("chain_sum", by_question[question], completion)[0]
 
     def reward(completions, question, **kwargs):
         return [verify(c[0]["content"], q) for c, q in zip(completions, question, strict=True)]

@@ -1,7 +1,5 @@
 """Tiny real models and tokenizers, made here: nothing is downloaded."""
 
-from __future__ import annotations
-
 import string
 from pathlib import Path
 

@@ -10,8 +10,6 @@ reference alike, where the probability is exactly 0 in float32, and so is its gr
 is off), and the enumerated trajectories have all the probability.
 """
 
-from __future__ import annotations
-
 import itertools
 import math
 import random
@@ -24,7 +22,14 @@ from typing import Any, ClassVar
 import torch
 from datasets import Dataset
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForCausalLM, GenerationMixin, PreTrainedConfig, PreTrainedModel
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    GenerationMixin,
+    PreTrainedConfig,
+    PreTrainedModel,
+    TrainerCallback,
+)
 from transformers.modeling_outputs import BaseModelOutput, CausalLMOutput
 
 from common.tiny import tokenizer
@@ -316,7 +321,10 @@ class Task:
             by_prompt[tuple(ids)] = by_prompt[tuple(f"<bos>{text}")] = value
         return [{**row, "optimal_value": by_prompt[tuple(row.get("prompt_ids") or row["prompt"])]} for row in rows]
 
-    def trainer_on(self, rows: list[dict[str, Any]], **options: Any) -> TBRMTrainer:
+    def trainer_on(
+        self, rows: list[dict[str, Any]], trainer_class: Any = TBRMTrainer, config_class: Any = TBRMConfig,
+        rollout_func: Callable | None = None, callbacks: Sequence[TrainerCallback] = (), **options: Any,
+    ) -> Any:  # fmt: skip
         """A trainer on prompts or logged rows; what is neither in `options` nor here is at the library's defaults."""
         settings = dict(
             beta=self.beta, learning_rate=0.3, lr_scheduler_type="linear", max_grad_norm=0.0,
@@ -324,11 +332,13 @@ class Task:
             gradient_checkpointing=False, bf16=False, use_cpu=True,
             save_strategy="no", report_to="none", logging_strategy="no", disable_tqdm=True,
         )  # fmt: skip
-        return TBRMTrainer(
+        return trainer_class(
             model=self.model,
             reward_funcs=self.tree.reward_function(self.rewards),
-            args=TBRMConfig(output_dir=str(self.folder / "out"), **{**settings, **options}),
+            args=config_class(output_dir=str(self.folder / "out"), **{**settings, **options}),
             train_dataset=Dataset.from_list(rows),
+            rollout_func=rollout_func,
+            callbacks=list(callbacks),
         )
 
     def train(self, rows: list[dict[str, Any]], **options: Any) -> Policy:

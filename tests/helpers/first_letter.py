@@ -1,7 +1,5 @@
 """A task that a tiny model learns from random weights: say the prompt's first letter, then stop."""
 
-from __future__ import annotations
-
 import itertools
 from pathlib import Path
 
