@@ -34,6 +34,7 @@ from step import (
     measure,
     middle,
     paired,
+    run,
 )
 
 METHODS = ("TBRM", PEER)
@@ -80,17 +81,8 @@ Axis = dict[int, dict[str, Repetitions]]  # by point and method
 
 
 def along(axis: str, sizes: Sizes, repetitions: int, folder: Path) -> Axis:
-    measured: Axis = {point: {method: [] for method in METHODS} for point in getattr(sizes, axis)}
-    for repetition in range(repetitions):
-        for point, of in measured.items():
-            work = work_of(sizes, folder, **{axis: point})
-            for method in METHODS if repetition % 2 == 0 else reversed(METHODS):
-                one = measure(method, work, seed=repetition, memory=repetition == 0)
-                of[method].append(one)
-                print(
-                    f"{repetition} {axis} {point} {method}: {one.seconds():.2f} s {one.memory or ''}", file=sys.stderr
-                )
-    return measured
+    works = {point: work_of(sizes, folder, **{axis: point}) for point in getattr(sizes, axis)}
+    return run(works, repetitions, METHODS, memory=True)
 
 
 def over_processes(sizes: Sizes, repetitions: int, folder: Path) -> dict[str, Repetitions]:

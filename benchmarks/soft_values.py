@@ -150,9 +150,7 @@ class NoReward:
         rows = TREE.exact_log(torch.zeros_like(self.task.rewards), TREE.counts(TREE.bad(self.task.rewards)))
         self.rows = self.task.with_values(rows, torch.zeros(len(TREE.prompts)))  # β₁ log mean exp(0), of any samples
         if network == "transformer":
-            self.task.model = str(folder / "transformer")
-            tiny.model("llama", seed, vocab_size=VOCABULARY).save_pretrained(self.task.model)
-            tiny.tokenizer(alphabet=TREE.letters).save_pretrained(self.task.model)
+            self.task.model = tiny.save(folder / "transformer", "llama", alphabet=TREE.letters, seed=seed)
 
     @quiet()
     def trainer(self, soft_value: str, **options) -> TBRMTrainer:

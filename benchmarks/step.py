@@ -499,7 +499,7 @@ def losses_on_the_same_rollouts(work: Work) -> tuple[float, float]:
 # ---- all of it ------------------------------------------------------------------------------------------------------
 
 
-Measurements = dict[str, dict[str, Repetitions]]  # by length distribution and method
+Measurements = dict[Any, dict[str, Repetitions]]  # by length distribution, or another name of the work, and method
 
 
 @dataclass
@@ -510,7 +510,7 @@ class Results:
     losses: tuple[float, float]  # the trainer's and the loop's
 
 
-def run(all_works: dict[str, Work], repetitions: int, methods: Sequence[str], memory: bool) -> Measurements:
+def run(all_works: dict[Any, Work], repetitions: int, methods: Sequence[str], memory: bool) -> Measurements:
     """The methods in turn, each repetition in another order; in the first, memory too."""
     results: Measurements = {work: {m: [] for m in methods} for work in all_works}
     for repetition, name in itertools.product(range(repetitions), all_works):

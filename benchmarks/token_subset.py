@@ -88,12 +88,9 @@ def gradient(model: PreTrainedModel, rows: list[UpdateRow], batch: Batch, option
     loss_of = TrajectoryLoss(args, SoftValue.registry["policy"](args))
     loss_of.mark_left_out(rows)
 
-    def scorer(batch: Batch, **wanted: Any) -> Any:
-        return score(model, batch, **wanted)
-
     Path("/proc/self/clear_refs").write_text("5")  # resets the peak
     before, start = resident_mib("VmRSS"), time.process_time()
-    output = loss_of(rows, batch, scorer, in_part=args.token_fraction < 1)
+    output = loss_of(rows, batch, functools.partial(score, model), in_part=args.token_fraction < 1)
     loss = mean_over_counted(output.loss, output.inputs.counted, len(rows))
     middle = time.process_time()
     loss.backward()

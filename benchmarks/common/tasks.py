@@ -14,11 +14,9 @@ from typing import Any
 import torch
 from datasets import Dataset
 from transformers import (
-    AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
     PreTrainedModel,
-    PreTrainedTokenizerFast,
     PrinterCallback,
     TrainerCallback,
 )
@@ -58,21 +56,18 @@ HELD_OUT = 128
 NOISE = 0.5  # share of a demonstration's letters that are replaced by random ones
 
 
-def demonstrated_model(rows: torch.Tensor, tokenizer: PreTrainedTokenizerFast, steps: int) -> PreTrainedModel:
+def demonstrated_model(rows: torch.Tensor, vocabulary: int, seed: int, steps: int) -> PreTrainedModel:
     """A model from random weights that has seen noisy demonstrations, so that it starts at a few percent.
 
     Without them, no trajectory would ever be right and a reward of 0 or 1 could teach nothing.
     """
-    sizes = {"vocab_size": len(tokenizer), "max_position_embeddings": 64, "initializer_range": 0.05}
-    config = AutoConfig.for_model("llama", **{**tiny.ARCHITECTURES["llama"], **sizes})
-    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    model = tiny.model("llama", seed, vocab_size=vocabulary, max_position_embeddings=64, initializer_range=0.05)
     optimizer = torch.optim.Adam(model.parameters(), lr=3e-3)
-    first_letter = len(tokenizer) - len(LETTERS)
     for _ in range(steps):
         batch = rows[torch.randint(len(rows), (128,))]  # (B, T), a copy
         letters = batch[:, -ANSWER_LENGTH:-1]
         noisy = torch.rand(letters.shape) < NOISE
-        letters[noisy] = torch.randint(first_letter, len(tokenizer), (int(noisy.sum()),))
+        letters[noisy] = torch.randint(vocabulary - len(LETTERS), vocabulary, (int(noisy.sum()),))
         optimizer.zero_grad()
         (-answer_log_probs(model, batch).mean()).backward()
         optimizer.step()
@@ -101,8 +96,7 @@ def sorting(folder: Path, seed: int, steps: int, selection: bool = False) -> Tas
     answers = {word: [*tokenizer("".join(sorted(word)))["input_ids"], tokenizer.eos_token_id] for word in words}
     rows = torch.tensor([tokenizer(word)["input_ids"] + answers[word] for word in words])  # (B, T)
 
-    torch.manual_seed(seed)
-    demonstrated_model(rows[HELD_OUT:], tokenizer, steps).save_pretrained(folder)
+    demonstrated_model(rows[HELD_OUT:], len(tokenizer), seed, steps).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
 
     def reward(prompts, completion_ids, **kwargs):

@@ -128,15 +128,15 @@ class Tree:
         A − 1 others with probability 1 / (2A − 2).
         """
 
-        def worst(prompt: int, said: list[int]) -> int:
-            def average(action: int) -> float:
-                begin = [*said, action]
-                follow = [n for n, completion in enumerate(self.completions) if completion[: len(begin)] == begin]
-                return rewards[prompt, follow].mean().item()
+        def average(prompt: int, begin: list[int]) -> float:
+            follow = [n for n, completion in enumerate(self.completions) if completion[: len(begin)] == begin]
+            return rewards[prompt, follow].mean().item()
 
-            return min(self.actions, key=average)
+        def urn(prompt: int, said: list[int]) -> Sequence[int]:
+            worst = min(self.actions, key=lambda action: average(prompt, [*said, action]))
+            return [*self.actions, *[worst] * (len(self.actions) - 2)]
 
-        return lambda prompt, said: [*self.actions, *[worst(prompt, said)] * (len(self.actions) - 2)]
+        return urn
 
     def counts(self, urn: Urn) -> Tensor:
         """`(P, N)`: how often each trajectory stands in a log that holds them in the exact proportions of an urn."""
