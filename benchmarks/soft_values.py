@@ -258,14 +258,12 @@ def draw(results: Results) -> plt.Figure:
         axes["A"].plot(GROUP_SIZES, [p.trained for p in grouped.values()], "x", color=color, label=f"group, log {log}")
         compare("C", places, results.by_ratio[log], color, f"optimal, log {log}")
 
-    spread = [results.spread[n] for n in SAMPLES]
-    trained = results.by_samples.values()
+    spread = list(results.spread.values())
+    exact, trained = zip(*((point.exact, point.trained) for point in results.by_samples.values()), strict=True)
     axes["B"].plot(SAMPLES, np.mean(spread, axis=1), color="C0", label=f"optimal, mean of {DRAWS} draws")
     axes["B"].fill_between(SAMPLES, *np.quantile(spread, (0.1, 0.9), axis=1), color="C0", alpha=0.2, label="10% to 90%")
-    axes["B"].plot(
-        TRAINED_SAMPLES, [p.exact for p in trained], "_", color="black", markersize=14, label="one of them, exact"
-    )
-    axes["B"].plot(TRAINED_SAMPLES, [p.trained for p in trained], "o", color="C0")
+    axes["B"].plot(TRAINED_SAMPLES, exact, "_", color="black", markersize=14, label="one of them, exact")
+    axes["B"].plot(TRAINED_SAMPLES, trained, "o", color="C0")
 
     for name, title, label, ticks, texts in (
         ("A", "group size", "k", GROUP_SIZES, GROUP_SIZES),
