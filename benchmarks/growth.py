@@ -93,7 +93,7 @@ def over_processes(sizes: Sizes, repetitions: int, folder: Path) -> dict[str, Re
         for processes, threads in LAUNCHES:
             launcher = ["torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
             rollouts = sizes.base_rollouts // processes
-            given = dict(sizes=asdict(sizes), folder=str(folder), rollouts=rollouts, seed=repetition)
+            given: dict[str, Any] = dict(sizes=asdict(sizes), folder=str(folder), rollouts=rollouts, seed=repetition)
             one = Measurement(
                 launch("growth:worker", launcher, environment={"OMP_NUM_THREADS": str(threads)}, **given)[0]
             )

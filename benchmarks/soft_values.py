@@ -135,7 +135,8 @@ class Drift(TrainerCallback):
     def measure(self, args, state, control, model=None, **kwargs):
         if state.global_step % KL_EVERY == 0:
             policy = log_probs(model)  # (P, N)
-            self.reference = policy if state.global_step == 0 else self.reference
+            if state.global_step == 0:
+                self.reference = policy
             self.kl.append((policy.exp() * (policy - self.reference)).sum(dim=1).mean().item())
             self.logged_mass.append(policy[:, LOGGED].exp().sum(dim=1).mean().item())
 

@@ -674,7 +674,7 @@ def draw(results: Results) -> plt.Figure:
 
 
 def main() -> None:
-    options: dict[str, dict[str, Any]] = {
+    options: dict[str, Any] = {
         "model": dict(help="folder of a causal language model (default: SmolLM2-135M)"),
         "repetitions": dict(type=int, help="default: 5, with --quick 2"),
         "rollouts": dict(type=int, default=16, help="per optimizer step"),

@@ -183,7 +183,8 @@ What it says:
 
 def main() -> None:
     sizes = dict(rounds=7, layers=LAYERS, completion=COMPLETION)
-    arguments = parse(__doc__, **{name: dict(type=int, default=size) for name, size in sizes.items()})
+    options: dict[str, Any] = {name: dict(type=int, default=size) for name, size in sizes.items()}
+    arguments = parse(__doc__, **options)
     if not os.environ.keys() >= MALLOC.keys():  # read when the process starts
         os.execve(sys.executable, [sys.executable, *sys.argv], {**os.environ, **MALLOC})
     torch.set_num_threads(1)

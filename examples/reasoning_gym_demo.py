@@ -61,7 +61,7 @@ def distinct_problems(task: str, difficulty: dict, train: int, held_out: int, se
     return entries[held_out:], entries[:held_out]
 
 
-OPTIONS = {
+OPTIONS: dict[str, dict] = {
     "task": dict(default="chain_sum", help="a reasoning-gym data set"),
     "difficulty": dict(nargs="*", metavar="KEY=VALUE", help="its settings (default: two one-digit terms)"),
     "model": dict(default=SMOLLM2, help="a Hub id or a folder"),
