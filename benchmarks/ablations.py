@@ -20,7 +20,6 @@ from common.report import (
     band,
     listed,
     mean_and_error,
-    new_parser,
     parse,
     plt,
     show,
@@ -263,10 +262,12 @@ def draw(results: Results) -> plt.Figure:
 
 
 def main() -> None:
-    parser = new_parser(__doc__, quick="one short run of each")
-    parser.add_argument("--seeds", type=int, default=3, help="how many (default: 3)")
-    parser.add_argument("--updates", type=int, default=160, help="of each run (default: 160)")
-    arguments = parse(parser)
+    arguments = parse(
+        __doc__,
+        quick="one short run of each",
+        seeds=dict(type=int, default=3, help="how many (default: 3)"),
+        updates=dict(type=int, default=160, help="of each run (default: 160)"),
+    )
     scale = Scale(arguments.updates, range(arguments.seeds))
     if arguments.quick:
         scale = Scale(8, range(1), (1e-3,), SMOKE.demonstration_steps)

@@ -5,7 +5,6 @@
 A seed whose metrics.json is already in the output folder is not run again.
 """
 
-import argparse
 import datetime
 import json
 import platform
@@ -14,7 +13,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from common.report import ROOT, listed, plt, table, versions, write
+from common.report import ROOT, listed, parse, plt, table, versions, write
 
 
 def run(seed: int, output: Path) -> dict:
@@ -89,10 +88,8 @@ Seconds are of the whole script, both evaluations included, and depend on what e
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--output", type=Path, default=ROOT / "outputs/demo_seeds")
-    arguments = parser.parse_args()
+    seeds = dict(type=int, nargs="+", default=[0, 1, 2])
+    arguments = parse(__doc__, output=ROOT / "outputs/demo_seeds", seeds=seeds)
     runs = {seed: run(seed, arguments.output) for seed in arguments.seeds}
     write(ROOT / "docs", "demo", report(runs), figure=draw(runs))
 

@@ -5,8 +5,6 @@
 The task and its log are those of tests/test_exact_optimum.py; nothing is downloaded.
 """
 
-from __future__ import annotations
-
 import datetime
 import math
 import random
@@ -14,15 +12,13 @@ import tempfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
-from common.measure import QUIET, quiet, set_up
-from common.report import listed, new_parser, parse, plt, table, versions, write
-from common.trees import Policy, TokenTreeForCausalLM, Tree, enumerate_policy, optimum, total_variation
-from datasets import Dataset
+from common.measure import quiet, set_up
+from common.report import listed, parse, plt, table, versions, write
+from common.trees import Policy, Task, Tree, enumerate_policy, total_variation
 from transformers import PreTrainedModel, TrainerCallback
 from trl import GRPOConfig, GRPOTrainer
-
-from tbrm_trl import TBRMConfig, TBRMTrainer
 
 BETAS = (0.5, 0.1)
 LOG_SIZE, STEPS, BATCH, GROUP = 2048, 300, 128, 8
@@ -30,8 +26,7 @@ TBRM_LEARNING_RATES = (1.0,)
 GRPO_LEARNING_RATES = (0.03, 0.1, 0.3, 1.0)
 
 TREE = Tree()
-REWARDS = TREE.random_rewards()  # (P, N)
-LOG = TREE.sampled_log(REWARDS, TREE.uniform, LOG_SIZE)
+LOG = TREE.sampled_log(TREE.random_rewards(), TREE.uniform, LOG_SIZE)
 BEHAVIOUR_LOG_PROB = -math.log(len(TREE.actions))  # of every logged token
 
 
@@ -45,65 +40,6 @@ class BehaviourAsOldPolicy(GRPOTrainer):
         output = super()._generate_and_score_completions(inputs)
         output["old_per_token_logps"] = output["sampling_per_token_logps"]  # (B, T)
         return output
-
-
-@dataclass
-class Method:
-    name: str
-    trainer: type[GRPOTrainer]
-    options: dict
-    on_log: bool = True
-
-
-METHODS = (
-    Method("TBRM, `policy`", TBRMTrainer, {"soft_value": "policy"}),
-    Method("TBRM, `calibrated`", TBRMTrainer, {"soft_value": "calibrated"}),
-    Method("GRPO, log taken for its own rollouts", GRPOTrainer, {}),
-    Method("GRPO, ratio to the behaviour policy, clipped", BehaviourAsOldPolicy, {}),
-    Method("GRPO, ratio to the behaviour policy, not clipped", BehaviourAsOldPolicy, {"epsilon": 1e6}),
-    Method("GRPO, on-policy: no log, its own rollouts", GRPOTrainer, {}, on_log=False),
-)
-
-
-@dataclass
-class Outcome:
-    """A policy, measured exactly. The distance is the worse prompt's; the others are means over prompts."""
-
-    distance: float
-    reward: float
-    objective: float  # E[R] − β KL(π‖π_ref)
-
-    @classmethod
-    def of(cls, policy: Policy, reference: Policy, beta: float) -> Outcome:
-        reward = (policy.probs * REWARDS).sum(dim=1).mean().item()
-        kl = (policy.probs * (policy.log_probs - reference.log_probs)).sum(dim=1).mean().item()
-        best = optimum(reference, REWARDS, beta)
-        return cls(total_variation(policy, best), reward, reward - beta * kl)
-
-
-@dataclass
-class Run:
-    learning_rate: float
-    outcome: Outcome
-    curve: list[tuple[int, float]]  # step, total variation
-
-
-class Distance(TrainerCallback):
-    """Keeps the total variation to π* every tenth step."""
-
-    def __init__(self, reference: Policy, beta: float):
-        self.best = optimum(reference, REWARDS, beta)
-        self.curve: list[tuple[int, float]] = []
-
-    def measure(self, step: int, model: PreTrainedModel) -> None:
-        self.curve.append((step, total_variation(enumerate_policy(model, TREE), self.best)))
-
-    def on_train_begin(self, args, state, control, model=None, **kwargs):
-        self.measure(0, model)
-
-    def on_step_end(self, args, state, control, model=None, **kwargs):
-        if state.global_step % 10 == 0:
-            self.measure(state.global_step, model)
 
 
 def from_log() -> Callable[..., dict[str, list]]:
@@ -130,41 +66,67 @@ def from_log() -> Callable[..., dict[str, list]]:
     return roll_out
 
 
-def train(method: Method, beta: float, learning_rate: float, folder: Path) -> Run:
-    options = QUIET | dict(
-        output_dir=str(folder / "out"), beta=beta, learning_rate=learning_rate, max_steps=STEPS, max_grad_norm=0.0,
-        per_device_train_batch_size=BATCH, max_completion_length=TREE.depth, bf16=False, use_cpu=True, **method.options,
-    )  # fmt: skip
-    model = TREE.save(folder / "model")
-    if method.trainer is TBRMTrainer:
-        trainer: GRPOTrainer = TBRMTrainer(
-            model=model, args=TBRMConfig(**options), train_dataset=Dataset.from_list(LOG)
-        )
-    else:
-        prompts = TREE.prompt_rows(len(TREE.prompts) * BATCH // GROUP)
-        trainer = method.trainer(
-            model=model,
-            reward_funcs=TREE.reward_function(REWARDS),
-            args=GRPOConfig(num_generations=GROUP, scale_rewards="none", **options),
-            train_dataset=Dataset.from_list(prompts),
-            rollout_func=from_log() if method.on_log else None,
-        )
-    reference = enumerate_policy(trainer.model, TREE)
-    distance = Distance(reference, beta)
-    trainer.add_callback(distance)
-    trainer.train()
-    return Run(learning_rate, Outcome.of(enumerate_policy(trainer.model, TREE), reference, beta), distance.curve)
+# By method, what `Task.trainer_on` is given besides the learning rate.
+GRPO: dict[str, Any] = dict(
+    rows=TREE.prompt_rows(len(TREE.prompts) * BATCH // GROUP), trainer_class=GRPOTrainer, config_class=GRPOConfig,
+    num_generations=GROUP, scale_rewards="none",
+)  # fmt: skip
+RATIO = GRPO | {"trainer_class": BehaviourAsOldPolicy}
+METHODS: dict[str, Callable[[], dict[str, Any]]] = {
+    "TBRM, `policy`": lambda: {"rows": LOG, "soft_value": "policy"},
+    "TBRM, `calibrated`": lambda: {"rows": LOG, "soft_value": "calibrated"},
+    "GRPO, log taken for its own rollouts": lambda: GRPO | {"rollout_func": from_log()},
+    "GRPO, ratio to the behaviour policy, clipped": lambda: RATIO | {"rollout_func": from_log()},
+    "GRPO, ratio to the behaviour policy, not clipped": lambda: RATIO | {"rollout_func": from_log(), "epsilon": 1e6},
+    "GRPO, on-policy: no log, its own rollouts": lambda: GRPO,
+}
 
 
-def best_run(method: Method, beta: float, folder: Path) -> Run:
+@dataclass
+class Outcome:
+    """A policy, measured exactly. The distance is the worse prompt's; the others are means over prompts."""
+
+    distance: float
+    reward: float
+    objective: float  # E[R] − β KL(π‖π_ref)
+
+
+def outcome_of(policy: Policy, task: Task) -> Outcome:
+    reward = (policy.probs * task.rewards).sum(dim=1).mean().item()
+    kl = (policy.probs * (policy.log_probs - task.reference.log_probs)).sum(dim=1).mean().item()
+    return Outcome(total_variation(policy, task.best), reward, reward - task.beta * kl)
+
+
+@dataclass
+class Run:
+    learning_rate: float
+    outcome: Outcome
+    curve: dict[int, float]  # by step, total variation
+
+
+class Distance(TrainerCallback):
+    """Keeps the total variation to π* every tenth step."""
+
+    def __init__(self, best: Policy):
+        self.best = best
+        self.curve: dict[int, float] = {}
+
+    def measure(self, args, state, control, model: PreTrainedModel, **kwargs):
+        if state.global_step % 10 == 0:
+            self.curve[state.global_step] = total_variation(enumerate_policy(model, TREE), self.best)
+
+    on_train_begin = on_step_end = measure
+
+
+def best_run(name: str, beta: float, folder: Path) -> Run:
     """The run that ends nearest to π*, of one for each learning rate. TBRM has one rate."""
-    rates = TBRM_LEARNING_RATES if method.trainer is TBRMTrainer else GRPO_LEARNING_RATES
-    runs = []
-    for rate in rates:
+    task, runs = Task(TREE, beta, folder), []
+    for rate in TBRM_LEARNING_RATES if "TBRM" in name else GRPO_LEARNING_RATES:
+        distance = Distance(task.best)
         with quiet():
-            run = train(method, beta, rate, folder)
-        print(f"beta {beta:g}, {method.name}, learning rate {rate:g}: {run.outcome}", flush=True)
-        runs.append(run)
+            policy = task.train(**METHODS[name](), learning_rate=rate, max_steps=STEPS, callbacks=[distance])
+        runs.append(Run(rate, outcome_of(policy, task), distance.curve))
+        print(f"beta {beta:g}, {name}, learning rate {rate:g}: {runs[-1].outcome}", flush=True)
     return min(runs, key=lambda run: run.outcome.distance)
 
 
@@ -172,8 +134,9 @@ def draw(runs: dict[float, dict[str, Run]]) -> plt.Figure:
     figure, axes = plt.subplots(1, len(runs), figsize=(10, 4), sharey=True)
     for axis, (beta, by_name) in zip(axes, runs.items(), strict=True):
         for name, run in by_name.items():
-            steps, distances = zip(*run.curve, strict=True)
-            axis.semilogy(steps, distances, "-" if "TBRM" in name else "--", label=name.replace("`", ""))
+            axis.semilogy(
+                *zip(*run.curve.items(), strict=True), "-" if "TBRM" in name else "--", label=name.replace("`", "")
+            )
         axis.axhline(0.01, color="gray", linewidth=0.8)
         axis.set(title=f"β = {beta:g}", xlabel="optimizer step")
     axes[0].set_ylabel("total variation to π*")
@@ -181,11 +144,12 @@ def draw(runs: dict[float, dict[str, Run]]) -> plt.Figure:
     return figure
 
 
-def outcomes(runs: dict[float, dict[str, Run]], reference: Policy) -> str:
+def outcomes(runs: dict[float, dict[str, Run]], folder: Path) -> str:
     rows = []
     for beta, by_name in runs.items():
-        exact = {"π_ref, where all start": reference, "π*": optimum(reference, REWARDS, beta)}
-        measured = {name: (Outcome.of(policy, reference, beta), "") for name, policy in exact.items()}
+        task = Task(TREE, beta, folder)
+        exact = {"π_ref, where all start": task.reference, "π*": task.best}
+        measured = {name: (outcome_of(policy, task), "") for name, policy in exact.items()}
         measured |= {name: (run.outcome, f"{run.learning_rate:g}") for name, run in by_name.items()}
         for name, (outcome, rate) in measured.items():
             far = f"{outcome.distance:.3f}" if outcome.distance >= 0.001 or name in exact else f"{outcome.distance:.0e}"
@@ -193,7 +157,7 @@ def outcomes(runs: dict[float, dict[str, Run]], reference: Policy) -> str:
     return table(["β", "", "total variation to π*", "E[R]", "E[R] − β KL(π‖π_ref)", "learning rate"], rows)
 
 
-def report(runs: dict[float, dict[str, Run]], reference: Policy) -> str:
+def report(runs: dict[float, dict[str, Run]], folder: Path) -> str:
     packages = listed(versions("torch", "transformers", "trl"))
     return f"""# Off-policy, to the exact optimum
 
@@ -210,7 +174,7 @@ no gradient clipping. GRPO is TRL's own, in groups of {GROUP}, with KL weight β
 its defaults; of its learning rates {", ".join(f"{rate:g}" for rate in GRPO_LEARNING_RATES)} the one that ends nearest
 to π*. TBRM has one.
 
-{outcomes(runs, reference)}
+{outcomes(runs, folder)}
 
 Total variation is that of the worse prompt, the others are means over prompts. `E[R] − β KL` is what both methods set
 out to maximise, and π* is its maximum.
@@ -229,12 +193,11 @@ out to maximise, and π* is its maximum.
 
 
 def main() -> None:
-    arguments = parse(new_parser(__doc__))
+    output = parse(__doc__).output
     set_up()
     with tempfile.TemporaryDirectory() as folder:
-        runs = {beta: {m.name: best_run(m, beta, Path(folder)) for m in METHODS} for beta in BETAS}
-        reference = enumerate_policy(TokenTreeForCausalLM.from_pretrained(TREE.save(Path(folder) / "model")), TREE)
-    write(arguments.output, "exact_optimum", report(runs, reference), figure=draw(runs))
+        runs = {beta: {name: best_run(name, beta, Path(folder)) for name in METHODS} for beta in BETAS}
+        write(output, "exact_optimum", report(runs, Path(folder)), figure=draw(runs))
 
 
 if __name__ == "__main__":

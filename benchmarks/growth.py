@@ -17,9 +17,9 @@ from pathlib import Path
 from typing import Any
 
 from common import tiny
-from common.launch import call
+from common.launch import launch
 from common.measure import set_up
-from common.report import new_parser, parse, plt, table, wrapped, write
+from common.report import parse, plt, table, wrapped, write
 from step import (
     CUDA,
     PARTS,
@@ -29,12 +29,12 @@ from step import (
     Repetitions,
     Work,
     above_floor,
-    as_numbers,
     environment,
     introduction,
     measure,
     middle,
     paired,
+    run,
 )
 
 METHODS = ("TBRM", PEER)
@@ -81,17 +81,8 @@ Axis = dict[int, dict[str, Repetitions]]  # by point and method
 
 
 def along(axis: str, sizes: Sizes, repetitions: int, folder: Path) -> Axis:
-    measured: Axis = {point: {method: [] for method in METHODS} for point in getattr(sizes, axis)}
-    for repetition in range(repetitions):
-        for point, of in measured.items():
-            work = work_of(sizes, folder, **{axis: point})
-            for method in METHODS if repetition % 2 == 0 else reversed(METHODS):
-                one = measure(method, work, seed=repetition, memory=repetition == 0)
-                of[method].append(one)
-                print(
-                    f"{repetition} {axis} {point} {method}: {one.seconds():.2f} s {one.memory or ''}", file=sys.stderr
-                )
-    return measured
+    works = {point: work_of(sizes, folder, **{axis: point}) for point in getattr(sizes, axis)}
+    return run(works, repetitions, METHODS, memory=True)
 
 
 def over_processes(sizes: Sizes, repetitions: int, folder: Path) -> dict[str, Repetitions]:
@@ -102,8 +93,10 @@ def over_processes(sizes: Sizes, repetitions: int, folder: Path) -> dict[str, Re
         for processes, threads in LAUNCHES:
             launcher = ["torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
             rollouts = sizes.base_rollouts // processes
-            given = dict(sizes=asdict(sizes), folder=str(folder), rollouts=rollouts, seed=repetition)
-            one = Measurement(call("growth:worker", launcher, threads, **given))
+            given: dict[str, Any] = dict(sizes=asdict(sizes), folder=str(folder), rollouts=rollouts, seed=repetition)
+            one = Measurement(
+                launch("growth:worker", launcher, environment={"OMP_NUM_THREADS": str(threads)}, **given)[0]
+            )
             measured.setdefault(f"{processes} x {threads}", []).append(one)
             print(f"{repetition} {processes} processes of {threads} threads: {one.seconds():.2f} s", file=sys.stderr)
     return measured
@@ -190,11 +183,13 @@ def draw(axes: dict[str, Axis]) -> plt.Figure:
 
 
 def main() -> None:
-    parser = new_parser(__doc__, quick="small sizes")
-    parser.add_argument("--axes", nargs="+", choices=[*AXES, "processes"], default=[*AXES, "processes"])
-    parser.add_argument("--repetitions", type=int, help="default: 5, with --quick 1")
-    parser.add_argument("--threads", type=int, default=2)
-    arguments = parse(parser)
+    arguments = parse(
+        __doc__,
+        quick="small sizes",
+        axes=dict(nargs="+", choices=[*AXES, "processes"], default=[*AXES, "processes"]),
+        repetitions=dict(type=int, help="default: 5, with --quick 1"),
+        threads=dict(type=int, default=2),
+    )
     sizes = QUICK if arguments.quick else Sizes()
     set_up(arguments.threads)
     repetitions = arguments.repetitions or (1 if arguments.quick else 5)
@@ -206,8 +201,8 @@ def main() -> None:
     raw = {
         "environment": where,
         "sizes": asdict(sizes),
-        "axes": as_numbers(axes),
-        "processes": as_numbers(processes),
+        "axes": axes,
+        "processes": processes,
     }
     text, figure = report(axes, processes, sizes, where, repetitions), draw(axes) if axes else None
     write(arguments.output, f"growth{SUFFIX}", text, raw, figure)

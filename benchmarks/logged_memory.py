@@ -14,9 +14,9 @@ from pathlib import Path
 from typing import Any
 
 from common import tasks
-from common.launch import call
+from common.launch import launch
 from common.measure import QUIET
-from common.report import listed, new_parser, parse, table, versions, write
+from common.report import listed, parse, table, versions, write
 
 from tbrm_trl import TBRMConfig, TBRMTrainer, load_rollouts
 
@@ -67,7 +67,7 @@ Weights, gradients and Adam's two moments are {4 * weights:.2f} GiB of either; t
 
 def main() -> None:
     cores = os.cpu_count() or 1
-    arguments = parse(new_parser(__doc__))
+    output = parse(__doc__).output
     weights = sum(file.stat().st_size for file in Path(tasks.smollm2()).glob("*.safetensors")) / 2**30
     results: dict[str, Any] = {
         "weights_gib": weights,
@@ -76,10 +76,10 @@ def main() -> None:
     }
     with tempfile.TemporaryDirectory() as folder:
         for name in ("online", "logged"):
-            results[name] = call(
-                "logged_memory:train", threads=os.cpu_count() or 1, folder=folder, logged=name == "logged"
-            )
-    write(arguments.output, "logged_memory", report(results), results)
+            given: dict[str, Any] = dict(folder=folder, logged=name == "logged")
+            threads = {"OMP_NUM_THREADS": str(cores)}
+            (results[name],) = launch("logged_memory:train", (), environment=threads, timeout=3600, **given)
+    write(output, "logged_memory", report(results), results)
 
 
 if __name__ == "__main__":

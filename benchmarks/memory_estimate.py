@@ -12,19 +12,19 @@ import gc
 import json
 import platform
 import tempfile
-from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import torch
 from common import tiny
-from common.launch import allow_fsdp_on_cpu, call, launcher_of
+from common.launch import allow_fsdp_on_cpu, launch, launcher_of
 from common.measure import QUIET, peak_memory
-from common.report import listed, new_parser, parse, table, versions, wrapped, write
+from common.report import listed, parse, table, versions, wrapped, write
 from datasets import Dataset
 from peft import LoraConfig
 from torch.distributed.tensor import DTensor
-from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedTokenizerFast
+from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig, PretrainedConfig, PreTrainedTokenizerFast
 
 from tbrm_trl import TBRMConfig, TBRMTrainer
 from tbrm_trl.memory.estimate import estimate_memory
@@ -52,101 +52,92 @@ MODELS: dict[str, dict[str, Any]] = {
 }  # fmt: skip
 
 
-@dataclass
-class Run:
-    """A configuration of training, by default one process that trains every weight."""
+def run_of(model: str, **changes: Any) -> dict[str, Any]:
+    """A configuration of training, as arguments of `estimate_memory`: by default one process that trains every weight.
 
-    model: str
-    rows: int = 4
-    prompt: int = 32
-    completion: int = 96
-    accumulation: int = 1
-    optim: str = "adamw_torch_fused"
-    gradient_checkpointing: bool = False
-    attn: str = "sdpa"
-    dtype: str = "float32"
-    bf16: bool = False
-    lora: int = 0
-    quantization: str | None = None
-    reference: str = "initial"
-    generates: bool = False
-    processes: int = 1
-    zero_stage: int = 0
-    fsdp: bool = False
-
-    @property
-    def peft_config(self) -> LoraConfig | None:
-        if not self.lora:
-            return None
-        return LoraConfig(r=self.lora, task_type="CAUSAL_LM", target_modules="all-linear", lora_dropout=0.0)
+    Three are no arguments: `model` names one of `MODELS`, `lora` is a rank, `generates` is for rollouts of its own.
+    """
+    return {
+        "model": model, "rows": 4, "prompt_length": 32, "completion_length": 96, "accumulation": 1,
+        "optimizer": "adamw_torch_fused", "gradient_checkpointing": False, "attn_implementation": "sdpa",
+        "dtype": "float32", "mixed_precision": None, "lora": 0, "quantization": None, "reference": True,
+        "generates": False, "processes": 1, "zero_stage": 0, "fsdp": False, **changes,
+    }  # fmt: skip
 
 
 RUNS = {
-    "AdamW, generating its rollouts": Run("llama-256", generates=True),
-    "AdamW, checkpointing": Run("llama-256", gradient_checkpointing=True),
-    "eager attention, 16 + 240 tokens": Run("llama-256", attn="eager", prompt=16, completion=240),
-    "one row": Run("llama-256", rows=1, completion=224),
-    "SGD, 64 + 192 tokens": Run("qwen2-512", optim="sgd", prompt=64, completion=192),
-    "SGD, checkpointing, 64 + 192 tokens": Run(
-        "qwen2-512", optim="sgd", prompt=64, completion=192, gradient_checkpointing=True
+    "AdamW, generating its rollouts": run_of("llama-256", generates=True),
+    "AdamW, checkpointing": run_of("llama-256", gradient_checkpointing=True),
+    "eager attention, 16 + 240 tokens": run_of(
+        "llama-256", attn_implementation="eager", prompt_length=16, completion_length=240
     ),
-    "4 micro-batches, checkpointing": Run("qwen2-512", accumulation=4, gradient_checkpointing=True),
-    "LoRA 16": Run("qwen2-512", lora=16),
-    "LoRA 16, checkpointing": Run("qwen2-512", lora=16, gradient_checkpointing=True),
-    "LoRA 16, checkpointing, generating 32 rows at a time": Run(
+    "one row": run_of("llama-256", rows=1, completion_length=224),
+    "SGD, 64 + 192 tokens": run_of("qwen2-512", optimizer="sgd", prompt_length=64, completion_length=192),
+    "SGD, checkpointing, 64 + 192 tokens": run_of(
+        "qwen2-512", optimizer="sgd", prompt_length=64, completion_length=192, gradient_checkpointing=True
+    ),
+    "4 micro-batches, checkpointing": run_of("qwen2-512", accumulation=4, gradient_checkpointing=True),
+    "LoRA 16": run_of("qwen2-512", lora=16),
+    "LoRA 16, checkpointing": run_of("qwen2-512", lora=16, gradient_checkpointing=True),
+    "LoRA 16, checkpointing, generating 32 rows at a time": run_of(
         "qwen2-512",
         lora=16,
         gradient_checkpointing=True,
         accumulation=16,
-        completion=128,
+        completion_length=128,
         rows=2,
         generates=True,
     ),
-    "2 processes, DDP": Run("llama-256", processes=2, gradient_checkpointing=True),
-    "2 processes, FSDP2": Run("qwen2-512", processes=2, fsdp=True, gradient_checkpointing=True),
-    "2 processes, FSDP2, 2 micro-batches": Run(
+    "2 processes, DDP": run_of("llama-256", processes=2, gradient_checkpointing=True),
+    "2 processes, FSDP2": run_of("qwen2-512", processes=2, fsdp=True, gradient_checkpointing=True),
+    "2 processes, FSDP2, 2 micro-batches": run_of(
         "qwen2-512", processes=2, fsdp=True, gradient_checkpointing=True, accumulation=2
     ),
-    "2 processes, ZeRO-1": Run("llama-256", processes=2, zero_stage=1, gradient_checkpointing=True),
-    "2 processes, ZeRO-2": Run("llama-256", processes=2, zero_stage=2, gradient_checkpointing=True),
-    "2 processes, ZeRO-3": Run("qwen2-512", processes=2, zero_stage=3, gradient_checkpointing=True),
-    "bfloat16 autocast": Run("qwen2-768", bf16=True),
-    "bfloat16 autocast, checkpointing": Run("qwen2-768", bf16=True, gradient_checkpointing=True),
-    "bfloat16 autocast, LoRA 16": Run("qwen2-768", bf16=True, lora=16),
-    "NF4, LoRA 16, bfloat16": Run("qwen2-768", lora=16, quantization="4bit", dtype="bfloat16", bf16=True),
-    "SmolLM2, AdamW, checkpointing": Run("SmolLM2-135M", gradient_checkpointing=True),
-    "8-bit AdamW, checkpointing": Run("qwen2-512", optim="adamw_bnb_8bit", gradient_checkpointing=True),
-    "bfloat16 weights": Run("qwen2-768", bf16=True, dtype="bfloat16"),
-    '`reference="previous"`': Run("qwen2-512", reference="previous"),
-    "SmolLM2, LoRA 16": Run("SmolLM2-135M", lora=16),
+    "2 processes, ZeRO-1": run_of("llama-256", processes=2, zero_stage=1, gradient_checkpointing=True),
+    "2 processes, ZeRO-2": run_of("llama-256", processes=2, zero_stage=2, gradient_checkpointing=True),
+    "2 processes, ZeRO-3": run_of("qwen2-512", processes=2, zero_stage=3, gradient_checkpointing=True),
+    "bfloat16 autocast": run_of("qwen2-768", mixed_precision="bfloat16"),
+    "bfloat16 autocast, checkpointing": run_of("qwen2-768", mixed_precision="bfloat16", gradient_checkpointing=True),
+    "bfloat16 autocast, LoRA 16": run_of("qwen2-768", mixed_precision="bfloat16", lora=16),
+    "NF4, LoRA 16, bfloat16": run_of(
+        "qwen2-768", lora=16, quantization="4bit", dtype="bfloat16", mixed_precision="bfloat16"
+    ),
+    "SmolLM2, AdamW, checkpointing": run_of("SmolLM2-135M", gradient_checkpointing=True),
+    "8-bit AdamW, checkpointing": run_of("qwen2-512", optimizer="adamw_bnb_8bit", gradient_checkpointing=True),
+    "bfloat16 weights": run_of("qwen2-768", mixed_precision="bfloat16", dtype="bfloat16"),
+    '`reference="previous"`': run_of("qwen2-512", reference=False),
+    "SmolLM2, LoRA 16": run_of("SmolLM2-135M", lora=16),
 }
 
 
-def estimate(run: Run, device: str) -> dict[str, dict[str, int]]:
-    sizes = dict(MODELS[run.model])
+def config_of(model: str, **more: Any) -> PretrainedConfig:
+    sizes = {**MODELS[model], **more}
+    return AutoConfig.for_model(sizes.pop("model_type"), **sizes)
+
+
+def adapter(lora: int) -> LoraConfig | None:
+    return LoraConfig(r=lora, task_type="CAUSAL_LM", target_modules="all-linear", lora_dropout=0.0) if lora else None
+
+
+def estimate(run: dict[str, Any], device: str) -> dict[str, dict[str, int]]:
+    given = {name: value for name, value in run.items() if name not in ("model", "lora", "generates")}
+    generated = run["rows"] * run["accumulation"] * run["generates"]
     return estimate_memory(
-        AutoConfig.for_model(sizes.pop("model_type"), **sizes), rows=run.rows, accumulation=run.accumulation,
-        generated_rows=run.rows * run.accumulation * run.generates, prompt_length=run.prompt,
-        completion_length=run.completion, dtype=run.dtype,
-        mixed_precision="bfloat16" if run.bf16 else None, attn_implementation=run.attn,
-        gradient_checkpointing=run.gradient_checkpointing, optimizer=run.optim, peft_config=run.peft_config,
-        quantization=run.quantization, reference=run.reference == "initial", device=device,
-        processes=run.processes, zero_stage=run.zero_stage, fsdp=run.fsdp,
-    ).phases  # fmt: skip
+        config_of(run["model"]), generated_rows=generated, peft_config=adapter(run["lora"]), device=device, **given
+    ).phases
 
 
-def launcher(run: Run) -> list[str]:
+def launcher(run: dict[str, Any]) -> list[str]:
     """What starts the configuration's processes."""
-    file = "fsdp2" if run.fsdp else f"zero{run.zero_stage}" if run.zero_stage else "ddp"
-    return launcher_of(file, run.processes) if run.processes > 1 else []
+    file = "fsdp2" if run["fsdp"] else f"zero{run['zero_stage']}" if run["zero_stage"] else "ddp"
+    return launcher_of(file, run["processes"]) if run["processes"] > 1 else []
 
 
-def save_model(run: Run, folder: Path) -> PreTrainedTokenizerFast:
+def save_model(model: str, dtype: torch.dtype, folder: Path) -> PreTrainedTokenizerFast:
     """Save random weights; returns a tokenizer with a character for every id."""
-    sizes = dict(MODELS[run.model])
     torch.manual_seed(0)
-    config = AutoConfig.for_model(sizes.pop("model_type"), **sizes, pad_token_id=0, eos_token_id=1, bos_token_id=2)
-    AutoModelForCausalLM.from_config(config, dtype=getattr(torch, run.dtype)).save_pretrained(folder)
+    config = config_of(model, pad_token_id=0, eos_token_id=1, bos_token_id=2)
+    AutoModelForCausalLM.from_config(config, dtype=dtype).save_pretrained(folder)
     return tiny.tokenizer(alphabet="".join(chr(FIRST_CHARACTER + i) for i in range(3, config.vocab_size)))
 
 
@@ -161,37 +152,41 @@ def live_bytes() -> int:
 
 def measure(name: str) -> int:
     """Train two steps in this process; the peak in bytes."""
-    run, on_gpu = RUNS[name], torch.cuda.is_available()
+    run, on_gpu = SimpleNamespace(**RUNS[name]), torch.cuda.is_available()
+    dtype = getattr(torch, run.dtype)
     if run.fsdp and not on_gpu:
         allow_fsdp_on_cpu()
     rows, ids = run.rows * run.accumulation, range(FIRST_CHARACTER + 3, FIRST_CHARACTER + 3 + 1000)
     # Prompts of different lengths, so that rows are padded; the longest among them.
-    prompts = ["".join(map(chr, ids[i:][: run.prompt - i % rows % 4])) for i in range(2 * rows)]
-    quantization = BitsAndBytesConfig(
-        load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=getattr(torch, run.dtype)
-    )
+    prompts = ["".join(map(chr, ids[i:][: run.prompt_length - i % rows % 4])) for i in range(2 * rows)]
+    quantization = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=dtype)
 
     def rollout(prompts: list[str], trainer: TBRMTrainer) -> dict[str, Any]:
-        completions = torch.randint(3, 1000, (len(prompts), run.completion)).tolist()
+        completions = torch.randint(3, 1000, (len(prompts), run.completion_length)).tolist()
         ids = trainer.processing_class(prompts)["input_ids"]
-        return {"prompt_ids": ids, "completion_ids": completions, "logprobs": [[0.0] * run.completion] * len(prompts)}
+        return {
+            "prompt_ids": ids,
+            "completion_ids": completions,
+            "logprobs": [[0.0] * run.completion_length] * len(prompts),
+        }
 
     with tempfile.TemporaryDirectory() as folder:
-        tokenizer = save_model(run, Path(folder))
+        tokenizer = save_model(run.model, dtype, Path(folder))
         trainer = TBRMTrainer(
             folder,
             lambda completions, **kwargs: [float(len(completion) % 2) for completion in completions],
             TBRMConfig(
-                output_dir=folder, beta=0.02, reference=run.reference, max_steps=2, optim=run.optim,
+                output_dir=folder, beta=0.02, reference="initial" if run.reference else "previous", max_steps=2,
+                optim=run.optimizer, shuffle_dataset=False,
                 per_device_train_batch_size=run.rows, gradient_accumulation_steps=run.accumulation,
-                max_completion_length=run.completion, bf16=run.bf16, use_cpu=not on_gpu,
-                model_init_kwargs={"dtype": run.dtype, "attn_implementation": run.attn}, shuffle_dataset=False,
+                max_completion_length=run.completion_length, bf16=run.mixed_precision == "bfloat16", use_cpu=not on_gpu,
+                model_init_kwargs={"dtype": run.dtype, "attn_implementation": run.attn_implementation},
                 **QUIET | dict(gradient_checkpointing=run.gradient_checkpointing, logging_strategy="steps"),
                 logging_steps=1,
             ),
             Dataset.from_list([{"prompt": prompt} for prompt in prompts]),
             processing_class=tokenizer,
-            peft_config=run.peft_config,
+            peft_config=adapter(run.lora),
             quantization_config=quantization if run.quantization else None,
             rollout_func=None if run.generates else rollout,
         )  # fmt: skip
@@ -199,7 +194,7 @@ def measure(name: str) -> int:
     with peak_memory("cuda" if on_gpu else "cpu") as above:
         trainer.train()
     assert trainer.state.global_step == 2 and trainer.accelerator.num_processes == run.processes
-    assert max(len(trajectory) for trajectory in trainer._window) == run.prompt + run.completion
+    assert max(len(trajectory) for trajectory in trainer._window) == run.prompt_length + run.completion_length
     return before + above.bytes
 
 
@@ -211,11 +206,11 @@ def report(results: dict[str, Any]) -> str:
         estimated = sum(phases[phase].values())
         states = sum(phases[phase][part] for part in ("weights", "reference", "optimizer"))
         ratios[name] = estimated / measured
-        numbers = f"{run.prompt} + {run.completion}"
-        count = f"{run.accumulation} × {run.rows}" if run.accumulation > 1 else str(run.rows)
+        numbers = f"{run['prompt_length']} + {run['completion_length']}"
+        count = f"{run['accumulation']} × {run['rows']}" if run["accumulation"] > 1 else str(run["rows"])
         mib = [f"{peak / 2**20:.0f}" for peak in (estimated, measured)]
         beside = (estimated - states) / (measured - states)
-        rows.append([name, run.model, f"{count} × ({numbers})", phase, *mib, f"{ratios[name]:.2f}", f"{beside:.2f}"])
+        rows.append([name, run["model"], f"{count} × ({numbers})", phase, *mib, f"{ratios[name]:.2f}", f"{beside:.2f}"])
     misses = [name for name, ratio in ratios.items() if abs(ratio - 1) > TARGET]
     low, high = min(ratios, key=ratios.__getitem__), max(ratios, key=ratios.__getitem__)
     outside = f"Outside 15%: {', '.join(misses)}." if misses else "All are within 15%."
@@ -239,9 +234,8 @@ given rather than generated. Prompts differ in length, so rows are padded.
 
 
 def main() -> None:
-    parser = new_parser(__doc__)
-    parser.add_argument("--only", help="measure those with this in their name, and any without a measured peak")
-    arguments = parse(parser)
+    only = dict(help="measure those with this in their name, and any without a measured peak")
+    arguments = parse(__doc__, only=only)
     on_gpu = torch.cuda.is_available()
     file = arguments.output / "memory_estimate.json"
     runs: dict[str, Any] = json.loads(file.read_text())["runs"] if arguments.only is not None else {}
@@ -252,7 +246,10 @@ def main() -> None:
     }
     for name, run in RUNS.items():
         if name not in runs or arguments.only in name:
-            runs[name] = {"measured": call("memory_estimate:measure", launcher(run), name=name)}
+            (peak, *_) = launch(
+                "memory_estimate:measure", launcher(run), environment={"OMP_NUM_THREADS": "1"}, timeout=3600, name=name
+            )
+            runs[name] = {"measured": peak}
         runs[name]["phases"] = estimate(run, "cuda" if on_gpu else "cpu")
         file.write_text(json.dumps(results, indent=1) + "\n")
     write(arguments.output, "memory_estimate", report(results))

@@ -17,7 +17,7 @@ from dataclasses import dataclass, replace
 
 import replay
 from common.measure import set_up
-from common.report import listed, new_parser, parse, plt, ratios, table, versions, write
+from common.report import listed, parse, plt, ratios, table, versions, write
 
 SEEDS = (0, 1, 2)
 COSTS = {"rollouts": 1, "generated tokens": 3, "seconds": 4}  # their place in a point
@@ -129,9 +129,7 @@ def draw(results: dict) -> plt.Figure:
 
 
 def main() -> None:
-    parser = new_parser(__doc__)
-    parser.add_argument("--model", choices=list(COMPARISONS), default="tiny")
-    arguments = parse(parser)
+    arguments = parse(__doc__, model=dict(choices=list(COMPARISONS), default="tiny"))
     comparison, file = COMPARISONS[arguments.model], arguments.output / "quality_cost.json"
     set_up(comparison.threads)
     runs: dict[str, list] = {configuration: [] for configuration in comparison.chosen}

@@ -28,7 +28,6 @@ from common.report import (
     band,
     listed,
     mean_and_error,
-    new_parser,
     parse,
     plt,
     processor,
@@ -285,9 +284,6 @@ class Curves:
         counts = sorted(self.accuracies[configuration].items())
         return next((count for count, values in counts if statistics.mean(values) >= accuracy), None)
 
-    def seconds(self, configuration: Configuration) -> str:
-        return f"{statistics.mean(one['seconds'] for one in self.results(configuration)):.0f}"
-
 
 def target_section(curves: Curves) -> str:
     best, threshold = curves.target
@@ -313,8 +309,8 @@ within each allowance, its points in mid-run included:
 {table(["rollouts", *methods], rows)}"""
 
 
-def final_section(curves: Curves) -> str:
-    _, threshold = curves.target
+def final_rows(curves: Curves) -> list[list[str]]:
+    """What becomes of each configuration, and what was chosen for it."""
     rows = []
     for configuration in curves.accuracies:
         chosen = curves.benchmark.selected(configuration)
@@ -325,15 +321,14 @@ def final_section(curves: Curves) -> str:
                 str(configuration),
                 str(curves.rollouts(configuration)),
                 show(curves.final(configuration)),
-                str(curves.reaches(configuration, threshold) or "not reached"),
+                str(curves.reaches(configuration, curves.target[1]) or "not reached"),
                 f"{chosen.learning_rate:g}{edge}",
                 f"{chosen.beta:g}",
                 str(chosen.buffer_size) if configuration.replay else "",
-                curves.seconds(configuration),
+                f"{statistics.mean(one['seconds'] for one in curves.results(configuration)):.0f}",
             ]
         )
-    header = f"|rollouts|final accuracy|rollouts to {threshold:.3f}|learning rate|β|buffer|seconds"
-    return table(header.split("|"), rows)
+    return rows
 
 
 def along_the_way_section(curves: Curves) -> str:
@@ -366,32 +361,21 @@ def selection_section(curves: Curves) -> str:
     rows = []
     for configuration in curves.accuracies:
         grid, chosen = benchmark.grid(configuration), benchmark.selected(configuration)
+        tried = {} if len(grid) == 1 else {candidate: f"{benchmark.accuracy(candidate):.3f}" for candidate in grid}
+        tried |= {chosen: f"**{tried[chosen]}**"} if tried else {}
         for beta, buffer_size in sorted({(c.beta, c.buffer_size) for c in grid}):
-            cells = dict.fromkeys(rates, "")
-            for candidate in grid:
-                if (candidate.beta, candidate.buffer_size) == (beta, buffer_size):
-                    with contextlib.suppress(KeyError):  # a single candidate is not tried
-                        text = f"{benchmark.accuracy(candidate):.3f}"
-                        cells[candidate.learning_rate] = f"**{text}**" if candidate == chosen else text
+            mine = {
+                c.learning_rate: text for c, text in tried.items() if (c.beta, c.buffer_size) == (beta, buffer_size)
+            }
             buffer = str(buffer_size) if configuration.replay else ""
-            rows.append([str(configuration), f"{beta:g}", buffer, *cells.values()])
+            rows.append([str(configuration), f"{beta:g}", buffer, *(mine.get(rate, "") for rate in rates)])
     return table(["", "β", "buffer", *(f"{rate:g}" for rate in rates)], rows)
 
 
 def smollm2_section(curves: Curves) -> str:
     settings = curves.benchmark.settings
     starts = [at[0][0] for at in curves.accuracies.values() if 0 in at]
-    rows = [
-        [
-            str(configuration),
-            str(curves.rollouts(configuration)),
-            f"{curves.final(configuration)[0]:.3f}",
-            f"{curves.benchmark.selected(configuration).learning_rate:g}",
-            str(curves.benchmark.selected(configuration).buffer_size) if configuration.replay else "",
-            curves.seconds(configuration),
-        ]
-        for configuration in curves.accuracies
-    ]
+    rows = [[*row[:3], row[4], *row[6:]] for row in final_rows(curves)]
     return f"""## SmolLM2-135M, one seed
 
 `python benchmarks/replay.py --model smollm2`: the task of `examples/reasoning_gym_demo.py` (sums and differences of two
@@ -412,6 +396,7 @@ def write_report(runs: Store, model: str, output: Path) -> None:
     selected, final = (", ".join(map(str, seeds)) for seeds in (settings.selection_seeds, settings.final_seeds))
     start = statistics.mean(curves.accuracies[curves.of("GRPO")[0]][0])
     real = Curves(Benchmark("smollm2", runs))
+    header = f"|rollouts|final accuracy|rollouts to {curves.target[1]:.3f}|learning rate|β|buffer|seconds"
     text = f"""# Replay: accuracy against rollouts used
 
 Written by `python benchmarks/replay.py`; raw numbers: [replay.json](replay.json). {environment["processor"]},
@@ -431,7 +416,7 @@ buffer.
 
 ## Final accuracy
 
-{final_section(curves)}
+{table(header.split("|"), final_rows(curves))}
 
 ± is the standard error over {len(settings.final_seeds)} seeds. Seconds are of training alone, on a machine that was
 also doing other things.
@@ -507,14 +492,15 @@ def draw(curves: Curves) -> plt.Figure:
 
 
 def main() -> None:
-    parser = new_parser(__doc__, quick="few and short runs")
-    parser.add_argument("--model", choices=["tiny", "smollm2"], default="tiny")
-    parser.add_argument("--jobs", type=int, help="worker processes (default: all cores; smollm2: 1)")
-    parser.add_argument("--threads", type=int, help="threads of each (default: 1; smollm2: all cores)")
-    parser.add_argument("--only", nargs="+", default=list(CONFIGURATIONS), metavar="NAME", help="some configurations")
-    arguments = parse(parser)
-    if unknown := set(arguments.only) - set(CONFIGURATIONS):
-        parser.error(f"--only knows {', '.join(CONFIGURATIONS)}; not {', '.join(unknown)}")
+    names = list(CONFIGURATIONS)
+    arguments = parse(
+        __doc__,
+        quick="few and short runs",
+        model=dict(choices=["tiny", "smollm2"], default="tiny"),
+        jobs=dict(type=int, help="worker processes (default: all cores; smollm2: 1)"),
+        threads=dict(type=int, help="threads of each (default: 1; smollm2: all cores)"),
+        only=dict(nargs="+", choices=names, default=names, metavar="NAME", help="some configurations"),
+    )
     name = "smoke" if arguments.quick else arguments.model
     cores, big = os.cpu_count() or 1, name == "smollm2"
     jobs, threads = arguments.jobs or (1 if big else cores), arguments.threads or (cores if big else 1)

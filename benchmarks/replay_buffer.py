@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from common.report import listed, new_parser, parse, plt, table, versions, write
+from common.report import listed, parse, plt, table, versions, write
 
 from tbrm_trl.sources.replay import ReplayBuffer
 from tbrm_trl.trajectory import End, Trajectory
@@ -118,9 +118,7 @@ def draw(results: dict[str, Any]) -> plt.Figure:
 
 
 def main() -> None:
-    parser = new_parser(__doc__)
-    parser.add_argument("--largest", type=int, default=SIZES[-1], help="leave out larger buffers")
-    arguments = parse(parser)
+    arguments = parse(__doc__, largest=dict(type=int, default=SIZES[-1], help="leave out larger buffers"))
     torch.manual_seed(0)
     pool = trajectories(10_000, np.random.default_rng(0))
     results = {

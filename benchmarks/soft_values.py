@@ -5,9 +5,8 @@
 The token trees and the exact targets are those of tests/test_soft_values_converge.py; nothing is downloaded.
 """
 
-from __future__ import annotations
-
 import datetime
+import itertools
 import math
 import tempfile
 from collections.abc import Mapping, Sequence
@@ -20,7 +19,7 @@ import torch
 from common import tiny
 from common import tree_targets as targets
 from common.measure import quiet, set_up
-from common.report import listed, new_parser, parse, plt, table, versions, write
+from common.report import listed, parse, plt, table, versions, write
 from common.trees import BOS, EOS, Policy, Task, Tree, total_variation
 from torch import Tensor
 from transformers import PreTrainedModel, TrainerCallback
@@ -71,17 +70,17 @@ class Bias:
         best = self.task.best
         return Point(total_variation(target, best), total_variation(trained, best), total_variation(trained, target))
 
+    @quiet()
     def train(self, log: str, soft_value: str, value: Tensor | None = None, **options) -> Policy:
         """`value`: V̂* of each prompt, in reward units, `(P,)`."""
         rows = self.task.tree.exact_log(self.task.rewards, self.logs[log])
         if value is not None:
             rows = self.task.with_values(rows, value)
         noisy = soft_value == "log_mean_exp"  # its groups are other ones in every pass: small steps, more of them
-        with quiet():
-            return self.task.train(
-                rows, soft_value=soft_value, per_device_train_batch_size=len(rows),
-                learning_rate=0.05 if noisy else 0.3, max_steps=200 if noisy else 150, **options,
-            )  # fmt: skip
+        return self.task.train(
+            rows, soft_value=soft_value, per_device_train_batch_size=len(rows),
+            learning_rate=0.05 if noisy else 0.3, max_steps=200 if noisy else 150, **options,
+        )  # fmt: skip
 
     def by_group_size(self, log: str) -> tuple[dict[int, Point], dict[int, Point]]:
         """`log_mean_exp` and `group`, by k."""
@@ -118,30 +117,50 @@ class Bias:
 # ---- no reward -------------------------------------------------------------------------------------------------------
 
 
+class Drift(TrainerCallback):
+    """What becomes of a policy where there is nothing to learn. Means over prompts of sums over all it can say.
+
+    Attributes:
+        kl: KL(π_θ‖π_ref) every `KL_EVERY` steps, from 0 on; nats.
+        logged_mass: probability of what the log holds, at the same steps.
+        residual: root mean square of δ over the last of these intervals; nats.
+    """
+
+    residual: float
+
+    def __init__(self) -> None:
+        self.kl: list[float] = []
+        self.logged_mass: list[float] = []
+
+    def measure(self, args, state, control, model=None, **kwargs):
+        if state.global_step % KL_EVERY == 0:
+            policy = log_probs(model)  # (P, N)
+            if state.global_step == 0:
+                self.reference = policy
+            self.kl.append((policy.exp() * (policy - self.reference)).sum(dim=1).mean().item())
+            self.logged_mass.append(policy[:, LOGGED].exp().sum(dim=1).mean().item())
+
+    on_train_begin = on_step_end = measure
+
+
 class NoReward:
     """R = 0, on the skewed log of a bad behaviour: the target is π_ref, where training starts."""
 
     def __init__(self, network: str, folder: Path, seed: int = SEED):
         self.task, self.network = Task(TREE, BETA, folder, seed), network
-        self.rows = TREE.exact_log(torch.zeros_like(self.task.rewards), TREE.counts(TREE.bad(self.task.rewards)))
+        rows = TREE.exact_log(torch.zeros_like(self.task.rewards), TREE.counts(TREE.bad(self.task.rewards)))
+        self.rows = self.task.with_values(rows, torch.zeros(len(TREE.prompts)))  # β₁ log mean exp(0), of any samples
         if network == "transformer":
-            transformer = tiny.model("llama", seed, vocab_size=VOCABULARY)
-            transformer.save_pretrained(folder / "transformer")
-            tiny.tokenizer(alphabet=TREE.letters).save_pretrained(folder / "transformer")
-            self.task.model = str(folder / "transformer")
+            self.task.model = tiny.save(folder / "transformer", "llama", alphabet=TREE.letters, seed=seed)
 
+    @quiet()
     def trainer(self, soft_value: str, **options) -> TBRMTrainer:
-        rows = self.rows
-        if soft_value in ("group", "log_mean_exp"):
-            options["num_generations"] = 2
-        if soft_value == "optimal":
-            rows = [{**row, "optimal_value": 0.0} for row in rows]  # β₁ log mean exp(0), of any samples
         if soft_value == "model":
             options["soft_value_model"] = tiny.save_value_model(self.task.folder / "value", "llama", SEED, TREE.letters)
-        with quiet():
-            return self.task.trainer_on(
-                rows, soft_value=soft_value, per_device_train_batch_size=len(rows), logging_strategy="steps", **options
-            )
+        return self.task.trainer_on(
+            self.rows, soft_value=soft_value, num_generations=2 if soft_value in ("group", "log_mean_exp") else 1,
+            per_device_train_batch_size=len(self.rows), logging_strategy="steps", **options,
+        )  # fmt: skip
 
     def first_step(self, soft_value: str) -> tuple[float, float]:
         """Root mean square of δ (nats) before, and the largest move of a parameter in, one step of SGD at rate 1."""
@@ -153,83 +172,38 @@ class NoReward:
         return trainer.state.log_history[0]["residual/rms"] / BETA, max(moves)
 
     def drift(self, soft_value: str) -> Drift:
+        drift, rate = Drift(), KL_RATES[self.network]
         trainer = self.trainer(
-            soft_value, learning_rate=KL_RATES[self.network], max_steps=KL_STEPS, logging_steps=KL_EVERY
+            soft_value, learning_rate=rate, max_steps=KL_STEPS, logging_steps=KL_EVERY, callbacks=[drift]
         )
-        divergence = Divergence(trainer.model)
-        trainer.add_callback(divergence)
         with quiet():
             trainer.train()
-        rms = [logged["residual/rms"] / BETA for logged in trainer.state.log_history if "residual/rms" in logged]
-        print(
-            f"{self.network}, {soft_value}: KL at most {max(divergence.kl):.3f}, last {divergence.kl[-1]:.3f}",
-            flush=True,
-        )
-        return Drift(divergence.kl, rms[-1], (divergence.logged_mass[0], divergence.logged_mass[-1]))
+        drift.residual = [row["residual/rms"] / BETA for row in trainer.state.log_history if "residual/rms" in row][-1]
+        print(f"{self.network}, {soft_value}: KL at most {max(drift.kl):.3f}, last {drift.kl[-1]:.3f}", flush=True)
+        return drift
 
 
-@dataclass
-class Drift:
-    """Training where there is nothing to learn.
-
-    Attributes:
-        kl: KL(π_θ‖π_ref) every `KL_EVERY` steps, from 0 on; nats.
-        residual: root mean square of δ over the last of these intervals; nats.
-        logged_mass: probability of what the log holds, before and after.
-    """
-
-    kl: list[float]
-    residual: float
-    logged_mass: tuple[float, float]
+def ends_once(said: tuple[int, ...]) -> bool:
+    """Whether nothing but <eos> follows an <eos>."""
+    return EOS not in said or set(said[said.index(EOS) :]) == {EOS}
 
 
-class Divergence(TrainerCallback):
-    """KL(π_θ‖π_ref) every few steps, summed over all that can be said, <pad> and <bos> too. Mean over prompts."""
-
-    def __init__(self, model: PreTrainedModel):
-        self.reference = [log_probs_by_depth(model, prompt) for prompt in TREE.prompt_ids]
-        self.kl = [0.0]
-        self.logged_mass = [float(np.mean([mass_of_letters(log_probs) for log_probs in self.reference]))]
-
-    def on_step_end(self, args, state, control, model=None, **kwargs):
-        if state.global_step % KL_EVERY == 0:
-            policy = [log_probs_by_depth(model, prompt) for prompt in TREE.prompt_ids]
-            self.kl.append(float(np.mean([divergence(*pair) for pair in zip(policy, self.reference, strict=True)])))
-            self.logged_mass.append(float(np.mean([mass_of_letters(log_probs) for log_probs in policy])))
+# All that can be said, <pad> and <bos> too; what ends early is filled up with <eos>. The log holds letters and <eos>.
+SAID = torch.tensor(list(filter(ends_once, itertools.product(range(VOCABULARY), repeat=TREE.depth))))  # (N, depth)
+ACTED = (SAID == EOS).cumsum(dim=1) - (SAID == EOS).int() == 0  # (N, depth) no <eos> before
+LOGGED = torch.isin(SAID, torch.tensor(TREE.actions)).all(dim=1)  # (N,)
 
 
 @torch.no_grad()
-def log_probs_by_depth(model: PreTrainedModel, prompt: list[int]) -> list[Tensor]:
-    """`[(1, V), (V, V), …]`: log π of the next token after every prefix of h tokens, for each h below the depth."""
-    every = torch.cartesian_prod(*[torch.arange(VOCABULARY)] * (TREE.depth - 1)).reshape(-1, TREE.depth - 1)
-    ids = torch.cat([torch.tensor(prompt).expand(len(every), -1), every], dim=1)  # (V^(depth−1), T)
-    log_probs = model(ids, torch.ones_like(ids)).logits.double().log_softmax(dim=-1)  # (V^(depth−1), T, V)
-    prefixes = [VOCABULARY**h for h in range(TREE.depth)]
-    return [log_probs[:: len(every) // n, len(prompt) - 1 + h] for h, n in enumerate(prefixes)]
-
-
-def divergence(policy: list[Tensor], reference: list[Tensor]) -> float:
-    """`Σ_h Σ_prefix π(prefix) KL(π(·|prefix) ‖ π_ref(·|prefix))` over prefixes without <eos>."""
-    total, reached = 0.0, torch.ones(1, dtype=torch.float64)
-    for log_pi, log_ref in zip(policy, reference, strict=True):
-        probs = reached[:, None] * log_pi.exp()  # (prefixes, V)
-        total += (probs * (log_pi - log_ref)).sum().item()
-        probs[:, EOS] = 0.0  # nothing follows
-        reached = probs.flatten()
-    return total
-
-
-def mass_of_letters(log_probs: list[Tensor]) -> float:
-    """The probability of all that the log holds: completions of letters and <eos>."""
-
-    def log_prob(completion: list[int]) -> float:
-        total, prefix = 0.0, 0
-        for step, token in zip(log_probs, completion, strict=False):
-            total += step[prefix, token].item()
-            prefix = prefix * VOCABULARY + token
-        return total
-
-    return sum(math.exp(log_prob(completion)) for completion in TREE.completions)
+def log_probs(model: PreTrainedModel) -> Tensor:
+    """`(P, N)` log π of all that can be said after each prompt, float64."""
+    rows = []
+    for prompt in TREE.prompt_ids:
+        ids = torch.cat([torch.tensor(prompt).expand(len(SAID), -1), SAID], dim=1)  # (N, T)
+        logits = model(ids, torch.ones_like(ids)).logits[:, len(prompt) - 1 : -1].double()  # (N, depth, V)
+        chosen = logits.log_softmax(dim=-1).gather(2, SAID[:, :, None]).squeeze(2)  # (N, depth)
+        rows.append((chosen * ACTED).sum(dim=1))
+    return torch.stack(rows)
 
 
 # ---- report ----------------------------------------------------------------------------------------------------------
@@ -285,14 +259,12 @@ def draw(results: Results) -> plt.Figure:
         axes["A"].plot(GROUP_SIZES, [p.trained for p in grouped.values()], "x", color=color, label=f"group, log {log}")
         compare("C", places, results.by_ratio[log], color, f"optimal, log {log}")
 
-    spread = [results.spread[n] for n in SAMPLES]
-    trained = results.by_samples.values()
+    spread = list(results.spread.values())
+    exact, trained = zip(*((point.exact, point.trained) for point in results.by_samples.values()), strict=True)
     axes["B"].plot(SAMPLES, np.mean(spread, axis=1), color="C0", label=f"optimal, mean of {DRAWS} draws")
     axes["B"].fill_between(SAMPLES, *np.quantile(spread, (0.1, 0.9), axis=1), color="C0", alpha=0.2, label="10% to 90%")
-    axes["B"].plot(
-        TRAINED_SAMPLES, [p.exact for p in trained], "_", color="black", markersize=14, label="one of them, exact"
-    )
-    axes["B"].plot(TRAINED_SAMPLES, [p.trained for p in trained], "o", color="C0")
+    axes["B"].plot(TRAINED_SAMPLES, exact, "_", color="black", markersize=14, label="one of them, exact")
+    axes["B"].plot(TRAINED_SAMPLES, trained, "o", color="C0")
 
     for name, title, label, ticks, texts in (
         ("A", "group size", "k", GROUP_SIZES, GROUP_SIZES),
@@ -366,7 +338,7 @@ def report(results: Results) -> str:
                 ", ".join(f"{number:.2g}" for number in numbers)
                 for numbers in zip(*((max(d.kl), d.kl[-1], d.residual) for d in by_seed), strict=True)
             ]
-            + [", ".join(f"{before:.2f} → {after:.2f}" for before, after in (d.logged_mass for d in by_seed))]
+            + [", ".join(f"{before:.2f} → {after:.2f}" for before, *_, after in (d.logged_mass for d in by_seed))]
             for network, by_name in results.drifts.items()
             for name, by_seed in by_name.items()
         ],
@@ -445,11 +417,11 @@ transformer δ ends near 0 too, but elsewhere: V makes up for probability that m
 
 
 def main() -> None:
-    arguments = parse(new_parser(__doc__))
+    output = parse(__doc__).output
     set_up()
     with tempfile.TemporaryDirectory() as folder:
         results = measure(Path(folder))
-    write(arguments.output, "soft_values", report(results), figure=draw(results))
+    write(output, "soft_values", report(results), figure=draw(results))
 
 
 if __name__ == "__main__":

@@ -6,8 +6,6 @@
 Writes docs/benchmarks/step.{json,md,png}. On a CUDA device, where there is one: step_cuda.{json,md,png}.
 """
 
-from __future__ import annotations
-
 import contextlib
 import functools
 import gc
@@ -28,9 +26,10 @@ from typing import Any
 import torch
 from common import tasks, tiny
 from common.measure import QUIET, peak_memory, quiet, set_up
-from common.report import bullets, listed, new_parser, parse, plt, processor, ratios, table, versions, wrapped, write
+from common.report import bullets, listed, parse, plt, processor, ratios, table, versions, wrapped, write
 from datasets import Dataset
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
@@ -45,16 +44,26 @@ from trl.kernels.chunked_logprob import ChunkedLogProbFunction
 from trl.trainer.utils import _CHUNKED_LOGPROB_CHUNK_SIZE as VOCABULARY_TILE
 
 from tbrm_trl import TBRMTrainer, load_rollouts
+from tbrm_trl.batch import chunks
 
 os.environ.setdefault("TRL_EXPERIMENTAL_SILENCE", "1")
 from trl.experimental.a2po import A2POConfig, A2POTrainer
 
 PARTS = ("generation", "reward", "reference", "old policy", "policy forward", "backward", "optimizer", "rest")
-METHODS = ("GRPO β>0", "TBRM", "minimal loop", "TBRM with replay", "GRPO β=0", "RLOO", "A2PO")
+BETA, LEARNING_RATE = 0.002, 1e-6  # β is that of TBRM
+# The options of each, besides those that are equal for all. GRPO and RLOO take at least two generations.
+METHODS: dict[str, dict[str, Any]] = {
+    "GRPO β>0": dict(beta=0.04, num_generations=2),
+    "TBRM": dict(beta=BETA),
+    "minimal loop": {},
+    "TBRM with replay": dict(beta=BETA, num_iterations=2),
+    "GRPO β=0": dict(beta=0.0, num_generations=2),
+    "RLOO": dict(num_generations=2),
+    "A2PO": {},
+}
 COMPARED = ("TBRM", "minimal loop")
 PEER = "GRPO β>0"  # what the others are divided by
 PACKAGES = ("torch", "transformers", "trl", "accelerate", "tbrm-trl")
-BETA, LEARNING_RATE = 0.002, 1e-6  # β is that of TBRM
 CUDA = torch.cuda.is_available()
 SUFFIX = "_cuda" if CUDA else ""
 MIB = 2**20
@@ -86,7 +95,7 @@ class Work:
     def tokens(self) -> int:
         return len(self.lengths) * self.prompt + sum(self.lengths)
 
-    def in_order_of(self, seed: int) -> Work:
+    def in_order_of(self, seed: int) -> "Work":
         """The same rollouts in another order."""
         return replace(self, lengths=tuple(random.Random(seed).sample(self.lengths, len(self.lengths))))
 
@@ -131,97 +140,36 @@ def reward(prompts: Sequence[Any], completions: Sequence[str], **kwargs: Any) ->
     return [float(len(completion) % 2) for completion in completions]
 
 
-class StopAt(LogitsProcessor):
-    """Each row's end token at its own length, and not before."""
-
-    def __init__(self, prompt: int, lengths: Sequence[int], end_token: int, device: torch.device):
-        self.prompt, self.end_token = prompt, end_token
-        self.lengths = torch.tensor(lengths, device=device)  # (B,)
-
-    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
-        ends = input_ids.shape[1] - self.prompt + 1 >= self.lengths  # (B,) with the token that is drawn now
-        end_score = torch.where(ends, 0.0, -torch.inf)  # (B,)
-        scores = scores.masked_fill(ends.unsqueeze(1), -torch.inf)  # (B, V)
-        scores[:, self.end_token] = end_score.to(scores.dtype)
-        return scores
-
-
-class Plan:
-    """Puts a model's `generate` under the plan of lengths, and one sampling for all."""
-
-    def __init__(self, work: Work, windows: int, tokenizer: Any, clock: Clock):
-        self.upcoming = list(work.warm_up + work.lengths * (windows - 1))
-        self.end_token, self.clock = tokenizer.eos_token_id, clock
-        self.config = GenerationConfig(
-            max_new_tokens=max(self.upcoming), do_sample=True, temperature=1.0, top_p=1.0, top_k=0,
-            pad_token_id=tokenizer.pad_token_id, eos_token_id=self.end_token, disable_compile=True,
-        )  # fmt: skip
-
-    def govern(self, model: PreTrainedModel) -> None:
-        original = model.generate
-
-        def generate(input_ids: Tensor, attention_mask: Tensor, **ignored: Any) -> Tensor:
-            lengths, self.upcoming = self.upcoming[: len(input_ids)], self.upcoming[len(input_ids) :]
-            stop = StopAt(input_ids.shape[1], lengths, self.end_token, input_ids.device)
-            with self.clock.part("generation"):
-                output = original(
-                    input_ids=input_ids, attention_mask=attention_mask, generation_config=self.config,
-                    logits_processor=LogitsProcessorList([stop]),
-                )  # fmt: skip
-            with self.clock.stopped():
-                ends = (output[:, input_ids.shape[1] :] == self.end_token).int().argmax(dim=1) + 1  # (B,)
-                assert ends.tolist() == lengths, f"planned completions of {lengths} tokens, got {ends.tolist()}"
-            return output
-
-        model.generate = generate
-
-
-# ---- measuring ------------------------------------------------------------------------------------------------------
-
-
 class Clock:
     """Seconds by part, every moment counted once: what runs inside another part is not the other's too."""
 
     def __init__(self) -> None:
-        self.current = "rest"
-        self.began = self.last = self.now()
-        self.seconds = dict.fromkeys(PARTS, 0.0)
+        self.marks: list[tuple[float, str]] = []  # when a part began, and which
+        self.mark("rest")
 
-    def now(self) -> float:
+    def mark(self, part: str) -> None:
         if CUDA:
             torch.cuda.synchronize()
-        return time.perf_counter()
-
-    def _charge(self) -> float:
-        now = self.now()
-        self.seconds[self.current] += now - self.last
-        self.last = now
-        return now
+        self.marks.append((time.perf_counter(), part))
 
     def lap(self) -> dict[str, float]:
-        """Seconds by part since the last lap, and their `total`, taken by itself."""
-        now = self._charge()
-        lap, self.seconds = {**self.seconds, "total": now - self.began}, dict.fromkeys(PARTS, 0.0)
-        self.began = now
-        return lap
+        """Seconds by part since the last lap, and their `total`."""
+        self.mark(self.marks[-1][1])
+        seconds = dict.fromkeys(PARTS, 0.0)
+        for (began, part), (ended, _) in itertools.pairwise(self.marks):
+            seconds[part] += ended - began
+        total = self.marks[-1][0] - self.marks[0][0]
+        del self.marks[:-1]
+        return {**seconds, "total": total}
 
     @contextlib.contextmanager
     def part(self, name: str) -> Iterator[None]:
-        self._charge()
-        outer, self.current = self.current, name
+        outer = self.marks[-1][1]
+        self.mark(name)
         try:
             yield
         finally:
-            self._charge()
-            self.current = outer
-
-    @contextlib.contextmanager
-    def stopped(self) -> Iterator[None]:
-        """The benchmark's own business."""
-        began = self._charge()
-        yield
-        self.last = self.now()
-        self.began += self.last - began
+            self.mark(outer)
 
     def wrap(self, owner: Any, method: str, part: str | Callable[..., str]) -> None:
         """Charge calls of a method to a part, which may depend on the arguments."""
@@ -233,6 +181,51 @@ class Clock:
                 return original(*args, **kwargs)
 
         setattr(owner, method, timed)
+
+
+class Plan(LogitsProcessor):
+    """Puts a model's `generate` under one sampling for all, and each row's end token at its own length, not before."""
+
+    def __init__(self, work: Work, windows: int, tokenizer: Any, clock: Clock):
+        self.upcoming = list(work.warm_up + work.lengths * (windows - 1))
+        self.prompt, self.end_token, self.clock = work.prompt, tokenizer.eos_token_id, clock
+        self.generated: list[tuple[Tensor, Tensor]] = []  # the lengths that were planned, (B,), and ids, (B, P + C)
+        self.config = GenerationConfig(
+            max_new_tokens=max(self.upcoming), do_sample=True, temperature=1.0, top_p=1.0, top_k=0,
+            pad_token_id=tokenizer.pad_token_id, eos_token_id=self.end_token, disable_compile=True,
+        )  # fmt: skip
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        ends = input_ids.shape[1] - self.prompt + 1 >= self.lengths  # (B,) with the token that is drawn now
+        scores = scores.masked_fill(ends.unsqueeze(1), -torch.inf)  # (B, V)
+        scores[:, self.end_token] = torch.where(ends, 0.0, -torch.inf).to(scores.dtype)  # (B,)
+        return scores
+
+    def govern(self, model: PreTrainedModel) -> None:
+        original = model.generate
+
+        def generate(input_ids: Tensor, attention_mask: Tensor, **ignored: Any) -> Tensor:
+            self.lengths = torch.tensor(self.upcoming[: len(input_ids)], device=input_ids.device)  # (B,)
+            del self.upcoming[: len(input_ids)]
+            with self.clock.part("generation"):
+                output = original(
+                    input_ids=input_ids, attention_mask=attention_mask, generation_config=self.config,
+                    logits_processor=LogitsProcessorList([self]),
+                )  # fmt: skip
+            self.generated.append((self.lengths, output))
+            return output
+
+        model.generate = generate
+
+    def check(self) -> None:
+        """Whether the whole plan was generated, and nothing else."""
+        assert not self.upcoming, "every method generates the whole plan"
+        for planned, output in self.generated:
+            ends = (output[:, self.prompt :] == self.end_token).int().argmax(dim=1) + 1  # (B,)
+            assert ends.equal(planned), f"planned completions of {planned.tolist()} tokens, got {ends.tolist()}"
+
+
+# ---- measuring ------------------------------------------------------------------------------------------------------
 
 
 @dataclass
@@ -278,9 +271,9 @@ class Stages(TrainerCallback):
     """
 
     def __init__(self, clock: Clock, updates: int, memory: bool):
-        self.clock, self.updates, self.memory = clock, updates, memory
-        self.windows = 3 if memory else 2
+        self.clock, self.updates, self.windows = clock, updates, 3 if memory else 2
         self.laps: list[dict[str, float]] = []
+        self.memory: dict[str, float] = {}
         self.peaks = contextlib.ExitStack()
 
     def on_train_begin(self, args, state, control, model=None, optimizer=None, **kwargs):
@@ -293,19 +286,16 @@ class Stages(TrainerCallback):
 
     def update_done(self, model: PreTrainedModel, reference: PreTrainedModel | None, optimizer: Any) -> None:
         self.laps.append(self.clock.lap())
-        if self.memory and len(self.laps) == 2 * self.updates:
-            self.floor, grads = static_floor(model, reference, optimizer)
-            self.missing_grads = 0 if next(model.parameters()).grad is not None else grads
+        if self.windows == 3 and len(self.laps) == 2 * self.updates:
+            floor, grads = static_floor(model, reference, optimizer)
+            self.memory = {"floor": floor / MIB, "missing": 0 if next(model.parameters()).grad is not None else grads}
             self.peak = self.peaks.enter_context(peak_memory(model.device))
         elif len(self.laps) == 3 * self.updates:
             self.peaks.close()
+            self.memory["above_floor"] = (self.peak.bytes - self.memory.pop("missing")) / MIB
 
     def result(self) -> Measurement:
-        timed = self.laps[self.updates : 2 * self.updates]
-        if not self.memory:
-            return Measurement(timed)
-        above = self.peak.bytes - self.missing_grads
-        return Measurement(timed, {"floor": self.floor / MIB, "above_floor": above / MIB})
+        return Measurement(self.laps[self.updates : 2 * self.updates], self.memory or None)
 
 
 def static_floor(model: PreTrainedModel, reference: PreTrainedModel | None, optimizer: Any) -> tuple[int, int]:
@@ -325,7 +315,8 @@ def static_floor(model: PreTrainedModel, reference: PreTrainedModel | None, opti
 
 
 def trainer_of(method: str, work: Work, folder: Path, seed: int, windows: int, **more: Any) -> Any:
-    options = QUIET | dict(
+    trainer_class, config_class = TRAINERS[method.split()[0]]
+    options = {**QUIET, **METHODS[method], **more} | dict(
         output_dir=str(folder),
         per_device_train_batch_size=work.micro_batch,
         gradient_accumulation_steps=len(work.lengths) // work.micro_batch,
@@ -339,47 +330,38 @@ def trainer_of(method: str, work: Work, folder: Path, seed: int, windows: int, *
         logging_strategy="steps",
         logging_steps=1,
     )
-    name, _, variant = method.partition(" ")
-    trainer_class, config_class = TRAINERS[name]
-    if name == "TBRM":
-        options["beta"] = BETA
-    elif name != "A2PO":
-        options["num_generations"] = 2  # the fewest they take
-    if name == "GRPO":
-        options["beta"] = 0.0 if variant == "β=0" else 0.04
-    if variant == "with replay":  # a buffer of one window: replayed rollouts are as long as fresh ones
-        options |= {"num_iterations": 2, "replay_buffer_size": len(work.lengths)}
+    if method == "TBRM with replay":  # a buffer of one window: replayed rollouts are as long as fresh ones
+        options["replay_buffer_size"] = len(work.lengths)
     tokenizer = AutoTokenizer.from_pretrained(work.model, padding_side="left")
     rows = Dataset.from_list([{"prompt": p} for p in prompts(tokenizer, work.prompt, 4 * len(work.lengths), seed)])
-    trainer = trainer_class(work.model, reward, config_class(**options | more), rows, processing_class=tokenizer)
+    trainer = trainer_class(work.model, reward, config_class(**options), rows, processing_class=tokenizer)
     trainer.remove_callback(PrinterCallback)
-    if name == "A2PO":
+    if method == "A2PO":
         trainer._optimal_values = dict.fromkeys(rows["prompt"], 0.5)  # its first stage comes before all steps
     return trainer
 
 
 def updates_per_window(method: str) -> int:
-    return 2 if method == "TBRM with replay" else 1
+    return METHODS[method].get("num_iterations", 1)
 
 
 def time_parts(trainer: Any, clock: Clock) -> None:
     """Charge the functions of a trainer to the parts. What none of them covers is the rest."""
-    clock.wrap(trainer, "_calculate_rewards", "reward")
-    clock.wrap(trainer.accelerator, "backward", "backward")
-    clock.wrap(trainer.accelerator, "clip_grad_norm_", "optimizer")
-    clock.wrap(trainer, "compute_loss" if isinstance(trainer, A2POTrainer) else "_compute_loss", "policy forward")
+    own_scoring = {TBRMTrainer: "_score_stale", A2POTrainer: "_get_sequence_logps"}
 
     def scored(model: Any, *args: Any, **kwargs: Any) -> str:
-        if clock.current == "policy forward":
-            return clock.current
-        return "reference" if model is trainer.ref_model else "old policy"
+        if clock.marks[-1][1] == "policy forward":
+            return "policy forward"
+        return "reference" if model is trainer.ref_model or isinstance(trainer, TBRMTrainer) else "old policy"
 
-    if isinstance(trainer, TBRMTrainer):
-        clock.wrap(trainer, "_score_stale", "reference")
-    elif isinstance(trainer, A2POTrainer):
-        clock.wrap(trainer, "_get_sequence_logps", scored)
-    else:
-        clock.wrap(trainer, "_get_per_token_logps_and_entropies", scored)
+    for owner, method, part in (
+        (trainer, "_calculate_rewards", "reward"),
+        (trainer.accelerator, "backward", "backward"),
+        (trainer.accelerator, "clip_grad_norm_", "optimizer"),
+        (trainer, "compute_loss" if isinstance(trainer, A2POTrainer) else "_compute_loss", "policy forward"),
+        (trainer, own_scoring.get(type(trainer), "_get_per_token_logps_and_entropies"), scored),
+    ):
+        clock.wrap(owner, method, part)
 
 
 def measure(method: str, work: Work, seed: int, memory: bool = False) -> Measurement:
@@ -398,7 +380,7 @@ def measure(method: str, work: Work, seed: int, memory: bool = False) -> Measure
             time_parts(trainer, clock)
             trainer.train()
             del trainer
-    assert not plan.upcoming, "every method generates the whole plan"
+    plan.check()
     gc.collect()
     if CUDA:
         torch.cuda.empty_cache()
@@ -411,7 +393,6 @@ def measure(method: str, work: Work, seed: int, memory: bool = False) -> Measure
 @dataclass
 class Rollout:
     ids: Tensor  # (T,) prompt and completion
-    prompt: int  # tokens of it that are the prompt
     reward: float
     ref_log_prob: float = 0.0  # log π_ref of the completion
 
@@ -430,25 +411,21 @@ class MinimalLoop:
 
     def score(self, model: PreTrainedModel, rollouts: Sequence[Rollout], *outputs: str) -> tuple[Tensor, Tensor]:
         """`(B,)` log-probability of each completion, and V of its first state; TRL's kernel computes `outputs`."""
-        count, width = len(rollouts), max(len(one.ids) for one in rollouts)
-        ids = torch.full((count, width), self.tokenizer.pad_token_id)  # (B, T)
-        acting = torch.zeros_like(ids, dtype=torch.bool)  # (B, T)
-        for row, one in enumerate(rollouts):
-            ids[row, : len(one.ids)] = one.ids
-            acting[row, one.prompt - 1 : len(one.ids) - 1] = True  # the states in which a token is chosen
-        ids, acting = ids.to(model.device), acting.to(model.device)
+        rows = [one.ids for one in rollouts]
+        ids = pad_sequence(rows, batch_first=True, padding_value=self.tokenizer.pad_token_id).to(model.device)  # (B, T)
+        columns = torch.arange(ids.shape[1], device=model.device)
+        ends = torch.tensor([[len(row)] for row in rows], device=model.device)  # (B, 1)
+        acting = (columns >= self.work.prompt - 1) & (columns < ends - 1)  # (B, T) states in which a token is chosen
         with torch.autocast(model.device.type, torch.bfloat16, enabled=CUDA):
             # Rows are padded on the right, where no causal state sees it: a mask would only cost time.
             states = model.base_model(ids, use_cache=False).last_hidden_state  # (B, T, hidden)
-            first = states[torch.arange(count), [one.prompt - 1 for one in rollouts]]  # (B, hidden)
             head = model.get_output_embeddings()
-            value = head(first).float().logsumexp(dim=-1)  # (B,)
+            value = head(states[:, self.work.prompt - 1]).float().logsumexp(dim=-1)  # (B,)
             chosen = ids.roll(-1, dims=1)[acting]  # (N,)
             log_probs, *_ = ChunkedLogProbFunction.apply(
                 states[acting], head.weight, None, chosen, 1.0, VOCABULARY_TILE, None, 1.0, outputs
             )
-        rows = acting.nonzero()[:, 0]  # (N,)
-        return log_probs.new_zeros(count).index_add(0, rows, log_probs), value
+        return torch.zeros_like(value).index_add(0, acting.nonzero()[:, 0], log_probs), value
 
     def loss(self, rollouts: Sequence[Rollout]) -> Tensor:
         log_prob, value = self.score(self.policy, rollouts, "log_probs", "entropy")
@@ -456,12 +433,11 @@ class MinimalLoop:
         reference = torch.tensor([one.ref_log_prob for one in rollouts], device=value.device)  # (B,)
         return (BETA * (value + log_prob - reference) - rewards).square().sum() / len(self.work.lengths)
 
-    def micro_batches(self, rollouts: list[Rollout]) -> list[list[Rollout]]:
-        ordered, size = sorted(rollouts, key=lambda one: len(one.ids), reverse=True), self.work.micro_batch
-        return [ordered[first : first + size] for first in range(0, len(ordered), size)]
+    def micro_batches(self, rollouts: list[Rollout]) -> list[Sequence[Rollout]]:
+        return chunks(sorted(rollouts, key=lambda one: len(one.ids), reverse=True), self.work.micro_batch)
 
     @torch.no_grad()
-    def score_reference(self, micro_batch: list[Rollout]) -> None:
+    def score_reference(self, micro_batch: Sequence[Rollout]) -> None:
         log_probs, _ = self.score(self.reference, micro_batch, "log_probs")  # (B,)
         for one, log_prob in zip(micro_batch, log_probs.tolist(), strict=True):
             one.ref_log_prob = log_prob
@@ -474,7 +450,7 @@ class MinimalLoop:
         completions = self.tokenizer.batch_decode([row[self.work.prompt :] for row in ids], skip_special_tokens=True)
         with self.clock.part("reward"):
             rewards = reward(texts, completions)
-        return [Rollout(row, self.work.prompt, one) for row, one in zip(ids, rewards, strict=True)]
+        return [Rollout(row, one) for row, one in zip(ids, rewards, strict=True)]
 
     def update(self, texts: list[str]) -> None:
         part, micro_batches = self.clock.part, self.micro_batches(self.roll_out(texts))
@@ -507,34 +483,23 @@ def losses_on_the_same_rollouts(work: Work) -> tuple[float, float]:
     """The loss of the trainer's first update, and the minimal loop's on the same rollouts, of several lengths."""
     lengths, clock = tuple(2 + i % 7 for i in range(len(work.lengths))), Clock()
     work = replace(work, lengths=lengths, warm_up=lengths)
-    seen: list[float] = []
     with tempfile.TemporaryDirectory() as folder, quiet():
         trainer = trainer_of("TBRM", work, Path(folder), 0, 1, save_rollouts=True)
         Plan(work, 1, trainer.processing_class, clock).govern(trainer.model)
-        backward = trainer.accelerator.backward
-
-        def observed(loss: Tensor, **kwargs: Any) -> None:
-            seen.append(loss.item())
-            backward(loss, **kwargs)
-
-        trainer.accelerator.backward = observed
         trainer.train()
         rows = load_rollouts(folder)
     loop = MinimalLoop(work, clock, 0)
-    rollouts = [
-        Rollout(torch.tensor(row["prompt_ids"] + row["completion_ids"]), len(row["prompt_ids"]), row["reward"])
-        for row in rows
-    ]
+    rollouts = [Rollout(torch.tensor(row["prompt_ids"] + row["completion_ids"]), row["reward"]) for row in rows]
     micro_batches = loop.micro_batches(rollouts)
     for micro_batch in micro_batches:
         loop.score_reference(micro_batch)
-    return sum(seen), sum(loop.loss(micro_batch).item() for micro_batch in micro_batches)
+    return trainer.state.log_history[0]["loss"], sum(loop.loss(micro_batch).item() for micro_batch in micro_batches)
 
 
 # ---- all of it ------------------------------------------------------------------------------------------------------
 
 
-Measurements = dict[str, dict[str, Repetitions]]  # by length distribution and method
+Measurements = dict[Any, dict[str, Repetitions]]  # by length distribution, or another name of the work, and method
 
 
 @dataclass
@@ -545,7 +510,7 @@ class Results:
     losses: tuple[float, float]  # the trainer's and the loop's
 
 
-def run(all_works: dict[str, Work], repetitions: int, methods: Sequence[str], memory: bool) -> Measurements:
+def run(all_works: dict[Any, Work], repetitions: int, methods: Sequence[str], memory: bool) -> Measurements:
     """The methods in turn, each repetition in another order; in the first, memory too."""
     results: Measurements = {work: {m: [] for m in methods} for work in all_works}
     for repetition, name in itertools.product(range(repetitions), all_works):
@@ -708,25 +673,19 @@ def draw(results: Results) -> plt.Figure:
     return figure
 
 
-def as_numbers(measured: Any) -> Any:
-    """Measurements, in dictionaries however deep, as JSON."""
-    if isinstance(measured, dict):
-        return {name: as_numbers(of) for name, of in measured.items()}
-    return [asdict(one) for one in measured]
-
-
 def main() -> None:
-    parser = new_parser(__doc__, quick="a tiny model and few tokens")
-    parser.add_argument("--model", help="folder of a causal language model (default: SmolLM2-135M)")
-    parser.add_argument("--repetitions", type=int, help="default: 5, with --quick 2")
-    parser.add_argument("--rollouts", type=int, default=16, help="per optimizer step")
-    parser.add_argument("--micro-batch", type=int, default=4, help="rollouts of a forward")
-    parser.add_argument("--equal", type=int, default=32, help="tokens of a completion where all are equal")
-    parser.add_argument("--longest", type=int, default=64, help="tokens of the longest completion in the long tail")
-    parser.add_argument("--threads", type=int, default=2)
-    arguments = parse(parser)
+    options: dict[str, Any] = {
+        "model": dict(help="folder of a causal language model (default: SmolLM2-135M)"),
+        "repetitions": dict(type=int, help="default: 5, with --quick 2"),
+        "rollouts": dict(type=int, default=16, help="per optimizer step"),
+        "micro-batch": dict(type=int, default=4, help="rollouts of a forward"),
+        "equal": dict(type=int, default=32, help="tokens of a completion where all are equal"),
+        "longest": dict(type=int, default=64, help="tokens of the longest completion in the long tail"),
+        "threads": dict(type=int, default=2),
+    }
+    arguments = parse(__doc__, quick="a tiny model and few tokens", **options)
     if arguments.rollouts % arguments.micro_batch or arguments.rollouts % 2:
-        parser.error("--rollouts must be even and divisible by --micro-batch")
+        raise SystemExit("--rollouts must be even and divisible by --micro-batch")
     set_up(arguments.threads)
     quick = arguments.quick
     with tempfile.TemporaryDirectory() as folder:
@@ -738,15 +697,15 @@ def main() -> None:
         all_works = works(model, arguments.rollouts, arguments.micro_batch, equal, longest, warm_up)
         losses = losses_on_the_same_rollouts(all_works["equal"])
         assert math.isclose(*losses, rel_tol=1e-2 if CUDA else 1e-4), f"the trainer's and the loop's loss: {losses}"
-        measurements = run(all_works, repetitions, METHODS, memory=True)
+        measurements = run(all_works, repetitions, list(METHODS), memory=True)
         overhead = run(all_works, 2 * repetitions, COMPARED, memory=False)
     results, where = Results(all_works, measurements, overhead, losses), environment(arguments.threads)
     raw = {
         "environment": where,
         "works": {name: asdict(work) | {"model": Path(work.model).name} for name, work in all_works.items()},
         "losses": dict(zip(("trainer", "minimal loop"), losses, strict=True)),
-        "measurements": as_numbers(measurements),
-        "overhead": as_numbers(overhead),
+        "measurements": measurements,
+        "overhead": overhead,
     }
     write(arguments.output, f"step{SUFFIX}", report(results, where), raw, draw(results))
 

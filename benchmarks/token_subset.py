@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from common.report import bullets, listed, new_parser, parse, ratios, table, versions, write
+from common.report import bullets, listed, parse, ratios, table, versions, write
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 from trl.kernels import chunked_logprob
 from trl.trainer.utils import add_fused_lm_head
@@ -88,12 +88,9 @@ def gradient(model: PreTrainedModel, rows: list[UpdateRow], batch: Batch, option
     loss_of = TrajectoryLoss(args, SoftValue.registry["policy"](args))
     loss_of.mark_left_out(rows)
 
-    def scorer(batch: Batch, **wanted: Any) -> Any:
-        return score(model, batch, **wanted)
-
     Path("/proc/self/clear_refs").write_text("5")  # resets the peak
     before, start = resident_mib("VmRSS"), time.process_time()
-    output = loss_of(rows, batch, scorer, in_part=args.token_fraction < 1)
+    output = loss_of(rows, batch, functools.partial(score, model), in_part=args.token_fraction < 1)
     loss = mean_over_counted(output.loss, output.inputs.counted, len(rows))
     middle = time.process_time()
     loss.backward()
@@ -185,11 +182,9 @@ What it says:
 
 
 def main() -> None:
-    parser = new_parser(__doc__)
-    parser.add_argument("--rounds", type=int, default=7)
-    parser.add_argument("--layers", type=int, default=LAYERS)
-    parser.add_argument("--completion", type=int, default=COMPLETION)
-    arguments = parse(parser)
+    sizes = dict(rounds=7, layers=LAYERS, completion=COMPLETION)
+    options: dict[str, Any] = {name: dict(type=int, default=size) for name, size in sizes.items()}
+    arguments = parse(__doc__, **options)
     if not os.environ.keys() >= MALLOC.keys():  # read when the process starts
         os.execve(sys.executable, [sys.executable, *sys.argv], {**os.environ, **MALLOC})
     torch.set_num_threads(1)

@@ -10,8 +10,6 @@ difficulty, model (a Hub id or a folder), number of steps, or LoRA:
         --model Qwen/Qwen2.5-0.5B-Instruct --steps 200 --lora 16
 """
 
-from __future__ import annotations
-
 import argparse
 import importlib.util
 import json
@@ -20,7 +18,7 @@ import random
 import time
 from pathlib import Path
 
-import matplotlib
+import matplotlib.pyplot as plt
 import torch
 from datasets import Dataset
 from transformers import AutoModelForCausalLM, AutoTokenizer, PrinterCallback, TrainerCallback
@@ -29,10 +27,9 @@ from tbrm_trl import TBRMConfig, TBRMTrainer
 from tbrm_trl.evaluation import Accuracy, evaluate_accuracy
 from tbrm_trl.rewards import gym
 
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt
-
+plt.switch_backend("Agg")
 SMOLLM2 = "SmolLM2-135M-Instruct"
+SUMS = ["min_terms=2", "max_terms=2", "min_digits=1", "max_digits=1"]
 SYSTEM_PROMPT = "Reply with a number."
 
 
@@ -64,35 +61,38 @@ def distinct_problems(task: str, difficulty: dict, train: int, held_out: int, se
     return entries[held_out:], entries[:held_out]
 
 
+OPTIONS: dict[str, dict] = {
+    "task": dict(default="chain_sum", help="a reasoning-gym data set"),
+    "difficulty": dict(nargs="*", metavar="KEY=VALUE", help="its settings (default: two one-digit terms)"),
+    "model": dict(default=SMOLLM2, help="a Hub id or a folder"),
+    "steps": dict(type=int, default=20, help="optimizer steps"),
+    "rollouts-per-step": dict(type=int, default=24),
+    "train-problems": dict(type=int, default=140),
+    "eval-problems": dict(type=int, default=60),
+    "eval-samples": dict(type=int, default=8, help="n of avg@n"),
+    "max-completion-length": dict(type=int, default=16),
+    "beta": dict(type=float, default=0.02),
+    "soft-value": dict(default="calibrated", choices=["policy", "calibrated"]),
+    "learning-rate": dict(type=float, help="default: 2e-5, with LoRA 2e-4"),
+    "lora": dict(type=int, default=0, metavar="RANK", help="train a LoRA adapter of this rank"),
+    "seed": dict(type=int, default=0),
+    "output": dict(type=Path, default=Path("outputs/demo")),
+}
+
+
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--task", default="chain_sum", help="a reasoning-gym data set")
-    parser.add_argument(
-        "--difficulty", nargs="*", metavar="KEY=VALUE", help="its settings (default: two one-digit terms)"
-    )
-    parser.add_argument("--model", default=SMOLLM2, help="a Hub id or a folder")
-    parser.add_argument("--steps", type=int, default=20, help="optimizer steps")
-    parser.add_argument("--rollouts-per-step", type=int, default=24)
-    parser.add_argument("--train-problems", type=int, default=140)
-    parser.add_argument("--eval-problems", type=int, default=60)
-    parser.add_argument("--eval-samples", type=int, default=8, help="n of avg@n")
-    parser.add_argument("--max-completion-length", type=int, default=16)
-    parser.add_argument("--beta", type=float, default=0.02)
-    parser.add_argument("--soft-value", default="calibrated", choices=["policy", "calibrated"])
-    parser.add_argument("--learning-rate", type=float, help="default: 2e-5, with LoRA 2e-4")
-    parser.add_argument("--lora", type=int, default=0, metavar="RANK", help="train a LoRA adapter of this rank")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--output", type=Path, default=Path("outputs/demo"))
+    for name, settings in OPTIONS.items():
+        parser.add_argument(f"--{name}", **settings)
     arguments = parser.parse_args()
     if arguments.difficulty is None:
-        sums = dict(min_terms=2, max_terms=2, min_digits=1, max_digits=1)
-        arguments.difficulty = sums if arguments.task == "chain_sum" else {}
-    else:
-        try:
-            pairs = [setting.split("=", 1) for setting in arguments.difficulty]
-            arguments.difficulty = {key: json.loads(value) for key, value in pairs}
-        except ValueError:
-            parser.error(f"--difficulty takes KEY=VALUE with JSON values, not {' '.join(arguments.difficulty)!r}")
+        arguments.difficulty = SUMS if arguments.task == "chain_sum" else []
+    try:
+        arguments.difficulty = {
+            key: json.loads(value) for key, value in (it.split("=", 1) for it in arguments.difficulty)
+        }
+    except ValueError:
+        parser.error(f"--difficulty takes KEY=VALUE with JSON values, not {' '.join(arguments.difficulty)!r}")
     if arguments.learning_rate is None:
         arguments.learning_rate = 2e-4 if arguments.lora else 2e-5
     if arguments.steps < 1:
@@ -239,13 +239,14 @@ def main() -> None:
         "history": history,
     }
     (output / "metrics.json").write_text(json.dumps(metrics, indent=2))
-    with (output / "completions.jsonl").open("w") as file:
-        for when, result in (("before", before), ("after", after)):
-            for name, accuracy in result.items():
-                for entry, texts, scores in zip(held_out, accuracy.completions, accuracy.scores, strict=True):
-                    for text, score in zip(texts, scores, strict=True):
-                        row = dict(when=when, decoding=name, question=entry["question"], completion=text, score=score)
-                        file.write(json.dumps(row) + "\n")
+    completions = [
+        dict(when=when, decoding=name, question=entry["question"], completion=text, score=score)
+        for when, result in (("before", before), ("after", after))
+        for name, accuracy in result.items()
+        for entry, texts, scores in zip(held_out, accuracy.completions, accuracy.scores, strict=True)
+        for text, score in zip(texts, scores, strict=True)
+    ]
+    (output / "completions.jsonl").write_text("".join(json.dumps(row) + "\n" for row in completions))
     draw(history, before["sampled"], after["sampled"], output / "learning_curve.png")
     print(
         f"{arguments.task}, held out: sampled {before['sampled'].mean:.3f} → {after['sampled'].mean:.3f}, greedy "

@@ -7,8 +7,6 @@ reward is mathematical equality with the answer in the data (docs/rewards.md): p
 or dotted path: --reward_funcs math format my_module.my_reward --reward_weights 1.0 0.1 0.5
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass, field
 from pathlib import Path
 

@@ -7,34 +7,24 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")  # nothing in the tests may depend 
 os.environ.setdefault("TRL_EXPERIMENTAL_SILENCE", "1")
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # the models are tiny: more threads only get in each other's way
 
-import importlib.util
-import sys
-from pathlib import Path
+from importlib import import_module
 
 import pytest
+from common.tiny import save
 
 
 @pytest.fixture(scope="session")
 def llama(tmp_path_factory) -> str:
     """The folder of a tiny model and its tokenizer."""
-    from common.tiny import save
-
     return save(tmp_path_factory.mktemp("llama"), "llama")
 
 
 @pytest.fixture(scope="session")
 def qwen2(tmp_path_factory) -> str:
-    from common.tiny import save
-
     return save(tmp_path_factory.mktemp("qwen2"), "qwen2")
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture
 def train_script():
     """`examples/train.py` as a module."""
-    file = Path(__file__).parent.parent / "examples/train.py"
-    spec = importlib.util.spec_from_file_location("train_by_recipe", file)
-    module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    yield module
-    del sys.modules[spec.name]
+    return import_module("train")

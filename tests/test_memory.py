@@ -160,7 +160,7 @@ def test_a_measured_peak(monkeypatch):
         model_type="qwen2", hidden_size=64, intermediate_size=256, num_hidden_layers=3, num_attention_heads=4,
         num_key_value_heads=2, vocab_size=2000,
     )  # fmt: skip
-    run = memory_estimate.Run("tiny", rows=8, prompt=16, completion=112)
+    run = memory_estimate.run_of("tiny", rows=8, prompt_length=16, completion_length=112)
     monkeypatch.setitem(memory_estimate.MODELS, "tiny", sizes)
     monkeypatch.setitem(memory_estimate.RUNS, "tiny", run)
     measured = memory_estimate.measure("tiny")

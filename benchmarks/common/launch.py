@@ -1,25 +1,30 @@
 """Start processes, also several at once with a launch file of the examples, on CPUs too.
 
-python -m common.launch MODULE:FUNCTION ARGUMENTS FILE    # what `call` runs in each process
+python -m common.launch MODULE:FUNCTION ARGUMENTS FOLDER    # in each process, under a launcher: what `launch` runs
 """
 
 import json
 import os
+import signal
 import socket
 import subprocess
 import sys
 import tempfile
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from importlib import import_module
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
+import yaml
 from accelerate.state import AcceleratorState, PartialState
 from accelerate.utils import DistributedType
 
-BENCHMARKS = Path(__file__).resolve().parents[1]
-LAUNCH_FILES = BENCHMARKS.parent / "examples/accelerate"
+ROOT = Path(__file__).resolve().parents[2]
+LAUNCH_FILES = ROOT / "examples/accelerate"
+SEARCHED = os.pathsep.join(str(ROOT / folder) for folder in ("tests", "benchmarks"))  # for the functions to be launched
 
 
 def free_port() -> int:
@@ -48,40 +53,87 @@ def allow_fsdp_on_cpu() -> None:
     AcceleratorState.__init__ = init_with_fsdp
 
 
-def call(function: str, launcher: Sequence[str] = (), threads: int = 1, **arguments: Any) -> Any:
-    """What a function returns in a process of its own. Under a launcher, what it returns in the first process.
+def run(command: Sequence[str | Path], timeout: float = 600, **environment: str) -> str:
+    """Run a command in the repository's root, which must succeed in time. Returns what it printed."""
+    paths = {name: os.pathsep.join(filter(None, [first, os.environ.get(name)]))
+             for name, first in (("PATH", str(Path(sys.executable).parent)), ("PYTHONPATH", SEARCHED))}  # fmt: skip
+    environment = {**os.environ, **paths, **environment}
+    environment.pop("ACCELERATE_USE_CPU", None)  # left by a trainer in this process, it would mean "no DeepSpeed"
+    with tempfile.TemporaryFile("w+") as output:
+        process = subprocess.Popen(
+            list(map(str, command)),
+            cwd=ROOT,
+            env=environment,
+            stdout=output,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,  # a group to be ended as one
+        )
+        try:
+            with suppress(subprocess.TimeoutExpired):
+                process.wait(timeout)  # DeepSpeed compiles an operator on its first launch
+        finally:
+            with suppress(ProcessLookupError):  # it is over
+                os.killpg(process.pid, signal.SIGTERM)  # on which torchrun ends its processes too
+        code = process.wait(timeout=60)
+        output.seek(0)
+        printed = output.read()
+    assert code == 0, f"Exit code {code}: {printed[-8000:]}"
+    return printed
+
+
+def launch(
+    function: str,
+    under: str | Sequence[str] | None = None,
+    processes: int = 2,
+    environment: dict[str, str] | None = None,
+    timeout: float = 600,
+    **arguments: Any,
+) -> list[Any]:
+    """What a function returns in each of several processes, in the order of their ranks.
 
     Args:
-        function: `module:name`.
-        launcher: a module that starts processes, with its options. Without it, there is one process.
-        threads: of each process.
-        arguments: of the function. They and the result must be JSON.
+        function: `module:name`, of a module of the benchmarks or the tests.
+        under: a launch file of the examples, by its name, or another launcher with its options, none of them for a
+            process of its own. By default torchrun.
+        processes: how many, unless `under` is a launcher with its options.
+        environment: variables of the processes, besides this one's.
+        timeout: seconds that they may take.
+        arguments: of the function, as JSON.
     """
-    paths = filter(None, [str(BENCHMARKS), os.environ.get("PYTHONPATH")])
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(paths), "OMP_NUM_THREADS": str(threads)}
-    with tempfile.TemporaryDirectory() as folder:
-        output = Path(folder) / "result.json"
-        command = [
-            sys.executable,
-            "-m",
-            *launcher,
-            *(["-m"] if launcher else []),
-            "common.launch",
-            function,
-            json.dumps(arguments),
-            str(output),
-        ]
-        subprocess.run(command, check=True, stdout=sys.stderr, env=environment)
-        return json.loads(output.read_text())
+    if isinstance(under, str):
+        nodes = yaml.safe_load((LAUNCH_FILES / f"{under}.yaml").read_text()).get("num_machines", 1)
+        number = [["--main_process_ip", "127.0.0.1", "--machine_rank", str(node)] for node in range(nodes)]
+        launcher = launcher_of(under, processes)
+        launchers = [launcher + number[node] * (nodes > 1) for node in range(nodes)]
+    elif under is None:
+        launchers = [["torch.distributed.run", f"--nproc_per_node={processes}", f"--master_port={free_port()}"]]
+    else:
+        launchers = [list(under)]
+    with tempfile.TemporaryDirectory() as folder, ThreadPoolExecutor() as pool:
+        called = ["-m", "common.launch", function, json.dumps(arguments, default=str), folder]
+        commands = [[sys.executable, *(["-m", *launcher] if launcher else []), *called] for launcher in launchers]
+        list(pool.map(lambda command: run(command, timeout, **environment or {}), commands))
+        returned = sorted(Path(folder).iterdir(), key=lambda file: int(file.stem))
+        return [torch.load(file, weights_only=False) for file in returned]
 
 
-def main(function: str, arguments: str, output: str) -> None:
+def main(function: str, arguments: str, folder: str) -> None:
     module, name = function.split(":")
     result = getattr(import_module(module), name)(**json.loads(arguments))
-    if os.environ.get("RANK", "0") == "0":
-        Path(output).write_text(json.dumps(result))
-    if torch.distributed.is_initialized():
-        torch.distributed.destroy_process_group()
+    torch.save(result, Path(folder) / f"{os.environ.get('RANK', '0')}.pt")
+    end_process()
+
+
+def end_process() -> NoReturn:
+    """End a process of a group, without the interpreter's own end.
+
+    FSDP2's modules hold the process group, so that gloo's threads may still run when the interpreter lets it go. The
+    process then aborts, about once in twenty runs (torch 2.13).
+    """
+    PartialState().destroy_process_group()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(0)
 
 
 if __name__ == "__main__":

@@ -5,6 +5,7 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager, redirect_stdout
 from dataclasses import dataclass
+from itertools import accumulate
 from typing import Any
 
 import torch
@@ -61,7 +62,5 @@ def peak_memory(device: torch.device | str = "cpu") -> Iterator[Peak]:
         yield peak
     assert recorded.kineto_results is not None, "the profiler has stopped"
     allocations = [event for event in recorded.kineto_results.events() if event.name() == "[memory]"]
-    live = 0
-    for event in sorted(allocations, key=lambda event: event.start_ns()):
-        live += event.nbytes()  # negative where memory is freed
-        peak.bytes = max(peak.bytes, live)
+    in_order = sorted(allocations, key=lambda event: event.start_ns())
+    peak.bytes = max(accumulate((event.nbytes() for event in in_order), initial=0))  # negative where memory is freed

@@ -12,15 +12,14 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-import matplotlib
-
-matplotlib.use("Agg")
 import matplotlib.pyplot as plt
+import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 ROOT = Path(__file__).resolve().parents[2]
 DOCS = ROOT / "docs/benchmarks"
+plt.switch_backend("Agg")
 plt.rcParams.update(
     {"axes.grid": True, "grid.alpha": 0.3, "legend.fontsize": 8, "figure.constrained_layout.use": True,
      "savefig.dpi": 130}
@@ -49,30 +48,32 @@ def processor() -> str:
 # ---- options and files -----------------------------------------------------------------------------------------------
 
 
-def new_parser(doc: str | None, quick: str = "") -> argparse.ArgumentParser:
-    """A parser with `--output`. If there is a quick run, `quick` says what it is and `--quick` asks for it."""
+def parse(doc: str | None, quick: str = "", output: Path = DOCS, **options: dict[str, Any]) -> argparse.Namespace:
+    """The arguments of a benchmark. The output folder is made if it is missing.
+
+    Args:
+        doc: what the benchmark does.
+        quick: what its quick run is, if it has one. `--quick` asks for it.
+        output: folder that is written to, unless `--output` names another.
+        options: the benchmark's own, each with the arguments of `add_argument`.
+    """
     parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--output", type=Path, help="folder (default: docs/benchmarks)")
+    options |= {"output": dict(type=Path, help=f"folder (default: {output.relative_to(ROOT)})")}
     if quick:
-        parser.add_argument("--quick", "--smoke", action="store_true", help=f"{quick}, to a temporary folder")
-    return parser
-
-
-def parse(parser: argparse.ArgumentParser) -> argparse.Namespace:
-    """The arguments. The output folder is made if it is missing."""
+        options |= {"quick": dict(action="store_true", help=f"{quick}, to a temporary folder")}
+    for name, settings in options.items():
+        parser.add_argument(f"--{name}", **settings)
     arguments = parser.parse_args()
-    arguments.output = arguments.output or (
-        Path(tempfile.mkdtemp()) if "quick" in arguments and arguments.quick else DOCS
-    )
+    arguments.output = arguments.output or (Path(tempfile.mkdtemp()) if quick and arguments.quick else output)
     arguments.output.mkdir(parents=True, exist_ok=True)
     return arguments
 
 
 def write(folder: Path, name: str, text: str, raw: Any = None, figure: Figure | None = None) -> None:
-    """Write the page, the raw numbers and the picture that there are, and print the page."""
+    """Write the page, the raw numbers and the picture that there are, and print the page. Data classes are numbers."""
     (folder / f"{name}.md").write_text(text)
     if raw is not None:
-        (folder / f"{name}.json").write_text(json.dumps(raw, indent=1) + "\n")
+        (folder / f"{name}.json").write_text(json.dumps(raw, indent=1, default=vars) + "\n")
     if figure is not None:
         figure.savefig(folder / f"{name}.png")
         plt.close(figure)
@@ -129,7 +130,6 @@ def bullets(texts: Iterable[str]) -> str:
 
 def band(axes: Axes, x: Sequence[float], samples: Iterable[Sequence[float]], style: str = "-", **options: Any) -> None:
     """A line through the means, in a band of one standard error."""
-    means, errors = zip(*map(mean_and_error, samples), strict=True)
+    means, errors = np.transpose([mean_and_error(values) for values in samples])
     axes.plot(x, means, style, marker="o", markersize=3, **options)
-    low, high = ([mean + sign * error for mean, error in zip(means, errors, strict=True)] for sign in (-1, 1))
-    axes.fill_between(x, low, high, color=options["color"], alpha=0.15, linewidth=0)
+    axes.fill_between(x, means - errors, means + errors, color=options["color"], alpha=0.15, linewidth=0)

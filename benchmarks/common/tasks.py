@@ -2,7 +2,6 @@
 
 import itertools
 import random
-import re
 import string
 import time
 from collections.abc import Callable, Iterable
@@ -15,11 +14,9 @@ from typing import Any
 import torch
 from datasets import Dataset
 from transformers import (
-    AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
     PreTrainedModel,
-    PreTrainedTokenizerFast,
     PrinterCallback,
     TrainerCallback,
 )
@@ -30,6 +27,7 @@ from common.measure import QUIET, quiet
 from common.report import ROOT
 from tbrm_trl import TBRMConfig, TBRMTrainer
 from tbrm_trl.evaluation import evaluate_accuracy
+from tbrm_trl.rewards import gym
 
 METHODS: dict[str, tuple[Any, Any]] = {
     "TBRM": (TBRMTrainer, TBRMConfig),
@@ -58,21 +56,18 @@ HELD_OUT = 128
 NOISE = 0.5  # share of a demonstration's letters that are replaced by random ones
 
 
-def demonstrated_model(rows: torch.Tensor, tokenizer: PreTrainedTokenizerFast, steps: int) -> PreTrainedModel:
+def demonstrated_model(rows: torch.Tensor, vocabulary: int, seed: int, steps: int) -> PreTrainedModel:
     """A model from random weights that has seen noisy demonstrations, so that it starts at a few percent.
 
     Without them, no trajectory would ever be right and a reward of 0 or 1 could teach nothing.
     """
-    sizes = {"vocab_size": len(tokenizer), "max_position_embeddings": 64, "initializer_range": 0.05}
-    config = AutoConfig.for_model("llama", **{**tiny.ARCHITECTURES["llama"], **sizes})
-    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    model = tiny.model("llama", seed, vocab_size=vocabulary, max_position_embeddings=64, initializer_range=0.05)
     optimizer = torch.optim.Adam(model.parameters(), lr=3e-3)
-    first_letter = len(tokenizer) - len(LETTERS)
     for _ in range(steps):
         batch = rows[torch.randint(len(rows), (128,))]  # (B, T), a copy
         letters = batch[:, -ANSWER_LENGTH:-1]
         noisy = torch.rand(letters.shape) < NOISE
-        letters[noisy] = torch.randint(first_letter, len(tokenizer), (int(noisy.sum()),))
+        letters[noisy] = torch.randint(vocabulary - len(LETTERS), vocabulary, (int(noisy.sum()),))
         optimizer.zero_grad()
         (-answer_log_probs(model, batch).mean()).backward()
         optimizer.step()
@@ -101,8 +96,7 @@ def sorting(folder: Path, seed: int, steps: int, selection: bool = False) -> Tas
     answers = {word: [*tokenizer("".join(sorted(word)))["input_ids"], tokenizer.eos_token_id] for word in words}
     rows = torch.tensor([tokenizer(word)["input_ids"] + answers[word] for word in words])  # (B, T)
 
-    torch.manual_seed(seed)
-    demonstrated_model(rows[HELD_OUT:], tokenizer, steps).save_pretrained(folder)
+    demonstrated_model(rows[HELD_OUT:], len(tokenizer), seed, steps).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
 
     def reward(prompts, completion_ids, **kwargs):
@@ -140,12 +134,7 @@ def smollm2() -> str:
 
 def sums(seed: int) -> Task:
     """The task of `make demo`: sums and differences of two one-digit numbers, 140 to train on and 60 held out."""
-    import reasoning_gym
-
-    data = reasoning_gym.create_dataset(
-        "chain_sum", size=10_000, seed=0, min_terms=2, max_terms=2, min_digits=1, max_digits=1
-    )
-    entries = list({entry["question"]: entry for entry in data}.values())[:200]
+    entries = gym.distinct_problems("chain_sum", 200, min_terms=2, max_terms=2, min_digits=1, max_digits=1)
     random.Random(seed).shuffle(entries)
     by_question = {entry["question"]: entry for entry in entries}
     model = smollm2()
@@ -155,8 +144,7 @@ def sums(seed: int) -> Task:
         return [{"role": "system", "content": "Reply with a number."}, {"role": "user", "content": question}]
 
     def verify(completion: str, question: str) -> float:
-        numbers = [number.replace(",", "") for number in re.findall(r"-?\d[\d,]*", completion)]
-        return float(data.score_answer(numbers[-1] if numbers else None, by_question[question]) == 1.0)
+        return gym.judge("chain_sum", by_question[question], completion)[0]
 
     def reward(completions, question, **kwargs):
         return [verify(c[0]["content"], q) for c, q in zip(completions, question, strict=True)]

@@ -1,7 +1,5 @@
 """Tiny real models and tokenizers, made here: nothing is downloaded."""
 
-from __future__ import annotations
-
 import string
 from pathlib import Path
 
@@ -81,11 +79,14 @@ def model(architecture: str = "qwen2", seed: int = 0, **changes) -> PreTrainedMo
     return built
 
 
-def save(folder: Path, architecture: str = "qwen2", pad_is_eos: bool = False, **changes) -> str:
+def save(
+    folder: Path, architecture: str = "qwen2", pad_is_eos: bool = False, alphabet: str = string.printable, **changes
+) -> str:
     """Save a tiny model and its tokenizer; returns the folder, as a user would pass it."""
     if not (folder / "config.json").exists():
-        tokenizer(pad_is_eos).save_pretrained(folder)
-        model(architecture, **changes).save_pretrained(folder)
+        words = tokenizer(pad_is_eos, alphabet)
+        words.save_pretrained(folder)
+        model(architecture, **{"vocab_size": len(words), **changes}).save_pretrained(folder)
     return str(folder)
 
 

@@ -5,8 +5,6 @@ V = V*(x). With any other V the minimiser over π (under Σπ = 1) is a compromi
 data. Tensors over trajectories are `(P, N)`.
 """
 
-from __future__ import annotations
-
 import math
 from dataclasses import dataclass
 
@@ -143,7 +141,7 @@ class TwoTurns:
     first: Tensor
     second: Tensor
 
-    def distance(self, other: TwoTurns, chance: Tensor) -> float:
+    def distance(self, other: "TwoTurns", chance: Tensor) -> float:
         """Total variation over all that is said, the environment's answers included: `chance`, `(A, E)`."""
 
         def joint(policy: TwoTurns) -> Tensor:

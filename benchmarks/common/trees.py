@@ -10,8 +10,6 @@ reference alike, where the probability is exactly 0 in float32, and so is its gr
 is off), and the enumerated trajectories have all the probability.
 """
 
-from __future__ import annotations
-
 import itertools
 import math
 import random
@@ -24,7 +22,14 @@ from typing import Any, ClassVar
 import torch
 from datasets import Dataset
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForCausalLM, GenerationMixin, PreTrainedConfig, PreTrainedModel
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    GenerationMixin,
+    PreTrainedConfig,
+    PreTrainedModel,
+    TrainerCallback,
+)
 from transformers.modeling_outputs import BaseModelOutput, CausalLMOutput
 
 from common.tiny import tokenizer
@@ -123,15 +128,15 @@ class Tree:
         A − 1 others with probability 1 / (2A − 2).
         """
 
-        def worst(prompt: int, said: list[int]) -> int:
-            def average(action: int) -> float:
-                begin = [*said, action]
-                follow = [n for n, completion in enumerate(self.completions) if completion[: len(begin)] == begin]
-                return rewards[prompt, follow].mean().item()
+        def average(prompt: int, begin: list[int]) -> float:
+            follow = [n for n, completion in enumerate(self.completions) if completion[: len(begin)] == begin]
+            return rewards[prompt, follow].mean().item()
 
-            return min(self.actions, key=average)
+        def urn(prompt: int, said: list[int]) -> Sequence[int]:
+            worst = min(self.actions, key=lambda action: average(prompt, [*said, action]))
+            return [*self.actions, *[worst] * (len(self.actions) - 2)]
 
-        return lambda prompt, said: [*self.actions, *[worst(prompt, said)] * (len(self.actions) - 2)]
+        return urn
 
     def counts(self, urn: Urn) -> Tensor:
         """`(P, N)`: how often each trajectory stands in a log that holds them in the exact proportions of an urn."""
@@ -316,7 +321,10 @@ class Task:
             by_prompt[tuple(ids)] = by_prompt[tuple(f"<bos>{text}")] = value
         return [{**row, "optimal_value": by_prompt[tuple(row.get("prompt_ids") or row["prompt"])]} for row in rows]
 
-    def trainer_on(self, rows: list[dict[str, Any]], **options: Any) -> TBRMTrainer:
+    def trainer_on(
+        self, rows: list[dict[str, Any]], trainer_class: Any = TBRMTrainer, config_class: Any = TBRMConfig,
+        rollout_func: Callable | None = None, callbacks: Sequence[TrainerCallback] = (), **options: Any,
+    ) -> Any:  # fmt: skip
         """A trainer on prompts or logged rows; what is neither in `options` nor here is at the library's defaults."""
         settings = dict(
             beta=self.beta, learning_rate=0.3, lr_scheduler_type="linear", max_grad_norm=0.0,
@@ -324,11 +332,13 @@ class Task:
             gradient_checkpointing=False, bf16=False, use_cpu=True,
             save_strategy="no", report_to="none", logging_strategy="no", disable_tqdm=True,
         )  # fmt: skip
-        return TBRMTrainer(
+        return trainer_class(
             model=self.model,
             reward_funcs=self.tree.reward_function(self.rewards),
-            args=TBRMConfig(output_dir=str(self.folder / "out"), **{**settings, **options}),
+            args=config_class(output_dir=str(self.folder / "out"), **{**settings, **options}),
             train_dataset=Dataset.from_list(rows),
+            rollout_func=rollout_func,
+            callbacks=list(callbacks),
         )
 
     def train(self, rows: list[dict[str, Any]], **options: Any) -> Policy:

@@ -1,10 +1,8 @@
 """Trajectories laid out for one forward pass, the scores it gives, and how many trajectories share one."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence, Sized
 from dataclasses import dataclass, replace
-from typing import TypeVar
+from typing import Self, TypeVar
 
 import torch
 from torch import Tensor
@@ -34,7 +32,7 @@ class Batch:
     packed: bool = False  # whether models read the real tokens alone, as one row (`model.scoring.score`)
     pad_fraction: float = 0.0  # padding among the positions that models read, as a share
 
-    def until(self, width: int) -> Batch:
+    def until(self, width: int) -> Self:
         """The first `width` columns."""
         per_token = {n: v[:, :width] if n in PER_TOKEN_INPUTS else v for n, v in self.vision.items()}
         cut = {n: getattr(self, n)[:, :width] for n in ("input_ids", "attention_mask", "action_mask", "ref_log_probs")}

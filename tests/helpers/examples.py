@@ -1,7 +1,5 @@
 """The files of `examples/`, and their launch lines: run as they stand but for model, data, sizes and machine."""
 
-from __future__ import annotations
-
 import json
 import math
 import shlex

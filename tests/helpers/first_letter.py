@@ -1,11 +1,9 @@
 """A task that a tiny model learns from random weights: say the prompt's first letter, then stop."""
 
-from __future__ import annotations
-
 import itertools
 from pathlib import Path
 
-from common.tiny import model, tokenizer
+from common.tiny import save, tokenizer
 from datasets import Dataset
 
 from helpers.scripted import QUIET
@@ -16,10 +14,7 @@ ALPHABET = "abcd"
 
 def save_start(folder: Path, seed: int = 0, **changes) -> str:
     """Save a model with random weights, and its tokenizer of one token per letter."""
-    words = tokenizer(alphabet=ALPHABET)
-    words.save_pretrained(folder)
-    model("llama", seed=seed, vocab_size=len(words), **changes).save_pretrained(folder)
-    return str(folder)
+    return save(folder, "llama", alphabet=ALPHABET, seed=seed, **changes)
 
 
 def first_letter(prompts, completion_ids, **kwargs) -> list[float]:

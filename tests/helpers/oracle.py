@@ -4,8 +4,6 @@ It shares no code with the library: it only reads trajectories (token ids, mask,
 names and meanings of `TBRMConfig`'s. At the end stands what compares a trainer with it.
 """
 
-from __future__ import annotations
-
 import copy
 import inspect
 import math

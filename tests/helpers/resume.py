@@ -1,7 +1,5 @@
 """Training runs in processes of their own, which may kill themselves at a named point; and what they made."""
 
-from __future__ import annotations
-
 import gc
 import os
 import random

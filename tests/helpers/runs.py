@@ -1,7 +1,5 @@
 """Trainers that generate and reward for themselves, or train on a log; and what a test looks at in any trainer."""
 
-from __future__ import annotations
-
 import math
 import random
 from collections.abc import Callable

@@ -3,8 +3,6 @@
 They go through TRL's own `rollout_func`, reward functions and `train()`: everything past generation is the real path.
 """
 
-from __future__ import annotations
-
 import random
 from dataclasses import dataclass, field
 from pathlib import Path

@@ -1,7 +1,5 @@
 """What processes hold of a model, and all of it put together."""
 
-from __future__ import annotations
-
 from collections.abc import Iterable
 
 import torch

@@ -1,7 +1,5 @@
 """Signatures as text, to be compared with what stands in a test."""
 
-from __future__ import annotations
-
 import inspect
 import re
 from collections.abc import Callable

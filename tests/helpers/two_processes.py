@@ -1,7 +1,5 @@
 """One optimizer step on scripted rows, on two processes under torchrun."""
 
-from __future__ import annotations
-
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any

@@ -6,8 +6,6 @@ reach a server over NCCL: here they go through the store of the same process gro
     python tests/helpers/vllm_on_cpu.py SCRIPT ...    # a script that trains against a server
 """
 
-from __future__ import annotations
-
 import runpy
 import sys
 from collections.abc import Callable, Iterator

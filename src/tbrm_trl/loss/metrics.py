@@ -59,10 +59,8 @@ class Totals:
 
     def means(self) -> dict[str, float]:
         """Sum divided by weight, for each name that had any. A mean square becomes its root, under the name `rms`."""
-        means = {}
-        for name, (total, weight) in zip(self.by_name, torch.stack(list(self.by_name.values())).tolist(), strict=True):
-            if weight:
-                means[name] = total / weight
+        pairs = zip(self.by_name, torch.stack(list(self.by_name.values())).tolist(), strict=True)
+        means = {name: total / weight for name, (total, weight) in pairs if weight}
         return {
             name.replace("mean_square", "rms"): math.sqrt(mean) if name.endswith("mean_square") else mean
             for name, mean in means.items()

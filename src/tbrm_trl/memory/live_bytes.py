@@ -76,7 +76,7 @@ class Trace:
     gradients: str  # "made" in backward, "kept" from micro-batch to micro-batch, or "reduced" and freed at once
 
     def __post_init__(self) -> None:
-        self.mode = FakeTensorMode()
+        self.mode = FakeTensorMode(allow_non_fake_inputs=True)  # parameters on the meta device
 
     def mask(self, policy: PreTrainedModel, padded: bool, *shape: int) -> Tensor | None:
         """The mask transformers builds for padded input, else None."""
@@ -90,7 +90,9 @@ class Trace:
         """Run forward and backward of a micro-batch; return the bytes by part at the peak."""
         length = self.prompt + self.completion
         head = policy.get_output_embeddings()
-        self._off_meta(policy)
+        with self.mode:
+            policy.to_empty(device="cpu")  # still without storage: they claim to be there, so its kernels are chosen
+        policy.tie_weights()
         live = _Live([*policy.parameters(), *policy.buffers()])
 
         def enter(part: str) -> None:
@@ -131,22 +133,6 @@ class Trace:
                 del states, acting, packed, logits
             (values.sum() + log_probs.sum()).backward()
         return {part: live.at_peak[part] for part in ("activations", "gradients", "head")}
-
-    def _off_meta(self, policy: PreTrainedModel) -> None:
-        """Replace parameters by tensors without storage that claim to be on a CPU, so that its kernels are chosen."""
-        made: dict[nn.Parameter, nn.Parameter] = {}  # tied ones stay tied
-        for module in policy.modules():
-            for name, parameter in module._parameters.items():
-                if parameter is not None:
-                    if parameter not in made:
-                        with self.mode:
-                            data = torch.empty(parameter.shape, dtype=parameter.dtype)
-                        made[parameter] = nn.Parameter(data, requires_grad=parameter.requires_grad)
-                    module._parameters[name] = made[parameter]
-            for name, buffer in module._buffers.items():
-                if buffer is not None:
-                    with self.mode:
-                        module._buffers[name] = torch.empty(buffer.shape, dtype=buffer.dtype)
 
     def head(self, states: Tensor, head: nn.Module) -> Tensor:
         if self.device != "cpu":

@@ -20,14 +20,11 @@ def logit_transform(model: PreTrainedModel, temperature: float):
     HyperCLOVA X multiplies).
     """
     config = model.config.get_text_config()
-    scale = 1.0
-    for name in ("logit_scale", "output_multiplier", "lm_head_multiplier"):
-        if getattr(config, name, None) is not None:
-            scale = getattr(config, name)
-            break
-    else:
-        if (scaling := getattr(config, "logits_scaling", None)) is not None:
-            scale = scaling if config.model_type == "hyperclovax" else 1.0 / scaling
+    factors = (getattr(config, name, None) for name in ("logit_scale", "output_multiplier", "lm_head_multiplier"))
+    scale = next((factor for factor in factors if factor is not None), None)
+    if scale is None:
+        scaling = getattr(config, "logits_scaling", None) or 1.0
+        scale = scaling if config.model_type == "hyperclovax" else 1.0 / scaling
     soft_cap = getattr(config, "final_logit_softcapping", None)
 
     def transform(logits: Tensor) -> Tensor:

@@ -27,9 +27,8 @@ def rewards_of(returned: Any, count: int, name: str) -> list[float | None]:
     wanted = f"Return a list of {count} numbers, one for each completion (None where the function does not apply)."
     if isinstance(returned, (str, bytes, Mapping, Set)) or not isinstance(returned, Iterable):
         raise NotRewardsError(f"Reward function {name!r} returned {_shown(returned)}. {wanted}")
-    shape = tuple(getattr(returned, "shape", ()))
-    if (shape and len(shape) != 1) or (hasattr(returned, "shape") and not shape):
-        raise NotRewardsError(f"Reward function {name!r} returned an array of shape {shape}. {wanted}")
+    if hasattr(returned, "shape") and len(returned.shape) != 1:
+        raise NotRewardsError(f"Reward function {name!r} returned an array of shape {tuple(returned.shape)}. {wanted}")
     values = returned.tolist() if isinstance(returned, Tensor) else list(returned)
     if len(values) != count:
         raise NotRewardsError(

@@ -73,13 +73,13 @@ class TrajectoryStore:
     def append(self, trajectory: Trajectory) -> int:
         """Add a trajectory, and return its number."""
         masked = not bool(trajectory.loss_mask.all())
-        words = [trajectory.prompt_ids.numpy().astype(np.int32), trajectory.completion_ids.numpy().astype(np.int32)]
+        words = [ids.numpy().astype(np.int32) for ids in (trajectory.prompt_ids, trajectory.completion_ids)]
         if masked:
             bits = np.packbits(trajectory.loss_mask.numpy())
             words.append(np.pad(bits, (0, -len(bits) % 4)).view(np.int32))
         record = np.zeros((), _RECORD)
         record["reward"], record["baseline"] = trajectory.reward, trajectory.baseline
-        record["value"], record["priority"] = _number(trajectory.value), _number(trajectory.priority)
+        record["value"], record["priority"] = trajectory.value, trajectory.priority  # NumPy makes NaN of None
         record["prompt"], record["completion"] = len(trajectory.prompt_ids), len(trajectory.completion_ids)
         record["policy_step"] = trajectory.policy_step
         record["end"], record["masked"] = _ENDS.index(trajectory.end), masked
@@ -147,8 +147,7 @@ class TrajectoryStore:
         record = self._records[number % self.capacity]
         log_probs = trajectory.ref_log_probs
         record["ref_log_prob"] = math.nan if log_probs is None else log_probs[trajectory.loss_mask].double().sum()
-        record["ref_soft_value"] = _number(trajectory.ref_soft_value)
-        record["ref_end_value"] = _number(trajectory.ref_end_value)
+        record["ref_soft_value"], record["ref_end_value"] = trajectory.ref_soft_value, trajectory.ref_end_value
         if not self._keys or self._keys[-1] != trajectory.ref_key:  # a stale score is renewed with the newest key
             self._keys.append(trajectory.ref_key)
         record["ref_key"] = len(self._keys) - 1
@@ -210,10 +209,6 @@ class TrajectoryStore:
         parts = np.split(arrays["words"], arrays["words_of"].cumsum()[:-1])
         for words, record in zip(parts, arrays["records"].view(_RECORD), strict=False):
             self._append(words, record)
-
-
-def _number(value: float | None) -> float:
-    return math.nan if value is None else value
 
 
 def _or_none(value: np.floating) -> float | None:

@@ -1,10 +1,8 @@
 """What every estimator of the soft value answers to: one subclass of `SoftValue` is one published method."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Self
 
 import numpy as np
 import torch
@@ -44,7 +42,7 @@ class ValueInputs:
     beta: float
 
     @classmethod
-    def joined(cls, parts: Sequence[ValueInputs]) -> ValueInputs:
+    def joined(cls, parts: Sequence[Self]) -> Self:
         """The trajectories of several micro-batches as one."""
         names = [field.name for field in fields(cls) if field.name != "beta"]
         return cls(**{name: torch.cat([getattr(part, name) for part in parts]) for name in names}, beta=parts[0].beta)
@@ -76,7 +74,7 @@ class SoftValue:
     takes_baseline: ClassVar[bool] = False
     bootstraps: ClassVar[bool] = False
 
-    registry: ClassVar[dict[str, type[SoftValue]]] = {}
+    registry: ClassVar[dict[str, type["SoftValue"]]] = {}
 
     def __init_subclass__(cls, **kwargs: Any):
         super().__init_subclass__(**kwargs)
