@@ -1,0 +1,117 @@
+"""What anyone may hand over, drawn at random: accepted, or refused in one clear sentence. Nothing else escapes."""
+
+import json
+import random
+from typing import Any
+
+import pyarrow as pa
+import torch
+from datasets import Dataset
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from tbrm_trl import TBRMConfig
+from tbrm_trl.checks.data import check_training_set
+from tbrm_trl.sources.store import TrajectoryStore
+from tbrm_trl.trajectory import End, Trajectory
+
+FEW = settings(max_examples=150, deadline=None, suppress_health_check=list(HealthCheck))
+numbers = st.one_of(st.none(), st.floats(), st.integers(-5, 5), st.booleans(), st.just(1e300))
+texts = st.text(max_size=6)
+ids = st.one_of(st.none(), st.lists(st.integers(-2, 300), max_size=5))
+messages = st.lists(
+    st.fixed_dictionaries({"role": st.sampled_from(["user", "assistant", "tool", ""]), "content": texts}), max_size=3
+)
+COLUMNS: dict[str, st.SearchStrategy] = {
+    "prompt": st.one_of(st.none(), texts),
+    "completion": st.one_of(st.none(), texts),
+    "prompt_ids": ids,
+    "completion_ids": ids,
+    "loss_mask": st.one_of(st.none(), st.lists(st.integers(0, 2), max_size=5)),
+    "reward": st.one_of(st.none(), st.floats()),
+    "end": st.sampled_from([None, "eos", "length", "tool_limit", "stop"]),
+    "ref_log_probs": st.one_of(st.none(), st.lists(st.floats(), max_size=5)),
+    "ref_soft_value": st.one_of(st.none(), st.floats()),
+    "ref_key": st.sampled_from([None, "previous/1", "x"]),
+    "answer": numbers,
+}
+
+
+@st.composite
+def tables(draw) -> list[dict[str, Any]]:
+    names = draw(st.sets(st.sampled_from(list(COLUMNS)), min_size=1))
+    columns = {name: COLUMNS[name] for name in names}
+    if draw(st.booleans()):
+        columns |= {name: st.one_of(st.none(), messages) for name in names & {"prompt", "completion"}}
+    return draw(st.lists(st.fixed_dictionaries(columns), min_size=1, max_size=4))
+
+
+@FEW
+@given(tables(), st.booleans(), st.booleans())
+def test_rows_of_a_training_set(rows, rewarded, previous):
+    """Every refusal is a ValueError that says what of the set is meant."""
+    try:
+        dataset = Dataset.from_list(rows)
+    except (pa.ArrowInvalid, pa.ArrowTypeError, OverflowError, TypeError, ValueError):
+        return  # datasets takes no such rows
+    args = TBRMConfig("unused", use_cpu=True, bf16=False, per_device_train_batch_size=1,
+                      reference="previous" if previous else "initial")  # fmt: skip
+    try:
+        check_training_set(dataset, args, args.window_group_size, rewarded, evaluated=False)
+    except ValueError as error:
+        said = str(error)
+        words = ("training set", "row", "column", "prompt", "rolled out", "logged", "generation batch")
+        assert len(said) > 30 and any(word in said for word in words), said
+
+
+stored = st.builds(
+    lambda prompt, completion, seed, step: Trajectory(
+        prompt_ids=torch.tensor(prompt),
+        completion_ids=torch.tensor(completion),
+        loss_mask=torch.tensor(random.Random(seed).choices([True, False], k=len(completion))),
+        reward=float(seed),
+        end=list(End)[seed % 3],
+        policy_step=step,
+    ),
+    st.lists(st.integers(0, 9), min_size=1, max_size=4),
+    st.lists(st.integers(0, 9), min_size=1, max_size=40),
+    st.integers(0, 9),
+    st.integers(0, 3),
+)
+
+
+@FEW
+@given(st.lists(st.one_of(stored, st.sampled_from(["popleft", "restore"]), st.integers(0, 30)), max_size=40),
+       st.integers(1, 8))  # fmt: skip
+def test_a_store_is_a_list_that_forgets(operations, capacity):
+    """Append, drop the oldest, remove anywhere, save and restore: always the same as a plain list of what is left."""
+    store, plain = TrajectoryStore(capacity), []
+    for one in operations:
+        if isinstance(one, Trajectory):
+            store.append(one)
+            plain = [*plain, one][-capacity:]
+        elif one == "popleft" and plain:
+            assert store.popleft() == store.first - 1
+            plain = plain[1:]
+        elif one == "restore":
+            state, arrays = store.state()
+            store = TrajectoryStore(capacity)
+            store.restore(json.loads(json.dumps(state)), arrays)
+        elif isinstance(one, int) and plain:
+            place = one % len(plain)
+            store.remove({store.first + place})
+            plain = plain[:place] + plain[place + 1 :]
+        assert len(store) == len(plain)
+        for kept, given_one in zip(store, plain, strict=True):
+            assert torch.equal(kept.prompt_ids, given_one.prompt_ids) and kept.reward == given_one.reward
+            assert torch.equal(kept.completion_ids, given_one.completion_ids) and kept.end is given_one.end
+            assert torch.equal(kept.loss_mask, given_one.loss_mask)
+        for place, one_of_them in enumerate(plain):
+            same = [
+                i
+                for i, other in enumerate(plain)
+                if other.policy_step == one_of_them.policy_step
+                and torch.equal(other.prompt_ids, one_of_them.prompt_ids)
+                and torch.equal(other.completion_ids, one_of_them.completion_ids)
+            ]
+            assert store.find(one_of_them) == [store.first + i for i in same] and place in same
