@@ -19,6 +19,7 @@ import textwrap
 from collections.abc import Callable, Iterator, Mapping, Sequence, Sized
 from contextlib import contextmanager, nullcontext
 from functools import cached_property, partial
+from os import PathLike
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -46,12 +47,14 @@ from .checks.advice import (
     startup_line,
     warn_of_beta,
     warn_of_double_bos,
+    warn_of_empty_update,
     warn_of_finished_schedule,
     warn_of_rollouts,
     warn_of_shipped_sampling,
     warn_of_soft_value,
 )
 from .checks.data import (
+    check_chat_template,
     check_dataset,
     check_empty_prompts,
     check_evaluation_sets,
@@ -70,6 +73,7 @@ from .checks.model import (
     check_packing,
     check_quantization,
     check_reference_model,
+    check_shipped_ends,
     check_start,
     check_trainable,
     check_vision,
@@ -124,7 +128,7 @@ from .sources.logged import (
 from .sources.reference_scores import precompute_scores
 from .sources.replay import ReplayBuffer
 from .sources.returns import checked_reward, total_reward, unique_names
-from .sources.rollout import Rewards, trajectories_from_trl
+from .sources.rollout import Rewards, checked_rollouts, trajectories_from_trl
 from .sources.sampler import DataPlan, WindowSampler
 from .sources.saved_rollouts import rollouts_file, save_rollouts
 from .trajectory import Source, Trajectory, UpdateRow
@@ -235,6 +239,8 @@ class TBRMTrainer(ExactResume, GRPOTrainer):
         environment_factory: Any = None,
         reference_model: str | PreTrainedModel | None = None,
     ):
+        if isinstance(model, PathLike):
+            model = str(model)
         if args is None:
             name = model if isinstance(model, str) else get_config_model_id(model.config)
             args = TBRMConfig(f"{name.split('/')[-1]}-TBRM")
@@ -278,7 +284,7 @@ class TBRMTrainer(ExactResume, GRPOTrainer):
                 quantization_config=quantization_config,
                 peft_config=peft_config,
                 tools=tools,
-                rollout_func=rollout_func,
+                rollout_func=rollout_func and checked_rollouts(rollout_func),
                 environment_factory=environment_factory,
             )
         self._has_new_adapter = peft_config is not None
@@ -369,10 +375,14 @@ class TBRMTrainer(ExactResume, GRPOTrainer):
         if args.padding_free:
             check_packing(policy)
         if not args.use_vllm:
+            check_shipped_ends(policy.generation_config)
             warn_of_shipped_sampling(policy.generation_config, self.generation_config)
         if not self._plan.mix.logged:  # logged rows are looked at when they are tokenized
             check_empty_prompts(self.train_dataset, "the training set", self._tokenizer)
         check_empty_prompts(self.eval_dataset, "the evaluation set", self._tokenizer)
+        template = self.chat_template or getattr(self.processing_class, "chat_template", None)
+        for dataset, title in ((self.train_dataset, "the training set"), (self.eval_dataset, "the evaluation set")):
+            check_chat_template(dataset, title, template)
         if self.accelerator.is_main_process:
             warn_of_double_bos([self.train_dataset, self.eval_dataset], self._tokenizer)
         if isinstance(given, PreTrainedModel) and self.ref_model is not None:
@@ -557,6 +567,8 @@ class TBRMTrainer(ExactResume, GRPOTrainer):
         oldest = max((row.age for row in update_rows if row.age is not None), default=0)
         counts = self._gather([self._loss.mark_left_out(update_rows), oldest, len(self._replay or ())])  # (P, 3)
         self._denominator = int(counts[:, 0].sum())
+        if not self._denominator:
+            warn_of_empty_update({row.left_out for row in update_rows})
         self._rows_trained += rows_here
         if sample is not None:
             metrics["replay/age_max"].append(counts[:, 1].max().item())
@@ -822,7 +834,7 @@ class TBRMTrainer(ExactResume, GRPOTrainer):
 
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
         log_is_due = self.control.should_log
-        with temporarily(self, evaluating=True):
+        with temporarily(self, evaluating=True, _denominator=self._denominator):  # of an update that is under way
             metrics = super().evaluate(*args, **kwargs)
         if self.is_in_train:
             self.model.train()  # TRL logs training metrics only in this mode
@@ -830,7 +842,7 @@ class TBRMTrainer(ExactResume, GRPOTrainer):
         return metrics
 
     def predict(self, *args: Any, **kwargs: Any) -> Any:
-        with temporarily(self, evaluating=True):
+        with temporarily(self, evaluating=True, _denominator=self._denominator):
             return super().predict(*args, **kwargs)
 
     def evaluation_loop(self, dataloader: Any, *args: Any, metric_key_prefix: str = "eval", **kwargs: Any) -> Any:

@@ -56,6 +56,8 @@ def check_kind(dataset: Any) -> None:
             f"`train_dataset` is a {type(dataset).__name__}. Pass a `datasets.Dataset` (of rows in memory: "
             "`Dataset.from_list(rows)`), or a stream."
         )
+    if isinstance(dataset, Dataset) and not len(dataset):
+        raise ValueError("`train_dataset` has no row. Was everything filtered out?")
 
 
 def check_dataset(dataset: Any, args: TBRMOptions, group_size: int) -> tuple[np.ndarray, WindowMix]:
@@ -209,6 +211,17 @@ def check_empty_prompts(dataset: Any, title: str, tokenizer: PreTrainedTokenizer
             return
         if (place := pc.index(column, pa.scalar("", column.type)).as_py()) >= 0:
             raise ValueError(f"Row {first + place} of {title}: {_EMPTY}")
+
+
+def check_chat_template(dataset: Any, title: str, template: Any) -> None:
+    """Refuse messages as prompts without a chat template to write them by."""
+    if template is not None or not isinstance(dataset, Dataset) or "prompt" not in dataset.column_names:
+        return
+    if len(dataset) and not isinstance(dataset[0]["prompt"], (str, type(None))):
+        raise ValueError(
+            f"The prompts of {title} are messages, and the tokenizer has no chat template to write them by. Give it "
+            "one (`tokenizer.chat_template`), or give the prompts as text."
+        )
 
 
 _EMPTY = (
