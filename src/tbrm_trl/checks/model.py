@@ -276,7 +276,7 @@ def check_backend(model: Any, args: TBRMOptions, has_reference_adapter: bool) ->
 
 
 def check_shipped_ends(shipped: GenerationConfig) -> None:
-    """Refuse text of the model's own generation_config.json that ends completions. Trajectories know of tokens alone."""
+    """Refuse text of the model's own generation_config.json that ends completions: only tokens are known as ends."""
     if shipped.stop_strings:
         raise ValueError(
             f"The model's own generation_config has stop_strings={shipped.stop_strings!r}: completions would end where "
