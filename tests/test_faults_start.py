@@ -511,6 +511,17 @@ def test_4_2_every_row_of_an_evaluation_counts_once(rows, folder, tmp_path):
     assert metrics["eval_completions/clipped_ratio"] == pytest.approx(1 - len(whole) / 5)
 
 
+def test_4_2_pessimism_is_not_in_the_logged_reward(folder, tmp_path):
+    """`reward` is the weighted sum of what the functions returned, in training and in evaluation alike."""
+
+    def zero(completions, **kwargs):
+        return [0.0] * len(completions)
+
+    options = dict(reward_pessimism=1.0, reward_weights=[2.0, 1.0], per_device_eval_batch_size=2)
+    metrics = evaluated(folder, tmp_path, NUMBERED, reward_funcs=[number, zero], **options).evaluate()
+    assert metrics["eval_reward"] == 4.0 and metrics["eval_reward_std"] == pytest.approx(2 * math.sqrt(2.5))
+
+
 def test_4_2_the_metrics_of_rows_by_hand():
     """Two prompts of two rows and a prompt that only fills up the batch; a row that no function scored."""
     nan = math.nan
