@@ -670,8 +670,10 @@ def test_6_no_row_at_all(tmp_path):
 @pytest.mark.parametrize("where", ["train_dataset", "eval_dataset"])
 def test_6_messages_without_a_chat_template(where, folder, tmp_path):
     chats = Dataset.from_list([{"prompt": CHAT}] * 4)
-    with pytest.raises(ValueError, match=r"set are messages, and the tokenizer has no chat template.*as text"):
-        build(folder, tmp_path, processing_class=with_template(None), **{where: chats})
+    message = "are messages, and the tokenizer has no chat template.*as text"
+    for data in [chats] if where == "train_dataset" else [chats, {"a": PROMPTS, "b": chats}]:
+        with pytest.raises(ValueError, match=f"set{' .b. ' if isinstance(data, dict) else ' '}{message}"):
+            build(folder, tmp_path, processing_class=with_template(None), **{where: data})
 
 
 def test_6_a_path_is_a_model(folder, tmp_path):

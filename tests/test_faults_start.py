@@ -537,6 +537,8 @@ def test_4_2_the_metrics_of_rows_by_hand():
             "completions/max_terminated_length": 8.0, "completions/clipped_ratio": 0.5,
         }
     )  # fmt: skip
+    cut = evaluation_metrics(torch.tensor([[0, 1, 0, 2], [0, 1, 0, 2], [0, 1, 0, 5]]), ["f"], torch.ones(1), 2)
+    assert (cut["reward"], cut["frac_reward_zero_std"]) == (3.0, 1.0)  # a stream that ends within a group
 
 
 def mean_over_two(folder: str, out: str) -> tuple[float, float]:

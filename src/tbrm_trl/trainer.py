@@ -63,6 +63,7 @@ from .checks.data import (
     is_logged,
     logged_stream,
     problem_of_prompt,
+    titled_sets,
 )
 from .checks.launch import check_sharding
 from .checks.model import (
@@ -158,7 +159,7 @@ class TBRMTrainer(ExactResume, GRPOTrainer):
     - `_compute_loss`: the residual, one micro-batch after the other;
     - `evaluate`, `predict`: say when an evaluation is under way;
     - `evaluation_loop`: means over the rows of the set, under the set's own name;
-    - `log`: adds the residual's metrics to TRL's;
+    - `log`: adds the residual's metrics to TRL's, and `β δ` to its table of completions;
     - those of [`~resume.ExactResume`].
 
     Example:
@@ -322,13 +323,8 @@ class TBRMTrainer(ExactResume, GRPOTrainer):
         self._rows_drawn = self._rows_trained = 0  # by this process: into windows, and over all updates
         self._mean_length = 0.0
         self._beta_checked = False
-        self._streams_may_double_bos = any(
-            isinstance(one, IterableDataset)
-            for one in (
-                train_dataset,
-                *(eval_dataset.values() if isinstance(eval_dataset, Mapping) else [eval_dataset]),
-            )
-        )
+        given = (train_dataset, *titled_sets(eval_dataset).values())
+        self._streams_may_double_bos = any(isinstance(one, IterableDataset) for one in given)
         self._starts_at_reference = reference_model is None  # until the first update has shown it
 
         run: Run = self
@@ -340,11 +336,7 @@ class TBRMTrainer(ExactResume, GRPOTrainer):
         """Each function can be called with what each data set gives it. A stream without known columns gives none."""
         asked = self._plan.mix.rollouts or some_unrewarded(train_dataset, self._plan.logged)
         sets = {"the training set": train_dataset} if asked else {}
-        if isinstance(eval_dataset, Mapping):
-            sets |= {f"the evaluation set {name!r}": one for name, one in eval_dataset.items()}
-        elif eval_dataset is not None:
-            sets["the evaluation set"] = eval_dataset
-        for title, dataset in sets.items():
+        for title, dataset in (sets | titled_sets(eval_dataset)).items():
             columns = getattr(dataset, "column_names", None)
             if reward_funcs is not None and columns is not None:
                 hidden = own_columns(bool(self._plan.mix.logged) and dataset is train_dataset)
@@ -377,12 +369,12 @@ class TBRMTrainer(ExactResume, GRPOTrainer):
         if not args.use_vllm:
             check_shipped_ends(policy.generation_config)
             warn_of_shipped_sampling(policy.generation_config, self.generation_config)
-        if not self._plan.mix.logged:  # logged rows are looked at when they are tokenized
-            check_empty_prompts(self.train_dataset, "the training set", self._tokenizer)
-        check_empty_prompts(self.eval_dataset, "the evaluation set", self._tokenizer)
         template = self.chat_template or getattr(self.processing_class, "chat_template", None)
-        for dataset, title in ((self.train_dataset, "the training set"), (self.eval_dataset, "the evaluation set")):
+        sets = {"the training set": self.train_dataset, **titled_sets(self.eval_dataset)}
+        for title, dataset in sets.items():
             check_chat_template(dataset, title, template)
+            if not (self._plan.mix.logged and dataset is self.train_dataset):  # looked at when it is tokenized
+                check_empty_prompts(dataset, title, self._tokenizer)
         if self.accelerator.is_main_process:
             warn_of_double_bos([self.train_dataset, self.eval_dataset], self._tokenizer)
         if isinstance(given, PreTrainedModel) and self.ref_model is not None:

@@ -131,10 +131,16 @@ def check_evaluation_sets(given: Any, needs_prompts: bool) -> None:
         given: an evaluation set, several by name, or None.
         needs_prompts: whether a row without a prompt cannot be rolled out.
     """
-    for name, dataset in given.items() if isinstance(given, Mapping) else [(None, given)]:
+    for title, dataset in titled_sets(given).items():
         every = np.ones(len(dataset) if isinstance(dataset, Dataset) else 0, dtype=bool)
-        title = "the evaluation set" if name is None else f"the evaluation set {name!r}"
         check_prompts(dataset, title, every & needs_prompts, every)
+
+
+def titled_sets(given: Any) -> dict[str, Any]:
+    """Evaluation sets by what errors call them: one, several by name, or None."""
+    if isinstance(given, Mapping):
+        return {f"the evaluation set {name!r}": dataset for name, dataset in given.items()}
+    return {} if given is None else {"the evaluation set": given}
 
 
 def _given_as_text(dataset: Any, logged: np.ndarray) -> np.ndarray:
