@@ -80,8 +80,14 @@ def starts(folder: str, out: str) -> list[str]:
 
     allow_fsdp_on_cpu()
     said = []
-    for adapter, moved in ((None, False), (None, True), (LoraConfig(**ADAPTER), False), (LoraConfig(**ADAPTER), True)):
-        trainer = build(folder, Path(out), letters, PROMPTS, max_steps=1, peft_config=adapter)
+    for kind, moved in (("full", False), ("full", True), ("new", False), ("new", True), ("given", False)):
+        model, options = folder, {}
+        if kind == "new":
+            options["peft_config"] = LoraConfig(**ADAPTER)
+        if kind == "given":
+            model = get_peft_model(AutoModelForCausalLM.from_pretrained(folder), LoraConfig(**ADAPTER), "policy")
+            options["processing_class"] = tokenizer()
+        trainer = build(model, Path(out), letters, PROMPTS, max_steps=1, **options)
         if moved:
             trained = nn.ParameterList([p for p in trainer.model.parameters() if p.requires_grad])
             sharded = any(hasattr(parameter, "ds_id") for parameter in trained)
@@ -104,9 +110,9 @@ def gathered(parameters):
 @pytest.mark.parametrize(("file", "strategy"), [("fsdp2", "FSDP"), ("zero3", "DEEPSPEED")])
 def test_1_2_the_start_is_checked_where_models_are_sharded(file, strategy, folder, tmp_path):
     for seen in launch("test_faults_start:starts", file, folder=folder, out=str(tmp_path)):
-        kind, sound, moved, adapter, moved_adapter = seen
+        kind, sound, moved, adapter, moved_adapter, given_adapter = seen
         assert kind == strategy
-        assert {sound, adapter} <= {"log-ratio 0.000000", "log-ratio -0.000000"}
+        assert {sound, adapter, given_adapter} <= {"log-ratio 0.000000", "log-ratio -0.000000"}
         for refusal in (moved, moved_adapter):
             assert re.match(r"The policy is not its reference before .*: log-prob.* differ by \d\.\d+ nats", refusal)
 
