@@ -143,6 +143,18 @@ def test_scores_are_those_of_the_adapted_logits(changes, tied, tmp_path):
     assert scores.soft_value.item() == pytest.approx(raw[5].logsumexp(-1).item(), abs=1e-5)
 
 
+def test_adapters_of_experts(tmp_path):
+    """Parameters of a mixture of experts, which are no modules of their own."""
+    folder = save(tmp_path / "model", "qwen3_moe")
+    config = LoraConfig(r=4, target_modules=["q_proj"], target_parameters=["mlp.experts.gate_up_proj"])
+    trainer = build(folder, tmp_path, peft_config=config)
+    before = {name: p.detach().clone() for name, p in trainer.model.named_parameters()}
+    trainer.train()
+    moved = {name for name, p in trainer.model.named_parameters() if not torch.equal(p, before[name])}
+    assert moved == {name for name in before if "lora_" in name} and any("experts" in name for name in moved)
+    assert runs.logged(trainer, "log_ratio")[0] == pytest.approx(0, abs=1e-5)
+
+
 def test_an_adapter_on_the_head_is_refused(llama, tmp_path):
     with pytest.raises(ValueError, match="Applying a PEFT adapter to `lm_head` is not supported"):
         build(llama, tmp_path, peft_config=LoraConfig(**{**LORA, "target_modules": ["lm_head"]}))

@@ -651,6 +651,35 @@ def test_6_reward_functions_that_cannot_be_called(function, message, tmp_path):
         build("no/such/model", tmp_path, [letters, function])
 
 
+@pytest.mark.parametrize("name", ["prompts", "completions", "trainer_state", "log_extra", "log_metric"])
+def test_6_columns_with_the_name_of_an_argument(name, tmp_path):
+    data = PROMPTS.add_column(name, ["a"] * 4)
+    with pytest.raises(
+        ValueError, match=f"The column '{name}' of the training set has the name of an argument.*Rename"
+    ):
+        build("no/such/model", tmp_path, train_dataset=data)
+    with pytest.raises(ValueError, match=f"The column '{name}' of the evaluation set has the name of an argument"):
+        build("no/such/model", tmp_path, eval_dataset=data)
+
+
+def test_6_no_row_at_all(tmp_path):
+    with pytest.raises(ValueError, match=r"`train_dataset` has no row. Was everything filtered out\?"):
+        build("no/such/model", tmp_path, train_dataset=PROMPTS.select([]))
+
+
+@pytest.mark.parametrize("where", ["train_dataset", "eval_dataset"])
+def test_6_messages_without_a_chat_template(where, folder, tmp_path):
+    chats = Dataset.from_list([{"prompt": CHAT}] * 4)
+    message = "are messages, and the tokenizer has no chat template.*as text"
+    for data in [chats] if where == "train_dataset" else [chats, {"a": PROMPTS, "b": chats}]:
+        with pytest.raises(ValueError, match=f"set{' .b. ' if isinstance(data, dict) else ' '}{message}"):
+            build(folder, tmp_path, processing_class=with_template(None), **{where: data})
+
+
+def test_6_a_path_is_a_model(folder, tmp_path):
+    build(Path(folder), tmp_path)
+
+
 def test_6_arguments_that_the_evaluation_set_lacks(tmp_path):
     prompts = PROMPTS.add_column("gold", [1] * 4)
     with pytest.raises(ValueError, match="'needs_gold' needs 'gold', but the evaluation set 'b' has no such column"):

@@ -15,7 +15,7 @@ from common.tiny import model, perturb, save, tokenizer
 from datasets import Dataset
 from helpers import runs
 from helpers.launch import launch
-from peft import LoraConfig, PeftModel, get_peft_model
+from peft import IA3Config, LoHaConfig, LoraConfig, OFTConfig, PeftModel, get_peft_model
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, TrainerCallback
 from trl.generation.vllm_client import VLLMClient
@@ -80,8 +80,14 @@ def starts(folder: str, out: str) -> list[str]:
 
     allow_fsdp_on_cpu()
     said = []
-    for adapter, moved in ((None, False), (None, True), (LoraConfig(**ADAPTER), False), (LoraConfig(**ADAPTER), True)):
-        trainer = build(folder, Path(out), letters, PROMPTS, max_steps=1, peft_config=adapter)
+    for kind, moved in (("full", False), ("full", True), ("new", False), ("new", True), ("given", False)):
+        model, options = folder, {}
+        if kind == "new":
+            options["peft_config"] = LoraConfig(**ADAPTER)
+        if kind == "given":
+            model = get_peft_model(AutoModelForCausalLM.from_pretrained(folder), LoraConfig(**ADAPTER), "policy")
+            options["processing_class"] = tokenizer()
+        trainer = build(model, Path(out), letters, PROMPTS, max_steps=1, **options)
         if moved:
             trained = nn.ParameterList([p for p in trainer.model.parameters() if p.requires_grad])
             sharded = any(hasattr(parameter, "ds_id") for parameter in trained)
@@ -104,9 +110,9 @@ def gathered(parameters):
 @pytest.mark.parametrize(("file", "strategy"), [("fsdp2", "FSDP"), ("zero3", "DEEPSPEED")])
 def test_1_2_the_start_is_checked_where_models_are_sharded(file, strategy, folder, tmp_path):
     for seen in launch("test_faults_start:starts", file, folder=folder, out=str(tmp_path)):
-        kind, sound, moved, adapter, moved_adapter = seen
+        kind, sound, moved, adapter, moved_adapter, given_adapter = seen
         assert kind == strategy
-        assert {sound, adapter} <= {"log-ratio 0.000000", "log-ratio -0.000000"}
+        assert {sound, adapter, given_adapter} <= {"log-ratio 0.000000", "log-ratio -0.000000"}
         for refusal in (moved, moved_adapter):
             assert re.match(r"The policy is not its reference before .*: log-prob.* differ by \d\.\d+ nats", refusal)
 
@@ -268,6 +274,109 @@ def test_2_1_end_tokens_are_set_in_one_place(folder, tmp_path):
         build(folder, tmp_path, letters, PROMPTS, generation_kwargs={"stop_strings": ["x"]})
 
 
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"forced_eos_token_id": 1}, "with forced_eos_token_id is refused: completions would end"),
+        ({"ignore_eos": True}, "with ignore_eos is refused: completions would end"),
+        ({"num_return_sequences": 2}, "with num_return_sequences is refused: each prompt of a window gets one"),
+        ({"return_dict_in_generate": True, "output_scores": True}, "with return_dict_in_generate, output_scores is"),
+        ({"top_q": 0.9}, "with top_q is refused: transformers' GenerationConfig has no such field"),
+    ],
+)
+def test_2_1_options_that_change_what_generation_returns(given, message):
+    with pytest.raises(ValueError, match=f"`generation_kwargs` {message}"):
+        runs.config(generation_kwargs=given)
+
+
+def test_2_1_stop_strings_that_a_model_ships_with(folder, tmp_path):
+    shipped = AutoModelForCausalLM.from_pretrained(folder)
+    shipped.generation_config.stop_strings = ["ab"]
+    with pytest.raises(ValueError, match=r"generation_config has stop_strings=\['ab'\].*`eos_token_id`"):
+        build(shipped, tmp_path, letters, PROMPTS, processing_class=tokenizer())
+
+
+def rolled_out(ids, mask=None):
+    def rollout(prompts, trainer):
+        n = len(prompts)
+        masks = {} if mask is None else {"env_mask": [mask] * n}
+        return {"prompt_ids": [[5, 6]] * n, "completion_ids": [ids] * n, "logprobs": [[0.0] * len(ids)] * n, **masks}
+
+    return rollout
+
+
+@pytest.mark.parametrize(
+    ("ids", "mask", "message"),
+    [
+        ([57, 1, 0, 0], None, "the end token 1 at 1 of 4, and an action after it. Cut padding off"),
+        ([57, 1, 58, 1], [1, 1, 1, 1], "the end token 1 at 1 of 4"),
+        ([], None, "no token in `completion_ids`"),
+        ([57, 103], None, "the token 103, outside of the policy's vocabulary of 103"),
+        ([57, -1], None, "the token -1, outside"),
+        ([57, 58, 1], [1, 0], "2 entries of `env_mask` for 3 completion ids"),
+    ],
+)
+def test_2_2_rollouts_that_no_policy_drew(ids, mask, message, folder, tmp_path):
+    with pytest.raises(ValueError, match=f"`rollout_func` returned for row 0 of 2 {message}"):
+        build(folder, tmp_path, letters, PROMPTS, rollout_func=rolled_out(ids, mask)).train()
+
+
+def test_2_2_turns_of_an_environment_are_taken(folder, tmp_path):
+    trainer = runs.build(
+        folder, tmp_path, letters, PROMPTS, max_steps=1,
+        rollout_func=rolled_out([57, 1, 30, 31, 58, 1], [1, 1, 0, 0, 1, 1]),
+    )  # fmt: skip
+    trainer.train()
+    assert trainer.windows[0][0].loss_mask.tolist() == [True, True, False, False, True, True]
+
+
+def test_3_1_an_update_in_which_nothing_counts_is_said(folder, tmp_path):
+    trainer = build(folder, tmp_path, letters, PROMPTS, truncation="mask", max_completion_length=1, max_steps=1)
+    with pytest.warns(UserWarning, match=r"No trajectory of this update counts in the loss \(truncated\)"):
+        trainer.train()
+
+
+def test_3_1_rewards_without_weight_are_refused():
+    with pytest.raises(ValueError, match=r"`reward_weights=\[0.0, 0.0\]` is refused: every reward would be 0"):
+        runs.config(reward_weights=[0.0, 0.0])
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda model: setattr(model.config, "final_logit_softcapping", 1.0),
+        lambda model: setattr(model.model.layers[0].self_attn, "scaling", 1.0),
+        lambda model: model.model.rotary_emb.inv_freq.mul_(2),
+    ],
+)
+def test_1_3_what_differs_besides_parameters_is_seen_by_the_start(change, folder, tmp_path):
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    change(model)
+    trainer = build(model, tmp_path, letters, PROMPTS, max_steps=1, processing_class=tokenizer())
+    with pytest.raises(ValueError, match="The policy is not its reference before anything is trained"):
+        trainer.train()
+
+
+@pytest.mark.parametrize(
+    ("config", "sound"),
+    [
+        (LoHaConfig(target_modules=["q_proj"], init_weights=False), False),
+        (LoHaConfig(target_modules=["q_proj"]), True),
+        (OFTConfig(target_modules=["q_proj"], oft_block_size=8, r=0), True),
+        (IA3Config(target_modules=["k_proj", "down_proj"], feedforward_modules=["down_proj"]), True),
+        (LoraConfig(**ADAPTER, use_dora=True), True),
+    ],
+)
+def test_1_2_adapters_of_other_kinds(config, sound, folder, tmp_path):
+    trainer = build(folder, tmp_path, letters, PROMPTS, peft_config=config, max_steps=1)
+    if sound:
+        trainer.train()
+        assert trainer.state.log_history[0]["log_ratio"] == pytest.approx(0, abs=1e-5)
+    else:
+        with pytest.raises(ValueError, match="before anything is trained"):
+            trainer.train()
+
+
 def test_4_1_sampling_fields_that_a_model_ships_with_are_warned_of(folder, tmp_path):
     shipped = AutoModelForCausalLM.from_pretrained(folder)
     shipped.generation_config.typical_p = 0.9
@@ -408,6 +517,17 @@ def test_4_2_every_row_of_an_evaluation_counts_once(rows, folder, tmp_path):
     assert metrics["eval_completions/clipped_ratio"] == pytest.approx(1 - len(whole) / 5)
 
 
+def test_4_2_pessimism_is_not_in_the_logged_reward(folder, tmp_path):
+    """`reward` is the weighted sum of what the functions returned, in training and in evaluation alike."""
+
+    def zero(completions, **kwargs):
+        return [0.0] * len(completions)
+
+    options = dict(reward_pessimism=1.0, reward_weights=[2.0, 1.0], per_device_eval_batch_size=2)
+    metrics = evaluated(folder, tmp_path, NUMBERED, reward_funcs=[number, zero], **options).evaluate()
+    assert metrics["eval_reward"] == 4.0 and metrics["eval_reward_std"] == pytest.approx(2 * math.sqrt(2.5))
+
+
 def test_4_2_the_metrics_of_rows_by_hand():
     """Two prompts of two rows and a prompt that only fills up the batch; a row that no function scored."""
     nan = math.nan
@@ -423,6 +543,8 @@ def test_4_2_the_metrics_of_rows_by_hand():
             "completions/max_terminated_length": 8.0, "completions/clipped_ratio": 0.5,
         }
     )  # fmt: skip
+    cut = evaluation_metrics(torch.tensor([[0, 1, 0, 2], [0, 1, 0, 2], [0, 1, 0, 5]]), ["f"], torch.ones(1), 2)
+    assert (cut["reward"], cut["frac_reward_zero_std"]) == (3.0, 1.0)  # a stream that ends within a group
 
 
 def mean_over_two(folder: str, out: str) -> tuple[float, float]:
@@ -472,6 +594,36 @@ def test_4_4_evaluation_in_a_callback_leaves_training_as_it_was(folder, tmp_path
     steps = [[e for e in t.state.log_history if "residual/mean" in e] for t in (plain, inside)]
     assert [len(entries) for entries in steps] == [3, 3]
     assert all({"reward", "kl", "loss"} <= set(entry) for entry in steps[1])
+
+
+class EvaluateBetween(TrainerCallback):
+    """Evaluate in the middle of an update, and put the random state back."""
+
+    def on_substep_end(self, args, state, control, **kwargs):
+        random = torch.get_rng_state()
+        self.trainer.evaluate()
+        torch.set_rng_state(random)
+
+
+def test_4_4_evaluation_within_an_update_leaves_its_loss_as_it_was(folder, tmp_path):
+    """5 evaluated rows in batches of 5: its denominator is not that of the update under way, whose rows are 4."""
+    options = dict(max_steps=1, gradient_accumulation_steps=2, per_device_eval_batch_size=5, logging_steps=1)
+    plain = evaluated(folder, tmp_path / "plain", NUMBERED, **options)
+    plain.train()
+    callback = EvaluateBetween()
+    between = evaluated(folder, tmp_path / "between", NUMBERED, **options)
+    between.add_callback(callback)
+    callback.trainer = between
+    between.train()
+    assert between.losses == plain.losses and len(plain.losses) == 2
+    weights = zip(plain.model.parameters(), between.model.parameters(), strict=True)
+    assert all(torch.equal(one, other) for one, other in weights)
+
+
+def test_4_2_predict_and_streams_count_each_row_once(folder, tmp_path):
+    trainer = evaluated(folder, tmp_path, NUMBERED.to_iterable_dataset(), per_device_eval_batch_size=2)
+    assert trainer.predict(NUMBERED).metrics["test_reward"] == 2.0
+    assert trainer.evaluate()["eval_reward"] == 2.0
 
 
 def test_3_4_evaluation_by_continuous_batching_reaches_neither_window_nor_metrics(folder, tmp_path):

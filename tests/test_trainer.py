@@ -170,15 +170,17 @@ def test_infinite_reward_is_refused(value, llama, tmp_path):
         build(llama, tmp_path, [letters, broken]).train()
 
 
-def test_reward_model(llama, tmp_path):
-    """A sequence classifier, by its llama, scores prompt and completion together."""
+@pytest.mark.parametrize("by_name", [True, False])
+def test_reward_model(by_name, llama, tmp_path):
+    """A sequence classifier, by its folder or as an object, scores prompt and completion together."""
     config = Qwen2Config(
         vocab_size=VOCABULARY, hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2,
         num_key_value_heads=2, num_labels=1, pad_token_id=0, initializer_range=0.5,
     )  # fmt: skip
     judge = Qwen2ForSequenceClassification(config).eval()
     judge.save_pretrained(tmp_path / "judge")
-    trainer = train(llama, tmp_path, str(tmp_path / "judge"), reward_processing_classes=tokenizer())
+    given = str(tmp_path / "judge") if by_name else judge
+    trainer = train(llama, tmp_path, given, reward_processing_classes=tokenizer())
     for trajectory in trajectories(trainer):
         text = TOKENIZER(prompt(trajectory) + completion(trajectory), return_tensors="pt")
         assert trajectory.reward == pytest.approx(judge(**text).logits.item(), rel=1e-4)
@@ -391,6 +393,35 @@ def test_environment_owns_the_reward(caller, tmp_path):
     for row in trajectories(trainer):
         start = next(i for i, p in enumerate(PROMPTS) if f"{p} from {i}<" in prompt(row))
         assert row.reward == start + 42
+
+
+def test_environments_by_name(caller, tmp_path):
+    """The column `environment` chooses: one adds what its tool returns, the other is worth nothing."""
+
+    class Nothing(Till):
+        def get_reward(self) -> float:
+            return 0.0
+
+    names = ["till", "nothing"] * (len(CHATS) // 2)
+    rows = CHATS.add_column("environment", names)
+    factories = {"till": Till, "nothing": Nothing}
+    trainer = train(caller, tmp_path, None, environment_factory=factories, **{**CALLING, "train_dataset": rows})
+    for row in trajectories(trainer):
+        start = next(i for i, p in enumerate(PROMPTS) if f"{p} from {i}<" in prompt(row))
+        assert row.reward == (start + 42 if names[start] == "till" else 0.0)
+
+
+def test_a_tool_that_raises(caller, tmp_path):
+    """The error is the tool's answer, which is no action, and it is counted."""
+
+    def double(x: int) -> int:
+        raise RuntimeError("no doubling today")
+
+    double.__doc__ = DESCRIPTION
+    trainer = train(caller, tmp_path, length, tools=[double], **CALLING)
+    for row in trajectories(trainer):
+        assert "no doubling today" in TOKENIZER.decode(row.completion_ids[~row.loss_mask])
+    assert logged(trainer, "tools/failure_frequency") == [1, 1]
 
 
 # ---- saving ----------------------------------------------------------------------------------------------------------

@@ -60,6 +60,10 @@ CALLED = {
     "add_fused_lm_head": "(model, temperature=1.0, cast_lm_head_to_fp32=False, outputs=('log_probs',))",
     "split_pixel_values_by_grid": "(batch)",
     "use_adapter": "(model, adapter_name)",
+    "print_prompt_completions_sample": (
+        "(prompts, completions, rewards, advantages, step, num_samples=None, extra=None)"
+    ),
+    "nanstd": "(tensor, dim=None, keepdim=False)",
     "get_config_model_id": "(config)",
 }
 

@@ -22,13 +22,13 @@ class TBRMConfig(TBRMOptions):
             *self._resolve_truncation(),
             *options.check_residual_options(self),
             *options.check_terms(self),
-            *options.check_padding(self),
             *options.check_reference(self),
             *self._derive(),
         ]
         derived = hasattr(self, "deepspeed_plugin") and self.steps_per_generation and self.generation_batch_size
         if derived and self.soft_value in SoftValue.registry:
             problems += [
+                *options.check_padding(self),
                 *options.check_generation(self),
                 *options.check_batch_arithmetic(self),
                 *options.check_reward_calls(self),

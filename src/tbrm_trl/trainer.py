@@ -21,6 +21,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence, Sized
 from contextlib import contextmanager, nullcontext
 from functools import cached_property, partial
+from os import PathLike
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -49,12 +50,14 @@ from .checks.advice import (
     startup_line,
     warn_of_beta,
     warn_of_double_bos,
+    warn_of_empty_update,
     warn_of_finished_schedule,
     warn_of_rollouts,
     warn_of_shipped_sampling,
     warn_of_soft_value,
 )
 from .checks.data import (
+    check_chat_template,
     check_dataset,
     check_empty_prompts,
     check_evaluation_sets,
@@ -63,6 +66,7 @@ from .checks.data import (
     is_logged,
     logged_stream,
     problem_of_prompt,
+    titled_sets,
 )
 from .checks.launch import check_sharding
 from .checks.model import (
@@ -73,6 +77,7 @@ from .checks.model import (
     check_packing,
     check_quantization,
     check_reference_model,
+    check_shipped_ends,
     check_start,
     check_trainable,
     check_vision,
@@ -131,7 +136,7 @@ from .sources.reference_scores import precompute_scores
 from .sources.replay import ReplayBuffer
 from .sources.returns import check_magnitude, total_reward, unique_names
 from .sources.reward_calls import REASONS, Failure, RewardCalls
-from .sources.rollout import Rewards, trajectories_from_trl
+from .sources.rollout import Rewards, checked_rollouts, trajectories_from_trl
 from .sources.sampler import DataPlan, WindowSampler
 from .sources.saved_rollouts import rollouts_file, save_rollouts
 from .trajectory import Source, Trajectory, UpdateRow, check_scores
@@ -165,7 +170,7 @@ class TBRMTrainer(ExactResume, GRPOTrainer):
     - `_get_grad_norm`: the update is taken, or skipped if its loss or gradient is not finite;
     - `evaluate`, `predict`: say when an evaluation is under way;
     - `evaluation_loop`: means over the rows of the set, under the set's own name;
-    - `log`: adds the residual's metrics to TRL's;
+    - `log`: adds the residual's metrics to TRL's, and `β δ` to its table of completions;
     - those of [`~resume.ExactResume`].
 
     Example:
@@ -246,6 +251,8 @@ class TBRMTrainer(ExactResume, GRPOTrainer):
         environment_factory: Any = None,
         reference_model: str | PreTrainedModel | None = None,
     ):
+        if isinstance(model, PathLike):
+            model = str(model)
         if args is None:
             name = model if isinstance(model, str) else get_config_model_id(model.config)
             args = TBRMConfig(f"{name.split('/')[-1]}-TBRM")
@@ -302,7 +309,7 @@ class TBRMTrainer(ExactResume, GRPOTrainer):
                 quantization_config=quantization_config,
                 peft_config=peft_config,
                 tools=tools,
-                rollout_func=rollout_func,
+                rollout_func=rollout_func and checked_rollouts(rollout_func),
                 environment_factory=environment_factory,
             )
         self._has_new_adapter = peft_config is not None
@@ -345,13 +352,8 @@ class TBRMTrainer(ExactResume, GRPOTrainer):
         self._rows_drawn = self._rows_trained = 0  # by this process: into windows, and over all updates
         self._mean_length = 0.0
         self._beta_checked = False
-        self._streams_may_double_bos = any(
-            isinstance(one, IterableDataset)
-            for one in (
-                train_dataset,
-                *(eval_dataset.values() if isinstance(eval_dataset, Mapping) else [eval_dataset]),
-            )
-        )
+        given = (train_dataset, *titled_sets(eval_dataset).values())
+        self._streams_may_double_bos = any(isinstance(one, IterableDataset) for one in given)
         self._starts_at_reference = reference_model is None  # until the first update has shown it
 
         run: Run = self
@@ -366,6 +368,7 @@ class TBRMTrainer(ExactResume, GRPOTrainer):
         """
         if not isinstance(dataset, Dataset) or "prompt" not in dataset.column_names:
             return dataset
+        check_chat_template(dataset, title, getattr(renderer.processing_class, "chat_template", None))
         if asked.all():  # logged rows are looked at when they are tokenized
             check_empty_prompts(dataset, title, renderer.tokenizer)
         if not renderer.is_exact:
@@ -376,11 +379,7 @@ class TBRMTrainer(ExactResume, GRPOTrainer):
         """Each function can be called with what each data set gives it. A stream without known columns gives none."""
         asked = self._plan.mix.rollouts or some_unrewarded(train_dataset, self._plan.logged)
         sets = {"the training set": train_dataset} if asked else {}
-        if isinstance(eval_dataset, Mapping):
-            sets |= {f"the evaluation set {name!r}": one for name, one in eval_dataset.items()}
-        elif eval_dataset is not None:
-            sets["the evaluation set"] = eval_dataset
-        for title, dataset in sets.items():
+        for title, dataset in (sets | titled_sets(eval_dataset)).items():
             columns = getattr(dataset, "column_names", None)
             if reward_funcs is not None and columns is not None:
                 hidden = own_columns(bool(self._plan.mix.logged) and dataset is train_dataset)
@@ -411,6 +410,7 @@ class TBRMTrainer(ExactResume, GRPOTrainer):
         if args.padding_free:
             check_packing(policy)
         if not args.use_vllm:
+            check_shipped_ends(policy.generation_config)
             warn_of_shipped_sampling(policy.generation_config, self.generation_config)
         if self.accelerator.is_main_process:
             warn_of_double_bos([self.train_dataset, self.eval_dataset], self._tokenizer)
@@ -597,6 +597,8 @@ class TBRMTrainer(ExactResume, GRPOTrainer):
         oldest = max((row.age for row in update_rows if row.age is not None), default=0)
         counts = self._gather([self._loss.mark_left_out(update_rows), oldest, len(self._replay or ())])  # (P, 3)
         self._denominator = int(counts[:, 0].sum())
+        if not self._denominator:
+            warn_of_empty_update({row.left_out for row in update_rows})
         self._rows_trained += rows_here
         if sample is not None:
             metrics["replay/age_max"].append(counts[:, 1].max().item())
@@ -961,7 +963,7 @@ class TBRMTrainer(ExactResume, GRPOTrainer):
 
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
         log_is_due = self.control.should_log
-        with temporarily(self, evaluating=True):
+        with temporarily(self, evaluating=True, _denominator=self._denominator):  # of an update that is under way
             metrics = super().evaluate(*args, **kwargs)
         if self.is_in_train:
             self.model.train()  # TRL logs training metrics only in this mode
@@ -969,7 +971,7 @@ class TBRMTrainer(ExactResume, GRPOTrainer):
         return metrics
 
     def predict(self, *args: Any, **kwargs: Any) -> Any:
-        with temporarily(self, evaluating=True):
+        with temporarily(self, evaluating=True, _denominator=self._denominator):
             return super().predict(*args, **kwargs)
 
     def evaluation_loop(self, dataloader: Any, *args: Any, metric_key_prefix: str = "eval", **kwargs: Any) -> Any:

@@ -2,7 +2,7 @@
 
 import math
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -139,6 +139,15 @@ def warn_of_shipped_sampling(shipped: GenerationConfig, chosen: GenerationConfig
             "longer describe the sampled policy. Set these fields to None in the model's generation_config.",
             stacklevel=4,
         )
+
+
+def warn_of_empty_update(reasons: Collection[str | None]) -> None:
+    """Warn that nothing was learned from an update: all of its trajectories were left out of the loss."""
+    warnings.warn(
+        f"No trajectory of this update counts in the loss ({', '.join(sorted(map(str, reasons)))}): it changes "
+        "nothing. `left_out/…` in the logs says how many there are of each kind; docs/metrics.md explains them.",
+        stacklevel=3,
+    )
 
 
 def warn_of_finished_schedule(schedule: Any, step: int, steps: int) -> None:

@@ -57,6 +57,8 @@ def check_kind(dataset: Any) -> None:
             f"`train_dataset` is a {type(dataset).__name__}. Pass a `datasets.Dataset` (of rows in memory: "
             "`Dataset.from_list(rows)`), or a stream."
         )
+    if isinstance(dataset, Dataset) and not len(dataset):
+        raise ValueError("`train_dataset` has no row. Was everything filtered out?")
 
 
 def check_dataset(dataset: Any, args: TBRMOptions, group_size: int) -> tuple[np.ndarray, WindowMix]:
@@ -130,10 +132,16 @@ def check_evaluation_sets(given: Any, needs_prompts: bool) -> None:
         given: an evaluation set, several by name, or None.
         needs_prompts: whether a row without a prompt cannot be rolled out.
     """
-    for name, dataset in given.items() if isinstance(given, Mapping) else [(None, given)]:
+    for title, dataset in titled_sets(given).items():
         every = np.ones(len(dataset) if isinstance(dataset, Dataset) else 0, dtype=bool)
-        title = "the evaluation set" if name is None else f"the evaluation set {name!r}"
         check_prompts(dataset, title, every & needs_prompts, every)
+
+
+def titled_sets(given: Any) -> dict[str, Any]:
+    """Evaluation sets by what errors call them: one, several by name, or None."""
+    if isinstance(given, Mapping):
+        return {f"the evaluation set {name!r}": dataset for name, dataset in given.items()}
+    return {} if given is None else {"the evaluation set": given}
 
 
 def _given_as_text(dataset: Any, logged: np.ndarray) -> np.ndarray:
@@ -210,6 +218,17 @@ def check_empty_prompts(dataset: Any, title: str, tokenizer: PreTrainedTokenizer
             return
         if (place := pc.index(column, pa.scalar("", column.type)).as_py()) >= 0:
             raise ValueError(f"Row {first + place} of {title}: {_EMPTY}")
+
+
+def check_chat_template(dataset: Any, title: str, template: Any) -> None:
+    """Refuse messages as prompts without a chat template to write them by."""
+    if template is not None or not isinstance(dataset, Dataset) or "prompt" not in dataset.column_names:
+        return
+    if len(dataset) and not isinstance(dataset[0]["prompt"], (str, type(None))):
+        raise ValueError(
+            f"The prompts of {title} are messages, and the tokenizer has no chat template to write them by. Give it "
+            "one (`tokenizer.chat_template`), or give the prompts as text."
+        )
 
 
 _EMPTY = (

@@ -11,7 +11,7 @@ import torch
 from accelerate.utils import is_peft_model
 from torch import nn
 from torch.distributed.tensor import DTensor
-from transformers import PreTrainedModel
+from transformers import GenerationConfig, PreTrainedModel
 from transformers.utils.generic import is_flash_attention_requested
 
 from ..model.reference import ADAPTER as REFERENCE_ADAPTER
@@ -273,6 +273,16 @@ def check_backend(model: Any, args: TBRMOptions, has_reference_adapter: bool) ->
             "without vLLM."
         )
     check_tied_layers(model)
+
+
+def check_shipped_ends(shipped: GenerationConfig) -> None:
+    """Refuse text of the model's own generation_config.json that ends completions: only tokens are known as ends."""
+    if shipped.stop_strings:
+        raise ValueError(
+            f"The model's own generation_config has stop_strings={shipped.stop_strings!r}: completions would end where "
+            "trajectories, truncation and logs do not know of an end. Set `model.generation_config.stop_strings` (or "
+            "that of the file beside the weights) to None, and `eos_token_id` to the tokens that end a completion."
+        )
 
 
 def check_tied_layers(model: Any) -> None:

@@ -6,6 +6,8 @@ Each check gives its refusals one by one, so that `TBRMConfig` can name all of t
 import math
 from collections.abc import Iterator
 
+from transformers import GenerationConfig
+
 from ..loss.soft_value import SoftValue
 from ..options import HARMLESS, TBRMOptions
 from .trl_options import REFUSED
@@ -57,11 +59,22 @@ def check_residual_options(args: TBRMOptions) -> Iterator[str]:
 def check_generation(args: TBRMOptions) -> Iterator[str]:
     """Refuse generation options that change what an action is, or that a backend would ignore."""
     given = args.generation_kwargs or {}
-    if stops := [name for name in given if name.startswith("stop") or name in ("eos_token_id", "pad_token_id")]:
+    ends = [n for n in given if n.startswith("stop") or n in ("pad_token_id", "ignore_eos") or "eos_token_id" in n]
+    if ends:
         yield (
-            f"`generation_kwargs` with {', '.join(stops)} is refused: completions would end where trajectories, "
+            f"`generation_kwargs` with {', '.join(ends)} is refused: completions would end where trajectories, "
             "truncation and logs do not know of an end. Set the end tokens in the model's `generation_config` "
             "(model.generation_config.eos_token_id, or the file beside the weights)."
+        )
+    if returned := [n for n in given if n.startswith(("return_", "output_")) or n in ("num_return_sequences", "n")]:
+        yield (
+            f"`generation_kwargs` with {', '.join(returned)} is refused: each prompt of a window gets one completion. "
+            "Use `num_generations` for several, and leave these out."
+        )
+    if not args.use_vllm and (unknown := [name for name in given if not hasattr(GenerationConfig(), name)]):
+        yield (
+            f"`generation_kwargs` with {', '.join(unknown)} is refused: transformers' GenerationConfig has no such "
+            "field, and would ignore it. Correct the name, or leave it out."
         )
     if args.use_transformers_continuous_batching:
         ignored = {name: value for name, value in given.items() if name not in HARMLESS}
@@ -243,6 +256,11 @@ def check_terms(args: TBRMOptions) -> Iterator[str]:
         if not (beside or args.is_default(name)):
             needed = {"sft_threshold": "sft_coef", "token_selection": "token_fraction"}[name]
             yield (f"`{name}={getattr(args, name)!r}` has no effect without `{needed}`. Set that too.")
+    if args.reward_weights is not None and not any(args.reward_weights):
+        yield (
+            f"`reward_weights={args.reward_weights}` is refused: every reward would be 0, and none could be learned "
+            "from. Give one function a weight, or None for 1.0 each."
+        )
     if args.reward_pessimism and args.reward_weights and min(args.reward_weights) <= 0:
         yield (
             "`reward_pessimism` reads the reward functions as verdicts on one thing, so `reward_weights` must be "

@@ -24,6 +24,11 @@ def check_reward_arguments(reward_funcs: Any, title: str, columns: Collection[st
         ValueError: for what is no function, one that does not take an argument, and one that needs an argument which
             the data set does not have.
     """
+    if taken := [name for name in columns if name in _ALWAYS and name != "completion_ids"]:
+        raise ValueError(
+            f"The column {', '.join(map(repr, taken))} of {title} has the name of "
+            "an argument that every reward function is given. Rename it: `dataset.rename_column(...)`."
+        )
     given = [*_ALWAYS, *(name for name in columns if name not in ("prompt", "completion", "completion_ids"))]
     for function in reward_funcs if isinstance(reward_funcs, list) else [reward_funcs]:
         if isinstance(function, (nn.Module, str)):

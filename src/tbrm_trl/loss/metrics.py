@@ -166,7 +166,8 @@ def evaluation_metrics(
     total = (rewards * reward_weights.double().cpu()).nansum(dim=1)  # (M,)
     total[rewards.isnan().all(dim=1)] = math.nan
     if group_size > 1:
-        has_zero_std = nanstd(total.view(-1, group_size), dim=1).abs() < 1e-8  # (M / group_size,)
+        whole = total[: len(total) // group_size * group_size]  # a stream may end in a part of a group
+        has_zero_std = nanstd(whole.view(-1, group_size), dim=1).abs() < 1e-8  # (M / group_size,)
     else:
         has_zero_std = torch.ones_like(total, dtype=torch.bool)
     values = {

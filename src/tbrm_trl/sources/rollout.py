@@ -1,6 +1,7 @@
 """From TRL's generation dictionary to trajectories: the one place that reads TRL's keys."""
 
-from collections.abc import Collection, Sequence
+import functools
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -39,6 +40,46 @@ class Rewards:
     rows: Sequence[dict[str, Any]]
     prompts: Sequence[Any]
     completions: Sequence[Any]
+
+
+def checked_rollouts(rollout_func: Callable[[list[Any], Any], dict[str, Any]]) -> Callable:
+    """A rollout function of the user's whose rows are checked: no policy could have produced some of them.
+
+    Raises:
+        ValueError: by row, for no token, a token outside the vocabulary, a mask of another length, and an action after
+            an action that ended the completion.
+    """
+
+    @functools.wraps(rollout_func)
+    def rollout(prompts: list[Any], trainer: Any) -> dict[str, Any]:
+        output = rollout_func(prompts, trainer)
+        vocabulary, ends = trainer.model.config.get_text_config().vocab_size, set(trainer.eos_token_ids)
+        rows = zip(output["prompt_ids"], output["completion_ids"], strict=True)
+        for row, (prompt_ids, ids) in enumerate(rows):
+            mask = output["env_mask"][row] if output.get("env_mask") is not None else [1] * len(ids)
+            if problem := _problem_of_rollout(prompt_ids, ids, mask, vocabulary, ends):
+                raise ValueError(f"`rollout_func` returned for row {row} of {len(prompts)} {problem}")
+        return output
+
+    return rollout
+
+
+def _problem_of_rollout(
+    prompt_ids: Sequence[int], ids: Sequence[int], mask: Sequence[int], vocabulary: int, ends: Collection[int]
+) -> str | None:
+    if not (len(prompt_ids) and len(ids)):
+        return f"no token in `{'completion_ids' if len(prompt_ids) else 'prompt_ids'}`. A policy draws at least one."
+    if (outside := next((int(one) for one in (*prompt_ids, *ids) if not 0 <= one < vocabulary), None)) is not None:
+        return f"the token {outside}, outside of the policy's vocabulary of {vocabulary}."
+    if len(mask) != len(ids):
+        return f"{len(mask)} entries of `env_mask` for {len(ids)} completion ids. It needs one per id."
+    for place in range(len(ids) - 1):
+        if int(ids[place]) in ends and mask[place] and mask[place + 1]:
+            return (
+                f"the end token {int(ids[place])} at {place} of {len(ids)}, and an action after it. Cut padding off, "
+                "and set `env_mask` to 0 where a tool or environment inserted tokens."
+            )
+    return None
 
 
 def trajectories_from_trl(
