@@ -8,7 +8,7 @@ from .loss.soft_value import SoftValue
 from .options import TBRMOptions
 
 
-@dataclass
+@dataclass(repr=False)
 class TBRMConfig(TBRMOptions):
     __doc__ = TBRMOptions.__doc__
 
@@ -32,6 +32,7 @@ class TBRMConfig(TBRMOptions):
         options.check_terms(self)
         options.check_padding(self)
         options.check_reference(self)
+        options.check_stop(self)
         options.check_replay(self, self.update_group_size)
         launch.check_launch(self)
         warn_of_sampling_filters(self)

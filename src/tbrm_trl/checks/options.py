@@ -215,6 +215,15 @@ def check_terms(args: TBRMOptions) -> None:
         )
 
 
+def check_stop(args: TBRMOptions) -> None:
+    if not args.stop_timeout > 0:
+        raise ValueError(f"`stop_timeout={args.stop_timeout}` must be a positive number of seconds.")
+    if not (args.enable_jit_checkpoint or args.is_default("stop_timeout")):
+        raise ValueError(
+            f"`stop_timeout={args.stop_timeout}` has no effect without `enable_jit_checkpoint=True`. Set that too."
+        )
+
+
 def check_reference(args: TBRMOptions) -> None:
     if not args.sync_ref_model:
         return
