@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import multiprocessing
+import os
 import signal
 from collections.abc import Callable, Iterator
 from multiprocessing import forkserver
@@ -40,7 +41,7 @@ WRITTEN = ("marked", "old one unmarked", "old one half-removed", "old one remove
 def imported_once() -> Iterator[None]:
     """Every run is a process of its own, forked from one that has imported everything and run nothing."""
     with pytest.MonkeyPatch.context() as environment:
-        environment.setenv("PYTHONPATH", SEARCHED)
+        environment.setenv("PYTHONPATH", os.pathsep.join(filter(None, [SEARCHED, os.environ.get("PYTHONPATH")])))
         PROCESSES.set_forkserver_preload(["helpers.resume"])
         forkserver.ensure_running()
         yield
@@ -144,13 +145,13 @@ def test_a_killed_run_ends_as_an_uninterrupted_one(case, qwen2, uninterrupted, t
     """Weights, optimizer, reference, trajectories, random state, logs and files; and always a checkpoint to go on from.
 
     Each kill leaves the checkpoints that it should, and the one being written is refused. Then the run is started again
-    from the last complete one, or anew while there is none.
+    with "auto": from the last complete one, or anew while there is none.
     """
     every = {**OPTIONS, **CASES[case]}["save_steps"]
     out = tmp_path / "out"
     for kill in KILLS[case]:
         point, step = kill[:2]
-        codes = train(tmp_path, case, qwen2, kill, resume=bool(complete_checkpoints(out)))
+        codes = train(tmp_path, case, qwen2, kill, resume="auto")
         assert codes[kill[2] if len(kill) > 2 else 0] == -signal.SIGKILL and all(codes), printed(tmp_path)
         assert (tmp_path / "killed").read_text() == f"{point} {step}"
         (tmp_path / "killed").unlink()
@@ -232,13 +233,16 @@ def test_no_complete_checkpoint(qwen2, uninterrupted, tmp_path):
         trainer.train(resume_from_checkpoint=True)
     trainer.train()
     assert (out / "checkpoint-3" / "model.safetensors").exists()
-    for name in ("checkpoint-3", "checkpoint-5"):
-        with pytest.raises(ValueError, match=rf"{name} is not a complete .* There is no complete one beside it"):
+    alone = r"checkpoint-3 holds the model alone, as `save_only_model=True` asks: no run can go on from it"
+    for name, message in (("checkpoint-3", alone), ("checkpoint-5", "checkpoint-5 is not a complete TBRM checkpoint")):
+        with pytest.raises(ValueError, match=rf"{message}.* There is no complete one beside it"):
             trainer.train(resume_from_checkpoint=str(out / name))
-    with pytest.raises(ValueError, match="No complete checkpoint"):
+    with pytest.raises(ValueError, match=rf"No complete checkpoint in {out}. .*{alone}"):
         trainer.train(resume_from_checkpoint=True)
+    with pytest.raises(ValueError, match="out holds checkpoint-3 of another run"):
+        trainer.train(resume_from_checkpoint="auto")
     [complete] = complete_checkpoints(uninterrupted("replay") / "out")
-    with pytest.raises(ValueError, match=rf"checkpoint-9 is not a complete .* The last complete one is {complete}\."):
+    with pytest.raises(ValueError, match=rf"checkpoint-9 is not a complete .* The last sound one is {complete}: `resume"):
         trainer.train(resume_from_checkpoint=complete.parent / "checkpoint-9")
 
 

@@ -186,7 +186,7 @@ def run(
     model: str,
     output_dir: str,
     kill: tuple[str, int] | None = None,
-    resume: bool = False,
+    resume: bool | str = False,
     interrupt: bool = False,
     process: int | None = None,
     port: int | None = None,
@@ -199,7 +199,7 @@ def run(
         model: folder of the policy.
         output_dir: of the run; what it made in the end is beside it.
         kill: point, and updates made by then; None to reach the end.
-        resume: whether from the last complete checkpoint.
+        resume: whether from the last complete checkpoint; or "auto".
         interrupt: leave `train` in the middle, and call it again.
         process: its number among two, None where it is alone or a launcher has said so.
         port: of the first of two processes.
