@@ -38,3 +38,20 @@ def train_script():
     spec.loader.exec_module(module)
     yield module
     del sys.modules[spec.name]
+
+
+@pytest.fixture(scope="session")
+def uninterrupted(qwen2, tmp_path_factory):
+    """The folder of a run of `helpers.resume` that nothing disturbed, by its case."""
+    from helpers.resume_processes import printed, train
+
+    done: dict[str, Path] = {}
+
+    def of(case: str) -> Path:
+        if case not in done:
+            folder = tmp_path_factory.mktemp("uninterrupted")
+            assert not any(train(folder, case, qwen2)), printed(folder)
+            done[case] = folder
+        return done[case]
+
+    return of

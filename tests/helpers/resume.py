@@ -8,6 +8,7 @@ import random
 import shutil
 import signal
 import tempfile
+import time
 from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
@@ -86,8 +87,15 @@ def build(case: str, model: str, output_dir: Path, **changes: Any) -> TBRMTraine
     )
 
 
-def kill_at(trainer: TBRMTrainer, point: str, step: int, evidence: Path) -> None:
-    """Have this process kill itself at a point of the run, once `step` updates were made."""
+def kill_at(
+    trainer: TBRMTrainer,
+    point: str,
+    step: int,
+    evidence: Path,
+    signum: signal.Signals = signal.SIGKILL,
+    then_sleep: float = 0,
+) -> None:
+    """Have this process send itself a signal at a point of the run, once `step` updates were made."""
     policy = trainer.model.get_base_model() if hasattr(trainer.model, "peft_config") else trainer.model
     before, after = True, False
     owner, name, when, file = {
@@ -118,12 +126,17 @@ def kill_at(trainer: TBRMTrainer, point: str, step: int, evidence: Path) -> None
     original = getattr(owner, name)
 
     def wrapped(*args, **kwargs):
-        due = trainer.state.global_step == step and (file is None or Path(args[0]).name == file)
+        due = (
+            not evidence.exists() and trainer.state.global_step == step and (file is None or Path(args[0]).name == file)
+        )
         if not (due and when is before):
             result = original(*args, **kwargs)
         if due:
             evidence.write_text(f"{point} {step}")
-            os.kill(os.getpid(), signal.SIGKILL)
+            os.kill(os.getpid(), signum)
+            time.sleep(then_sleep)
+            if when is before:
+                result = original(*args, **kwargs)
         return result
 
     setattr(owner, name, wrapped)
@@ -188,6 +201,8 @@ def run(
     kill: tuple[str, int] | None = None,
     resume: bool | str = False,
     interrupt: bool = False,
+    signum: int = signal.SIGKILL,
+    then_sleep: float = 0,
     process: int | None = None,
     port: int | None = None,
     **changes: Any,
@@ -200,6 +215,8 @@ def run(
         output_dir: of the run; what it made in the end is beside it.
         kill: point, and updates made by then; None to reach the end.
         resume: whether from the last complete checkpoint; or "auto".
+        signum: the signal of the kill.
+        then_sleep: seconds that the update takes longer after it.
         interrupt: leave `train` in the middle, and call it again.
         process: its number among two, None where it is alone or a launcher has said so.
         port: of the first of two processes.
@@ -213,7 +230,7 @@ def run(
     out = Path(output_dir)
     trainer = build(case, model, out, **changes)
     if kill is not None:
-        kill_at(trainer, *kill, out.parent / "killed")
+        kill_at(trainer, *kill, out.parent / "killed", signal.Signals(signum), then_sleep)
     if interrupt:
         trainer.add_callback(ControlC())
         with suppress(KeyboardInterrupt):
