@@ -86,6 +86,7 @@ OPTIONS = {
     "precompute_ref_log_probs": None,
     "save_rollouts": False,
     "reference": "initial",
+    "stop_timeout": 300.0,
 }
 OTHER_DEFAULTS_THAN_TRLS = {
     "learning_rate": 2.5e-6,
