@@ -127,10 +127,11 @@ class Bench:
                 assert expected, said[-3000:]
                 continue
             outcome = "failed" if any(codes) or not found else "same end" if found == expected else "other end"
-            if outcome == "same end" and f"of {Path(newer).name} is damaged" in said:
+            name_of_newer = Path(newer).name
+            if outcome == "same end" and any(
+                text in said for text in (f"of {name_of_newer} is damaged", f"{name_of_newer} is not complete")
+            ):
                 outcome = "found"
-            elif outcome == "same end" and file.endswith("complete.json") and how == "removed":
-                outcome = "found"  # it does not count as complete, so the older one was taken
             self.store[name] = dict(outcome=outcome)
             print(f"{name}: {outcome}", flush=True)
 

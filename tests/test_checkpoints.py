@@ -16,8 +16,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from datasets import Dataset, load_from_disk
 from helpers.launch import ROOT
-from helpers.resume import build
+from helpers.resume import LOGGED, build
 from helpers.resume_processes import PROCESSES, differing, import_once, printed, train
 from helpers.runs import config
 
@@ -124,6 +125,16 @@ def test_no_sound_checkpoint(qwen2, out):
     ):
         trainer.train(resume_from_checkpoint="auto")
     assert trainer.state.global_step == 2
+
+
+def test_a_checkpoint_that_was_cut_short_is_said_to_be_passed_over(out):
+    (out / "checkpoint-14/tbrm/complete.json").unlink()
+    found, [said] = checkpoint_to_resume("auto", str(out), {})
+    assert found == str(out / "checkpoint-12") and said.startswith("Checkpoint-14 is not complete: it was cut short")
+    for step in (6, 12):
+        (out / f"checkpoint-{step}/tbrm/complete.json").unlink()
+    found, [said] = checkpoint_to_resume("auto", str(out), {})
+    assert found is None and said.endswith("The run starts anew, since no checkpoint is sound.")
 
 
 def test_a_mark_of_a_later_version_is_refused(out):
@@ -372,7 +383,7 @@ def test_a_full_disk_leaves_the_last_sound_checkpoint(qwen2, mounted):
     ):
         trainer.train()
     assert [one.name for one in complete_checkpoints(out)] == ["checkpoint-3"] and damage(out / "checkpoint-3") is None
-    with pytest.raises(OSError, match=r"Cannot write to `output_dir` .*out: No space left"):
+    with pytest.raises(OSError, match=r"Cannot write to `output_dir`, .*out: No space left"):
         ballast.write_bytes(bytes(shutil.disk_usage(disk).free + ballast.stat().st_size))
         build("replay", qwen2, out)
     ballast.unlink()
@@ -387,15 +398,26 @@ def test_a_folder_that_cannot_be_written_to_is_refused_before_a_model_is_loaded(
     if not subprocess.run(["touch", str(place / "x")], capture_output=True).returncode:
         pytest.skip("a bind mount is not read-only here")
     with pytest.raises(
-        OSError, match=r"Cannot write to `output_dir` .*: Read-only file system\. Make the folder writable"
+        OSError, match=r"Cannot write to `output_dir`, .*: Read-only file system\. Make the folder writable"
     ):
         build("fresh", "no/such/model", place / "out")
 
 
+def test_a_cache_that_cannot_be_written_to_is_refused_before_a_model_is_loaded(mounted, tmp_path):
+    """Logged rows are tokenized into the folder of the data set's files."""
+    source = tmp_path / "source"
+    Dataset.from_list(LOGGED).save_to_disk(source)
+    rows = load_from_disk(mounted("--bind", "-o", "ro", str(source)))
+    with pytest.raises(
+        OSError, match=r"Cannot write to the training set's cache .*HF_DATASETS_CACHE.*Read-only file sys"
+    ):
+        build("logged", "no/such/model", tmp_path / "out", data=rows)
+
+
 def test_a_file_in_the_place_of_a_folder(tmp_path):
     (tmp_path / "file").touch()
-    with pytest.raises(OSError, match=r"Cannot write to `output_dir` .*Not a directory"):
-        require_writable(tmp_path / "file/out", "output_dir")
+    with pytest.raises(OSError, match=r"Cannot write to `output_dir`, .*Not a directory"):
+        require_writable(tmp_path / "file/out", "`output_dir`")
 
 
 # ---- secrets ---------------------------------------------------------------------------------------------------------

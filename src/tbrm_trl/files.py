@@ -80,16 +80,14 @@ def writing(path: Path) -> Iterator[None]:
         raise OSError(cause.errno, f"{_CANNOT} {path}: {cause.strerror}. {_advice(path, cause)}") from error
 
 
-def require_writable(folder: Path, option: str) -> None:
+def require_writable(folder: Path, what: str) -> None:
     """Write a little into a folder, which is made if need be, and take it away again.
 
     Raises:
-        OSError: if that fails; names the option that leads there.
+        OSError: if that fails; says where, calling it `what`.
     """
     if error := _write_error(folder):
-        raise OSError(
-            error.errno, f"{_CANNOT} `{option}` {folder.absolute()}: {error.strerror}. {_advice(folder, error)}"
-        )
+        raise OSError(error.errno, f"{_CANNOT} {what}, {folder.absolute()}: {error.strerror}. {_advice(folder, error)}")
 
 
 _CANNOT = "Cannot write to"

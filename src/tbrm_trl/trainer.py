@@ -95,7 +95,7 @@ from .model.reference import (
 from .model.replicated import ReplicatedModule
 from .model.scoring import score
 from .resume import ExactResume, RunState
-from .resume.checkpoint import step_of
+from .resume.checkpoint import read_mark
 from .resume.finite import tensors_of_model
 from .sources.baselines import set_baselines
 from .sources.logged import (
@@ -248,7 +248,9 @@ class TBRMTrainer(ExactResume, GRPOTrainer):
         check_quantization(model, peft_config, quantization_config, args)
         check_reference_model(reference_model, model, peft_config, args)
         if args.should_save:
-            require_writable(Path(args.output_dir), "output_dir")
+            require_writable(Path(args.output_dir), "`output_dir`")
+        if isinstance(train_dataset, Dataset) and self._plan.mix.logged:
+            self._scratch = scratch_folder(train_dataset)
 
         # Build. TRL would sync no adapter, and load a reference where another one is given.
         trls_reference = args.reference == "initial" and reference_model is None
@@ -419,7 +421,6 @@ class TBRMTrainer(ExactResume, GRPOTrainer):
     def _make_logged_rows(self, policy: PreTrainedModel) -> LoggedRows:
         """Tokenize the logged rows of the training set, and have the reference score them now if that frees it."""
         text_config = policy.config.get_text_config()
-        self._scratch = scratch_folder(self.train_dataset)
         self.train_dataset = tokenize_logged_rows(
             self.train_dataset,
             self._plan.logged,
@@ -958,7 +959,7 @@ class TBRMTrainer(ExactResume, GRPOTrainer):
     def before_training(self) -> None:
         if self.args.save_rollouts:
             if self.accelerator.is_main_process:
-                step = step_of(self._resumed_from) if self._resumed_from else 0
+                step = read_mark(Path(self._resumed_from))["step"] if self._resumed_from else 0
                 rewind_rollouts(Path(self.args.output_dir) / "rollouts", step)
             self.accelerator.wait_for_everyone()
         self._soft_value.prepare(self)

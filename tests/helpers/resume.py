@@ -81,7 +81,7 @@ def build(case: str, model: str, output_dir: Path, **changes: Any) -> TBRMTraine
         model,
         [letters, digits],
         TBRMConfig(output_dir=str(output_dir), **options),
-        Dataset.from_list(data),
+        data if isinstance(data, Dataset) else Dataset.from_list(data),
         Dataset.from_list(PROMPTS[:2]) if "eval_steps" in options else None,
         peft_config=LoraConfig(r=4, target_modules="all-linear", lora_dropout=0.0) if lora else None,
     )

@@ -209,7 +209,7 @@ def _missing(checkpoint: Path, said: Mapping[str, Any]) -> str | None:
 def numbered_checkpoints(output_dir: str | Path) -> list[Path]:
     """All folders of an output directory that are named as a checkpoint, oldest first."""
     found = {
-        int(folder.name.rpartition("-")[2]): folder
+        step_of(folder): folder
         for folder in Path(output_dir).glob(f"{PREFIX_CHECKPOINT_DIR}-*")
         if folder.name.rpartition("-")[2].isdigit() and folder.is_dir()
     }
@@ -222,8 +222,12 @@ def complete_checkpoints(output_dir: str | Path) -> list[Path]:
 
 
 def step_of(checkpoint: str | Path) -> int:
-    """Updates made by the time of a checkpoint."""
-    return json.loads((Path(checkpoint) / "trainer_state.json").read_text())["global_step"]
+    """Updates made by the time of a checkpoint, by its name."""
+    return int(Path(checkpoint).name.rpartition("-")[2])
+
+
+def _cut_short(checkpoint: Path) -> str:
+    return f"{checkpoint.name} is not complete: it was cut short while being written, or has lost its mark"
 
 
 def _last_sound(checkpoints: Sequence[Path]) -> tuple[Path | None, list[str]]:
@@ -264,7 +268,10 @@ def checkpoint_to_resume(
         if sound is None:
             if resume_from is True:
                 raise ValueError(_no_checkpoint(Path(output_dir), wrong))
-            return None, [f"{_sentence(one)} The run starts anew, since no checkpoint is sound." for one in wrong[:1]]
+            passed = wrong[:1] or [_cut_short(one) for one in numbered_checkpoints(output_dir)[-1:]]
+            return None, [f"{_sentence(one)} The run starts anew, since no checkpoint is sound." for one in passed]
+        newer = [one for one in numbered_checkpoints(output_dir) if step_of(one) > step_of(sound)]
+        wrong += [_cut_short(one) for one in newer if not (one / _FOLDER / _MARKER).is_file()]
         notes += [f"{_sentence(one)} The last sound one is {sound.name}: the run goes on from it." for one in wrong]
         checkpoint = sound
     else:
@@ -290,7 +297,8 @@ def checkpoint_to_resume(
             + "; ".join(f"{name} was {shared.get(name)!r} and is {now[name]!r}" for name in differing)
             + ". Resume with the same settings, or start a new run from its weights."
         )
-    return str(checkpoint), notes + _changes(checkpoint, before, settings or {}, no_effect)
+    changes = [] if settings is None else _changes(checkpoint, before, settings, no_effect)
+    return str(checkpoint), notes + changes
 
 
 def _changes(checkpoint: Path, before: Any, now: Mapping[str, Any], no_effect: Sequence[str]) -> list[str]:

@@ -129,7 +129,7 @@ class ExactResume(Trainer):
         lock = FolderLock(output_dir)
 
         def take() -> None:
-            require_writable(Path(output_dir), "output_dir")
+            require_writable(Path(output_dir), "`output_dir`")
             lock.acquire()
 
         try:
