@@ -476,6 +476,7 @@ def test_what_is_not_finite_is_named():
         "whole": torch.arange(3),
         "empty": torch.empty(0),
         "half": torch.ones(2, dtype=torch.bfloat16),
+        "quarter": torch.ones(2).to(torch.float8_e4m3fn),
     }
     assert not_finite({**others, **bad}.items()) == list(bad)
 

@@ -15,8 +15,8 @@ def not_finite(tensors: Iterable[tuple[str, Tensor]]) -> list[str]:
         local = tensor.to_local() if isinstance(tensor, DTensor) else tensor
         if local.is_floating_point() and local.numel():
             names.append(name)
-            # The sum over |x| is infinite or NaN if one of them is; it may overflow, so the extremes are taken.
-            low, high = torch.aminmax(local.detach())
+            # The extremes, since a sum of finite numbers may overflow. They are not defined for numbers of 8 bits.
+            low, high = torch.aminmax(local.detach() if local.itemsize > 1 else local.detach().float())
             flags.append(torch.isfinite(low) & torch.isfinite(high))
     by_device: dict[torch.device, list[int]] = {}
     for place, flag in enumerate(flags):
