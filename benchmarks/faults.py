@@ -232,9 +232,9 @@ def page(runs: dict[str, Any], facts: str) -> str:
                     "The signal comes at a random moment of the updates. The run is then started once more by the same "
                     "line. It survived if it ends with the bits of a run that nothing disturbed: weights, optimizer, "
                     "schedule and random states. Two undisturbed runs end with the same bits, in every kind and with "
-                    "both trainers. A kill before the first checkpoint starts the run anew. SIGKILL hits one process of "
-                    "two. SIGTERM comes to runs with `enable_jit_checkpoint=True`; transformers' own waits 3 seconds "
-                    "after it, which is set to 0 here."
+                    "both trainers. A kill before the first checkpoint starts the run anew. SIGKILL hits one process "
+                    "of two. SIGTERM comes to runs with `enable_jit_checkpoint=True`; transformers' own waits 3 "
+                    "seconds after it, which is set to 0 here."
                 ),
                 table(["run", "signal", "TBRM", "GRPO"], kills),
                 "## Damaged files",
