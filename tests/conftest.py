@@ -8,6 +8,7 @@ os.environ.setdefault("TRL_EXPERIMENTAL_SILENCE", "1")
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # the models are tiny: more threads only get in each other's way
 
 from importlib import import_module
+from pathlib import Path
 
 import pytest
 from common.tiny import save
@@ -28,3 +29,20 @@ def qwen2(tmp_path_factory) -> str:
 def train_script():
     """`examples/train.py` as a module."""
     return import_module("train")
+
+
+@pytest.fixture(scope="session")
+def uninterrupted(qwen2, tmp_path_factory):
+    """The folder of a run of `helpers.resume` that nothing disturbed, by its case."""
+    from helpers.resume_processes import printed, train
+
+    done: dict[str, Path] = {}
+
+    def of(case: str) -> Path:
+        if case not in done:
+            folder = tmp_path_factory.mktemp("uninterrupted")
+            assert not any(train(folder, case, qwen2)), printed(folder)
+            done[case] = folder
+        return done[case]
+
+    return of

@@ -69,6 +69,21 @@ def test_growth_over_processes(tmp_path):
     assert all(accounts_for_all(measured[0]["updates"][0]) for measured in raw["processes"].values())
 
 
+@pytest.mark.launch
+def test_faults(tmp_path):
+    """A quick run kills once with each signal, and is gone on with: what is finished is not run again."""
+    command = [sys.executable, str(BENCHMARKS / "faults.py"), "--quick", "--output", str(tmp_path)]
+    for _ in range(2):
+        done = subprocess.run(command, capture_output=True, text=True, timeout=600)
+        assert done.returncode == 0, done.stderr[-3000:]
+        assert (tmp_path / "faults.md").read_text() in done.stdout
+    assert "kill/" not in done.stdout
+    runs = json.loads((tmp_path / "faults.json").read_text())["runs"]
+    outcomes = {name: one["outcome"] for name, one in runs.items()}
+    assert [outcomes[f"kill/TBRM/fresh/{one}/0"] for one in ("SIGKILL", "SIGTERM")] == ["exact", "exact"]
+    assert len(outcomes) == 6 and outcomes["twice/TBRM/fresh"] == outcomes["twice/GRPO/fresh"] == "exact"
+
+
 def test_lengths():
     """The median of 16 is a quarter of the longest; prompts are half the mean completion."""
     tail = step.works("model", rollouts=16, micro_batch=4, equal=64, longest=128, warm_up=4)["long_tail"]

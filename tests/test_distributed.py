@@ -5,6 +5,7 @@ The processes are CPUs over gloo. A file is used as it is, with what a CPU needs
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
@@ -28,6 +29,7 @@ from peft import LoraConfig, PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, PreTrainedTokenizerBase
 
 from tbrm_trl import TBRMTrainer
+from tbrm_trl.resume.checkpoint import complete_checkpoints, damage
 
 NF4: dict[str, Any] = dict(
     load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=torch.float32
@@ -160,11 +162,11 @@ def answers(model: torch.nn.Module, tokenizer: PreTrainedTokenizerBase) -> torch
     return log_probs[:, 3:5].gather(2, ids[:, 4:, None]).squeeze(2)
 
 
-def resumable(folder: str, out: str, case: str, checkpoint: int | None = None, **changes: Any) -> list[Any]:
+def resumable(folder: str, out: str, case: str, resume: bool = False, **changes: Any) -> list[Any]:
     """A run of helpers/resume.py with all its checkpoints, or the rest from one. Returns what each process has made."""
     changes = dict(per_device_train_batch_size=1, save_total_limit=None) | changes
     trainer = build(case, folder, Path(out), **changes)
-    trainer.train(resume_from_checkpoint=checkpoint and f"{out}/checkpoint-{checkpoint}")
+    trainer.train(resume_from_checkpoint=resume)
     made = outcome(trainer)
     del made["optimizer"]  # sharded; the weights at the end depend on all of it
     made["model"] = trained(trainer)
@@ -385,8 +387,21 @@ def test_learning_saving_and_resuming(file, folders, of_one_process, tmp_path):
             print(f"{file}, {kind}: {accuracy(log_probs):.3f}, one process {of_one_process(kind):.3f}")
             assert accuracy(log_probs) > of_one_process(kind) - NOISE > 0.2
 
+    for case in cases:  # every fault of every file is found; with the later ones damaged, all processes take update 6's
+        *_, sixth, ninth, twelfth, last = complete_checkpoints(tmp_path / case)
+        assert sixth.name == "checkpoint-6" and damage(sixth) is None
+        for one in sorted(one for one in twelfth.rglob("*") if one.is_file() and one.name != "complete.json"):
+            content = one.read_bytes()
+            for fault in (None, content[:-1], bytes([content[0] ^ 1]) + content[1:]):
+                one.unlink() if fault is None else one.write_bytes(fault)
+                assert damage(twelfth).startswith(f"file {one.relative_to(twelfth)} of checkpoint-12 is damaged")
+            one.write_bytes(content)
+        assert damage(twelfth) is None
+        for damaged in (ninth, twelfth, last):
+            sharded = max(damaged.rglob("*"), key=lambda one: one.stat().st_size * one.is_file())
+            os.truncate(sharded, 100)
     if cases:
-        resumed = run(file, tmp_path, {case: jobs[case] | dict(checkpoint=6) for case in cases})
+        resumed = run(file, tmp_path, {case: jobs[case] | dict(resume=True) for case in cases})
     for case in cases:
         for uninterrupted, rest in zip(seen[case], resumed[case], strict=True):
             check_how(file, uninterrupted["held"])

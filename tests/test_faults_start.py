@@ -140,7 +140,7 @@ def test_1_1_another_reference_is_refused_on_resume_and_can_be_named(folder, tmp
     checkpoint = out / "checkpoint-2"
     same = dict(max_steps=4, save_strategy="steps", save_steps=2)
     resumed = build(str(checkpoint), tmp_path, letters, PROMPTS, **same)
-    with pytest.raises(ValueError, match="belongs to another run: the reference's weights, tokenizer"):
+    with pytest.raises(ValueError, match="belongs to another run: the reference's weights was"):
         resumed.train(resume_from_checkpoint=str(checkpoint))
     named = build(str(checkpoint), tmp_path, letters, PROMPTS, reference_model=folder, **same)
     named.train(resume_from_checkpoint=str(checkpoint))
@@ -153,10 +153,20 @@ def test_1_1_a_checkpoint_of_an_earlier_version_resumes(folder, tmp_path):
     same = dict(max_steps=4, save_strategy="steps", save_steps=2)
     build(folder, tmp_path, letters, PROMPTS, **same).train()
     marker = out / "checkpoint-2/tbrm/complete.json"
-    saved = json.loads(marker.read_text())
-    assert saved.pop("the reference's weights, tokenizer, temperature and precision")
-    marker.write_text(json.dumps(saved))
-    build(folder, tmp_path, letters, PROMPTS, **same).train(resume_from_checkpoint=str(out / "checkpoint-2"))
+    written = json.loads(marker.read_text())
+    key = "the reference's weights, tokenizer, temperature and precision"
+    first = {name: value for name, value in written["identity"].items() if not name.startswith("the ")} | {"step": 2}
+    second = first | {key: written["settings"]["reference key"]}
+    for saved in (first, second):
+        marker.write_text(json.dumps(saved))
+        build(folder, tmp_path, letters, PROMPTS, **same).train(resume_from_checkpoint=str(out / "checkpoint-2"))
+    marker.write_text(json.dumps(second | {key: "another"}))
+    with pytest.raises(ValueError, match=f"belongs to another run: {key} was 'another'"):
+        build(folder, tmp_path, letters, PROMPTS, **same).train(resume_from_checkpoint=str(out / "checkpoint-2"))
+    marker.write_text(json.dumps(second))
+    (out / "checkpoint-2/optimizer.pt").unlink()  # 4.7
+    with pytest.raises(ValueError, match=r"File optimizer.pt of checkpoint-2 is damaged \(it is missing\)"):
+        build(folder, tmp_path, letters, PROMPTS, **same).train(resume_from_checkpoint=str(out / "checkpoint-2"))
 
 
 @pytest.mark.parametrize("given", ["folder", "model"])

@@ -376,7 +376,7 @@ def test_unrewarded_rollouts_are_left_out_aloud(llama, tmp_path):
     train(llama, tmp_path, lambda completions, **kwargs: [1.0, None], save_rollouts=True)
     with pytest.warns(UserWarning, match="2 of 4 saved rollouts have no reward"):
         assert load_rollouts([tmp_path / "out"])["reward"] == [1.0, 1.0]
-    with pytest.warns(UserWarning, match="holds rollouts of another run"):
+    with pytest.raises(ValueError, match="holds rollouts of another run, and no checkpoint to go on from"):
         train(llama, tmp_path, save_rollouts=True)
     with pytest.raises(FileNotFoundError, match="save_rollouts=True"):
         load_rollouts(tmp_path)

@@ -91,6 +91,7 @@ OPTIONS = {
     "reward_timeout": None,
     "reward_on_error": "raise",
     "reference": "initial",
+    "stop_timeout": 300.0,
 }
 OTHER_DEFAULTS_THAN_TRLS = {
     "learning_rate": 2.5e-6,

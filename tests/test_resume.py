@@ -3,19 +3,14 @@
 from __future__ import annotations
 
 import math
-import multiprocessing
 import signal
-from collections.abc import Callable, Iterator
-from multiprocessing import forkserver
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
-import torch
-from common.launch import free_port
-from helpers.launch import SEARCHED, launch
-from helpers.resume import CASES, OPTIONS, PROMPTS, build, child, flat
+from helpers.launch import launch
+from helpers.resume import CASES, OPTIONS, PROMPTS, build
+from helpers.resume_processes import differing, printed, train
 
 from tbrm_trl.resume.checkpoint import (
     checkpoint_to_resume,
@@ -27,86 +22,12 @@ from tbrm_trl.resume.checkpoint import (
     save_state,
 )
 
-PROCESSES = multiprocessing.get_context("forkserver")
 # Points at which the checkpoint of that step is not complete yet, and at which it is.
 WRITING = (
     "nothing written", "model written", "optimizer written", "random state written", "trajectories half-written",
     "state half-written", "own state written", "reference written", "all written", "mark half-written",
 )  # fmt: skip
 WRITTEN = ("marked", "old one unmarked", "old one half-removed", "old one removed", "ending")
-
-
-@pytest.fixture(scope="module", autouse=True)
-def imported_once() -> Iterator[None]:
-    """Every run is a process of its own, forked from one that has imported everything and run nothing."""
-    with pytest.MonkeyPatch.context() as environment:
-        environment.setenv("PYTHONPATH", SEARCHED)
-        PROCESSES.set_forkserver_preload(["helpers.resume"])
-        forkserver.ensure_running()
-        yield
-
-
-@pytest.fixture(scope="module")
-def uninterrupted(qwen2, tmp_path_factory) -> Callable[[str], Path]:
-    """The folder of a case's run that nothing disturbed."""
-    done: dict[str, Path] = {}
-
-    def of(case: str) -> Path:
-        if case not in done:
-            folder = tmp_path_factory.mktemp("uninterrupted")
-            assert not any(train(folder, case, qwen2)), printed(folder)
-            done[case] = folder
-        return done[case]
-
-    return of
-
-
-def processes_of(case: str) -> int:
-    return 2 if case.startswith("two") else 1
-
-
-def train(folder: Path, case: str, model: str, kill: tuple | None = None, **options: Any) -> list[int]:
-    """One run, in as many processes as the case has, with options of `helpers.resume.run`. Returns their exit codes."""
-    number, port = processes_of(case), free_port()
-    killed = kill[2] if kill and len(kill) > 2 else 0
-    processes = [
-        PROCESSES.Process(
-            target=child,
-            kwargs=dict(
-                log=str(folder / f"log-{process}"), case=case, model=model, output_dir=str(folder / "out"),
-                kill=kill[:2] if kill and process == killed else None, process=process if number > 1 else None,
-                port=port, **options,
-            ),
-        )
-        for process in range(number)
-    ]  # fmt: skip
-    for process in processes:
-        process.start()
-    for process in processes:
-        process.join(200)
-        process.kill()  # where it waits for one that is no more
-        process.join()
-    return [process.exitcode for process in processes]
-
-
-def printed(folder: Path) -> str:
-    return "\n".join(file.read_text()[-3000:] for file in folder.glob("log-*"))
-
-
-def differing(folder: Path, other: Path) -> list[str]:
-    """What differs between the outcomes of two runs."""
-    names = []
-    files = sorted(file.name for file in folder.glob("outcome-*.pt"))
-    assert files and files == sorted(file.name for file in other.glob("outcome-*.pt"))
-    for file in files:
-        first, second = (dict(flat(torch.load(one / file, weights_only=False))) for one in (folder, other))
-        names += [f"{file}{path}" for path in {**first, **second} if first.get(path) != second.get(path)]
-    tables = [
-        {str(file.relative_to(run)): file.read_bytes() for file in run.glob("out/*/*.parquet")}
-        for run in (folder, other)
-    ]
-    return names + [name for name in {**tables[0], **tables[1]} if tables[0].get(name) != tables[1].get(name)]
-
 
 # By case, one after the other in the same run: the point, how many updates were made by then, and in which process.
 KILLS: dict[str, list[tuple]] = {
@@ -144,13 +65,13 @@ def test_a_killed_run_ends_as_an_uninterrupted_one(case, qwen2, uninterrupted, t
     """Weights, optimizer, reference, trajectories, random state, logs and files; and always a checkpoint to go on from.
 
     Each kill leaves the checkpoints that it should, and the one being written is refused. Then the run is started again
-    from the last complete one, or anew while there is none.
+    with "auto": from the last complete one, or anew while there is none.
     """
     every = {**OPTIONS, **CASES[case]}["save_steps"]
     out = tmp_path / "out"
     for kill in KILLS[case]:
         point, step = kill[:2]
-        codes = train(tmp_path, case, qwen2, kill, resume=bool(complete_checkpoints(out)))
+        codes = train(tmp_path, case, qwen2, kill, resume="auto")
         assert codes[kill[2] if len(kill) > 2 else 0] == -signal.SIGKILL and all(codes), printed(tmp_path)
         assert (tmp_path / "killed").read_text() == f"{point} {step}"
         (tmp_path / "killed").unlink()
@@ -232,13 +153,18 @@ def test_no_complete_checkpoint(qwen2, uninterrupted, tmp_path):
         trainer.train(resume_from_checkpoint=True)
     trainer.train()
     assert (out / "checkpoint-3" / "model.safetensors").exists()
-    for name in ("checkpoint-3", "checkpoint-5"):
-        with pytest.raises(ValueError, match=rf"{name} is not a complete .* There is no complete one beside it"):
+    alone = r"checkpoint-3 holds the model alone, as `save_only_model=True` asks: no run can go on from it"
+    for name, message in (("checkpoint-3", alone), ("checkpoint-5", "checkpoint-5 is not a complete TBRM checkpoint")):
+        with pytest.raises(ValueError, match=rf"{message}.* There is no complete one beside it"):
             trainer.train(resume_from_checkpoint=str(out / name))
-    with pytest.raises(ValueError, match="No complete checkpoint"):
+    with pytest.raises(ValueError, match=rf"No complete checkpoint in {out}. .*{alone}"):
         trainer.train(resume_from_checkpoint=True)
+    with pytest.raises(ValueError, match="out holds checkpoint-3 of another run"):
+        trainer.train(resume_from_checkpoint="auto")
     [complete] = complete_checkpoints(uninterrupted("replay") / "out")
-    with pytest.raises(ValueError, match=rf"checkpoint-9 is not a complete .* The last complete one is {complete}\."):
+    with pytest.raises(
+        ValueError, match=rf"checkpoint-9 is not a complete .* The last sound one is {complete}: `resume"
+    ):
         trainer.train(resume_from_checkpoint=complete.parent / "checkpoint-9")
 
 

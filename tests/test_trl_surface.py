@@ -43,6 +43,9 @@ OVERRIDDEN = {
     "save_model": "(self, output_dir=None, _internal_call=False)",
     "_save_checkpoint": "(self, model, trial)",
     "_save_rng_state": "(self, output_dir)",
+    "_maybe_log_save_evaluate": (
+        "(self, tr_loss, grad_norm, model, trial, epoch, ignore_keys_for_eval, start_time, learning_rate=None)"
+    ),
     "_load_rng_state": "(self, checkpoint)",
     "_run_epoch": (
         "(self, model, epoch, train_dataloader, steps_in_epoch, num_update_steps_per_epoch, trial, "

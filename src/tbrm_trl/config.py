@@ -12,7 +12,7 @@ from .loss.soft_value import SoftValue
 from .options import TBRMOptions, refuse
 
 
-@dataclass
+@dataclass(repr=False)
 class TBRMConfig(TBRMOptions):
     __doc__ = TBRMOptions.__doc__
 
@@ -34,6 +34,7 @@ class TBRMConfig(TBRMOptions):
                 *options.check_reward_calls(self),
                 *options.check_prompt_options(self),
                 *options.check_skipping(self),
+                *options.check_stop(self),
                 *options.check_microbatches(self),
                 *options.check_soft_value(self),
                 *options.check_groups(self, self.window_group_size, self.update_group_size),

@@ -1,38 +1,121 @@
 """Files that appear under their name only when they are whole, and digests by which they are found again."""
 
+import errno
 import functools
 import inspect
 import json
+import math
 import os
 import re
+import shutil
 import sys
 import sysconfig
 from collections import deque
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from enum import Enum
 from pathlib import Path
 from types import BuiltinFunctionType, CodeType, FunctionType, MethodType, ModuleType
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
+import torch
 import xxhash
 from datasets import Dataset
+from safetensors import SafetensorError
 
 
 def write_table(path: Path, table: pa.Table) -> None:
     """Write a Parquet file."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_suffix(".partial")
-    pq.write_table(table, partial)
-    os.replace(partial, path)
+    with appearing(path) as partial:
+        pq.write_table(table, partial)
 
 
-def write_json(path: Path, value: Any) -> None:
+def write_json(path: Path, value: Any, durably: bool = False) -> None:
     """Write a JSON file, with NaN and Infinity as the Trainer's own file has them. Tensors and arrays become lists."""
-    partial = path.with_suffix(".partial")
-    partial.write_text(json.dumps(value, default=plain_value))
-    os.replace(partial, path)
+    with appearing(path, durably) as partial:
+        partial.write_text(json.dumps(value, default=plain_value))
+
+
+@contextmanager
+def appearing(path: Path, durably: bool = False) -> Iterator[Path]:
+    """Give the block a path to write to; what it wrote appears as `path` when the block has ended.
+
+    Args:
+        path: in a folder that is made if need be.
+        durably: whether it is to outlast a failure of power: the disk has taken what this process wrote to the file
+            before the file has its name.
+
+    Raises:
+        OSError: if nothing can be written there; says where, and what to do.
+    """
+    with writing(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        partial = path.with_suffix(".partial")
+        yield partial
+        if durably:
+            with partial.open("rb+") as written:
+                os.fsync(written.fileno())
+        os.replace(partial, path)
+
+
+@contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """Make an error of the disk say what was written where, and what to do.
+
+    Libraries report a full disk in words of their own ("iostream error"). So after an error this tries the disk itself.
+    """
+    try:
+        yield
+    except FileNotFoundError:
+        raise
+    except (OSError, RuntimeError, SafetensorError) as error:
+        if isinstance(error, OSError) and str(error.strerror).startswith(_CANNOT):
+            raise
+        cause = error if isinstance(error, OSError) and error.errno in _DISK else _write_error(path.parent)
+        if cause is None:
+            raise
+        raise OSError(cause.errno, f"{_CANNOT} {path}: {cause.strerror}. {_advice(path, cause)}") from error
+
+
+def require_writable(folder: Path, what: str) -> None:
+    """Write a little into a folder, which is made if need be, and take it away again.
+
+    Raises:
+        OSError: if that fails; says where, calling it `what`.
+    """
+    if error := _write_error(folder):
+        raise OSError(error.errno, f"{_CANNOT} {what}, {folder.absolute()}: {error.strerror}. {_advice(folder, error)}")
+
+
+_CANNOT = "Cannot write to"
+_PROBE = 1 << 16  # bytes
+_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO)
+
+
+def _write_error(folder: Path) -> OSError | None:
+    probe = folder / f".probe-{os.getpid()}"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        try:
+            with probe.open("wb") as file:
+                file.write(bytes(_PROBE))
+                file.flush()
+                os.fsync(file.fileno())
+        finally:
+            probe.unlink(missing_ok=True)
+    except OSError as error:
+        return error
+    return None
+
+
+def _advice(path: Path, error: OSError) -> str:
+    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        there = next(one for one in (path, *path.absolute().parents) if one.exists())
+        return f"{shutil.disk_usage(there).free / 1e6:,.0f} MB are free there. Free space, or choose another folder."
+    return "Make the folder writable, or choose another one."
 
 
 def plain_value(value: Any) -> Any:
@@ -40,6 +123,9 @@ def plain_value(value: Any) -> Any:
     if isinstance(value, deque):
         return list(value)
     return value.tolist() if hasattr(value, "tolist") else str(value)  # a user may log anything
+
+
+_LISTED = 1000  # values of an array that are taken one by one; of a longer one, its digest
 
 
 def dataset_digest(dataset: Any) -> str | None:
@@ -103,10 +189,16 @@ def _describe(thing: Any, seen: dict[int, Any]) -> Any:
     if name := getattr(getattr(thing, "config", None), "_name_or_path", None):
         return name
     if hasattr(thing, "tolist") and hasattr(thing, "dtype"):
-        return [kind, str(thing.dtype), thing.tolist()]
+        return [kind, str(thing.dtype), thing.tolist() if math.prod(thing.shape) <= _LISTED else _digest(thing)]
     if callable(thing) and not isinstance(thing, BuiltinFunctionType):
         return [_describe(type(thing), seen), _describe(getattr(thing, "__dict__", {}), seen)]
     return getattr(thing, "__qualname__", kind)
+
+
+def _digest(array: Any) -> list[Any]:
+    if isinstance(array, torch.Tensor):
+        array = array.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
+    return [list(array.shape), xxhash.xxh3_128_hexdigest(np.ascontiguousarray(array).data)]
 
 
 def _describe_function(function: FunctionType, seen: dict[int, Any]) -> Any:

@@ -1,8 +1,9 @@
 """The options of a run, documented once, and the sizes that follow from them."""
 
+import copy
 import inspect
 import re
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, fields
 from types import MappingProxyType
 from typing import Any, TypeVar
@@ -25,6 +26,19 @@ HARMLESS = (
     "seed",
     "disable_compile",
 )
+# Names of what must reach no log and no file.
+_SECRET = re.compile(r"(token|api_key|secret|password)$", flags=re.I)
+# Of the options that this library and TRL declare: those that only say how a run is run, logged or stored.
+_NOT_OF_THE_RUN = re.compile(
+    r"(log_|vllm_server_|vllm_mode|vllm_gpu_|vllm_tensor_|num_completions_to_print|save_rollouts|stop_timeout|reward_timeout|max_skipped_updates|ds3_gather)"
+)
+# Of those that transformers declares: what decides how training goes on.
+_OF_THE_RUN = (
+    """
+    max_steps num_train_epochs lr_scheduler_type lr_scheduler_kwargs warmup_steps weight_decay adam_beta1 adam_beta2
+    adam_epsilon optim optim_args max_grad_norm per_device_train_batch_size gradient_accumulation_steps
+    """
+).split()
 _OPTION = re.compile(r"^    (\w+) \((.+)\):\n((?:        .+\n?|\n(?=        ))+)", flags=re.M)
 
 
@@ -51,8 +65,20 @@ def helped_by_docstring(options: Options) -> Options:
     return options
 
 
+def without_secrets(value: Any, placeholder: Callable[[str], Any] = lambda name: f"<{name.upper()}>") -> Any:
+    """A value with a placeholder for each text in it that stands under the name of a secret."""
+    if not isinstance(value, Mapping):
+        return value
+    return {
+        name: placeholder(name)
+        if isinstance(one, str) and _SECRET.search(str(name))
+        else without_secrets(one, placeholder)
+        for name, one in value.items()
+    }
+
+
 @helped_by_docstring
-@dataclass
+@dataclass(repr=False)
 class TBRMOptions(GRPOConfig):
     r"""
     Options of [`TBRMTrainer`]. Those of `transformers.TrainingArguments` and `trl.GRPOConfig` are inherited;
@@ -197,6 +223,13 @@ class TBRMOptions(GRPOConfig):
             `"previous"` takes the policy that produced the trajectory as its reference, as REBEL, Kimi k1.5 and GVPO
             do.
 
+        > Parameters that control stopping
+
+        stop_timeout (`float`, *optional*, defaults to `300.0`):
+            With `enable_jit_checkpoint=True`, SIGTERM and SIGINT stop the run after the update that is under way, with
+            a complete checkpoint and exit code 143 or 130. An update that takes more than this many seconds from the
+            signal on is dropped: the process then ends with the same code, and its last complete checkpoint stands.
+
         > Parameters whose defaults differ from GRPOConfig
 
         num_generations (`int`, *optional*, defaults to `1`):
@@ -247,6 +280,7 @@ class TBRMOptions(GRPOConfig):
     reward_on_error: str = "raise"
     max_skipped_updates: int = 3
     reference: str = "initial"
+    stop_timeout: float = 300.0
     num_generations: int = 1
     learning_rate: float = 2.5e-6
     disable_dropout: bool = True
@@ -297,6 +331,37 @@ class TBRMOptions(GRPOConfig):
         if self.vllm_structured_outputs_regex:
             chosen["vllm_structured_outputs_regex"] = self.vllm_structured_outputs_regex
         return {name: value for name, value in chosen.items() if value is not None and value != off.get(name)}
+
+    def settings(self) -> dict[str, Any]:
+        """The options that decide how a run goes on, without secrets, as a checkpoint tells them."""
+        declared = [*TBRMOptions.__annotations__, *GRPOConfig.__annotations__, *_OF_THE_RUN]
+        names = [name for name in dict.fromkeys(declared) if not _NOT_OF_THE_RUN.match(name)]
+        return without_secrets({name: getattr(self, name) for name in names if name in type(self).__dataclass_fields__})
+
+    def __repr__(self) -> str:
+        shown = without_secrets({one.name: getattr(self, one.name) for one in fields(self) if one.repr})
+        return f"{type(self).__name__}({', '.join(f'{name}={value!r}' for name, value in shown.items())})"
+
+    __str__ = __repr__
+
+    def to_dict(self) -> dict[str, Any]:
+        return without_secrets(super().to_dict())
+
+    def __getstate__(self) -> dict[str, Any]:
+        """What is pickled, so what `training_args.bin` holds: no secrets."""
+        return without_secrets(self.__dict__, lambda name: None)
+
+    def __copy__(self) -> Any:
+        return self._with(dict(self.__dict__))
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Any:
+        return self._with(copy.deepcopy(self.__dict__, memo))
+
+    def _with(self, attributes: dict[str, Any]) -> Any:
+        """A copy in memory, which keeps its secrets."""
+        made = object.__new__(type(self))
+        made.__dict__.update(attributes)
+        return made
 
     def is_default(self, name: str) -> bool:
         """Whether an option was left as it comes."""

@@ -15,18 +15,21 @@ One update, in order; each name is a method here, or of the object it is called 
 """
 
 import copy
+import json
 import math
 import textwrap
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence, Sized
 from contextlib import contextmanager, nullcontext
 from functools import cached_property, partial
+from importlib.metadata import version
 from os import PathLike
 from pathlib import Path
 from typing import Any, ClassVar
 
 import numpy as np
 import torch
+import xxhash
 from accelerate.logging import get_logger
 from accelerate.utils import is_peft_model
 from datasets import Dataset, IterableDataset
@@ -52,7 +55,6 @@ from .checks.advice import (
     warn_of_double_bos,
     warn_of_empty_update,
     warn_of_finished_schedule,
-    warn_of_rollouts,
     warn_of_shipped_sampling,
     warn_of_soft_value,
 )
@@ -89,7 +91,7 @@ from .checks.model import (
 from .checks.rewards import check_reward_arguments
 from .config import TBRMConfig
 from .context import temporarily
-from .files import dataset_digest, source_of
+from .files import dataset_digest, require_writable, source_of
 from .loss.finite import voided_unless
 from .loss.metrics import (
     AdvantageColumn,
@@ -118,6 +120,8 @@ from .model.replicated import ReplicatedModule
 from .model.scoring import score
 from .printing import printable
 from .resume import ExactResume, RunState, complete_checkpoints
+from .resume.checkpoint import read_mark
+from .resume.finite import tensors_of_model
 from .skipped_updates import FOLDER, SkippedUpdates, write_culprits
 from .sources.baselines import set_baselines
 from .sources.logged import (
@@ -138,7 +142,7 @@ from .sources.returns import check_magnitude, total_reward, unique_names
 from .sources.reward_calls import REASONS, Failure, RewardCalls
 from .sources.rollout import Rewards, checked_rollouts, trajectories_from_trl
 from .sources.sampler import DataPlan, WindowSampler
-from .sources.saved_rollouts import rollouts_file, save_rollouts
+from .sources.saved_rollouts import merge_rollouts, rewind_rollouts, rollout_files, rollouts_file, save_rollouts
 from .trajectory import Source, Trajectory, UpdateRow, check_scores
 
 logger = get_logger(__name__)
@@ -291,10 +295,20 @@ class TBRMTrainer(ExactResume, GRPOTrainer):
         else:
             eval_dataset = self._with_fitting_prompts(eval_dataset, "the evaluation set", np.ones(1, bool), renderer)
 
+        if args.should_save:
+            require_writable(Path(args.output_dir), "`output_dir`")
+        if isinstance(train_dataset, Dataset) and self._plan.mix.logged:
+            self._scratch = scratch_folder(train_dataset)
+
         # Build. TRL would sync no adapter, copy one only if it is named "default", and load a reference beside another.
         given_adapter = not isinstance(model, str) and is_peft_model(model)
         trls_reference = args.reference == "initial" and reference_model is None and not given_adapter
-        trls_view = temporarily(args, sync_ref_model=False, beta=args.beta if trls_reference else 0.0)
+        trls_view = temporarily(
+            args,
+            sync_ref_model=False,
+            beta=args.beta if trls_reference else 0.0,
+            enable_jit_checkpoint=False,  # transformers' own saves in the middle of an update; see `ExactResume`
+        )
         with trls_view:
             super().__init__(
                 model=model,
@@ -455,6 +469,7 @@ class TBRMTrainer(ExactResume, GRPOTrainer):
     def _make_reference(self) -> Reference | PreviousPolicy | None:
         args = self.args
         self._initial_reference_key: str | None = None
+        self._initial_reference_weights: str | None = None
         if args.reference == "previous":
             return PreviousPolicy(lambda: self.model, lambda: self.state.global_step)
         if self.ref_model is None and (args.sync_ref_model or not self._has_new_adapter):
@@ -466,7 +481,7 @@ class TBRMTrainer(ExactResume, GRPOTrainer):
             **({"end_value": True} if args.truncation == "bootstrap" else {}),
         }
         reference = Reference(lambda: self.model, self.ref_model, self.accelerator, settings)
-        self._initial_reference_key = reference.key
+        self._initial_reference_key, self._initial_reference_weights = reference.key, reference.weights
         if args.sync_ref_model:
             self.add_callback(SyncReference(reference))
         return reference
@@ -474,7 +489,6 @@ class TBRMTrainer(ExactResume, GRPOTrainer):
     def _make_logged_rows(self, policy: PreTrainedModel) -> LoggedRows:
         """Tokenize the logged rows of the training set, and have the reference score them now if that frees it."""
         text_config = policy.config.get_text_config()
-        self._scratch = scratch_folder(self.train_dataset)
         self.train_dataset = tokenize_logged_rows(
             self.train_dataset,
             self._plan.logged,
@@ -624,6 +638,10 @@ class TBRMTrainer(ExactResume, GRPOTrainer):
         self._give_values(window, fresh + logged, self.num_generations)
         if self.args.save_rollouts and rewards is not None:
             folder, process = Path(self.args.output_dir) / "rollouts", self.accelerator.process_index
+            if self.accelerator.is_main_process:
+                merge_rollouts(
+                    folder, self.state.global_step
+                )  # of earlier windows, which every process has written by now
             file = rollouts_file(folder, self.state.global_step, process)
             save_rollouts(file, rollouts, rewards.rows, rewards.prompts, rewards.completions)
         group_size = self.args.update_group_size
@@ -1095,8 +1113,37 @@ class TBRMTrainer(ExactResume, GRPOTrainer):
             "reference": "synced" if args.sync_ref_model else args.reference,
             "soft_value": [args.soft_value, *(getattr(args, name) for name in sorted(self._soft_value.options))],
             "truncation": args.truncation,
-            "the reference's weights, tokenizer, temperature and precision": self._initial_reference_key,
+            "the reference's weights": self._initial_reference_weights,
+            "the tokenizer": tokenizer_digest(self._tokenizer),
         }
+
+    def run_settings(self) -> dict[str, Any]:
+        sources = zip(self.reward_func_names, map(source_of, self.reward_funcs), strict=True)
+        return {
+            "reference key": self._initial_reference_key,
+            "precision": self.accelerator.mixed_precision,
+            "reward functions": {
+                name: xxhash.xxh3_64_hexdigest(json.dumps(source, default=str).encode()) for name, source in sources
+            },
+            **self.args.settings(),
+            "versions": {name: version(name) for name in ("tbrm-trl", "trl", "transformers", "accelerate", "torch")},
+        }
+
+    def tensors(self) -> Iterator[tuple[str, Tensor]]:
+        yield from super().tensors()
+        if self.ref_model is not None:
+            yield from tensors_of_model(self.ref_model, "reference weight")
+        if self._trained_module is not None:
+            yield from tensors_of_model(self._trained_module.module, "soft value's weight")
+
+    def require_own_folder(self, output_dir: Path, others: list[Path], anew: bool) -> None:
+        super().require_own_folder(output_dir, others, anew)
+        if self.args.save_rollouts and not anew and rollout_files(output_dir / "rollouts"):
+            raise ValueError(
+                f"{output_dir / 'rollouts'} holds rollouts of another run, and no checkpoint to go on from is beside "
+                'it. `resume_from_checkpoint="auto"` starts that run anew and drops them. To keep them, move them, or '
+                "give the new run another output_dir."
+            )
 
     def forget(self) -> None:
         self._step, self._window, self._rows_drawn, self._rows_trained = 0, [], 0, 0
@@ -1106,8 +1153,11 @@ class TBRMTrainer(ExactResume, GRPOTrainer):
             self._replay.clear()
 
     def before_training(self) -> None:
-        if self.args.save_rollouts and not self._resumed_from and self.accelerator.is_main_process:
-            warn_of_rollouts(Path(self.args.output_dir))
+        if self.args.save_rollouts:
+            if self.accelerator.is_main_process:
+                step = read_mark(Path(self._resumed_from))["step"] if self._resumed_from else 0
+                rewind_rollouts(Path(self.args.output_dir) / "rollouts", step)
+            self.accelerator.wait_for_everyone()
         self._soft_value.prepare(self)
 
     def run_state(self, folder: Path) -> RunState:

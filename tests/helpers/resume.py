@@ -6,6 +6,7 @@ import random
 import shutil
 import signal
 import tempfile
+import time
 from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
@@ -78,14 +79,21 @@ def build(case: str, model: str, output_dir: Path, **changes: Any) -> TBRMTraine
         model,
         [letters, digits],
         TBRMConfig(output_dir=str(output_dir), **options),
-        Dataset.from_list(data),
+        data if isinstance(data, Dataset) else Dataset.from_list(data),
         Dataset.from_list(PROMPTS[:2]) if "eval_steps" in options else None,
         peft_config=LoraConfig(r=4, target_modules="all-linear", lora_dropout=0.0) if lora else None,
     )
 
 
-def kill_at(trainer: TBRMTrainer, point: str, step: int, evidence: Path) -> None:
-    """Have this process kill itself at a point of the run, once `step` updates were made."""
+def kill_at(
+    trainer: TBRMTrainer,
+    point: str,
+    step: int,
+    evidence: Path,
+    signum: signal.Signals = signal.SIGKILL,
+    then_sleep: float = 0,
+) -> None:
+    """Have this process send itself a signal at a point of the run, once `step` updates were made."""
     policy = trainer.model.get_base_model() if hasattr(trainer.model, "peft_config") else trainer.model
     before, after = True, False
     owner, name, when, file = {
@@ -116,12 +124,17 @@ def kill_at(trainer: TBRMTrainer, point: str, step: int, evidence: Path) -> None
     original = getattr(owner, name)
 
     def wrapped(*args, **kwargs):
-        due = trainer.state.global_step == step and (file is None or Path(args[0]).name == file)
+        due = (
+            not evidence.exists() and trainer.state.global_step == step and (file is None or Path(args[0]).name == file)
+        )
         if not (due and when is before):
             result = original(*args, **kwargs)
         if due:
             evidence.write_text(f"{point} {step}")
-            os.kill(os.getpid(), signal.SIGKILL)
+            os.kill(os.getpid(), signum)
+            time.sleep(then_sleep)
+            if when is before:
+                result = original(*args, **kwargs)
         return result
 
     setattr(owner, name, wrapped)
@@ -184,8 +197,10 @@ def run(
     model: str,
     output_dir: str,
     kill: tuple[str, int] | None = None,
-    resume: bool = False,
+    resume: bool | str = False,
     interrupt: bool = False,
+    signum: int = signal.SIGKILL,
+    then_sleep: float = 0,
     process: int | None = None,
     port: int | None = None,
     **changes: Any,
@@ -197,7 +212,9 @@ def run(
         model: folder of the policy.
         output_dir: of the run; what it made in the end is beside it.
         kill: point, and updates made by then; None to reach the end.
-        resume: whether from the last complete checkpoint.
+        resume: whether from the last complete checkpoint; or "auto".
+        signum: the signal of the kill.
+        then_sleep: seconds that the update takes longer after it.
         interrupt: leave `train` in the middle, and call it again.
         process: its number among two, None where it is alone or a launcher has said so.
         port: of the first of two processes.
@@ -211,7 +228,7 @@ def run(
     out = Path(output_dir)
     trainer = build(case, model, out, **changes)
     if kill is not None:
-        kill_at(trainer, *kill, out.parent / "killed")
+        kill_at(trainer, *kill, out.parent / "killed", signal.Signals(signum), then_sleep)
     if interrupt:
         trainer.add_callback(ControlC())
         with suppress(KeyboardInterrupt):

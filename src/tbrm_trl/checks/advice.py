@@ -3,7 +3,6 @@
 import math
 import warnings
 from collections.abc import Collection, Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
@@ -156,15 +155,5 @@ def warn_of_finished_schedule(schedule: Any, step: int, steps: int) -> None:
         warnings.warn(
             f"The learning rate schedule had ended at the checkpoint of step {step}, so the next update has a learning "
             f"rate of 0, though {steps - step} updates are left. Start a new run from the weights to train for longer.",
-            stacklevel=3,
-        )
-
-
-def warn_of_rollouts(output_dir: Path) -> None:
-    """Warn if the folder for rollouts holds another run's: `load_rollouts` would read all of them."""
-    if any((output_dir / "rollouts").glob("step-*.parquet")):
-        warnings.warn(
-            f"{output_dir / 'rollouts'} holds rollouts of another run. Those of the same update are overwritten, the "
-            "others stay, and `load_rollouts` would mix both. Move them, or use another output_dir.",
             stacklevel=3,
         )

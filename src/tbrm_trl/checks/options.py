@@ -268,6 +268,13 @@ def check_terms(args: TBRMOptions) -> Iterator[str]:
         )
 
 
+def check_stop(args: TBRMOptions) -> Iterator[str]:
+    if not args.stop_timeout > 0:
+        yield (f"`stop_timeout={args.stop_timeout}` must be a positive number of seconds.")
+    if not (args.enable_jit_checkpoint or args.is_default("stop_timeout")):
+        yield (f"`stop_timeout={args.stop_timeout}` has no effect without `enable_jit_checkpoint=True`. Set that too.")
+
+
 def check_reference(args: TBRMOptions) -> Iterator[str]:
     if not args.sync_ref_model:
         return

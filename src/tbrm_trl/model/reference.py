@@ -102,6 +102,8 @@ class Reference:
     def renew_key(self) -> None:
         """Make `key` the digest of the weights of π_ref and of the settings: stored scores with this key are its own.
 
+        `weights` is the digest of the weights alone.
+
         It must be renewed after every change of the weights, or of how they are sharded.
         """
         if self.frozen_copy is not None:
@@ -119,6 +121,7 @@ class Reference:
         # Processes that each hold a whole copy agree. Processes that hold shards make up one key together.
         parts = sorted(set(gather_object([digest.hexdigest()])))
         self.key = xxhash.xxh3_128_hexdigest(json.dumps([parts, self.settings], sort_keys=True).encode())
+        self.weights = xxhash.xxh3_128_hexdigest(json.dumps(parts).encode())
 
     def _unwrapped(self, model: nn.Module) -> Any:
         """The model inside its wrappers. `torch.compile`'s goes too, since it prefixes the names of parameters."""

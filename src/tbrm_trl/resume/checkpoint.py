@@ -9,25 +9,39 @@ Layout, inside `checkpoint-<step>/tbrm/`:
     process-<rank>/soft_value.pt           trained parameters of the soft value and their optimizer, if any
     process-<rank>/reference.safetensors   the reference, where it is synced: a shard each, or on process 0 the whole
     complete.json                          written last, once every process has written: without it nothing resumes
+    model_only.json                        in its place where `save_only_model` left out what a run goes on from
+
+`complete.json` lists every other file of the checkpoint with its size and digest, and says what the run is. It ends
+with a digest of itself.
 """
 
 import json
+import os
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
+import xxhash
 from safetensors.numpy import load_file as load_arrays
 from safetensors.numpy import save_file as save_arrays
 from safetensors.torch import load_file, save_file
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, sort_checkpoints
 
-from ..files import write_json
+from ..files import plain_value, write_json
 from ..sources.parquet import read_trajectories, write_trajectories
 from ..trajectory import Trajectory
 
-_FOLDER, _MARKER = "tbrm", "complete.json"
+AUTO = "auto"  # `resume_from_checkpoint`: the last sound checkpoint, or a fresh start
+
+_FOLDER, _MARKER, _MODEL_ONLY = "tbrm", "complete.json", "model_only.json"
+_VERSION = 2  # 1: what a run must share, and no more
+# What version 1 checked of the reference; the key is now said among the settings.
+_OLD_REFERENCE = "the reference's weights, tokenizer, temperature and precision"
+_REFERENCE = "reference key"
+_CHUNK = 1 << 20  # bytes read at once: a core's cache holds them until they are digested
 
 
 def process_folder(checkpoint: str | Path, process: int) -> Path:
@@ -67,55 +81,306 @@ def load_state(folder: Path) -> tuple[dict[str, Any], dict[str, list[Trajectory]
     return saved["state"], lists, load_arrays(folder / "arrays.safetensors")
 
 
+# ---- the mark --------------------------------------------------------------------------------------------------------
+
+
 def mark_incomplete(checkpoint: str | Path) -> None:
     """Before anything is written over a checkpoint that was complete."""
-    (Path(checkpoint) / _FOLDER / _MARKER).unlink(missing_ok=True)
+    for name in (_MARKER, _MODEL_ONLY):
+        (Path(checkpoint) / _FOLDER / name).unlink(missing_ok=True)
 
 
-def mark_complete(checkpoint: str | Path, identity: dict[str, Any]) -> None:
-    """After every process has written. `identity` is what a run must share to resume from here."""
-    write_json(Path(checkpoint) / _FOLDER / _MARKER, identity)
+def mark_complete(checkpoint: str | Path, run: Mapping[str, Any], model_only: bool = False) -> None:
+    """After every process has written.
+
+    Args:
+        checkpoint: its folder.
+        run: `identity`, what a run must share to resume from here, by a name for errors; `settings`, what is said if
+            it differs; and what else describes the run. JSON-able values.
+        model_only: whether it holds no more than the model, so that no run can go on from it.
+    """
+    folder = Path(checkpoint)
+    said = {"version": _VERSION, **run, "files": digests(folder)}
+    (folder / _FOLDER).mkdir(parents=True, exist_ok=True)
+    said["digest"] = _digest_of_mark(said)
+    write_json(folder / _FOLDER / (_MODEL_ONLY if model_only else _MARKER), said, durably=True)
 
 
-def complete_checkpoints(output_dir: str | Path) -> list[Path]:
-    """The checkpoints of an output directory that may be resumed, oldest first."""
+def _digest_of_mark(said: Mapping[str, Any]) -> str:
+    return xxhash.xxh3_128_hexdigest(json.dumps(said, default=plain_value).encode())
+
+
+def digests(folder: Path) -> dict[str, list[Any]]:
+    """Size and digest of every file of a checkpoint but its mark, by name."""
+    names = sorted(
+        file.relative_to(folder).as_posix()
+        for file in folder.rglob("*")
+        if file.is_file() and file.parent != folder / _FOLDER
+    )
+    return {name: [size, digest] for name, (size, digest) in zip(names, _read(folder, names), strict=True)}
+
+
+def _read(folder: Path, names: Sequence[str]) -> Iterator[tuple[int, str]]:
+    """Size and digest of each of these files; files are read side by side."""
+    with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
+        yield from pool.map(lambda name: _digest_of_file(folder / name), names)
+
+
+def _digest_of_file(file: Path) -> tuple[int, str]:
+    digest, buffer, size = xxhash.xxh3_128(), memoryview(bytearray(_CHUNK)), 0
+    with file.open("rb", buffering=0) as opened:
+        while count := opened.readinto(buffer):
+            digest.update(buffer[:count])
+            size += count
+    return size, digest.hexdigest()
+
+
+def damage(checkpoint: Path) -> str | None:
+    """What is wrong with a complete checkpoint, as a sentence without its end; None if it is sound."""
+    try:
+        said = read_mark(checkpoint)
+    except ValueError as error:
+        return str(error)
+    if "files" not in said:  # of version 1, which lists none
+        missing = _missing(checkpoint, said)
+        return f"file {missing} of {checkpoint.name} is damaged (it is missing)" if missing else None
+    files: dict[str, list[Any]] = said["files"]
+    for name, (size, _) in files.items():  # first what shows without reading
+        file = checkpoint / name
+        if not file.is_file():
+            return f"file {name} of {checkpoint.name} is damaged (it is missing)"
+        if file.stat().st_size != size:
+            return (
+                f"file {name} of {checkpoint.name} is damaged (it has {file.stat().st_size} bytes, and {size} were "
+                "written)"
+            )
+    try:
+        for (name, (_, written)), (_, found) in zip(files.items(), _read(checkpoint, list(files)), strict=True):
+            if found != written:
+                return f"file {name} of {checkpoint.name} is damaged (it is not what was written: its digest differs)"
+    except OSError as error:
+        return f"{checkpoint.name} cannot be read ({error})"
+    return None
+
+
+def read_mark(checkpoint: Path) -> dict[str, Any]:
+    """What `mark_complete` said.
+
+    Raises:
+        ValueError: if the file is damaged, or of a later version of this library.
+    """
+    file = checkpoint / _FOLDER / _MARKER
+    damaged = f"file {_FOLDER}/{_MARKER} of {checkpoint.name} is damaged"
+    try:
+        said = json.loads(file.read_bytes())
+    except (ValueError, OSError) as error:
+        raise ValueError(f"{damaged} (it cannot be read: {error})") from error
+    if not isinstance(said, dict):
+        raise ValueError(f"{damaged} (it holds no object)")
+    if isinstance(version := said.get("version"), int) and version > _VERSION:
+        raise ValueError(
+            f"{checkpoint.name} was written by a later version of tbrm-trl (checkpoints of version {version}, known up "
+            f"to {_VERSION}); update tbrm-trl to go on from it"
+        )
+    if "files" in said or "version" in said or "digest" in said:
+        digest = said.pop("digest", None)
+        if digest != _digest_of_mark(said) or not isinstance(said.get("files"), dict):
+            raise ValueError(f"{damaged} (it is not what was written: its digest differs)")
+    return said
+
+
+def _missing(checkpoint: Path, said: Mapping[str, Any]) -> str | None:
+    """A file that a checkpoint of version 1 lacks and no run goes on without."""
+    optimizer = [*checkpoint.glob("optimizer*"), *checkpoint.glob("global_step*")]  # of DeepSpeed, a folder
+    processes = said.get("processes", 1)
+    states = [f"rng_state_{process}.pth" for process in range(processes)] if processes > 1 else ["rng_state.pth"]
+    needed = {
+        "trainer_state.json": (checkpoint / "trainer_state.json").is_file(),
+        "optimizer.pt": bool(optimizer),
+        "scheduler.pt": (checkpoint / "scheduler.pt").is_file() or any(checkpoint.glob("global_step*")),
+        **{name: (checkpoint / name).is_file() for name in states},
+    }
+    return next((name for name, found in needed.items() if not found), None)
+
+
+# ---- which one -------------------------------------------------------------------------------------------------------
+
+
+def numbered_checkpoints(output_dir: str | Path) -> list[Path]:
+    """All folders of an output directory that are named as a checkpoint, oldest first."""
     found = {
-        int(folder.name.rpartition("-")[2]): folder
+        step_of(folder): folder
         for folder in Path(output_dir).glob(f"{PREFIX_CHECKPOINT_DIR}-*")
-        if folder.name.rpartition("-")[2].isdigit() and (folder / _FOLDER / _MARKER).is_file()
+        if folder.name.rpartition("-")[2].isdigit() and folder.is_dir()
     }
     return [found[step] for step in sorted(found)]
 
 
-def checkpoint_to_resume(resume_from: str | Path | Literal[True], output_dir: str, identity: dict[str, Any]) -> str:
-    """The folder to resume from: the one named, or with True the last complete one.
+def complete_checkpoints(output_dir: str | Path) -> list[Path]:
+    """The checkpoints of an output directory that are marked as complete, oldest first."""
+    return [folder for folder in numbered_checkpoints(output_dir) if (folder / _FOLDER / _MARKER).is_file()]
+
+
+def step_of(checkpoint: str | Path) -> int:
+    """Updates made by the time of a checkpoint, by its name."""
+    return int(Path(checkpoint).name.rpartition("-")[2])
+
+
+def _cut_short(checkpoint: Path) -> str:
+    return f"{checkpoint.name} is not complete: it was cut short while being written, or has lost its mark"
+
+
+def _last_sound(checkpoints: Sequence[Path]) -> tuple[Path | None, list[str]]:
+    """The newest one that is not damaged, and what is wrong with those after it."""
+    wrong: list[str] = []
+    for checkpoint in reversed(checkpoints):
+        problem = damage(checkpoint)
+        if problem is None:
+            return checkpoint, wrong
+        wrong.append(problem)
+    return None, wrong
+
+
+def checkpoint_to_resume(
+    resume_from: str | Path | bool,
+    output_dir: str,
+    identity: Mapping[str, Any],
+    settings: Mapping[str, Any] | None = None,
+    no_effect: Sequence[str] = (),
+) -> tuple[str | None, list[str]]:
+    """The folder to resume from, None for a fresh start, and what the user is to be told of it.
+
+    Args:
+        resume_from: a folder; True for the last sound checkpoint of `output_dir`; `AUTO` for that one, or a fresh start
+            where there is none.
+        output_dir: of the run.
+        identity: what a run must share with the checkpoint, by a name for errors.
+        settings: what is said if it differs.
+        no_effect: names of settings that a checkpoint overrides.
 
     Raises:
-        ValueError: if there is none, if it is not complete, or if it belongs to a run whose processes, data set or
-            batch arithmetic differ; says what differs.
+        ValueError: if there is none, if the one named is not complete or is damaged, or if it belongs to a run whose
+            processes, data set, reference, tokenizer or batch arithmetic differ; says what differs.
     """
-    complete = complete_checkpoints(output_dir if resume_from is True else Path(resume_from).parent)
-    last = f"The last complete one is {complete[-1]}." if complete else "There is no complete one beside it."
-    if resume_from is True:
-        if not complete:
-            raise ValueError(f"No complete checkpoint in {output_dir}. Start without `resume_from_checkpoint`.")
-        resume_from = complete[-1]
-    marker = Path(resume_from) / _FOLDER / _MARKER
-    if not marker.is_file():
-        raise ValueError(
-            f"{resume_from} is not a complete TBRM checkpoint: it was cut short while being written, saved with "
-            f"`save_only_model`, or comes from another trainer. {last}"
-        )
-    saved = json.loads(marker.read_text())
-    # A checkpoint of an earlier version says less of its run.
-    differing = [name for name in identity if name in saved and saved[name] != identity[name]]
+    notes: list[str] = []
+    if resume_from is True or resume_from == AUTO:
+        sound, wrong = _last_sound(complete_checkpoints(output_dir))
+        if sound is None:
+            if resume_from is True:
+                raise ValueError(_no_checkpoint(Path(output_dir), wrong))
+            passed = wrong[:1] or [_cut_short(one) for one in numbered_checkpoints(output_dir)[-1:]]
+            return None, [f"{_sentence(one)} The run starts anew, since no checkpoint is sound." for one in passed]
+        newer = [one for one in numbered_checkpoints(output_dir) if step_of(one) > step_of(sound)]
+        wrong += [_cut_short(one) for one in newer if not (one / _FOLDER / _MARKER).is_file()]
+        notes += [f"{_sentence(one)} The last sound one is {sound.name}: the run goes on from it." for one in wrong]
+        checkpoint = sound
+    else:
+        checkpoint = Path(str(resume_from))
+        others = [one for one in complete_checkpoints(checkpoint.parent) if one != checkpoint]
+        if not (checkpoint / _FOLDER / _MARKER).is_file():
+            raise ValueError(f"{_why_incomplete(checkpoint)} {_instead(others)}")
+        if problem := damage(checkpoint):
+            raise ValueError(f"{_sentence(problem)} {_instead(others)}")
+
+    said = read_mark(checkpoint)
+    if "identity" in said:
+        shared, before = said["identity"], said.get("settings", {})
+        now: Mapping[str, Any] = identity
+    else:  # of version 1, which says less
+        shared, before = said, {}
+        now = {**identity, _OLD_REFERENCE: (settings or {}).get(_REFERENCE)}
+    now = json.loads(json.dumps(now, default=plain_value))
+    differing = [name for name in now if name in shared and shared[name] != now[name]]
     if differing:
         raise ValueError(
-            f"{resume_from} belongs to another run: "
-            + "; ".join(f"{name} was {saved.get(name)!r} and is {identity[name]!r}" for name in differing)
+            f"{checkpoint} belongs to another run: "
+            + "; ".join(f"{name} was {shared.get(name)!r} and is {now[name]!r}" for name in differing)
             + ". Resume with the same settings, or start a new run from its weights."
         )
-    return str(resume_from)
+    changes = [] if settings is None else _changes(checkpoint, before, settings, no_effect)
+    return str(checkpoint), notes + changes
+
+
+def _changes(checkpoint: Path, before: Any, now: Mapping[str, Any], no_effect: Sequence[str]) -> list[str]:
+    """One sentence of the settings that are no longer those of the checkpoint, if any."""
+    old, new = (dict(_flat({n: v for n, v in one.items() if n != _REFERENCE})) for one in (before, _plain(now)))
+    changed = {n: f"{n} was {old[n]!r} and is {new[n]!r}" for n in new if n in old and old[n] != new[n]}
+    changed |= {n: f"{n} was {old[n]!r} and is no more" for n in old if n not in new}
+    changed |= {n: f"{n} is new: {new[n]!r}" for n in new if before and n not in old}
+    applied = [text for name, text in changed.items() if name not in no_effect]
+    without = [text for name, text in changed.items() if name in no_effect]
+    parts = []
+    if applied:
+        parts.append(
+            f"{'; '.join(applied)}. This applies from here on: the run will not end where it would have ended before"
+        )
+    if without:
+        parts.append(
+            f"{'; '.join(without)}. This has no effect: optimizer and schedule are the checkpoint's, with its numbers. "
+            "Start a new run from its weights to change them"
+        )
+    return [f"Since {checkpoint.name} was written, settings have changed. {'. '.join(parts)}."] if parts else []
+
+
+def _plain(value: Any) -> Any:
+    return json.loads(json.dumps(value, default=plain_value))
+
+
+def _flat(value: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for name, one in value.items():
+        if isinstance(one, dict) and one:
+            yield from _flat(one, f"{prefix}{name}/")
+        else:
+            yield f"{prefix}{name}", one
+
+
+def _sentence(text: str) -> str:
+    return f"{text[0].upper()}{text[1:]}."
+
+
+def _instead(others: Sequence[Path]) -> str:
+    if not others:
+        return "There is no complete one beside it."
+    sound, _ = _last_sound(others)
+    if sound is None:
+        return "No other one beside it is sound."
+    return f"The last sound one is {sound}: `resume_from_checkpoint=True` takes it."
+
+
+def _why_incomplete(checkpoint: Path) -> str:
+    if (checkpoint / _FOLDER / _MODEL_ONLY).is_file():
+        return (
+            f"{checkpoint} holds the model alone, as `save_only_model=True` asks: no run can go on from it. Start a "
+            "new run with it as `model`, and with `reference_model` to keep the reference."
+        )
+    return (
+        f"{checkpoint} is not a complete TBRM checkpoint: it was cut short while being written, or comes from another "
+        "trainer."
+    )
+
+
+def _no_checkpoint(output_dir: Path, wrong: Sequence[str]) -> str:
+    if wrong:
+        return f"No sound checkpoint in {output_dir}: {'; '.join(wrong)}."
+    if only := [one for one in numbered_checkpoints(output_dir) if (one / _FOLDER / _MODEL_ONLY).is_file()]:
+        return f"No complete checkpoint in {output_dir}. {_why_incomplete(only[-1])}"
+    return (
+        f'No complete checkpoint in {output_dir}. Start without `resume_from_checkpoint`, or with "auto", which starts '
+        "anew where there is none."
+    )
+
+
+def checkpoints_of_others(output_dir: str | Path) -> list[Path]:
+    """The checkpoints that a new run would displace: all but those that were cut short while being written.
+
+    This library writes its own part before transformers writes `trainer_state.json`.
+    """
+    return [
+        folder
+        for folder in numbered_checkpoints(output_dir)
+        if any((folder / _FOLDER / name).is_file() for name in (_MARKER, _MODEL_ONLY))
+        or ((folder / "trainer_state.json").is_file() and not (folder / _FOLDER).is_dir())
+    ]
 
 
 def remove_old_checkpoints(written: Path, limit: int | None, best: str | None) -> None:

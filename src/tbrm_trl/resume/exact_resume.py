@@ -1,18 +1,26 @@
 """`ExactResume`: a trainer whose resumed run ends, bit for bit on CPU, where an uninterrupted one would."""
 
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
-from torch import nn
+from accelerate.utils import gather_object
+from torch import Tensor, nn
 from torch.distributed.fsdp import StateDictType
 from transformers import Trainer
 
 from ..context import temporarily
+from ..files import require_writable, writing
 from ..trajectory import Trajectory
 from .checkpoint import (
+    AUTO,
     checkpoint_to_resume,
+    checkpoints_of_others,
+    complete_checkpoints,
     load_state,
     mark_complete,
     mark_incomplete,
@@ -20,30 +28,46 @@ from .checkpoint import (
     remove_old_checkpoints,
     save_state,
 )
+from .finite import not_finite, tensors_of_model, tensors_of_optimizer
+from .folder_lock import FolderLock
+from .stop import StopRequest, exit_code
+
+Result = TypeVar("Result")
 
 # JSON-able values in two parts ("trainer" is the Trainer's own, "own" the subclass's), lists of trajectories, arrays.
 RunState = tuple[dict[str, dict[str, Any]], dict[str, list[Trajectory]], dict[str, np.ndarray]]
+# Options whose values a checkpoint brings: they stand in the groups of its optimizer and in its schedule.
+_NO_EFFECT = ("learning_rate", "weight_decay", "adam_beta1", "adam_beta2", "adam_epsilon")
 
 
 class ExactResume(Trainer):
-    """What transformers leaves out of a checkpoint, and when a checkpoint counts as one.
+    """What transformers leaves out of a checkpoint, when a checkpoint counts as one, and whose folder it is.
 
     The Trainer saves weights, optimizer, schedule, its own state, and each process's random state. Here each process
-    adds what a subclass says decides how it goes on. A subclass answers to `run_identity`, `forget`, `before_training`,
-    `run_state` and `restore_run_state`. The overridden methods are
+    adds what a subclass says decides how it goes on. A subclass answers to `run_identity`, `run_settings`, `forget`,
+    `before_training`, `run_state`, `restore_run_state` and `tensors`. The overridden methods are
 
-    - `train`: resumes only from a checkpoint that every process has finished, and that belongs to this run;
+    - `train`: resumes only from a sound checkpoint of this run, and holds its folder alone;
     - `_save_checkpoint`: marks a checkpoint as complete, and removes old ones only after that;
     - `_save_rng_state`, `_load_rng_state`: called on every process where its own part is due;
+    - `_maybe_log_save_evaluate`: called after every update, where a run that was told to stop may do so;
     - `save_model`: writes the weights of a model that FSDP shards, also where its checkpoints stay sharded;
     - `_run_epoch`, `_finalize_training`: from the checkpoint of its last update, a run ends without another one.
     """
 
     _resumed_from: str | None
     _has_trained: bool
+    _described: dict[str, Any]  # identity and settings, as they were when the run started
+    _stop: StopRequest | None = None
+    _last_saved: int | None = None  # update after which a checkpoint was written last
+    _last_update: int | None = None  # after which `_maybe_log_save_evaluate` was called last
 
     def run_identity(self) -> dict[str, Any]:
         """What a run must share with a checkpoint to resume from it, as JSON-able values by a name for errors."""
+        raise NotImplementedError
+
+    def run_settings(self) -> dict[str, Any]:
+        """What else decides how a run goes on, and is said on resume if it has changed."""
         raise NotImplementedError
 
     def forget(self) -> None:
@@ -61,30 +85,116 @@ class ExactResume(Trainer):
         """Go on from what `run_state` returned, and wrote into `folder`; on the main process into `main_folder`."""
         raise NotImplementedError
 
+    def tensors(self) -> Iterator[tuple[str, Tensor]]:
+        """What must be finite for a checkpoint to count, of what this process holds: each with a name for errors."""
+        yield from tensors_of_model(self.model, "weight")
+        yield from tensors_of_optimizer(self.optimizer)
+
     def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
         """Train as `transformers.Trainer` does.
 
         Args:
-            resume_from_checkpoint: a checkpoint folder, or True for the last complete one in `output_dir`.
+            resume_from_checkpoint: a checkpoint folder; True for the last sound one in `output_dir`; "auto" for that
+                one, or a fresh start where there is none. The words "true" and "false" count as True and False.
 
         Raises:
-            ValueError: for a checkpoint that is not complete, or of a run with other processes, data or batches.
+            ValueError: for a checkpoint that is not complete, damaged, or of a run with another reference, tokenizer,
+                data, batches or number of processes; for a fresh start in a folder with checkpoints of another run.
+            RuntimeError: if another run is under way in `output_dir`.
+            OSError: if `output_dir` cannot be written to.
+            SystemExit: with `enable_jit_checkpoint`, after SIGTERM (code 143) or SIGINT (code 130).
         """
         self.forget()
-        if isinstance(resume_from_checkpoint, str) and resume_from_checkpoint.lower() in ("true", "false"):
-            resume_from_checkpoint = resume_from_checkpoint.lower() == "true"  # as a command line gives it
-        if resume_from_checkpoint:
-            if self.args.ignore_data_skip:
-                raise ValueError(
-                    "`ignore_data_skip=True` starts the data anew, and transformers then restores no position to go on "
-                    "at. Leave it at False."
-                )
-            resume_from_checkpoint = checkpoint_to_resume(
-                resume_from_checkpoint, self.args.output_dir, self.run_identity()
+        resume_from = _as_said(resume_from_checkpoint)
+        if resume_from and self.args.ignore_data_skip:
+            raise ValueError(
+                "`ignore_data_skip=True` starts the data anew, and transformers then restores no position to go on "
+                "at. Leave it at False."
             )
-        self._resumed_from, self._has_trained = resume_from_checkpoint or None, False
-        self.before_training()
-        return super().train(resume_from_checkpoint, *args, **kwargs)
+        output_dir = self._get_output_dir(args[0] if args else kwargs.get("trial"))
+        self._described = {"identity": self.run_identity(), "settings": self.run_settings()}
+        with ExitStack() as held:
+            held.enter_context(self._folder_held(output_dir))
+            self._resumed_from = self._found(resume_from, output_dir)
+            self._has_trained, self._last_update = False, None
+            if self.args.enable_jit_checkpoint:
+                self._stop = StopRequest(self.args.stop_timeout)
+                held.enter_context(self._stop.listening())
+            self.before_training()
+            return super().train(self._resumed_from, *args, **kwargs)
+
+    @contextmanager
+    def _folder_held(self, output_dir: str) -> Iterator[None]:
+        """Inside, no other run may have this folder."""
+        lock = FolderLock(output_dir)
+
+        def take() -> None:
+            require_writable(Path(output_dir), "`output_dir`")
+            lock.acquire()
+
+        try:
+            self._on_writers(take)
+            yield
+        finally:
+            lock.release()
+
+    def _found(self, resume_from: Any, output_dir: str) -> str | None:
+        """The checkpoint to go on from, on every process alike. Says what the user is to know of it."""
+
+        def find() -> tuple[str | None, list[str]]:
+            found: str | None = None
+            notes: list[str] = []
+            if resume_from:
+                found, notes = checkpoint_to_resume(resume_from, output_dir, **self._described, no_effect=_NO_EFFECT)
+            damaged = set(complete_checkpoints(output_dir)) if resume_from == AUTO and found is None else set()
+            if found is None or Path(found).absolute().parent != Path(output_dir).absolute():
+                self.require_own_folder(
+                    Path(output_dir),
+                    [one for one in checkpoints_of_others(output_dir) if one not in damaged],
+                    anew=resume_from == AUTO,
+                )
+            return found, notes
+
+        found, notes = self._on_writers(find)
+        if self.accelerator.is_main_process:
+            for note in notes:
+                warnings.warn(note, stacklevel=3)
+        return found
+
+    def require_own_folder(self, output_dir: Path, others: list[Path], anew: bool) -> None:
+        """Refuse to start a run in the folder of another one.
+
+        Args:
+            output_dir: the folder.
+            others: checkpoints in it that this run would displace.
+            anew: whether the user knows that the run may start again, after an end before its first checkpoint.
+        """
+        if others:
+            raise ValueError(
+                f"{output_dir} holds {', '.join(one.name for one in others[-3:])} of another run, which a new one "
+                'would displace. Go on with that run by `resume_from_checkpoint=True` (or "auto"), or give the new one '
+                "another output_dir."
+            )
+
+    def _on_writers(self, work: Callable[[], Result]) -> Result:
+        """Do it where files are written, and return its result, or raise its error, on every process."""
+        result: Any = None
+        error: Exception | None = None
+        if self.args.should_save:
+            try:
+                result = work()
+            except Exception as raised:
+                error = raised
+        everywhere = gather_object([(self.args.should_save, result, error)])
+        errors = [one for _, _, one in everywhere if one is not None]
+        if errors:
+            raise error or errors[0]
+        results = [one for writes, one, _ in everywhere if writes]
+        if any(one != results[0] for one in results):
+            raise RuntimeError(
+                f"The machines found different things in output_dir: {results}. Give them the same files."
+            )
+        return results[0]
 
     def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
         if self.state.global_step < self.state.max_steps:
@@ -96,6 +206,27 @@ class ExactResume(Trainer):
             self._load_rng_state(self._resumed_from)
         return super()._finalize_training(*args, **kwargs)
 
+    def _maybe_log_save_evaluate(self, tr_loss: Any, grad_norm: Any, model: Any, trial: Any, *args: Any, **kwargs: Any):
+        self._last_saved = None
+        super()._maybe_log_save_evaluate(tr_loss, grad_norm, model, trial, *args, **kwargs)
+        if self._stop is None or self.state.global_step >= self.state.max_steps:
+            return
+        is_epochs_end = self._last_update == self.state.global_step  # called a second time
+        self._last_update = self.state.global_step
+        requested = torch.tensor([self._stop.signum], device=self.accelerator.device)
+        signum = int(self.accelerator.gather(requested).max())  # all processes stop at the same update
+        # The last update of an epoch is followed by the epoch's end, which may evaluate, log and save once more.
+        if not signum or (float(self.state.epoch or 0.5).is_integer() and not is_epochs_end):
+            return
+        if self._last_saved != self.state.global_step:
+            self._save_checkpoint(model, trial)
+        self.accelerator.print(
+            f"Stopped after update {self.state.global_step}. Its checkpoint is complete: "
+            '`resume_from_checkpoint="auto"` goes on from it.'
+        )
+        self.end()
+        raise SystemExit(exit_code(signum))
+
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         if _internal_call or not self.is_fsdp_enabled:
             super().save_model(output_dir, _internal_call)
@@ -106,6 +237,14 @@ class ExactResume(Trainer):
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         folder = Path(self._get_output_dir(trial)) / f"checkpoint-{self.state.global_step}"
+        self._require_finite(folder)
+        with writing(folder):
+            self._write_checkpoint(folder, model, trial)
+        self._last_saved = self.state.global_step
+        if self.args.push_to_hub:
+            self._push_from_checkpoint(str(folder))
+
+    def _write_checkpoint(self, folder: Path, model: nn.Module, trial: Any) -> None:
         if self.args.should_save:
             mark_incomplete(folder)
         self.accelerator.wait_for_everyone()
@@ -115,11 +254,22 @@ class ExactResume(Trainer):
         self.accelerator.wait_for_everyone()
         if self.args.should_save:
             torch.save(self.args, folder / "training_args.bin")  # again, with these two as they were given
-            if not self.args.save_only_model:
-                mark_complete(folder, {**self.run_identity(), "step": self.state.global_step})
+            run = {**self._described, "step": self.state.global_step}
+            mark_complete(folder, run, model_only=self.args.save_only_model)
             remove_old_checkpoints(folder, self.args.save_total_limit, self.state.best_model_checkpoint)
-        if self.args.push_to_hub:
-            self._push_from_checkpoint(str(folder))
+
+    def _require_finite(self, folder: Path) -> None:
+        """No checkpoint of a policy that can only answer NaN may take the place of a sound one."""
+        everywhere = gather_object([not_finite(self.tensors())])
+        names = sorted({name for here in everywhere for name in here})
+        if names:
+            complete = complete_checkpoints(folder.parent)
+            last = f"The last sound checkpoint is {complete[-1]}." if complete else "There is no checkpoint yet."
+            raise RuntimeError(
+                f"{folder.name} is not written: {len(names)} tensors hold NaN or infinity after update "
+                f"{self.state.global_step} ({', '.join(names[:3])}{', …' if len(names) > 3 else ''}). {last} Go on "
+                "from there with a lower learning rate, or look at the rewards of the last window."
+            )
 
     def _save_rng_state(self, output_dir: str) -> None:
         super()._save_rng_state(output_dir)
@@ -138,3 +288,9 @@ class ExactResume(Trainer):
         self._tr_loss.fill_(state[0]["trainer"]["loss"])
         self._globalstep_last_logged = state[0]["trainer"]["last_logged"]
         self.restore_run_state(state, folder, process_folder(checkpoint, 0))
+
+
+def _as_said(resume_from: Any) -> Any:
+    """What a command line means by a word."""
+    words = {"true": True, "false": False, AUTO: AUTO}
+    return words.get(resume_from.lower(), resume_from) if isinstance(resume_from, str) else resume_from

@@ -14,6 +14,7 @@ from datasets import Dataset, Features, List, Value
 from datasets.fingerprint import generate_random_fingerprint
 from transformers import PreTrainedTokenizerBase
 
+from ..files import require_writable
 from ..trajectory import PREVIOUS, End, Source, Trajectory
 from .parquet import from_row
 
@@ -286,9 +287,16 @@ def _short(text: str) -> str:
 
 
 def scratch_folder(dataset: Dataset) -> TemporaryDirectory | None:
-    """A folder for the tokenized rows of a data set, which vanishes with the object; None if they stay in memory."""
-    files = dataset.cache_files
-    return TemporaryDirectory(prefix="tbrm-logged-", dir=Path(files[0]["filename"]).parent) if files else None
+    """A folder for the tokenized rows of a data set, which vanishes with the object; None if they stay in memory.
+
+    Raises:
+        OSError: if the data set's cache cannot be written to.
+    """
+    if not dataset.cache_files:
+        return None
+    folder = Path(dataset.cache_files[0]["filename"]).parent
+    require_writable(folder, "the training set's cache (to be moved by HF_DATASETS_CACHE)")
+    return TemporaryDirectory(prefix="tbrm-logged-", dir=folder)
 
 
 def tokenize_logged_rows(

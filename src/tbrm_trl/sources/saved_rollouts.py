@@ -1,8 +1,15 @@
-"""Rollouts that a run saves, and their way back as a data set of logged trajectories."""
+"""Rollouts that a run saves, and their way back as a data set of logged trajectories.
+
+A window is one file per process, `step-<step>-process-<process>.parquet`. Of every `MERGED` windows the main process
+makes one file, `step-<first>-to-<last>.parquet`, of every `MERGED` such files again one, and so on. So there are few
+files after any number of windows, and a resumed run can take apart the one that reaches past its checkpoint.
+"""
 
 import json
+import re
 import warnings
 from collections.abc import Iterable, Mapping, Sequence, Set
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -10,13 +17,16 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from datasets import Dataset
 
-from ..files import plain_value
+from ..files import appearing, plain_value
 from ..trajectory import Trajectory
 from .parquet import REWARD_PREFIX, SCHEMA, write_trajectories
 
 ROW_PREFIX = "row/"  # followed by the name of a data set's column that is also the name of a trajectory's
 ROLLOUTS_VERSION = 2  # 1: text alone, and none of the data set's columns
 _VERSION = "tbrm_trl.rollouts.version"  # in the metadata of a file of rollouts
+_PARTS = b"tbrm_trl.rollouts.parts"  # in that of a merged file: the files that it was made of, a row group each
+MERGED = 32
+_NAME = re.compile(r"step-(\d+)-(?:process-\d+|to-(\d+))\.parquet")
 _DESCRIPTIVE = frozenset(("source", "group", "value", "baseline", "priority"))
 
 
@@ -46,6 +56,133 @@ def save_rollouts(
 def rollouts_file(folder: Path, step: int, process: int) -> Path:
     """Where `load_rollouts` finds the rollouts of a window on one process."""
     return folder / f"step-{step:08d}-process-{process}.parquet"
+
+
+def rollout_files(folder: Path) -> list[Path]:
+    """The files of rollouts in a folder, in the order of their steps.
+
+    A kill in the middle of merging or of taking apart leaves files beside the one that holds their rows: they are left
+    out.
+    """
+    files = sorted(folder.glob("step-*.parquet"))
+    merged = [(file, *_steps(file)) for file in files if _is_merged(file)]
+    return [
+        file
+        for file in files
+        if not any(
+            other != file and first <= _steps(file)[0] and _steps(file)[1] <= last for other, first, last in merged
+        )
+    ]
+
+
+def merge_rollouts(folder: Path, before: int) -> None:
+    """Make one file of every `MERGED` windows, and of every `MERGED` files of as many windows each.
+
+    Args:
+        folder: of the rollouts.
+        before: the step of the window that processes may be writing now.
+    """
+    files = [file for file in rollout_files(folder) if _steps(file)[0] < before]
+    if not files or _is_merged(files[-1]):
+        return
+    windows = [list(window) for _, window in groupby(filter(lambda file: not _is_merged(file), files), _steps)]
+    while len(windows) >= MERGED:
+        windows, made = windows[MERGED:], [file for window in windows[:MERGED] for file in window]
+        _merge(made)
+        size = MERGED
+        while len(alike := _merged_of_size(folder, size)) >= MERGED:
+            _merge(alike[:MERGED])
+            size *= MERGED
+
+
+def rewind_rollouts(folder: Path, step: int) -> None:
+    """Leave the rollouts as they were when a checkpoint of this step was written: drop what came after it."""
+    kept = rollout_files(folder)
+    for file in set(folder.glob("step-*.parquet")) - set(kept):
+        file.unlink()
+    for file in kept:
+        first, last = _steps(file)
+        if first < step <= last:
+            _take_apart(file, _parts(file), step)
+        if step <= last:
+            file.unlink()
+
+
+def _steps(file: Path) -> tuple[int, int]:
+    """The steps of the first and the last window in a file."""
+    if (name := _NAME.fullmatch(file.name)) is None:
+        raise ValueError(f"{file} is not named as saved rollouts are. Move it away.")
+    return int(name[1]), int(name[2] or name[1])
+
+
+def _is_merged(file: Path) -> bool:
+    return "-to-" in file.name
+
+
+def _parts(file: Path) -> list[Path]:
+    """The files of windows that a file holds, a row group each."""
+    names = (pq.read_metadata(file).metadata or {}).get(_PARTS)
+    return [file.with_name(name) for name in json.loads(names)] if names else [file]
+
+
+def _windows(parts: Sequence[Path]) -> int:
+    return len({_steps(part) for part in parts})
+
+
+def _merged_of_size(folder: Path, windows: int) -> list[Path]:
+    return [file for file in rollout_files(folder) if _is_merged(file) and _windows(_parts(file)) == windows]
+
+
+def _merge(files: Sequence[Path]) -> None:
+    """Put these files into one, and remove them after that."""
+    parts = [part for file in files for part in _parts(file)]
+    target = files[0].with_name(f"step-{_steps(files[0])[0]:08d}-to-{_steps(files[-1])[1]:08d}.parquet")
+    pieces = ((pq.ParquetFile(file), group) for file in files for group in range(len(_parts(file))))
+    schemas = [pq.read_schema(file) for file in files]
+    version = max(int((schema.metadata or {}).get(_VERSION.encode(), 1)) for schema in schemas)
+    schemas = [schema.remove_metadata() for schema in schemas]
+    as_json = {field.name for schema in schemas for field in schema if field.type == pa.json_()}
+    empty = [_with_json(schema.empty_table(), as_json) for schema in schemas]
+    unified = pa.concat_tables(empty, promote_options="permissive")
+    metadata = {_VERSION: str(version), _PARTS: json.dumps([part.name for part in parts])}
+    with (
+        appearing(target) as partial,
+        pq.ParquetWriter(partial, unified.schema.with_metadata(metadata)) as writer,
+    ):
+        for opened, group in pieces:
+            table = _with_json(opened.read_row_group(group).replace_schema_metadata(None), as_json)
+            table = pa.concat_tables([unified, table], promote_options="permissive").combine_chunks()
+            writer.write_table(table.replace_schema_metadata(metadata), row_group_size=len(table))
+    for file in files:
+        file.unlink()
+
+
+def _take_apart(file: Path, parts: Sequence[Path], step: int) -> None:
+    """Write again the files that a merged one was made of, as far as they lie before a step."""
+    opened, place = pq.ParquetFile(file), {part: group for group, part in enumerate(_parts(file))}
+    metadata = dict(opened.schema_arrow.metadata or {})
+    windows = [list(window) for _, window in groupby(parts, _steps)]
+    size = len(windows) // MERGED
+    for first in range(0, len(windows), size):
+        inner = [part for window in windows[first : first + size] for part in window]
+        begins, ends = _steps(inner[0])[0], _steps(inner[-1])[1]
+        if begins < step <= ends:
+            _take_apart(file, inner, step)
+        elif ends < step:
+            target = inner[0]
+            metadata.pop(_PARTS, None)
+            if size > 1:
+                target = file.with_name(f"step-{begins:08d}-to-{ends:08d}.parquet")
+                metadata[_PARTS] = json.dumps([part.name for part in inner]).encode()
+            made = {target: inner} if size > 1 else {part: [part] for part in inner}
+            for path, held in made.items():
+                with (
+                    appearing(path) as partial,
+                    pq.ParquetWriter(partial, opened.schema_arrow.with_metadata(metadata)) as writer,
+                ):
+                    for part in held:
+                        table = opened.read_row_group(place[part]).replace_schema_metadata(metadata)
+                        writer.write_table(table, row_group_size=len(table))
 
 
 def column_of(values: Sequence[Any]) -> pa.Array:
@@ -84,7 +221,7 @@ def load_rollouts(folder: str | Path | Iterable[str | Path], unrewarded: bool = 
     files = []
     for one in folders:
         inner = one / "rollouts" if (one / "rollouts").is_dir() else one
-        found = sorted(inner.glob("step-*.parquet"))
+        found = rollout_files(inner)
         if not found:
             raise FileNotFoundError(
                 f"No saved rollouts (step-*.parquet) in {inner}. Were they saved: save_rollouts=True?"

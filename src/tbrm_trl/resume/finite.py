@@ -1,0 +1,44 @@
+"""Which tensors hold NaN or infinity, at the price of reading each once."""
+
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+
+
+def not_finite(tensors: Iterable[tuple[str, Tensor]]) -> list[str]:
+    """Names of the tensors that hold a NaN or an infinity. Whole numbers are passed over."""
+    names, flags = [], []
+    for name, tensor in tensors:
+        local = tensor.to_local() if isinstance(tensor, DTensor) else tensor
+        if local.is_floating_point() and local.numel():
+            names.append(name)
+            # The extremes, since a sum of finite numbers may overflow. They are not defined for numbers of 8 bits.
+            low, high = torch.aminmax(local.detach() if local.itemsize > 1 else local.detach().float())
+            flags.append(torch.isfinite(low) & torch.isfinite(high))
+    by_device: dict[torch.device, list[int]] = {}
+    for place, flag in enumerate(flags):
+        by_device.setdefault(flag.device, []).append(place)
+    found = {
+        place
+        for places in by_device.values()  # one wait for the device
+        for place, finite in zip(places, torch.stack([flags[p] for p in places]).tolist(), strict=True)
+        if not finite
+    }
+    return [name for place, name in enumerate(names) if place in found]
+
+
+def tensors_of_model(model: nn.Module, title: str) -> Iterator[tuple[str, Tensor]]:
+    """What this process holds of a model's parameters. Of ZeRO-3, its partition."""
+    for name, parameter in model.named_parameters():
+        yield f"{title} {name}", getattr(parameter, "ds_tensor", parameter)
+
+
+def tensors_of_optimizer(optimizer: Any) -> Iterator[tuple[str, Tensor]]:
+    """What this process holds of an optimizer's state."""
+    for place, state in enumerate(getattr(optimizer, "state", {}).values()):
+        for name, value in state.items() if isinstance(state, dict) else ():
+            if isinstance(value, Tensor):
+                yield f"optimizer state {name} of parameter {place}", value

@@ -1,0 +1,74 @@
+"""Runs of `helpers.resume` in processes of their own, forked from one that has imported everything and run nothing."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+from multiprocessing import forkserver
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from common.launch import free_port
+
+from helpers.launch import SEARCHED
+from helpers.resume import child, flat
+
+PROCESSES = multiprocessing.get_context("forkserver")
+
+
+def import_once() -> None:
+    """Start the process that is forked. Nothing happens if it is there."""
+    with pytest.MonkeyPatch.context() as environment:
+        environment.setenv("PYTHONPATH", os.pathsep.join(filter(None, [SEARCHED, os.environ.get("PYTHONPATH")])))
+        PROCESSES.set_forkserver_preload(["helpers.resume"])
+        forkserver.ensure_running()
+
+
+def processes_of(case: str) -> int:
+    return 2 if case.startswith("two") else 1
+
+
+def train(folder: Path, case: str, model: str, kill: tuple | None = None, **options: Any) -> list[int]:
+    """One run, in as many processes as the case has, with options of `helpers.resume.run`. Returns their exit codes."""
+    number, port = processes_of(case), free_port()
+    killed = kill[2] if kill and len(kill) > 2 else 0
+    processes = [
+        PROCESSES.Process(
+            target=child,
+            kwargs=dict(
+                log=str(folder / f"log-{process}"), case=case, model=model, output_dir=str(folder / "out"),
+                kill=kill[:2] if kill and process == killed else None, process=process if number > 1 else None,
+                port=port, **options,
+            ),
+        )
+        for process in range(number)
+    ]  # fmt: skip
+    import_once()
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join(200)
+        process.kill()  # where it waits for one that is no more
+        process.join()
+    return [process.exitcode for process in processes]
+
+
+def printed(folder: Path) -> str:
+    return "\n".join(file.read_text()[-3000:] for file in folder.glob("log-*"))
+
+
+def differing(folder: Path, other: Path) -> list[str]:
+    """What differs between the outcomes of two runs."""
+    names = []
+    files = sorted(file.name for file in folder.glob("outcome-*.pt"))
+    assert files and files == sorted(file.name for file in other.glob("outcome-*.pt"))
+    for file in files:
+        first, second = (dict(flat(torch.load(one / file, weights_only=False))) for one in (folder, other))
+        names += [f"{file}{path}" for path in {**first, **second} if first.get(path) != second.get(path)]
+    tables = [
+        {str(file.relative_to(run)): file.read_bytes() for file in run.glob("out/*/*.parquet")}
+        for run in (folder, other)
+    ]
+    return names + [name for name in {**tables[0], **tables[1]} if tables[0].get(name) != tables[1].get(name)]

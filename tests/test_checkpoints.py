@@ -1,0 +1,614 @@
+"""What a checkpoint is worth: damage is found, signals end a run well, a folder has one run, a full disk costs none."""
+
+from __future__ import annotations
+
+import copy
+import json
+import os
+import pickle
+import shutil
+import signal
+import subprocess
+import time
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import torch
+from datasets import Dataset, load_from_disk
+from helpers.launch import ROOT
+from helpers.resume import LOGGED, build
+from helpers.resume_processes import PROCESSES, differing, import_once, printed, train
+from helpers.runs import config
+
+from tbrm_trl import TBRMConfig, load_rollouts
+from tbrm_trl.files import require_writable, write_json
+from tbrm_trl.resume.checkpoint import checkpoint_to_resume, complete_checkpoints, damage, read_mark
+from tbrm_trl.resume.finite import not_finite
+from tbrm_trl.resume.folder_lock import NAME, FolderLock
+from tbrm_trl.resume.stop import StopRequest
+
+
+def removed(file: Path) -> None:
+    file.unlink()
+
+
+def truncated(file: Path) -> None:
+    os.truncate(file, file.stat().st_size // 2)
+
+
+def flipped(file: Path) -> None:
+    content = bytearray(file.read_bytes())
+    content[len(content) // 2] ^= 1
+    file.write_bytes(content)
+
+
+def files_of(checkpoint: Path) -> list[Path]:
+    return sorted(file for file in checkpoint.rglob("*") if file.is_file())
+
+
+@pytest.fixture(scope="module")
+def three(qwen2, tmp_path_factory) -> Path:
+    """A run's output directory with checkpoints 6, 12 and 14, the last at its end."""
+    out = tmp_path_factory.mktemp("three") / "out"
+    build("replay", qwen2, out, save_steps=6, save_total_limit=None).train()
+    return out
+
+
+@pytest.fixture
+def out(three, tmp_path) -> Path:
+    return Path(shutil.copytree(three, tmp_path / "out"))
+
+
+def again(qwen2: str, out: Path, **changes):
+    return build("replay", qwen2, out, **dict(save_steps=6, save_total_limit=None) | changes)
+
+
+# ---- damage ----------------------------------------------------------------------------------------------------------
+
+
+def test_every_fault_of_every_file_is_found(out):
+    """Also of the mark itself. Nothing else counts as damage."""
+    checkpoint = out / "checkpoint-14"
+    whole = {file: file.read_bytes() for file in files_of(checkpoint)}
+    assert {"optimizer.pt", "scheduler.pt", "rng_state.pth", "model.safetensors"} <= {file.name for file in whole}
+    found = 0
+    for file, content in whole.items():
+        name = file.relative_to(checkpoint).as_posix()
+        assert damage(checkpoint) is None
+        for fault in (removed, truncated, flipped):
+            fault(file)
+            if fault is removed and file.name == "complete.json":
+                assert checkpoint not in complete_checkpoints(out)
+            else:
+                assert damage(checkpoint).startswith(f"file {name} of checkpoint-14 is damaged (")
+            file.write_bytes(content)
+            found += 1
+    assert damage(checkpoint) is None and found == 3 * len(whole)
+    (checkpoint / "notes of mine.txt").write_text("no part of it")
+    assert damage(checkpoint) is None
+
+
+@pytest.mark.parametrize(("fault", "how"), [(removed, "it is missing"), (truncated, r"it has \d+ bytes, and \d+ were"),
+                                            (flipped, "its digest differs")])  # fmt: skip
+def test_a_damaged_checkpoint_is_named_and_the_last_sound_one_taken(fault, how, qwen2, out, three):
+    for step in (12, 14):
+        fault(out / f"checkpoint-{step}/optimizer.pt")
+    trainer = again(qwen2, out)
+    message = rf"ile optimizer.pt of checkpoint-{{}} is damaged \(.*{how}.*The last sound one is .*checkpoint-6"
+    with pytest.raises(ValueError, match=message.format(12)):
+        trainer.train(resume_from_checkpoint=str(out / "checkpoint-12"))
+    with pytest.warns(UserWarning) as said:
+        trainer.train(resume_from_checkpoint=True)
+    texts = "\n".join(str(one.message) for one in said)
+    assert all(f"File optimizer.pt of checkpoint-{step} is damaged" in texts for step in (12, 14))
+    assert "The last sound one is checkpoint-6: the run goes on from it." in texts
+    ends = [torch.load(one / "checkpoint-14/optimizer.pt") for one in (out, three)]
+    assert [(out / "checkpoint-14" / name).read_bytes() == (three / "checkpoint-14" / name).read_bytes()
+            for name in ("model.safetensors", "rng_state.pth")] == [True, True]  # fmt: skip
+    assert all(
+        torch.equal(a["exp_avg"], b["exp_avg"]) for a, b in zip(*(e["state"].values() for e in ends), strict=True)
+    )
+    assert damage(out / "checkpoint-12") is None  # written anew
+
+
+def test_no_sound_checkpoint(qwen2, out):
+    """True refuses and says why; "auto" starts anew and says so."""
+    for step in (6, 12, 14):
+        truncated(out / f"checkpoint-{step}/scheduler.pt")
+    trainer = again(qwen2, out, max_steps=2)
+    with pytest.raises(ValueError, match=r"No sound checkpoint in .*scheduler.pt of checkpoint-14 is damaged"):
+        trainer.train(resume_from_checkpoint=True)
+    with pytest.warns(
+        UserWarning, match=r"checkpoint-14 is damaged .* The run starts anew, since no checkpoint is sound"
+    ):
+        trainer.train(resume_from_checkpoint="auto")
+    assert trainer.state.global_step == 2
+
+
+def test_a_checkpoint_that_was_cut_short_is_said_to_be_passed_over(out):
+    (out / "checkpoint-14/tbrm/complete.json").unlink()
+    found, [said] = checkpoint_to_resume("auto", str(out), {})
+    assert found == str(out / "checkpoint-12") and said.startswith("Checkpoint-14 is not complete: it was cut short")
+    for step in (6, 12):
+        (out / f"checkpoint-{step}/tbrm/complete.json").unlink()
+    found, [said] = checkpoint_to_resume("auto", str(out), {})
+    assert found is None and said.endswith("The run starts anew, since no checkpoint is sound.")
+
+
+def test_a_mark_of_a_later_version_is_refused(out):
+    mark = out / "checkpoint-14/tbrm/complete.json"
+    write_json(mark, json.loads(mark.read_text()) | {"version": 3})
+    with pytest.raises(ValueError, match="written by a later version of tbrm-trl"):
+        checkpoint_to_resume(str(out / "checkpoint-14"), str(out), {})
+
+
+def test_the_mark_says_what_the_run_is(out):
+    said = read_mark(out / "checkpoint-14")
+    assert said["step"] == 14 and said["identity"]["processes"] == 1
+    settings = said["settings"]
+    assert (settings["beta"], settings["temperature"], settings["loss_units"]) == (0.1, 1.0, "reward")
+    assert settings["max_completion_length"] == 6 and set(settings["reward functions"]) == {"letters", "digits"}
+    assert set(settings["versions"]) == {"tbrm-trl", "trl", "transformers", "accelerate", "torch"}
+    assert len(settings["reference key"]) == 32
+
+
+# ---- another run -----------------------------------------------------------------------------------------------------
+
+
+def test_another_tokenizer_is_refused(qwen2, out, tmp_path):
+    other = Path(shutil.copytree(qwen2, tmp_path / "other"))
+    tokenizer = json.loads((other / "tokenizer.json").read_text())
+    vocabulary = tokenizer["model"]["vocab"]
+    first, second = [word for word in vocabulary if len(word) == 1][:2]
+    vocabulary[first], vocabulary[second] = vocabulary[second], vocabulary[first]
+    (other / "tokenizer.json").write_text(json.dumps(tokenizer))
+    with pytest.raises(ValueError, match="belongs to another run: the tokenizer was"):
+        again(str(other), out).train(resume_from_checkpoint=True)
+
+
+def test_other_settings_are_said_once(qwen2, out):
+    """β, temperature, units, lengths and rewards apply; optimizer's numbers do not."""
+
+    def letters(completions, **kwargs):
+        return [0.5] * len(completions)
+
+    trainer = again(
+        qwen2, out, beta=0.2, temperature=0.9, loss_units="logits", max_completion_length=5, learning_rate=0.5,
+        weight_decay=0.3,
+    )  # fmt: skip
+    trainer.reward_funcs[0] = letters
+    with pytest.warns(UserWarning) as said:
+        trainer.train(resume_from_checkpoint=str(out / "checkpoint-12"))
+    [text] = [str(one.message) for one in said if "settings have changed" in str(one.message)]
+    applies, without = text.split("This applies from here on")
+    for part in ("beta was 0.1 and is 0.2", "temperature was 1.0 and is 0.9", "loss_units was 'reward' and is 'logits'",
+                 "max_completion_length was 6 and is 5", "reward functions/letters was"):  # fmt: skip
+        assert part in applies
+    assert "learning_rate was 0.01 and is 0.5; weight_decay was 0.0 and is 0.3. This has no effect" in without
+    assert "digits" not in text and "versions" not in text
+
+
+def test_what_is_said_to_have_no_effect_has_none(qwen2, out, three):
+    """Learning rate, weight decay and Adam's numbers are the checkpoint's: the same bits at the end."""
+    changed = dict(learning_rate=0.5, weight_decay=0.3, adam_beta1=0.5, adam_beta2=0.6, adam_epsilon=0.1)
+    with pytest.warns(UserWarning, match="This has no effect"):
+        again(qwen2, out, **changed).train(resume_from_checkpoint=str(out / "checkpoint-6"))
+    weights = [(one / "checkpoint-14/model.safetensors").read_bytes() for one in (out, three)]
+    assert weights[0] == weights[1]
+
+
+def test_the_same_settings_say_nothing(qwen2, out, recwarn):
+    again(qwen2, out).train(resume_from_checkpoint="True")
+    assert not [one for one in recwarn if "settings have changed" in str(one.message)]
+
+
+# ---- a folder belongs to one run -------------------------------------------------------------------------------------
+
+
+def test_a_new_run_does_not_take_a_folder_with_checkpoints(qwen2, out):
+    before = {file: file.read_bytes() for file in files_of(out)}
+    for resume in (None, False, "false"):
+        with pytest.raises(ValueError, match=r"out holds checkpoint-6, checkpoint-12, checkpoint-14 of another run"):
+            again(qwen2, out).train(resume_from_checkpoint=resume)
+    (out / "checkpoint-12").rename(out.parent / "checkpoint-12")
+    with pytest.raises(ValueError, match="of another run"):  # a checkpoint of elsewhere does not open it either
+        again(qwen2, out).train(resume_from_checkpoint=str(out.parent / "checkpoint-12"))
+    assert all(file.read_bytes() == content for file, content in before.items() if file.exists())
+
+
+def test_a_checkpoint_of_another_trainer_is_kept(qwen2, tmp_path):
+    foreign = tmp_path / "out/checkpoint-2"
+    foreign.mkdir(parents=True)
+    (foreign / "trainer_state.json").write_text("{}")
+    with pytest.raises(ValueError, match="holds checkpoint-2 of another run"):
+        build("fresh", qwen2, tmp_path / "out").train()
+    assert foreign.exists()
+
+
+def hold(folder: str, started: str, fork: bool = False) -> None:
+    FolderLock(folder).acquire()
+    if fork and os.fork() == 0:
+        time.sleep(60)  # the child of a killed process lives on
+        os._exit(0)
+    Path(started).touch()
+    time.sleep(60)
+
+
+@pytest.mark.parametrize("fork", [False, True])
+def test_a_second_run_in_a_folder_is_told_who_holds_it(fork, qwen2, tmp_path):
+    """The lock goes with the process that holds it, though a forked child of it lives on."""
+    folder, started = tmp_path / "out", tmp_path / "started"
+    import_once()
+    holder = PROCESSES.Process(target=hold, args=(str(folder), str(started), fork))
+    holder.start()
+    while not started.exists():
+        time.sleep(0.05)
+    trainer = build("fresh", qwen2, folder, max_steps=1)
+    with pytest.raises(
+        RuntimeError, match=rf"belongs to a run that is under way: process {holder.pid} on .*, since 20"
+    ):
+        trainer.train()
+    holder.kill()
+    holder.join()
+    assert (folder / NAME).exists()
+    trainer.train()
+    assert trainer.state.global_step == 1 and not (folder / NAME).exists()
+
+
+def test_a_lock_is_released_by_a_run_that_fails(qwen2, tmp_path):
+    def broken(completions, **kwargs):
+        raise ZeroDivisionError
+
+    trainer = build("fresh", qwen2, tmp_path / "out", max_steps=1)
+    functions, trainer.reward_funcs = trainer.reward_funcs, [broken, broken]
+    with pytest.raises(ZeroDivisionError):
+        trainer.train()
+    trainer.reward_funcs = functions
+    trainer.train(resume_from_checkpoint="auto")
+
+
+# ---- signals ---------------------------------------------------------------------------------------------------------
+
+# Case, point, updates made by then, and the process that hears the signal.
+STOPS = [
+    ("fresh", "generating", 4, 0, signal.SIGTERM),
+    ("fresh", "between micro-batches", 9, 0, signal.SIGINT),
+    ("replay", "weights stepped", 7, 0, signal.SIGTERM),  # the last update of an epoch
+    ("logged", "optimizer written", 3, 0, signal.SIGTERM),
+    ("lora", "between micro-batches", 5, 0, signal.SIGTERM),
+    ("two, prioritized", "between micro-batches", 4, 1, signal.SIGTERM),
+]
+
+
+@pytest.mark.parametrize(("case", "point", "step", "process", "signum"), STOPS)
+def test_a_run_stops_on_a_signal_with_a_checkpoint(case, point, step, process, signum, qwen2, uninterrupted, tmp_path):
+    """All processes stop after the same update, with the documented code; resumed, it ends as an uninterrupted run."""
+    kill = (point, step, process)
+    codes = train(tmp_path, case, qwen2, kill, resume="auto", signum=signum, enable_jit_checkpoint=True)
+    assert set(codes) == {128 + signum}, printed(tmp_path)
+    last = step if point == "optimizer written" else step + 1
+    assert [damage(one) for one in complete_checkpoints(tmp_path / "out")] == [None]
+    assert complete_checkpoints(tmp_path / "out")[-1].name == f"checkpoint-{last}"
+    assert f"Stopped after update {last}" in printed(tmp_path)
+    assert not (tmp_path / "out" / NAME).exists()
+    assert not any(train(tmp_path, case, qwen2, resume="auto")), printed(tmp_path)
+    assert differing(tmp_path, uninterrupted(case)) == []
+
+
+def test_an_update_that_takes_too_long_is_dropped(qwen2, tmp_path):
+    """The run ends within the limit, with the same code, and with the checkpoint that it had."""
+    kill = ("between micro-batches", 7)
+    begun = time.monotonic()
+    codes = train(
+        tmp_path, "fresh", qwen2, kill, signum=signal.SIGTERM, enable_jit_checkpoint=True, stop_timeout=0.5,
+        then_sleep=100,
+    )  # fmt: skip
+    assert codes == [143] and time.monotonic() - begun < 90
+    assert [one.name for one in complete_checkpoints(tmp_path / "out")] == ["checkpoint-6"]
+    assert "The update did not end within 0.5 s of SIGTERM and is dropped" in printed(tmp_path)
+
+
+def test_a_second_interrupt_is_impatience():
+    """The first asks, the second is Ctrl-C as ever; the handlers of before are back after the block."""
+    before = [signal.getsignal(one) for one in (signal.SIGTERM, signal.SIGINT)]
+    request = StopRequest(timeout=60)
+    with pytest.raises(KeyboardInterrupt), request.listening():
+        os.kill(os.getpid(), signal.SIGINT)
+        assert request.signum == signal.SIGINT
+        os.kill(os.getpid(), signal.SIGTERM)  # a launcher may repeat itself
+        assert request.signum == signal.SIGINT
+        os.kill(os.getpid(), signal.SIGINT)
+    assert [signal.getsignal(one) for one in (signal.SIGTERM, signal.SIGINT)] == before
+
+
+def test_signals_are_heard_in_the_main_thread_alone():
+    with (
+        ThreadPoolExecutor() as pool,
+        pytest.raises(RuntimeError, match="needs `train` to be called in the main thread"),
+    ):
+        pool.submit(StopRequest(60).listening().__enter__).result()
+
+
+def test_without_the_option_a_signal_ends_the_process(qwen2, tmp_path):
+    assert train(tmp_path, "fresh", qwen2, ("generating", 4), signum=signal.SIGTERM) == [-signal.SIGTERM]
+    assert [one.name for one in complete_checkpoints(tmp_path / "out")] == ["checkpoint-3"]
+
+
+def test_a_time_limit_needs_signals():
+    with pytest.raises(ValueError, match="has no effect without `enable_jit_checkpoint=True`"):
+        config(stop_timeout=3)
+    with pytest.raises(ValueError, match="must be a positive number of seconds"):
+        config(stop_timeout=0, enable_jit_checkpoint=True)
+
+
+# ---- disks -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def mounted(tmp_path):
+    """Mounts a small file system, or the same folder again; what is mounted is taken away at the end."""
+    mounts: list[Path] = []
+
+    def mount(*arguments: str) -> Path:
+        place = tmp_path / f"mount-{len(mounts)}"
+        place.mkdir()
+        if subprocess.run(["mount", *arguments, str(place)], capture_output=True).returncode:
+            pytest.skip("mounting needs root")
+        mounts.append(place)
+        return place
+
+    yield mount
+    for place in mounts:
+        subprocess.run(["umount", "-l", str(place)], check=True)
+
+
+def test_a_full_disk_leaves_the_last_sound_checkpoint(qwen2, mounted):
+    """It fills up after checkpoint 3. The error says where, and what to do; the run goes on once there is room."""
+    disk = mounted("-t", "tmpfs", "-o", "size=12m", "tmpfs")
+    out, ballast = disk / "out", disk / "ballast"
+
+    trainer = build("replay", qwen2, out)
+    original = trainer.save_model
+
+    def fill(*args, **kwargs):
+        if trainer.state.global_step == 6:
+            ballast.write_bytes(bytes(shutil.disk_usage(disk).free - (1 << 18)))
+        original(*args, **kwargs)
+
+    trainer.save_model = fill
+    with pytest.raises(
+        OSError, match=r"Cannot write to .*checkpoint-6.*: No space left on device\. 0 MB are free there"
+    ):
+        trainer.train()
+    assert [one.name for one in complete_checkpoints(out)] == ["checkpoint-3"] and damage(out / "checkpoint-3") is None
+    with pytest.raises(OSError, match=r"Cannot write to `output_dir`, .*out: No space left"):
+        ballast.write_bytes(bytes(shutil.disk_usage(disk).free + ballast.stat().st_size))
+        build("replay", qwen2, out)
+    ballast.unlink()
+    build("replay", qwen2, out, max_steps=7).train(resume_from_checkpoint="auto")
+    assert [one.name for one in complete_checkpoints(out)] == ["checkpoint-7"]
+
+
+def test_a_folder_that_cannot_be_written_to_is_refused_before_a_model_is_loaded(mounted, tmp_path):
+    source = tmp_path / "source"
+    source.mkdir()
+    place = mounted("--bind", "-o", "ro", str(source))
+    if not subprocess.run(["touch", str(place / "x")], capture_output=True).returncode:
+        pytest.skip("a bind mount is not read-only here")
+    with pytest.raises(
+        OSError, match=r"Cannot write to `output_dir`, .*: Read-only file system\. Make the folder writable"
+    ):
+        build("fresh", "no/such/model", place / "out")
+
+
+def test_a_cache_that_cannot_be_written_to_is_refused_before_a_model_is_loaded(mounted, tmp_path):
+    """Logged rows are tokenized into the folder of the data set's files."""
+    source = tmp_path / "source"
+    Dataset.from_list(LOGGED).save_to_disk(source)
+    rows = load_from_disk(mounted("--bind", "-o", "ro", str(source)))
+    with pytest.raises(
+        OSError, match=r"Cannot write to the training set's cache .*HF_DATASETS_CACHE.*Read-only file sys"
+    ):
+        build("logged", "no/such/model", tmp_path / "out", data=rows)
+
+
+def test_a_file_in_the_place_of_a_folder(tmp_path):
+    (tmp_path / "file").touch()
+    with pytest.raises(OSError, match=r"Cannot write to `output_dir`, .*Not a directory"):
+        require_writable(tmp_path / "file/out", "`output_dir`")
+
+
+# ---- secrets ---------------------------------------------------------------------------------------------------------
+
+SECRET = "hf_not_for_any_file"
+
+
+@dataclass(repr=False)
+class WithSecrets(TBRMConfig):
+    my_api_key: str | None = None
+    database_password: str | None = None
+    client_secret: str | None = None
+
+
+def test_secrets_are_known_by_their_names():
+    """In the text of a configuration, in what trackers are given, in what is pickled; not in copies in memory."""
+    secrets = dict(hub_token=SECRET, my_api_key=SECRET, database_password=SECRET, client_secret=SECRET)
+    given = WithSecrets(
+        "unused", use_cpu=True, bf16=False, report_to="none", model_init_kwargs={"token": SECRET, "revision": "main"},
+        **secrets,
+    )  # fmt: skip
+    for text in (
+        repr(given),
+        str(given),
+        given.to_json_string(),
+        str(given.to_sanitized_dict()),
+        str(given.settings()),
+    ):
+        assert SECRET not in text
+    assert "<MY_API_KEY>" in repr(given) and "'revision': 'main'" in repr(given) and "num_generations=1" in repr(given)
+    pickled = pickle.dumps(given)
+    assert SECRET.encode() not in pickled
+    read = pickle.loads(pickled)
+    assert read.hub_token is None and read.beta == given.beta and read.model_init_kwargs["revision"] == "main"
+    for one in (copy.copy(given), copy.deepcopy(given)):
+        assert type(one) is WithSecrets and all(getattr(one, name) == SECRET for name in secrets)
+
+
+def test_a_run_writes_its_token_nowhere(qwen2, tmp_path, capfd):
+    build("fresh", qwen2, tmp_path / "out", hub_token=SECRET, max_steps=3).train()
+    files = [file for file in (tmp_path / "out").rglob("*") if file.is_file()]
+    assert len(files) > 10 and (tmp_path / "out/checkpoint-3/training_args.bin") in files
+    assert not [file for file in files if SECRET.encode() in file.read_bytes()]
+    assert SECRET not in "".join(capfd.readouterr())
+
+
+# ---- numbers ---------------------------------------------------------------------------------------------------------
+
+
+def test_what_is_not_finite_is_named():
+    """Numbers so large that their sum overflows are finite; whole numbers and empty tensors are passed over."""
+    fine = torch.full((10,), torch.finfo(torch.float32).max)
+    bad = {"nan": torch.tensor([0.0, torch.nan]), "inf": torch.tensor([[torch.inf]]), "low": torch.tensor([-torch.inf])}
+    others = {
+        "fine": fine,
+        "whole": torch.arange(3),
+        "empty": torch.empty(0),
+        "half": torch.ones(2, dtype=torch.bfloat16),
+        "quarter": torch.ones(2).to(torch.float8_e4m3fn),
+    }
+    assert not_finite({**others, **bad}.items()) == list(bad)
+
+
+@pytest.mark.parametrize("where", ["weight", "optimizer state", "reference weight"])
+def test_a_checkpoint_with_what_is_not_finite_is_not_written(where, qwen2, tmp_path):
+    out = tmp_path / "out"
+    trainer = build("replay", qwen2, out)
+    write = trainer._save_checkpoint
+
+    def spoiled(*args):
+        if trainer.state.global_step == 6:
+            tensor = {
+                "weight": lambda: next(trainer.model.parameters()),
+                "optimizer state": lambda: next(iter(trainer.optimizer.state.values()))["exp_avg"],
+                "reference weight": lambda: next(trainer.ref_model.parameters()),
+            }[where]()
+            tensor.data.view(-1)[0] = torch.nan
+        write(*args)
+
+    trainer._save_checkpoint = spoiled
+    with pytest.raises(
+        RuntimeError, match=rf"checkpoint-6 is not written: 1 tensors hold NaN .*\({where} .*checkpoint-3"
+    ):
+        trainer.train()
+    assert [one.name for one in complete_checkpoints(out)] == ["checkpoint-3"] and not (out / "checkpoint-6").exists()
+
+
+# ---- rollouts --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+def test_rollouts_are_few_files_with_the_same_rows(processes, monkeypatch, tmp_path):
+    """Written window by window, merged three by three, and rewound now and then: the rows of as many plain files."""
+    from tbrm_trl.sources import saved_rollouts
+    from tbrm_trl.trajectory import End, Source, Trajectory
+
+    monkeypatch.setattr(saved_rollouts, "MERGED", 3)
+
+    def write(folder: Path, step: int, merged: bool) -> None:
+        if merged:
+            saved_rollouts.merge_rollouts(folder, step)
+        for process in range(processes):
+            made = [
+                Trajectory(
+                    prompt_ids=torch.tensor([2, step]), completion_ids=torch.tensor([process, row]),
+                    loss_mask=torch.ones(2, dtype=torch.bool), reward=float(step), end=End.EOS, source=Source.ROLLOUT,
+                    rewards={f"r{step % 2}": 1.0}, group_id=row, policy_step=step,
+                )
+                for row in range(1 + step % 3)
+            ]  # fmt: skip
+            # A column of one type in one window and of another in the next, as JSON then.
+            rows = [{"answer": step if step % 5 else {"deep": step}} for _ in made]
+            file = saved_rollouts.rollouts_file(folder, step, process)
+            saved_rollouts.save_rollouts(file, made, rows, ["p"] * len(made), ["c"] * len(made))
+
+    plain, merged = tmp_path / "plain", tmp_path / "merged"
+    begin = 0
+    for end, back in ((20, 17), (40, 12), (60, 59), (65, 27), (82, 0), (82, None)):
+        for step in range(begin, end):
+            write(plain, step, merged=False)
+            write(merged, step, merged=True)
+        assert load_rollouts(merged).to_list() == load_rollouts(plain).to_list()
+        if back is not None:
+            saved_rollouts.rewind_rollouts(merged, back)
+            for file in plain.glob("step-*"):
+                if int(file.name.split("-")[1]) >= back:
+                    file.unlink()
+            begin = back
+            if back:
+                assert load_rollouts(merged).to_list() == load_rollouts(plain).to_list()
+            else:
+                assert not list(merged.iterdir())
+    assert len(list(plain.iterdir())) == 82 * processes
+    # 82 windows: one file of 81, and one window as it was written.
+    assert sorted(file.name for file in merged.iterdir())[-1] == f"step-00000081-process-{processes - 1}.parquet"
+    assert len(list(merged.iterdir())) <= 3 * processes + 2 * 3
+
+    # A kill between writing the merged file and removing what it was made of leaves both.
+    files = saved_rollouts.rollout_files(merged)
+    rows = load_rollouts(merged).to_list()
+    shutil.copy(plain / "step-00000004-process-0.parquet", merged)
+    assert saved_rollouts.rollout_files(merged) == files and load_rollouts(merged).to_list() == rows
+    saved_rollouts.rewind_rollouts(merged, 82)
+    assert sorted(merged.iterdir()) == files
+
+
+def test_rollouts_of_a_resumed_run_are_those_of_one_run(qwen2, tmp_path, monkeypatch):
+    """Windows of four updates are merged two by two; the run is resumed from within a file of four windows."""
+    from tbrm_trl.sources import saved_rollouts
+
+    monkeypatch.setattr(saved_rollouts, "MERGED", 2)
+    options = dict(save_steps=10, save_total_limit=None, max_steps=30)
+    build("replay", qwen2, tmp_path / "whole", **options).train()
+    for resume in (None, str(tmp_path / "out/checkpoint-10")):
+        build("replay", qwen2, tmp_path / "out", **options).train(resume_from_checkpoint=resume)
+    names, rows = [], []
+    for one in ("whole", "out"):
+        names.append(sorted(file.name for file in (tmp_path / one / "rollouts").iterdir()))
+        rows.append(load_rollouts(tmp_path / one).to_list())
+    assert names[0] == names[1] == [
+        "step-00000000-to-00000012.parquet", "step-00000016-to-00000020.parquet", "step-00000024-process-0.parquet",
+        "step-00000028-process-0.parquet",
+    ]  # fmt: skip
+    assert repr(rows[0]) == repr(rows[1]) and len(rows[0]) == 8 * 8  # NaN is equal to itself in writing
+
+
+# ---- command lines ---------------------------------------------------------------------------------------------------
+
+
+def test_the_documented_words_resume(train_script, qwen2, tmp_path, monkeypatch):
+    """Each `--resume_from_checkpoint` line of the documents, given to the example as it stands there."""
+    pages = [ROOT / "docs/launching.md", ROOT / "docs/data.md", *(ROOT / "examples").rglob("*.sh")]
+    words = {
+        line.split("--resume_from_checkpoint ", 1)[1].split("`")[0].split()[0]
+        for page in pages
+        for line in page.read_text().splitlines()
+        if "--resume_from_checkpoint " in line
+    }
+    assert words >= {"auto", "true"}
+    rows = tmp_path / "rows.json"
+    rows.write_text(json.dumps([{"problem": f"{n}+1=", "answer": str(n + 1)} for n in range(8)]))
+    line = [
+        "--model_name_or_path", qwen2, "--dataset_name", str(rows), "--per_device_train_batch_size", "2",
+        "--max_completion_length", "4", "--max_steps", "2", "--use_cpu", "true", "--bf16", "false",
+        "--report_to", "none", "--save_strategy", "steps", "--save_steps", "1",
+    ]  # fmt: skip
+    for word in sorted(words):
+        out = tmp_path / f"out-{word}"
+        first = "auto" if word == "auto" else "false"
+        for resume in (first, word):  # the same line again, as a queue gives it
+            train_script.main(
+                *train_script.parse([*line, "--output_dir", str(out), "--resume_from_checkpoint", resume])
+            )
+        assert [one.name for one in complete_checkpoints(out)] == ["checkpoint-1", "checkpoint-2"]
