@@ -818,8 +818,7 @@ class TBRMTrainer(ExactResume, GRPOTrainer):
                 filler or trajectories[0],
             )
         if filler is None:  # otherwise the caller knows what they are called
-            for trajectory in stale:
-                check_scores(trajectory, "a trajectory of this window")
+            check_scores(stale, ["a trajectory of this window"] * len(stale))
 
     @torch.no_grad()
     def _check_new_adapter(self, rows: Sequence[UpdateRow]) -> None:

@@ -1,9 +1,11 @@
 """A trajectory, which every part of the library takes or gives, and its part in one update."""
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from enum import Enum
 
+import torch
 import xxhash
 from torch import Tensor
 
@@ -89,19 +91,24 @@ class Trajectory:
         return xxhash.xxh3_128_hexdigest(self.prompt_ids.numpy().tobytes())
 
 
-def check_scores(trajectory: Trajectory, name: str) -> None:
-    """Refuse reference scores that are not finite, of a trajectory that an error calls by `name`."""
-    scores = {
-        "log π_ref": None if trajectory.ref_log_probs is None else float(trajectory.ref_log_probs.sum()),
-        "V_ref(s_1)": trajectory.ref_soft_value,
-        "V_ref(s_{H+1})": trajectory.ref_end_value,
-    }
-    if any(score is not None and not math.isfinite(score) for score in scores.values()):
-        ids = [*trajectory.prompt_ids.tolist(), *trajectory.completion_ids.tolist()]
-        raise ValueError(
-            f"The reference gives {name} scores that are not finite: {scores}. Its {len(ids)} tokens begin with "
-            f"{ids[:8]}. Look at the reference's weights, or run it in bfloat16 or float32 instead of float16."
-        )
+def check_scores(trajectories: Sequence[Trajectory], names: Sequence[str]) -> None:
+    """Refuse reference scores that are not finite. `names` is what an error calls each trajectory."""
+    log_probs = [one.ref_log_probs for one in trajectories if one.ref_log_probs is not None]
+    values = [v for one in trajectories for v in (one.ref_soft_value, one.ref_end_value) if v is not None]
+    if all(map(math.isfinite, values)) and (not log_probs or torch.cat(log_probs).isfinite().all()):
+        return
+    for one, name in zip(trajectories, names, strict=True):
+        scores = {
+            "log π_ref": None if one.ref_log_probs is None else float(one.ref_log_probs.sum()),
+            "V_ref(s_1)": one.ref_soft_value,
+            "V_ref(s_{H+1})": one.ref_end_value,
+        }
+        if any(score is not None and not math.isfinite(score) for score in scores.values()):
+            ids = [*one.prompt_ids.tolist(), *one.completion_ids.tolist()]
+            raise ValueError(
+                f"The reference gives {name} scores that are not finite: {scores}. Its {len(ids)} tokens begin "
+                f"with {ids[:8]}. Look at the reference's weights, or run it in bfloat16 or float32 instead of float16."
+            )
 
 
 @dataclass

@@ -55,8 +55,7 @@ def precompute_scores(
             rows = range(first + process, min(first + block * processes, len(dataset)), processes)
             trajectories = [logged_trajectory(dataset[row]) for row in rows]
             score(trajectories, trajectories[0] if trajectories else logged_trajectory(dataset[0]))
-            for row, trajectory in zip(rows, trajectories, strict=True):
-                check_scores(trajectory, f"row {row} of the training set")
+            check_scores(trajectories, [f"row {row} of the training set" for row in rows])
             mine += trajectories
         write_trajectories(_part(file, process), mine)
         accelerator.wait_for_everyone()
