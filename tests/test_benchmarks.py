@@ -103,3 +103,22 @@ def test_the_peak_is_counted_exactly():
         third = torch.empty(3 * million // 4)
     assert peak.bytes == 6 * million
     del before, second, third
+
+
+def test_long_run(tmp_path):
+    """Every look sees a process that goes on; the page says what its numbers say."""
+    command = [sys.executable, str(BENCHMARKS / "long_run.py"), "--quick", "--output", str(tmp_path)]
+    subprocess.run(command, check=True, capture_output=True, timeout=600)
+    seen = json.loads((tmp_path / "long_run.json").read_text())["seen"]
+    assert [one["update"] for one in seen] == list(range(3, 61, 3))
+    assert all(one["resident"] > 100 and one["descriptors"] > 2 and one["seconds"] > 0 for one in seen)
+    assert f"{max(one['rollout_files'] for one in seen)} files" in (tmp_path / "long_run.md").read_text()
+
+
+def test_update_cost(tmp_path):
+    """This version beside itself: the same operations."""
+    command = [sys.executable, str(BENCHMARKS / "update_cost.py"), "--quick", "--output", str(tmp_path)]
+    subprocess.run([*command, "--before", str(BENCHMARKS.parent)], check=True, capture_output=True, timeout=600)
+    raw = json.loads((tmp_path / "update_cost.json").read_text())
+    assert raw["operations"]["now"] == raw["operations"]["before"] and len(raw["operations"]["now"]) > 50
+    assert {name: len(ms) for name, ms in raw["ms"].items()} == {"now": 20, "before": 20}
