@@ -7,8 +7,9 @@ from pathlib import Path
 import pytest
 
 from tbrm_trl.rewards import correct, verdict
-from tbrm_trl.rewards.quantities import number, same_number, split_unit
+from tbrm_trl.rewards.quantities import number, same_number
 from tbrm_trl.rewards.symbols import proportional, same_value
+from tbrm_trl.rewards.units import split_unit
 
 TABLE = [json.loads(line) for line in (Path(__file__).parent / "data/verdicts.jsonl").open()]
 KINDS = sorted({row["kind"] for row in TABLE})

@@ -73,10 +73,12 @@ _WORD_RULES = [
         (rf"(?<=[\d}}])\s*(\\text\{{)?\s*{name}s?(?![a-zA-Z])", rf"\\cdot 10^{{{power}}} \1")
         for name, power in (("thousand", 3), ("million", 6), ("billion", 9), ("trillion", 12))
     ),
-    (r"^\\text\{[^{}]*(?:\b(?:is|are|equals?|be)|=|:)\s*\}(?=\s*[^\s.])(?!.*\b(?:is|are)\b)", ""),  # what leads to it
     (r"^\\text\{([A-Z]+(?:(?:,|\s|and|or|only)+[A-Z]+)+)(?:\s+only)?\}$", r"\1"),  # I and III
     (r"^\\text\{([^{}]*\d[^{}]*)\}$", r"\1"),  # \text{18 dollars}
-    (r"\\text\{\s*\}", " "),
+    # What leads to the answer: \text{The sum is } x + 1, and without \text if a formula follows.
+    (r"^\\text\{[^{}]*(?:\b(?:is|are|equals?|be)|=|:)\s*\}(?=\s*[^\s.])(?!.*\b(?:is|are)\b)", ""),
+    (r"(?i)^(?:[a-z]{2,}[^{}\\\d=]*\b(?:is|are|equals?|be)|(?:final )?answer:)\s+(?=[\\\d(\[{-]|.{1,3}$)", ""),
+    (r"\\text\{[\s.,;]*\}", " "),
 ]
 _COMPILED, _COMPILED_FOR_WORDS = (
     [(re.compile(pattern), replacement) for pattern, replacement in rules] for rules in (_RULES, _WORD_RULES)

@@ -37,15 +37,16 @@ def same_scalar(gold: str, answer: str, same: Same) -> bool:
 
 
 def _equation_for_value(gold: str, answer: str, same: Same) -> bool | None:
-    """5 against `x = 5`, `5 = x` and `m + n = 2 + 3 = 5`; but 1 is not `x^2 + y^2 = 1`."""
+    """5 against `x = 5`, `5 = x`, `m + n = 5` and `m + n = 2 + 3 = 5`; but no formula against one of two sides."""
     sides = equation(answer)
     if sides is None or equation(gold) is not None:
         return None
     first, last = sides[0], sides[-1]
-    named = NAME.fullmatch(first) or NAME.fullmatch(last)
-    if len(sides) == 2 and not named and re.search(r"(?<![\\a-zA-Z])[a-zA-Z]", first):
-        return False
-    return same_scalar(gold, last, same) or bool(NAME.fullmatch(last) and same_scalar(gold, first, same))
+    if NAME.fullmatch(last):
+        return same_scalar(gold, first, same) or same_scalar(gold, last, same)
+    value = number(gold)
+    has_value = NAME.fullmatch(first) or len(sides) > 2 or not re.search(r"(?<![\\a-zA-Z])[a-zA-Z]", first)
+    return bool(has_value or (value and value.value)) and same_scalar(gold, last, same)
 
 
 def _approximation(gold: str, answer: str, same: Same) -> bool | None:
@@ -84,7 +85,9 @@ def _units_apart(gold: str, answer: str) -> tuple[str, Unit | None, str, Unit | 
 def _same_quantity(gold: str, gold_unit: Unit | None, answer: str, answer_unit: Unit | None) -> bool:
     first, second = (unit.powers if unit else () for unit in (gold_unit, answer_unit))
     if first == second:
-        return _same_value(gold, answer, gold_unit.size / answer_unit.size if gold_unit and answer_unit else Fraction(1))
+        return _same_value(
+            gold, answer, gold_unit.size / answer_unit.size if gold_unit and answer_unit else Fraction(1)
+        )
     if first and second:
         return False
     if _PERCENT in (first, second):
