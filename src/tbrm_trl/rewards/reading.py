@@ -30,6 +30,8 @@ _MATHEMATICS = re.compile(
     r"((?:[^$\\\n]|\\.)+?)\$",
     re.DOTALL,
 )
+_BOX = re.compile(r"\\(?:boxed|fbox|framebox)\b\s*|\\boxed(?=\d)")
+_TOKEN = re.compile(r"[^\s$\\]+|\\[a-zA-Z]+(?:\{[^{}]*\})*")
 _SPECIAL = re.compile(r"<\|[^|<>]*\|>\s*|</?s>|<eos>|<end_of_turn>")
 _SEPARATORS = re.compile(r"(?:[\s$,;.*{}]|\\[,;()\[\] ]|\\text|\\quad|and|or)*")
 _HEDGE = re.compile(
@@ -99,39 +101,33 @@ def boxes(text: str) -> list[tuple[int, int, str]] | None:
     """
     found: list[tuple[int, int, str]] = []
     seen = False
-    for mark in re.finditer(r"\\(?:boxed|fbox|framebox)\b\s*|\\boxed(?=\d)", text):
+    closing = _closing_braces(text)
+    for mark in _BOX.finditer(text):
         start = mark.end()
-        if start < len(text) and text[start] == "{":
-            end = _closing_brace(text, start)
+        if text[start : start + 1] == "{":
+            end = closing.get(start)
             if end is None:
                 found, seen = [], True
                 continue
             content = text[start + 1 : end].strip()
         else:  # \boxed 7
-            token = re.match(r"[^\s$\\]+|\\[a-zA-Z]+(?:\{[^{}]*\})*", text[start:])
-            content, end = (token[0].rstrip(".,;"), start + token.end()) if token else ("", start)
+            token = _TOKEN.match(text, start)
+            content, end = (token[0].rstrip(".,;"), token.end()) if token else ("", start)
         if content:
             seen = True
             found.append((mark.start(), end + 1, content))
     return found if seen else None
 
 
-def _closing_brace(text: str, start: int) -> int | None:
-    depth = 0
-    skip = False
-    for at in range(start, len(text)):
-        letter = text[at]
-        if skip:
-            skip = False
-        elif letter == "\\":
-            skip = True
-        elif letter == "{":
-            depth += 1
-        elif letter == "}":
-            depth -= 1
-            if depth == 0:
-                return at
-    return None
+def _closing_braces(text: str) -> dict[int, int]:
+    """Where the brace closes that opens at a place."""
+    closing, opened = {}, []
+    for brace in re.finditer(r"\\.|[{}]", text, re.DOTALL):
+        if brace[0] == "{":
+            opened.append(brace.start())
+        elif brace[0] == "}" and opened:
+            closing[opened.pop()] = brace.start()
+    return closing
 
 
 def announced(text: str) -> str | None:
