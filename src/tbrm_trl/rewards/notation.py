@@ -32,7 +32,7 @@ _RULES = [
     (r"\\(?:displaystyle|textstyle|scriptstyle|limits|nolimits|mathop|nonumber|rm|it|bf|centering)(?![a-zA-Z])\s*", ""),
     (r"\\(?:[,;:>]|quad|qquad|thinspace|enspace|hspace\*?\{[^{}]*\}|phantom\{[^{}]*\})|\\ |~|\\\n", " "),
     (r"\\!", ""),
-    (r"\{\s*,\s*\}", ","),  # 2{,}125
+    (r"\{\s*([,:])\s*\}", r"\1"),  # 2{,}125
     (r"\\(?:[dtc]|sf)frac(?![a-zA-Z])", r"\\frac"),
     (r"\\[dt]binom(?![a-zA-Z])", r"\\binom"),
     (r"\\(?:leqslant|leq|leqq)(?![a-zA-Z])", r"\\le "),

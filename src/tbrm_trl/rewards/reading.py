@@ -8,7 +8,7 @@ import contextlib
 import json
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 # Announcements, each with what stands between it and the answer. The last one in the text counts.
@@ -20,7 +20,7 @@ _ANNOUNCED = re.compile(
         [*_\s]* (?: \b(?:is|are|would\s+be|must\s+be|will\s+be|should\s+be|equals)\b | [:：=] )
     | \b(?:correct|right|best)\s+(?:option|choice)\b [*_\s]* (?: \bis\b | [:：] )
     | \b(?:option|choice) \s+ is \b
-    | ^[\s\#*_]*(?:final\s+)?answer[\s*_:]*$
+    | ^(?:[^\S\n]|[\#*_])*(?:final\s+)?answer[\s*_:]*$
     | (?:答案|réponse|respuesta|antwort|resposta|ответ) [*_\s]* (?: 是|为|為 | \b(?:est|es|ist|é)\b | [:：] )
     )(?:[*:：\s]|_(?=[^\s_]))*""",
     re.IGNORECASE | re.VERBOSE | re.MULTILINE,
@@ -135,9 +135,10 @@ def announced(text: str) -> str | None:
     return next((answer for rest in announcements(text) if (answer := _clause(rest))), None)
 
 
-def announcements(text: str) -> list[str]:
+def announcements(text: str) -> Iterator[str]:
     """What follows each announcement, all of it; the last announcement first."""
-    return [text[mark.end() :].split("</answer>")[0].strip() for mark in reversed(list(_ANNOUNCED.finditer(text)))]
+    for mark in reversed([*_ANNOUNCED.finditer(text)]):
+        yield text[mark.end() :].split("</answer>")[0].strip()
 
 
 def _clause(rest: str) -> str | None:

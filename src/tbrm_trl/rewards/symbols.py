@@ -23,7 +23,11 @@ _POINTS = 4
 # Written out, these have more digits than fit: towers of powers, exponents of six digits, factorials of five.
 _SMALL_TOWER = re.compile(r"(?<![\d.^{])([1-4])\s*\^\s*\{?\s*([1-4])\s*\^\s*\{?\s*([1-4])\s*\}*(?![\d^!.}])")
 _TOO_LARGE = re.compile(
-    r"\^\s*\{?\s*-?\s*\d{5,}|\d\s*\^\s*\{?\s*\d+\s*\}?\s*\^|\d{5,}\s*!|!\s*!|\\prod|\^\s*\{\s*\d+\s*!"
+    r"""\^\s*\{?\s*-?\s*(?:\d{5,} | [\d.]+[eE]\+?\d)
+    | \d\s*\^\s*\{?\s*\d+\s*\}?\s*\^
+    | \d\s*\^\s*\{[^{}a-zA-Z]*\\(?:cdot|times)[^{}a-zA-Z]*\^
+    | \d{5,}\s*! | !\s*! | \^\s*\{\s*\d+\s*! | \\prod""",
+    re.VERBOSE,
 )
 
 
@@ -70,8 +74,8 @@ def _readable(text: str) -> str:
 # math-verify 0.9.0 reads capitals as small letters: M + m as 2m. A capital gets its own name; so does e with an index.
 # It reads \gamma as infinity, a value of the gamma function: Greek letters get names of their own too.
 _CAPITALS = (
-    "Gamma Delta Theta Lambda Xi Pi Sigma Upsilon Phi Psi Omega alpha beta gamma delta epsilon zeta eta theta iota kappa "
-    "lambda mu nu xi rho sigma tau upsilon phi chi psi omega varepsilon vartheta varphi varrho ell"
+    "Gamma Delta Theta Lambda Xi Pi Sigma Upsilon Phi Psi Omega alpha beta gamma delta epsilon zeta eta theta iota "
+    "kappa lambda mu nu xi rho sigma tau upsilon phi chi psi omega varepsilon vartheta varphi varrho ell"
 ).split()
 _CAPITAL = re.compile(
     rf"(?:(?<![\\a-zA-Z{{])|(?<=[a-zA-Z])(?<!\\[a-zA-Z])|(?<=\{{))(?:([A-Z])|(e)(?=_)|\\({'|'.join(_CAPITALS)})(?![a-zA-Z]))"

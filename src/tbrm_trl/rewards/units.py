@@ -107,7 +107,7 @@ def split_unit(text: str, loose: bool = False) -> tuple[str, Unit | None]:
     if match and (found := unit(match["unit"])) and re.search(r"[\w})]", match["rest"]):
         is_word = not match["unit"].lstrip().startswith(("\\", "^", "%", "€", "£", "¥", "₹", "¢"))
         # Plain words after anything but a number may be a product of letters or part of a sentence.
-        if not is_word or number(match["rest"]) or (found.powers and re.search(r"[\d}]\s*$", match["rest"])):
+        if not is_word or number(match["rest"]) or (found.powers and re.search(r"[\d})]\s*$", match["rest"])):
             return match["rest"].strip(), found
     if loose and (match := _LOOSE.match(text)) and (found := unit(match["unit"])):
         return match["rest"].strip(), found
