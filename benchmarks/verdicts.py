@@ -386,9 +386,10 @@ def write(results: dict[str, Any], folder: Path) -> None:
         lines += ["", f"{title}:", *table("set | pairs | now, all | now | before | TRL", rows)]
     lines += [
         "",
-        "Right verdicts on the tables of pairs in `tests/data`, of those that a person calls clear. *open* and *hidden* "
-        "were written before the code; *hidden* was measured once the code was done, with 412 of 421 right. *third* was "
-        "written before those nine were mended, and measured after, with 189 of 191 right; the two were mended then.",
+        "Right verdicts on the tables of pairs in `tests/data`, of those that a person calls clear. *open* and "
+        "*hidden* were written before the code; *hidden* was measured once the code was done, with 412 of 421 right. "
+        "*third* was written before those nine were mended, and measured after, with 189 of 191 right; the two were "
+        "mended then.",
         *table(
             "kind | pairs | now | before | TRL",
             [
@@ -406,9 +407,9 @@ def write(results: dict[str, Any], folder: Path) -> None:
         "from a cold start. The machine was shared: a quiet one is faster.",
         "",
         f"Rows a second in batches of {BATCH}: half of the answers wrong, 300 to 800 tokens of reasoning before each, "
-        f"one in {SLOW} a formula that takes a hundred times as long as a number. *share* is the time in this process by "
-        f"that in workers, on the same batch: the median of {BATCHES} in alternating order, with its 95% interval. Other "
-        "programs ran beside, so only this ratio is of use.",
+        f"one in {SLOW} a formula that takes a hundred times as long as a number. *share* is the time in this process "
+        f"by that in workers, on the same batch: the median of {BATCHES} in alternating order, with its 95% interval. "
+        "Other programs ran beside, so only this ratio is of use.",
         *table(
             "set | in process | in workers | workers | share | interval",
             [

@@ -1,6 +1,7 @@
 """Numbers without rounding: decimals, fractions, powers of ten, mixed numbers, repeating decimals, and bases."""
 
 import re
+from collections.abc import Callable
 from dataclasses import dataclass
 from fractions import Fraction
 
@@ -73,7 +74,7 @@ def _quotient(top: str, bottom: str) -> Number | None:
     return Number(first.value / second.value) if first and second and second.value else None
 
 
-_FORMS = [
+_FORMS: list[tuple[str, Callable[..., Number | None]]] = [
     (rf"({_DECIMAL})(?:[eE]([-+]?\d{{1,4}}))?", _decimal),
     (rf"(?:({_DECIMAL})(?:\\times|\\cdot|\*|x))?10\^\{{?([-+]?\d{{1,4}})\}}?", _power_of_ten),
     (r"(\d*)\.(\d*)\\overline\{?(\d+)\}?(?:\\ldots)?", _repeating),

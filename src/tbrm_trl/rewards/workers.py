@@ -140,7 +140,7 @@ class InWorkers:
             return False
         logged = worker.answer() if answered else None
         done = int(worker.page[DONE])
-        values = worker.page[VALUES : VALUES + done].tolist()
+        values = list(map(float, worker.page[VALUES : VALUES + done]))
         raised = batch.write(worker.rows[:done], values, self.failed, logged)
         rest, worker.rows = worker.rows[done:], []
         self.counts.update({"raised": raised} if raised else {})

@@ -35,8 +35,10 @@ def choice(text: str) -> str | None:
 def choice_with_value(gold: str) -> tuple[str, str | None] | None:
     """The letter of a gold, and the value that stands beside it: `B) 7`."""
     letter = choice(gold)
-    if letter is None or re.fullmatch(r"\(?[A-Z]\)?", re.sub(r"\s", "", upright(gold))):
-        return letter and (letter, None)
+    if letter is None:
+        return None
+    if re.fullmatch(r"\(?[A-Z]\)?", re.sub(r"\s", "", upright(gold))):
+        return letter, None
     several = re.search(r",\s*(?:\\text\{)?[A-Z]\}?\s*:", gold)  # J: 4 h, S: 14 h
     match = None if several else _LABELLED.fullmatch(gold)
     return (letter, match[1]) if match else None
