@@ -234,7 +234,7 @@ def on_answers(golds_of: dict[str, list[Any]], score_by: dict[str, InWorkers]) -
             drawn = random.Random(0).sample(range(len(pairs)), min(MOST, len(pairs)))
             row = sets[name]["asked"][kind] = {"pairs": len(pairs), "now": share(right), "drawn": len(drawn)}
             row["now, drawn"] = share([right[at] for at in drawn])
-            for judge in score_by.keys() - {"now"}:
+            for judge in [one for one in score_by if one != "now"]:
                 row[judge] = share(judged(score_by[judge], [pairs[at] for at in drawn]))
             print(name, kind, row, flush=True)
     return {"sets": sets, "wrong_now": wrong, "time": times(seconds, asked_for)}
@@ -253,12 +253,12 @@ def times(seconds: list[float], golds: list[str]) -> dict[str, Any]:
 
 
 def on_tables(score_by: dict[str, InWorkers]) -> dict[str, Any]:
-    """Right verdicts on the pairs that a person calls clear, by table and by kind."""
+    """Right verdicts on the pairs that a person calls clear, by table and by kind; the verdicts now on the others."""
     found: dict[str, Any] = {}
+    unclear = []
     for table, file in TABLES.items():
-        path = ROOT / "tests/data" / file
-        rows = [json.loads(line) for line in path.open()] if path.exists() else []
-        rows = [row for row in rows if row["clear"]]
+        everything = [json.loads(line) for line in (ROOT / "tests/data" / file).open()]
+        rows = [row for row in everything if row["clear"]]
         pairs = [(r["gold"], r["completion"], None if r["verdict"] == "unreadable" else r["verdict"]) for r in rows]
         right = {judge: judged(score, pairs) for judge, score in score_by.items()}
         for kind in [*dict.fromkeys(row["kind"] for row in rows), f"all of {table}"]:
@@ -267,8 +267,13 @@ def on_tables(score_by: dict[str, InWorkers]) -> dict[str, Any]:
             into["pairs"] += len(at)
             for judge in score_by:
                 into[judge] += sum(right[judge][i] for i in at)
+        others = [row for row in everything if not row["clear"]]
+        given = correct([row["completion"] for row in others], [row["gold"] for row in others])
+        unclear += [
+            [r["kind"], str(r["gold"]), r["completion"], one, r["note"]] for r, one in zip(others, given, strict=True)
+        ]
         print(table, found.get(f"all of {table}"), flush=True)
-    return found
+    return {"tables": found, "unclear": unclear}
 
 
 def cold_start(golds: list[Any]) -> dict[str, float]:
@@ -337,7 +342,7 @@ def measure(golds_of: dict[str, list[Any]], workers: int, only: str | None, resu
     if only in (None, "answers"):
         results.update(on_answers(golds_of, score_by))
     if only in (None, "tables"):
-        results["tables"] = on_tables(score_by)
+        results.update(on_tables(score_by))
     for score in score_by.values():
         score.close()
     if only in (None, "throughput"):
@@ -362,6 +367,12 @@ def table(head: str, rows: list[list[Any]]) -> list[str]:
         for row in rows
     ]
     return ["", f"| {head} |", "|---" * (head.count("|") + 1) + "|", *(f"| {' | '.join(row)} |" for row in shown)]
+
+
+def code(text: str) -> str:
+    """The end of a text as code in a cell."""
+    text = " ".join(text.split()).replace("|", "\\|").replace("`", "'")
+    return f"`{text if len(text) <= 60 else '… ' + text[-58:]}`"
 
 
 def write(results: dict[str, Any], folder: Path) -> None:
@@ -422,6 +433,17 @@ def write(results: dict[str, Any], folder: Path) -> None:
                     "{} to {}".format(*row["interval"]),
                 ]
                 for name, row in results["throughput"].items()
+            ],
+        ),
+    ]
+    lines += [
+        "",
+        "Pairs of the tables that a person would call unclear, and the verdict given (“–”: the gold is unreadable):",
+        *table(
+            "kind | gold | end of the completion | verdict | why",
+            [
+                [kind, code(gold), code(completion), None if given is None else int(given), why.replace("|", "\\|")]
+                for kind, gold, completion, given, why in sorted(results["unclear"], key=lambda row: row[0])
             ],
         ),
     ]
