@@ -12,6 +12,7 @@ import argparse
 import ast
 import importlib.metadata
 import json
+import multiprocessing
 import platform
 import random
 import re
@@ -19,6 +20,7 @@ import statistics
 import subprocess
 import time
 from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +33,7 @@ BEFORE = "f8ecbad"  # the last commit whose examples/train.py has its own readin
 PACKAGES = ("math-verify", "latex2sympy2-extended", "sympy", "trl")
 TABLES = {"open": "verdicts.jsonl", "hidden": "verdicts_hidden.jsonl", "third": "verdicts_third.jsonl"}
 MOST = 40  # pairs of each kind, drawn at random from a set, that all three judge
-BATCHES, BATCH = 20, 64  # of the throughput
+WARM, BATCHES, BATCH = 10, 20, 64  # of the throughput: batches before it is measured, measured batches, their rows
 SLOW = 16  # one of so many rows there is a product of powers and logarithms
 UNITS = ("cm", "dollars", "hours", "apples")
 
@@ -309,20 +311,19 @@ def throughput(golds: list[Any]) -> dict[str, Any]:
     """
     rng = random.Random(0)
     rows = [(gold, boxed(bare(gold if rng.random() < 0.5 else rng.choice(golds)))) for gold in golds]
-    rows = [rng.choice(rows) for _ in range(BATCH * (BATCHES + 1))]
+    rows = [rng.choice(rows) for _ in range(BATCH * (WARM + BATCHES))]
     for at in range(0, len(rows), SLOW):
         rows[at] = (f"{at + 2} \\ln(3) x 3^{{x^2}}", boxed(f"\\ln(3) \\cdot {at + 2} x e^{{x^2 \\ln 3}}"))
     batches = [rows[at : at + BATCH] for at in range(0, len(rows), BATCH)]
     in_workers = InWorkers(correct)
-    judged(in_workers, [(*row, 1.0) for row in batches[0]])
     spent: dict[str, list[float]] = {"process": [], "workers": []}
-    for round_, batch in enumerate(batches[1:]):
+    for round_, batch in enumerate(batches):
         completions, solution = [reasoning(rng) + row[1] for row in batch], [row[0] for row in batch]
         functions = [("process", correct), ("workers", in_workers)]
         for name, function in functions if round_ % 2 else functions[::-1]:
             started = time.perf_counter()
             function(completions, solution=solution)
-            spent[name].append(time.perf_counter() - started)
+            spent[name] += [time.perf_counter() - started] if round_ >= WARM else []
     in_workers.close()
     shares = sorted(first / second for first, second in zip(spent["process"], spent["workers"], strict=True))
     return {
@@ -348,7 +349,9 @@ def measure(golds_of: dict[str, list[Any]], workers: int, only: str | None, resu
     if only in (None, "throughput"):
         everything = [gold for golds in golds_of.values() for gold in golds]
         some = {"gsm8k": golds_of["gsm8k"], "college_math": golds_of["college_math"], "all eight": everything}
-        results["throughput"] = {name: throughput(golds) for name, golds in some.items()}
+        # Each in a new process: what this one has read it remembers, sympy too.
+        fresh = ProcessPoolExecutor(1, multiprocessing.get_context("spawn"), max_tasks_per_child=1)
+        results["throughput"] = dict(zip(some, fresh.map(throughput, some.values()), strict=True))
         print(results["throughput"], flush=True)
     results["versions"] = {name: importlib.metadata.version(name) for name in PACKAGES}
 
@@ -419,8 +422,8 @@ def write(results: dict[str, Any], folder: Path) -> None:
         "",
         f"Rows a second in batches of {BATCH}: half of the answers wrong, 300 to 800 tokens of reasoning before each, "
         f"one in {SLOW} a formula that takes a hundred times as long as a number. *share* is the time in this process "
-        f"by that in workers, on the same batch: the median of {BATCHES} in alternating order, with its 95% interval. "
-        "Other programs ran beside, so only this ratio is of use.",
+        f"by that in workers, on the same batch: the median of {BATCHES} in alternating order after {WARM} to warm up, "
+        "with its 95% interval. Other programs ran beside, so only this ratio is of use.",
         *table(
             "set | in process | in workers | workers | share | interval",
             [

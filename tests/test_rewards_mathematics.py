@@ -59,7 +59,16 @@ def boxed(answer: str) -> str:
         ("\\begin{pmatrix} 1 & 2 \\\\ 3 & 4 \\end{pmatrix}", ["\\begin{bmatrix}1&2\\\\3&4\\end{bmatrix}"],
          ["\\begin{bmatrix}1&3\\\\2&4\\end{bmatrix}", "1, 2, 3, 4"]),
         ("e^{2x} - 3e^{x} + 2 = 0", ["2 - 3e^x + e^{2x} = 0"], ["e^{2x} - 3e^{x} = 0"]),
-        ("0", ["0", "0.0"], ["4.6 \\times 10^{-24}"]),
+        ("0", ["0", "0.0"], ["4.6 \\times 10^{-24}", "x^2 - 1 = 0"]),
+        ("40", ["m + n = 40", "m + n = 31 + 9 = 40", "4 x 10^1", "\\text{The sum is } 40"],
+         ["m + n = 41", "x^2 + y^2 = 40"]),
+        ("1,360,000", ["1.36 \\text{ million}", "1.36 million dollars"], ["1.36", "1.36 \\text{ billion}"]),
+        ("I, III", ["\\text{I and III only}", "III, I"], ["\\text{I and II}", "I"]),
+        ("\\{1, \\{2\\}\\}", ["\\{\\{2\\}, 1\\}"], ["\\{1, 2\\}"]),
+        ("\\{4\\}", ["4"], ["\\{\\{4\\}\\}"]),
+        ("9.8 \\text{ m/s}^2", ["9.8 m/s^2"], ["9.8 m/s"]),
+        ("\\begin{pmatrix} -2 \\\\ 4 \\end{pmatrix}", ["-2\\begin{pmatrix} 1 \\\\ -2 \\end{pmatrix}"],
+         ["2\\begin{pmatrix} 1 \\\\ -2 \\end{pmatrix}"]),
     ],
 )  # fmt: skip
 def test_conventions(gold, right, wrong):

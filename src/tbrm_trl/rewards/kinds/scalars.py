@@ -45,8 +45,11 @@ def _equation_for_value(gold: str, answer: str, same: Same) -> bool | None:
     if NAME.fullmatch(last):
         return same_scalar(gold, first, same) or same_scalar(gold, last, same)
     value = number(gold)
-    has_value = NAME.fullmatch(first) or len(sides) > 2 or not re.search(r"(?<![\\a-zA-Z])[a-zA-Z]", first)
-    return bool(has_value or (value and value.value)) and same_scalar(gold, last, same)
+    is_formula = re.search(r"(?<![\\a-zA-Z])[a-zA-Z]", first) and not NAME.fullmatch(first)
+    is_curve = re.search(r"\^|x.*y|y.*x", first)  # x² + y² = 1 says nothing of 1, m + n = 40 of 40
+    if len(sides) == 2 and is_formula and (is_curve or value is None or not value.value):
+        return False
+    return same_scalar(gold, last, same)
 
 
 def _approximation(gold: str, answer: str, same: Same) -> bool | None:
