@@ -304,7 +304,7 @@ def reasoning(rng: random.Random) -> str:
     return text
 
 
-def throughput(golds: list[Any]) -> dict[str, Any]:
+def throughput(golds: list[Any], workers: int) -> dict[str, Any]:
     """Time in this process by time in workers, on batches that both see once, in alternating order.
 
     Half of the answers are wrong, and one row of 16 takes a hundred times as long as most.
@@ -315,7 +315,7 @@ def throughput(golds: list[Any]) -> dict[str, Any]:
     for at in range(0, len(rows), SLOW):
         rows[at] = (f"{at + 2} \\ln(3) x 3^{{x^2}}", boxed(f"\\ln(3) \\cdot {at + 2} x e^{{x^2 \\ln 3}}"))
     batches = [rows[at : at + BATCH] for at in range(0, len(rows), BATCH)]
-    in_workers = InWorkers(correct)
+    in_workers = InWorkers(correct, workers=workers)
     spent: dict[str, list[float]] = {"process": [], "workers": []}
     for round_, batch in enumerate(batches):
         completions, solution = [reasoning(rng) + row[1] for row in batch], [row[0] for row in batch]
@@ -351,7 +351,11 @@ def measure(golds_of: dict[str, list[Any]], workers: int, only: str | None, resu
         some = {"gsm8k": golds_of["gsm8k"], "college_math": golds_of["college_math"], "all eight": everything}
         # Each in a new process: what this one has read it remembers, sympy too.
         fresh = ProcessPoolExecutor(1, multiprocessing.get_context("spawn"), max_tasks_per_child=1)
-        results["throughput"] = dict(zip(some, fresh.map(throughput, some.values()), strict=True))
+        results["throughput"] = {
+            f"{name}, {count}": fresh.submit(throughput, golds, count).result()
+            for name, golds in some.items()
+            for count in (1, workers)
+        }
         print(results["throughput"], flush=True)
     results["versions"] = {name: importlib.metadata.version(name) for name in PACKAGES}
 
@@ -423,12 +427,13 @@ def write(results: dict[str, Any], folder: Path) -> None:
         f"Rows a second in batches of {BATCH}: half of the answers wrong, 300 to 800 tokens of reasoning before each, "
         f"one in {SLOW} a formula that takes a hundred times as long as a number. *share* is the time in this process "
         f"by that in workers, on the same batch: the median of {BATCHES} in alternating order after {WARM} to warm up, "
-        "with its 95% interval. Other programs ran beside, so only this ratio is of use.",
+        "with its 95% interval. One worker shows what sending costs; more gain what cores are free, and each of them "
+        "learns by itself what math-verify and sympy remember. Other programs ran beside, so only this ratio is of use.",
         *table(
             "set | in process | in workers | workers | share | interval",
             [
                 [
-                    name,
+                    name.rpartition(",")[0],
                     row["process"],
                     row["workers"],
                     row["workers_used"],
