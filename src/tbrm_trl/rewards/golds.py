@@ -7,7 +7,8 @@ from typing import Any
 
 from . import reading
 from .mathematics import read_gold
-from .quantities import number, split_unit
+from .quantities import number
+from .units import split_unit
 
 # Names that an answer may stand under, the likeliest first. What is in the column decides; the order breaks ties.
 _NAMES = (

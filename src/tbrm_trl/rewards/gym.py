@@ -108,8 +108,8 @@ def readings(completion: str, stored: str | None) -> list[str]:
     elif stored is not None and _PLAIN_NUMBER.fullmatch(stored):
         answers = [text]  # its last number
     else:  # a grid, a list of moves, a sentence: all that follows the announcement, or its first clause
-        rest = reading.announcements(text)
-        answers = [rest[0], reading.announced(text) or ""] if rest else [text.strip()]
+        rest = next(reading.announcements(text), None)
+        answers = [text.strip()] if rest is None else [rest, reading.announced(text) or ""]
     if stored is not None and _PLAIN_NUMBER.fullmatch(stored):
         answers = [_as_stored(answer, stored) for answer in answers]
     return list(dict.fromkeys(answer for answer in answers if answer))

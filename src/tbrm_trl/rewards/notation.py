@@ -32,7 +32,7 @@ _RULES = [
     (r"\\(?:displaystyle|textstyle|scriptstyle|limits|nolimits|mathop|nonumber|rm|it|bf|centering)(?![a-zA-Z])\s*", ""),
     (r"\\(?:[,;:>]|quad|qquad|thinspace|enspace|hspace\*?\{[^{}]*\}|phantom\{[^{}]*\})|\\ |~|\\\n", " "),
     (r"\\!", ""),
-    (r"\{\s*,\s*\}", ","),  # 2{,}125
+    (r"\{\s*([,:])\s*\}", r"\1"),  # 2{,}125
     (r"\\(?:[dtc]|sf)frac(?![a-zA-Z])", r"\\frac"),
     (r"\\[dt]binom(?![a-zA-Z])", r"\\binom"),
     (r"\\(?:leqslant|leq|leqq)(?![a-zA-Z])", r"\\le "),
@@ -61,10 +61,28 @@ _RULES = [
     (r"√\s*\(([^()]*)\)", r"\\sqrt{\1}"),
     (r"√\s*(\d+|[a-zA-Z])", r"\\sqrt{\1}"),
     (r"\*\*(?=\s*[\d({-])", "^"),
+    (r"(?<=\d)\s*[xX]\s*(?=10\s*\^)|(?<=\d)\s+[xX]\s+(?=\d)", r"\\times "),  # 3 x 10^8
     (r"(?<![a-zA-Z\\])(?:np|math)\.(?=[a-z])", ""),
     (r"(?<![a-zA-Z\\])(arcsin|arccos|arctan|sin|cos|tan|log|ln|exp|pi)(?![a-zA-Z])", r"\\\1 "),
 ]
-_COMPILED = [(re.compile(pattern), replacement) for pattern, replacement in _RULES]
+# Once every upright word is in \\text.
+_WORD_RULES = [
+    (r"\\text\{\\text\{([^{}]*)\}\}", r"\\text{\1}"),
+    (r"\\text\{(\(?[A-Z]\)?|[.:])\}\s*\\text\{([).:]*)\}", r"\\text{\1\2}"),
+    *(
+        (rf"(?<=[\d}}])\s*(\\text\{{)?\s*{name}s?(?![a-zA-Z])", rf"\\cdot 10^{{{power}}} \1")
+        for name, power in (("thousand", 3), ("million", 6), ("billion", 9), ("trillion", 12))
+    ),
+    (r"^\\text\{([A-Z]+(?:(?:,|\s|and|or|only)+[A-Z]+)+)(?:\s+only)?\}$", r"\1"),  # I and III
+    (r"^\\text\{([^{}]*\d[^{}]*)\}$", r"\1"),  # \text{18 dollars}
+    # What leads to the answer: \text{The sum is } x + 1, and without \text if a formula follows.
+    (r"^\\text\{[^{}]*(?:\b(?:is|are|equals?|be)|=|:)\s*\}(?=\s*[^\s.])(?!.*\b(?:is|are)\b)", ""),
+    (r"(?i)^(?:[a-z]{2,}[^{}\\\d=]*\b(?:is|are|equals?|be)|(?:final )?answer:)\s+(?=[\\\d(\[{-]|.{1,3}$)", ""),
+    (r"\\text\{[\s.,;]*\}", " "),
+]
+_COMPILED, _COMPILED_FOR_WORDS = (
+    [(re.compile(pattern), replacement) for pattern, replacement in rules] for rules in (_RULES, _WORD_RULES)
+)
 _WORDS = re.compile(_TEXT + r"\s*\{((?:[^{}]|\{[^{}]*\})*)\}")
 # \frac13, \frac{1}3, \frac1{3}, \frac 1 3; likewise roots.
 _ARGUMENT = r"(\{(?:[^{}]|\{(?:[^{}]|\{(?:[^{}]|\{[^{}]*\})*\})*\})*\}|\\[a-zA-Z]+(?:\{[^{}]*\})?|[a-zA-Z\d])"
@@ -80,19 +98,15 @@ def normal(text: str) -> str:
         text = pattern.sub(replacement, text)
     text = re.sub(r"\{\s*\\(?:rm|it|bf)\s+([^{}]*)\}", r"\\text{\1}", text)
     for _ in range(3):  # nested, as \textbf{(\mathrm{C})}
-        replaced = _WORDS.sub(lambda m: "\\text{" + m[1].strip() + "}" if m[1].strip() else " ", text)
-        if replaced == text:
-            break
-        text = re.sub(r"\\text\{\\text\{([^{}]*)\}\}", r"\\text{\1}", replaced)
-    text = re.sub(r"\\text\{(\(?[A-Z]\)?|[.:])\}\s*\\text\{([).:]*)\}", r"\\text{\1\2}", text)
+        text = _WORDS.sub(lambda m: "\\text{" + m[1].strip() + "}", text)
+        for pattern, replacement in _COMPILED_FOR_WORDS:
+            text = pattern.sub(replacement, text)
     text = re.sub(r"\{\s+", "{", re.sub(r"\s+\}", "}", text)) if "\\text" not in text else text
     for _ in range(4):
         fixed = _FRACTION.sub(_braces, _ROOT.sub(lambda m: f"\\sqrt{m[1] or ''}{{{m[2]}}}", text))
         if fixed == text:
             break
         text = fixed
-    if whole := re.fullmatch(r"\\text\{([^{}]*\d[^{}]*)\}", text):  # \text{18 dollars}
-        text = whole[1]
     return trimmed(re.sub(r"\s+", " ", text))
 
 
@@ -139,9 +153,14 @@ def trimmed(text: str) -> str:
     return re.sub(r"\s*\\(?:cr|newline)$|^\\cr\s", "", text).strip()
 
 
+def upright(text: str) -> str:
+    """The text with the words of `\\text{…}` as plain words."""
+    return re.sub(r"\\text\{([^{}]*)\}", r" \1 ", text)
+
+
 def squeezed(text: str) -> str:
     """For comparing letter by letter: without spaces, and without braces around one character."""
-    text = re.sub(r"\\text\{([^{}]*)\}", r" \1 ", text)
+    text = upright(text)
     text = re.sub(r"(\\[a-zA-Z]+) (?=[a-zA-Z])", "\\1\0", text)  # \pi r is not \pir
     text = re.sub(r"\{\s*(\w)\s*\}", r"\1", text)
     text = re.sub(r"(?<=\d) +(?=\d)", "\0", text)  # 5 1/2 is not 51/2
@@ -150,8 +169,7 @@ def squeezed(text: str) -> str:
 
 def plain(text: str) -> str:
     """For comparing words: no markup, one case."""
-    text = re.sub(r"\\text\{([^{}]*)\}", r" \1 ", text)
-    words = re.sub(r"[^\w\s+\-*/=<>^().,:\\]", " ", text).casefold().strip(" .").split()
+    words = re.sub(r"[^\w\s+\-*/=<>^().,:\\]", " ", upright(text)).casefold().strip(" .").split()
     return " ".join(word for word in words if word not in ("a", "an", "the")) or " ".join(words)
 
 
@@ -195,6 +213,12 @@ def balanced(text: str) -> bool:
         if depth < 0:
             return False
     return depth == 0
+
+
+def complete(text: str) -> bool:
+    """Whether nothing is cut off: what `\\begin` and `\\left` open is closed."""
+    opened, closed = (len(re.findall(rf"\\{side}(?![a-zA-Z])", text)) for side in ("left", "right"))
+    return opened <= closed and text.count("\\begin{") == text.count("\\end{")
 
 
 def bracketed(text: str) -> tuple[str, str, str] | None:

@@ -4,10 +4,11 @@ In a completion it is what is boxed last; else what is announced last ("The answ
 last mathematics. A cell may hold the answer alone, a worked solution with a box or GSM8K's mark, a number, or a list.
 """
 
+import contextlib
 import json
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 # Announcements, each with what stands between it and the answer. The last one in the text counts.
@@ -19,7 +20,7 @@ _ANNOUNCED = re.compile(
         [*_\s]* (?: \b(?:is|are|would\s+be|must\s+be|will\s+be|should\s+be|equals)\b | [:：=] )
     | \b(?:correct|right|best)\s+(?:option|choice)\b [*_\s]* (?: \bis\b | [:：] )
     | \b(?:option|choice) \s+ is \b
-    | ^[\s\#*_]*(?:final\s+)?answer[\s*_:]*$
+    | ^(?:[^\S\n]|[\#*_])*(?:final\s+)?answer[\s*_:]*$
     | (?:答案|réponse|respuesta|antwort|resposta|ответ) [*_\s]* (?: 是|为|為 | \b(?:est|es|ist|é)\b | [:：] )
     )(?:[*:：\s]|_(?=[^\s_]))*""",
     re.IGNORECASE | re.VERBOSE | re.MULTILINE,
@@ -29,6 +30,8 @@ _MATHEMATICS = re.compile(
     r"((?:[^$\\\n]|\\.)+?)\$",
     re.DOTALL,
 )
+_BOX = re.compile(r"\\(?:boxed|fbox|framebox)\b\s*|\\boxed(?=\d)")
+_TOKEN = re.compile(r"[^\s$\\]+|\\[a-zA-Z]+(?:\{[^{}]*\})*")
 _SPECIAL = re.compile(r"<\|[^|<>]*\|>\s*|</?s>|<eos>|<end_of_turn>")
 _SEPARATORS = re.compile(r"(?:[\s$,;.*{}]|\\[,;()\[\] ]|\\text|\\quad|and|or)*")
 _HEDGE = re.compile(
@@ -45,9 +48,12 @@ _CLAUSE_END = re.compile(
 _SIGN = r"(?:(?<![\w)\]}])[-+−–](?=[\d.$€£\\])|(?<=[=:(] )[-−–](?= \d)|(?<=[=:(])[-−–](?= \d))?"
 _PLAIN = r"\d{1,3}(?:,\d{3})+(?:\.\d+)?(?!\d)|\d+\.\d+|\d+\.(?=/)|\d+|(?<![\w.])\.\d+"
 _NUMBER = re.compile(
-    rf"{_SIGN}[ ]?(?:\\?[$€£¥][ ]?)?(?:(?:{_PLAIN})(?:[eE][-+]?\d+)?(?:[ ]?(?:\\times|[×x*])[ ]?10\^\{{?-?\d+\}}?)?)"
-    rf"(?:[ ]\d+/\d+|[ ]?/[ ]?\d+)?(?:[ ]?\\?%)?"
+    rf"[ ]?(?<![\w.:])\d+(?:[ ]?:[ ]?\d+)+(?![\d:])(?:[ ]?[ap]\.?m\b\.?)?"  # a ratio, a time of day
+    rf"|{_SIGN}[ ]?(?:\\?[$€£¥][ ]?)?(?:(?:{_PLAIN})(?:[eE][-+]?\d+)?(?:[ ]?(?:\\times|[×x*])[ ]?10\^\{{?-?\d+\}}?)?)"
+    rf"(?:[ ]\d+/\d+|[ ]?/[ ]?\d+)?(?:[ ]?\\?%)?(?:[ ](?:thousand|million|billion|trillion)\b)?",
+    re.IGNORECASE,
 )
+_NOTHING = ("none", "null", "nan", "n/a", "[]")  # of Python and JSON, as text
 
 
 def completion_text(completion: Any) -> str:
@@ -95,39 +101,33 @@ def boxes(text: str) -> list[tuple[int, int, str]] | None:
     """
     found: list[tuple[int, int, str]] = []
     seen = False
-    for mark in re.finditer(r"\\(?:boxed|fbox|framebox)\b\s*|\\boxed(?=\d)", text):
+    closing = _closing_braces(text)
+    for mark in _BOX.finditer(text):
         start = mark.end()
-        if start < len(text) and text[start] == "{":
-            end = _closing_brace(text, start)
+        if text[start : start + 1] == "{":
+            end = closing.get(start)
             if end is None:
                 found, seen = [], True
                 continue
             content = text[start + 1 : end].strip()
         else:  # \boxed 7
-            token = re.match(r"[^\s$\\]+|\\[a-zA-Z]+(?:\{[^{}]*\})*", text[start:])
-            content, end = (token[0].rstrip(".,;"), start + token.end()) if token else ("", start)
+            token = _TOKEN.match(text, start)
+            content, end = (token[0].rstrip(".,;"), token.end()) if token else ("", start)
         if content:
             seen = True
             found.append((mark.start(), end + 1, content))
     return found if seen else None
 
 
-def _closing_brace(text: str, start: int) -> int | None:
-    depth = 0
-    skip = False
-    for at in range(start, len(text)):
-        letter = text[at]
-        if skip:
-            skip = False
-        elif letter == "\\":
-            skip = True
-        elif letter == "{":
-            depth += 1
-        elif letter == "}":
-            depth -= 1
-            if depth == 0:
-                return at
-    return None
+def _closing_braces(text: str) -> dict[int, int]:
+    """Where the brace closes that opens at a place."""
+    closing, opened = {}, []
+    for brace in re.finditer(r"\\.|[{}]", text, re.DOTALL):
+        if brace[0] == "{":
+            opened.append(brace.start())
+        elif brace[0] == "}" and opened:
+            closing[opened.pop()] = brace.start()
+    return closing
 
 
 def announced(text: str) -> str | None:
@@ -135,9 +135,10 @@ def announced(text: str) -> str | None:
     return next((answer for rest in announcements(text) if (answer := _clause(rest))), None)
 
 
-def announcements(text: str) -> list[str]:
+def announcements(text: str) -> Iterator[str]:
     """What follows each announcement, all of it; the last announcement first."""
-    return [text[mark.end() :].split("</answer>")[0].strip() for mark in reversed(list(_ANNOUNCED.finditer(text)))]
+    for mark in reversed([*_ANNOUNCED.finditer(text)]):
+        yield text[mark.end() :].split("</answer>")[0].strip()
 
 
 def _clause(rest: str) -> str | None:
@@ -169,12 +170,8 @@ def _inside(match: re.Match) -> str:
 
 def last_mathematics(text: str) -> str | None:
     """The last formula or number of a text; the whole text where it is short and has neither."""
-    last = None
-    for last in _MATHEMATICS.finditer(text):  # noqa: B007
-        pass
-    number = None
-    for number in _NUMBER.finditer(text, last.end() if last else 0):  # noqa: B007
-        pass
+    last = next(iter([*_MATHEMATICS.finditer(text)][-1:]), None)
+    number = next(iter([*_NUMBER.finditer(text, last.end() if last else 0)][-1:]), None)
     stripped = text.strip().strip("*`\"'").strip()
     short = "\n" not in stripped and len(stripped) <= 40 and last is None and len(stripped.split()) <= 4
     if short and (number is None or not re.search(r"[a-zA-Z]{2,}\s", text[: number.start()])):
@@ -194,41 +191,33 @@ def only_number(text: str) -> str | None:
 
 def last_number(text: str) -> str | None:
     """The last number of a text, with its sign and decimals but no separators: for tasks that are answered by one."""
-    found = re.findall(rf"{_SIGN}[ ]?(?:\\?[$€£¥])?({_PLAIN})", text)
+    found = re.findall(rf"({_SIGN})[ ]?(?:\\?[$€£¥])?({_PLAIN})", text)
     if not found:
         return None
-    matches = list(re.finditer(rf"({_SIGN})[ ]?(?:\\?[$€£¥])?({_PLAIN})", text))
-    sign, digits = matches[-1][1], matches[-1][2].replace(",", "")
-    return ("-" if sign in ("-", "−", "–") else "") + digits
+    sign, digits = found[-1]
+    return ("-" if sign in ("-", "−", "–") else "") + digits.replace(",", "")
 
 
 def gold_text(gold: Any) -> str | None:
     """The answer in a cell of a data set, or None if it holds none that can be read."""
+    if isinstance(gold, str):
+        return _text_of_string(gold.strip())
     if isinstance(gold, Mapping):  # DAPO's `reward_model`
-        return gold_text(
-            next((gold[name] for name in ("ground_truth", "answer", "final_answer") if name in gold), None)
-        )
-    if isinstance(gold, bool):
-        return str(gold)
-    if isinstance(gold, int | float):
-        return (
-            None
-            if not math.isfinite(gold)
-            else str(int(gold))
-            if gold == int(gold) and abs(gold) < 1e15
-            else repr(gold)
-        )
-    if isinstance(gold, Sequence) and not isinstance(gold, str):
+        named = [gold[name] for name in ("ground_truth", "answer", "final_answer") if name in gold]
+        return gold_text(named[0]) if named else None
+    if isinstance(gold, Sequence):
         parts = [gold_text(part) for part in gold]
         return None if not parts or None in parts else ", ".join(part for part in parts if part)
-    if not isinstance(gold, str):
-        return None
-    text = gold.strip()
+    if isinstance(gold, float) and math.isfinite(gold) and gold == int(gold) and abs(gold) < 1e15:
+        return str(int(gold))
+    return repr(gold) if isinstance(gold, int | float) and math.isfinite(gold) else None
+
+
+def _text_of_string(text: str) -> str | None:
+    """Of a worked solution its box, what follows GSM8K's mark, or what it announces; else all of it."""
     if text[:1] == "[" and text[-1:] == "]" and '"' in text:  # a list that was stored as JSON
-        try:
+        with contextlib.suppress(ValueError):
             return gold_text(json.loads(text))
-        except ValueError:
-            pass
     found = boxes(text)
     if found is not None or re.search(r"\\boxed\s*\{\s*\}", text):
         return found[-1][2] if found else None
@@ -236,12 +225,5 @@ def gold_text(gold: Any) -> str | None:
         text = text.rpartition("####")[2].strip()
     elif ("\n" in text or len(text) > 60) and re.search(r"\banswer\b", text, re.IGNORECASE):
         text = announced(text) or text
-    if not re.search(r"\w|\\(?:emptyset|varnothing|infty)|[∅∞]", text) or text.lower() in (
-        "none",
-        "null",
-        "nan",
-        "n/a",
-        "[]",
-    ):
-        return None
-    return text
+    readable = re.search(r"\w|\\(?:emptyset|varnothing|infty)|[∅∞]", text) and text.lower() not in _NOTHING
+    return text if readable else None

@@ -24,8 +24,10 @@ from typing import Any
 from .worker_process import DONE, FAILED, STARTED, VALUES
 
 ROWS_AT_ONCE = 2048  # rows that a worker is given in one message, at most
+SMALLEST = 4  # rows below which a message costs more than it evens out
 STARTUP_LIMIT = 300.0  # seconds for a worker's imports
 PROGRAM = Path(__file__).with_name("worker_process.py")
+_Logged = tuple[dict[str, list], dict[str, list]]  # columns and metrics
 
 
 class InWorkers:
@@ -75,17 +77,22 @@ class InWorkers:
         rows = {name: list(values) for name, values in columns.items() if _is_column(values, len(completions))}
         with self._lock:
             before = self.counts.copy()
-            rewards, extra, metrics = self._score(list(completions), rows)
+            batch = _Batch(list(completions), rows)
+            try:
+                self._score(batch)
+            except BaseException:  # an interrupt: no worker may answer the next call with rows of this one
+                self._end()
+                raise
             new = self.counts - before
         if log_extra is not None:
-            for name, values in extra.items():
+            for name, values in batch.extra.items():
                 log_extra(name, values)
         if log_metric is not None and completions:
-            for name, values in metrics.items():
+            for name, values in batch.metrics.items():
                 log_metric(name, sum(values) / len(values))
             for kind in ("late", "crashed", "raised"):  # each time, so that all processes log the same metrics
                 log_metric(f"{self.__name__}/{kind}", new[kind] / len(completions))
-        return rewards
+        return batch.rewards
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_pool": [], "_lock": None}
@@ -96,74 +103,52 @@ class InWorkers:
     def close(self) -> None:
         """End the workers. A later call starts new ones."""
         with self._lock:
-            for worker in self._pool:
-                worker.end()
-            self._pool = []
+            self._end()
 
-    def _score(
-        self, completions: list[Any], columns: dict[str, list[Any]]
-    ) -> tuple[list[float | None], dict[str, list], dict[str, list]]:
-        """Rewards of all rows, and what the function logged: columns and metrics."""
+    def _end(self) -> None:
+        for worker in self._pool:
+            worker.end()
+        self._pool = []
+
+    def _score(self, batch: "_Batch") -> None:
+        """Score all rows: a worker that is free gets the next ones, a row that ends its worker is written off."""
         if os.getpid() != self._process:  # forked: the workers are the parent's
             self._pool, self._process = [], os.getpid()
-        count = min(self.workers, len(completions))
+        self._pool = [worker for worker in self._pool if worker.process.poll() is None]
+        count = min(self.workers, len(batch.completions))
         self._pool += [self._new_worker() for _ in range(count - len(self._pool))]
-        rewards: list[float | None] = [None] * len(completions)
-        extra: dict[str, list] = {}
-        metrics: dict[str, list] = {}
-        # Worker k gets every count-th row from k on: neighbours are often alike, and slow together.
-        waiting = {k: list(range(k, len(completions), count)) for k in range(count)}
-        for k in waiting:
-            self._pool[k].ready()
-            self._send(k, waiting[k], completions, columns)
-        while waiting:
-            limits = {k: self._pool[k].time_left(self.time_limit) for k in waiting}
-            answered = wait([self._pool[k].connection for k in waiting], timeout=max(0.0, min(limits.values())))
-            for k in list(waiting):
-                worker = self._pool[k]
-                if worker.connection in answered:
-                    logged = worker.answer()
-                    kind = None if logged is not None else "crashed"
-                    for name, values in logged[0].items() if logged else ():
-                        column = extra.setdefault(name, [None] * len(completions))
-                        for row, one in zip(waiting[k], values, strict=False):
-                            column[row] = one
-                    for name, values in logged[1].items() if logged else ():
-                        metrics.setdefault(name, []).extend(values)
-                elif worker.time_left(self.time_limit) <= 0:
-                    kind = "late"
-                else:
-                    continue
-                rest = self._take(worker, waiting[k], rewards, kind)
-                if kind is not None:
+        while True:
+            for worker in self._pool[:count]:
+                if worker.ready and not worker.rows and (rows := batch.next_rows(count)):
+                    worker.send(rows, batch)
+            if not batch.waiting and not any(worker.rows for worker in self._pool[:count]):
+                return
+            active = [worker for worker in self._pool[:count] if worker.rows or not worker.ready]
+            first = min(worker.time_left(self.time_limit) for worker in active)
+            answered = wait([worker.connection for worker in active], timeout=max(0.0, first))
+            for at, worker in enumerate(self._pool[:count]):
+                if worker in active and self._has_ended(worker, worker.connection in answered, batch):
                     worker.end()
-                    self._pool[k] = self._new_worker()
-                if rest:
-                    waiting[k] = rest
-                    self._pool[k].ready()
-                    self._send(k, rest, completions, columns)
-                else:
-                    del waiting[k]
-        return rewards, extra, metrics
+                    self._pool[at] = self._new_worker()
 
-    def _send(self, k: int, rows: list[int], completions: list[Any], columns: dict[str, list[Any]]) -> None:
-        now = rows[:ROWS_AT_ONCE]
-        self._pool[k].send([completions[row] for row in now], {n: [v[row] for row in now] for n, v in columns.items()})
-
-    def _take(self, worker: "_Worker", rows: list[int], rewards: list[float | None], kind: str | None) -> list[int]:
-        """Write down what the worker has done; the rows that are left, without the one that ended it."""
+    def _has_ended(self, worker: "_Worker", answered: bool, batch: "_Batch") -> bool:
+        """Write down what a worker has done, if it is done; whether it must be replaced."""
+        if not worker.ready:
+            worker.start(answered)
+            return False
+        if not answered and worker.time_left(self.time_limit) > 0:
+            return False
+        logged = worker.answer() if answered else None
         done = int(worker.page[DONE])
-        for row, value in zip(rows[:done], worker.page[VALUES : VALUES + done], strict=True):
-            if value == FAILED:
-                self.counts["raised"] += 1
-                rewards[row] = self.failed
-            else:
-                rewards[row] = None if math.isnan(value) else value
-        if kind is None or done == len(rows[:ROWS_AT_ONCE]):
-            return rows[done:]
-        self.counts[kind] += 1
-        rewards[rows[done]] = self.failed
-        return rows[done + 1 :]
+        values = list(map(float, worker.page[VALUES : VALUES + done]))
+        raised = batch.write(worker.rows[:done], values, self.failed, logged)
+        rest, worker.rows = worker.rows[done:], []
+        self.counts.update({"raised": raised} if raised else {})
+        if logged is None and rest:
+            self.counts["crashed" if answered else "late"] += 1
+            batch.rewards[rest.pop(0)] = self.failed
+        batch.waiting = rest + batch.waiting
+        return logged is None
 
     def _new_worker(self) -> "_Worker":
         module = getattr(self.function, "__module__", None) or type(self.function).__module__
@@ -179,11 +164,46 @@ class InWorkers:
         return _Worker(dict(function=function, main=main, ours=ours, path=sys.path, memory_limit=self.memory_limit))
 
 
+class _Batch:
+    """The rows of one call: those that wait for a worker, and what has been written down of the others."""
+
+    def __init__(self, completions: list[Any], columns: dict[str, list[Any]]) -> None:
+        self.completions, self.columns = completions, columns
+        self.waiting = list(range(len(completions)))
+        self.rewards: list[float | None] = [None] * len(completions)
+        self.extra: dict[str, list] = {}
+        self.metrics: dict[str, list] = {}
+
+    def next_rows(self, workers: int) -> list[int]:
+        """Rows for a worker: half of its share of what is left, so that all workers end together.
+
+        They are neighbours. Rollouts of one prompt then share what the worker remembers of the gold.
+        """
+        share = len(self.waiting) / workers
+        count = min(ROWS_AT_ONCE, math.ceil(max(share / 2, min(share, SMALLEST))))
+        rows, self.waiting = self.waiting[:count], self.waiting[count:]
+        return rows
+
+    def write(self, rows: list[int], values: list[float], failed: float | None, logged: _Logged | None) -> int:
+        """Write down values and what was logged; the number of rows at which the function raised."""
+        for row, value in zip(rows, values, strict=True):
+            self.rewards[row] = failed if value == FAILED else None if math.isnan(value) else value
+        extra, metrics = logged or ({}, {})
+        for name, column in extra.items():
+            for row, one in zip(rows, column, strict=True):
+                self.extra.setdefault(name, [None] * len(self.rewards))[row] = one
+        for name, numbers in metrics.items():
+            self.metrics.setdefault(name, []).extend(numbers)
+        return values.count(FAILED)
+
+
 class _Worker:
     """One process, the connection to it, and the page of memory in which it says how far it is."""
 
     def __init__(self, job: dict[str, Any]) -> None:
         self.connection, theirs = Pipe()
+        self.rows: list[int] = []  # that it scores
+        self.ready = False  # whether it has imported its function
         with tempfile.TemporaryFile() as file:
             file.truncate(8 * (VALUES + ROWS_AT_ONCE))
             self.page = memoryview(mmap.mmap(file.fileno(), 0)).cast("d")
@@ -195,32 +215,32 @@ class _Worker:
                 env={**os.environ, "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"},
             )
         theirs.close()
-        self._ready = False
+        self.page[STARTED] = time.monotonic()
         self.connection.send(job)
 
-    def ready(self) -> None:
-        """Wait until the worker has imported its function."""
-        if self._ready:
+    def start(self, answered: bool) -> None:
+        """Note that it has imported its function. Raises if it could not, or not in time."""
+        if not answered and self.time_left(STARTUP_LIMIT) > 0:
             return
-        if not self.connection.poll(STARTUP_LIMIT):
-            self.end()
-            raise RuntimeError(f"A reward worker was not ready after {STARTUP_LIMIT:.0f} s.")
-        try:
-            error = self.connection.recv()
-        except EOFError:
-            error = f"it ended with code {self.process.wait()}"
+        error: Any = f"it was not ready after {STARTUP_LIMIT:.0f} s"
+        if answered:
+            try:
+                error = self.connection.recv()
+            except (EOFError, OSError):
+                error = f"it ended with code {self.process.wait()}"
         if error is not None:
-            self.end()
-            raise RuntimeError(f"A reward worker could not start: {error}")
-        self._ready = True
+            raise RuntimeError(f"A reward worker could not start: {error}.")
+        self.ready = True
 
-    def send(self, completions: list[Any], columns: dict[str, list[Any]]) -> None:
+    def send(self, rows: list[int], batch: _Batch) -> None:
+        self.rows = rows
         self.page[DONE] = 0
         self.page[STARTED] = time.monotonic()
+        columns = {name: [values[row] for row in rows] for name, values in batch.columns.items()}
         with contextlib.suppress(BrokenPipeError):  # it has died; the connection says so when it is read
-            self.connection.send((completions, columns))
+            self.connection.send(([batch.completions[row] for row in rows], columns))
 
-    def answer(self) -> tuple[dict[str, list], dict[str, list]] | None:
+    def answer(self) -> _Logged | None:
         """What was logged for all the rows it was sent; None if it died instead."""
         try:
             return self.connection.recv()
@@ -228,7 +248,8 @@ class _Worker:
             return None
 
     def time_left(self, limit: float) -> float:
-        return self.page[STARTED] + limit - time.monotonic()
+        """Seconds until the row that it scores is late; for one that is starting, until that has taken too long."""
+        return self.page[STARTED] + (limit if self.ready else STARTUP_LIMIT) - time.monotonic()
 
     def end(self) -> None:
         self.connection.close()

@@ -1,0 +1,51 @@
+"""Equations: a name and what it equals, or two sides that say the same as two others."""
+
+import re
+
+from .. import symbols
+from ..notation import squeezed
+from . import Same
+from .lists import in_order
+from .scalars import NAME, equation, same_scalar
+
+_FUNCTION = re.compile(r"(\\?[a-zA-Z]+)\s*\(\s*([a-zA-Z])\s*\)")
+
+
+def same_equation(gold: list[str], answer: str, same: Same) -> bool:
+    given = equation(answer)
+    if not NAME.fullmatch(gold[0]):
+        return given is not None and len(gold) == len(given) == 2 and _same_sides(gold, given, same)
+    if given is None:
+        return any(same(side, answer) for side in gold[1:])
+    if not NAME.fullmatch(given[0]):
+        return len(gold) == len(given) == 2 and _same_sides(gold, given, same)
+    sides = [_with_argument(side, gold[0], given[0]) for side in gold[1:]]
+    if not _same_name(gold[0], given[0]):
+        return False
+    if len(gold) == len(given):
+        return in_order(sides, given[1:], same)
+    return any(same(side, given[-1]) for side in sides) or (len(gold) == 2 and same(sides[0], given[1]))
+
+
+def _same_sides(gold: list[str], given: list[str], same: Same) -> bool:
+    """Whether two equations have the same sides, in either order, or are multiples of one another."""
+    for first, second in (given, given[::-1]):
+        if same_scalar(gold[0], first, same) and same_scalar(gold[1], second, same):
+            return True
+    return symbols.proportional(f"({gold[0]})-({gold[1]})", f"({given[0]})-({given[1]})")
+
+
+def _same_name(gold: str, answer: str) -> bool:
+    """Whether two sides name the same: letters must agree, f(x) is f(t), and words may be any."""
+    first, second = (squeezed(re.sub(r"\(.*", "", text)).strip("{}") for text in (gold, answer))
+    if re.search(r"[a-z]{3}", second) and not second.startswith("\\"):
+        return True
+    if len(first) == 1 and second.isupper() and len(second) > 2:  # a triangle's area
+        return True
+    return first == second if "_" in first and "_" in second else first.split("_")[0] == second.split("_")[0]
+
+
+def _with_argument(text: str, gold: str, answer: str) -> str:
+    """The right side of f(x) with the answer's letter for x."""
+    first, second = _FUNCTION.fullmatch(gold), _FUNCTION.fullmatch(answer)
+    return re.sub(rf"(?<![a-zA-Z\\]){first[2]}(?![a-zA-Z])", second[2], text) if first and second else text

@@ -1,0 +1,149 @@
+"""Intervals, unions, inequalities and sets given by a condition: one kind, for each can be written as another."""
+
+import re
+
+from .. import symbols
+from ..notation import bracketed, cut, plain, squeezed, trimmed
+from . import Same
+from .scalars import RELATION, same_scalar
+from .words import EVERYTHING, whole_line
+
+End = tuple[str, bool]  # a bound, and whether it belongs to the interval
+Region = tuple[list[tuple[End, End]], str]  # intervals and points, and the variable's name if it has one
+Chain = tuple[list[str], list[str]]  # a < b ≤ c: what stands between the signs, and these
+
+_LOWEST: End = ("-\\infty", False)
+_HIGHEST: End = ("\\infty", False)
+_VARIABLE = re.compile(r"(?:\\[a-zA-Z]+|[a-zA-Z])(?:_\{?\w+\}?)?'*")
+_FLIP = {"<": ">", ">": "<", "\\le": "\\ge", "\\ge": "\\le", "\\ne": "\\ne"}
+_UNION = r"\\cup(?![a-zA-Z])|(?<![a-zA-Z\\])[Uu](?![a-zA-Z])"
+_ALTERNATIVE = r"\\text\{\s*or\s*\}|(?<![a-zA-Z\\])or(?![a-zA-Z])|,|\\text\{\s*,?\s*and\s*\}"
+
+
+def region(text: str) -> Region | None:
+    for read in (_of_condition, _of_member, _of_union, _whole_line, _interval, _inequalities):
+        if (found := read(text)) is not None:
+            return found
+    return None
+
+
+def _of_condition(text: str) -> Region | None:
+    """`\\{x \\mid x < 2\\}`, or a set of points."""
+    whole = bracketed(text)
+    if whole is None or whole[0] not in ("\\{", "{"):
+        return None
+    parts = re.split(r"\||(?<!\\):", whole[1], maxsplit=1)
+    if len(parts) == 2:
+        return region(parts[1].strip())
+    if re.search(RELATION, whole[1]) or whole[0] == "{":
+        return None
+    points = [part for cutting in cut(whole[1], "[,;]") if (part := trimmed(cutting))]
+    return ([((point, True), (point, True)) for point in points], "") if points else None
+
+
+def _of_member(text: str) -> Region | None:
+    """`x \\in (2, 5)`."""
+    match = re.fullmatch(r"(.{1,12}?)\s*\\in(?![a-zA-Z])\s*(.*)", text)
+    inner = region(match[2].strip()) if match and _VARIABLE.fullmatch(match[1].strip()) else None
+    return (inner[0], match[1].strip()) if inner and match else None
+
+
+def _of_union(text: str) -> Region | None:
+    pieces = cut(text, _UNION)
+    regions = [region(piece) for piece in pieces] if len(pieces) > 1 else [None]
+    return None if None in regions else ([interval for one in regions if one for interval in one[0]], "")
+
+
+def _whole_line(text: str) -> Region | None:
+    return ([(_LOWEST, _HIGHEST)], "") if whole_line(text) else None
+
+
+def _interval(text: str) -> Region | None:
+    match = re.fullmatch(r"([(\[])(.*)([)\]])", text.strip(), re.DOTALL)
+    if match is None or re.search(RELATION + "|=", match[2]):
+        return None
+    parts = cut(match[2], ",")
+    if len(parts) != 2 or not all(parts):
+        return None
+    return [((parts[0], match[1] == "["), (parts[1], match[3] == "]"))], ""
+
+
+def _inequalities(text: str) -> Region | None:
+    found = [one for part in cut(text, _ALTERNATIVE) for one in [_inequality(part)] if one]
+    names = {name for _, name in found}
+    complete = len(found) == len(cut(text, _ALTERNATIVE)) and len(names) == 1
+    return ([interval for one in found for interval in one[0]], names.pop()) if complete else None
+
+
+def _inequality(text: str) -> Region | None:
+    """One of `x < a`, `a < x`, `a < x < b` and `x ≠ a`."""
+    parts, signs = ascending(text) or ([], [])
+    named = [at for at, part in enumerate(parts) if _VARIABLE.fullmatch(part)]
+    if len(parts) not in (2, 3) or len(named) != 1 or (len(parts) == 3 and named != [1]):
+        return None
+    (at,) = named
+    if signs == ["\\ne"]:
+        bound = (parts[1 - at], False)
+        return [(_LOWEST, bound), (bound, _HIGHEST)], parts[at]
+    if not set(signs) <= {"<", "\\le"}:
+        return None
+    low = (parts[0], signs[0] != "<") if at > 0 else _LOWEST
+    high = (parts[-1], signs[-1] != "<") if at < len(parts) - 1 else _HIGHEST
+    return [(low, high)], parts[at]
+
+
+def ascending(text: str) -> Chain | None:
+    """A chain of relations, turned so that it ascends."""
+    parts, signs = cut(text, RELATION), re.findall(RELATION, text)
+    if not signs or len(parts) != len(signs) + 1 or not all(parts):
+        return None
+    return (parts[::-1], [_FLIP[sign] for sign in reversed(signs)]) if signs[0] in (">", "\\ge") else (parts, signs)
+
+
+def gold_region(gold: str) -> Region | None:
+    """A gold that is no ordered pair: a bracket, an infinity, a union or a relation says so."""
+    if not re.search(RELATION + r"|\\infty|\\cup|\\in(?![a-zA-Z])|^\(.*\]$|^\[.*\)$|^\[[^,]*,[^,]*\]$|\\mathbb", gold):
+        return None
+    return region(gold)
+
+
+def same_region(gold: Region, answer: str, same: Same) -> bool:
+    given = _whole_line("\\mathbb{R}") if plain(answer) in EVERYTHING else region(answer)
+    if given is None or (gold[1] and given[1] and squeezed(gold[1]) != squeezed(given[1])):
+        return False
+    left = list(given[0])
+    for ends in gold[0]:
+        found = [other for other in left if all(_same_end(a, b, same) for a, b in zip(ends, other, strict=True))]
+        if not found:
+            return False
+        left.remove(found[0])
+    return not left
+
+
+def _same_end(gold: End, answer: End, same: Same) -> bool:
+    if gold[1] != answer[1]:
+        return False
+    if "\\infty" in gold[0] + answer[0]:
+        return re.sub(r"[+ {}]", "", gold[0]) == re.sub(r"[+ {}]", "", answer[0])
+    return same(gold[0], answer[0])
+
+
+def both_ways(gold: str) -> list[str] | None:
+    """An inequality and the interval that it means, `-1 < x \\le 2 : (-1, 2]`."""
+    parts = [part.strip() for part in gold.split(":")]
+    return parts if len(parts) == 2 and re.search(RELATION, parts[0]) and all(region(part) for part in parts) else None
+
+
+def same_either_way(gold: list[str], answer: str, same: Same) -> bool:
+    return all(any(same(one, part.strip()) for one in gold) for part in answer.split(":"))
+
+
+def same_chain(gold: Chain, answer: str, same: Same) -> bool:
+    """Relations of formulas: side by side, or as one difference against nothing."""
+    given = ascending(answer)
+    if given is None or given[1] != gold[1]:
+        return False
+    if all(same_scalar(a, b, same) for a, b in zip(gold[0], given[0], strict=True)):
+        return True
+    first, second = (f"({chain[0][0]})-({chain[0][-1]})" for chain in (gold, given))
+    return len(gold[0]) == 2 and symbols.proportional(first, second, positive=gold[1] != ["\\ne"])

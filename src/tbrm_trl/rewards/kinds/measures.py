@@ -1,0 +1,44 @@
+"""Dates, times of day, angles, bases and ratios."""
+
+import re
+from collections.abc import Callable
+from fractions import Fraction
+from typing import Any
+
+from ..notation import cut
+from ..times import TimeOfDay, angle, same_time, time_of_day
+from . import Same
+from .scalars import RELATION, same_scalar
+
+
+def alike(read: Callable[[str], Any]) -> Callable[[Any, str, Same], bool]:
+    """The comparison of a kind whose golds and answers are right where they are read alike."""
+    return lambda gold, answer, same: read(answer) == gold
+
+
+def minutes_of_arc(gold: str) -> Fraction | None:
+    """Degrees of a gold in degrees and minutes."""
+    return angle(gold) if "\\prime" in gold or "'" in gold else None
+
+
+def same_time_of_day(gold: TimeOfDay, answer: str, same: Same) -> bool:
+    given = time_of_day(answer)
+    return given is not None and same_time(gold, given)
+
+
+def ratio(text: str) -> list[str] | None:
+    """The terms of `3:2` or `3 to 2`."""
+    if "\\{" in text or re.search(RELATION + "|=", text):
+        return None
+    parts = cut(re.sub(r"\\text\{\s*to\s*\}|(?<=\d)\s+to\s+(?=\d)", ":", text), ":")
+    wrong = len(parts) < 2 or any(not part or "[" in part or "\\text" in part for part in parts)
+    return None if wrong else parts
+
+
+def same_ratio(gold: list[str], answer: str, same: Same) -> bool:
+    given = ratio(answer) or [answer, "1"]
+    # a : b = c : d exactly where ad = bc.
+    return len(given) == len(gold) and all(
+        same_scalar(f"({gold[0]})\\cdot({theirs})", f"({given[0]})\\cdot({ours})", same)
+        for ours, theirs in zip(gold[1:], given[1:], strict=True)
+    )

@@ -1,0 +1,129 @@
+"""Single values: numbers without rounding, then units, then expressions. What is of no other kind is one."""
+
+import re
+from fractions import Fraction
+
+from .. import symbols
+from ..notation import OPENING, bracketed, cut, plain, squeezed
+from ..quantities import Number, in_base, number, same_number
+from ..units import Unit, split_unit
+from . import Same
+
+RELATION = r"\\le(?![a-zA-Z])|\\ge(?![a-zA-Z])|\\ne(?![a-zA-Z])|<|>"
+NAME = re.compile(
+    r"(?:\\(?:text|overline|vec|hat|tilde|angle|triangle)\s*)?"
+    r"\{?(?:\\(?!frac|sqrt|log|sin|cos|tan|ln|binom)[a-zA-Z]+|[a-zA-Z][a-zA-Z ]*)\}?"
+    r"'*(?:_\{?[^{}=<>]*\}?)?'*(?:\^\{?-1\}?)?\s*(?:\(\s*[a-zA-Z](?:\s*,\s*[a-zA-Z])*\s*\))?"
+)
+_APPROXIMATELY = r"\\approx(?![a-zA-Z])"
+_PERCENT, _DEGREE = (("percent", 1),), (("degree", 1),)
+
+
+def equation(text: str) -> list[str] | None:
+    """The sides of an equation, or of a chain of them."""
+    if re.search(RELATION, text):
+        return None
+    sides = cut(text, r"=|\\equiv(?![a-zA-Z])")
+    return sides if len(sides) > 1 and all(sides) else None
+
+
+def same_scalar(gold: str, answer: str, same: Same) -> bool:
+    if bool(re.search(RELATION, gold)) != bool(re.search(RELATION, answer)):
+        return False
+    for compare in (_equation_for_value, _approximation, _within_brackets):
+        if (verdict := compare(gold, answer, same)) is not None:
+            return verdict
+    return _same_quantity(*_units_apart(gold, answer))
+
+
+def _equation_for_value(gold: str, answer: str, same: Same) -> bool | None:
+    """5 against `x = 5`, `5 = x`, `m + n = 5` and `m + n = 2 + 3 = 5`; but no formula against one of two sides."""
+    sides = equation(answer)
+    if sides is None or equation(gold) is not None:
+        return None
+    first, last = sides[0], sides[-1]
+    if NAME.fullmatch(last):
+        return same_scalar(gold, first, same) or same_scalar(gold, last, same)
+    value = number(gold)
+    is_formula = re.search(r"(?<![\\a-zA-Z])[a-zA-Z]", first) and not NAME.fullmatch(first)
+    is_curve = re.search(r"\^|x.*y|y.*x", first)  # x² + y² = 1 says nothing of 1, m + n = 40 of 40
+    if len(sides) == 2 and is_formula and (is_curve or value is None or not value.value):
+        return False
+    return same_scalar(gold, last, same)
+
+
+def _approximation(gold: str, answer: str, same: Same) -> bool | None:
+    """An exact value with its decimal, `\\sqrt{2} \\approx 1.414`: either of them, but both where both have both."""
+    if "\\approx" not in gold + answer:
+        return None
+    wanted, given = ([part for part in cut(text, _APPROXIMATELY) if part] for text in (gold, answer))
+    if len(wanted) > 1 and len(given) > 1:
+        return same(wanted[0], given[0]) and same(wanted[-1], given[-1])
+    return any(same(one, part) for one in wanted for part in {*given[:1], *given[-1:]})
+
+
+def _within_brackets(gold: str, answer: str, same: Same) -> bool | None:
+    while (whole := bracketed(answer)) and whole[0] + whole[2] == "()" and bracketed(whole[1]):
+        answer = whole[1]
+    if whole is None or not whole[1] or OPENING.get(whole[0], "\\}") != whole[2]:
+        return None
+    return "," not in whole[1] and same(gold, whole[1])
+
+
+def _units_apart(gold: str, answer: str) -> tuple[str, Unit | None, str, Unit | None]:
+    """Gold and answer without their units, and these. If one has a unit, a letter apart may be that of the other."""
+    gold_rest, gold_unit = split_unit(gold)
+    answer_rest, answer_unit = split_unit(answer)
+    if gold_unit and not answer_unit:
+        answer_rest, answer_unit = split_unit(answer, loose=True)
+    elif answer_unit and not gold_unit:
+        gold_rest, gold_unit = split_unit(gold, loose=True)
+    elif not answer_unit and number(gold) is not None and re.search(r"\s\S+$", answer):
+        loose_rest, loose_unit = split_unit(answer, loose=True)
+        if number(loose_rest) is not None:
+            answer_rest, answer_unit = loose_rest, loose_unit
+    return gold_rest, gold_unit, answer_rest, answer_unit
+
+
+def _same_quantity(gold: str, gold_unit: Unit | None, answer: str, answer_unit: Unit | None) -> bool:
+    first, second = (unit.powers if unit else () for unit in (gold_unit, answer_unit))
+    if first == second:
+        return _same_value(
+            gold, answer, gold_unit.size / answer_unit.size if gold_unit and answer_unit else Fraction(1)
+        )
+    if first and second:
+        return False
+    if _PERCENT in (first, second):
+        value = number(gold)
+        share = not first and value is not None and 0 < abs(value.value) < 1  # 0.5 is not 0.5%
+        ratio = Fraction(1, 100) if first == _PERCENT else Fraction(100)
+        return (not share and _same_value(gold, answer)) or _same_value(gold, answer, ratio)
+    if second == _DEGREE and "\\pi" in gold:
+        answer = f"({answer})\\cdot\\frac{{\\pi}}{{180}}"
+    return _same_value(gold, answer)
+
+
+def _same_value(gold: str, answer: str, scale: Fraction = Fraction(1)) -> bool:
+    """Whether the gold times `scale` is the answer; neither has a unit."""
+    if squeezed(gold) == squeezed(answer) and scale == 1:
+        return True
+    first, second = number(gold), number(answer)
+    if first is not None:
+        first = Number(first.value * scale, first.step and first.step * scale)
+        if second is not None:
+            return same_number(first, second)
+    if (based := in_base(answer)) is not None:
+        return first is not None and first.value == based
+    if scale != 1:
+        factor = first.value if first is not None else scale
+        gold = f"({gold if first is None else 1})\\cdot\\frac{{{factor.numerator}}}{{{factor.denominator}}}"
+    if not _could_be_formula(answer) or not _could_be_formula(gold):
+        return plain(gold) == plain(answer) and len(plain(gold)) > 1
+    if "\\ln" in gold + answer:  # a logarithm without a base is the natural one beside an \ln
+        gold, answer = (re.sub(r"\\log(?!\s*_)(?![a-zA-Z])", r"\\ln", text) for text in (gold, answer))
+    return symbols.same_value(gold, answer) or symbols.rounds_as(first or gold, second or answer)
+
+
+def _could_be_formula(text: str) -> bool:
+    """Whether a text is not made of words."""
+    return not re.search(r"(?<![\\a-zA-Z{_])[a-zA-Z]{4,}(?![a-zA-Z}])|\\text\{[^{}]*[a-zA-Z]{3,}", text)

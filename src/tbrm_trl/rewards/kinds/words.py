@@ -1,0 +1,100 @@
+"""Choices, words and sentences: what is compared letter by letter rather than by value."""
+
+import re
+
+from ..notation import plain, squeezed, upright
+from . import Same
+
+_CHOICE = re.compile(
+    r"(?:\(\s*([A-Z])\s*\)|([A-Z])(?=\s*(?:[).:]|$))(?!\s*\)\s*[-+*/^]))"
+    r"(?![\s).:]*(?:[\^_=(+/<>]|\\cu[pa]))"  # part of a formula
+)
+_LABELLED = re.compile(r"(?:\\text\{)?\s*(?:\([A-K]\)|[A-K][).:])\s*\}?\s*(.+)")
+_CONDITION = re.compile(r"(?<![\\a-zA-Z])(?:otherwise|where|when|if|for|such that)(?![a-zA-Z])|\\begin\{cases\}")
+_WHOLE_LINE = {"(-\\infty,\\infty)", "(-\\infty,+\\infty)", "\\mathbbR", "\\mathbb{R}", "\\mathbb R"}
+EVERYTHING = {
+    "all real numbers", "\\mathbb{r}", "all reals", "all real", "all real values", "r", "every real number",
+    "x \\in \\mathbb{r}",
+}  # fmt: skip
+_SYNONYMS = (
+    {
+        "no solution", "no solutions", "\\emptyset", "empty set", "\\{\\}", "no real solution", "no real solutions",
+        "the empty set",
+    },
+    EVERYTHING,
+    {"does not exist", "dne", "the limit does not exist", "limit does not exist"},
+)  # fmt: skip
+
+
+def choice(text: str) -> str | None:
+    """The letter of a choice: `B`, `(B)`, `\\text{(B)}`, `B) 7`, `option B`."""
+    match = _CHOICE.match(re.sub(r"(?i)^\s*(?:option|choice|answer)\s+", "", upright(text)).strip())
+    return match and (match[1] or match[2])
+
+
+def choice_with_value(gold: str) -> tuple[str, str | None] | None:
+    """The letter of a gold, and the value that stands beside it: `B) 7`."""
+    letter = choice(gold)
+    if letter is None:
+        return None
+    if re.fullmatch(r"\(?[A-Z]\)?", re.sub(r"\s", "", upright(gold))):
+        return letter, None
+    several = re.search(r",\s*(?:\\text\{)?[A-Z]\}?\s*:", gold)  # J: 4 h, S: 14 h
+    match = None if several else _LABELLED.fullmatch(gold)
+    return (letter, match[1]) if match else None
+
+
+def same_choice(gold: tuple[str, str | None], answer: str, same: Same) -> bool:
+    letter, value = gold
+    given = choice(answer)
+    if given is not None:
+        return given == letter
+    if value is not None:
+        return same(value, answer)
+    return "=" in answer and squeezed(answer.rpartition("=")[2]).strip("()") == letter
+
+
+def without_label(answer: str) -> str | None:
+    """The value of a choice that stands with it, `(C) 1/2`."""
+    match = _LABELLED.fullmatch(answer)
+    return match and match[1]
+
+
+def sentences(gold: str) -> str | None:
+    """A gold of sentences, or one that depends on conditions."""
+    words = re.findall(r"(?<![\\a-zA-Z])[a-zA-Z]{3,}", re.sub(r"\\(?:begin|end)\{[^{}]*\}", "", gold))
+    return gold if len(words) > 4 or (_CONDITION.search(gold) and re.search(r"[\d=]", gold)) else None
+
+
+def same_sentences(gold: str, answer: str, same: Same) -> bool:
+    return plain(gold) == plain(answer)
+
+
+def words(gold: str) -> str | None:
+    """A gold of words: no digits, no formula."""
+    bare = upright(gold).strip()
+    if any(bare.casefold() in names for names in _SYNONYMS):
+        return bare
+    if re.search(r"[\d\\=<>^_|{}]", bare):
+        return None
+    longest = max(map(len, re.findall(r"[^\W\d_]{2,}", bare)), default=0)
+    return bare if longest > 3 or (longest and ("\\text" in gold or bare.casefold() in ("yes", "no"))) else None
+
+
+def same_words(gold: str, answer: str, same: Same) -> bool:
+    wanted, given = gold.casefold(), upright(answer).strip().casefold()
+    if wanted in ("yes", "no", "true", "false"):
+        return re.match(rf"{wanted}(?![a-z]|\w* \w)", given) is not None
+    for names in _SYNONYMS:
+        if wanted in names:
+            return given.strip(" .") in names or (names is EVERYTHING and whole_line(answer))
+    return plain(gold) == plain(answer) or _without_article(gold) == _without_article(answer)
+
+
+def whole_line(text: str) -> bool:
+    """Whether a text is a name of all real numbers: `\\mathbb{R}`, `x \\in (-\\infty, \\infty)`."""
+    return squeezed(text).rpartition("\\in ")[2] in _WHOLE_LINE
+
+
+def _without_article(text: str) -> str:
+    return plain(re.sub(r"(?i)^\s*(?:the|a|an|it is|is)\s+", "", upright(text)))

@@ -1,0 +1,60 @@
+"""Times of day, dates, and angles in degrees, minutes and seconds."""
+
+import re
+from fractions import Fraction
+
+from .notation import upright
+from .quantities import number
+from .units import split_unit
+
+TimeOfDay = tuple[int, int, int, str]  # hours, minutes, seconds, and "am", "pm" or ""
+
+_MONTHS = "jan feb mar apr may jun jul aug sep oct nov dec".split()
+_DATES = [
+    re.compile(r"(?P<year>\d{4})\s*[-/.]\s*(?P<month>\d{1,2})\s*[-/.]\s*(?P<day>\d{1,2})"),
+    re.compile(r"(?P<month>\d{1,2})/(?P<day>\d{1,2})/(?P<year>\d{4})"),
+    re.compile(r"(?P<name>[a-zA-Z]{3})[a-zA-Z]{0,6}\.? (?P<day>\d{1,2})(?:st|nd|rd|th)?(?: (?P<year>\d{4}))?"),
+    re.compile(r"(?P<day>\d{1,2})(?:st|nd|rd|th)? (?P<name>[a-zA-Z]{3})[a-zA-Z]{0,6}\.?(?: (?P<year>\d{4}))?"),
+]
+_TIME = re.compile(r"\s*(\d{1,2})(?:\s*:\s*(\d{2})(?:\s*:\s*(\d{2}))?)?\s*(?:([ap])\.?\s*m\.?)?\s*", re.IGNORECASE)
+_ANGLE = re.compile(
+    r"(-?)(\d+)\s*\^\\circ\s*(\d+)\s*(?:'|\^\{?\s*\\prime\s*\}?)"
+    r"\s*(?:(\d+(?:\.\d+)?)\s*(?:''|\"|\^\{?\s*\\prime\s*\\prime\s*\}?))?"
+)
+
+
+def time_of_day(text: str) -> TimeOfDay | None:
+    """`6:30`, `18:30:15`, `6:30 p.m.` or `6 p.m.`."""
+    match = _TIME.fullmatch(upright(text))
+    if match is None or not (match[2] or match[4]) or int(match[1]) > 24 or int(match[2] or 0) > 59:
+        return None
+    return int(match[1]), int(match[2] or 0), int(match[3] or 0), f"{match[4].lower()}m" if match[4] else ""
+
+
+def same_time(gold: TimeOfDay, answer: TimeOfDay) -> bool:
+    """The same time of day. Where one side names no half of the day, the hands must stand alike."""
+    first, second = (time[0] % 12 + 12 * (time[3] == "pm") if time[3] else time[0] for time in (gold, answer))
+    either = bool(gold[3]) != bool(answer[3]) and gold[0] == answer[0]
+    return gold[1:3] == answer[1:3] and (first == second or either)
+
+
+def date(text: str) -> tuple[int, int, int] | None:
+    """Year (0 if there is none), month and day; of `05/01/2024` the month comes first."""
+    text = " ".join(upright(text).replace(",", " ").split())
+    match = next((match for pattern in _DATES if (match := pattern.fullmatch(text))), None)
+    if match is None:
+        return None
+    found = match.groupdict()
+    name = found.get("name", "").lower()
+    month = _MONTHS.index(name) + 1 if name in _MONTHS else int(found.get("month") or 0)
+    day = int(found["day"])
+    return (int(found["year"] or 0), month, day) if 1 <= month <= 12 and 1 <= day <= 31 else None
+
+
+def angle(text: str) -> Fraction | None:
+    """Degrees of an angle in degrees, minutes and seconds, or of one that is a number of degrees."""
+    if match := _ANGLE.fullmatch(text.strip()):
+        degrees = Fraction(match[2]) + Fraction(match[3]) / 60 + Fraction(match[4] or 0) / 3600
+        return -degrees if match[1] else degrees
+    bare = number(split_unit(text)[0])
+    return bare.value if bare else None

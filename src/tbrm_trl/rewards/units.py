@@ -1,0 +1,114 @@
+"""Units: what a text measures, and how much of it, and a text without its unit."""
+
+import re
+from dataclasses import dataclass
+from fractions import Fraction
+
+from .notation import upright
+from .quantities import number
+
+_MEASURES: dict[str, dict[str, int | str]] = {
+    "length": {"m meter metre": 1, "cm centimeter centimetre": "1/100", "mm millimeter millimetre": "1/1000",
+               "km kilometer kilometre": 1000, "in inch inche": "254/10000", "ft foot feet": "3048/10000",
+               "yd yard": "9144/10000", "mi mile": "1609344/1000", "nm nanometer": "1/1000000000"},
+    "mass": {"g gram": 1, "kg kilogram": 1000, "mg milligram": "1/1000", "lb lbs pound": "45359237/100000",
+             "oz ounce": "45359237/1600000", "ton tonne": 1000000},
+    "time": {"s sec second": 1, "min minute": 60, "h hr hour": 3600, "day": 86400, "week": 604800, "ms": "1/1000"},
+    "litre": {"l liter litre": 1, "ml milliliter millilitre": "1/1000"},
+    "dollar": {"dollar usd buck \\$": 1, "cent ¢ penny pennie": "1/100"},
+    "euro": {"€ euro eur": 1}, "pound sterling": {"£ gbp": 1}, "yen": {"¥ yen jpy yuan rmb": 1},
+    "rupee": {"₹ rupee rs": 1},
+    "degree": {"degree deg": 1}, "radian": {"rad radian": 1}, "percent": {"% percent percentage": 1},
+    "celsius": {"celsius": 1}, "fahrenheit": {"fahrenheit": 1}, "kelvin": {"k kelvin": 1},
+    "newton": {"n newton": 1}, "joule": {"j joule": 1, "kj": 1000}, "watt": {"w watt": 1, "kw": 1000},
+    "volt": {"v volt": 1}, "ampere": {"a amp ampere": 1}, "hertz": {"hz hertz": 1}, "pascal": {"pa pascal": 1},
+    "mole": {"mol mole": 1}, "erg": {"erg": 1},
+}  # fmt: skip
+_UNITS = {
+    name: (measure, Fraction(size))
+    for measure, names in _MEASURES.items()
+    for spellings, size in names.items()
+    for name in spellings.split()
+}
+_POWERS = {"square": 2, "sq": 2, "cubic": 3, "cu": 3}
+_LETTER = r"(?:[msghlLNJWVAKCF]|kg|km|cm|mm|nm|mol|Pa|Hz)(?:\s*\^\s*\{?-?[1-4]\}?)?"
+_LETTERS = rf"{_LETTER}(?:\s*(?:/|\\cdot|\s)\s*{_LETTER})*"  # m/s, kg m/s^2
+
+
+@dataclass(frozen=True)
+class Unit:
+    """Powers of what is measured, and the size in basic units. Words that measure nothing (apples) have no powers."""
+
+    powers: tuple[tuple[str, int], ...]
+    size: Fraction
+
+
+def unit(text: str) -> Unit | None:
+    """The unit that a text is: "cm^2", "\\text{ft} / \\text{s}", "square inches", "apples"; None if it is none."""
+    words = _words_of(text)
+    if not 0 < len(words) <= 8:
+        return None
+    powers: dict[str, int] = {}
+    size, sign, power = Fraction(1), 1, 1
+    for word in words:
+        name, _, exponent = word.partition("^")
+        if name in ("/", "per"):
+            sign = -1
+        elif name.lower() in _POWERS:
+            power = _POWERS[name.lower()]
+        elif found := _known(name):
+            each = sign * power * int(exponent or 1)
+            powers[found[0]] = powers.get(found[0], 0) + each
+            size *= found[1] ** each
+            power = 1
+        elif not re.fullmatch(r"[a-zA-Z]{3,}", name):  # apples, of, each
+            return None
+    return Unit(tuple(sorted((name, p) for name, p in powers.items() if p)), size)
+
+
+def _words_of(text: str) -> list[str]:
+    """Names with their powers, slashes, and signs of currency."""
+    text = re.sub(r"\^\\circ\s*([CF])(?![a-zA-Z])", lambda m: {"C": "celsius", "F": "fahrenheit"}[m[1]], upright(text))
+    text = re.sub(r"\s*\^\s*\{?\s*(-?\d)\s*\}?", r"^\1", text.replace("^\\circ", " degree "))
+    text = re.sub(r"\\cdot|\\times|-(?!\d)|\*|~|\\(?=%)", " ", re.sub(r"\bmph\b", "mile/hour", text))
+    return re.findall(r"[a-zA-Z]+(?:\^-?\d)?|\\\$|\S", text)
+
+
+def _known(name: str) -> tuple[str, Fraction] | None:
+    """What a name measures, and how much: as it is written, in small letters, or without the ending of its plural."""
+    small = name.lower()
+    spellings = [name, small, *([small.removesuffix("s"), small.removesuffix("es")] if len(name) > 2 else [])]
+    return next((_UNITS[one] for one in spellings if one in _UNITS), None)
+
+
+_END = re.compile(
+    r"""^(?P<rest>.*?[\w)\]}!\s.])\s*(?P<unit>
+        (?:\\text\{[^{}]*[a-zA-Z%][^{}]*\}(?:\s*\^\s*\{?-?\d\}?)?(?:\s*(?:/|\\cdot|\\times|-|per)?\s*))+
+      | \^\\circ\s*(?:\\text\{)?[CF]?\}?
+      | \\?%
+      | (?:square|sq\.?|cubic|cu\.?)?\s*(?<![a-zA-Z\\])[a-zA-Z]{2,}
+        (?:\s*(?:/|per)\s*[a-zA-Z]+|[ ][a-zA-Z]+)*(?:\^\{?\d\}?)?
+      | [€£¥₹¢] | \\\$
+    )$""",
+    re.VERBOSE | re.DOTALL,
+)
+_LOOSE = re.compile(rf"^(?P<rest>.*?[\d}})\w])\s*(?<![a-zA-Z\\])(?P<unit>{_LETTERS})$", re.DOTALL)
+_FRONT = re.compile(
+    r"^(?P<sign>[-+]?)\s*(?P<unit>\\\$|[€£¥₹]|(?:USD|Rs\.?)(?![a-zA-Z]))\s*(?P<rest>[-+]?\s*[\d.\\({].*)$"
+)
+
+
+def split_unit(text: str, loose: bool = False) -> tuple[str, Unit | None]:
+    """A text without its unit, and the unit. Single letters that are not upright are units only if `loose`."""
+    if match := _FRONT.match(text):
+        rest, tail = split_unit(match["sign"] + match["rest"], loose)
+        return rest, tail if tail and tail.powers else unit(match["unit"])
+    match = _END.match(text)
+    if match and (found := unit(match["unit"])) and re.search(r"[\w})]", match["rest"]):
+        is_word = not match["unit"].lstrip().startswith(("\\", "^", "%", "€", "£", "¥", "₹", "¢"))
+        # Plain words after anything but a number may be a product of letters or part of a sentence.
+        if not is_word or number(match["rest"]) or (found.powers and re.search(r"[\d})]\s*$", match["rest"])):
+            return match["rest"].strip(), found
+    if loose and (match := _LOOSE.match(text)) and (found := unit(match["unit"])):
+        return match["rest"].strip(), found
+    return text, None
