@@ -226,20 +226,21 @@ def on_answers(golds_of: dict[str, list[Any]], score_by: dict[str, InWorkers]) -
     sets: dict[str, Any] = {}
     seconds: list[float] = []
     asked_for: list[str] = []
-    wrong = []
     for name, golds in golds_of.items():
         sets[name] = {"golds": len(golds), "asked": {}}
         for kind, pairs in pairs_of(golds).items():
             right = judged(score_by["now"], pairs, seconds)
             asked_for += [str(gold)[:60] for gold, _, _ in pairs]
-            wrong += [[name, kind, str(one[0]), one[1]] for one, good in zip(pairs, right, strict=True) if not good]
+            for one, is_right in zip(pairs, right, strict=True):
+                if not is_right:
+                    print("wrong:", name, kind, *one, flush=True)  # the sets' own text is printed, not kept
             drawn = random.Random(0).sample(range(len(pairs)), min(MOST, len(pairs)))
             row = sets[name]["asked"][kind] = {"pairs": len(pairs), "now": share(right), "drawn": len(drawn)}
             row["now, drawn"] = share([right[at] for at in drawn])
             for judge in [one for one in score_by if one != "now"]:
                 row[judge] = share(judged(score_by[judge], [pairs[at] for at in drawn]))
             print(name, kind, row, flush=True)
-    return {"sets": sets, "wrong_now": wrong, "time": times(seconds, asked_for)}
+    return {"sets": sets, "time": times(seconds, asked_for)}
 
 
 def times(seconds: list[float], golds: list[str]) -> dict[str, Any]:
@@ -389,8 +390,7 @@ def write(results: dict[str, Any], folder: Path) -> None:
         "# Verdicts on the golds of eight benchmarks",
         "",
         "Written by `python benchmarks/verdicts.py <folder of answers>`. "
-        f"{platform.machine()}; {versions}. Raw numbers, and every pair that is judged wrong: "
-        "[verdicts.json](verdicts.json).",
+        f"{platform.machine()}; {versions}. Raw numbers: [verdicts.json](verdicts.json).",
         "",
         "Percent of right verdicts. *now*: `tbrm_trl.rewards.correct`; *before*: `correct(verifiable(gold))` of "
         f"`examples/train.py` at {BEFORE}; *TRL*: its `accuracy_reward` on the gold as it stands. A verdict of None "
