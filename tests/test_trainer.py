@@ -55,8 +55,9 @@ class OnCPU(TBRMConfig):
     bf16: bool = False
 
 
-def test_without_args(llama, tmp_path, monkeypatch):
-    """One rollout per prompt, in a llama named after the model, for three epochs; options of GRPO are refused."""
+def test_without_args(tmp_path, monkeypatch):
+    """One rollout per prompt, in a folder named after the model, for three epochs; options of GRPO are refused."""
+    llama = save(tmp_path / "model", "llama", max_position_embeddings=1024)  # the default completions have 512 tokens
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("tbrm_trl.trainer.TBRMConfig", OnCPU)
     trainer = TBRMTrainer(llama, letters, train_dataset=DATA)

@@ -282,6 +282,10 @@ class TBRMTrainer(ExactResume, GRPOTrainer):
         check_adapters(model, peft_config, args)
         check_quantization(model, peft_config, quantization_config, args)
         check_reference_model(reference_model, model, peft_config, args)
+        if args.should_save:
+            require_writable(Path(args.output_dir), "`output_dir`")
+        if isinstance(train_dataset, Dataset) and self._plan.mix.logged:
+            self._scratch = scratch_folder(train_dataset)
         renderer = PromptRenderer(model, processing_class, args, tools, environment_factory or rollout_func)
         self._prompt_limit = renderer.limit(train_dataset)
         fitted = self._with_fitting_prompts(train_dataset, "the training set", ~self._plan.logged, renderer)
@@ -294,11 +298,6 @@ class TBRMTrainer(ExactResume, GRPOTrainer):
             }
         else:
             eval_dataset = self._with_fitting_prompts(eval_dataset, "the evaluation set", np.ones(1, bool), renderer)
-
-        if args.should_save:
-            require_writable(Path(args.output_dir), "`output_dir`")
-        if isinstance(train_dataset, Dataset) and self._plan.mix.logged:
-            self._scratch = scratch_folder(train_dataset)
 
         # Build. TRL would sync no adapter, copy one only if it is named "default", and load a reference beside another.
         given_adapter = not isinstance(model, str) and is_peft_model(model)
