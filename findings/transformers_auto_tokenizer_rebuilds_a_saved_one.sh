@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
 # transformers 5.23.0: AutoTokenizer gives a saved tokenizer back as another one, if a config.json of a known model stands
-# beside it. A word-level tokenizer saved by `save_pretrained` (its tokenizer_config.json names the general class, TokenizersBackend)
-# loads as Qwen2Tokenizer beside a configuration of type qwen2: the class of the model's type wins over the saved one, and
-# builds its own pre-tokenizer. The same text gets other ids, a character outside the vocabulary gets none instead of the
+# beside it. A word-level tokenizer saved by `save_pretrained` (its tokenizer_config.json names the general class,
+# TokenizersBackend) loads as Qwen2Tokenizer beside a configuration of type qwen2: the class of the model's type wins over
+# the saved one, and builds its own pre-tokenizer. The same text gets other ids, a character outside the vocabulary gets none instead of the
 # unknown token, and nothing is said. PreTrainedTokenizerFast.from_pretrained on the same folder gives the saved one back.
 #
 # Seen:
