@@ -226,6 +226,24 @@ OFFLOADED = {"stage": 2, "offload_optimizer": {"device": "cpu"}}
             {"deepspeed": {"zero_optimization": OFFLOADED}, "optim": "sgd"},
             "`optim='sgd'` with DeepSpeed's optimizer off",
         ),
+        (
+            {"deepspeed": {"zero_optimization": {"stage": 0}}},
+            "DeepSpeed without ZeRO is refused: it steps inside backward",
+        ),
+        (
+            {"deepspeed": {"zero_optimization": {"stage": 2, "compute_grad_norm": False}}},
+            "DeepSpeed's `zero_optimization.compute_grad_norm=false` is refused",
+        ),
+        (
+            {
+                "deepspeed": {
+                    "bf16": {"enabled": True, "check_grad_overflow": False},
+                    "zero_optimization": {"stage": 2},
+                },
+                "bf16": True,
+            },
+            "DeepSpeed's `bf16.check_grad_overflow=false` is refused",
+        ),
     ],
 )
 def test_launches_that_cannot_work(options, message):

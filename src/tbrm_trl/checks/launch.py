@@ -47,11 +47,14 @@ def check_launch(args: TBRMOptions) -> Iterator[str]:
             "DeepSpeed without ZeRO is refused: it steps inside backward, and looks at no gradient before. An update "
             "that is not finite would reach the weights. Set `zero_optimization.stage` to 1, 2 or 3."
         )
-    if precise.get("enabled") and precise.get("check_grad_overflow") is False:
-        yield (
-            "DeepSpeed's `bf16.check_grad_overflow=false` is refused: an update that is not finite would reach the "
-            "weights. Leave it out, or set it to true."
-        )
+    unchecked = [("bf16.check_grad_overflow", precise.get("enabled") and precise.get("check_grad_overflow"))]
+    unchecked += [("zero_optimization.compute_grad_norm", zero.get("compute_grad_norm"))]
+    for name, value in unchecked:
+        if value is False:
+            yield (
+                f"DeepSpeed's `{name}=false` is refused: an update that is not finite would reach the weights. Leave it "
+                "out, or set it to true."
+            )
     version = fsdp_version(args)
     if version is None:
         return
