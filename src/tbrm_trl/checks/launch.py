@@ -52,8 +52,8 @@ def check_launch(args: TBRMOptions) -> Iterator[str]:
     for name, value in unchecked:
         if value is False:
             yield (
-                f"DeepSpeed's `{name}=false` is refused: an update that is not finite would reach the weights. Leave it "
-                "out, or set it to true."
+                f"DeepSpeed's `{name}=false` is refused: an update that is not finite would reach the weights. Leave "
+                "it out, or set it to true."
             )
     version = fsdp_version(args)
     if version is None:
