@@ -30,7 +30,23 @@ from safetensors import SafetensorError
 def write_table(path: Path, table: pa.Table) -> None:
     """Write a Parquet file."""
     with appearing(path) as partial:
-        pq.write_table(table, partial)
+        pq.write_table(table, partial, write_page_checksum=True)
+
+
+def read_table(path: str | Path, columns: list[str] | None = None) -> pa.Table:
+    """Read a Parquet file, and compare its pages with their checksums where it has some.
+
+    Raises:
+        ValueError: for a file that is damaged, or no Parquet file.
+        FileNotFoundError: if there is none.
+    """
+    try:
+        return pq.read_table(path, columns=columns, page_checksum_verification=True)
+    except FileNotFoundError:
+        raise
+    except (pa.ArrowException, OSError) as error:
+        reason = str(error).splitlines()[0]
+        raise ValueError(f"{path} is damaged, or is no Parquet file ({reason}). Remove it, or restore it.") from error
 
 
 def write_json(path: Path, value: Any, durably: bool = False) -> None:

@@ -5,12 +5,12 @@ from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.compute as pc
-import pyarrow.parquet as pq
 import xxhash
 from accelerate import Accelerator
 from accelerate.utils import gather_object
 from datasets import Dataset, concatenate_datasets
 
+from ..files import read_table
 from ..trajectory import Trajectory, check_scores
 from .logged import logged_trajectory
 from .parquet import read_trajectories, write_trajectories
@@ -65,7 +65,7 @@ def precompute_scores(
             for one in range(processes):
                 _part(file, one).unlink()
         accelerator.wait_for_everyone()
-    scores = Dataset(pq.read_table(file, columns=list(_SCORES)))
+    scores = Dataset(read_table(file, list(_SCORES)))
     _check_stored(scores, file)
     kept = dataset.remove_columns([name for name in _SCORES if name in dataset.column_names])
     return concatenate_datasets([kept, scores], axis=1)

@@ -17,7 +17,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from datasets import Dataset
 
-from ..files import appearing, plain_value
+from ..files import appearing, plain_value, read_table
 from ..trajectory import Trajectory
 from .parquet import REWARD_PREFIX, SCHEMA, write_trajectories
 
@@ -147,7 +147,7 @@ def _merge(files: Sequence[Path]) -> None:
     metadata = {_VERSION: str(version), _PARTS: json.dumps([part.name for part in parts])}
     with (
         appearing(target) as partial,
-        pq.ParquetWriter(partial, unified.schema.with_metadata(metadata)) as writer,
+        pq.ParquetWriter(partial, unified.schema.with_metadata(metadata), write_page_checksum=True) as writer,
     ):
         for opened, group in pieces:
             table = _with_json(opened.read_row_group(group).replace_schema_metadata(None), as_json)
@@ -178,7 +178,9 @@ def _take_apart(file: Path, parts: Sequence[Path], step: int) -> None:
             for path, held in made.items():
                 with (
                     appearing(path) as partial,
-                    pq.ParquetWriter(partial, opened.schema_arrow.with_metadata(metadata)) as writer,
+                    pq.ParquetWriter(
+                        partial, opened.schema_arrow.with_metadata(metadata), write_page_checksum=True
+                    ) as writer,
                 ):
                     for part in held:
                         table = opened.read_row_group(place[part]).replace_schema_metadata(metadata)
@@ -242,7 +244,7 @@ def load_rollouts(folder: str | Path | Iterable[str | Path], unrewarded: bool = 
 
 
 def _read_rollouts(file: Path) -> pa.Table:
-    table = pq.read_table(file)
+    table = read_table(file)
     version = int((table.schema.metadata or {}).get(_VERSION.encode(), 1))
     if version > ROLLOUTS_VERSION:
         raise ValueError(

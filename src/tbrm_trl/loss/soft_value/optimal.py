@@ -9,13 +9,12 @@ from typing import Any, ClassVar
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 import torch
 import xxhash
 from accelerate.utils import gather_object
 from datasets import Dataset
 
-from ...files import dataset_digest, write_table
+from ...files import dataset_digest, read_table, write_table
 from ...options import TBRMOptions, refuse
 from ...trajectory import Trajectory
 from .base import ConstantValue
@@ -149,11 +148,11 @@ class OptimalValue(ConstantValue):
                     write_table(part, pa.table({"rewards": gathered}))
                 accelerator.wait_for_everyone()
             if accelerator.is_main_process:
-                write_table(file, pa.concat_tables([pq.read_table(part) for part in parts]))
+                write_table(file, pa.concat_tables([read_table(part) for part in parts]))
             accelerator.wait_for_everyone()
         else:
             accelerator.print(f"TBRM: rewards of the reference's samples read from {file}.")
-        return torch.tensor(pq.read_table(file)["rewards"].to_pylist(), dtype=torch.float64)
+        return torch.tensor(read_table(file)["rewards"].to_pylist(), dtype=torch.float64)
 
     def _key(self, run: Run) -> str:
         """Digest of the reference, the data and how it is sampled. β₁ is applied to the rewards later."""
