@@ -262,6 +262,8 @@ def test_launches_that_work():
         config(deepspeed={"zero_optimization": {"stage": 2, "offload_optimizer": nothing}}, optim="adamw_8bit")
         config(deepspeed={"zero_optimization": {"stage": 3, "offload_param": nothing}}, optim="adamw_8bit")
     config(fsdp=True, fsdp_config={"version": 2})
+    unused = {"enabled": False, "check_grad_overflow": False}
+    config(deepspeed={"zero_optimization": {"stage": 2}, "bf16": unused}, optim="adamw_8bit")
 
 
 def test_fsdp_version_of_the_launcher(monkeypatch):

@@ -47,9 +47,10 @@ def check_launch(args: TBRMOptions) -> Iterator[str]:
             "DeepSpeed without ZeRO is refused: it steps inside backward, and looks at no gradient before. An update "
             "that is not finite would reach the weights. Set `zero_optimization.stage` to 1, 2 or 3."
         )
-    unchecked = [("bf16.check_grad_overflow", precise.get("enabled") and precise.get("check_grad_overflow"))]
-    unchecked += [("zero_optimization.compute_grad_norm", zero.get("compute_grad_norm"))]
-    for name, value in unchecked:
+    looks = {"zero_optimization.compute_grad_norm": zero.get("compute_grad_norm")}
+    if precise.get("enabled"):
+        looks["bf16.check_grad_overflow"] = precise.get("check_grad_overflow")
+    for name, value in looks.items():
         if value is False:
             yield (
                 f"DeepSpeed's `{name}=false` is refused: an update that is not finite would reach the weights. Leave "
