@@ -48,6 +48,16 @@ def times_out_itself(completions, **kwargs):
     raise TimeoutError("the judge did not answer")
 
 
+async def cancels_a_task(completions, **kwargs):
+    task = asyncio.create_task(asyncio.sleep(30))
+    task.cancel()
+    await task
+
+
+def cancels_a_loop(completions, **kwargs):
+    asyncio.run(cancels_a_task(completions))
+
+
 FAILING = {"raised": (broken, broken_async), "late": (slow, slow_async)}
 
 
@@ -91,6 +101,27 @@ def test_by_default_the_run_ends_with_the_functions_own_error(function, error, m
     with pytest.raises(error, match=message):
         trainer.train()
     assert trainer.state.global_step == 0
+
+
+@pytest.mark.parametrize("function", [cancels_a_task, cancels_a_loop])
+@pytest.mark.parametrize("limit", [None, 30.0])
+def test_a_task_that_is_cancelled_inside_is_a_failure(function, limit, tmp_path):
+    """`asyncio.CancelledError` is no `Exception`: it would end this process alone."""
+    trainer = build(save(tmp_path / "model"), tmp_path, [function, letters], reward_on_error="skip", max_steps=1,
+                    reward_timeout=limit)  # fmt: skip
+    trainer.train()
+    assert logged(trainer, f"rewards/{function.__name__}/raised") == [1.0]
+
+
+def test_a_call_that_is_cancelled_from_outside_ends():
+    async def cancelled() -> None:
+        task = asyncio.create_task(RewardCalls().guarded(slow_async, "slow")(PROMPTS[:1], completions=["a"]))
+        await asyncio.sleep(0.1)
+        task.cancel()
+        await task
+
+    with pytest.raises(asyncio.CancelledError):
+        asyncio.run(cancelled())
 
 
 def test_nonsense_ends_the_run_whatever_the_policy(tmp_path):

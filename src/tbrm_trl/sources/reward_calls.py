@@ -6,7 +6,7 @@ import functools
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, wait
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -99,7 +99,7 @@ class RewardCalls:
     def _kept(self, name: str, completions: Sequence[Any]) -> Iterator[list[float | None]]:
         rewards: list[float | None] = [self.failed] * len(completions)
         try:
-            with _said_if_slow(name, len(completions)):
+            with _said_if_slow(name, len(completions)), _cancelled_within():
                 yield rewards
         except Exception as error:
             reason = "late" if isinstance(error, LateError) else "raised"
@@ -141,6 +141,18 @@ def _within(limit: float, run: Callable[..., Any], kwargs: dict[str, Any]) -> An
         given_up.set()
         raise LateError
     return result.result()
+
+
+@contextmanager
+def _cancelled_within() -> Iterator[None]:
+    """Make an error of a cancellation that began in the function. It is no `Exception`, and would end one process."""
+    try:
+        yield
+    except asyncio.CancelledError as error:
+        with suppress(RuntimeError):  # outside of an event loop, nothing can cancel the call
+            if (task := asyncio.current_task()) is not None and task.cancelling():
+                raise
+        raise RuntimeError("a task that it waited for was cancelled") from error
 
 
 @contextmanager
