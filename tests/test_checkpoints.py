@@ -218,6 +218,22 @@ def test_a_new_run_does_not_take_a_folder_with_checkpoints(qwen2, out):
     assert all(file.read_bytes() == content for file, content in before.items() if file.exists())
 
 
+def test_a_folder_has_several_paths(qwen2, out, tmp_path):
+    """A checkpoint that is named by another path of the output directory is still the run's own."""
+    (tmp_path / "link").symlink_to(tmp_path)
+    for path in (tmp_path / "link" / "out", out / ".." / "out"):
+        trainer = again(qwen2, path)
+        trainer.train(resume_from_checkpoint=str(out / "checkpoint-12"))
+        assert trainer.state.global_step == 14
+
+
+def test_auto_is_not_advised_where_it_finds_nothing_to_go_on_from(qwen2, tmp_path):
+    options = dict(max_steps=1, save_steps=1, save_only_model=True, save_rollouts=False)
+    build("fresh", qwen2, tmp_path / "out", **options).train()
+    with pytest.raises(ValueError, match=r"holds checkpoint-1 of another run.* No run can go on from there: it holds a"):
+        build("fresh", qwen2, tmp_path / "out", **options).train(resume_from_checkpoint="auto")
+
+
 def test_a_checkpoint_of_another_trainer_is_kept(qwen2, tmp_path):
     foreign = tmp_path / "out/checkpoint-2"
     foreign.mkdir(parents=True)
