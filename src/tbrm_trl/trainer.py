@@ -283,7 +283,9 @@ class TBRMTrainer(ExactResume, GRPOTrainer):
         check_quantization(model, peft_config, quantization_config, args)
         check_reference_model(reference_model, model, peft_config, args)
         renderer = PromptRenderer(model, processing_class, args, tools, environment_factory or rollout_func)
-        self._prompt_limit = renderer.limit(train_dataset)
+        sets = [train_dataset, *titled_sets(eval_dataset).values()]
+        generates = bool(self._plan.mix.rollouts) or eval_dataset is not None
+        self._prompt_limit = renderer.limit(sets, generates)
         fitted = self._with_fitting_prompts(train_dataset, "the training set", ~self._plan.logged, renderer)
         if fitted is not train_dataset:
             train_dataset, self._plan = fitted, planned(fitted)
