@@ -4,6 +4,7 @@ import asyncio
 import functools
 import logging
 import math
+import threading
 import time
 from pathlib import Path
 from typing import Any
@@ -164,6 +165,21 @@ def test_what_is_late_logs_nothing_any_more():
     ) == [None]
     time.sleep(0.6)
     assert seen == [("before", 1)]
+
+
+@pytest.mark.parametrize("device", [None, 3])
+def test_the_thread_is_on_its_callers_device(device, monkeypatch):
+    """CUDA's current device is each thread's own, and the first one in a new thread."""
+    chosen: list[Any] = []
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: device is not None)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: device)
+    monkeypatch.setattr(torch.cuda, "set_device", lambda one: chosen.append((one, threading.current_thread())))
+    called: list[Any] = []
+    RewardCalls(limit=5.0).guarded(lambda completions: called.append(threading.current_thread()) or [1.0], "f")(
+        completions=["a"]
+    )
+    assert chosen == ([] if device is None else [(3, called[0])])
+    assert called[0] is not threading.current_thread()
 
 
 def test_a_callable_object_and_a_partial_can_be_late():

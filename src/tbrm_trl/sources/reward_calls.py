@@ -10,6 +10,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 from accelerate.logging import get_logger
 from trl.trainer.utils import is_async_callable
 
@@ -130,8 +131,12 @@ def _within(limit: float, run: Callable[..., Any], kwargs: dict[str, Any]) -> An
 
     kwargs = {n: in_time(value) if n in ("log_extra", "log_metric") else value for n, value in kwargs.items()}
 
+    device = torch.cuda.current_device() if torch.cuda.is_initialized() else None
+
     def target() -> None:
         try:
+            if device is not None:
+                torch.cuda.set_device(device)  # a new thread would be on the first one, whatever its process is on
             result.set_result(run(**kwargs))
         except BaseException as error:
             result.set_exception(error)
