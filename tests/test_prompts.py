@@ -85,6 +85,8 @@ def test_long_prompts_are_dropped_and_counted(tmp_path):
         trainer = build(save(tmp_path / "model"), tmp_path, train_dataset=data([*ROWS, LONG + "!"]), max_steps=4,
                         max_prompt_length=20, long_prompts="drop")  # fmt: skip
     assert list(trainer.train_dataset["answer"]) == list(range(8))
+    with pytest.raises(ValueError, match=r"more than 20, .* Give its data set to the trainer at construction, where"):
+        trainer.evaluate(data([LONG]))
     trainer.train()
     drawn = sorted(prompt(one) for window in trainer.windows for one in window)
     assert drawn == sorted(one.replace(" ", "") for one in PROMPTS)  # which the tokenizer leaves out

@@ -36,9 +36,14 @@ class PromptLimit:
     def check(self, length: int, name: str, more: str = "") -> None:
         """Refuse a prompt of this many tokens, which an error calls by `name`, if it is too long."""
         if self.tokens is not None and length > self.tokens:
+            advice = (
+                "Give its data set to the trainer at construction, where long prompts are dropped"
+                if self.policy == "drop"
+                else "Drop long prompts (`long_prompts='drop'`), cut them on the left (`long_prompts='cut'`)"
+            )
             raise ValueError(
-                f"{name} has {length} tokens, more than {self.tokens}, which is {self.reason}.{more} Drop long prompts "
-                "(`long_prompts='drop'`), cut them on the left (`long_prompts='cut'`), or make room."
+                f"{name} has {length} tokens, more than {self.tokens}, which is {self.reason}.{more} {advice}, or make "
+                "room."
             )
 
 
