@@ -13,6 +13,7 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -28,6 +29,8 @@ from tbrm_trl.resume.checkpoint import checkpoint_to_resume, complete_checkpoint
 from tbrm_trl.resume.finite import not_finite
 from tbrm_trl.resume.folder_lock import NAME, FolderLock
 from tbrm_trl.resume.stop import StopRequest
+from tbrm_trl.sources import saved_rollouts
+from tbrm_trl.trajectory import End, Source, Trajectory
 
 
 def removed(file: Path) -> None:
@@ -216,6 +219,24 @@ def test_a_new_run_does_not_take_a_folder_with_checkpoints(qwen2, out):
     with pytest.raises(ValueError, match="of another run"):  # a checkpoint of elsewhere does not open it either
         again(qwen2, out).train(resume_from_checkpoint=str(out.parent / "checkpoint-12"))
     assert all(file.read_bytes() == content for file, content in before.items() if file.exists())
+
+
+def test_a_folder_has_several_paths(qwen2, out, tmp_path):
+    """A checkpoint that is named by another path of the output directory is still the run's own."""
+    (tmp_path / "link").symlink_to(tmp_path)
+    for path in (tmp_path / "link" / "out", out / ".." / "out"):
+        trainer = again(qwen2, path)
+        trainer.train(resume_from_checkpoint=str(out / "checkpoint-12"))
+        assert trainer.state.global_step == 14
+
+
+def test_auto_is_not_advised_where_it_finds_nothing_to_go_on_from(qwen2, tmp_path):
+    options = dict(max_steps=1, save_steps=1, save_only_model=True, save_rollouts=False)
+    build("fresh", qwen2, tmp_path / "out", **options).train()
+    with pytest.raises(
+        ValueError, match=r"holds checkpoint-1 of another run.* No run can go on from there: it holds a"
+    ):
+        build("fresh", qwen2, tmp_path / "out", **options).train(resume_from_checkpoint="auto")
 
 
 def test_a_checkpoint_of_another_trainer_is_kept(qwen2, tmp_path):
@@ -511,9 +532,6 @@ def test_a_checkpoint_with_what_is_not_finite_is_not_written(where, qwen2, tmp_p
 @pytest.mark.parametrize("processes", [1, 2])
 def test_rollouts_are_few_files_with_the_same_rows(processes, monkeypatch, tmp_path):
     """Written window by window, merged three by three, and rewound now and then: the rows of as many plain files."""
-    from tbrm_trl.sources import saved_rollouts
-    from tbrm_trl.trajectory import End, Source, Trajectory
-
     monkeypatch.setattr(saved_rollouts, "MERGED", 3)
 
     def write(folder: Path, step: int, merged: bool) -> None:
@@ -564,10 +582,44 @@ def test_rollouts_are_few_files_with_the_same_rows(processes, monkeypatch, tmp_p
     assert sorted(merged.iterdir()) == files
 
 
+def write_window(folder: Path, step: int, answer: Any) -> None:
+    one = Trajectory(
+        prompt_ids=torch.tensor([2, step]), completion_ids=torch.tensor([5, 1]), loss_mask=torch.tensor([True, True]),
+        reward=float(step), end=End.EOS, source=Source.ROLLOUT, policy_step=step,
+    )  # fmt: skip
+    saved_rollouts.save_rollouts(
+        saved_rollouts.rollouts_file(folder, step, 0), [one], [{"answer": answer}], ["p"], ["c"]
+    )
+
+
+@pytest.mark.parametrize("merged", [False, True])
+def test_rollouts_of_a_stream_without_types(merged, monkeypatch, tmp_path):
+    """A stream may give a number in one window, and text or a list in the next. Merging them ends no run."""
+    monkeypatch.setattr(saved_rollouts, "MERGED", 4 if merged else 32)
+    answers = [4, "x", [1, 2], None, 2.5]
+    for step, answer in enumerate(answers):
+        saved_rollouts.merge_rollouts(tmp_path, step)
+        write_window(tmp_path, step, answer)
+    assert len(list(tmp_path.iterdir())) == (2 if merged else 5)
+    assert load_rollouts(tmp_path)["answer"][:] == answers
+
+
+def test_rollouts_are_read_while_a_run_merges_them(monkeypatch, tmp_path):
+    monkeypatch.setattr(saved_rollouts, "MERGED", 2)
+    for step in range(2):
+        write_window(tmp_path, step, step)
+    read = saved_rollouts._read_rollouts
+
+    def merged_meanwhile(file):
+        saved_rollouts.merge_rollouts(tmp_path, 2)
+        return read(file)
+
+    monkeypatch.setattr(saved_rollouts, "_read_rollouts", merged_meanwhile)
+    assert load_rollouts(tmp_path)["answer"][:] == [0, 1] and len(list(tmp_path.iterdir())) == 1
+
+
 def test_rollouts_of_a_resumed_run_are_those_of_one_run(qwen2, tmp_path, monkeypatch):
     """Windows of four updates are merged two by two; the run is resumed from within a file of four windows."""
-    from tbrm_trl.sources import saved_rollouts
-
     monkeypatch.setattr(saved_rollouts, "MERGED", 2)
     options = dict(save_steps=10, save_total_limit=None, max_steps=30)
     build("replay", qwen2, tmp_path / "whole", **options).train()

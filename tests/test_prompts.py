@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from common.tiny import save, tokenizer
 from datasets import Dataset, IterableDataset
-from helpers.runs import PROMPTS, build, prompt
+from helpers.runs import PROMPTS, build, log, prompt
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import AutoTokenizer
@@ -71,6 +71,10 @@ def test_the_context_is_a_limit_too(tmp_path, no_model):
         ValueError, match=r"`max_completion_length=40` leaves no room for a prompt in the model's context"
     ):
         build(folder, tmp_path, train_dataset=data(), max_completion_length=40)
+    with pytest.raises(AssertionError, match="a model was loaded"):  # a log generates nothing
+        build(folder, tmp_path, None, Dataset.from_list(log()), max_completion_length=40, per_device_train_batch_size=4)
+    with pytest.raises(ValueError, match="leaves no room"):
+        build(folder, tmp_path, train_dataset=Dataset.from_list(log()), eval_dataset=data(), max_completion_length=40)
 
 
 def test_long_prompts_are_dropped_and_counted(tmp_path):
@@ -81,6 +85,8 @@ def test_long_prompts_are_dropped_and_counted(tmp_path):
         trainer = build(save(tmp_path / "model"), tmp_path, train_dataset=data([*ROWS, LONG + "!"]), max_steps=4,
                         max_prompt_length=20, long_prompts="drop")  # fmt: skip
     assert list(trainer.train_dataset["answer"]) == list(range(8))
+    with pytest.raises(ValueError, match=r"more than 20, .* Give its data set to the trainer at construction, where"):
+        trainer.evaluate(data([LONG]))
     trainer.train()
     drawn = sorted(prompt(one) for window in trainer.windows for one in window)
     assert drawn == sorted(one.replace(" ", "") for one in PROMPTS)  # which the tokenizer leaves out
@@ -109,8 +115,16 @@ def test_a_stream_is_looked_at_as_it_is_read(tmp_path):
         ValueError, match=r"The prompt 'abcdefghijklmnopqrstuvwx' of this window has 24 tokens, more than 20"
     ):
         trainer.train()
-    with pytest.raises(ValueError, match=r"`long_prompts='drop'` needs a data set, not a stream"):
-        build(save(tmp_path / "model"), tmp_path, train_dataset=stream, max_prompt_length=20, long_prompts="drop")
+    for sets in ({"train_dataset": stream}, {"eval_dataset": {"one": data(), "other": stream}}):
+        with pytest.raises(ValueError, match=r"`long_prompts='drop'` needs data sets, not a stream"):
+            build(save(tmp_path / "model"), tmp_path, **sets, max_prompt_length=20, long_prompts="drop")
+
+
+@pytest.mark.parametrize("policy", ["drop", "cut"])
+def test_prompts_of_a_rollout_function_are_neither_dropped_nor_cut(policy, tmp_path, no_model):
+    with pytest.raises(ValueError, match=rf"`long_prompts='{policy}'` with images, `rollout_func` or .* Use 'refuse'"):
+        build(save(tmp_path / "model"), tmp_path, rollout_func=lambda prompts, trainer: {}, max_prompt_length=20,
+              long_prompts=policy)  # fmt: skip
 
 
 def test_prompts_of_unknown_characters_are_refused(tmp_path, no_model):

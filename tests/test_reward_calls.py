@@ -4,6 +4,7 @@ import asyncio
 import functools
 import logging
 import math
+import threading
 import time
 from pathlib import Path
 from typing import Any
@@ -46,6 +47,16 @@ async def broken_async(prompts, completions, **kwargs):
 
 def times_out_itself(completions, **kwargs):
     raise TimeoutError("the judge did not answer")
+
+
+async def cancels_a_task(completions, **kwargs):
+    task = asyncio.create_task(asyncio.sleep(30))
+    task.cancel()
+    await task
+
+
+def cancels_a_loop(completions, **kwargs):
+    asyncio.run(cancels_a_task(completions))
 
 
 FAILING = {"raised": (broken, broken_async), "late": (slow, slow_async)}
@@ -93,6 +104,27 @@ def test_by_default_the_run_ends_with_the_functions_own_error(function, error, m
     assert trainer.state.global_step == 0
 
 
+@pytest.mark.parametrize("function", [cancels_a_task, cancels_a_loop])
+@pytest.mark.parametrize("limit", [None, 30.0])
+def test_a_task_that_is_cancelled_inside_is_a_failure(function, limit, tmp_path):
+    """`asyncio.CancelledError` is no `Exception`: it would end this process alone."""
+    trainer = build(save(tmp_path / "model"), tmp_path, [function, letters], reward_on_error="skip", max_steps=1,
+                    reward_timeout=limit)  # fmt: skip
+    trainer.train()
+    assert logged(trainer, f"rewards/{function.__name__}/raised") == [1.0]
+
+
+def test_a_call_that_is_cancelled_from_outside_ends():
+    async def cancelled() -> None:
+        task = asyncio.create_task(RewardCalls().guarded(slow_async, "slow")(PROMPTS[:1], completions=["a"]))
+        await asyncio.sleep(0.1)
+        task.cancel()
+        await task
+
+    with pytest.raises(asyncio.CancelledError):
+        asyncio.run(cancelled())
+
+
 def test_nonsense_ends_the_run_whatever_the_policy(tmp_path):
     trainer = build(save(tmp_path / "model"), tmp_path, lambda completions, **kwargs: 1.0, reward_on_error="skip")
     with pytest.raises(ValueError, match=r"Reward function '<lambda>' returned 1.0 \(a float\)"):
@@ -133,6 +165,21 @@ def test_what_is_late_logs_nothing_any_more():
     ) == [None]
     time.sleep(0.6)
     assert seen == [("before", 1)]
+
+
+@pytest.mark.parametrize("device", [None, 3])
+def test_the_thread_is_on_its_callers_device(device, monkeypatch):
+    """CUDA's current device is each thread's own, and the first one in a new thread."""
+    chosen: list[Any] = []
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: device is not None)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: device)
+    monkeypatch.setattr(torch.cuda, "set_device", lambda one: chosen.append((one, threading.current_thread())))
+    called: list[Any] = []
+    RewardCalls(limit=5.0).guarded(lambda completions: called.append(threading.current_thread()) or [1.0], "f")(
+        completions=["a"]
+    )
+    assert chosen == ([] if device is None else [(3, called[0])])
+    assert called[0] is not threading.current_thread()
 
 
 def test_a_callable_object_and_a_partial_can_be_late():

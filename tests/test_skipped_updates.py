@@ -126,6 +126,18 @@ def test_the_logged_loss_is_the_mean_of_the_updates_taken(tmp_path):
     assert logged(pairs, "train_loss")[0] == pytest.approx((one[0] + one[2] + one[3]) / 3)
 
 
+@pytest.mark.parametrize("skipped", [2, 4])
+def test_the_summary_of_a_resumed_run_is_of_its_own_updates(skipped, tmp_path):
+    """At learning rate 0 every update has the same loss, whichever of them is skipped, before or after the resume."""
+    options = UPDATES | {"learning_rate": 0.0, "save_strategy": "steps", "save_steps": 3}
+    for resume in (None, str(tmp_path / "out" / "checkpoint-3")):
+        trainer = scripted_trainer(save(tmp_path / "model"), script(), tmp_path / "out", **options)
+        Inject(trainer, "forward", math.nan, update=skipped)
+        trainer.train(resume)
+        loss = next(loss for loss in logged(trainer, "loss") if math.isfinite(loss))
+        assert logged(trainer, "train_loss") == [pytest.approx(loss, rel=1e-5)]
+
+
 def test_the_trajectory_at_fault_is_written_down(tmp_path):
     """One reward whose square is no float32: its row is named, the others are not."""
     rows = script(tools=False)

@@ -389,6 +389,26 @@ def test_another_reward_or_template_is_sampled_again(llama, tmp_path):
     assert len(list((tmp_path / "out" / "optimal_values").glob("*.parquet"))) == 3
 
 
+def test_prompts_cut_otherwise_and_failures_rewarded_otherwise_are_sampled_again(llama, tmp_path):
+    """The samples on disk are those of these prompts, with these rewards."""
+    options = dict(soft_value="optimal", soft_value_samples=2, per_device_train_batch_size=3, max_steps=1)
+
+    def rewarded_or_not(completions, **kwargs):
+        if kwargs["trainer_state"].global_step == 0:
+            raise ConnectionError("the judge is away")
+        return [0.0] * len(completions)
+
+    for count, changes in enumerate(
+        ({}, {"long_prompts": "cut", "max_prompt_length": 2}, {"long_prompts": "cut", "max_prompt_length": 1}), start=1
+    ):
+        build(llama, tmp_path / "cut", letters, PROMPTS, **options, **changes).train()
+        assert len(list((tmp_path / "cut" / "out" / "optimal_values").glob("*.parquet"))) == count
+    for failed in (-1.0, -2.0):
+        trainer = build(llama, tmp_path / "failed", rewarded_or_not, PROMPTS, reward_on_error=failed, **options)
+        trainer.train()
+        assert trainer.train_dataset["optimal_value"] == pytest.approx([failed] * 6)
+
+
 def test_unsolved_prompts_can_be_dropped(llama, tmp_path):
     def only_some(prompts, **kwargs):
         return [float(prompt in ("c", "x y", "longer")) for prompt in prompts]

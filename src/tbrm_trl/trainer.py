@@ -287,7 +287,9 @@ class TBRMTrainer(ExactResume, GRPOTrainer):
         if isinstance(train_dataset, Dataset) and self._plan.mix.logged:
             self._scratch = scratch_folder(train_dataset)
         renderer = PromptRenderer(model, processing_class, args, tools, environment_factory or rollout_func)
-        self._prompt_limit = renderer.limit(train_dataset)
+        sets = [train_dataset, *titled_sets(eval_dataset).values()]
+        generates = bool(self._plan.mix.rollouts) or eval_dataset is not None
+        self._prompt_limit = renderer.limit(sets, generates)
         fitted = self._with_fitting_prompts(train_dataset, "the training set", ~self._plan.logged, renderer)
         if fitted is not train_dataset:
             train_dataset, self._plan = fitted, planned(fitted)
@@ -362,6 +364,7 @@ class TBRMTrainer(ExactResume, GRPOTrainer):
         self._totals = Totals()  # of the current update, over all processes
         self._loss_before = 0.0  # what the Trainer has summed since the last log, before the current update
         self._skipped = SkippedUpdates(args.max_skipped_updates)
+        self._skipped_before = 0  # this call of `train`
         self._rows_drawn = self._rows_trained = 0  # by this process: into windows, and over all updates
         self._mean_length = 0.0
         self._beta_checked = False
@@ -1022,8 +1025,10 @@ class TBRMTrainer(ExactResume, GRPOTrainer):
             if "loss" in logs:
                 logs["loss"] = self._skipped.mean_over_taken(logs["loss"])
                 self._skipped.logged()
-            if "train_loss" in logs and self.state.global_step > self._skipped.total:
-                logs["train_loss"] *= self.state.global_step / (self.state.global_step - self._skipped.total)
+            if "train_loss" in logs:  # the Trainer's mean over the updates of this call of `train`
+                updates = self.state.global_step - self._initial_global_step
+                taken = updates - (self._skipped.total - self._skipped_before)
+                logs["train_loss"] *= updates / taken if taken else 1.0
         if self.log_completions:
             column = self._advantages.over_processes()
             missing = len(self._logs["prompt"]) - len(column)  # of an older checkpoint
@@ -1146,7 +1151,7 @@ class TBRMTrainer(ExactResume, GRPOTrainer):
     def forget(self) -> None:
         self._step, self._window, self._rows_drawn, self._rows_trained = 0, [], 0, 0
         self._recorder.clear()
-        self._skipped = SkippedUpdates(self.args.max_skipped_updates)
+        self._skipped, self._skipped_before = SkippedUpdates(self.args.max_skipped_updates), 0
         if self._replay is not None:
             self._replay.clear()
 
@@ -1200,6 +1205,7 @@ class TBRMTrainer(ExactResume, GRPOTrainer):
         self._recorder.clear(Totals.from_state(own["totals"], self.accelerator.device))
         counts = {**own.get("skipped_updates", {}), "limit": self.args.max_skipped_updates}
         self._skipped = SkippedUpdates(**counts)
+        self._skipped_before = self._skipped.total
         self._rows_drawn, self._rows_trained = own["rows_drawn"], own["rows_trained"]
         self._mean_length, self._beta_checked = own["mean_length"], own["beta_checked"]
         self._window = trajectories["window"]

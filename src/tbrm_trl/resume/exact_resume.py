@@ -147,7 +147,7 @@ class ExactResume(Trainer):
             if resume_from:
                 found, notes = checkpoint_to_resume(resume_from, output_dir, **self._described, no_effect=_NO_EFFECT)
             damaged = set(complete_checkpoints(output_dir)) if resume_from == AUTO and found is None else set()
-            if found is None or Path(found).absolute().parent != Path(output_dir).absolute():
+            if found is None or Path(found).resolve().parent != Path(output_dir).resolve():
                 self.require_own_folder(
                     Path(output_dir),
                     [one for one in checkpoints_of_others(output_dir) if one not in damaged],
@@ -170,10 +170,16 @@ class ExactResume(Trainer):
             anew: whether the user knows that the run may start again, after an end before its first checkpoint.
         """
         if others:
+            goes_on = bool(complete_checkpoints(output_dir))
+            advice = (
+                'Go on with that run by `resume_from_checkpoint=True` (or "auto"), or give'
+                if goes_on
+                else "No run can go on from there: it holds a model alone (`save_only_model=True`), or is another "
+                "trainer's. Move it, or give"
+            )
             raise ValueError(
                 f"{output_dir} holds {', '.join(one.name for one in others[-3:])} of another run, which a new one "
-                'would displace. Go on with that run by `resume_from_checkpoint=True` (or "auto"), or give the new one '
-                "another output_dir."
+                f"would displace. {advice} the new one another output_dir."
             )
 
     def _on_writers(self, work: Callable[[], Result]) -> Result:

@@ -36,9 +36,14 @@ class PromptLimit:
     def check(self, length: int, name: str, more: str = "") -> None:
         """Refuse a prompt of this many tokens, which an error calls by `name`, if it is too long."""
         if self.tokens is not None and length > self.tokens:
+            advice = (
+                "Give its data set to the trainer at construction, where long prompts are dropped"
+                if self.policy == "drop"
+                else "Drop long prompts (`long_prompts='drop'`), cut them on the left (`long_prompts='cut'`)"
+            )
             raise ValueError(
-                f"{name} has {length} tokens, more than {self.tokens}, which is {self.reason}.{more} Drop long prompts "
-                "(`long_prompts='drop'`), cut them on the left (`long_prompts='cut'`), or make room."
+                f"{name} has {length} tokens, more than {self.tokens}, which is {self.reason}.{more} {advice}, or make "
+                "room."
             )
 
 
@@ -87,25 +92,29 @@ class PromptRenderer:
             **(self.args.chat_template_kwargs or {}),
         )["input_ids"]
 
-    def limit(self, training_set: Any) -> PromptLimit:
+    def limit(self, sets: Sequence[Any], generates: bool = True) -> PromptLimit:
         """`max_prompt_length`, or what the model's context leaves beside a completion.
+
+        Args:
+            sets: the training set and the evaluation sets.
+            generates: whether any row of them is rolled out. A log alone needs no room for `max_completion_length`.
 
         Raises:
             ValueError: if that leaves nothing, or for a policy that cannot be kept.
         """
         args, policy = self.args, self.args.long_prompts
-        if policy == "cut" and not self.is_exact:
+        if policy != "refuse" and not self.is_exact:
             raise ValueError(
-                "`long_prompts='cut'` with images, `rollout_func` or `environment_factory` is refused: what they draw "
-                "from is no list of tokens that can be cut. Use 'drop' or 'refuse'."
+                f"`long_prompts={policy!r}` with images, `rollout_func` or `environment_factory` is refused: what they "
+                "draw from is no list of tokens that could be counted beforehand, or cut. Use 'refuse'."
             )
-        if policy == "drop" and isinstance(training_set, IterableDataset):
-            raise ValueError("`long_prompts='drop'` needs a data set, not a stream. Filter the stream, or use 'cut'.")
+        if policy == "drop" and any(isinstance(one, IterableDataset) for one in sets):
+            raise ValueError("`long_prompts='drop'` needs data sets, not a stream. Filter the stream, or use 'cut'.")
         named = isinstance(self.model, str)
         config = AutoConfig.from_pretrained(self.model, **self.settings) if named else self.model.config
         context = getattr(config.get_text_config(), "max_position_embeddings", None)
         longest, completion = args.max_prompt_length, args.max_completion_length
-        if context is not None and context <= completion:
+        if generates and context is not None and context <= completion:
             raise ValueError(
                 f"`max_completion_length={completion}` leaves no room for a prompt in the model's context of {context} "
                 "tokens. Lower it."

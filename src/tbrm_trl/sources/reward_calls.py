@@ -6,10 +6,11 @@ import functools
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, wait
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 from accelerate.logging import get_logger
 from trl.trainer.utils import is_async_callable
 
@@ -99,7 +100,7 @@ class RewardCalls:
     def _kept(self, name: str, completions: Sequence[Any]) -> Iterator[list[float | None]]:
         rewards: list[float | None] = [self.failed] * len(completions)
         try:
-            with _said_if_slow(name, len(completions)):
+            with _said_if_slow(name, len(completions)), _cancelled_within():
                 yield rewards
         except Exception as error:
             reason = "late" if isinstance(error, LateError) else "raised"
@@ -130,8 +131,12 @@ def _within(limit: float, run: Callable[..., Any], kwargs: dict[str, Any]) -> An
 
     kwargs = {n: in_time(value) if n in ("log_extra", "log_metric") else value for n, value in kwargs.items()}
 
+    device = torch.cuda.current_device() if torch.cuda.is_initialized() else None
+
     def target() -> None:
         try:
+            if device is not None:
+                torch.cuda.set_device(device)  # a new thread would be on the first one, whatever its process is on
             result.set_result(run(**kwargs))
         except BaseException as error:
             result.set_exception(error)
@@ -141,6 +146,18 @@ def _within(limit: float, run: Callable[..., Any], kwargs: dict[str, Any]) -> An
         given_up.set()
         raise LateError
     return result.result()
+
+
+@contextmanager
+def _cancelled_within() -> Iterator[None]:
+    """Make an error of a cancellation that began in the function. It is no `Exception`, and would end one process."""
+    try:
+        yield
+    except asyncio.CancelledError as error:
+        with suppress(RuntimeError):  # outside of an event loop, nothing can cancel the call
+            if (task := asyncio.current_task()) is not None and task.cancelling():
+                raise
+        raise RuntimeError("a task that it waited for was cancelled") from error
 
 
 @contextmanager

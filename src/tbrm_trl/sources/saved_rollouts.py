@@ -141,7 +141,7 @@ def _merge(files: Sequence[Path]) -> None:
     schemas = [pq.read_schema(file) for file in files]
     version = max(int((schema.metadata or {}).get(_VERSION.encode(), 1)) for schema in schemas)
     schemas = [schema.remove_metadata() for schema in schemas]
-    as_json = {field.name for schema in schemas for field in schema if field.type == pa.json_()}
+    as_json = _json_columns(schemas)
     empty = [_with_json(schema.empty_table(), as_json) for schema in schemas]
     unified = pa.concat_tables(empty, promote_options="permissive")
     metadata = {_VERSION: str(version), _PARTS: json.dumps([part.name for part in parts])}
@@ -220,17 +220,10 @@ def load_rollouts(folder: str | Path | Iterable[str | Path], unrewarded: bool = 
         ValueError: for files of a later version of this library.
     """
     folders = [Path(folder)] if isinstance(folder, (str, Path)) else [Path(one) for one in folder]
-    files = []
-    for one in folders:
-        inner = one / "rollouts" if (one / "rollouts").is_dir() else one
-        found = rollout_files(inner)
-        if not found:
-            raise FileNotFoundError(
-                f"No saved rollouts (step-*.parquet) in {inner}. Were they saved: save_rollouts=True?"
-            )
-        files += found
-    tables = [_read_rollouts(file) for file in files]
-    as_json = {field.name for table in tables for field in table.schema if field.type == pa.json_()}
+    tables = [
+        table for one in folders for table in _tables_in(one / "rollouts" if (one / "rollouts").is_dir() else one)
+    ]
+    as_json = _json_columns([table.schema for table in tables])
     tables = [_with_json(table, as_json) for table in tables]
     rollouts = Dataset(pa.concat_tables(tables, promote_options="permissive"))
     rewarded = [index for index, reward in enumerate(rollouts["reward"]) if reward is not None]
@@ -241,6 +234,17 @@ def load_rollouts(folder: str | Path | Iterable[str | Path], unrewarded: bool = 
         stacklevel=2,
     )
     return rollouts.select(rewarded)
+
+
+def _tables_in(folder: Path) -> list[pa.Table]:
+    """The rollouts of each file of a folder. A run that is under way may merge files while they are read."""
+    while files := rollout_files(folder):
+        try:
+            return [_read_rollouts(file) for file in files]
+        except FileNotFoundError:
+            if rollout_files(folder) == files:
+                raise
+    raise FileNotFoundError(f"No saved rollouts (step-*.parquet) in {folder}. Were they saved: save_rollouts=True?")
 
 
 def _read_rollouts(file: Path) -> pa.Table:
@@ -260,11 +264,30 @@ def _read_rollouts(file: Path) -> pa.Table:
     return table
 
 
+def _json_columns(schemas: Sequence[pa.Schema]) -> set[str]:
+    """Columns that are JSON in one file, or of types in several files that are no one type."""
+    types: dict[str, set[pa.DataType]] = {}
+    for field in (field for schema in schemas for field in schema):
+        types.setdefault(field.name, set()).add(field.type)
+    return {name for name, some in types.items() if pa.json_() in some or not _have_one_type(some)}
+
+
+def _have_one_type(types: Iterable[pa.DataType]) -> bool:
+    try:
+        pa.unify_schemas([pa.schema([("", one)]) for one in types], promote_options="permissive")
+    except (pa.ArrowTypeError, pa.ArrowInvalid):
+        return False
+    return True
+
+
 def _with_json(table: pa.Table, as_json: Set[str]) -> pa.Table:
     """The table with these columns as JSON. Another file may have held values of one plain type there."""
     for place, field in enumerate(table.schema):
         if field.name in as_json and field.type != pa.json_():
-            texts = [None if value is None else json.dumps(value) for value in table[field.name].to_pylist()]
+            texts = [
+                None if value is None else json.dumps(value, default=plain_value)
+                for value in table[field.name].to_pylist()
+            ]
             array = pa.ExtensionArray.from_storage(pa.json_(), pa.array(texts, pa.string()))
             table = table.set_column(place, pa.field(field.name, pa.json_()), array)
     return table

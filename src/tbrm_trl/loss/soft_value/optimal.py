@@ -166,6 +166,9 @@ class OptimalValue(ConstantValue):
             "max_completion_length": args.max_completion_length,
             "generation": [args.generation_kwargs, args.chat_template_kwargs, args.use_vllm],
             **run.rollout_settings,
+            # At their defaults these two are not named, so that what was sampled before there were any is found.
+            **({"prompts are cut to": args.max_prompt_length} if args.long_prompts == "cut" else {}),
+            **({"rewards of failures": str(args.reward_on_error)} if args.reward_on_error != "raise" else {}),
         }
         return xxhash.xxh3_128_hexdigest(json.dumps(settings, sort_keys=True, default=str).encode())
 
