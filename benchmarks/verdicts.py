@@ -425,8 +425,7 @@ def write(results: dict[str, Any], folder: Path) -> None:
         f"one in {SLOW} a formula that takes a hundred times as long as a number. *share* is the time in this process "
         f"by that in workers, on the same batch: the median of {BATCHES} in alternating order after {WARM} to warm up, "
         "with its 95% interval. One worker shows what sending costs; more gain what cores are free, and each of them "
-        "learns by itself what math-verify and sympy remember. Other programs took most of the two cores, so only this "
-        "ratio is of use.",
+        "learns by itself what math-verify and sympy remember.",
         *table(
             "set | in process | in workers | workers | share | interval",
             [
