@@ -293,13 +293,14 @@ class TBRMTrainer(ExactResume, GRPOTrainer):
         fitted = self._with_fitting_prompts(train_dataset, "the training set", ~self._plan.logged, renderer)
         if fitted is not train_dataset:
             train_dataset, self._plan = fitted, planned(fitted)
+        evaluated = [
+            self._with_fitting_prompts(one, title, np.ones(1, bool), renderer)
+            for title, one in titled_sets(eval_dataset).items()
+        ]
         if isinstance(eval_dataset, Mapping):
-            eval_dataset = {
-                name: self._with_fitting_prompts(one, f"the evaluation set {name!r}", np.ones(1, bool), renderer)
-                for name, one in eval_dataset.items()
-            }
-        else:
-            eval_dataset = self._with_fitting_prompts(eval_dataset, "the evaluation set", np.ones(1, bool), renderer)
+            eval_dataset = dict(zip(eval_dataset, evaluated, strict=True))
+        elif evaluated:
+            (eval_dataset,) = evaluated
 
         # Build. TRL would sync no adapter, copy one only if it is named "default", and load a reference beside another.
         given_adapter = not isinstance(model, str) and is_peft_model(model)
@@ -887,13 +888,14 @@ class TBRMTrainer(ExactResume, GRPOTrainer):
             loss = loss + self.router_aux_loss_coef * output.aux_loss * share
 
         totals = microbatch_totals(rows, batch, output.scores, output.inputs, output.soft_value, output.residual)
+        in_reward_units = (args.beta * output.residual).detach()  # (B,)
         if self.log_completions:
-            self._advantages.set(rows, args.beta * output.residual, self._mode)
+            self._advantages.set(rows, in_reward_units, self._mode)
         if self.evaluating:
             totals.by_name["loss"] = evaluation_loss(output, weight)
             self._recorder.keep(totals.over_processes(self.accelerator), "eval")
             return loss
-        self._scored.append((rows, output.loss.detach(), (args.beta * output.residual).detach()))
+        self._scored.append((rows, output.loss.detach(), in_reward_units))
         is_finite = torch.isfinite(loss.detach())
         totals.count_not_finite(~is_finite)
         # Every process takes this update, or none: they agree before the last backward, with the metrics.

@@ -103,14 +103,13 @@ class RewardCalls:
             with _said_if_slow(name, len(completions)), _cancelled_within():
                 yield rewards
         except Exception as error:
-            reason = "late" if isinstance(error, LateError) else "raised"
+            reason = "wrong" if isinstance(error, NotRewardsError) else "raised"
             if isinstance(error, LateError):
+                reason = "late"
                 error.args = (
                     f"Reward function {name!r} took longer than reward_timeout={self.limit:g} seconds for "
                     f"{len(completions)} completions.",
                 )
-            if isinstance(error, NotRewardsError):
-                reason = "wrong"
             self.failures.append(Failure(name, reason, error, len(completions)))
             if self._shown < SHOWN:
                 self._shown += 1

@@ -194,6 +194,10 @@ def column_of(values: Sequence[Any]) -> pa.Array:
             return pa.array(values)
         except (pa.ArrowInvalid, pa.ArrowTypeError, pa.ArrowNotImplementedError, OverflowError):
             pass
+    return _as_json(values)
+
+
+def _as_json(values: Iterable[Any]) -> pa.Array:
     texts = [None if value is None else json.dumps(value, default=plain_value) for value in values]
     return pa.ExtensionArray.from_storage(pa.json_(), pa.array(texts, pa.string()))
 
@@ -284,10 +288,5 @@ def _with_json(table: pa.Table, as_json: Set[str]) -> pa.Table:
     """The table with these columns as JSON. Another file may have held values of one plain type there."""
     for place, field in enumerate(table.schema):
         if field.name in as_json and field.type != pa.json_():
-            texts = [
-                None if value is None else json.dumps(value, default=plain_value)
-                for value in table[field.name].to_pylist()
-            ]
-            array = pa.ExtensionArray.from_storage(pa.json_(), pa.array(texts, pa.string()))
-            table = table.set_column(place, pa.field(field.name, pa.json_()), array)
+            table = table.set_column(place, pa.field(field.name, pa.json_()), _as_json(table[field.name].to_pylist()))
     return table
