@@ -70,6 +70,7 @@ def run(folder: Path, updates: int) -> list[Seen]:
         beta=0.1, learning_rate=1e-4, max_steps=updates, max_completion_length=8, per_device_train_batch_size=8,
         num_iterations=2, replay_buffer_size=512, save_rollouts=True, log_completions=True, num_completions_to_print=0,
         bf16=False, use_cpu=True, save_steps=max(1, updates // 10), save_total_limit=2, logging_steps=10,
+        generation_kwargs={"min_new_tokens": 8},  # the policy learns to write longer texts, and would seem to slow down
     )  # fmt: skip
     with quiet():
         trainer = TBRMTrainer(

@@ -887,17 +887,18 @@ class TBRMTrainer(ExactResume, GRPOTrainer):
             share = 1.0 if self.evaluating else len(rows) / args.rows_per_device  # of the update
             loss = loss + self.router_aux_loss_coef * output.aux_loss * share
 
-        totals = microbatch_totals(rows, batch, output.scores, output.inputs, output.soft_value, output.residual)
+        is_finite = torch.isfinite(loss.detach())
+        totals = microbatch_totals(
+            rows, batch, output.scores, output.inputs, output.soft_value, output.residual, is_finite
+        )
         in_reward_units = (args.beta * output.residual).detach()  # (B,)
         if self.log_completions:
             self._advantages.set(rows, in_reward_units, self._mode)
         if self.evaluating:
-            totals.by_name["loss"] = evaluation_loss(output, weight)
+            totals += evaluation_loss(output, weight)
             self._recorder.keep(totals.over_processes(self.accelerator), "eval")
             return loss
         self._scored.append((rows, output.loss.detach(), in_reward_units))
-        is_finite = torch.isfinite(loss.detach())
-        totals.count_not_finite(~is_finite)
         # Every process takes this update, or none: they agree before the last backward, with the metrics.
         summed = self._recorder.record(totals, self.accelerator)
         if summed is not None:
@@ -921,7 +922,7 @@ class TBRMTrainer(ExactResume, GRPOTrainer):
 
     def _take_update(self) -> None:
         self._skipped.took()
-        self._recorder.keep(self._totals.finite(), "train")
+        self._recorder.keep(self._totals, "train")
         if self._replay is not None and self._replay.prioritized:
             for rows, _, residual in self._scored:
                 for row, priority in zip(rows, residual.abs().tolist(), strict=True):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -21,45 +21,57 @@ from .trajectory_loss import LossOutput
 
 LEFT_OUT_REASONS = ("unscored", "truncated", "no_action", "no_value")
 # Where an update has a trajectory from: drawn for it, the same window again, the replay buffer, or the log.
-_NOT_FINITE = "micro-batches that are not finite"
 ORIGINS = ("fresh", "reused", "replayed", "logged")
+_OF_ROWS = (
+    "residual/mean",
+    "soft_value",
+    "log_ratio",
+    "residual/mean_square",
+    *(f"residual/{origin}_mean_square" for origin in ORIGINS),
+)
+_OF_TOKENS = ("kl", "entropy")
+_NOT_FINITE = "micro-batches that are not finite"
 
 
 @dataclass
 class Totals:
-    """Weighted sums by metric name: `(2,)` tensors that hold the sum and its weight."""
+    """Weighted sums by metric name.
 
-    by_name: dict[str, Tensor] = field(default_factory=dict)
+    Attributes:
+        names: of the K metrics.
+        pairs: `(K, 2)` the sum and the weight of each. One tensor, so that adding and reducing is one operation.
+    """
+
+    names: tuple[str, ...] = ()
+    pairs: Tensor = field(default_factory=lambda: torch.zeros(0, 2))
 
     def __bool__(self) -> bool:
-        return bool(self.by_name)
+        return bool(self.names)
 
     def __add__(self, other: Totals) -> Totals:
         if not self:
             return other
-        return Totals({name: pair + other.by_name[name] for name, pair in self.by_name.items()})
+        if self.names != other.names:  # an evaluation adds its loss; a checkpoint of another version has other metrics
+            names = tuple(dict.fromkeys(self.names + other.names))
+            self, other = self._of(names), other._of(names)
+        return Totals(self.names, self.pairs + other.pairs)
 
-    def count_not_finite(self, is_not: Tensor) -> None:
-        """Note, by a bool scalar, that a micro-batch has a loss that is not finite."""
-        count = is_not.float()
-        self.by_name[_NOT_FINITE] = torch.stack([count, torch.zeros_like(count)])  # without weight it has no mean
+    def _of(self, names: tuple[str, ...]) -> Totals:
+        pairs = self.pairs.new_zeros(len(names), 2)
+        pairs[[names.index(name) for name in self.names]] = self.pairs
+        return Totals(names, pairs)
 
     def all_finite(self) -> Tensor:
         """Bool scalar: whether no micro-batch has a loss that is not finite."""
-        return self.by_name[_NOT_FINITE][0] == 0
-
-    def finite(self) -> Totals:
-        """The totals without the count of what is not finite."""
-        return Totals({name: pair for name, pair in self.by_name.items() if name != _NOT_FINITE})
+        return self.pairs[self.names.index(_NOT_FINITE), 0] == 0
 
     def over_processes(self, accelerator: Accelerator) -> Totals:
         """The totals of all processes, with one reduction."""
-        stacked = accelerator.reduce(torch.stack(list(self.by_name.values())), reduction="sum")  # (K, 2)
-        return Totals(dict(zip(self.by_name, stacked, strict=True)))
+        return Totals(self.names, accelerator.reduce(self.pairs, reduction="sum"))
 
     def means(self) -> dict[str, float]:
         """Sum divided by weight, for each name that had any. A mean square becomes its root, under the name `rms`."""
-        pairs = zip(self.by_name, torch.stack(list(self.by_name.values())).tolist(), strict=True)
+        pairs = zip(self.names, self.pairs.tolist(), strict=True)
         means = {name: total / weight for name, (total, weight) in pairs if weight}
         return {
             name.replace("mean_square", "rms"): math.sqrt(mean) if name.endswith("mean_square") else mean
@@ -68,11 +80,13 @@ class Totals:
 
     def state(self) -> dict[str, list[float]]:
         """Plain values, for a checkpoint."""
-        return {name: pair.tolist() for name, pair in self.by_name.items()}
+        return dict(zip(self.names, self.pairs.tolist(), strict=True))
 
     @classmethod
     def from_state(cls, state: dict[str, list[float]], device: torch.device) -> Totals:
-        return cls({name: torch.tensor(pair, dtype=torch.float32, device=device) for name, pair in state.items()})
+        if not state:
+            return cls()
+        return cls(tuple(state), torch.tensor(list(state.values()), dtype=torch.float32, device=device))
 
 
 @torch.no_grad()
@@ -83,6 +97,7 @@ def microbatch_totals(
     inputs: ValueInputs,
     soft_value: Tensor,
     residual: Tensor,
+    is_finite: Tensor,
 ) -> Totals:
     """Totals of one micro-batch. Metrics of sequences are in reward units (β × nats), those of tokens in nats.
 
@@ -93,44 +108,47 @@ def microbatch_totals(
         inputs: what the residual is made of. Sequence-level metrics are means over the rows that count.
         soft_value: `(B,)` the value term of the residual, nats.
         residual: `(B,)` nats.
+        is_finite: bool scalar, whether the micro-batch's loss is.
     """
     device, beta, counted = residual.device, inputs.beta, inputs.counted
     assert scores.entropy is not None, "the policy's head computes entropies"
+    is_of = torch.tensor([[row.origin == name for row in rows] for name in ORIGINS], device=device)  # (O, B)
+    scaled = beta * at_least_float32(torch.stack([residual, soft_value, inputs.log_ratio]))  # (3, B)
+    squared = scaled[0].square().expand(1 + len(ORIGINS), -1)  # (1 + O, B)
+    by_row = torch.cat([scaled, squared])  # (4 + O, B)
+    counted_by = torch.cat([counted.expand(4, -1), counted & is_of])  # (4 + O, B)
 
-    def over(values: Tensor, mask: Tensor) -> Tensor:
-        return torch.stack([torch.where(mask, at_least_float32(values), 0.0).sum(), mask.sum()]).float()
-
-    def share(part: float, whole: float) -> Tensor:
-        return torch.tensor([part, whole], dtype=torch.float32, device=device)
-
-    origin = {name: torch.tensor([row.origin == name for row in rows], device=device) for name in ORIGINS}  # (B,) each
-    ages = [row.age for row in rows if row.age is not None]
-    squared = (beta * residual).square()  # (B,)
     behind = batch.ref_log_probs - scores.log_probs  # (B, T) log π_ref − log π_θ
-    totals = Totals(
-        {
-            "residual/mean": over(beta * residual, counted),
-            "residual/mean_square": over(squared, counted),
-            **{f"residual/{name}_mean_square": over(squared, counted & mine) for name, mine in origin.items()},
-            "soft_value": over(beta * soft_value, counted),
-            "log_ratio": over(beta * inputs.log_ratio, counted),
-            # TRL logs this estimator of KL(π‖π_ref) under the same name. It is one on the policy's own data alone.
-            "kl": over(behind.exp() - behind - 1, batch.action_mask & origin["fresh"].unsqueeze(1)),
-            "entropy": over(scores.entropy, batch.action_mask),
-            **{f"left_out/{r}": share([row.left_out for row in rows].count(r), len(rows)) for r in LEFT_OUT_REASONS},
-            "replay/age": share(sum(ages), len(ages)),
-            "pad_fraction": share(batch.pad_fraction * batch.input_ids.numel(), batch.input_ids.numel()),
-        }
-    )
+    # TRL logs this estimator of KL(π‖π_ref) under the same name. It is one on the policy's own data alone.
+    is_fresh = is_of[ORIGINS.index("fresh")].unsqueeze(1)  # (B, 1)
+    tokens = [(behind.exp() - behind - 1, batch.action_mask & is_fresh), (scores.entropy, batch.action_mask)]
+    by_token = [torch.stack([torch.where(mask, at_least_float32(of), 0.0).sum(), mask.sum()]) for of, mask in tokens]
+
+    ages = [row.age for row in rows if row.age is not None]
+    left_out = Counter(row.left_out for row in rows)
+    places = batch.input_ids.numel()
+    shares: dict[str, tuple[float, float]] = {
+        **{f"left_out/{reason}": (left_out[reason], len(rows)) for reason in LEFT_OUT_REASONS},
+        "replay/age": (sum(ages), len(ages)),
+        "pad_fraction": (batch.pad_fraction * places, places),
+    }
     if scores.aux_loss is not None:
-        totals.by_name["aux_loss"] = share(scores.aux_loss.item(), 1.0)
-    return totals
+        shares["aux_loss"] = (scores.aux_loss.item(), 1.0)
+    names = (*_OF_ROWS, *_OF_TOKENS, *shares, _NOT_FINITE)
+    pairs = [
+        torch.stack([torch.where(counted_by, by_row, 0.0).sum(dim=1), counted_by.sum(dim=1)], dim=1),  # (4 + O, 2)
+        torch.stack(by_token),
+        torch.tensor(list(shares.values()), dtype=torch.float32, device=device),
+        torch.stack([~is_finite, torch.zeros_like(is_finite)]).unsqueeze(0),  # without weight it has no mean
+    ]
+    return Totals(names, torch.cat([one.float() for one in pairs]))
 
 
-def evaluation_loss(output: LossOutput, weight: Tensor) -> Tensor:
-    """`(2,)` the sum of the losses that count, and their number. `weight`: `(B,)` factor on each."""
+def evaluation_loss(output: LossOutput, weight: Tensor) -> Totals:
+    """The sum of the losses that count, and their number. `weight`: `(B,)` factor on each."""
     counted = output.inputs.counted  # (B,)
-    return torch.stack([torch.where(counted, output.loss.detach() * weight, 0.0).sum(), counted.sum()]).float()
+    pair = torch.stack([torch.where(counted, output.loss.detach() * weight, 0.0).sum(), counted.sum()]).float()
+    return Totals(("loss",), pair.unsqueeze(0))
 
 
 def evaluated_numbers(rows: Sequence[UpdateRow], reward_names: Sequence[str]) -> Tensor:
