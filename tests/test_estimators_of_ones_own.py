@@ -28,6 +28,7 @@ from transformers import AutoTokenizer, TrainerCallback
 
 from tbrm_trl import SoftValue
 from tbrm_trl.loss.soft_value import ConstantValue, Run
+from tbrm_trl.model.value_head import ValueHead
 from tbrm_trl.trajectory import End, Trajectory
 
 BETA, RATE = 0.1, 0.05
@@ -80,7 +81,7 @@ class RunningMean(ConstantValue):
 
 def head_of(trainer) -> dict[str, Any]:
     """Trained parameters and their optimizer, copied."""
-    kept = {"head": trainer._soft_value.head.state_dict(), "optimizer": trainer._trained_module.optimizer.state_dict()}
+    kept = {"head": trainer._soft_value.head.state_dict(), "optimizer": trainer._trained_modules.optimizer.state_dict()}
     return dict(flat(kept))
 
 
@@ -129,11 +130,11 @@ def test_the_first_gradient(llama, tmp_path):
         torch.testing.assert_close(after.double(), expected, rtol=0, atol=1e-6)
 
 
-def train_head(folder: str, out: str, batch: int) -> dict[str, Any]:
+def train_head(folder: str, out: str, batch: int, name: str) -> dict[str, Any]:
     """Four updates on a log of eight rows, in each of the processes."""
     allow_fsdp_on_cpu()
     trainer = build(
-        folder, Path(out), None, Dataset.from_list(log()), soft_value="linear_head", per_device_train_batch_size=batch,
+        folder, Path(out), None, Dataset.from_list(log()), soft_value=name, per_device_train_batch_size=batch,
         max_steps=4, shuffle_dataset=False,
     )  # fmt: skip
     start = dict(flat(trainer._soft_value.head.state_dict()))
@@ -143,14 +144,19 @@ def train_head(folder: str, out: str, batch: int) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize(
-    "file", [None, *(pytest.param(f, marks=pytest.mark.launch) for f in ("fsdp2", "zero2", "zero3"))]
+    ("file", "name"),
+    [
+        (None, "linear_head"),
+        *(pytest.param(f, "learned", marks=pytest.mark.launch) for f in ("fsdp2", "zero2", "zero3")),
+    ],
 )
-def test_two_processes_train_one_head(file, llama, tmp_path):
+def test_two_processes_train_one_head(file, name, llama, tmp_path):
     """They begin with the main process's weights, agree on every bit afterwards, and do what one process does."""
-    first, second = launch("test_estimators_of_ones_own:train_head", file, folder=llama, out=tmp_path, batch=4)
+    options = {"folder": llama, "name": name}
+    first, second = launch("test_estimators_of_ones_own:train_head", file, **options, out=tmp_path, batch=4)
     assert first["start"] == second["start"] and first["kept"] == second["kept"]
     assert first["losses"] != second["losses"]  # of their own rows
-    one = train_head(llama, str(tmp_path / "one"), batch=8)
+    one = train_head(**options, out=str(tmp_path / "one"), batch=8)
     assert (
         one["start"] == first["start"] != {name: value for name, value in one["kept"].items() if name in first["start"]}
     )
@@ -215,12 +221,19 @@ class Stop(TrainerCallback):
             raise KeyboardInterrupt
 
 
-@pytest.mark.parametrize("name", ["linear_head", "running_mean"])
-def test_a_resumed_run_ends_as_an_uninterrupted_one(name, qwen2, tmp_path):
+@pytest.mark.parametrize(
+    ("name", "case", "options"),
+    [
+        ("linear_head", "fresh", {"soft_value_offset": True}),
+        ("learned", "lora", {}),
+        ("running_mean", "fresh", {}),
+    ],
+)
+def test_a_resumed_run_ends_as_an_uninterrupted_one(name, case, options, qwen2, tmp_path):
     """Stopped in update 6 and resumed from checkpoint 3, in the middle of a window: the same bits of everything."""
 
     def made(folder: str):
-        return build_resumable("fresh", qwen2, tmp_path / folder, soft_value=name, max_steps=8, eval_steps=4)
+        return build_resumable(case, qwen2, tmp_path / folder, soft_value=name, max_steps=8, **options)
 
     whole = made("whole")  # which seeds the random numbers
     whole.train()
@@ -234,11 +247,13 @@ def test_a_resumed_run_ends_as_an_uninterrupted_one(name, qwen2, tmp_path):
     assert resumed.state.global_step == 8
     ends = [dict(flat(outcome(trainer))) for trainer in (whole, resumed)]
     assert [path for path in {**ends[0], **ends[1]} if ends[0].get(path) != ends[1].get(path)] == []
-    if name == "linear_head":
+    if name in ("linear_head", "learned"):
         start = made("another")
         assert head_of(resumed) == head_of(whole)
         assert not torch.equal(start._soft_value.head.weight, whole._soft_value.head.weight)
-    else:
+    if options:
+        assert resumed._offset.bias.item() == whole._offset.bias.item() != 0
+    if name == "running_mean":
         assert resumed._soft_value.totals == whole._soft_value.totals != {}
 
 
@@ -250,7 +265,7 @@ class FakeRun:
 
     def __init__(self, rows: list[dict[str, Any]], trajectories: list[Trajectory]):
         self.train_dataset, self.evaluating = Dataset.from_list(rows), False
-        self.tokenizer, self.is_sharded, self.reference_key, self.rollout_settings = TOKENIZER, False, "key", {}
+        self.tokenizer, self.reference_key, self.rollout_settings = TOKENIZER, "key", {}
         self._trajectories, self._trained = trajectories, []
 
     @property
@@ -271,6 +286,10 @@ class FakeRun:
 
     def train_module(self, module, learning_rate):
         self._trained.append((module, learning_rate))
+
+    def value_head(self, learning_rate):
+        self.train_module(head := ValueHead(4), learning_rate)
+        return head
 
 
 def trajectory(text: str, reward: float, log_prob: float = -1.0, completion: int = 40) -> Trajectory:
@@ -330,7 +349,7 @@ def test_model_needs_no_more(run, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "name", ["calibrated", "group", "log_mean_exp", "policy", "zero", "linear_head", "running_mean"]
+    "name", ["calibrated", "group", "learned", "log_mean_exp", "policy", "zero", "linear_head", "running_mean"]
 )
 def test_the_others_ask_nothing_else(name, run):
     groups = dict(num_generations=2, per_device_train_batch_size=2)
@@ -340,4 +359,4 @@ def test_the_others_ask_nothing_else(name, run):
     estimator.on_window(window := list(run.logged_trajectories())[:2], [{}] * 2, 2)
     estimator.restore(estimator.state())
     assert [t.value is None for t in window] == [not estimator.gives_constants] * 2
-    assert [rate for _, rate in run._trained] == [RATE] * (name == "linear_head")
+    assert [rate for _, rate in run._trained] == {"linear_head": [RATE], "learned": [0.01]}.get(name, [])

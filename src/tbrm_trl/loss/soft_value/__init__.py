@@ -3,6 +3,7 @@
 from .base import ConstantValue, SoftValue, ValueInputs
 from .calibrated import CalibratedValue
 from .group import GroupValue
+from .learned import LearnedValue
 from .log_mean_exp import LogMeanExpValue
 from .model import ModelValue
 from .optimal import OptimalValue
@@ -15,6 +16,7 @@ __all__ = [
     "CalibratedValue",
     "ConstantValue",
     "GroupValue",
+    "LearnedValue",
     "LogMeanExpValue",
     "ModelValue",
     "OptimalValue",

@@ -122,13 +122,6 @@ class OptimalValue(ConstantValue):
         accelerator, args, prompts = run.accelerator, self.args, run.train_dataset
         file = Path(args.output_dir) / "optimal_values" / f"{self._key(run)}.parquet"
         if not all(gather_object([file.exists()])):
-            if run.is_sharded:
-                raise ValueError(
-                    '`soft_value="optimal"` samples the reference before the model is sharded, which DeepSpeed and '
-                    "FSDP do not "
-                    "allow. Run the script once without them and with `max_steps=1`; `run.train_dataset` then "
-                    f"has a column `{COLUMN}`: save it, and train on that."
-                )
             process, processes = accelerator.process_index, accelerator.num_processes
             rollouts = args.per_device_train_batch_size * args.steps_per_generation
             size = max(1, rollouts // args.soft_value_samples)  # prompts of a block, on each process
