@@ -212,6 +212,79 @@ def test_a_mean_of_each_prompt(processes, llama, tmp_path):
     assert all(one["state"] == seen[0]["state"] for one in seen)
 
 
+def track_spo(folder: str, out: str, rows: int) -> dict[str, Any]:
+    """Six windows with a replayed update each; returns what each saw, and the tracker at the end."""
+    trainer = build(
+        folder, Path(out), train_dataset=DATA.select(range(4)), max_steps=12, soft_value="tracked", num_iterations=2,
+        replay_buffer_size=64, per_device_train_batch_size=rows, learning_rate=0.03,
+    )  # fmt: skip
+    estimator, seen = trainer._soft_value, []
+    on_window, collect = estimator.on_window, trainer._collect
+
+    def window(trajectories, rows, group_size):
+        on_window(trajectories, rows, group_size)
+        seen.append(("window", estimator.distance, [(t.prompt_key, t.reward, t.value) for t in trajectories]))
+
+    def update(rows):
+        collected = collect(rows)
+        seen.append(
+            ("update", estimator.distance, [(r.trajectory.prompt_key, 0.0, r.trajectory.value) for r in collected])
+        )
+        return collected
+
+    estimator.on_window, trainer._collect = window, update
+    trainer.train()
+    return {
+        "seen": seen,
+        "state": estimator.state(),
+        "kl": [one["kl"] for one in trainer.state.log_history if "kl" in one],
+    }
+
+
+@pytest.mark.parametrize("processes", [1, pytest.param(2, marks=pytest.mark.launch)])
+def test_spos_tracker(processes, llama, tmp_path):
+    """The counts of arXiv 2509.13232 by a loop over windows, and each row's value from them, replayed ones included.
+
+    `α ← ρ α + Σ r`, `n ← ρ n + k`, ρ = 2^(−D/0.06) between 0.875 and 0.96; a window's rewards count from the next on.
+    """
+    if processes == 1:
+        of_processes = [track_spo(llama, str(tmp_path), rows=4)]
+    else:
+        of_processes = launch("test_estimators_of_ones_own:track_spo", folder=llama, out=tmp_path, rows=2)
+    table: dict[str, list[float]] = {}
+    earned: list[tuple[str, float]] = []
+    forgotten = set()
+
+    def value(prompt: str) -> float:
+        number, total, _ = table.get(prompt) or table.get("all") or [1.0, 0.0, 0.0]
+        return total / number
+
+    replayed = 0
+    for events in zip(*(one["seen"] for one in of_processes), strict=True):
+        kind, distance = events[0][:2]
+        assert {event[:2] for event in events} == {(kind, distance)}
+        rows = [row for event in events for row in event[2]]
+        if kind == "window":
+            for prompt in dict.fromkeys(["all", *(name for name, _ in earned)] if earned else []):
+                number, total, last = table.get(prompt, [1.0, value(prompt), distance])
+                mine = [reward for name, reward in earned if prompt in (name, "all")]
+                rho = min(max(2 ** (-((distance - last) ** 2) / 2 / 0.06), 0.875), 0.96)
+                forgotten.add(rho)
+                table[prompt] = [rho * number + len(mine), rho * total + sum(mine), distance]
+            earned = [(prompt, reward) for prompt, reward, _ in rows]
+        else:
+            replayed += 1
+        for prompt, _, given in rows:
+            assert given == pytest.approx(value(prompt), abs=1e-9)
+    assert replayed == 12 and len(table) == 5
+    assert min(forgotten) < 0.96  # the policy has moved
+    for one in of_processes:
+        assert one["state"] == of_processes[0]["state"]
+        for prompt, counts in one["state"]["counts"].items():
+            assert list(counts) == pytest.approx(table[prompt or "all"], abs=1e-9)
+        assert one["state"]["distance"] == pytest.approx(math.sqrt(2 * one["kl"][-1 if one["kl"] else 0]), rel=1e-4)
+
+
 # ---- stopped and resumed ---------------------------------------------------------------------------------------------
 
 
@@ -226,6 +299,7 @@ class Stop(TrainerCallback):
     [
         ("linear_head", "fresh", {"soft_value_offset": True}),
         ("learned", "lora", {}),
+        ("tracked", "replay", {}),
         ("running_mean", "fresh", {}),
     ],
 )
@@ -253,6 +327,9 @@ def test_a_resumed_run_ends_as_an_uninterrupted_one(name, case, options, qwen2, 
         assert not torch.equal(start._soft_value.head.weight, whole._soft_value.head.weight)
     if options:
         assert resumed._offset.bias.item() == whole._offset.bias.item() != 0
+    if name == "tracked":
+        states = [trainer._soft_value.state() for trainer in (whole, resumed)]
+        assert states[0] == states[1] and len(states[0]["counts"]) > 3 and states[0]["distance"] > 0
     if name == "running_mean":
         assert resumed._soft_value.totals == whole._soft_value.totals != {}
 
@@ -349,7 +426,8 @@ def test_model_needs_no_more(run, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "name", ["calibrated", "group", "learned", "log_mean_exp", "policy", "zero", "linear_head", "running_mean"]
+    "name",
+    ["calibrated", "group", "learned", "log_mean_exp", "policy", "tracked", "zero", "linear_head", "running_mean"],
 )
 def test_the_others_ask_nothing_else(name, run):
     groups = dict(num_generations=2, per_device_train_batch_size=2)

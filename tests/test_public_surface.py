@@ -33,7 +33,7 @@ NAMES = {
         **dict.fromkeys(
             """
             SoftValue ConstantValue CalibratedValue GroupValue LearnedValue LogMeanExpValue ModelValue OptimalValue
-            PartitionValue PolicyValue ZeroValue
+            PartitionValue PolicyValue TrackedValue ZeroValue
             """.split(),
             "(args)",
         ),
@@ -65,6 +65,7 @@ OPTIONS = {
     "soft_value_self_normalized": False,
     "soft_value_offset": False,
     "soft_value_learning_rate": 0.01,
+    "soft_value_half_life": 0.06,
     "soft_value_model": None,
     "residual": "trajectory",
     "truncation": None,
@@ -108,6 +109,8 @@ HOOKS = {
     "attach": "(self, run)",
     "prepare": "(self, run)",
     "on_window": "(self, trajectories, rows, group_size)",
+    "on_update": "(self, trajectories)",
+    "after_update": "(self, metrics)",
     "state": "(self)",
     "restore": "(self, state)",
     "__call__": "(self, inputs)",
@@ -119,7 +122,7 @@ CLASS_ATTRIBUTES = {
     "takes_baseline": False,
     "bootstraps": False,
 }
-ESTIMATORS = set("calibrated group learned log_mean_exp model optimal partition policy zero".split())
+ESTIMATORS = set("calibrated group learned log_mean_exp model optimal partition policy tracked zero".split())
 RUN_ATTRIBUTES = set("accelerator train_dataset evaluating tokenizer reference_key rollout_settings".split())
 RUN_METHODS = {
     "counts": "(self, trajectory)",

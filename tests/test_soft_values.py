@@ -631,6 +631,19 @@ def test_a2po_is_optimal():
     torch.testing.assert_close(gradients(ours, rows.log_ratio), gradients(theirs, rows.log_ratio), **EXACTLY)
 
 
+def test_spo_is_tracked_with_the_kl_in_the_reward():
+    """SPO's policy gradient `−E[A ∇log π]`, `A = r − v̂` (arXiv 2509.13232, before its batch normalisation).
+
+    At π = π_ref it is half the gradient of `(βδ)²` per β; elsewhere r is the regularised reward `r − β log-ratio`.
+    """
+    rows, residual = random_rows("tracked", [0] * 12)
+    ours = squared_residual_loss(BETA * residual, rows.counted, 12)
+    advantage = (rows.reward - BETA * rows.log_ratio - rows.value).detach()
+    theirs = -(advantage * rows.log_ratio).mean()  # ∇log-ratio is ∇log π
+    expected = 2 * BETA * gradients(theirs, rows.log_ratio)
+    torch.testing.assert_close(gradients(ours, rows.log_ratio), expected, **EXACTLY)
+
+
 # ---- nothing to learn ----------------------------------------------------------------------------------------------
 
 
@@ -679,6 +692,9 @@ def test_with_the_policys_value_it_is_not(llama, tmp_path):
         ({"soft_value": "model"}, "needs `soft_value_model`"),
         ({"soft_value": "policy", "soft_value_beta": 1.0}, "has no effect.*belongs to.*optimal"),
         ({"soft_value": "zero", "soft_value_model": "x"}, "has no effect.*belongs to model"),
+        ({"soft_value": "tracked", "soft_value_half_life": 0.0}, "it divides the KL moved"),
+        ({"soft_value": "tracked", "reference": "previous"}, "distance from one fixed reference"),
+        ({"soft_value_half_life": 0.1}, "has no effect.*belongs to tracked"),
         ({"soft_value_learning_rate": 0.1}, "nothing of V is trained beside the policy.*soft_value_offset=True"),
         ({"soft_value": "learned", "soft_value_learning_rate": 0.0}, "must be positive and finite"),
         ({"soft_value": "learned", "fp16": True}, 'fp16=True` with `soft_value="learned"` is refused'),
@@ -712,6 +728,7 @@ def test_options_that_an_estimator_cannot_work_with(options, message, tmp_path):
         ([{**row, "optimal_value": i / 0.5 if i else math.nan} for i, row in enumerate(log())],
          {"soft_value": "optimal"}, "Row 0 .*`optimal_value` is nan"),
         ([*log(), {"prompt": "a"}], {"soft_value": "partition"}, "every row of the training set needs a `completion`"),
+        (log(), {"soft_value": "tracked"}, "what the policy's own rollouts earn"),
         (log(unscored=(2,)), {"soft_value": "partition"}, r"Row \d of .*no `reward`"),
     ],
 )  # fmt: skip

@@ -94,8 +94,8 @@ class TBRMOptions(GRPOConfig):
             (arXiv 2505.15311). `"calibrated"` is `V_θ(s_1) − V_ref(s_1)` (ReVal, arXiv 2603.23355): the residual of the
             untrained model is then `−R/β` instead of `V − R/β`, so choose it unless `1/β` dwarfs V. The others are
             `"group"` (VarGrad, REBEL, CoPG, GVPO), `"log_mean_exp"` (OAPL, Kimi k1.5), `"optimal"` (A*-PO),
-            `"learned"` (DRO-V), `"partition"` (reward partitioning), `"model"` (a frozen value model), `"zero"`, and
-            every subclass of [`SoftValue`]. `docs/theory.md` derives the target of each.
+            `"learned"` (DRO-V), `"tracked"` (SPO), `"partition"` (reward partitioning), `"model"` (a frozen value
+            model), `"zero"`, and every subclass of [`SoftValue`]. `docs/theory.md` derives the target of each.
         soft_value_beta (`float` or `None`, *optional*):
             β₁ of the estimators `"optimal"` and `"log_mean_exp"`, whose value is `β₁ log mean exp(r/β₁)` in reward
             units. None takes β. `inf` gives the mean of the rewards.
@@ -115,6 +115,9 @@ class TBRMOptions(GRPOConfig):
             Learning rate of what is trained of V beside the policy: the head of the estimator `"learned"`, or the
             constant of `soft_value_offset`. It is constant, in reward units: an update of Adam moves the constant by
             about this much at most, and the head's value by about twice as much.
+        soft_value_half_life (`float`, *optional*, defaults to `0.06`):
+            The estimator `"tracked"` halves a prompt's counts when the policy has moved by this KL since its last
+            window, in nats per token. From one window to the next it keeps between 0.875 and 0.96 of them.
         soft_value_model (`str` or `None`, *optional*):
             Id or folder of the value model that the estimator `"model"` reads: a sequence classifier with one label and
             the policy's vocabulary.
@@ -263,6 +266,7 @@ class TBRMOptions(GRPOConfig):
     soft_value_self_normalized: bool = False
     soft_value_offset: bool = False
     soft_value_learning_rate: float = 0.01
+    soft_value_half_life: float = 0.06
     soft_value_model: str | None = None
     residual: str = "trajectory"
     truncation: str | None = None  # read as "terminal", or "mask" if TRL's older option asks for it

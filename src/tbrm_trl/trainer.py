@@ -618,6 +618,7 @@ class TBRMTrainer(ExactResume, GRPOTrainer):
                 self._replay.stored.keep_scores(number, trajectory)
 
         oldest = max((row.age for row in update_rows if row.age is not None), default=0)
+        self._soft_value.on_update([row.trajectory for row in update_rows])
         counts = self._gather([self._loss.mark_left_out(update_rows), oldest, len(self._replay or ())])  # (P, 3)
         self._denominator = int(counts[:, 0].sum())
         if not self._denominator:
@@ -932,11 +933,11 @@ class TBRMTrainer(ExactResume, GRPOTrainer):
                 for row, priority in zip(rows, residual.abs().tolist(), strict=True):
                     if row.number is not None:
                         self._replay.set_priority(row.number, priority)
-        if not self._beta_checked:
-            means = self._totals.means()
-            if "soft_value" in means:  # the first update in which a trajectory counts
-                self._beta_checked = True
-                self._check_beta(means["soft_value"])
+        means = self._totals.finite().means()
+        self._soft_value.after_update(means)
+        if not self._beta_checked and "soft_value" in means:  # the first update in which a trajectory counts
+            self._beta_checked = True
+            self._check_beta(means["soft_value"])
 
     def _skip_update(self, model: nn.Module) -> None:
         """Keep an update from the weights, the moments, the buffer and the log. The schedule and the data go on."""

@@ -10,6 +10,7 @@ from .optimal import OptimalValue
 from .partition import PartitionValue
 from .policy import PolicyValue
 from .run import Run
+from .tracked import TrackedValue
 from .zero import ZeroValue
 
 __all__ = [
@@ -24,6 +25,7 @@ __all__ = [
     "PolicyValue",
     "Run",
     "SoftValue",
+    "TrackedValue",
     "ValueInputs",
     "ZeroValue",
 ]
