@@ -403,6 +403,20 @@ def test_optimal_needs_no_more(run, tmp_path):
     assert [t.value for t in window] == pytest.approx([1.0, 2.0])
 
 
+def test_quantile_needs_no_more(run, tmp_path):
+    """Two samples of each prompt, both 1 or both 2. They tie: q = 1/2 is the one quantile, and log Z = 1/(2β)."""
+    estimator = SoftValue.registry["quantile"](
+        config(soft_value="quantile", soft_value_samples=2, output_dir=str(tmp_path), beta=0.1)
+    )
+    estimator.attach(run)
+    estimator.prepare(run)
+    assert run.train_dataset["reference_rewards"] == [[1.0, 1.0], [2.0, 2.0]]
+    window = run.sample(run.train_dataset)
+    estimator.on_window(window, list(run.train_dataset), 1)
+    assert [t.value for t in window] == pytest.approx([0.5, 0.5])
+    assert [t.reward - t.baseline for t in window] == pytest.approx([0.5, 0.5])
+
+
 def test_partition_needs_no_more(run):
     """`β log (e^(−1 + 0.1/β) + e^(−2 + 0.2/β))` at β = 0.1: both exponents are 0. The third row does not count."""
     estimator = SoftValue.registry["partition"](config(soft_value="partition", beta=0.1))

@@ -33,7 +33,7 @@ NAMES = {
         **dict.fromkeys(
             """
             SoftValue ConstantValue CalibratedValue GroupValue LearnedValue LogMeanExpValue ModelValue OptimalValue
-            PartitionValue PolicyValue TrackedValue ZeroValue
+            PartitionValue PolicyValue QuantileValue TrackedValue ZeroValue
             """.split(),
             "(args)",
         ),
@@ -122,7 +122,7 @@ CLASS_ATTRIBUTES = {
     "takes_baseline": False,
     "bootstraps": False,
 }
-ESTIMATORS = set("calibrated group learned log_mean_exp model optimal partition policy tracked zero".split())
+ESTIMATORS = set("calibrated group learned log_mean_exp model optimal partition policy quantile tracked zero".split())
 RUN_ATTRIBUTES = set("accelerator train_dataset evaluating tokenizer reference_key rollout_settings".split())
 RUN_METHODS = {
     "counts": "(self, trajectory)",

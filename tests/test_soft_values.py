@@ -22,6 +22,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForSequenceClas
 from tbrm_trl import SoftValue, TBRMConfig, bellman_residual, squared_residual_loss, trajectory_log_ratio
 from tbrm_trl.loss.soft_value import ConstantValue, ValueInputs
 from tbrm_trl.loss.soft_value.log_mean_exp import log_mean_exp
+from tbrm_trl.loss.soft_value.quantile import log_partition, quantile
 from tbrm_trl.model.value_head import ValueHead
 from tbrm_trl.trajectory import Trajectory
 
@@ -317,6 +318,38 @@ def test_partition(self_normalized, llama, tmp_path):
             terms.append(math.exp(log_prob + reward / BETA))
             mass.append(math.exp(log_prob))
         return math.log(sum(terms) / (sum(mass) if self_normalized else 1))
+
+    check(seen, value)
+
+
+def test_quantiles_by_hand():
+    """Of 0.2, 0.5, 0.9: none below 0.1, all below 1; 0.5 has one below and itself. Of 0, 0, 0, 1: 3/8 and 7/8."""
+    distinct, ties = torch.tensor([0.5, 0.2, 0.9]).double(), torch.tensor([0.0, 1.0, 0.0, 0.0]).double()
+    assert [quantile(r, distinct) for r in (0.1, 0.3, 0.5, 1.0)] == pytest.approx([0, 1 / 3, 1 / 2, 1])
+    assert [quantile(r, ties) for r in (0.0, 1.0)] == [3 / 8, 7 / 8]
+    assert quantile(torch.tensor(0.9).item(), distinct) == pytest.approx(5 / 6)  # as a reward function's 0.9 is read
+    assert log_partition(distinct, 0.5) == pytest.approx(math.log(0.5 * (math.exp(2) - 1)), abs=1e-14)
+    assert log_partition(distinct, 0.001) == pytest.approx(1000 + math.log(0.001), abs=1e-9)  # e^1000 is no float
+    expected = math.log(0.75 * math.exp(3 / 4) + 0.25 * math.exp(7 / 4))
+    assert log_partition(ties, 0.5) == pytest.approx(expected, abs=1e-14)
+
+
+def test_quantile(llama, tmp_path):
+    """QRPO's published loss, `(q − β log Z − β log-ratio)²`: with ties on every second prompt."""
+    given = ([-1.0, -0.3, 0.3, 0.8], [0.0, 0.0, 1.0, -1.0])
+    rows = [{**row, "reference_rewards": given[len(row["prompt_ids"]) % 2]} for row in log()]
+    seen = one_update(llama, tmp_path, rows, soft_value="quantile")
+    assert len(seen.counted) == 8 and {len(t.prompt_ids) % 2 for t in seen.counted} == {0, 1}
+
+    def value(trajectory, of):
+        samples = given[len(trajectory.prompt_ids) % 2]
+
+        def rank(r):
+            return sum((s < r) + (s == r) / 2 for s in samples) / len(samples)
+
+        uniform = math.log(BETA * (math.exp(1 / BETA) - 1))
+        log_z = uniform if samples is given[0] else math.log(sum(math.exp(rank(s) / BETA) for s in samples) / 4)
+        return log_z + (trajectory.reward - rank(trajectory.reward)) / BETA  # q in the place of R
 
     check(seen, value)
 
@@ -728,6 +761,9 @@ def test_options_that_an_estimator_cannot_work_with(options, message, tmp_path):
         ([{**row, "optimal_value": i / 0.5 if i else math.nan} for i, row in enumerate(log())],
          {"soft_value": "optimal"}, "Row 0 .*`optimal_value` is nan"),
         ([*log(), {"prompt": "a"}], {"soft_value": "partition"}, "every row of the training set needs a `completion`"),
+        (log(), {"soft_value": "quantile"}, "add a column `reference_rewards`"),
+        ([{**row, "reference_rewards": [0.0] * min(i, 1)} for i, row in enumerate(log())], {"soft_value": "quantile"},
+         r"Row 0 .*`reference_rewards` is \[\]. It must be a list"),
         (log(), {"soft_value": "tracked"}, "what the policy's own rollouts earn"),
         (log(unscored=(2,)), {"soft_value": "partition"}, r"Row \d of .*no `reward`"),
     ],

@@ -9,7 +9,7 @@ import random
 import pytest
 import torch
 from common import tree_targets as targets
-from common.trees import EOS, Task, Tree, logits_after, total_variation
+from common.trees import EOS, Task, Tree, logits_after, optimum, total_variation
 
 DEEP = Tree(depth=3, letters="abc", prompts=("a", "bc"))  # 40 trajectories after each prompt
 WIDE = Tree(depth=2, letters="abcde", prompts=("a", "bcd"))  # 31
@@ -178,7 +178,7 @@ def test_a_wrong_constant_converges_to_a_target_of_its_data(soft_value, data, tr
     [("zero", {}, 0.08), ("optimal", {"soft_value_samples": 2}, 0.04), ("tracked", {}, 0.02)],
 )
 def test_on_policy_a_wrong_constant_does_no_harm(soft_value, options, bound, tmp_path):
-    """Where μ = π_θ a constant multiplies E ∇log π = 0: a baseline. `zero`, V̂* of 2 samples, SPO's mean: all lead to π*.
+    """Where μ = π_θ a constant multiplies E ∇log π = 0: a baseline. `zero`, V̂* of 2 samples, SPO's mean all lead to π*.
 
     Its price is variance, hence the bounds; on a log `zero` ends more than 0.2 away.
     """
@@ -194,6 +194,44 @@ def test_on_policy_a_wrong_constant_does_no_harm(soft_value, options, bound, tmp
 
     print(f"total variation to π* {total_variation(trained, task.best):.1e}")
     assert total_variation(trained, task.best) < bound
+
+
+# ---- quantiles ------------------------------------------------------------------------------------------------------
+
+
+def mid_ranks(rewards: torch.Tensor, samples: torch.Tensor) -> torch.Tensor:
+    """`(P, N)` the share of `(P, S)` samples below each reward, and half of those that equal it."""
+    below, equal = samples[:, None] < rewards[:, :, None], samples[:, None] == rewards[:, :, None]
+    return (below.double() + equal.double() / 2).mean(dim=2)
+
+
+@pytest.mark.parametrize("data", ["on-policy", "uniform", "bad"])
+def test_quantiles(data, tmp_path):
+    """π_ref exp(q/β)/Z within 0.02, q the mid-rank among samples that hold each trajectory as often as π_ref says it.
+
+    Rewards are rounded to tenths, so that they tie, after a fourth power, so that their quantiles say something else:
+    π* of the rewards themselves is more than 0.1 away.
+    """
+    tree, task = SMALL, Task(SMALL, 0.3, tmp_path, seed=1)
+    task.rewards = (10 * task.rewards**4).round() / 10
+    cumulative = task.reference.probs.cumsum(dim=1)  # (P, N)
+    places = torch.searchsorted(cumulative, (torch.arange(100) + 0.5).expand(len(tree.prompts), -1).double() / 100)
+    samples = task.rewards.gather(1, places.clamp(max=task.rewards.shape[1] - 1))  # (P, 100)
+    target = optimum(task.reference, mid_ranks(task.rewards, samples), task.beta)
+    rows, rate = tree.prompt_rows(126), 0.1
+    if data != "on-policy":
+        rate = 0.5
+        rows = tree.exact_log(task.rewards, tree.counts(tree.uniform if data == "uniform" else tree.bad(task.rewards)))
+    rows = task.with_values(rows, samples, "reference_rewards")
+
+    trained = task.train(
+        rows, soft_value="quantile", learning_rate=rate, max_steps=150, per_device_train_batch_size=len(rows)
+    )
+
+    near, far = total_variation(trained, target), total_variation(trained, optimum(task.reference, task.rewards, 0.3))
+    print(f"{len(rows)} rows: total variation to the target {near:.1e}, to π* {far:.3f}")
+    assert near < 0.02
+    assert far > 0.1
 
 
 # ---- reward partitioning ---------------------------------------------------------------------------------------------

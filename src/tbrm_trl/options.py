@@ -94,14 +94,15 @@ class TBRMOptions(GRPOConfig):
             (arXiv 2505.15311). `"calibrated"` is `V_θ(s_1) − V_ref(s_1)` (ReVal, arXiv 2603.23355): the residual of the
             untrained model is then `−R/β` instead of `V − R/β`, so choose it unless `1/β` dwarfs V. The others are
             `"group"` (VarGrad, REBEL, CoPG, GVPO), `"log_mean_exp"` (OAPL, Kimi k1.5), `"optimal"` (A*-PO),
-            `"learned"` (DRO-V), `"tracked"` (SPO), `"partition"` (reward partitioning), `"model"` (a frozen value
-            model), `"zero"`, and every subclass of [`SoftValue`]. `docs/theory.md` derives the target of each.
+            `"quantile"` (QRPO), `"learned"` (DRO-V), `"tracked"` (SPO), `"partition"` (reward partitioning), `"model"`
+            (a frozen value model), `"zero"`, and every subclass of [`SoftValue`]. `docs/theory.md` derives the target
+            of each.
         soft_value_beta (`float` or `None`, *optional*):
             β₁ of the estimators `"optimal"` and `"log_mean_exp"`, whose value is `β₁ log mean exp(r/β₁)` in reward
             units. None takes β. `inf` gives the mean of the rewards.
         soft_value_samples (`int`, *optional*, defaults to `8`):
-            The estimator `"optimal"` draws this many samples of the reference per prompt. It must be a multiple of
-            `num_generations`.
+            The estimators `"optimal"` and `"quantile"` draw this many samples of the reference per prompt. It must be a
+            multiple of `num_generations`.
         soft_value_drop_unsolved (`bool`, *optional*, defaults to `False`):
             The estimator `"optimal"` drops the prompts for which no sample has a positive reward.
         soft_value_self_normalized (`bool`, *optional*, defaults to `False`):

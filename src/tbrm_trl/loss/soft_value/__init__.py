@@ -9,6 +9,7 @@ from .model import ModelValue
 from .optimal import OptimalValue
 from .partition import PartitionValue
 from .policy import PolicyValue
+from .quantile import QuantileValue
 from .run import Run
 from .tracked import TrackedValue
 from .zero import ZeroValue
@@ -23,6 +24,7 @@ __all__ = [
     "OptimalValue",
     "PartitionValue",
     "PolicyValue",
+    "QuantileValue",
     "Run",
     "SoftValue",
     "TrackedValue",
