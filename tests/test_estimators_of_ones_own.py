@@ -28,6 +28,7 @@ from transformers import AutoTokenizer, TrainerCallback
 
 from tbrm_trl import SoftValue
 from tbrm_trl.loss.soft_value import ConstantValue, Run
+from tbrm_trl.model.value_head import ValueHead
 from tbrm_trl.trajectory import End, Trajectory
 
 BETA, RATE = 0.1, 0.05
@@ -80,7 +81,7 @@ class RunningMean(ConstantValue):
 
 def head_of(trainer) -> dict[str, Any]:
     """Trained parameters and their optimizer, copied."""
-    kept = {"head": trainer._soft_value.head.state_dict(), "optimizer": trainer._trained_module.optimizer.state_dict()}
+    kept = {"head": trainer._soft_value.head.state_dict(), "optimizer": trainer._trained_modules.optimizer.state_dict()}
     return dict(flat(kept))
 
 
@@ -129,11 +130,11 @@ def test_the_first_gradient(llama, tmp_path):
         torch.testing.assert_close(after.double(), expected, rtol=0, atol=1e-6)
 
 
-def train_head(folder: str, out: str, batch: int) -> dict[str, Any]:
+def train_head(folder: str, out: str, batch: int, name: str) -> dict[str, Any]:
     """Four updates on a log of eight rows, in each of the processes."""
     allow_fsdp_on_cpu()
     trainer = build(
-        folder, Path(out), None, Dataset.from_list(log()), soft_value="linear_head", per_device_train_batch_size=batch,
+        folder, Path(out), None, Dataset.from_list(log()), soft_value=name, per_device_train_batch_size=batch,
         max_steps=4, shuffle_dataset=False,
     )  # fmt: skip
     start = dict(flat(trainer._soft_value.head.state_dict()))
@@ -143,14 +144,19 @@ def train_head(folder: str, out: str, batch: int) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize(
-    "file", [None, *(pytest.param(f, marks=pytest.mark.launch) for f in ("fsdp2", "zero2", "zero3"))]
+    ("file", "name"),
+    [
+        (None, "linear_head"),
+        *(pytest.param(f, "learned", marks=pytest.mark.launch) for f in ("fsdp2", "zero2", "zero3")),
+    ],
 )
-def test_two_processes_train_one_head(file, llama, tmp_path):
+def test_two_processes_train_one_head(file, name, llama, tmp_path):
     """They begin with the main process's weights, agree on every bit afterwards, and do what one process does."""
-    first, second = launch("test_estimators_of_ones_own:train_head", file, folder=llama, out=tmp_path, batch=4)
+    options = {"folder": llama, "name": name}
+    first, second = launch("test_estimators_of_ones_own:train_head", file, **options, out=tmp_path, batch=4)
     assert first["start"] == second["start"] and first["kept"] == second["kept"]
     assert first["losses"] != second["losses"]  # of their own rows
-    one = train_head(llama, str(tmp_path / "one"), batch=8)
+    one = train_head(**options, out=str(tmp_path / "one"), batch=8)
     assert (
         one["start"] == first["start"] != {name: value for name, value in one["kept"].items() if name in first["start"]}
     )
@@ -206,6 +212,79 @@ def test_a_mean_of_each_prompt(processes, llama, tmp_path):
     assert all(one["state"] == seen[0]["state"] for one in seen)
 
 
+def track_spo(folder: str, out: str, rows: int) -> dict[str, Any]:
+    """Six windows with a replayed update each; returns what each saw, and the tracker at the end."""
+    trainer = build(
+        folder, Path(out), train_dataset=DATA.select(range(4)), max_steps=12, soft_value="tracked", num_iterations=2,
+        replay_buffer_size=64, per_device_train_batch_size=rows, learning_rate=0.03,
+    )  # fmt: skip
+    estimator, seen = trainer._soft_value, []
+    on_window, collect = estimator.on_window, trainer._collect
+
+    def window(trajectories, rows, group_size):
+        on_window(trajectories, rows, group_size)
+        seen.append(("window", estimator.distance, [(t.prompt_key, t.reward, t.value) for t in trajectories]))
+
+    def update(rows):
+        collected = collect(rows)
+        seen.append(
+            ("update", estimator.distance, [(r.trajectory.prompt_key, 0.0, r.trajectory.value) for r in collected])
+        )
+        return collected
+
+    estimator.on_window, trainer._collect = window, update
+    trainer.train()
+    return {
+        "seen": seen,
+        "state": estimator.state(),
+        "kl": [one["kl"] for one in trainer.state.log_history if "kl" in one],
+    }
+
+
+@pytest.mark.parametrize("processes", [1, pytest.param(2, marks=pytest.mark.launch)])
+def test_spos_tracker(processes, llama, tmp_path):
+    """The counts of arXiv 2509.13232 by a loop over windows, and each row's value from them, replayed ones included.
+
+    `α ← ρ α + Σ r`, `n ← ρ n + k`, ρ = 2^(−D/0.06) between 0.875 and 0.96; a window's rewards count from the next on.
+    """
+    if processes == 1:
+        of_processes = [track_spo(llama, str(tmp_path), rows=4)]
+    else:
+        of_processes = launch("test_estimators_of_ones_own:track_spo", folder=llama, out=tmp_path, rows=2)
+    table: dict[str, list[float]] = {}
+    earned: list[tuple[str, float]] = []
+    forgotten = set()
+
+    def value(prompt: str) -> float:
+        number, total, _ = table.get(prompt) or table.get("all") or [1.0, 0.0, 0.0]
+        return total / number
+
+    replayed = 0
+    for events in zip(*(one["seen"] for one in of_processes), strict=True):
+        kind, distance = events[0][:2]
+        assert {event[:2] for event in events} == {(kind, distance)}
+        rows = [row for event in events for row in event[2]]
+        if kind == "window":
+            for prompt in dict.fromkeys(["all", *(name for name, _ in earned)] if earned else []):
+                number, total, last = table.get(prompt, [1.0, value(prompt), distance])
+                mine = [reward for name, reward in earned if prompt in (name, "all")]
+                rho = min(max(2 ** (-((distance - last) ** 2) / 2 / 0.06), 0.875), 0.96)
+                forgotten.add(rho)
+                table[prompt] = [rho * number + len(mine), rho * total + sum(mine), distance]
+            earned = [(prompt, reward) for prompt, reward, _ in rows]
+        else:
+            replayed += 1
+        for prompt, _, given in rows:
+            assert given == pytest.approx(value(prompt), abs=1e-9)
+    assert replayed == 12 and len(table) == 5
+    assert min(forgotten) < 0.96  # the policy has moved
+    for one in of_processes:
+        assert one["state"] == of_processes[0]["state"]
+        for prompt, counts in one["state"]["counts"].items():
+            assert list(counts) == pytest.approx(table[prompt or "all"], abs=1e-9)
+        assert one["state"]["distance"] == pytest.approx(math.sqrt(2 * one["kl"][-1 if one["kl"] else 0]), rel=1e-4)
+
+
 # ---- stopped and resumed ---------------------------------------------------------------------------------------------
 
 
@@ -215,12 +294,20 @@ class Stop(TrainerCallback):
             raise KeyboardInterrupt
 
 
-@pytest.mark.parametrize("name", ["linear_head", "running_mean"])
-def test_a_resumed_run_ends_as_an_uninterrupted_one(name, qwen2, tmp_path):
+@pytest.mark.parametrize(
+    ("name", "case", "options"),
+    [
+        ("linear_head", "fresh", {"soft_value_offset": True}),
+        ("learned", "lora", {}),
+        ("tracked", "replay", {}),
+        ("running_mean", "fresh", {}),
+    ],
+)
+def test_a_resumed_run_ends_as_an_uninterrupted_one(name, case, options, qwen2, tmp_path):
     """Stopped in update 6 and resumed from checkpoint 3, in the middle of a window: the same bits of everything."""
 
     def made(folder: str):
-        return build_resumable("fresh", qwen2, tmp_path / folder, soft_value=name, max_steps=8, eval_steps=4)
+        return build_resumable(case, qwen2, tmp_path / folder, soft_value=name, max_steps=8, **options)
 
     whole = made("whole")  # which seeds the random numbers
     whole.train()
@@ -234,11 +321,16 @@ def test_a_resumed_run_ends_as_an_uninterrupted_one(name, qwen2, tmp_path):
     assert resumed.state.global_step == 8
     ends = [dict(flat(outcome(trainer))) for trainer in (whole, resumed)]
     assert [path for path in {**ends[0], **ends[1]} if ends[0].get(path) != ends[1].get(path)] == []
-    if name == "linear_head":
+    if name in ("linear_head", "learned"):
         start = made("another")
         assert head_of(resumed) == head_of(whole)
         assert not torch.equal(start._soft_value.head.weight, whole._soft_value.head.weight)
-    else:
+    if options:
+        assert resumed._offset.bias.item() == whole._offset.bias.item() != 0
+    if name == "tracked":
+        states = [trainer._soft_value.state() for trainer in (whole, resumed)]
+        assert states[0] == states[1] and len(states[0]["counts"]) > 3 and states[0]["distance"] > 0
+    if name == "running_mean":
         assert resumed._soft_value.totals == whole._soft_value.totals != {}
 
 
@@ -250,7 +342,7 @@ class FakeRun:
 
     def __init__(self, rows: list[dict[str, Any]], trajectories: list[Trajectory]):
         self.train_dataset, self.evaluating = Dataset.from_list(rows), False
-        self.tokenizer, self.is_sharded, self.reference_key, self.rollout_settings = TOKENIZER, False, "key", {}
+        self.tokenizer, self.reference_key, self.rollout_settings = TOKENIZER, "key", {}
         self._trajectories, self._trained = trajectories, []
 
     @property
@@ -271,6 +363,10 @@ class FakeRun:
 
     def train_module(self, module, learning_rate):
         self._trained.append((module, learning_rate))
+
+    def value_head(self, learning_rate):
+        self.train_module(head := ValueHead(4), learning_rate)
+        return head
 
 
 def trajectory(text: str, reward: float, log_prob: float = -1.0, completion: int = 40) -> Trajectory:
@@ -307,6 +403,20 @@ def test_optimal_needs_no_more(run, tmp_path):
     assert [t.value for t in window] == pytest.approx([1.0, 2.0])
 
 
+def test_quantile_needs_no_more(run, tmp_path):
+    """Two samples of each prompt, both 1 or both 2. They tie: q = 1/2 is the one quantile, and log Z = 1/(2β)."""
+    estimator = SoftValue.registry["quantile"](
+        config(soft_value="quantile", soft_value_samples=2, output_dir=str(tmp_path), beta=0.1)
+    )
+    estimator.attach(run)
+    estimator.prepare(run)
+    assert run.train_dataset["reference_rewards"] == [[1.0, 1.0], [2.0, 2.0]]
+    window = run.sample(run.train_dataset)
+    estimator.on_window(window, list(run.train_dataset), 1)
+    assert [t.value for t in window] == pytest.approx([0.5, 0.5])
+    assert [t.reward - t.baseline for t in window] == pytest.approx([0.5, 0.5])
+
+
 def test_partition_needs_no_more(run):
     """`β log (e^(−1 + 0.1/β) + e^(−2 + 0.2/β))` at β = 0.1: both exponents are 0. The third row does not count."""
     estimator = SoftValue.registry["partition"](config(soft_value="partition", beta=0.1))
@@ -330,7 +440,8 @@ def test_model_needs_no_more(run, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "name", ["calibrated", "group", "log_mean_exp", "policy", "zero", "linear_head", "running_mean"]
+    "name",
+    ["calibrated", "group", "learned", "log_mean_exp", "policy", "tracked", "zero", "linear_head", "running_mean"],
 )
 def test_the_others_ask_nothing_else(name, run):
     groups = dict(num_generations=2, per_device_train_batch_size=2)
@@ -340,4 +451,4 @@ def test_the_others_ask_nothing_else(name, run):
     estimator.on_window(window := list(run.logged_trajectories())[:2], [{}] * 2, 2)
     estimator.restore(estimator.state())
     assert [t.value is None for t in window] == [not estimator.gives_constants] * 2
-    assert [rate for _, rate in run._trained] == [RATE] * (name == "linear_head")
+    assert [rate for _, rate in run._trained] == {"linear_head": [RATE], "learned": [0.01]}.get(name, [])

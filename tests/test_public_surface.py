@@ -32,8 +32,8 @@ NAMES = {
     soft_value: {
         **dict.fromkeys(
             """
-            SoftValue ConstantValue CalibratedValue GroupValue LogMeanExpValue ModelValue OptimalValue PartitionValue
-            PolicyValue ZeroValue
+            SoftValue ConstantValue CalibratedValue GroupValue LearnedValue LogMeanExpValue ModelValue OptimalValue
+            PartitionValue PolicyValue QuantileValue TrackedValue ZeroValue
             """.split(),
             "(args)",
         ),
@@ -63,6 +63,9 @@ OPTIONS = {
     "soft_value_samples": 8,
     "soft_value_drop_unsolved": False,
     "soft_value_self_normalized": False,
+    "soft_value_offset": False,
+    "soft_value_learning_rate": 0.01,
+    "soft_value_half_life": 0.06,
     "soft_value_model": None,
     "residual": "trajectory",
     "truncation": None,
@@ -106,6 +109,8 @@ HOOKS = {
     "attach": "(self, run)",
     "prepare": "(self, run)",
     "on_window": "(self, trajectories, rows, group_size)",
+    "on_update": "(self, trajectories)",
+    "after_update": "(self, metrics)",
     "state": "(self)",
     "restore": "(self, state)",
     "__call__": "(self, inputs)",
@@ -117,14 +122,15 @@ CLASS_ATTRIBUTES = {
     "takes_baseline": False,
     "bootstraps": False,
 }
-ESTIMATORS = set("calibrated group log_mean_exp model optimal partition policy zero".split())
-RUN_ATTRIBUTES = set("accelerator train_dataset evaluating tokenizer is_sharded reference_key rollout_settings".split())
+ESTIMATORS = set("calibrated group learned log_mean_exp model optimal partition policy quantile tracked zero".split())
+RUN_ATTRIBUTES = set("accelerator train_dataset evaluating tokenizer reference_key rollout_settings".split())
 RUN_METHODS = {
     "counts": "(self, trajectory)",
     "logged_trajectories": "(self)",
     "sample": "(self, rows)",
     "replace_prompts": "(self, dataset)",
     "train_module": "(self, module, learning_rate)",
+    "value_head": "(self, learning_rate)",
 }
 
 

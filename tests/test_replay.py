@@ -272,3 +272,44 @@ def test_two_processes(llama, tmp_path):
     assert len(first["shard"]) == 2 and not second["shard"]  # of the last window; what came before is too old
     assert first["prompts"] and not set(first["prompts"]) & set(second["prompts"])
     assert first["drawn"] <= set(first["prompts"]) and second["drawn"] <= set(second["prompts"])
+
+
+@pytest.mark.parametrize(("kind", "group"), [("batch_mean", 1), ("group_mean", 2)])
+def test_a_replayed_row_takes_the_latest_baseline(kind, group, llama, tmp_path):
+    """That of the window it is replayed beside, or that of the last group of its prompt, whichever window that was in.
+
+    Rewards grow by 1 with every window, so that a stored baseline would be far off.
+    """
+    calls = []
+
+    def later_is_better(completions, **kwargs):
+        calls.append(None)
+        return [len(calls) + 0.1 * len(text) for text in completions]
+
+    trainer = build(
+        llama, tmp_path, later_is_better, soft_value="calibrated", reward_baseline=kind, num_generations=group,
+        num_iterations=2, replay_buffer_size=64, per_device_train_batch_size=4, max_steps=16, learning_rate=1e-3,
+    )  # fmt: skip
+    windows = kept_returns(trainer, "_new_window")
+    updates: list[tuple[int, list[tuple[str, str, float]]]] = []
+    collect = trainer._collect
+
+    def watched(rows):
+        update = collect(rows)
+        updates.append((len(windows), [(r.origin, r.trajectory.prompt_key, r.trajectory.baseline) for r in update]))
+        return update
+
+    trainer._collect = watched
+    trainer.train()
+    mean: dict[str, float] = {}
+    seen, renewed = 0, 0
+    for number, rows in updates:
+        for window in windows[seen:number]:
+            for t in window:
+                alike = [o.reward for o in window if kind == "batch_mean" or o.prompt_key == t.prompt_key]
+                mean[t.prompt_key if kind == "group_mean" else "window"] = sum(alike) / len(alike)
+        seen = number
+        for origin, prompt_key, baseline in rows:
+            assert baseline == pytest.approx(mean[prompt_key if kind == "group_mean" else "window"], abs=1e-5)
+            renewed += origin == "replayed"
+    assert renewed == 32 and seen == 8

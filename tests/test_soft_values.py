@@ -22,6 +22,8 @@ from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForSequenceClas
 from tbrm_trl import SoftValue, TBRMConfig, bellman_residual, squared_residual_loss, trajectory_log_ratio
 from tbrm_trl.loss.soft_value import ConstantValue, ValueInputs
 from tbrm_trl.loss.soft_value.log_mean_exp import log_mean_exp
+from tbrm_trl.loss.soft_value.quantile import log_partition, quantile
+from tbrm_trl.model.value_head import ValueHead
 from tbrm_trl.trajectory import Trajectory
 
 BETA = 0.1
@@ -80,6 +82,57 @@ def group_value(seen: Update, trajectory: Trajectory) -> float:
     group = by_prompt(seen.counted)[tuple(trajectory.prompt_ids.tolist())]
     with torch.no_grad():
         return sum(t.reward / BETA - parts(seen, t).log_ratio.item() for t in group) / len(group)
+
+
+@pytest.mark.parametrize("options", [{}, {"token_fraction": 0.5}], ids=str)
+def test_learned(options, llama, tmp_path):
+    """A head that says something else in every s_1. It moves no logit: V is a constant to the policy.
+
+    Adam's first step moves each weight by the learning rate, or by nothing where it has no gradient.
+    """
+
+    def watch(trainer):
+        generator = torch.Generator().manual_seed(0)
+        for parameter in trainer._soft_value.head.parameters():
+            parameter.data = 0.5 * torch.randn(parameter.shape, generator=generator)
+        kept.update({name: p.detach().clone() for name, p in trainer._soft_value.head.named_parameters()})
+
+    kept: dict[str, torch.Tensor] = {}
+    seen = one_update(
+        llama, tmp_path, None, None, watch, soft_value="learned", soft_value_learning_rate=0.03, **options
+    )
+
+    def value(trajectory, of):
+        ids = torch.cat([trajectory.prompt_ids, trajectory.completion_ids])[None]
+        s_1 = len(trajectory.prompt_ids) + trajectory.loss_mask.tolist().index(True) - 1
+        with torch.no_grad():
+            hidden = seen.policy.base_model(ids).last_hidden_state[0, s_1]
+        return (hidden / hidden.abs().sum() @ kept["weight"].double() + kept["bias"].double()) / BETA
+
+    assert len({round(float(value(t, None)), 3) for t in seen.counted}) > 2
+    if options:  # the gradient of the policy is that of a draw; the value's is exact
+        assert seen.loss == pytest.approx(solve(seen, value)[0], rel=TOLERANCE)
+    else:
+        check(seen, value)
+    for name, after in seen.trainer._soft_value.head.named_parameters():
+        torch.testing.assert_close((after - kept[name]).abs(), torch.full_like(after, 0.03), rtol=1e-3, atol=0)
+
+
+@pytest.mark.parametrize("soft_value", ["policy", "optimal"])
+def test_offset(soft_value, llama, tmp_path):
+    """A constant of 0.3 in reward units; Adam's first step moves it by the learning rate against the mean residual."""
+
+    def watch(trainer):
+        trainer._offset.bias.data.fill_(0.3)
+
+    rows = [{**row, "optimal_value": 0.1} for row in log()] if soft_value == "optimal" else None
+    seen = one_update(
+        llama, tmp_path, rows, None, watch, soft_value=soft_value, soft_value_offset=True, soft_value_learning_rate=0.02
+    )
+    check(seen, lambda t, of: (of.value if soft_value == "policy" else 0.1 / BETA) + 0.3 / BETA)
+    metrics = seen.trainer.state.log_history[0]
+    moved = math.copysign(0.02, -metrics["residual/mean"])
+    assert metrics["soft_value_offset"] == pytest.approx(0.3 + moved, rel=1e-4)
 
 
 def test_zero(llama, tmp_path):
@@ -265,6 +318,38 @@ def test_partition(self_normalized, llama, tmp_path):
             terms.append(math.exp(log_prob + reward / BETA))
             mass.append(math.exp(log_prob))
         return math.log(sum(terms) / (sum(mass) if self_normalized else 1))
+
+    check(seen, value)
+
+
+def test_quantiles_by_hand():
+    """Of 0.2, 0.5, 0.9: none below 0.1, all below 1; 0.5 has one below and itself. Of 0, 0, 0, 1: 3/8 and 7/8."""
+    distinct, ties = torch.tensor([0.5, 0.2, 0.9]).double(), torch.tensor([0.0, 1.0, 0.0, 0.0]).double()
+    assert [quantile(r, distinct) for r in (0.1, 0.3, 0.5, 1.0)] == pytest.approx([0, 1 / 3, 1 / 2, 1])
+    assert [quantile(r, ties) for r in (0.0, 1.0)] == [3 / 8, 7 / 8]
+    assert quantile(torch.tensor(0.9).item(), distinct) == pytest.approx(5 / 6)  # as a reward function's 0.9 is read
+    assert log_partition(distinct, 0.5) == pytest.approx(math.log(0.5 * (math.exp(2) - 1)), abs=1e-14)
+    assert log_partition(distinct, 0.001) == pytest.approx(1000 + math.log(0.001), abs=1e-9)  # e^1000 is no float
+    expected = math.log(0.75 * math.exp(3 / 4) + 0.25 * math.exp(7 / 4))
+    assert log_partition(ties, 0.5) == pytest.approx(expected, abs=1e-14)
+
+
+def test_quantile(llama, tmp_path):
+    """QRPO's published loss, `(q − β log Z − β log-ratio)²`: with ties on every second prompt."""
+    given = ([-1.0, -0.3, 0.3, 0.8], [0.0, 0.0, 1.0, -1.0])
+    rows = [{**row, "reference_rewards": given[len(row["prompt_ids"]) % 2]} for row in log()]
+    seen = one_update(llama, tmp_path, rows, soft_value="quantile")
+    assert len(seen.counted) == 8 and {len(t.prompt_ids) % 2 for t in seen.counted} == {0, 1}
+
+    def value(trajectory, of):
+        samples = given[len(trajectory.prompt_ids) % 2]
+
+        def rank(r):
+            return sum((s < r) + (s == r) / 2 for s in samples) / len(samples)
+
+        uniform = math.log(BETA * (math.exp(1 / BETA) - 1))
+        log_z = uniform if samples is given[0] else math.log(sum(math.exp(rank(s) / BETA) for s in samples) / 4)
+        return log_z + (trajectory.reward - rank(trajectory.reward)) / BETA  # q in the place of R
 
     check(seen, value)
 
@@ -506,6 +591,23 @@ def random_rows(soft_value: str, group: list[int], seed: int = 0, **changes):
 EXACTLY = dict(rtol=1e-12, atol=1e-12)
 
 
+def test_dro_v_is_learned():
+    """`(R − V_φ − β log-ratio)²` (arXiv 2405.19107, with its factor 1/2 left out), in the policy and in the head."""
+    rows, _ = random_rows("zero", [0] * 12, hidden=torch.randn(12, 4, dtype=torch.float64))
+    head = ValueHead(4).double()
+    for parameter in head.parameters():
+        parameter.data.normal_()
+    estimator = SoftValue.registry["learned"](TBRMConfig("unused", use_cpu=True, bf16=False, soft_value="learned"))
+    estimator.attach(SimpleNamespace(value_head=lambda learning_rate: head))
+    residual = bellman_residual(estimator(rows), rows.log_ratio, rows.reward, BETA)
+    ours = squared_residual_loss(BETA * residual, rows.counted, 12)
+    value = (rows.hidden / rows.hidden.abs().sum(dim=1, keepdim=True)) @ head.weight + head.bias
+    theirs = (rows.reward - value - BETA * rows.log_ratio).square().mean()
+    inputs = (rows.log_ratio, head.weight, head.bias)
+    torch.testing.assert_close(ours, theirs, **EXACTLY)
+    torch.testing.assert_close(gradients(ours, *inputs), gradients(theirs, *inputs), **EXACTLY)
+
+
 def test_rebel_copg_vargrad_and_gvpo_are_group():
     rows, residual = random_rows("group", [0, 1, 2, 3, 4, 5] * 2)
     ours = squared_residual_loss(BETA * residual, rows.counted, 12)
@@ -562,6 +664,19 @@ def test_a2po_is_optimal():
     torch.testing.assert_close(gradients(ours, rows.log_ratio), gradients(theirs, rows.log_ratio), **EXACTLY)
 
 
+def test_spo_is_tracked_with_the_kl_in_the_reward():
+    """SPO's policy gradient `−E[A ∇log π]`, `A = r − v̂` (arXiv 2509.13232, before its batch normalisation).
+
+    At π = π_ref it is half the gradient of `(βδ)²` per β; elsewhere r is the regularised reward `r − β log-ratio`.
+    """
+    rows, residual = random_rows("tracked", [0] * 12)
+    ours = squared_residual_loss(BETA * residual, rows.counted, 12)
+    advantage = (rows.reward - BETA * rows.log_ratio - rows.value).detach()
+    theirs = -(advantage * rows.log_ratio).mean()  # ∇log-ratio is ∇log π
+    expected = 2 * BETA * gradients(theirs, rows.log_ratio)
+    torch.testing.assert_close(gradients(ours, rows.log_ratio), expected, **EXACTLY)
+
+
 # ---- nothing to learn ----------------------------------------------------------------------------------------------
 
 
@@ -610,6 +725,17 @@ def test_with_the_policys_value_it_is_not(llama, tmp_path):
         ({"soft_value": "model"}, "needs `soft_value_model`"),
         ({"soft_value": "policy", "soft_value_beta": 1.0}, "has no effect.*belongs to.*optimal"),
         ({"soft_value": "zero", "soft_value_model": "x"}, "has no effect.*belongs to model"),
+        ({"soft_value": "tracked", "soft_value_half_life": 0.0}, "it divides the KL moved"),
+        ({"soft_value": "tracked", "reference": "previous"}, "distance from one fixed reference"),
+        ({"soft_value_half_life": 0.1}, "has no effect.*belongs to tracked"),
+        ({"soft_value_learning_rate": 0.1}, "nothing of V is trained beside the policy.*soft_value_offset=True"),
+        ({"soft_value": "learned", "soft_value_learning_rate": 0.0}, "must be positive and finite"),
+        ({"soft_value": "learned", "fp16": True}, 'fp16=True` with `soft_value="learned"` is refused'),
+        ({"soft_value": "learned", "soft_value_offset": True}, "a constant of its own"),
+        ({"soft_value": "learned", "truncation": "bootstrap"}, "no value of the state after the cut"),
+        ({"soft_value_offset": True, "residual": "token"}, "a constant cancels between two states"),
+        ({"soft_value_offset": True, "soft_value": "group", "num_generations": 2, "per_device_train_batch_size": 2},
+         "a group's residuals sum to 0"),
         ({"soft_value": "group", "num_generations": 2, "per_device_train_batch_size": 2, "num_iterations": 2,
           "replay_buffer_size": 3}, "multiple of 2"),
         ({"soft_value": "group", "num_generations": 2, "per_device_train_batch_size": 2, "num_iterations": 2,
@@ -635,6 +761,10 @@ def test_options_that_an_estimator_cannot_work_with(options, message, tmp_path):
         ([{**row, "optimal_value": i / 0.5 if i else math.nan} for i, row in enumerate(log())],
          {"soft_value": "optimal"}, "Row 0 .*`optimal_value` is nan"),
         ([*log(), {"prompt": "a"}], {"soft_value": "partition"}, "every row of the training set needs a `completion`"),
+        (log(), {"soft_value": "quantile"}, "add a column `reference_rewards`"),
+        ([{**row, "reference_rewards": [0.0] * min(i, 1)} for i, row in enumerate(log())], {"soft_value": "quantile"},
+         r"Row 0 .*`reference_rewards` is \[\]. It must be a list"),
+        (log(), {"soft_value": "tracked"}, "what the policy's own rollouts earn"),
         (log(unscored=(2,)), {"soft_value": "partition"}, r"Row \d of .*no `reward`"),
     ],
 )  # fmt: skip

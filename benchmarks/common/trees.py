@@ -314,12 +314,14 @@ class Task:
         self.reference = enumerate_policy(self.start, tree)
         self.best = optimum(self.reference, self.rewards, beta)
 
-    def with_values(self, rows: list[dict[str, Any]], values: Tensor) -> list[dict[str, Any]]:
-        """The rows with a column `optimal_value`, from `(P,)` values by prompt, in reward units."""
-        by_prompt: dict[Any, float] = {}
+    def with_values(
+        self, rows: list[dict[str, Any]], values: Tensor, column: str = "optimal_value"
+    ) -> list[dict[str, Any]]:
+        """The rows with a column from `(P,)` values by prompt, in reward units; or `(P, N)`, a list for each."""
+        by_prompt: dict[Any, Any] = {}
         for ids, text, value in zip(self.tree.prompt_ids, self.tree.prompts, values.tolist(), strict=True):
             by_prompt[tuple(ids)] = by_prompt[tuple(f"<bos>{text}")] = value
-        return [{**row, "optimal_value": by_prompt[tuple(row.get("prompt_ids") or row["prompt"])]} for row in rows]
+        return [{**row, column: by_prompt[tuple(row.get("prompt_ids") or row["prompt"])]} for row in rows]
 
     def trainer_on(
         self, rows: list[dict[str, Any]], trainer_class: Any = TBRMTrainer, config_class: Any = TBRMConfig,

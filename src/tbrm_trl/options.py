@@ -94,19 +94,31 @@ class TBRMOptions(GRPOConfig):
             (arXiv 2505.15311). `"calibrated"` is `V_θ(s_1) − V_ref(s_1)` (ReVal, arXiv 2603.23355): the residual of the
             untrained model is then `−R/β` instead of `V − R/β`, so choose it unless `1/β` dwarfs V. The others are
             `"group"` (VarGrad, REBEL, CoPG, GVPO), `"log_mean_exp"` (OAPL, Kimi k1.5), `"optimal"` (A*-PO),
-            `"partition"` (reward partitioning), `"model"` (a frozen value model), `"zero"`, and every subclass of
-            [`SoftValue`]. `docs/theory.md` derives the target of each.
+            `"quantile"` (QRPO), `"learned"` (DRO-V), `"tracked"` (SPO), `"partition"` (reward partitioning), `"model"`
+            (a frozen value model), `"zero"`, and every subclass of [`SoftValue`]. `docs/theory.md` derives the target
+            of each.
         soft_value_beta (`float` or `None`, *optional*):
             β₁ of the estimators `"optimal"` and `"log_mean_exp"`, whose value is `β₁ log mean exp(r/β₁)` in reward
             units. None takes β. `inf` gives the mean of the rewards.
         soft_value_samples (`int`, *optional*, defaults to `8`):
-            The estimator `"optimal"` draws this many samples of the reference per prompt. It must be a multiple of
-            `num_generations`.
+            The estimators `"optimal"` and `"quantile"` draw this many samples of the reference per prompt. It must be a
+            multiple of `num_generations`.
         soft_value_drop_unsolved (`bool`, *optional*, defaults to `False`):
             The estimator `"optimal"` drops the prompts for which no sample has a positive reward.
         soft_value_self_normalized (`bool`, *optional*, defaults to `False`):
             The estimator `"partition"` divides its partition function by the reference's mass on the logged
             completions.
+        soft_value_offset (`bool`, *optional*, defaults to `False`):
+            Add a trained constant to V, one for all states, 0 at the start. The residual's own square trains it, at
+            `soft_value_learning_rate`. It moves no logit. It does not go with `"group"`, whose residuals sum to 0, or
+            with `"learned"`, which has such a constant.
+        soft_value_learning_rate (`float`, *optional*, defaults to `0.01`):
+            Learning rate of what is trained of V beside the policy: the head of the estimator `"learned"`, or the
+            constant of `soft_value_offset`. It is constant, in reward units: an update of Adam moves the constant by
+            about this much at most, and the head's value by about twice as much.
+        soft_value_half_life (`float`, *optional*, defaults to `0.06`):
+            The estimator `"tracked"` halves a prompt's counts when the policy has moved by this KL since its last
+            window, in nats per token. From one window to the next it keeps between 0.875 and 0.96 of them.
         soft_value_model (`str` or `None`, *optional*):
             Id or folder of the value model that the estimator `"model"` reads: a sequence classifier with one label and
             the policy's vocabulary.
@@ -127,8 +139,9 @@ class TBRMOptions(GRPOConfig):
         > Parameters that shape the reward
 
         reward_baseline (`"none"`, `"group_mean"` or `"batch_mean"`, *optional*, defaults to `"none"`):
-            Mean reward that is subtracted from R: that of the prompt's group, or that of the generation window. Only
-            the estimators `"policy"`, `"calibrated"` and `"zero"` allow one.
+            Mean reward that is subtracted from R when a trajectory is trained on: that of its prompt's group, or that
+            of the generation window. A replayed trajectory takes the latest one. Only the estimators `"policy"`,
+            `"calibrated"`, `"learned"` and `"zero"` allow one.
         reward_pessimism (`float`, *optional*, defaults to `0.0`):
             Subtract this many standard errors of the reward functions' sum from it, where several functions (or one
             listed several times) judge the same thing. R is then a lower confidence bound (after MICRO,
@@ -252,6 +265,9 @@ class TBRMOptions(GRPOConfig):
     soft_value_samples: int = 8
     soft_value_drop_unsolved: bool = False
     soft_value_self_normalized: bool = False
+    soft_value_offset: bool = False
+    soft_value_learning_rate: float = 0.01
+    soft_value_half_life: float = 0.06
     soft_value_model: str | None = None
     residual: str = "trajectory"
     truncation: str | None = None  # read as "terminal", or "mask" if TRL's older option asks for it

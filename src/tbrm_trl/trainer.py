@@ -116,14 +116,15 @@ from .model.reference import (
     score_reference,
     tokenizer_digest,
 )
-from .model.replicated import ReplicatedModule
+from .model.replicated import ReplicatedModules
 from .model.scoring import score
+from .model.value_head import Offset, ValueHead
 from .printing import printable
 from .resume import ExactResume, RunState, complete_checkpoints
 from .resume.checkpoint import read_mark
 from .resume.finite import tensors_of_model
 from .skipped_updates import FOLDER, SkippedUpdates, write_culprits
-from .sources.baselines import set_baselines
+from .sources.baselines import Baselines
 from .sources.logged import (
     CompletionTokenizer,
     LoggedRows,
@@ -349,14 +350,16 @@ class TBRMTrainer(ExactResume, GRPOTrainer):
         self._evaluated: list[Tensor] = []  # numbers of the rows of each batch of the evaluation under way
         self._rows_to_evaluate: int | None = None
         self._given_dataset = train_dataset
-        self._loss = TrajectoryLoss(args, self._soft_value, router_loss=self.aux_loss_enabled)
+        self._offset = Offset() if args.soft_value_offset else None
+        self._loss = TrajectoryLoss(args, self._soft_value, self._offset, router_loss=self.aux_loss_enabled)
         self._recorder = Recorder()
         self._reward_calls = RewardCalls(args.reward_timeout, args.reward_of_failure)
         self._advantages = AdvantageColumn(args.generation_batch_size // args.world_size)
+        self._baselines = Baselines(args.reward_baseline, args.reward_of, args.replay_buffer_size)
         self._replay = self._make_replay_buffer()
         self._reference = self._make_reference()
         self._logged_rows = self._make_logged_rows(policy) if self._plan.mix.logged else None
-        self._trained_module: ReplicatedModule | None = None
+        self._trained_modules: ReplicatedModules | None = None
 
         self._window: list[Trajectory] = []  # of the current generation window, on this process
         self._microbatches: list[list[UpdateRow]] = []  # of the current update, on this process
@@ -375,6 +378,8 @@ class TBRMTrainer(ExactResume, GRPOTrainer):
 
         run: Run = self
         self._soft_value.attach(run)
+        if self._offset is not None:
+            self.train_module(self._offset, args.soft_value_learning_rate)
         sampler = self._get_train_sampler() if isinstance(train_dataset, Sized) else None
         self.accelerator.print(startup_line(self._plan.mix, args, sampler))
 
@@ -602,6 +607,7 @@ class TBRMTrainer(ExactResume, GRPOTrainer):
             part = self._window[first : first + rows_here]
             update_rows = [UpdateRow(t, "logged" if t.source is Source.LOGGED else origin) for t in part]
         else:
+            self._baselines.renew(sample.trajectories)
             drawn = zip(sample.trajectories, sample.weights, sample.ages, sample.numbers, strict=True)
             update_rows = [UpdateRow(t, "replayed", weight, age, number) for t, weight, age, number in drawn]
         update_rows = _numbered_by_group(update_rows, args.update_group_size)
@@ -612,6 +618,7 @@ class TBRMTrainer(ExactResume, GRPOTrainer):
                 self._replay.stored.keep_scores(number, trajectory)
 
         oldest = max((row.age for row in update_rows if row.age is not None), default=0)
+        self._soft_value.on_update([row.trajectory for row in update_rows])
         counts = self._gather([self._loss.mark_left_out(update_rows), oldest, len(self._replay or ())])  # (P, 3)
         self._denominator = int(counts[:, 0].sum())
         if not self._denominator:
@@ -755,8 +762,7 @@ class TBRMTrainer(ExactResume, GRPOTrainer):
 
     def _give_values(self, window: Sequence[Trajectory], rows: Sequence[Mapping[str, Any]], group_size: int) -> None:
         """Set the baselines of a window, and have the estimator give its constants."""
-        args = self.args
-        set_baselines(window, args.reward_baseline, args.reward_of, group_size, self._gather)
+        self._baselines.set(window, group_size, self._gather, learn=not self.evaluating)
         self._soft_value.on_window(window, rows, group_size)
 
     def _microbatches_of(self, rows: list[UpdateRow]) -> list[list[UpdateRow]]:
@@ -928,17 +934,17 @@ class TBRMTrainer(ExactResume, GRPOTrainer):
                 for row, priority in zip(rows, residual.abs().tolist(), strict=True):
                     if row.number is not None:
                         self._replay.set_priority(row.number, priority)
-        if not self._beta_checked:
-            means = self._totals.means()
-            if "soft_value" in means:  # the first update in which a trajectory counts
-                self._beta_checked = True
-                self._check_beta(means["soft_value"])
+        means = self._totals.means()
+        self._soft_value.after_update(means)
+        if not self._beta_checked and "soft_value" in means:  # the first update in which a trajectory counts
+            self._beta_checked = True
+            self._check_beta(means["soft_value"])
 
     def _skip_update(self, model: nn.Module) -> None:
         """Keep an update from the weights, the moments, the buffer and the log. The schedule and the data go on."""
         model.zero_grad()  # to None, by which an optimizer leaves a parameter and its moments alone
-        if self._trained_module is not None:
-            self._trained_module.skip_next_step()
+        if self._trained_modules is not None:
+            self._trained_modules.skip_next_step()
         if self.is_deepspeed_enabled:
             self.model_wrapped.optimizer.overflow = False  # or the Trainer would not step the schedule
         self._tr_loss.copy_(self._loss_before)
@@ -1025,6 +1031,8 @@ class TBRMTrainer(ExactResume, GRPOTrainer):
         if not self.evaluating:
             self._metrics["train"].update({name: [mean] for name, mean in self._recorder.means("train").items()})
             self._metrics["train"]["skipped_updates"] = [self._skipped.total]
+            if self._offset is not None:
+                self._metrics["train"]["soft_value_offset"] = [self._offset.bias.item()]
             if "loss" in logs:
                 logs["loss"] = self._skipped.mean_over_taken(logs["loss"])
                 self._skipped.logged()
@@ -1083,6 +1091,12 @@ class TBRMTrainer(ExactResume, GRPOTrainer):
         return map(logged_trajectory, self.train_dataset)
 
     def sample(self, rows: Sequence[Mapping[str, Any]]) -> list[Trajectory]:
+        if self.is_sharded:
+            raise ValueError(
+                f'`soft_value="{self.args.soft_value}"` samples the reference before the model is sharded, which '
+                "DeepSpeed and FSDP do not allow. Run the script once without them and with `max_steps=1`. "
+                "`trainer.train_dataset` then has a column of what was sampled: save it, and train on that."
+            )
         kept = copy.deepcopy((self._metrics, self._logs, self.state.num_input_tokens_seen))
         self.model.train()  # or TRL would take it for an evaluation
         try:
@@ -1095,8 +1109,16 @@ class TBRMTrainer(ExactResume, GRPOTrainer):
         self.train_dataset = dataset
 
     def train_module(self, module: nn.Module, learning_rate: float) -> None:
-        self._trained_module = ReplicatedModule(module, learning_rate, self.accelerator)
-        self.add_callback(self._trained_module)
+        if self._trained_modules is None:
+            self._trained_modules = ReplicatedModules(self.accelerator)
+            self.add_callback(self._trained_modules)
+        self._trained_modules.add(module, learning_rate)
+
+    def value_head(self, learning_rate: float) -> ValueHead:
+        policy = self.accelerator.unwrap_model(self.model, keep_torch_compile=False)
+        head = ValueHead(policy.get_output_embeddings().in_features)  # known of a sharded model too
+        self.train_module(head, learning_rate)
+        return head
 
     # ---- resume ------------------------------------------------------------------------------------------------
 
@@ -1118,6 +1140,7 @@ class TBRMTrainer(ExactResume, GRPOTrainer):
             "seed of the data order": args.seed if self.shuffle_dataset else None,
             "reference": "synced" if args.sync_ref_model else args.reference,
             "soft_value": [args.soft_value, *(getattr(args, name) for name in sorted(self._soft_value.options))],
+            **({"soft_value_offset": True} if args.soft_value_offset else {}),
             "truncation": args.truncation,
             "the reference's weights": self._initial_reference_weights,
             "the tokenizer": tokenizer_digest(self._tokenizer),
@@ -1139,8 +1162,8 @@ class TBRMTrainer(ExactResume, GRPOTrainer):
         yield from super().tensors()
         if self.ref_model is not None:
             yield from tensors_of_model(self.ref_model, "reference weight")
-        if self._trained_module is not None:
-            yield from tensors_of_model(self._trained_module.module, "soft value's weight")
+        if self._trained_modules is not None:
+            yield from tensors_of_model(self._trained_modules.modules, "soft value's weight")
 
     def require_own_folder(self, output_dir: Path, others: list[Path], anew: bool) -> None:
         super().require_own_folder(output_dir, others, anew)
@@ -1154,6 +1177,7 @@ class TBRMTrainer(ExactResume, GRPOTrainer):
     def forget(self) -> None:
         self._step, self._window, self._rows_drawn, self._rows_trained = 0, [], 0, 0
         self._recorder.clear()
+        self._baselines.clear()
         self._skipped, self._skipped_before = SkippedUpdates(self.args.max_skipped_updates), 0
         if self._replay is not None:
             self._replay.clear()
@@ -1177,13 +1201,14 @@ class TBRMTrainer(ExactResume, GRPOTrainer):
             "beta_checked": self._beta_checked,
             "logged_rows": taken,
             "soft_value": self._soft_value.state(),
+            "baselines": self._baselines.state(),
             "advantages": self._advantages.state(self._window),
         }
         arrays: dict[str, np.ndarray] = {}
         if self._replay is not None:
             own["replay"], arrays = self._replay.stored.state()
-        if self._trained_module is not None:
-            self._trained_module.save(folder / "soft_value.pt")
+        if self._trained_modules is not None:
+            self._trained_modules.save(folder / "soft_value.pt")
         if self.args.sync_ref_model and isinstance(self._reference, Reference):
             self._reference.save(folder)
         completions = {name: self._logs[name] for name in _COMPLETIONS} if self.log_completions else {}
@@ -1215,12 +1240,14 @@ class TBRMTrainer(ExactResume, GRPOTrainer):
         if "advantages" in own:
             self._advantages.restore(own["advantages"], self._window)
         self._soft_value.restore(own.get("soft_value"))
+        if "baselines" in own:
+            self._baselines.restore(own["baselines"])
         if self._logged_rows is not None:
             self._logged_rows.restore(own["logged_rows"], trajectories["logged"])
         if self._replay is not None:
             self._replay.restore(own["replay"], arrays)
-        if self._trained_module is not None:
-            self._trained_module.load(folder / "soft_value.pt")
+        if self._trained_modules is not None:
+            self._trained_modules.load(folder / "soft_value.pt")
         if self.args.sync_ref_model and isinstance(self._reference, Reference):
             self._reference.load(folder, main_folder)
 

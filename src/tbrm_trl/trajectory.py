@@ -47,7 +47,8 @@ class Trajectory:
         ref_end_value: V_ref of the state after the last token; None unless `truncation="bootstrap"` asks for it.
         ref_key: digest of the reference that gave these scores (`Reference.key`); None until scored.
         value: the constant that an estimator of the soft value gave it, in reward units.
-        baseline: reward that the residual subtracts from R; NaN if the group gives none.
+        baseline: reward that the residual subtracts from R; NaN if the group gives none. A replayed trajectory takes
+            the latest baseline when it is trained on.
         priority: |β δ| when it was last replayed, in reward units; None before that.
         vision: this trajectory's own vision inputs, by the model's argument name; empty for text.
     """

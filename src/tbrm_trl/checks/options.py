@@ -181,6 +181,7 @@ def check_soft_value(args: TBRMOptions) -> Iterator[str]:
             "baseline (`takes_baseline`). From a value made of rewards, a baseline would be taken off twice. Use "
             "'none'."
         )
+    yield from _check_trained_value(args, estimator)
     if args.truncation == "bootstrap" and not estimator.bootstraps:
         able = [name for name, one in SoftValue.registry.items() if one.bootstraps]
         yield (
@@ -191,6 +192,35 @@ def check_soft_value(args: TBRMOptions) -> Iterator[str]:
         estimator.check(args)
     except ValueError as refusal:
         yield str(refusal)
+
+
+def _check_trained_value(args: TBRMOptions, estimator: type[SoftValue]) -> Iterator[str]:
+    if not (args.soft_value_offset or args.soft_value == "learned"):
+        if not args.is_default("soft_value_learning_rate"):
+            yield (
+                f"`soft_value_learning_rate={args.soft_value_learning_rate}` has no effect with "
+                f'`soft_value={args.soft_value!r}`: nothing of V is trained beside the policy. Use "learned", or set '
+                "`soft_value_offset=True`."
+            )
+        return
+    if not 0 < args.soft_value_learning_rate < math.inf:
+        yield f"`soft_value_learning_rate={args.soft_value_learning_rate}` must be positive and finite."
+    if args.fp16:
+        trained = "soft_value_offset=True" if args.soft_value_offset else 'soft_value="learned"'
+        yield (
+            f"`fp16=True` with `{trained}` is refused: the loss scale would reach the gradient of V. Use bf16=True, or "
+            "full precision."
+        )
+    if args.soft_value_offset and estimator.compares == "ratios":
+        yield (
+            f"`soft_value_offset=True` with `soft_value={args.soft_value!r}` is refused: a group's residuals sum to 0, "
+            "and so does the gradient of a constant. Leave it at False."
+        )
+    if args.soft_value_offset and args.residual == "token":
+        yield (
+            '`soft_value_offset=True` with `residual="token"` is refused: a constant cancels between two states. Leave '
+            "it at False."
+        )
 
 
 def check_groups(args: TBRMOptions, window_group_size: int, update_group_size: int) -> Iterator[str]:

@@ -46,11 +46,18 @@ class TrajectoryLoss:
     Args:
         args: the options.
         soft_value: the value term.
+        offset: a trained constant that is added to it, in reward units, as a function of hidden states; None adds none.
         router_loss: ask the policy for its load-balancing loss.
     """
 
-    def __init__(self, args: TBRMOptions, soft_value: SoftValue, router_loss: bool = False):
-        self.args, self.soft_value, self.router_loss = args, soft_value, router_loss
+    def __init__(
+        self,
+        args: TBRMOptions,
+        soft_value: SoftValue,
+        offset: Callable[[Tensor], Tensor] | None = None,
+        router_loss: bool = False,
+    ):
+        self.args, self.soft_value, self.offset, self.router_loss = args, soft_value, offset, router_loss
 
     def left_out(self, trajectory: Trajectory) -> str | None:
         """Why a trajectory does not count, or None if it does."""
@@ -138,12 +145,17 @@ class TrajectoryLoss:
             beta=self.args.beta,
         )
 
+    def _value(self, inputs: ValueInputs) -> Tensor:
+        """`(B,)` V of a state, nats, with the constant that is added to it."""
+        value = self.soft_value(inputs)
+        return value if self.offset is None else value + self.offset(inputs.hidden) / inputs.beta
+
     def _values(
         self, rows: Sequence[UpdateRow], batch: Batch, scores: TrajectoryScores, inputs: ValueInputs
     ) -> tuple[Tensor, Tensor]:
         """`(B,)` V(s_1), and `(B,)` V of the state in which a row was cut: 0 without `truncation="bootstrap"`."""
         known = rows[0].value is not None
-        value = float_tensor([row.value for row in rows], inputs.reward.device) if known else self.soft_value(inputs)
+        value = float_tensor([row.value for row in rows], inputs.reward.device) if known else self._value(inputs)
         if self.soft_value.compares == "ratios":
             value = value.detach()  # a split group's value has none either: any split gives the same gradient
         if self.args.truncation != "bootstrap":
@@ -151,7 +163,7 @@ class TrajectoryLoss:
         assert scores.end_value is not None, "the scorer gives it where truncation is bootstrapped"
         is_cut = torch.tensor([row.trajectory.end is End.LENGTH for row in rows], device=value.device)
         there = replace(inputs, policy_value=scores.end_value, ref_value=batch.ref_end_value)
-        return value, torch.where(is_cut, self.soft_value(there), 0.0)
+        return value, torch.where(is_cut, self._value(there), 0.0)
 
     def _squared_in_part(
         self, rows: Sequence[UpdateRow], batch: Batch, scorer: Scorer, inputs: ValueInputs, residual: Tensor

@@ -1,4 +1,4 @@
-"""A module that is trained beside the policy, whole on every process."""
+"""Modules that are trained beside the policy, whole on every process."""
 
 from pathlib import Path
 
@@ -9,32 +9,41 @@ from torch import nn
 from transformers import TrainerCallback
 
 
-class ReplicatedModule(TrainerCallback):
-    """Trains a module with an AdamW of its own, whatever shards the policy.
+class ReplicatedModules(TrainerCallback):
+    """Trains modules with an AdamW of their own, whatever shards the policy.
 
     The loss of each process is already scaled so that the mean over processes is that of the whole update, so gradients
     are averaged over processes before each step.
 
     Args:
-        module: it starts from the main process's weights on every process.
-        learning_rate: constant.
         accelerator: the trainer's.
 
     Raises:
         ValueError: for mixed precision in float16, whose loss scale would reach these gradients too.
     """
 
-    def __init__(self, module: nn.Module, learning_rate: float, accelerator: Accelerator):
+    optimizer: torch.optim.AdamW
+
+    def __init__(self, accelerator: Accelerator):
         if accelerator.mixed_precision == "fp16":
             raise ValueError(
                 "A soft value with trained parameters cannot be trained with fp16=True: the loss scale would reach its "
                 "gradients. Use bf16=True, or full precision."
             )
-        self.module, self.accelerator = module.to(accelerator.device), accelerator
+        self.modules, self.accelerator = nn.ModuleList(), accelerator
+        self._skips = False
+
+    def add(self, module: nn.Module, learning_rate: float) -> None:
+        """Train a module too, from the main process's weights on every process, at a constant learning rate."""
+        module.to(self.accelerator.device)
         for parameter in module.parameters():
             parameter.data = broadcast(parameter.data)
-        self.optimizer = torch.optim.AdamW(module.parameters(), lr=learning_rate, weight_decay=0.0)
-        self._skips = False
+        group = {"params": list(module.parameters()), "lr": learning_rate}
+        if self.modules:
+            self.optimizer.add_param_group(group)
+        else:
+            self.optimizer = torch.optim.AdamW([group], weight_decay=0.0)
+        self.modules.append(module)
 
     def skip_next_step(self) -> None:
         """The policy's update is not taken, so this one is not either."""
@@ -42,7 +51,7 @@ class ReplicatedModule(TrainerCallback):
 
     def on_optimizer_step(self, args, state, control, **kwargs):
         is_finite = True
-        for parameter in self.module.parameters():
+        for parameter in self.modules.parameters():
             gradient = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
             parameter.grad = self.accelerator.reduce(gradient, reduction="mean")
             is_finite = is_finite and bool(torch.isfinite(parameter.grad).all())
@@ -53,10 +62,10 @@ class ReplicatedModule(TrainerCallback):
 
     def save(self, path: Path) -> None:
         """Write weights and optimizer, which every process has alike."""
-        torch.save({"module": self.module.state_dict(), "optimizer": self.optimizer.state_dict()}, path)
+        torch.save({"modules": self.modules.state_dict(), "optimizer": self.optimizer.state_dict()}, path)
 
     def load(self, path: Path) -> None:
         """Read back what `save` wrote."""
         saved = torch.load(path, map_location=self.accelerator.device, weights_only=True)
-        self.module.load_state_dict(saved["module"])
+        self.modules.load_state_dict(saved["modules"])
         self.optimizer.load_state_dict(saved["optimizer"])

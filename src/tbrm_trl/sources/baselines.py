@@ -2,7 +2,9 @@
 
 import math
 from collections.abc import Callable, Sequence
+from typing import Any
 
+from accelerate.utils import gather_object
 from torch import Tensor
 
 from ..batch import chunks
@@ -15,30 +17,75 @@ def mean_reward(rewards: Sequence[float]) -> float:
     return sum(given) / len(given) if given else 0.0
 
 
-def set_baselines(
-    trajectories: Sequence[Trajectory],
-    kind: str,
-    reward_of: Callable[[Trajectory], float],
-    group_size: int,
-    gather: Callable[[Sequence[float]], Tensor],
-) -> None:
-    """Give each trajectory of a window the mean reward that is subtracted from its own.
+class Baselines:
+    """The baselines of the latest windows: those of a prompt's trajectories are equal whenever they are trained on.
+
+    V learns `V* − b/β`, so two trajectories of a prompt with different b would ask it for two values.
 
     Args:
-        trajectories: the window of this process. Trajectories of a group follow one another.
         kind: "none", "batch_mean" over the window of all processes, or "group_mean".
         reward_of: gives R(τ), or NaN if nothing scored it.
-        group_size: number of trajectories in a group.
-        gather: gives the numbers of all processes, `(P, n)`, for this one's n.
+        remembered: how many prompts' group means are kept, the latest ones; 0 if nothing is replayed.
     """
-    if kind == "batch_mean":
-        given = [reward for t in trajectories if not math.isnan(reward := reward_of(t))]
-        total, count = gather([sum(given), len(given)]).sum(dim=0).tolist()
-        for trajectory in trajectories:
-            trajectory.baseline = total / max(count, 1)
-    elif kind == "group_mean":
-        for group in chunks(trajectories, group_size):
-            rewards = [reward_of(trajectory) for trajectory in group]
-            alone = sum(not math.isnan(reward) for reward in rewards) < 2  # its own reward would be its baseline
-            for trajectory in group:
-                trajectory.baseline = math.nan if alone else mean_reward(rewards)
+
+    def __init__(self, kind: str, reward_of: Callable[[Trajectory], float], remembered: int = 0):
+        self.kind, self.reward_of, self.remembered = kind, reward_of, remembered
+        self.clear()
+
+    def clear(self) -> None:
+        self._of_window: float | None = None
+        self._of_prompts: dict[str, float] = {}  # in the order in which their last groups came
+
+    def set(
+        self,
+        window: Sequence[Trajectory],
+        group_size: int,
+        gather: Callable[[Sequence[float]], Tensor],
+        learn: bool,
+    ) -> None:
+        """Give each trajectory of a window the mean reward that is subtracted from its own.
+
+        Args:
+            window: of this process. Trajectories of a group follow one another.
+            group_size: number of trajectories in a group.
+            gather: gives the numbers of all processes, `(P, n)`, for this one's n.
+            learn: keep the means for what is replayed later.
+        """
+        if self.kind == "batch_mean":
+            given = [reward for t in window if not math.isnan(reward := self.reward_of(t))]
+            total, count = gather([sum(given), len(given)]).sum(dim=0).tolist()
+            for trajectory in window:
+                trajectory.baseline = total / max(count, 1)
+            if learn and count:
+                self._of_window = total / count
+        elif self.kind == "group_mean":
+            means: list[tuple[str, float]] = []
+            for group in chunks(window, group_size):
+                rewards = [self.reward_of(trajectory) for trajectory in group]
+                alone = sum(not math.isnan(reward) for reward in rewards) < 2  # its own reward would be its baseline
+                for trajectory in group:
+                    trajectory.baseline = math.nan if alone else mean_reward(rewards)
+                if not alone:
+                    means.append((group[0].prompt_key, mean_reward(rewards)))
+            if learn and self.remembered:
+                for prompt, mean in gather_object(means):
+                    self._of_prompts.pop(prompt, None)
+                    self._of_prompts[prompt] = mean
+                for prompt in list(self._of_prompts)[: -self.remembered]:
+                    del self._of_prompts[prompt]
+
+    def renew(self, replayed: Sequence[Trajectory]) -> None:
+        """Give replayed trajectories the latest mean: that of the window, or that of their prompt's last group."""
+        for trajectory in replayed:
+            if self.kind == "batch_mean" and self._of_window is not None:
+                trajectory.baseline = self._of_window
+            elif self.kind == "group_mean":
+                trajectory.baseline = self._of_prompts.get(trajectory.prompt_key, trajectory.baseline)
+
+    def state(self) -> dict[str, Any]:
+        """Plain values, for a checkpoint."""
+        return {"window": self._of_window, "prompts": self._of_prompts}
+
+    def restore(self, state: dict[str, Any]) -> None:
+        """Go on from what `state` returned."""
+        self._of_window, self._of_prompts = state["window"], dict(state["prompts"])

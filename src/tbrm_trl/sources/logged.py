@@ -21,7 +21,7 @@ from .parquet import from_row
 _COMPLETION_COLUMNS = ("completion_ids", "completion")
 _INDEX = "_row"  # column with the number of the row in the training set
 # Columns of this library's making. No reward function is given them.
-_ADDED_COLUMNS = frozenset(("optimal_value", _INDEX))
+_ADDED_COLUMNS = frozenset(("optimal_value", "reference_rewards", _INDEX))
 # Columns that describe a logged row's own trajectory. All others go to the reward functions. In a data set without
 # logged rows they are columns like any other.
 OWN_COLUMNS = _ADDED_COLUMNS | frozenset(

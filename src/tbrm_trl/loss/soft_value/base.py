@@ -108,6 +108,15 @@ class SoftValue:
             group_size: trajectories of a prompt that follow one another.
         """
 
+    def on_update(self, trajectories: Sequence[Trajectory]) -> None:
+        """Called with the trajectories of each update of this process before their loss, replayed ones included.
+
+        A constant that has changed since a trajectory's window is renewed here.
+        """
+
+    def after_update(self, metrics: Mapping[str, float]) -> None:
+        """Called after each update that was taken, with its metrics over all processes (`docs/metrics.md`)."""
+
     def state(self) -> Any:
         """What a checkpoint must hold besides trained modules, as JSON-able values. Each process saves its own."""
 

@@ -1,11 +1,11 @@
 """What an estimator may ask of the run that it is part of."""
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, Protocol
 
 from accelerate import Accelerator
 from datasets import Dataset
-from torch import nn
+from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
 from ...trajectory import Trajectory
@@ -29,10 +29,6 @@ class Run(Protocol):
         """The policy's."""
 
     @property
-    def is_sharded(self) -> bool:
-        """Whether DeepSpeed or FSDP shards the model once training starts."""
-
-    @property
     def reference_key(self) -> str | None:
         """Digest of π_ref and of how it scores; None where each trajectory has a reference of its own."""
 
@@ -51,7 +47,11 @@ class Run(Protocol):
         """
 
     def sample(self, rows: Sequence[Mapping[str, Any]]) -> list[Trajectory]:
-        """Roll out rows of the training set before training, equally many on every process. Nothing of it is logged."""
+        """Roll out rows of the training set before training, equally many on every process. Nothing of it is logged.
+
+        Raises:
+            ValueError: if DeepSpeed or FSDP shards the model once training starts.
+        """
 
     def replace_prompts(self, dataset: Dataset) -> None:
         """Go on with another training set of prompts, before any is drawn."""
@@ -61,4 +61,10 @@ class Run(Protocol):
 
         The module stands whole on every process. Its gradients are averaged over processes, AdamW moves it in every
         optimizer step at this constant learning rate, and checkpoints hold both.
+        """
+
+    def value_head(self, learning_rate: float) -> Callable[[Tensor], Tensor]:
+        """A trained function of `ValueInputs.hidden`: `(B, H)` → `(B,)` in reward units, 0 before training.
+
+        It is trained as `train_module` trains a module.
         """

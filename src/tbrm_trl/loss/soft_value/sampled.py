@@ -1,0 +1,165 @@
+"""Estimators that read what samples of the reference earn: one draw of them before training, kept on disk."""
+
+import json
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, ClassVar
+
+import numpy as np
+import pyarrow as pa
+import torch
+import xxhash
+from accelerate.utils import gather_object
+from datasets import Dataset
+
+from ...files import dataset_digest, read_table, write_table
+from ...options import TBRMOptions, refuse
+from .base import ConstantValue
+from .run import Run
+
+FOLDER = "optimal_values"
+
+
+class SampledValue(ConstantValue):
+    """A constant made of the rewards of N samples of the reference for each prompt.
+
+    A training set may bring what is made of them in a column. Without that column `train` begins by sampling, through
+    the same generation and rewards as training. The sampled rewards are kept in `output_dir/optimal_values`, under a
+    digest of the reference, the data and the sampling settings. An interrupted run goes on with the next block, and
+    another run on the same reads them all, with another of these estimators too.
+
+    Class attributes:
+        column: of the training set.
+        content: what an error says that the column holds.
+    """
+
+    column: ClassVar[str]
+    content: ClassVar[str]
+
+    @classmethod
+    def check(cls, args: TBRMOptions) -> None:
+        refuse(cls._problems(args))
+
+    @classmethod
+    def _problems(cls, args: TBRMOptions) -> Iterator[str]:
+        if args.reference == "previous" or args.sync_ref_model:
+            yield (
+                f'`soft_value="{cls.name}"` is made of samples of the initial reference, drawn once. Use '
+                '`reference="initial"` without `sync_ref_model`.'
+            )
+        if filters := args.sampling_filters():
+            yield (
+                f'{filters} with `soft_value="{cls.name}"` is refused: the samples would come from another policy than '
+                "the reference, and give another value. Leave them at their defaults."
+            )
+        if args.remove_unused_columns:
+            yield (
+                f'`remove_unused_columns=True` would drop the column `{cls.column}` that `soft_value="{cls.name}"` '
+                "reads. Leave it at False."
+            )
+
+    def problem_of_cell(self, cell: Any) -> str | None:
+        """What is wrong with a cell of the column, if anything is."""
+        raise NotImplementedError
+
+    def cells(self, rewards: Sequence[torch.Tensor]) -> list[Any]:
+        """The column, from the sampled rewards of each prompt that are not NaN."""
+        raise NotImplementedError
+
+    def check_data(self, dataset: Any, logged: np.ndarray) -> None:
+        if not isinstance(dataset, Dataset):
+            raise ValueError(
+                f'`soft_value="{self.name}"` samples every prompt before training, which a stream does not allow. Load '
+                "the training set without streaming."
+            )
+        if self.column in dataset.column_names:
+            for index, cell in enumerate(dataset[self.column]):
+                if problem := self.problem_of_cell(cell):
+                    raise ValueError(f"Row {index} of the training set: `{self.column}` is {cell}. {problem}")
+            for name in self.options:
+                if not self.args.is_default(name):
+                    raise ValueError(
+                        f"`{name}={getattr(self.args, name)!r}` has no effect: the training set brings "
+                        f"`{self.column}`, and nothing is sampled. Leave it at its default, or drop the column."
+                    )
+            return
+        samples, group = self.args.soft_value_samples, self.args.num_generations
+        if samples < 1 or samples % group:
+            raise ValueError(
+                f"`soft_value_samples={samples}` must be a positive multiple of num_generations={group}: generation "
+                f"takes prompts in groups of that size. Use {max(samples + group - samples % group, group)}."
+            )
+        if logged.any():
+            raise ValueError(
+                f'`soft_value="{self.name}"` samples prompts without a completion. For logged rows add a column '
+                f"`{self.column}` ({self.content}) to the training set."
+            )
+
+    def prepare(self, run: Run) -> None:
+        if self.column in run.train_dataset.column_names:
+            return
+        rewards = self._sampled_rewards(run)  # (prompts, N)
+        dataset = run.train_dataset.add_column(self.column, self.cells([row[~row.isnan()] for row in rewards]))
+        run.replace_prompts(self.kept(dataset, rewards, run))
+
+    def kept(self, dataset: Dataset, rewards: torch.Tensor, run: Run) -> Dataset:
+        """The rows to train on, given the sampled rewards `(prompts, N)`."""
+        return dataset
+
+    def _sampled_rewards(self, run: Run) -> torch.Tensor:
+        """`(prompts, N)` rewards of the reference's samples, NaN if unscored. What is on disk is not sampled again."""
+        accelerator, args, prompts = run.accelerator, self.args, run.train_dataset
+        file = Path(args.output_dir) / FOLDER / f"{self._key(run)}.parquet"
+        if not all(gather_object([file.exists()])):
+            process, processes = accelerator.process_index, accelerator.num_processes
+            rollouts = args.per_device_train_batch_size * args.steps_per_generation
+            size = max(1, rollouts // args.soft_value_samples)  # prompts of a block, on each process
+            parts = []
+            for first in range(0, len(prompts), size * processes):
+                part = file.with_suffix("") / f"{first:09d}-{size * processes}.parquet"
+                parts.append(part)
+                if all(gather_object([part.exists()])):
+                    continue
+                mine = [min(first + process * size + i, len(prompts) - 1) for i in range(size)]  # filled up
+                rows = [prompts[index] for index in mine for _ in range(args.soft_value_samples)]
+                with _random_state_of(args.seed, first + process):
+                    sampled = [t.reward for t in run.sample(rows)]
+                by_prompt = np.array(sampled).reshape(size, -1).tolist()
+                gathered = gather_object(by_prompt)[: len(prompts) - first]
+                if accelerator.is_main_process:
+                    write_table(part, pa.table({"rewards": gathered}))
+                accelerator.wait_for_everyone()
+            if accelerator.is_main_process:
+                write_table(file, pa.concat_tables([read_table(part) for part in parts]))
+            accelerator.wait_for_everyone()
+        else:
+            accelerator.print(f"TBRM: rewards of the reference's samples read from {file}.")
+        return torch.tensor(read_table(file)["rewards"].to_pylist(), dtype=torch.float64)
+
+    def _key(self, run: Run) -> str:
+        """Digest of the reference, the data and how it is sampled. β₁ is applied to the rewards later."""
+        args = self.args
+        settings = {
+            "reference": run.reference_key,
+            "data set": dataset_digest(run.train_dataset),
+            "pessimism": args.reward_pessimism,
+            "samples": args.soft_value_samples,
+            "temperature": args.temperature,
+            "max_completion_length": args.max_completion_length,
+            "generation": [args.generation_kwargs, args.chat_template_kwargs, args.use_vllm],
+            **run.rollout_settings,
+            # At their defaults these two are not named, so that what was sampled before there were any is found.
+            **({"prompts are cut to": args.max_prompt_length} if args.long_prompts == "cut" else {}),
+            **({"rewards of failures": str(args.reward_on_error)} if args.reward_on_error != "raise" else {}),
+        }
+        return xxhash.xxh3_128_hexdigest(json.dumps(settings, sort_keys=True, default=str).encode())
+
+
+@contextmanager
+def _random_state_of(*seed: int) -> Iterator[None]:
+    """Make draws depend on the seed alone inside the block, and leave those after it as they would have been."""
+    devices = [torch.cuda.current_device()] if torch.cuda.is_available() else []
+    with torch.random.fork_rng(devices):
+        torch.manual_seed(hash(seed) % 2**63)
+        yield

@@ -1,0 +1,99 @@
+"""SPO: what each prompt's rollouts have earned so far, forgotten as the policy moves."""
+
+import math
+from collections import defaultdict
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, ClassVar
+
+import numpy as np
+from accelerate.utils import gather_object
+
+from ...options import TBRMOptions, refuse
+from ...trajectory import Source, Trajectory
+from .base import ConstantValue
+from .run import Run
+
+LEAST_KEPT, MOST_KEPT = 0.875, 0.96  # of a prompt's counts from one window to the next, as published
+EVERY_PROMPT = ""
+
+
+class TrackedValue(ConstantValue):
+    """`V = s/(nβ)`, n and s the number and sum of a prompt's rewards, both discounted by `ρ = 2^(−D/D½)` (SPO,
+    arXiv 2509.13232).
+
+    With rewards 0 and 1, s and n − s are SPO's Beta counts. D is the KL moved since the prompt's last window, in nats
+    per token. It is measured by the distance from the reference, `d = √(2 KL(π‖π_ref))`: `D = (d − d_last)²/2`, the
+    least that the two distances allow. A window's own rewards are counted when the next one begins, so no fresh
+    trajectory has its reward in its value. A prompt that is new has the mean of all prompts, with the weight of one.
+    """
+
+    name = "tracked"
+    options: ClassVar = frozenset({"soft_value_half_life"})
+
+    @classmethod
+    def check(cls, args: TBRMOptions) -> None:
+        refuse(cls._problems(args))
+
+    @staticmethod
+    def _problems(args: TBRMOptions) -> Iterator[str]:
+        if not args.soft_value_half_life > 0:
+            yield f"`soft_value_half_life={args.soft_value_half_life}` must be positive: it divides the KL moved."
+        if args.reference == "previous" or args.sync_ref_model:
+            yield (
+                '`soft_value="tracked"` measures how far the policy has moved by its distance from one fixed '
+                'reference. Use `reference="initial"` without `sync_ref_model`.'
+            )
+
+    def check_data(self, dataset: Any, logged: np.ndarray) -> None:
+        if len(logged) and logged.all():
+            raise ValueError(
+                '`soft_value="tracked"` tracks what the policy\'s own rollouts earn, and the training set has logged '
+                'rows alone. Add prompts without a completion, or use "policy", "calibrated" or "learned".'
+            )
+
+    def attach(self, run: Run) -> None:
+        self.run = run
+        self.prepare(run)
+
+    def prepare(self, run: Run) -> None:
+        self.counts: dict[str, tuple[float, float, float]] = {}  # by prompt: n, s, and d at its last window
+        self.earned: list[tuple[str, float]] = []  # prompt and reward of the rollouts of this window
+        self.distance = 0.0  # d of the last update
+
+    def on_window(self, trajectories: Sequence[Trajectory], rows: Sequence[Mapping[str, Any]], group_size: int) -> None:
+        if not self.run.evaluating:
+            self._count()
+            own = [t for t in trajectories if t.source is Source.ROLLOUT and self.run.counts(t)]
+            self.earned = gather_object([(t.prompt_key, self.args.reward_of(t)) for t in own])
+        self.on_update(trajectories)
+
+    def on_update(self, trajectories: Sequence[Trajectory]) -> None:
+        for trajectory in trajectories:
+            trajectory.value = self._value(trajectory.prompt_key)
+
+    def after_update(self, metrics: Mapping[str, float]) -> None:
+        if "kl" in metrics:  # it is measured on fresh rollouts
+            self.distance = math.sqrt(2 * max(metrics["kl"], 0.0))
+
+    def _value(self, prompt: str) -> float:
+        number, total, _ = self.counts.get(prompt) or self.counts.get(EVERY_PROMPT) or (1.0, 0.0, 0.0)
+        return total / number
+
+    def _count(self) -> None:
+        rewards: dict[str, list[float]] = defaultdict(list)
+        for prompt, reward in self.earned:
+            rewards[EVERY_PROMPT].append(reward)  # first, so that a prompt that is new begins with this mean
+            rewards[prompt].append(reward)
+        for prompt, given in rewards.items():
+            number, total, last = self.counts.get(prompt, (1.0, self._value(prompt), self.distance))
+            moved = (self.distance - last) ** 2 / 2
+            kept = min(max(2 ** (-moved / self.args.soft_value_half_life), LEAST_KEPT), MOST_KEPT)
+            self.counts[prompt] = (kept * number + len(given), kept * total + sum(given), self.distance)
+
+    def state(self) -> dict[str, Any]:
+        return {"counts": self.counts, "earned": self.earned, "distance": self.distance}
+
+    def restore(self, state: dict[str, Any]) -> None:
+        self.counts = {prompt: tuple(counts) for prompt, counts in state["counts"].items()}
+        self.earned = [(prompt, reward) for prompt, reward in state["earned"]]
+        self.distance = state["distance"]
