@@ -119,6 +119,7 @@ from .model.reference import (
 from .model.replicated import ReplicatedModule
 from .model.scoring import score
 from .printing import printable
+from .publishing import CardFacts, keep_at_home, model_card
 from .resume import ExactResume, RunState, complete_checkpoints
 from .resume.checkpoint import read_mark
 from .resume.finite import tensors_of_model
@@ -176,6 +177,7 @@ class TBRMTrainer(ExactResume, GRPOTrainer):
     - `evaluate`, `predict`: say when an evaluation is under way;
     - `evaluation_loop`: means over the rows of the set, under the set's own name;
     - `log`: adds the residual's metrics to TRL's, and `β δ` to its table of completions;
+    - `create_model_card`: the card of `publishing.py`, and what is not pushed;
     - those of [`~resume.ExactResume`].
 
     Example:
@@ -1062,6 +1064,34 @@ class TBRMTrainer(ExactResume, GRPOTrainer):
             )
             step, number = self.state.global_step, self.num_completions_to_print
             print_prompt_completions_sample(prompts, completions, rewards, advantages, step, number, extra)
+
+    def create_model_card(
+        self, model_name: str | None = None, dataset_name: str | None = None, tags: str | list[str] | None = None
+    ) -> None:
+        """Write the model's card to the output directory, and before a push name what stays there."""
+        if not self.is_world_process_zero():
+            return
+        folder, repo = Path(self.args.output_dir), getattr(self, "hub_model_id", None)
+        base = get_config_model_id(self.model.config)
+        given = [tags] if isinstance(tags, str) else tags or []
+        libraries = ("tbrm-trl", "trl", "transformers", "datasets", "torch", *(["peft"] * is_peft_model(self.model)))
+        facts = CardFacts(
+            name=model_name or folder.name,
+            repo=repo,
+            base_model=base if base and not Path(base).is_dir() else None,
+            adapter=is_peft_model(self.model),
+            dataset=dataset_name,
+            rewards=self.reward_func_names if self._plan.mix.rollouts else [],
+            updates=self.state.global_step,
+            settings=self.args.settings(),
+            log=self.state.log_history,
+            versions={name: version(name) for name in libraries},
+            tags=[*dict.fromkeys([*self._tag_names, *given])],
+            method=self._paper,
+        )
+        if repo is not None:
+            keep_at_home(folder)
+        model_card(facts).save(folder / "README.md")
 
     # ---- what an estimator may ask: `loss.soft_value.Run` --------------------------------------------------------
 
