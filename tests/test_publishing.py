@@ -98,7 +98,7 @@ PUSH = """
     load_rollouts(folder / "out").push_to_hub("me/rollouts", token=token, private=True)
     said = {}
     for name, push in {
-        "bad token": lambda: full.push_to_hub(token="hf_wrong"),
+        "bad token": lambda: full.push_to_hub(token="hf_wrong", dataset_name="me/rollouts"),
     }.items():
         try:
             push()
