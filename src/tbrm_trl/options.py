@@ -204,6 +204,7 @@ class TBRMOptions(GRPOConfig):
             `output_dir` for the next run, and free the reference. None does so where it is possible.
         save_rollouts (`bool`, *optional*, defaults to `False`):
             Write every rollout to `output_dir/rollouts` as Parquet. `load_rollouts` reads them back as a training set.
+            The residual and the soft value of each trajectory in each update go to `output_dir/updates`.
 
         > Parameters that control prompts
 

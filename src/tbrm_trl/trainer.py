@@ -20,7 +20,7 @@ import math
 import textwrap
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence, Sized
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import cached_property, partial
 from importlib.metadata import version
 from os import PathLike
@@ -120,9 +120,11 @@ from .model.replicated import ReplicatedModules
 from .model.scoring import score
 from .model.value_head import Offset, ValueHead
 from .printing import printable
+from .publishing import CardFacts, keep_at_home, model_card
 from .resume import ExactResume, RunState, complete_checkpoints
 from .resume.checkpoint import read_mark
 from .resume.finite import tensors_of_model
+from .run_log import LOG, Stopwatch, append_line, append_update, go_back
 from .skipped_updates import FOLDER, SkippedUpdates, write_culprits
 from .sources.baselines import Baselines
 from .sources.logged import (
@@ -176,6 +178,7 @@ class TBRMTrainer(ExactResume, GRPOTrainer):
     - `evaluate`, `predict`: say when an evaluation is under way;
     - `evaluation_loop`: means over the rows of the set, under the set's own name;
     - `log`: adds the residual's metrics to TRL's, and `β δ` to its table of completions;
+    - `create_model_card`: the card of `publishing.py`, and what is not pushed;
     - those of [`~resume.ExactResume`].
 
     Example:
@@ -364,7 +367,8 @@ class TBRMTrainer(ExactResume, GRPOTrainer):
         self._window: list[Trajectory] = []  # of the current generation window, on this process
         self._microbatches: list[list[UpdateRow]] = []  # of the current update, on this process
         self._denominator = 0  # of the loss: trajectories that count in the current update, over all processes
-        self._scored: list[tuple[list[UpdateRow], Tensor, Tensor]] = []  # rows, loss (B,) and β δ (B,) of the update
+        self._scored: list[tuple[list[UpdateRow], Tensor, Tensor, Tensor]] = []  # rows; loss, β δ, β V: (B,)
+        self._stopwatch = Stopwatch()
         self._totals = Totals()  # of the current update, over all processes
         self._loss_before = 0.0  # what the Trainer has summed since the last log, before the current update
         self._skipped = SkippedUpdates(args.max_skipped_updates)
@@ -673,7 +677,7 @@ class TBRMTrainer(ExactResume, GRPOTrainer):
             texts = [row["prompt"] for row in given if isinstance(row.get("prompt"), str)]
             drawn = Dataset.from_dict({"prompt": texts})
             self._streams_may_double_bos = not warn_of_double_bos([drawn], self._tokenizer)
-        with temporarily(self, _prompts_are_rolled_out=True):
+        with temporarily(self, _prompts_are_rolled_out=True), self._timed("generation"):
             output = self._generate_and_score_completions(given)
         per_prompt = self.num_generations_eval if self.evaluating else self.num_generations
         first = self.accelerator.process_index * len(rows)
@@ -697,7 +701,7 @@ class TBRMTrainer(ExactResume, GRPOTrainer):
             function if isinstance(function, nn.Module) else self._reward_calls.guarded(function, name)
             for function, name in zip(self.reward_funcs, self.reward_func_names, strict=True)
         ]
-        with temporarily(self, reward_funcs=guarded):
+        with temporarily(self, reward_funcs=guarded), self._timed("rewards"):
             rewards_per_func = super()._calculate_rewards(inputs, prompts, completions, completion_ids_list)  # (N, F)
         self._agree_on_failures(self._reward_calls.taken(), len(prompts))
         weights = self.reward_weights.to(rewards_per_func.device)  # (F,)
@@ -817,7 +821,7 @@ class TBRMTrainer(ExactResume, GRPOTrainer):
                 "The reference was freed after it had scored the logged trajectories, so nothing new can be scored. "
                 "Give the trainer its `eval_dataset` at construction, or set `precompute_ref_log_probs=False`."
             )
-        with self._reference.module() as reference:
+        with self._timed("reference"), self._reference.module() as reference:
             score_reference(
                 batches,
                 forwards,
@@ -904,7 +908,7 @@ class TBRMTrainer(ExactResume, GRPOTrainer):
             totals += evaluation_loss(output, weight)
             self._recorder.keep(totals.over_processes(self.accelerator), "eval")
             return loss
-        self._scored.append((rows, output.loss.detach(), in_reward_units))
+        self._scored.append((rows, output.loss.detach(), in_reward_units, (args.beta * output.soft_value).detach()))
         # Every process takes this update, or none: they agree before the last backward, with the metrics.
         summed = self._recorder.record(totals, self.accelerator)
         if summed is not None:
@@ -930,10 +934,18 @@ class TBRMTrainer(ExactResume, GRPOTrainer):
         self._skipped.took()
         self._recorder.keep(self._totals, "train")
         if self._replay is not None and self._replay.prioritized:
-            for rows, _, residual in self._scored:
+            for rows, _, residual, _ in self._scored:
                 for row, priority in zip(rows, residual.abs().tolist(), strict=True):
                     if row.number is not None:
                         self._replay.set_priority(row.number, priority)
+        if self.args.save_rollouts:
+            scored = [
+                one
+                for rows, _, residual, soft_value in self._scored
+                for one in zip(rows, residual.tolist(), soft_value.tolist(), strict=True)
+            ]
+            folder, process = Path(self.args.output_dir), self.accelerator.process_index
+            append_update(folder, process, self.state.global_step + 1, self.args.beta, scored)
         means = self._totals.means()
         self._soft_value.after_update(means)
         if not self._beta_checked and "soft_value" in means:  # the first update in which a trajectory counts
@@ -951,7 +963,7 @@ class TBRMTrainer(ExactResume, GRPOTrainer):
         self._skipped.skipped()
         scored = [
             (row, loss, residual)
-            for rows, losses, residuals in self._scored
+            for rows, losses, residuals, _ in self._scored
             for row, loss, residual in zip(rows, losses.tolist(), residuals.tolist(), strict=True)
         ]
         culprits = [one for one in scored if not math.isfinite(one[1]) and one[0].left_out is None]
@@ -988,6 +1000,9 @@ class TBRMTrainer(ExactResume, GRPOTrainer):
     def _mode(self) -> str:
         """The name of the dictionary of TRL's metrics that is written to."""
         return "eval" if self.evaluating else "train"
+
+    def _timed(self, name: str) -> AbstractContextManager[None]:
+        return nullcontext() if self.evaluating else self._stopwatch(name)
 
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
         log_is_due = self.control.should_log
@@ -1034,6 +1049,9 @@ class TBRMTrainer(ExactResume, GRPOTrainer):
             if self._offset is not None:
                 self._metrics["train"]["soft_value_offset"] = [self._offset.bias.item()]
             if "loss" in logs:
+                since_log = self._skipped.taken_since_log + self._skipped.since_log
+                times = {f"{name}_time": [seconds / since_log] for name, seconds in self._stopwatch.taken().items()}
+                self._metrics["train"].update(times)
                 logs["loss"] = self._skipped.mean_over_taken(logs["loss"])
                 self._skipped.logged()
             if "train_loss" in logs:  # the Trainer's mean over the updates of this call of `train`
@@ -1047,12 +1065,42 @@ class TBRMTrainer(ExactResume, GRPOTrainer):
             self._logs["advantages"].extend([math.nan] * missing + column)
         with temporarily(self, num_completions_to_print=0):  # TRL would print control characters
             super().log(logs, start_time)
+        if self.args.should_save and (self.is_in_train or self.state.global_step):  # not of a model as it was given
+            append_line(Path(self.args.output_dir) / LOG, self.state.log_history[-1])
         if self.log_completions and self.accelerator.is_main_process and self._logs["prompt"] and is_rich_available():
             prompts, completions, rewards, advantages, extra = (
                 printable(self._logs[name]) for name in ("prompt", "completion", "rewards", "advantages", "extra")
             )
             step, number = self.state.global_step, self.num_completions_to_print
             print_prompt_completions_sample(prompts, completions, rewards, advantages, step, number, extra)
+
+    def create_model_card(
+        self, model_name: str | None = None, dataset_name: str | None = None, tags: str | list[str] | None = None
+    ) -> None:
+        """Write the model's card to the output directory, and before a push name what stays there."""
+        if not self.is_world_process_zero():
+            return
+        folder, repo = Path(self.args.output_dir), getattr(self, "hub_model_id", None)
+        base = get_config_model_id(self.model.config)
+        given = [tags] if isinstance(tags, str) else tags or []
+        libraries = ("tbrm-trl", "trl", "transformers", "datasets", "torch", *(["peft"] * is_peft_model(self.model)))
+        facts = CardFacts(
+            name=model_name or folder.name,
+            repo=repo,
+            base_model=base if base and not Path(base).is_dir() else None,
+            adapter=is_peft_model(self.model),
+            dataset=dataset_name,
+            rewards=self.reward_func_names if self._plan.mix.rollouts else [],
+            updates=self.state.global_step,
+            settings=self.args.settings(),
+            log=self.state.log_history,
+            versions={name: version(name) for name in libraries},
+            tags=[*dict.fromkeys([*self._tag_names, *given])],
+            method=self._paper,
+        )
+        if repo is not None:
+            keep_at_home(folder)
+        model_card(facts).save(folder / "README.md")
 
     # ---- what an estimator may ask: `loss.soft_value.Run` --------------------------------------------------------
 
@@ -1183,12 +1231,14 @@ class TBRMTrainer(ExactResume, GRPOTrainer):
             self._replay.clear()
 
     def before_training(self) -> None:
+        step = read_mark(Path(self._resumed_from))["step"] if self._resumed_from else 0
+        go_back(Path(self.args.output_dir), self.accelerator.process_index, step)
         if self.args.save_rollouts:
             if self.accelerator.is_main_process:
-                step = read_mark(Path(self._resumed_from))["step"] if self._resumed_from else 0
                 rewind_rollouts(Path(self.args.output_dir) / "rollouts", step)
             self.accelerator.wait_for_everyone()
         self._soft_value.prepare(self)
+        self._stopwatch.taken()
 
     def run_state(self, folder: Path) -> RunState:
         taken, logged = self._logged_rows.state() if self._logged_rows is not None else ([], [])

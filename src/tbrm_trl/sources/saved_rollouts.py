@@ -230,7 +230,7 @@ def load_rollouts(folder: str | Path | Iterable[str | Path], unrewarded: bool = 
     as_json = _json_columns([table.schema for table in tables])
     tables = [_with_json(table, as_json) for table in tables]
     rollouts = Dataset(pa.concat_tables(tables, promote_options="permissive"))
-    rewarded = [index for index, reward in enumerate(rollouts["reward"]) if reward is not None]
+    rewarded = [index for index, reward in enumerate(rollouts["reward"][:]) if reward is not None]
     if unrewarded or len(rewarded) == len(rollouts):
         return rollouts
     warnings.warn(

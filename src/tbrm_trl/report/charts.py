@@ -1,0 +1,229 @@
+"""The charts of a report: from a run's numbers to plain lists of them. Pure functions."""
+
+import math
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from .run import RunFolder, Updates
+
+POINTS = 1000  # of a line: more log entries than this are averaged, several to a point
+PARTS = 200  # of a run, of each of which quantiles are taken
+PERIODS = 12  # of a run, in each of which the soft value is compared with what was earned
+PROMPTS = 400  # of a period that are shown
+QUANTILES = {"5%": 0.05, "25%": 0.25, "median": 0.5, "75%": 0.75, "95%": 0.95}
+
+# Title, what it says, unit, and patterns of the metrics on it.
+CHARTS: tuple[tuple[str, str, str, str], ...] = (
+    (
+        "Reward",
+        "Mean reward of rollouts.",
+        "reward",
+        r"reward",
+    ),
+    (
+        "Reward functions",
+        "The mean of each.",
+        "reward",
+        r"rewards/[^/]+/mean",
+    ),
+    (
+        "Evaluation",
+        "On held-out prompts: rewards and accuracies.",
+        "",
+        r"eval_(?!.*(_std|/std|zero_std)).*(reward|mean@|avg@|pass@|maj@|accuracy).*",
+    ),
+    (
+        "Residual",
+        "Mean of β δ, and root of the mean of (β δ)², over all trajectories and by origin.",
+        "reward",
+        r"residual/(mean|(\w+_)?rms)",
+    ),
+    (
+        "Soft value and log-ratio",
+        "Means of β V and of β log π_θ/π_ref. Their sum tends to R.",
+        "reward",
+        r"soft_value|log_ratio",
+    ),
+    (
+        "KL",
+        "Of the policy to the reference, over fresh rollouts.",
+        "nats per token",
+        r"kl",
+    ),
+    (
+        "Entropy",
+        "Of the distributions that actions were drawn from. A fall to 0 is collapse.",
+        "nats per token",
+        r"entropy",
+    ),
+    (
+        "Length",
+        "Of completions, in tokens.",
+        "tokens",
+        r"completions/(mean|min|max)_length",
+    ),
+    (
+        "Cut, left out and padding",
+        "Shares: cut at the length limit, left out of the loss, and padding.",
+        "share",
+        r"completions/clipped_ratio|left_out/\w+|pad_fraction",
+    ),
+    (
+        "Replay",
+        "Updates since replayed trajectories were drawn.",
+        "updates",
+        r"replay/age(_max)?",
+    ),
+    (
+        "Optimizer",
+        "Norm of the gradient.",
+        "",
+        r"grad_norm",
+    ),
+    (
+        "Skipped updates",
+        "Updates that were not taken, since the start.",
+        "updates",
+        r"skipped_updates",
+    ),
+)
+TIMES = ("generation_time", "rewards_time", "reference_time")
+
+
+def charts_of(run: RunFolder) -> list[dict[str, Any]]:
+    """Every chart of lines that the run has numbers for: title, text, unit, steps and lines by name."""
+    charts, logged = [], [entry["step"] for entry in run.log]
+    for title, text, unit, pattern in CHARTS:
+        names = dict.fromkeys(name for entry in run.log for name in entry if re.fullmatch(pattern, name))
+        lines = _columns(run.log, names)
+        if title in ("Cut, left out and padding", "Skipped updates"):  # most of them are 0 throughout
+            lines = {name: values for name, values in lines.items() if any(value > 0 for value in values)}
+        if title != "Reward functions" or len(lines) > 1:
+            charts += _chart(title, text, unit, logged, lines)
+    charts += _chart("Time", "Seconds of an update, by what they went into.", "seconds", logged, _time_split(run.log))
+    steps, lines = quantiles_by_step(run.updates.step, run.updates.residual)
+    charts += _chart("Distribution of the residual", "Quantiles of β δ over trajectories.", "reward", steps, lines)
+    oldest = {"median": 0.5, "95%": 0.95, "oldest": 1.0}
+    steps, lines = quantiles_by_step(run.updates.step, run.updates.age, oldest)
+    charts += _chart(
+        "Staleness", "Updates between a trajectory's drawing and its use: fresh, reused and replayed.", "updates",
+        steps, lines,
+    )  # fmt: skip
+    return charts
+
+
+def _chart(title: str, text: str, unit: str, steps: Sequence[int], lines: Mapping[str, Any]) -> list[dict]:
+    """One chart without what has no number; none if nothing has."""
+    columns = {name: np.array(values, float) for name, values in lines.items()}
+    columns = {name: values for name, values in columns.items() if np.isfinite(values).any()}
+    if not columns:
+        return []
+    has_any = np.any([np.isfinite(values) for values in columns.values()], axis=0)
+    kept = np.array(steps)[has_any]
+    columns = {name: values[has_any] for name, values in columns.items()}
+    per_point = math.ceil(len(kept) / POINTS)
+    return [
+        {
+            "title": title,
+            "text": text + (f" Each point is a mean of {per_point} log entries." if per_point > 1 else ""),
+            "unit": unit,
+            "steps": kept[per_point - 1 :: per_point].tolist(),
+            "lines": {name: plain(_thinned(values, per_point)) for name, values in columns.items()},
+        }
+    ]
+
+
+def _thinned(values: np.ndarray, per_point: int) -> np.ndarray:
+    """Means over every `per_point` values; those that do not fill a point at the end are left out."""
+    if per_point == 1:
+        return values
+    whole = values[: len(values) // per_point * per_point].reshape(-1, per_point)  # (N, P)
+    number = np.isfinite(whole).sum(axis=1)
+    return np.where(number > 0, np.nansum(whole, axis=1) / np.maximum(number, 1), np.nan)
+
+
+def _columns(log: Sequence[Mapping[str, Any]], names: Any) -> dict[str, list[Any]]:
+    return {name: [_number(entry.get(name)) for entry in log] for name in names}
+
+
+def _number(value: Any) -> float:
+    return float(value) if isinstance(value, (int, float)) else math.nan
+
+
+def _time_split(log: Sequence[Mapping[str, Any]]) -> dict[str, np.ndarray]:
+    """Seconds by part. What is left of `step_time` is the policy's forward and backward pass."""
+    parts = {name: np.array(values) for name, values in _columns(log, TIMES).items()}
+    whole = np.array(_columns(log, ["step_time"])["step_time"])
+    if not any(np.isfinite(part).any() for part in parts.values()):
+        return {"whole update": whole}
+    policy = whole - np.nansum(list(parts.values()), axis=0)
+    return {**{name.removesuffix("_time"): part for name, part in parts.items()}, "policy": policy}
+
+
+def quantiles_by_step(
+    step: np.ndarray, values: np.ndarray, quantiles: Mapping[str, float] = QUANTILES
+) -> tuple[list[int], dict[str, list[float]]]:
+    """Quantiles of what there is at each step, or in each of `PARTS` equal parts of the run.
+
+    Args:
+        step: `(N,)` in ascending order.
+        values: `(N,)` NaN where there is none.
+    """
+    known = np.isfinite(values)
+    step, values = step[known], values[known]
+    different = np.unique(step)
+    ends = different[np.unique(np.linspace(0, len(different), min(len(different), PARTS) + 1)[1:].astype(int) - 1)]
+    parts = np.split(values, np.searchsorted(step, ends[:-1], side="right")) if len(ends) else []
+    columns = np.array([np.quantile(part, list(quantiles.values())) for part in parts]).reshape(-1, len(quantiles))
+    return ends.tolist(), {name: columns[:, place].tolist() for place, name in enumerate(quantiles)}
+
+
+def calibration(updates: Updates) -> list[dict[str, Any]]:
+    """For each period of the run: by prompt, the predicted β V, and what the prompt's trajectories say it is.
+
+    A trajectory alone says `β V − β δ = R − β log π_θ/π_ref`. A prompt's say `β log mean exp` of that over β: by
+    importance weights, for trajectories of the policy, an estimate of `β log E_ref exp(R/β)`. At the optimum both are
+    equal for every prompt.
+    """
+    known = np.isfinite(updates.residual)
+    step, prompt = updates.step[known], updates.prompt[known]
+    predicted, implied = updates.soft_value[known], (updates.soft_value - updates.residual)[known]
+    steps = np.unique(step)
+    periods = []
+    for part in np.array_split(steps, min(PERIODS, len(steps))) if len(steps) else []:
+        mine = (step >= part[0]) & (step <= part[-1])
+        _, place = np.unique(prompt[mine], return_inverse=True)
+        count = np.bincount(place)  # (Q,)
+        mean = np.bincount(place, predicted[mine]) / count
+        realised = log_mean_exp_by(place, implied[mine], updates.beta)
+        gap = mean - realised
+        order = np.argsort(realised, kind="stable")
+        shown = order[np.unique(np.linspace(0, len(order) - 1, min(PROMPTS, len(order))).astype(int))]
+        periods.append(
+            {
+                "first": int(part[0]),
+                "last": int(part[-1]),
+                "prompts": len(count),
+                "mean_gap": plain([gap.mean()])[0],
+                "rms_gap": plain([math.sqrt(np.square(gap).mean())])[0],
+                "realised": plain(realised[shown]),
+                "predicted": plain(mean[shown]),
+            }
+        )
+    return periods
+
+
+def log_mean_exp_by(place: np.ndarray, values: np.ndarray, beta: float) -> np.ndarray:
+    """`β log mean exp(values/β)` of the values of each place: `(N,)`, `(N,)` → `(Q,)`."""
+    largest = np.full(place.max() + 1, -np.inf)
+    np.maximum.at(largest, place, values)
+    sums = np.bincount(place, np.exp((values - largest[place]) / beta))
+    return largest + beta * np.log(sums / np.bincount(place))
+
+
+def plain(values: Any) -> list[float | None]:
+    """Numbers in few characters. JSON has no NaN."""
+    return [float(f"{value:.4g}") if math.isfinite(value) else None for value in values]

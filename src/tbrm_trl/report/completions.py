@@ -1,0 +1,87 @@
+"""The completions that a report shows: a sample of those that a run saved."""
+
+import json
+from collections.abc import Iterable
+from typing import Any
+
+import numpy as np
+from datasets import Dataset
+
+from ..run_log import trajectory_ids
+from .charts import plain
+from .run import Updates
+
+SHOWN = 1000
+CHARACTERS = 3000  # of one text; what is longer loses its middle
+_COLUMNS = ("prompt", "completion", "prompt_ids", "completion_ids", "reward", "end", "policy_step")
+
+
+def completions_of(rollouts: Dataset, updates: Updates, characters: int) -> list[dict[str, Any]]:
+    """A sample spread evenly over updates, and over the rewards of each, with β δ, β V and origin from its last update.
+
+    Args:
+        rollouts: what `load_rollouts` returns.
+        updates: of the same run.
+        characters: at most so many are taken in all.
+    """
+    steps = np.array([-1 if step is None else step for step in rollouts["policy_step"][:]])
+    rewards = np.array([np.nan if reward is None else reward for reward in rollouts["reward"][:]], float)
+    order = np.lexsort((rewards, steps))
+    number = min(SHOWN, len(order))
+    while True:
+        chosen = order[np.linspace(0, len(order) - 1, number).astype(int)]
+        rows = _rows(rollouts, chosen, updates)
+        size = sum(len(row["prompt"]) + len(row["completion"]) + 150 for row in rows)
+        if size <= characters or number == 1:
+            return rows
+        number = max(1, min(number - 1, int(number * characters / size)))
+
+
+def _rows(rollouts: Dataset, chosen: np.ndarray, updates: Updates) -> list[dict[str, Any]]:
+    some = rollouts.select(chosen).select_columns([c for c in _COLUMNS if c in rollouts.column_names])
+    rows = list(some)
+    ids, prompts = trajectory_ids([(row["prompt_ids"], row["completion_ids"]) for row in rows])
+    wanted = np.flatnonzero(np.isin(updates.id, ids))
+    last = {str(updates.id[place]): place for place in wanted}  # the latest, since updates are in order
+    shown = []
+    for row, one, prompt in zip(rows, ids, prompts, strict=True):
+        place = last.get(one)
+        residual, value = (updates.residual[place], updates.soft_value[place]) if place is not None else (np.nan,) * 2
+        shown.append(
+            {
+                "update": None if row["policy_step"] is None else row["policy_step"] + 1,
+                "reward": row["reward"] if row["reward"] is None else plain([row["reward"]])[0],
+                "residual": plain([residual])[0],
+                "soft_value": plain([value])[0],
+                "origin": None if place is None else str(updates.origin[place]),
+                "last_update": None if place is None else int(updates.step[place]),
+                "length": len(row["completion_ids"]),
+                "end": row["end"],
+                "prompt_id": prompt,
+                "prompt": shortened(text_of(row.get("prompt"))),
+                "completion": shortened(text_of(row.get("completion"))),
+            }
+        )
+    return shown
+
+
+def text_of(value: Any) -> str:
+    """Text as it is; messages one after the other, each under its role."""
+    if isinstance(value, str):
+        return value
+    if isinstance(value, Iterable) and all(isinstance(one, dict) and "role" in one for one in value):
+        return "\n".join(_message(one) for one in value)
+    return json.dumps(value, ensure_ascii=False)
+
+
+def _message(message: dict[str, Any]) -> str:
+    said = [message["content"] if isinstance(message.get("content"), str) else json.dumps(message.get("content"))]
+    calls = message.get("tool_calls")
+    return f"[{message['role']}] " + "\n".join(said + ([json.dumps(calls, ensure_ascii=False)] if calls else []))
+
+
+def shortened(text: str) -> str:
+    if len(text) <= CHARACTERS:
+        return text
+    head, tail = CHARACTERS * 2 // 3, CHARACTERS // 3
+    return f"{text[:head]}\n[… {len(text) - head - tail} characters are not shown …]\n{text[-tail:]}"

@@ -1,0 +1,129 @@
+"""What a run writes line by line while it goes on: its metrics, and the trajectories of every update.
+
+A run that is resumed goes back to its checkpoint and writes lines of the same steps again. Nothing is rewritten then:
+whoever reads takes the last line of a step, and a line of an earlier step drops those of later steps before it.
+"""
+
+import json
+import math
+import time
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import xxhash
+
+from .trajectory import UpdateRow
+
+LOG = "log.jsonl"  # in the output directory
+UPDATES = "updates"  # likewise, a file for each process
+Scored = tuple[UpdateRow, float, float]  # a row of an update with β δ and β V
+
+
+def append_line(file: Path, values: dict[str, Any]) -> None:
+    """Append one line of JSON. NaN and infinity become null.
+
+    The line break comes first: what a kill cut short stays on a line by itself.
+    """
+    file.parent.mkdir(parents=True, exist_ok=True)
+    with file.open("a", encoding="utf-8") as lines:
+        lines.write("\n" + json.dumps(_plain(values)))
+
+
+def go_back(output_dir: Path, process: int, step: int) -> None:
+    """Before training: let lines that an earlier run wrote after this step count no more."""
+    for file in (output_dir / LOG, output_dir / UPDATES / f"process-{process}.jsonl"):
+        if file.exists() and (process == 0 or file.name != LOG):
+            append_line(file, {"step": step})
+
+
+def read_lines(file: Path) -> list[dict[str, Any]]:
+    """One dictionary for each `step`, in order: what is left after every resumption. Cut lines are left out."""
+    by_step: dict[int, dict[str, Any]] = {}
+    for line in file.read_text(encoding="utf-8").splitlines():
+        try:
+            values = json.loads(line)
+        except ValueError:
+            continue
+        while by_step and next(reversed(by_step)) > values["step"]:
+            by_step.popitem()
+        by_step[values["step"]] = by_step.get(values["step"], {}) | values
+    return [values for values in by_step.values() if len(values) > 1]
+
+
+def append_update(folder: Path, process: int, step: int, beta: float, scored: Iterable[Scored]) -> None:
+    """Append what an update was made of on one process: a column each, by trajectory.
+
+    `id` and `prompt` are digests of tokens (`trajectory_ids`), which saved rollouts have too. `age` counts the updates
+    since the policy drew the trajectory. A row that does not count has null for its residual and its soft value.
+    """
+    rows, residuals, soft_values = zip(*scored, strict=True)
+    counts = [row.left_out is None for row in rows]
+    ids, prompts = trajectory_ids([(row.trajectory.prompt_ids, row.trajectory.completion_ids) for row in rows])
+    drawn = [row.trajectory.policy_step for row in rows]
+    values = {
+        "step": step,
+        "beta": beta,
+        "id": ids,
+        "prompt": prompts,
+        "origin": [row.origin for row in rows],
+        "reward": [row.trajectory.reward for row in rows],
+        "residual": [value if counted else None for value, counted in zip(residuals, counts, strict=True)],
+        "soft_value": [value if counted else None for value, counted in zip(soft_values, counts, strict=True)],
+        "length": [len(row.trajectory.completion_ids) for row in rows],
+        "age": [None if at is None else step - 1 - at for at in drawn],
+    }
+    append_line(folder / UPDATES / f"process-{process}.jsonl", values)
+
+
+def trajectory_ids(tokens: Sequence[tuple[Any, Any]]) -> tuple[list[str], list[str]]:
+    """Digests of trajectories, and of their prompts, from token ids of prompt and completion."""
+    ids, prompts = [], []
+    for prompt, completion in tokens:
+        digest = xxhash.xxh3_64(np.asarray(prompt, np.int64).tobytes())
+        prompts.append(digest.hexdigest())
+        digest.update(b"/" + np.asarray(completion, np.int64).tobytes())
+        ids.append(digest.hexdigest())
+    return ids, prompts
+
+
+class Stopwatch:
+    """Seconds by name. What is timed inside something else counts for itself alone."""
+
+    def __init__(self) -> None:
+        self.seconds: dict[str, float] = {}
+        self._running: list[str] = []
+        self._since = 0.0
+
+    @contextmanager
+    def __call__(self, name: str) -> Iterator[None]:
+        self._stop()
+        self._running.append(name)
+        try:
+            yield
+        finally:
+            self._stop()
+            self._running.pop()
+
+    def _stop(self) -> None:
+        now = time.perf_counter()
+        if self._running:
+            self.seconds[self._running[-1]] = self.seconds.get(self._running[-1], 0.0) + now - self._since
+        self._since = now
+
+    def taken(self) -> dict[str, float]:
+        """The seconds since the last call."""
+        seconds, self.seconds = self.seconds, {}
+        return seconds
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {name: _plain(one) for name, one in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_plain(one) for one in value]
+    if isinstance(value, float):
+        return float(f"{value:.6g}") if math.isfinite(value) else None
+    return value if isinstance(value, (str, int, bool, type(None))) else str(value)
