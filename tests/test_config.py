@@ -124,7 +124,7 @@ def test_all_that_is_refused_is_named_at_once():
         ({"num_generations": 3, "delta": 1.0}, ["whole groups of num_generations=3", "`delta=1.0`"]),
         (
             {"soft_value": "optimal", "sync_ref_model": True, "top_k": 5, "remove_unused_columns": True},
-            ["is the value of the initial reference", "'top_k': 5.*is refused", "would drop the column"],
+            ["is made of samples of the initial reference", "'top_k': 5.*is refused", "would drop the column"],
         ),
         (
             {"soft_value": "partition", "reference": "previous", "precompute_ref_log_probs": False},

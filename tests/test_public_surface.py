@@ -69,6 +69,7 @@ OPTIONS = {
     "soft_value_half_life": 0.06,
     "soft_value_model": None,
     "residual": "trajectory",
+    "length_normalized": False,
     "truncation": None,
     "truncated_reward": 0.0,
     "loss_units": "reward",

@@ -20,6 +20,7 @@ from helpers.runs import Update, build, kept_returns, letters, log, one_update
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForSequenceClassification
 
 from tbrm_trl import SoftValue, TBRMConfig, bellman_residual, squared_residual_loss, trajectory_log_ratio
+from tbrm_trl.loss.residual import per_action
 from tbrm_trl.loss.soft_value import ConstantValue, ValueInputs
 from tbrm_trl.loss.soft_value.log_mean_exp import log_mean_exp
 from tbrm_trl.loss.soft_value.quantile import log_partition, quantile
@@ -116,6 +117,28 @@ def test_learned(options, llama, tmp_path):
         check(seen, value)
     for name, after in seen.trainer._soft_value.head.named_parameters():
         torch.testing.assert_close((after - kept[name]).abs(), torch.full_like(after, 0.03), rtol=1e-3, atol=0)
+
+
+@pytest.mark.parametrize("soft_value", ["policy", "group"])
+def test_length_normalized(soft_value, llama, tmp_path):
+    """The log-ratio per action, in a group's mean too; inserted tokens are no actions."""
+    groups = {"num_generations": 2} if soft_value == "group" else {}
+    seen = one_update(llama, tmp_path, soft_value=soft_value, length_normalized=True, **groups)
+
+    def mean_ratio(trajectory):
+        return parts(seen, trajectory).log_ratio / int(trajectory.loss_mask.sum())
+
+    def value(trajectory, of):
+        if soft_value == "policy":
+            own = of.value
+        else:
+            group = by_prompt(seen.counted)[tuple(trajectory.prompt_ids.tolist())]
+            with torch.no_grad():
+                own = sum(t.reward / BETA - mean_ratio(t).item() for t in group) / len(group)
+        return own + of.log_ratio / int(trajectory.loss_mask.sum()) - of.log_ratio  # in the place of the sum
+
+    assert len({int(t.loss_mask.sum()) for t in seen.counted}) > 2
+    check(seen, value)
 
 
 @pytest.mark.parametrize("soft_value", ["policy", "optimal"])
@@ -664,6 +687,26 @@ def test_a2po_is_optimal():
     torch.testing.assert_close(gradients(ours, rows.log_ratio), gradients(theirs, rows.log_ratio), **EXACTLY)
 
 
+def test_flowrl_is_learned_and_normalised():
+    """`(log Z_φ + log π/|y| − log π_ref/|y| − β r)²` (arXiv 2509.15207, at importance weight 1): its β is 1/β here."""
+    draw = torch.Generator().manual_seed(2)
+    log_probs, ref_log_probs = torch.randn(2, 12, 5, generator=draw, dtype=torch.float64)
+    log_probs.requires_grad_()
+    mask = torch.rand(12, 5, generator=draw) < 0.6
+    mask[:, 0] = True
+    log_ratio = per_action(trajectory_log_ratio(log_probs, ref_log_probs, mask), mask)
+    log_z = torch.randn(12, generator=draw, dtype=torch.float64).requires_grad_()
+    rows, residual = random_rows("policy", [0] * 12, policy_value=log_z, log_ratio=log_ratio)
+    ours = squared_residual_loss(residual, rows.counted, 12)
+    theirs = 0.0
+    for b in range(12):
+        length = int(mask[b].sum())
+        policy, reference = log_probs[b][mask[b]].sum() / length, ref_log_probs[b][mask[b]].sum() / length
+        theirs = theirs + (log_z[b] + policy - (1 / BETA) * rows.reward[b] - reference) ** 2 / 12
+    torch.testing.assert_close(ours, theirs, **EXACTLY)
+    torch.testing.assert_close(gradients(ours, log_probs, log_z), gradients(theirs, log_probs, log_z), **EXACTLY)
+
+
 def test_spo_is_tracked_with_the_kl_in_the_reward():
     """SPO's policy gradient `−E[A ∇log π]`, `A = r − v̂` (arXiv 2509.13232, before its batch normalisation).
 
@@ -728,6 +771,11 @@ def test_with_the_policys_value_it_is_not(llama, tmp_path):
         ({"soft_value": "tracked", "soft_value_half_life": 0.0}, "it divides the KL moved"),
         ({"soft_value": "tracked", "reference": "previous"}, "distance from one fixed reference"),
         ({"soft_value_half_life": 0.1}, "has no effect.*belongs to tracked"),
+        ({"length_normalized": True, "soft_value": "zero"}, "another V belongs to their mean"),
+        ({"length_normalized": True, "soft_value": "optimal"}, "another V belongs to their mean"),
+        ({"length_normalized": True, "residual": "token"}, "length_normalized=True` with `residual='token'` is ref"),
+        ({"length_normalized": True, "truncation": "bootstrap"}, "with `truncation='bootstrap'` is refused"),
+        ({"length_normalized": True, "token_fraction": 0.5}, "with `token_fraction=0.5` is refused"),
         ({"soft_value_learning_rate": 0.1}, "nothing of V is trained beside the policy.*soft_value_offset=True"),
         ({"soft_value": "learned", "soft_value_learning_rate": 0.0}, "must be positive and finite"),
         ({"soft_value": "learned", "fp16": True}, 'fp16=True` with `soft_value="learned"` is refused'),

@@ -196,6 +196,45 @@ def test_on_policy_a_wrong_constant_does_no_harm(soft_value, options, bound, tmp
     assert total_variation(trained, task.best) < bound
 
 
+# ---- length-normalised -----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("soft_value", "data", "options"),
+    [
+        ("learned", "on-policy", {"soft_value_learning_rate": 0.02}),
+        ("learned", "uniform", TRAINED),
+        ("policy", "bad", {}),
+    ],
+)
+def test_length_normalized(soft_value, data, options, tmp_path):
+    """π_ref exp(|τ| (R/β − V)) with Σπ = 1, within 0.01; π* is more than 0.1 away. From a log, a head's V is that root.
+
+    On-policy, where V is no baseline and moves at a constant rate, within 0.03.
+    """
+    task = Task(SMALL, 0.3, tmp_path, seed=1)
+    lengths = torch.tensor([len(said) for said in SMALL.completions])
+    target = targets.length_normalized(task.reference, task.rewards, task.beta, lengths)
+    rows, rate, steps = SMALL.prompt_rows(126), 0.1, 160
+    if data != "on-policy":
+        rate, steps = 0.5, 150
+        urn = SMALL.uniform if data == "uniform" else SMALL.bad(task.rewards)
+        rows = SMALL.exact_log(task.rewards, SMALL.counts(urn))
+
+    trained = task.train(
+        rows, soft_value=soft_value, length_normalized=True, learning_rate=rate, max_steps=steps,
+        per_device_train_batch_size=len(rows), **options,
+    )  # fmt: skip
+
+    near, far = total_variation(trained, target), total_variation(target, task.best)
+    print(f"total variation to the target {near:.1e}; of the target to π* {far:.3f}")
+    assert near < (0.03 if data == "on-policy" else 0.01)
+    assert far > 0.1
+    if soft_value == "learned" and data != "on-policy":
+        value = trained_value(task.trainer, SMALL, task.beta)
+        assert (task.beta * (value - target.soft_value)).abs().max() < 0.01
+
+
 # ---- quantiles ------------------------------------------------------------------------------------------------------
 
 
@@ -218,14 +257,14 @@ def test_quantiles(data, tmp_path):
     places = torch.searchsorted(cumulative, (torch.arange(100) + 0.5).expand(len(tree.prompts), -1).double() / 100)
     samples = task.rewards.gather(1, places.clamp(max=task.rewards.shape[1] - 1))  # (P, 100)
     target = optimum(task.reference, mid_ranks(task.rewards, samples), task.beta)
-    rows, rate = tree.prompt_rows(126), 0.1
+    rows, rate, steps = tree.prompt_rows(126), 0.2, 60
     if data != "on-policy":
-        rate = 0.5
+        rate, steps = 0.5, 150
         rows = tree.exact_log(task.rewards, tree.counts(tree.uniform if data == "uniform" else tree.bad(task.rewards)))
     rows = task.with_values(rows, samples, "reference_rewards")
 
     trained = task.train(
-        rows, soft_value="quantile", learning_rate=rate, max_steps=150, per_device_train_batch_size=len(rows)
+        rows, soft_value="quantile", learning_rate=rate, max_steps=steps, per_device_train_batch_size=len(rows)
     )
 
     near, far = total_variation(trained, target), total_variation(trained, optimum(task.reference, task.rewards, 0.3))

@@ -115,6 +115,21 @@ def group_value(rewards: Tensor, beta: float, counts: Tensor, size: int) -> Tens
     return value
 
 
+def length_normalized(reference: Policy, rewards: Tensor, beta: float, lengths: Tensor) -> Policy:
+    """π_ref exp(|τ| (R/β − V)), where each V + (log π/π_ref)/|τ| − R/β is 0. `lengths`: `(N,)` actions of each.
+
+    V is the one root of Σπ = 1, which falls with V.
+    """
+
+    def log_probs(value: Tensor) -> Tensor:
+        return reference.log_probs + lengths * (rewards / beta - value)  # (P, N)
+
+    scaled = rewards / beta
+    low, high = scaled.amin(dim=1, keepdim=True), scaled.amax(dim=1, keepdim=True)  # (P, 1)
+    value = bisect(lambda v: -log_probs(v).logsumexp(dim=1, keepdim=True), low, high)  # (P, 1)
+    return Policy(log_probs(value), value[:, 0])
+
+
 def partition(reference: Policy, rewards: Tensor, beta: float, logged: Tensor, self_normalized: bool) -> Tensor:
     """Probabilities `(P, N)` of the logged trajectories where each residual is 0; elsewhere 0.
 

@@ -125,6 +125,11 @@ class TBRMOptions(GRPOConfig):
         residual (`"trajectory"` or `"token"`, *optional*, defaults to `"trajectory"`):
             `"token"` takes the classical Bellman residual of every token, which collapses on language models
             (arXiv 2505.15311, App. H.3). It is meant for ablations and needs `soft_value="policy"`.
+        length_normalized (`bool`, *optional*, defaults to `False`):
+            Divide a trajectory's log-ratio by the number of its actions, as FlowRL does (arXiv 2509.15207, with
+            `soft_value="learned"`). β is then in reward units per nat and token, and the target is another one:
+            `docs/theory.md`. Only an estimator whose V is free allows it: `"policy"`, `"calibrated"`, `"learned"`,
+            `"group"`.
         truncation (`"terminal"`, `"mask"` or `"bootstrap"`, *optional*, defaults to `"terminal"`):
             How a completion that was cut at the length limit counts. `"terminal"` takes the cut as an end like any
             other, with its reward. `"mask"` leaves the completion out of the loss. `"bootstrap"` subtracts the soft
@@ -271,6 +276,7 @@ class TBRMOptions(GRPOConfig):
     soft_value_half_life: float = 0.06
     soft_value_model: str | None = None
     residual: str = "trajectory"
+    length_normalized: bool = False
     truncation: str | None = None  # read as "terminal", or "mask" if TRL's older option asks for it
     truncated_reward: float = 0.0
     loss_units: str = "reward"

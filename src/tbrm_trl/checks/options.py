@@ -182,6 +182,7 @@ def check_soft_value(args: TBRMOptions) -> Iterator[str]:
             "'none'."
         )
     yield from _check_trained_value(args, estimator)
+    yield from _check_normalization(args, estimator)
     if args.truncation == "bootstrap" and not estimator.bootstraps:
         able = [name for name, one in SoftValue.registry.items() if one.bootstraps]
         yield (
@@ -221,6 +222,27 @@ def _check_trained_value(args: TBRMOptions, estimator: type[SoftValue]) -> Itera
             '`soft_value_offset=True` with `residual="token"` is refused: a constant cancels between two states. Leave '
             "it at False."
         )
+
+
+def _check_normalization(args: TBRMOptions, estimator: type[SoftValue]) -> Iterator[str]:
+    if not args.length_normalized:
+        return
+    if estimator.gives_constants or args.soft_value == "zero":
+        yield (
+            f"`length_normalized=True` with `soft_value={args.soft_value!r}` is refused: that is a constant made for "
+            'the sum of a trajectory\'s log-ratios, and another V belongs to their mean. Use "learned", "policy", '
+            '"calibrated" or "group".'
+        )
+    for name, beside in (
+        ("residual", args.residual == "token"),
+        ("truncation", args.truncation == "bootstrap"),
+        ("token_fraction", args.token_fraction < 1),
+    ):
+        if beside:
+            yield (
+                f"`length_normalized=True` with `{name}={getattr(args, name)!r}` is refused: that needs the sum of a "
+                "trajectory's log-ratios. Use one of the two."
+            )
 
 
 def check_groups(args: TBRMOptions, window_group_size: int, update_group_size: int) -> Iterator[str]:

@@ -41,6 +41,14 @@ def trajectory_log_ratio(policy_logps: Tensor, ref_logps: Tensor, mask: Tensor) 
     return sum_over(mask.bool(), at_least_float32(policy_logps) - at_least_float32(ref_logps))  # (B,)
 
 
+def per_action(log_ratio: Tensor, mask: Tensor) -> Tensor:
+    """The log-ratio of each trajectory divided by the number of its actions: `(B,)` and `(B, T)` → `(B,)`.
+
+    Source: FlowRL, arXiv 2509.15207.
+    """
+    return log_ratio / mask.sum(dim=-1).clamp(min=1)
+
+
 def bellman_residual(soft_value: Tensor, log_ratio: Tensor, reward: Tensor, beta: float) -> Tensor:
     """The trajectory Bellman residual `δ = V + log-ratio − R/β`, in logit units.
 

@@ -12,7 +12,7 @@ from torch import Tensor
 from ..batch import Batch, TrajectoryScores, float_tensor
 from ..options import TBRMOptions
 from ..trajectory import End, Trajectory, UpdateRow
-from .residual import bellman_residual, token_residuals, trajectory_log_ratio
+from .residual import bellman_residual, per_action, token_residuals, trajectory_log_ratio
 from .soft_value import SoftValue, ValueInputs
 from .terms import advantage_weighted_entropy, random_prefix, random_subset, subset_surrogate, success_nll
 
@@ -133,11 +133,14 @@ class TrajectoryLoss:
 
     def _inputs(self, rows: Sequence[UpdateRow], batch: Batch, scores: TrajectoryScores) -> ValueInputs:
         device, reward_of = batch.input_ids.device, self.args.reward_of
+        log_ratio = trajectory_log_ratio(scores.log_probs, batch.ref_log_probs, batch.action_mask)  # (B,)
+        if self.args.length_normalized:
+            log_ratio = per_action(log_ratio, batch.action_mask)
         return ValueInputs(
             policy_value=scores.soft_value,
             ref_value=batch.ref_soft_value,
             hidden=scores.hidden,
-            log_ratio=trajectory_log_ratio(scores.log_probs, batch.ref_log_probs, batch.action_mask),
+            log_ratio=log_ratio,
             reward=float_tensor([reward_of(row.trajectory) - row.trajectory.baseline for row in rows], device),
             value=float_tensor([row.trajectory.value for row in rows], device),
             group=torch.tensor([row.group for row in rows], device=device),

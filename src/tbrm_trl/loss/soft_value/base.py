@@ -23,7 +23,8 @@ class ValueInputs:
         policy_value: V_θ(s_1) in nats, with gradient.
         ref_value: V_ref(s_1) in nats.
         hidden: `(B, H)` the policy's last hidden state in s_1, without gradient.
-        log_ratio: `Σ_h m_h log π_θ/π_ref` in nats, with gradient (none with `token_fraction` below 1).
+        log_ratio: `Σ_h m_h log π_θ/π_ref` in nats, with gradient (none with `token_fraction` below 1). With
+            `length_normalized` it is divided by the number of actions.
         reward: R(τ) as the residual takes it, in reward units; NaN where it does not count.
         value: the constant that the estimator gave the trajectory, in reward units; NaN where it gave none.
         group: int64, equal for the trajectories that an estimator with `compares = "ratios"` compares.
