@@ -94,6 +94,13 @@ _OPERATORS: dict[type, tuple[type, ...]] = {
 }
 _NAMES = {"any": "all", "all": "any", "min": "max", "max": "min", "zeros": "ones", "sum": "mean", "mean": "sum"}
 
+_SYMMETRIC = ("min", "max", "np.array_equal", "torch.equal")  # in their arguments
+_WITHOUT_EFFECT = (
+    "device",
+    "strict",
+    "stacklevel",
+)  # keywords: the tests have one device, and what is zipped is as long
+
 
 def variants(node: ast.AST) -> Iterator[ast.AST | None]:
     """What may stand in the place of a node; None deletes a statement."""
@@ -124,12 +131,12 @@ def variants(node: ast.AST) -> Iterator[ast.AST | None]:
     elif isinstance(node, ast.Return) and node.value is not None:
         yield with_(value=ast.Constant(None))
     elif isinstance(node, ast.Call):
-        is_symmetric = isinstance(node.func, ast.Name) and node.func.id in ("min", "max")
+        is_symmetric = ast.unparse(node.func) in _SYMMETRIC
         for place in range(0 if is_symmetric else len(node.args) - 1):
             first, second = node.args[place : place + 2]
             yield with_(args=[*node.args[:place], second, first, *node.args[place + 2 :]])
         for place, keyword in enumerate(node.keywords):
-            if keyword.arg and keyword.arg != "device":  # the tests have one
+            if keyword.arg and keyword.arg not in _WITHOUT_EFFECT:
                 yield with_(keywords=[*node.keywords[:place], *node.keywords[place + 1 :]])
     elif isinstance(node, ast.Name | ast.Attribute):
         name = "id" if isinstance(node, ast.Name) else "attr"
@@ -142,9 +149,10 @@ def variants(node: ast.AST) -> Iterator[ast.AST | None]:
 
 
 def _is_left(parent: ast.AST, name: str, node: Any) -> bool:
-    """Whether nothing below a node is changed: annotations, decorators, docstrings, assertions, texts of messages."""
+    """Whether nothing below a node is changed: annotations, decorators, docstrings, assertions, messages."""
     return (
         name in ("annotation", "returns", "decorator_list", "bases")
+        or (isinstance(node, ast.keyword) and node.arg in _WITHOUT_EFFECT)
         or isinstance(node, ast.Assert | ast.JoinedStr)
         or (isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant))
         or (isinstance(parent, ast.Call) and isinstance(parent.func, ast.Attribute) and parent.func.attr == "warn")
@@ -373,7 +381,7 @@ def measure(runner: Runner, file: Path) -> None:
         sys.setprofile(on_call)
         failed = runner.has_failed([name])
         sys.setprofile(None)
-        threading.setprofile(None)  # type: ignore[arg-type]
+        threading.setprofile(None)
         measured[name] = {"seconds": round(spent() - began, 2), "enters": [] if failed else sorted(entered)}
 
 
@@ -455,7 +463,8 @@ def main() -> None:
             try_all(files, runner, store, until, Path(folder), anew=arguments.anew)
 
         tests = sorted({f"tests/test_{name}.py" for file in files for name in tests_of(file)})
-        options = ["-p", "no:cacheprovider", "--capture", "no", "-m", "not launch and not vllm", "-k", "not two_processes", "--rootdir"]
+        chosen = ["-m", "not launch and not vllm", "-k", "not two_processes"]  # what is launched reads files
+        options = ["-p", "no:cacheprovider", "--capture", "no", *chosen, "--rootdir"]
         pytest.main([*options, str(ROOT), *(str(ROOT / test) for test in tests)], plugins=[Runner(work)])
     text = page(store)
     (arguments.output / "mutants.md").write_text(text)
@@ -481,7 +490,66 @@ def try_all(files: Sequence[str], runner: Runner, store: Store, until: float, fo
 
 
 def page(store: Store) -> str:
-    return ""
+    head, every = store.head, {mutant.name: mutant for file in files_changed() for mutant in mutants_of(file)}
+    results = {name: store[name]["result"].split(":")[0] for name in every if name in store}
+    total: Counter[str] = Counter()
+    rows = []
+    for part in TESTS:
+        of_part = [name for name in every if name.startswith(part)]
+        tried = Counter(results[name] for name in of_part if name in results)
+        tried["equivalent"] = sum(results.get(name) == "survived" and name in EQUIVALENT for name in of_part)
+        tried["made"] = len(of_part)
+        total += tried
+        rows.append(_row(f"`{part}`", tried))
+    rows.append(_row("all", total))
+    survivors = [name for name, result in results.items() if result == "survived"]
+    alike = [f"`{_code(name)}`: {EQUIVALENT[name]}" for name in survivors if name in EQUIVALENT]
+    others = [f"line {store[name]['line']}, `{_code(name)}`" for name in survivors if name not in EQUIVALENT]
+    about = wrapped(
+        f"Written by `python benchmarks/mutants.py`. {head['machine']}; {listed(head['versions'])}. Every mutant: "
+        "[mutants.json](mutants.json)."
+    )
+    how = wrapped(
+        "A mutant is the code with one change: another operator, a number more or one less, a condition negated, a "
+        "statement left out, `None` returned, arguments exchanged, a keyword left out. Texts, annotations, decorators "
+        "and assertions stay. It is killed if one of its named tests fails: those that enter the changed function, the "
+        f"fastest first, as far as they take {LIMIT:.0f} seconds of processor time together. The mutants are tried in "
+        "an order that is as good as random, so that those tried first are a sample."
+    )
+    what = wrapped(
+        "Not reached are changes of what is made at import and is more than a number, and of functions that close over "
+        "other variables then. Equivalent are survivors that compute the same as the original."
+    )
+    parts = [f"# Mutants killed\n\n{about}\n\n{how}", table(_HEADER, rows), what]
+    if others:
+        parts.append(f"## Survivors\n\n{bullets(others)}")
+    if alike:
+        parts.append(f"## Survivors that no test can tell from the original\n\n{bullets(alike)}")
+    return "\n\n".join(parts) + "\n"
+
+
+_HEADER = (
+    "changed",
+    "mutants",
+    "tried",
+    "killed",
+    "not reached",
+    "survived",
+    "of these equivalent",
+    "killed of the others",
+)
+
+
+def _row(name: str, counts: Counter[str]) -> list[str]:
+    tried = counts["killed"] + counts["survived"] + counts["not reached"]
+    others = counts["killed"] + counts["survived"] - counts["equivalent"]
+    share = f"{counts['killed'] / others:.1%}" if others else "–"
+    numbers = (counts["made"], tried, counts["killed"], counts["not reached"], counts["survived"], counts["equivalent"])
+    return [name, *map(str, numbers), share]
+
+
+def _code(name: str) -> str:
+    return name.replace("`", "'").replace("|", "\\|")
 
 
 if __name__ == "__main__":
