@@ -35,7 +35,7 @@ import xxhash
 from common.report import ROOT, Store, bullets, listed, parse, processor, table, versions, wrapped
 
 SOURCE = ROOT / "src/tbrm_trl"
-_LOSS = ("residual", "terms", "soft_values", "truncation")
+_LOSS = ("residual", "terms", "trajectory_loss", "soft_values", "truncation")
 # Test files by the file or folder that is changed.
 TESTS = {
     "loss": _LOSS,
