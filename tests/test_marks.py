@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -64,6 +65,7 @@ def test_the_newest_sound_one_is_taken_in_the_order_of_steps(tmp_path):
 
 
 def test_what_is_passed_over_is_said(tmp_path):
+    write(tmp_path, 1, marked=False)  # an older one is not missed
     second, _, sixth, _ = (
         write(tmp_path, 2),
         write(tmp_path, 4, marked=False),
@@ -100,6 +102,7 @@ def test_where_none_is_sound(tmp_path):
     with pytest.raises(ValueError, match=r"holds the model alone.*There is no complete one beside it"):
         resume(only, tmp_path)
     last = write(tmp_path, 3, marked=False)
+    write(tmp_path, 1, marked=False)
     said = f"Checkpoint-3 is not complete: it was cut short while being written, or has lost its mark. {anew}"
     assert resume("auto", tmp_path) == (None, [said])
     for step in (4, 5):
@@ -192,7 +195,16 @@ def test_a_mark_of_the_first_version(processes, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "mark", ["{}", '{"processes": 0}', '{"processes": "2"}', '{"processes": true}', "[]", "[" * 9**5]
+    "mark",
+    [
+        "{}",
+        '{"processes": 0}',
+        '{"processes": "2"}',
+        '{"processes": true}',
+        "[]",
+        "[" * 9**5,
+        '{"processes": 1, "files": {}}',
+    ],
 )
 def test_a_mark_that_says_nothing_is_damaged(mark, tmp_path):
     (write(tmp_path, 2) / "tbrm/complete.json").write_text(mark)
@@ -220,6 +232,15 @@ def test_so_many_are_kept(limit, best, left, tmp_path):
         os.utime(folder, (age, age))
     remove_old_checkpoints(tmp_path / "checkpoint-4", limit, best and str(tmp_path / f"checkpoint-{best}"))
     assert names(numbered_checkpoints(tmp_path)) == [f"checkpoint-{step}" for step in left]
+
+
+def test_a_checkpoint_loses_its_mark_before_its_files(tmp_path, monkeypatch):
+    """A removal that is cut short leaves none that seems complete."""
+    monkeypatch.setattr(shutil, "rmtree", lambda folder, ignore_errors: None)
+    for step in (1, 2):
+        write(tmp_path, step)
+    remove_old_checkpoints(tmp_path / "checkpoint-2", 1, None)
+    assert names(complete_checkpoints(tmp_path)) == ["checkpoint-2"]
 
 
 def test_a_trajectory_in_two_lists_is_one_again(tmp_path):

@@ -101,7 +101,7 @@ def mark_complete(checkpoint: str | Path, run: Mapping[str, Any], model_only: bo
     """
     folder = Path(checkpoint)
     said = {"version": _VERSION, **run, "files": digests(folder)}
-    (folder / _FOLDER).mkdir(parents=True, exist_ok=True)
+    (folder / _FOLDER).mkdir(exist_ok=True)
     said["digest"] = _digest_of_mark(said)
     write_json(folder / _FOLDER / (_MODEL_ONLY if model_only else _MARKER), said, durably=True)
 
