@@ -476,7 +476,8 @@ def try_all(files: Sequence[str], runner: Runner, store: Store, until: float, fo
     print("measured", file=sys.stderr, flush=True)
     measured = {name: test for name, test in Store(file).items() if name in runner.items}
     every = [mutant for changed in files for mutant in mutants_of(changed)]
-    for mutant in sorted(every, key=lambda one: xxhash.xxh3_64_intdigest(one.name.encode())):  # the first are a sample
+    # Those tried first are a sample of all. Old survivors come before them.
+    for mutant in sorted(every, key=lambda one: (one.name not in store, xxhash.xxh3_64_intdigest(one.name.encode()))):
         known = store.get(mutant.name)
         if time.monotonic() > until or (known and not (anew and known["result"] == "survived")):
             continue
