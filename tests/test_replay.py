@@ -14,7 +14,7 @@ from helpers.oracle import TOLERANCE, distance, plain, solve
 from helpers.runs import build, kept_returns, logged, prompt, train
 from transformers import TrainerCallback
 
-from tbrm_trl.sources.replay import LEAST_PRIORITY, ReplayBuffer
+from tbrm_trl.sources.replay import BLOCK, LEAST_PRIORITY, ReplayBuffer
 from tbrm_trl.trajectory import End, Trajectory
 
 
@@ -96,6 +96,46 @@ def test_prioritized_by_hand():
             weights[name] = weight
     assert [count / 1000 for count in counts] == pytest.approx([1 / 8, 3 / 8, 4 / 8], abs=0.06)
     assert [weights[name] for name in range(3)] == pytest.approx([1, 1 / 3, 1 / 4], rel=1e-4)
+
+
+def test_extremes_of_several_blocks():
+    """The largest and the smallest priority are not in the first block. With correction 1 a weight is P's inverse.
+
+    1,024 rows of priority 2, then 1, 4 and a row that was never replayed, which counts as 4.
+    """
+    buffer = ReplayBuffer(capacity=2 * BLOCK, prioritized=True, exponent=1.0, correction=1.0)
+    buffer.add(drawn_at(0, name, priority=2.0) for name in range(BLOCK))
+    buffer.add(drawn_at(0, BLOCK + i, priority=one) for i, one in enumerate([1.0, 4.0, None]))
+    torch.manual_seed(0)
+    seen: dict[int, float] = {}
+    for _ in range(10):
+        sample = buffer.sample(1000, 0, alone)
+        seen |= dict(zip(names(sample.trajectories), sample.weights, strict=True))
+    expected = [1 / 2] * BLOCK + [1, 1 / 4, 1 / 4]
+    assert seen == pytest.approx({name: expected[name] for name in seen}, rel=1e-5)
+    assert {BLOCK, BLOCK + 1, BLOCK + 2} <= set(seen)
+
+
+def test_uniform_draws_differ():
+    """400 draws of one row in a thousand: about 330 different ones."""
+    torch.manual_seed(0)
+    buffer = ReplayBuffer(capacity=1000)
+    buffer.add(drawn_at(0, name) for name in range(1000))
+    assert 250 < len({number for _ in range(400) for number in buffer.sample(1, 0, alone).numbers}) < 400
+
+
+@pytest.mark.parametrize("prioritized", [False, True])
+def test_a_trajectory_is_dropped_with_its_group(prioritized):
+    """Of groups (2, 3), (4, 5) and (6, 7), after an eviction, the one that holds 5 leaves."""
+    buffer = ReplayBuffer(capacity=6, prioritized=prioritized, group_size=2)
+    everyone = [drawn_at(0, name, priority=1.0) for name in range(8)]
+    buffer.add(everyone)
+    buffer.drop([everyone[5]])
+    assert names(buffer.stored) == [2, 3, 6, 7]
+    drawn = {name for _ in range(50) for name in names(buffer.sample(2, 0, alone).trajectories)}
+    assert drawn == {2, 3, 6, 7}
+    buffer.drop([everyone[0]])  # it is no longer there
+    assert names(buffer.stored) == [2, 3, 6, 7]
 
 
 def test_prioritized_draws_from_a_large_buffer_are_as_often_as_they_should_be():

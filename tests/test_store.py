@@ -105,6 +105,47 @@ def test_an_emptied_store_gives_its_memory_back():
     assert same(store[102], long) and store.nbytes < 1.6 * 8 * 4 * len(long)
 
 
+def of_words(prompt: int, completion: int = 1, step: int = 0) -> Trajectory:
+    """A trajectory of so many tokens."""
+    return Trajectory(torch.full((prompt,), 7), torch.arange(completion), torch.ones(completion, dtype=torch.bool),
+                      reward=1.0, end=End.EOS, policy_step=step)  # fmt: skip
+
+
+def test_segments_by_hand():
+    """Two halves fill a segment. A third opens another, which gives back what a fifth leaves empty."""
+    half, record = _SEGMENT // 2, 62
+    store = TrajectoryStore(4)
+    given = [of_words(half - 1), of_words(half - 1), of_words(half - 1), of_words(9), of_words(half - 1)]
+    assert [store.append(one) for one in given[:3]] == [0, 1, 2]
+    assert store.nbytes == 2 * _SEGMENT * 4 + 3 * record
+    assert [store.append(one) for one in given[3:]] == [3, 4]  # number 0 makes room, and its segment still holds 1
+    assert store.nbytes == _SEGMENT * 4 + (half + 10) * 4 + _SEGMENT * 4 + 4 * record
+    assert all(map(same, store, given[1:]))
+    assert store.popleft() == 1  # the last of its segment
+    assert store.nbytes == (half + 10) * 4 + _SEGMENT * 4 + 4 * record
+    assert all(map(same, store, given[2:]))
+
+
+def test_masks_of_every_length():
+    """32 tokens to a word of bits, the last of them true."""
+    store = TrajectoryStore(100)
+    for length in range(2, 100):
+        given = of_words(1, length)
+        given.loss_mask[:-1] = torch.arange(length - 1) % 3 == 0
+        given.loss_mask[-2] = False
+        assert same(store[store.append(given)], given)
+
+
+def test_what_is_found_has_the_same_tokens_and_the_same_policy():
+    store = TrajectoryStore(9)
+    for one in (of_words(1, 2), of_words(1, 2, step=1), of_words(1, 3), of_words(1, 2)):
+        store.append(one)
+    assert store.find(of_words(1, 2)) == [0, 3] and store.find(of_words(1, 2, step=1)) == [1]
+    split = of_words(1, 2)  # the same tokens, of which two are the prompt
+    split.prompt_ids, split.completion_ids, split.loss_mask = torch.tensor([7, 0]), torch.tensor([1]), torch.ones(1) > 0
+    assert store.find(split) == []
+
+
 def test_scores_and_priorities_are_renewed():
     rng = random.Random(2)
     store = TrajectoryStore(3)

@@ -17,6 +17,7 @@ class TBRMConfig(TBRMOptions):
     __doc__ = TBRMOptions.__doc__
 
     def __post_init__(self):
+        refuse(options.check_types(self))
         problems = [
             *options.check_meaning(self),
             *self._resolve_truncation(),

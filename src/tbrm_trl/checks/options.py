@@ -5,6 +5,9 @@ Each check gives its refusals one by one, so that `TBRMConfig` can name all of t
 
 import math
 from collections.abc import Iterator
+from numbers import Integral, Real
+from threading import TIMEOUT_MAX
+from typing import Any, get_args
 
 from transformers import GenerationConfig
 
@@ -22,6 +25,32 @@ CHOICES = {
     "token_selection": ("scatter", "cut"),
     "truncation": ("terminal", "mask", "bootstrap"),
 }
+
+
+def check_types(args: TBRMOptions) -> Iterator[str]:
+    """Refuse values of another type than their options have. A recipe may hold anything, and its parser lets it pass.
+
+    Every other check may then compare numbers.
+    """
+    for name, declared in TBRMOptions.__annotations__.items():
+        value, types = getattr(args, name), get_args(declared) or (declared,)
+        if name == "reward_on_error":
+            continue  # a word or a number, as `check_reward_calls` says
+        if not any(_is_a(value, one) for one in types):
+            known = " or ".join("None" if one is type(None) else one.__name__ for one in types)
+            yield f"`{name}={value!r}` is refused: it must be of type {known}."
+
+
+def _is_a(value: Any, wanted: type) -> bool:
+    """Whether a value is of a type. A whole number that a float can hold is one too. A truth value is no number."""
+    if wanted not in (int, float):
+        return isinstance(value, wanted)
+    if isinstance(value, bool) or not isinstance(value, Integral if wanted is int else Real):
+        return False
+    try:
+        return wanted is int or float(value) is not None
+    except OverflowError:
+        return False
 
 
 def check_meaning(args: TBRMOptions) -> Iterator[str]:
@@ -42,11 +71,13 @@ def check_meaning(args: TBRMOptions) -> Iterator[str]:
 
 
 def check_residual_options(args: TBRMOptions) -> Iterator[str]:
-    if not args.beta > 0:
+    if not 0 < args.beta < math.inf:
         yield (
             f"`beta={args.beta}` is refused: the residual V + log-ratio − R/β divides by it. The paper uses 0.002 "
             "near 2,000 to 5,000 tokens; use about 0.02 for responses of some hundred tokens."
         )
+    if not 0 <= args.learning_rate < math.inf:
+        yield f"`learning_rate={args.learning_rate}` must be 0 or positive, and finite."
     if not args.temperature > 0:
         yield (f"`temperature={args.temperature}` is refused: the policy is softmax(logits / temperature).")
     for name, allowed in {**CHOICES, "soft_value": tuple(SoftValue.registry)}.items():
@@ -119,7 +150,7 @@ def check_batch_arithmetic(args: TBRMOptions) -> Iterator[str]:
 def check_reward_calls(args: TBRMOptions) -> Iterator[str]:
     try:
         failed = args.reward_of_failure
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         failed = math.nan
     if failed is not None and not math.isfinite(failed):
         yield (
@@ -127,8 +158,8 @@ def check_reward_calls(args: TBRMOptions) -> Iterator[str]:
             "reward of what failed."
         )
     limit = args.reward_timeout
-    if limit is not None and not limit > 0:
-        yield f"`reward_timeout={limit}` must be positive, or None to wait for ever."
+    if limit is not None and not 0 < limit <= TIMEOUT_MAX:
+        yield f"`reward_timeout={limit}` must be positive and at most {TIMEOUT_MAX:.0f}, or None to wait for ever."
     if limit is not None and args.world_size > 1 and limit >= args.ddp_timeout:
         yield (
             f"`reward_timeout={limit}` is not below `ddp_timeout={args.ddp_timeout}`: the other processes would give "
@@ -137,6 +168,8 @@ def check_reward_calls(args: TBRMOptions) -> Iterator[str]:
 
 
 def check_prompt_options(args: TBRMOptions) -> Iterator[str]:
+    if args.logged_fraction is not None and not 0 <= args.logged_fraction <= 1:
+        yield f"`logged_fraction={args.logged_fraction}` must lie between 0 and 1, or be None."
     if args.max_prompt_length is not None and args.max_prompt_length < 1:
         yield f"`max_prompt_length={args.max_prompt_length}` must be at least 1, or None for the model's context."
 
@@ -288,6 +321,8 @@ def check_terms(args: TBRMOptions) -> Iterator[str]:
             yield (f"`{name}={getattr(args, name)}` must be 0 (off) or positive, and finite.")
     if not math.isfinite(args.truncated_reward):
         yield (f"`truncated_reward={args.truncated_reward}` must be a finite number.")
+    if not math.isfinite(args.sft_threshold):
+        yield f"`sft_threshold={args.sft_threshold}` must be a finite number."
     if not 0 < args.token_fraction <= 1:
         yield (f"`token_fraction={args.token_fraction}` must lie in (0, 1].")
     if args.residual == "token" and (args.soft_value != "policy" or args.truncation == "bootstrap"):
@@ -321,8 +356,8 @@ def check_terms(args: TBRMOptions) -> Iterator[str]:
 
 
 def check_stop(args: TBRMOptions) -> Iterator[str]:
-    if not args.stop_timeout > 0:
-        yield (f"`stop_timeout={args.stop_timeout}` must be a positive number of seconds.")
+    if not 0 < args.stop_timeout <= TIMEOUT_MAX:
+        yield (f"`stop_timeout={args.stop_timeout}` must be a positive number of seconds, at most {TIMEOUT_MAX:.0f}.")
     if not (args.enable_jit_checkpoint or args.is_default("stop_timeout")):
         yield (f"`stop_timeout={args.stop_timeout}` has no effect without `enable_jit_checkpoint=True`. Set that too.")
 

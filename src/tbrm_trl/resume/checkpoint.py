@@ -101,7 +101,7 @@ def mark_complete(checkpoint: str | Path, run: Mapping[str, Any], model_only: bo
     """
     folder = Path(checkpoint)
     said = {"version": _VERSION, **run, "files": digests(folder)}
-    (folder / _FOLDER).mkdir(parents=True, exist_ok=True)
+    (folder / _FOLDER).mkdir(exist_ok=True)
     said["digest"] = _digest_of_mark(said)
     write_json(folder / _FOLDER / (_MODEL_ONLY if model_only else _MARKER), said, durably=True)
 
@@ -173,7 +173,7 @@ def read_mark(checkpoint: Path) -> dict[str, Any]:
     damaged = f"file {_FOLDER}/{_MARKER} of {checkpoint.name} is damaged"
     try:
         said = json.loads(file.read_bytes())
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, RecursionError) as error:
         raise ValueError(f"{damaged} (it cannot be read: {error})") from error
     if not isinstance(said, dict):
         raise ValueError(f"{damaged} (it holds no object)")
@@ -186,13 +186,15 @@ def read_mark(checkpoint: Path) -> dict[str, Any]:
         digest = said.pop("digest", None)
         if digest != _digest_of_mark(said) or not isinstance(said.get("files"), dict):
             raise ValueError(f"{damaged} (it is not what was written: its digest differs)")
+    elif not (type(processes := said.get("processes")) is int and processes > 0):  # version 1 always said how many
+        raise ValueError(f"{damaged} (it says neither its digest nor the number of processes)")
     return said
 
 
 def _missing(checkpoint: Path, said: Mapping[str, Any]) -> str | None:
     """A file that a checkpoint of version 1 lacks and no run goes on without."""
     optimizer = [*checkpoint.glob("optimizer*"), *checkpoint.glob("global_step*")]  # of DeepSpeed, a folder
-    processes = said.get("processes", 1)
+    processes = said["processes"]
     states = [f"rng_state_{process}.pth" for process in range(processes)] if processes > 1 else ["rng_state.pth"]
     needed = {
         "trainer_state.json": (checkpoint / "trainer_state.json").is_file(),

@@ -70,7 +70,7 @@ class FolderLock:
     def _holder(self) -> str:
         try:
             return "process {process} on {host}, since {since}".format(**json.loads(self.file.read_text()))
-        except (OSError, ValueError, KeyError):  # it has not said so yet
+        except (OSError, ValueError, KeyError, TypeError, RecursionError):  # it has not said so yet, or is damaged
             return f"its process holds {self.file}"
 
     def _is_current(self, descriptor: int) -> bool:

@@ -1,0 +1,556 @@
+"""Which small changes of the code the tests notice: mutation testing of the parts on which a result rests.
+
+    python benchmarks/mutants.py                  # writes docs/benchmarks/mutants.{json,md}; two hours on two cores
+    python benchmarks/mutants.py --minutes 10     # the next ten minutes of it: mutants that were tried are kept
+    python benchmarks/mutants.py --only store --anew    # the survivors of files whose names hold this, once more
+
+A mutant is the code with one change. It is killed if one of its named tests fails. These are the tests that enter the
+changed function, the fastest first, as far as they take five seconds together.
+
+Everything is imported once, and the tests are collected once. Each mutant is a forked process. It compiles the changed
+file, puts code, defaults and constants into the functions, classes and modules that are there, and runs the tests.
+"""
+
+import ast
+import copy
+import inspect
+import os
+import resource
+import signal
+import sys
+import tempfile
+import threading
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from importlib import import_module
+from pathlib import Path
+from types import CodeType, FunctionType, ModuleType
+from typing import Any
+
+import pytest
+import xxhash
+from common.report import ROOT, Store, bullets, listed, parse, processor, table, versions, wrapped
+
+SOURCE = ROOT / "src/tbrm_trl"
+_LOSS = ("residual", "terms", "trajectory_loss", "soft_values", "truncation")
+# Test files by the file or folder that is changed.
+TESTS = {
+    "loss": _LOSS,
+    "sources/replay.py": ("replay", "soft_values"),
+    "sources/store.py": ("store", "fuzz", "replay"),
+    "resume/checkpoint.py": ("marks", "fuzz"),
+    "resume/exact_resume.py": ("checkpoints", "resume"),
+    "resume/finite.py": ("checkpoints",),
+    "resume/folder_lock.py": ("checkpoints", "fuzz"),
+}
+LIMIT = 5.0  # seconds of processor time of the tests of a mutant, as they take without one
+HANGS = 30.0  # seconds of processor time after which a mutant counts as noticed: it does not end
+# Survivors that no test can tell from the original, by the text of the change, and why.
+EQUIVALENT: dict[str, str] = {}
+
+
+def files_changed() -> list[str]:
+    """The files that are changed, below the package."""
+    found = [
+        one for part in TESTS for one in ([SOURCE / part] if part.endswith(".py") else (SOURCE / part).rglob("*.py"))
+    ]
+    return sorted(file.relative_to(SOURCE).as_posix() for file in found)
+
+
+def tests_of(file: str) -> tuple[str, ...]:
+    """The test files of a changed file."""
+    return next(files for part, files in TESTS.items() if file.startswith(part))
+
+
+# ---- mutants ---------------------------------------------------------------------------------------------------------
+
+_OPERATORS: dict[type, tuple[type, ...]] = {
+    ast.Add: (ast.Sub,),
+    ast.Sub: (ast.Add,),
+    ast.Mult: (ast.Div,),
+    ast.Div: (ast.Mult,),
+    ast.FloorDiv: (ast.Mult,),
+    ast.Mod: (ast.Mult,),
+    ast.Pow: (ast.Mult,),
+    ast.BitAnd: (ast.BitOr,),
+    ast.BitOr: (ast.BitAnd,),
+    ast.LShift: (ast.RShift,),
+    ast.And: (ast.Or,),
+    ast.Or: (ast.And,),
+    ast.Lt: (ast.LtE, ast.GtE),
+    ast.LtE: (ast.Lt, ast.Gt),
+    ast.Gt: (ast.GtE, ast.LtE),
+    ast.GtE: (ast.Gt, ast.Lt),
+    ast.Eq: (ast.NotEq,),
+    ast.NotEq: (ast.Eq,),
+    ast.Is: (ast.IsNot,),
+    ast.IsNot: (ast.Is,),
+    ast.In: (ast.NotIn,),
+    ast.NotIn: (ast.In,),
+}
+_NAMES = {"any": "all", "all": "any", "min": "max", "max": "min", "zeros": "ones", "sum": "mean", "mean": "sum"}
+
+_SYMMETRIC = ("min", "max", "np.array_equal", "torch.equal")  # in their arguments
+_WITHOUT_EFFECT = (
+    "device",
+    "strict",
+    "stacklevel",
+)  # keywords: the tests have one device, and what is zipped is as long
+
+
+def variants(node: ast.AST) -> Iterator[ast.AST | None]:
+    """What may stand in the place of a node; None deletes a statement."""
+
+    def with_(**parts: Any) -> Any:
+        changed = copy.copy(node)
+        for name, value in parts.items():
+            setattr(changed, name, value)
+        return changed
+
+    if isinstance(node, ast.BinOp | ast.BoolOp):
+        yield from (with_(op=other()) for other in _OPERATORS.get(type(node.op), ()))
+    elif isinstance(node, ast.Compare):
+        for place, operator in enumerate(node.ops):
+            for other in _OPERATORS[type(operator)]:
+                yield with_(ops=[*node.ops[:place], other(), *node.ops[place + 1 :]])
+    elif isinstance(node, ast.UnaryOp):
+        yield node.operand
+    elif isinstance(node, ast.Constant):
+        if isinstance(node.value, bool):
+            yield with_(value=not node.value)
+        elif isinstance(node.value, int | float):
+            yield from (with_(value=node.value + step) for step in (1, -1))
+    elif isinstance(node, ast.If | ast.While | ast.IfExp) and isinstance(node.test, ast.BoolOp | ast.Name | ast.Call):
+        yield with_(test=ast.UnaryOp(ast.Not(), node.test))
+    elif isinstance(node, ast.comprehension):
+        yield from (with_(ifs=[*node.ifs[:n], *node.ifs[n + 1 :]]) for n in range(len(node.ifs)))
+    elif isinstance(node, ast.Return) and node.value is not None:
+        yield with_(value=ast.Constant(None))
+    elif isinstance(node, ast.Call):
+        is_symmetric = ast.unparse(node.func) in _SYMMETRIC
+        for place in range(0 if is_symmetric else len(node.args) - 1):
+            first, second = node.args[place : place + 2]
+            yield with_(args=[*node.args[:place], second, first, *node.args[place + 2 :]])
+        for place, keyword in enumerate(node.keywords):
+            if keyword.arg and keyword.arg not in _WITHOUT_EFFECT:
+                yield with_(keywords=[*node.keywords[:place], *node.keywords[place + 1 :]])
+    elif isinstance(node, ast.Name | ast.Attribute):
+        name = "id" if isinstance(node, ast.Name) else "attr"
+        if (other_name := _NAMES.get(getattr(node, name))) is not None:
+            yield with_(**{name: other_name})
+    if isinstance(node, ast.Expr | ast.AugAssign | ast.Raise | ast.Break | ast.Continue | ast.Delete) or (
+        isinstance(node, ast.Assign) and not isinstance(node.targets[0], ast.Name | ast.Tuple)
+    ):
+        yield None
+
+
+def _is_left(parent: ast.AST, name: str, node: Any) -> bool:
+    """Whether nothing below a node is changed: annotations, decorators, docstrings, assertions, messages."""
+    return (
+        name in ("annotation", "returns", "decorator_list", "bases")
+        or (isinstance(node, ast.keyword) and node.arg in _WITHOUT_EFFECT)
+        or isinstance(node, ast.Assert | ast.JoinedStr)
+        or (isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant))
+        or (isinstance(parent, ast.Call) and isinstance(parent.func, ast.Attribute) and parent.func.attr == "warn")
+    )
+
+
+@dataclass
+class Mutant:
+    """One change of a file.
+
+    Attributes:
+        file: below the package.
+        line: of what is changed.
+        function: the outermost function that is changed, with its class; a class or "" outside of functions.
+        change: what stood there, and what stands there now.
+        number: of this change in this function, from 1.
+        source: of the whole changed file.
+    """
+
+    file: str
+    line: int
+    function: str
+    change: str
+    number: int
+    source: str
+
+    @property
+    def name(self) -> str:
+        return f"{self.file} {self.function}: {self.change}" + (f" ({self.number})" if self.number > 1 else "")
+
+
+def mutants_of(file: str) -> Iterator[Mutant]:
+    """Every mutant of a file, in the order of its text. Changes that give the same text are one."""
+    tree = ast.parse((SOURCE / file).read_text())
+    made = {ast.unparse(tree)}
+    numbers: Counter[tuple[str, str]] = Counter()
+
+    def walk(node: ast.AST, function: str, is_inside: bool) -> Iterator[Mutant]:
+        for name, value in list(ast.iter_fields(node)):
+            for place, child in enumerate(value) if isinstance(value, list) else [(None, value)]:
+                if not isinstance(child, ast.AST) or _is_left(node, name, child):
+                    continue
+                for other in variants(child):
+                    _put(node, name, place, ast.Pass() if other is None else other)
+                    source = ast.unparse(ast.fix_missing_locations(tree))
+                    if source not in made:
+                        made.add(source)
+                        change = f"{_shown(child)} → {'(deleted)' if other is None else _shown(other)}"
+                        numbers[function, change] += 1
+                        line = getattr(child, "lineno", getattr(node, "lineno", 0))
+                        yield Mutant(file, line, function, change, numbers[function, change], source)
+                    _put(node, name, place, child)
+                if isinstance(child, ast.FunctionDef | ast.ClassDef) and not is_inside:
+                    inner = f"{function}.{child.name}" if function else child.name
+                    yield from walk(child, inner, isinstance(child, ast.FunctionDef))
+                else:
+                    yield from walk(child, function, is_inside)
+
+    yield from walk(tree, "", False)
+
+
+def _put(node: ast.AST, name: str, place: int | None, child: ast.AST) -> None:
+    if place is None:
+        setattr(node, name, child)
+    else:
+        getattr(node, name)[place] = child
+
+
+def _shown(node: ast.AST) -> str:
+    """The first line of a node as code."""
+    first, *more = ast.unparse(node).splitlines()
+    return first + " …" * bool(more)
+
+
+# ---- into what is loaded ---------------------------------------------------------------------------------------------
+
+
+def exchange(old: Any, new: Any) -> bool:
+    """Give the functions, defaults and constants of a loaded module or class what a changed one has.
+
+    Returns:
+        Whether a constant or a default differs.
+    """
+    home = _home(old)
+    differs = False
+    for name, changed in list(vars(new).items()):
+        present = vars(old).get(name)
+        if isinstance(present, type) and present.__module__ == home and present is not old:
+            differs |= exchange(present, changed)
+        elif isinstance(changed, int | float | tuple | frozenset) and not name.startswith("__") and present != changed:
+            setattr(old, name, changed)
+            differs = True
+        for mine, others in zip(_functions(present), _functions(changed), strict=False):
+            if mine.__module__ == home:
+                differs |= (mine.__defaults__, mine.__kwdefaults__) != (others.__defaults__, others.__kwdefaults__)
+                mine.__code__ = others.__code__
+                mine.__defaults__, mine.__kwdefaults__ = others.__defaults__, others.__kwdefaults__
+    return differs
+
+
+def _home(owner: Any) -> str:
+    """The name of the module that something stands in, or is."""
+    return str(owner.__name__ if isinstance(owner, ModuleType) else owner.__module__)
+
+
+def _functions(value: Any) -> Iterator[FunctionType]:
+    """The functions of this code behind a name: also of properties, class methods and what decorators wrap."""
+    if isinstance(value, classmethod | staticmethod):
+        value = value.__func__
+    for one in (value.fget, value.fset) if isinstance(value, property) else (value,):
+        if isinstance(one, FunctionType):
+            yield inspect.unwrap(one)
+
+
+def install(mutant: Mutant) -> bool:
+    """Change what is loaded. Returns whether the change has arrived there."""
+    from tbrm_trl.loss.soft_value import SoftValue
+
+    module = import_module(_module_name(mutant.file))
+    changed = ModuleType(module.__name__)
+    changed.__package__, changed.__file__ = module.__package__, module.__file__
+    registry = dict(SoftValue.registry)  # a class that is made anew enters it
+    exec(compile(mutant.source, str(module.__file__), "exec"), vars(changed))
+    SoftValue.registry.clear()
+    SoftValue.registry.update(registry)
+    differs = exchange(module, changed)
+    is_function = isinstance(_found(module, mutant.function), FunctionType | property | classmethod | staticmethod)
+    return differs or is_function
+
+
+def _found(owner: Any, path: str) -> Any:
+    for name in path.split(".") if path else ():
+        owner = vars(owner)[name]
+    return owner
+
+
+def _module_name(file: str) -> str:
+    return "tbrm_trl." + file.removesuffix(".py").removesuffix("/__init__").replace("/", ".")
+
+
+# ---- tests -----------------------------------------------------------------------------------------------------------
+
+
+class Runner:
+    """A pytest plug-in. In place of running the collected tests once, it lets a function run some of them often.
+
+    Args:
+        work: what is done with the runner.
+    """
+
+    def __init__(self, work: Callable[["Runner"], None]):
+        self.work, self.failed = work, False
+        self.items: dict[str, pytest.Item] = {}
+
+    def pytest_runtestloop(self, session: pytest.Session) -> bool:
+        self.items = {item.nodeid: item for item in session.items}
+        self.work(self)
+        return True
+
+    def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
+        self.failed |= report.failed
+
+    def has_failed(self, names: Sequence[str]) -> bool:
+        """Run tests until one fails. Returns whether one did."""
+        self.failed = False
+        items = [self.items[name] for name in names]
+        for item, following in zip(items, [*items[1:], None], strict=True):
+            item.config.hook.pytest_runtest_protocol(item=item, nextitem=following)
+            if self.failed:
+                break
+        return self.failed
+
+
+def in_child(work: Callable[[Path], None], folder: Path, seconds: float) -> str:
+    """Run something in a forked process. Returns what it wrote into the file that it is given; "" if it did not end.
+
+    Args:
+        work: what to run.
+        folder: for the file.
+        seconds: of processor time that it may take, and a sixth of those by the clock.
+    """
+    file = folder / "said"
+    file.unlink(missing_ok=True)
+    child = os.fork()
+    if not child:
+        os.setsid()
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(nowhere, 1)
+        os.dup2(nowhere, 2)
+        resource.setrlimit(resource.RLIMIT_CPU, (int(seconds), int(seconds) + 1))
+        try:
+            work(file)
+        finally:
+            os._exit(0)
+    until = time.monotonic() + 6 * seconds  # one that sleeps takes no processor time
+    while os.waitpid(child, os.WNOHANG) == (0, 0):
+        if time.monotonic() > until:
+            os.kill(child, signal.SIGKILL)
+        time.sleep(0.01)
+    with suppress(ProcessLookupError):
+        os.killpg(child, signal.SIGKILL)  # what it started
+    return file.read_text() if file.exists() else ""
+
+
+def spent() -> float:
+    """Seconds of processor time of this process and of those that it started and waited for."""
+    return sum(os.times()[:4])
+
+
+def measure(runner: Runner, file: Path) -> None:
+    """Note of each test how long it takes and which functions it enters."""
+    codes = {code: f"{changed} {name}" for changed in files_changed() for code, name in _codes(changed)}
+    measured = Store(file)
+    entered: set[str] = set()
+
+    def on_call(frame: Any, event: str, _: Any) -> None:
+        if event == "call" and frame.f_code in codes:
+            entered.add(codes[frame.f_code])
+
+    for name in runner.items:
+        if name in measured:
+            continue
+        entered.clear()
+        began = spent()
+        threading.setprofile(on_call)
+        sys.setprofile(on_call)
+        failed = runner.has_failed([name])
+        sys.setprofile(None)
+        threading.setprofile(None)
+        measured[name] = {"seconds": round(spent() - began, 2), "enters": [] if failed else sorted(entered)}
+
+
+def _codes(file: str) -> Iterator[tuple[CodeType, str]]:
+    """The code of every function of a file, also inside functions, with the name of the outermost one."""
+    module = import_module(_module_name(file))
+
+    def of(owner: Any, prefix: str) -> Iterator[tuple[CodeType, str]]:
+        for name, value in list(vars(owner).items()):
+            for one in _functions(value):
+                if one.__module__ == module.__name__:
+                    yield from ((code, prefix + name) for code in _nested(one.__code__))
+            if isinstance(value, type) and value.__module__ == module.__name__:
+                yield from of(value, f"{prefix}{name}.")
+
+    yield from of(module, "")
+
+
+def _nested(code: CodeType) -> Iterator[CodeType]:
+    yield code
+    for part in code.co_consts:
+        if isinstance(part, CodeType):
+            yield from _nested(part)
+
+
+def named_tests(mutant: Mutant, measured: dict[str, Any]) -> list[str]:
+    """The tests of a mutant: those that enter its function, or any of its class or file outside of functions."""
+    place = f"{mutant.file} {mutant.function}"
+    files = tests_of(mutant.file)
+    named, seconds = [], 0.0
+    for name in sorted(measured, key=lambda name: measured[name]["seconds"]):
+        of_file = Path(name.split("::")[0]).stem.removeprefix("test_") in files
+        enters = any(one == place or one.startswith(f"{place}." if mutant.function else place)
+                     for one in measured[name]["enters"])  # fmt: skip
+        seconds += measured[name]["seconds"] if of_file and enters else 0.0
+        if seconds > LIMIT:
+            break
+        if of_file and enters:
+            named.append(name)
+    return named
+
+
+def outcome(mutant: Mutant, runner: Runner, names: Sequence[str], folder: Path) -> str:
+    """What the tests make of a mutant."""
+
+    def work(file: Path) -> None:
+        try:
+            has_arrived = install(mutant)
+        except Exception as error:
+            # The file cannot be imported; a function that closes over other variables cannot be exchanged.
+            file.write_text("not reached" if "free vars" in str(error) else f"killed at import: {type(error).__name__}")
+            return
+        if not has_arrived:
+            file.write_text("not reached")
+        else:
+            file.write_text("killed" if runner.has_failed(names) else "survived")
+
+    return in_child(work, folder, HANGS) or "killed: does not end"
+
+
+# ---- the page --------------------------------------------------------------------------------------------------------
+
+
+def main() -> None:
+    arguments = parse(
+        __doc__,
+        minutes=dict(type=float, default=10**6, help="begin no mutant after so many"),
+        only=dict(default="", help="the files whose names hold this"),
+        anew=dict(action="store_true", help="try survivors once more"),
+    )
+    until = time.monotonic() + 60 * arguments.minutes
+    head = {"machine": processor(), "versions": versions("torch", "transformers", "trl", "pytest")}
+    store = Store(arguments.output / "mutants.json", **head)
+    files = [file for file in files_changed() if arguments.only in file]
+    with tempfile.TemporaryDirectory() as folder:
+        os.environ["HYPOTHESIS_STORAGE_DIRECTORY"] = f"{folder}/hypothesis"
+
+        def work(runner: Runner) -> None:
+            try_all(files, runner, store, until, Path(folder), anew=arguments.anew)
+
+        tests = sorted({f"tests/test_{name}.py" for file in files for name in tests_of(file)})
+        chosen = ["-m", "not launch and not vllm", "-k", "not two_processes"]  # what is launched reads files
+        options = ["-p", "no:cacheprovider", "--capture", "no", *chosen, "--rootdir"]
+        pytest.main([*options, str(ROOT), *(str(ROOT / test) for test in tests)], plugins=[Runner(work)])
+    text = page(store)
+    (arguments.output / "mutants.md").write_text(text)
+    print(text)
+
+
+def try_all(files: Sequence[str], runner: Runner, store: Store, until: float, folder: Path, anew: bool) -> None:
+    file = Path(tempfile.gettempdir()) / "tbrm-mutants-tests.json"
+    in_child(lambda _: measure(runner, file), folder, 3600)
+    print("measured", file=sys.stderr, flush=True)
+    measured = {name: test for name, test in Store(file).items() if name in runner.items}
+    every = [mutant for changed in files for mutant in mutants_of(changed)]
+    # Those tried first are a sample of all. Old survivors come before them.
+    for mutant in sorted(every, key=lambda one: (one.name not in store, xxhash.xxh3_64_intdigest(one.name.encode()))):
+        known = store.get(mutant.name)
+        if time.monotonic() > until or (known and not (anew and known["result"] == "survived")):
+            continue
+        names = named_tests(mutant, measured)
+        began = time.monotonic()
+        result = outcome(mutant, runner, names, folder) if names else "survived"
+        seconds = round(time.monotonic() - began, 2)
+        store[mutant.name] = {"line": mutant.line, "result": result, "tests": len(names), "seconds": seconds}
+        print(f"{result:10} {seconds:6.2f} {mutant.line:4} {mutant.name}", file=sys.stderr, flush=True)
+
+
+def page(store: Store) -> str:
+    head, every = store.head, {mutant.name: mutant for file in files_changed() for mutant in mutants_of(file)}
+    results = {name: store[name]["result"].split(":")[0] for name in every if name in store}
+    total: Counter[str] = Counter()
+    rows = []
+    for part in TESTS:
+        of_part = [name for name in every if name.startswith(part)]
+        tried = Counter(results[name] for name in of_part if name in results)
+        tried["equivalent"] = sum(results.get(name) == "survived" and name in EQUIVALENT for name in of_part)
+        tried["made"] = len(of_part)
+        total += tried
+        rows.append(_row(f"`{part}`", tried))
+    rows.append(_row("all", total))
+    survivors = [name for name, result in results.items() if result == "survived"]
+    alike = [f"`{_code(name)}`: {EQUIVALENT[name]}" for name in survivors if name in EQUIVALENT]
+    others = [f"line {store[name]['line']}, `{_code(name)}`" for name in survivors if name not in EQUIVALENT]
+    about = wrapped(
+        f"Written by `python benchmarks/mutants.py`. {head['machine']}; {listed(head['versions'])}. Every mutant: "
+        "[mutants.json](mutants.json)."
+    )
+    how = wrapped(
+        "A mutant is the code with one change: another operator, a number more or one less, a condition negated, a "
+        "statement left out, `None` returned, arguments exchanged, a keyword left out. Texts, annotations, decorators "
+        "and assertions stay. It is killed if one of its named tests fails: those that enter the changed function, the "
+        f"fastest first, as far as they take {LIMIT:.0f} seconds of processor time together. The mutants are tried in "
+        "an order that is as good as random, so that those tried first are a sample."
+    )
+    what = wrapped(
+        "Not reached are changes of what is made at import and is more than a number, and of functions that close over "
+        "other variables then. Equivalent are survivors that compute the same as the original."
+    )
+    parts = [f"# Mutants killed\n\n{about}\n\n{how}", table(_HEADER, rows), what]
+    if others:
+        parts.append(f"## Survivors\n\n{bullets(others)}")
+    if alike:
+        parts.append(f"## Survivors that no test can tell from the original\n\n{bullets(alike)}")
+    return "\n\n".join(parts) + "\n"
+
+
+_HEADER = (
+    "changed",
+    "mutants",
+    "tried",
+    "killed",
+    "not reached",
+    "survived",
+    "of these equivalent",
+    "killed of the others",
+)
+
+
+def _row(name: str, counts: Counter[str]) -> list[str]:
+    tried = counts["killed"] + counts["survived"] + counts["not reached"]
+    others = counts["killed"] + counts["survived"] - counts["equivalent"]
+    share = f"{counts['killed'] / others:.1%}" if others else "–"
+    numbers = (counts["made"], tried, counts["killed"], counts["not reached"], counts["survived"], counts["equivalent"])
+    return [name, *map(str, numbers), share]
+
+
+def _code(name: str) -> str:
+    return name.replace("`", "'").replace("|", "\\|")
+
+
+if __name__ == "__main__":
+    main()
