@@ -231,6 +231,7 @@ class TBRMTrainer(ExactResume, GRPOTrainer):
     }
 
     args: TBRMConfig
+    control: Any
     ref_model: nn.Module | None
     train_dataset: Any
     reward_func_names: list[str]
@@ -310,6 +311,8 @@ class TBRMTrainer(ExactResume, GRPOTrainer):
             sync_ref_model=False,
             beta=args.beta if trls_reference else 0.0,
             enable_jit_checkpoint=False,  # transformers' own saves in the middle of an update; see `ExactResume`
+            # A callback may evaluate by itself, on benchmarks. The Trainer would want a set beside it.
+            eval_strategy="no" if eval_dataset is None and _evaluates(callbacks) else args.eval_strategy,
         )
         with trls_view:
             super().__init__(
@@ -985,7 +988,15 @@ class TBRMTrainer(ExactResume, GRPOTrainer):
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
         log_is_due = self.control.should_log
         with temporarily(self, evaluating=True, _denominator=self._denominator):  # of an update that is under way
-            metrics = super().evaluate(*args, **kwargs)
+            if self.eval_dataset is None and not (args or kwargs) and _evaluates(self.callback_handler.callbacks):
+                metrics: dict[str, float] = {}
+                self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
+            else:
+                metrics = super().evaluate(*args, **kwargs)
+            logged = self.state.log_history[-1] if self.state.log_history else {}
+            if added := {name: value for name, value in metrics.items() if name not in logged}:
+                self.model.eval()  # TRL tells training metrics from an evaluation's by this
+                self.log(added)  # what callbacks added, after the Trainer had logged
         if self.is_in_train:
             self.model.train()  # TRL logs training metrics only in this mode
             self.control.should_log = log_is_due  # logging an evaluation cleared it
@@ -1228,6 +1239,11 @@ def _mean(values: Sequence[float]) -> float | None:
     """As TRL's log takes it: NaN is no value, and no value is None."""
     given = [value for value in values if not math.isnan(value)]
     return sum(given) / len(given) if given else None
+
+
+def _evaluates(callbacks: Sequence[Any] | None) -> bool:
+    """Whether a callback brings an evaluation of its own."""
+    return any(getattr(one, "evaluates", False) for one in callbacks or ())
 
 
 def _no_reward(**kwargs: Any) -> list[float]:

@@ -180,12 +180,15 @@ def _read(path: Path, mend: bool = False) -> Result:
 
 
 def results_of(path: str | Path) -> dict[str, Result]:
-    """The complete results of a folder, or the one of a file, by benchmark."""
+    """The complete results of a folder by the names of their files; the one of a file, under its benchmark's name."""
     path = Path(path)
-    files = sorted(path.glob("*.jsonl")) if path.is_dir() else [path]
+    if not path.is_dir():
+        result = read_result(path)
+        return {result.header["benchmark"]: result}
+    files = sorted(path.glob("*.jsonl"))
     if not files:
         raise ValueError(f"{path} holds no result of `tbrm eval` (no .jsonl file).")
-    return {result.header["benchmark"]: result for result in map(read_result, files)}
+    return {file.stem: read_result(file) for file in files}
 
 
 def compare_results(first: str | Path, second: str | Path) -> dict[str, Comparison]:
