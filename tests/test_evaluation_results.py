@@ -197,7 +197,7 @@ def test_a_file_of_ones_own(tmp_path):
     assert own.reward == "my.reward" and own.columns == {"answer": ["42"], "note": ["n"]}
     assert own.digest != mine.digest
     file.write_text('{"question": "6·7?", "note": "n"}\n')
-    with pytest.raises(ValueError, match="no column holds answers.*Columns: question, note"):
+    with pytest.raises(ValueError, match=r"no column holds answers.*Columns: question, note"):
         load_benchmark(str(file))
     with pytest.raises(ValueError, match="no column 'answr'"):
         load_benchmark(str(file), answer_column="answr")

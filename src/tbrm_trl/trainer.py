@@ -988,7 +988,8 @@ class TBRMTrainer(ExactResume, GRPOTrainer):
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
         log_is_due = self.control.should_log
         with temporarily(self, evaluating=True, _denominator=self._denominator):  # of an update that is under way
-            if self.eval_dataset is None and not (args or kwargs) and _evaluates(self.callback_handler.callbacks):
+            given = args[0] if args else kwargs.get("eval_dataset")
+            if self.eval_dataset is None and given is None and _evaluates(self.callback_handler.callbacks):
                 metrics: dict[str, float] = {}
                 self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
             else:
