@@ -32,7 +32,7 @@ from tbrm_trl.evaluation.benchmarks import (  # noqa: E402
     load_benchmark,
 )
 from tbrm_trl.evaluation.results import compare_results, differing_settings, results_of  # noqa: E402
-from tbrm_trl.evaluation.run import ModelPolicy, Policy, Settings, evaluate  # noqa: E402
+from tbrm_trl.evaluation.run import Judge, ModelPolicy, Policy, Settings, evaluate  # noqa: E402
 from tbrm_trl.evaluation.sampling import Sampling, prompt_ids_of  # noqa: E402
 from tbrm_trl.evaluation.vllm import VllmPolicy  # noqa: E402
 
@@ -173,16 +173,17 @@ def run(arguments: EvaluationArguments, model: ModelConfig) -> None:
         benchmark = loaded(line.benchmark, a)
         samples = line.samples or (1 if line.temperature == 0 else benchmark.samples)
         sampling = Sampling(line.temperature, a.top_p, a.top_k, a.max_new_tokens)
-        planned.append((benchmark, Settings(samples, sampling, a.seed, a.system_prompt, a.prompt_template)))
+        settings = Settings(samples, sampling, a.seed, a.system_prompt, a.prompt_template)
+        planned.append((benchmark, settings, Judge(benchmark)))
     policy = policy_of(a, model)
-    for benchmark, settings in planned:
+    for benchmark, settings, _ in planned:
         check_length(policy, benchmark, settings)
     folder = Path(a.output_dir or Path("evaluations") / Path(policy.name).name)
     if a.prompt_template is None:
         print(f"System prompt: {a.system_prompt!r}")
-    for benchmark, settings in planned:
+    for benchmark, settings, judge in planned:
         how = "greedy" if settings.sampling.temperature == 0 else f"avg{settings.samples}"
-        result = evaluate(policy, benchmark, settings, folder / f"{benchmark.name}-{how}.jsonl")
+        result = evaluate(policy, benchmark, settings, folder / f"{benchmark.name}-{how}.jsonl", judge)
         print(result, flush=True)
     print(f"Every completion: {folder}")
 

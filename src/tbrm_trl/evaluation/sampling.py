@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 
 import torch
 import xxhash
+from accelerate.utils import is_peft_model
 from torch import Tensor
 from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList, PreTrainedTokenizerBase
 
@@ -91,6 +92,9 @@ def generate(
     """The completions of all requests, as they finish. Between two of them the model is in the mode it came in."""
     ends = end_ids_of(model, tokenizer)
     order = sorted(range(len(requests)), key=lambda index: -len(requests[index].prompt_ids))  # memory shows at once
+    # The settings that a model ships with would fill in what is not set here, so they are replaced, where they are: an
+    # adapter's `generate` is that of the model inside.
+    owner = model.get_base_model() if is_peft_model(model) else model
     config = GenerationConfig(
         do_sample=False,
         max_new_tokens=sampling.max_new_tokens,
@@ -106,8 +110,7 @@ def generate(
         was_training = model.training
         model.eval()
         try:
-            # The settings that a model ships with would fill in what is not set here, so they are replaced.
-            with temporarily(model, generation_config=config):
+            with temporarily(owner, generation_config=config):
                 output = model.generate(**inputs, logits_processor=draws)[:, inputs["input_ids"].shape[1] :]
         finally:
             model.train(was_training)
