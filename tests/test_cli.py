@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from common.launch import free_port
 from common.tiny import save
 from helpers.examples import RECIPES, sums
 from helpers.launch import run
@@ -218,7 +219,8 @@ def test_two_processes_by_one_line(llama, tmp_path):
     recipe.write_text(f"dataset_name: {file}\nnum_processes: 2\nmixed_precision: 'no'\n")
     printed = run([
         *TBRM, "train", "--config", recipe, "--model_name_or_path", llama, "--output_dir", tmp_path / "out",
-        "--cpu", "--multi_gpu", "--use_cpu", "true", "--bf16", "false", "--per_device_train_batch_size", "2",
+        "--multi_gpu", "--main_process_port", free_port(), "--use_cpu", "true", "--bf16", "false",
+        "--per_device_train_batch_size", "2",
         "--max_completion_length", "4", "--max_steps", "2", "--save_strategy", "steps", "--save_steps", "1",
         "--eval_strategy", "steps", "--eval_steps", "1", "--eval_benchmarks", file, "--load_best_model_at_end", "true",
         "--metric_for_best_model", "eval_sums/avg@1", "--report_to", "none",

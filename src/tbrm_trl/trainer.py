@@ -531,6 +531,7 @@ class TBRMTrainer(ExactResume, GRPOTrainer):
             self._reference.key,
             self.accelerator,
             self._score_stale,
+            show_progress=not self.args.disable_tqdm,
         )
         if self.eval_dataset is None and self.ref_model is not None:
             self._reference = self.ref_model = None

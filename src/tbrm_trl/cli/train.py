@@ -231,12 +231,12 @@ def launch(words: Words) -> None:
     from accelerate.commands.launch import launch_command, launch_command_parser
     from trl.cli.accelerate_config import resolve_accelerate_config_argument
 
+    os.environ[LAUNCHED] = "1"
     try:
         options = resolve_accelerate_config_argument(words.launcher)
-    except ValueError as error:
-        raise Refused([str(error)]) from error
-    os.environ[LAUNCHED] = "1"
-    launch_command(launch_command_parser().parse_args([*options, "--module", "tbrm_trl.cli", "train", *words.own]))
+        launch_command(launch_command_parser().parse_args([*options, "--module", "tbrm_trl.cli", "train", *words.own]))
+    except ValueError as error:  # of the launcher's own options
+        raise Refused([f"accelerate: {error}"]) from error
 
 
 def _without_launcher(arguments: list[str]) -> list[str]:
