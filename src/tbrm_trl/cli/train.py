@@ -12,6 +12,7 @@ multi_gpu, zero1, zero2, zero3, fsdp2).
 
 import os
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,7 @@ silence()
 
 import torch  # noqa: E402
 from datasets import Dataset, load_dataset  # noqa: E402
+from torch.distributed.elastic.multiprocessing.errors import ChildFailedError  # noqa: E402
 from trl import ModelConfig, get_peft_config, get_quantization_config  # noqa: E402
 
 from tbrm_trl import TBRMConfig, TBRMTrainer, load_rollouts  # noqa: E402
@@ -122,10 +124,10 @@ def parser() -> Parser:
     return Parser(DataArguments, TBRMConfig, ModelConfig, prog=PROG, description=__doc__ or "", lora_dropout=0.0)
 
 
-def parse(arguments: list[str]) -> tuple[DataArguments, TBRMConfig, ModelConfig]:
-    """What a command line and its recipe say. Raises `Refused` with all that is wrong."""
+def parse(arguments: list[str], launcher: Sequence[str] = ()) -> tuple[DataArguments, TBRMConfig, ModelConfig]:
+    """What a command line and its recipe say, but for the launcher's options. Raises `Refused` with all that is wrong."""
     reader = parser()
-    words = sorted_words(reader, arguments)
+    words = sorted_words(reader, arguments, launcher)
     if words.problems:
         raise Refused(words.problems)
     data, config, model = reader.parse(words)
@@ -205,7 +207,7 @@ def main(arguments: list[str] | None = None) -> None:
     given = sys.argv[1:] if arguments is None else arguments
     try:
         if LAUNCHED in os.environ or "LOCAL_RANK" in os.environ:
-            run(*parse(_without_launcher(given)))
+            run(*parse(given, launcher_options()))
         else:
             words = sorted_words(parser(), given, launcher_options())
             if words.problems:
@@ -237,10 +239,8 @@ def launch(words: Words) -> None:
         launch_command(launch_command_parser().parse_args([*options, "--module", "tbrm_trl.cli", "train", *words.own]))
     except ValueError as error:  # of the launcher's own options
         raise Refused([f"accelerate: {error}"]) from error
-
-
-def _without_launcher(arguments: list[str]) -> list[str]:
-    return sorted_words(parser(), arguments, launcher_options()).own
+    except ChildFailedError as error:  # the process has said why
+        sys.exit(error.get_first_failure()[1].exitcode)
 
 
 if __name__ == "__main__":
