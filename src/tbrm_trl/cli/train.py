@@ -125,7 +125,7 @@ def parser() -> Parser:
 
 
 def parse(arguments: list[str], launcher: Sequence[str] = ()) -> tuple[DataArguments, TBRMConfig, ModelConfig]:
-    """What a command line and its recipe say, but for the launcher's options. Raises `Refused` with all that is wrong."""
+    """What a command line and its recipe say, without the launcher's options. Raises `Refused`."""
     reader = parser()
     words = sorted_words(reader, arguments, launcher)
     if words.problems:

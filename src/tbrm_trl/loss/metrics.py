@@ -20,9 +20,10 @@ from .soft_value import ValueInputs
 from .trajectory_loss import LossOutput
 
 LEFT_OUT_REASONS = ("unscored", "truncated", "no_action", "no_value")
-# Where an update has a trajectory from: drawn for it, the same window again, the replay buffer, or the log.
 _NOT_FINITE = "micro-batches that are not finite"
-ORIGINS = ("fresh", "reused", "replayed", "logged")
+# Where an update has a trajectory from: drawn for it, begun under an earlier policy, the same window again, the replay
+# buffer, or the log.
+ORIGINS = ("fresh", "ahead", "reused", "replayed", "logged")
 
 
 @dataclass
@@ -105,6 +106,7 @@ def microbatch_totals(
 
     origin = {name: torch.tensor([row.origin == name for row in rows], device=device) for name in ORIGINS}  # (B,) each
     ages = [row.age for row in rows if row.age is not None]
+    pooled = [row for row in rows if row.staleness is not None]
     squared = (beta * residual).square()  # (B,)
     behind = batch.ref_log_probs - scores.log_probs  # (B, T) log π_ref − log π_θ
     totals = Totals(
@@ -114,17 +116,25 @@ def microbatch_totals(
             **{f"residual/{name}_mean_square": over(squared, counted & mine) for name, mine in origin.items()},
             "soft_value": over(beta * soft_value, counted),
             "log_ratio": over(beta * inputs.log_ratio, counted),
-            # TRL logs this estimator of KL(π‖π_ref) under the same name. It is one on the policy's own data alone.
+            # TRL logs this estimator of KL(π‖π_ref) under the same name. It is one on the policy's own data alone,
+            # which no trajectory is that an earlier policy began.
             "kl": over(behind.exp() - behind - 1, batch.action_mask & origin["fresh"].unsqueeze(1)),
             "entropy": over(scores.entropy, batch.action_mask),
             **{f"left_out/{r}": share([row.left_out for row in rows].count(r), len(rows)) for r in LEFT_OUT_REASONS},
             "replay/age": share(sum(ages), len(ages)),
+            "staleness/mean": share(sum(row.staleness or 0 for row in pooled), len(pooled)),
+            "staleness/mixed": share(sum(map(_is_mixed, pooled)), len(pooled)),
             "pad_fraction": share(batch.pad_fraction * batch.input_ids.numel(), batch.input_ids.numel()),
         }
     )
     if scores.aux_loss is not None:
         totals.by_name["aux_loss"] = share(scores.aux_loss.item(), 1.0)
     return totals
+
+
+def _is_mixed(row: UpdateRow) -> bool:
+    """Whether several policies have drawn it."""
+    return row.trajectory.first_policy_step != row.trajectory.policy_step
 
 
 def evaluation_loss(output: LossOutput, weight: Tensor) -> Tensor:
