@@ -19,21 +19,51 @@ from tbrm_trl.evaluation.sampling import Completion, Request, Sampling, draw, ge
 # ---- sampling --------------------------------------------------------------------------------------------------------
 
 
-def test_a_completion_depends_on_its_seed_alone():
-    """Alone or in any batch, a request gives the same ids; another seed gives others; greedy needs no seed."""
+def requests_of(words) -> list[Request]:
+    return [Request(words(text)["input_ids"], seed) for seed, text in enumerate(["ab", "a longer one", "abcdef"] * 2)]
+
+
+@pytest.mark.parametrize("selectable", [True, False])
+def test_a_completion_depends_on_its_seed_alone(selectable, monkeypatch):
+    """Alone, in any batch, with places filled again or not, a request gives the same ids; another seed gives others."""
     policy, words = model(), tokenizer()
-    requests = [
-        Request(words(text)["input_ids"], seed) for seed, text in enumerate(["ab", "a longer one", "abcdef"] * 2)
-    ]
+    requests = requests_of(words)
+    expected = [one.ids for one in sorted(generate(policy, words, requests, Sampling(max_new_tokens=8), 6))]
+    if not selectable:
+        monkeypatch.setattr("tbrm_trl.evaluation.sampling.can_select_rows", lambda cache: False)
     how = Sampling(max_new_tokens=8)
 
     def ids(batch_size: int, of: list[Request]) -> list[list[int]]:
         return [one.ids for one in sorted(generate(policy, words, of, how, batch_size))]
 
     together = ids(6, requests)
-    assert ids(1, requests) == ids(4, requests) == together
+    assert ids(1, requests) == ids(4, requests) == together == expected
     assert ids(2, requests[::-1]) == together[::-1]
     assert ids(6, [Request(one.prompt_ids, one.seed + 100) for one in requests]) != together
+
+
+def test_the_batch_stays_full():
+    """While requests wait, less than an eighth of the places is free on average; no pass is wider than a row."""
+    policy, words = model(), tokenizer()
+    with torch.no_grad():  # the end token's logit is like any other's, so that lengths differ
+        policy.lm_head.weight[words.eos_token_id] *= 2
+    passes: list[tuple[int, int]] = []
+
+    def record(module, args, kwargs):
+        rows, width = kwargs["attention_mask"].shape
+        if kwargs["input_ids"].shape[1] == 1:
+            passes.append((rows, width))
+
+    policy.register_forward_pre_hook(record, with_kwargs=True)
+    requests = [Request(words("ab")["input_ids"], seed) for seed in range(60)]
+    completions = list(generate(policy, words, requests, Sampling(max_new_tokens=40), 16))
+    assert sorted(one.request for one in completions) == list(range(60))
+    lengths = [len(one.ids) for one in completions]
+    assert min(lengths) < 10 and max(lengths) == 40
+    assert sum(rows for rows, _ in passes) == sum(lengths) - 60  # the first token follows the prompt's own pass
+    assert max(width for _, width in passes) <= 2 + 40
+    waiting = [rows for rows, _ in passes[: len(passes) // 2]]
+    assert sum(waiting) / len(waiting) > 16 * 7 / 8
 
 
 def test_draws_follow_the_distribution():

@@ -1073,11 +1073,11 @@ class TBRMTrainer(ExactResume, GRPOTrainer):
         with temporarily(self, evaluating=True, _denominator=self._denominator):  # of an update that is under way
             given = args[0] if args else kwargs.get("eval_dataset")
             if self.eval_dataset is None and given is None and _evaluates(self.callback_handler.callbacks):
-                metrics: dict[str, float] = {}
+                metrics, logged = dict[str, float](), dict[str, Any]()
                 self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
             else:
                 metrics = super().evaluate(*args, **kwargs)
-            logged = self.state.log_history[-1] if self.state.log_history else {}
+                logged = self.state.log_history[-1]
             if added := {name: value for name, value in metrics.items() if name not in logged}:
                 self.model.eval()  # TRL tells training metrics from an evaluation's by this
                 self.log(added)  # what callbacks added, after the Trainer had logged

@@ -26,7 +26,7 @@ def train(model: str, folder: str, lora: bool = False, **options: Any) -> dict[s
     callback = EvaluationCallback([LETTERS], SETTINGS, batch_size=8)
     trainer = build(
         model, Path(folder), trainer_class=TBRMTrainer, callbacks=[callback], max_steps=3,
-        eval_strategy="steps", eval_steps=1, eval_on_start=True, save_strategy="steps", save_steps=1,
+        eval_strategy="steps", eval_steps=1, eval_on_start=True, logging_steps=2, save_strategy="steps", save_steps=1,
         metric_for_best_model=NAME, load_best_model_at_end=True, **options,
     )  # fmt: skip
     trainer.train()

@@ -4,8 +4,10 @@ A completion is a function of the model, its prompt and its seed. Which rows sha
 was interrupted, changes nothing but rounding.
 """
 
+from collections import deque
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, NamedTuple
 
 import torch
@@ -15,6 +17,9 @@ from torch import Tensor
 from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList, PreTrainedTokenizerBase
 
 from ..context import temporarily
+from ..model.decoding import Slots, can_select_rows, empty_cache
+
+REFILL = 1 / 8  # share of the places that must be free before prompts are read into them
 
 
 @dataclass(frozen=True)
@@ -92,9 +97,90 @@ def generate(
     """The completions of all requests, as they finish. Between two of them the model is in the mode it came in."""
     ends = end_ids_of(model, tokenizer)
     order = sorted(range(len(requests)), key=lambda index: -len(requests[index].prompt_ids))  # memory shows at once
+    inside = model.get_base_model() if is_peft_model(model) else model
+    if can_select_rows(empty_cache(inside)):
+        rows = [_Row(index, requests[index], sampling) for index in order]
+        yield from _in_places(inside, rows, sampling, batch_size, ends)
+    else:
+        yield from _in_batches(model, inside, tokenizer, requests, order, sampling, batch_size, ends)
+
+
+class _Row:
+    """A request that is under way, and the random numbers that its tokens are drawn by."""
+
+    def __init__(self, request: int, asked: Request, sampling: Sampling) -> None:
+        self.request = request
+        self.prompt_ids = asked.prompt_ids
+        self.completion_ids: list[int] = []
+        self._seed, self._length = asked.seed, sampling.max_new_tokens
+
+    @cached_property
+    def numbers(self) -> Tensor:
+        return _numbers(self._seed, self._length)
+
+
+class _SeededSlots(Slots):
+    """Places whose rows draw their tokens by numbers of their own."""
+
+    rows: list[Any]
+
+    def __init__(self, model: Any, sampling: Sampling, size: int, ends: set[int]) -> None:
+        config = GenerationConfig(do_sample=False, max_new_tokens=sampling.max_new_tokens)
+        config._eos_token_tensor = torch.tensor(sorted(ends))
+        super().__init__(model, config, size)
+        self.sampling = sampling
+
+    def tokens(self) -> list[int]:
+        if not self.sampling.temperature:
+            return self.logits.argmax(dim=-1).tolist()
+        numbers = torch.stack([row.numbers[len(row.completion_ids)] for row in self.rows])  # (n,)
+        return draw(self.logits, numbers.to(self.logits.device), self.sampling).tolist()
+
+    def _processors_of(self, row: Any) -> LogitsProcessorList:
+        return LogitsProcessorList()
+
+
+def _in_places(
+    model: Any, rows: list[_Row], sampling: Sampling, batch_size: int, ends: set[int]
+) -> Iterator[Completion]:
+    """A row that ends leaves its place to another one, so that the batch stays full."""
+    slots = _SeededSlots(model, sampling, batch_size, ends)
+    waiting, started = deque(rows), list[_Row]()
+
+    def more(free: int) -> list[_Row]:
+        if slots.rows and free < REFILL * batch_size:  # a prompt costs a forward pass of its own
+            return []
+        some = [waiting.popleft() for _ in range(min(free, len(waiting)))]
+        started.extend(some)
+        return some
+
+    while waiting or slots.rows:
+        was_training = model.training
+        model.eval()
+        try:
+            slots.run(more, lambda: len(slots.rows) < len(started))
+        finally:
+            model.train(was_training)
+        under_way = set(map(id, slots.rows))
+        ended = [row for row in started if id(row) not in under_way]
+        started[:] = slots.rows
+        for row in ended:
+            yield Completion(row.request, row.completion_ids, row.completion_ids[-1] not in ends)
+
+
+def _in_batches(
+    model: Any,
+    inside: Any,
+    tokenizer: PreTrainedTokenizerBase,
+    requests: Sequence[Request],
+    order: Sequence[int],
+    sampling: Sampling,
+    batch_size: int,
+    ends: set[int],
+) -> Iterator[Completion]:
+    """For a cache whose rows cannot be told apart: each batch waits for its longest row."""
     # The settings that a model ships with would fill in what is not set here, so they are replaced, where they are: an
     # adapter's `generate` is that of the model inside.
-    owner = model.get_base_model() if is_peft_model(model) else model
     config = GenerationConfig(
         do_sample=False,
         max_new_tokens=sampling.max_new_tokens,
@@ -110,7 +196,7 @@ def generate(
         was_training = model.training
         model.eval()
         try:
-            with temporarily(owner, generation_config=config):
+            with temporarily(inside, generation_config=config):
                 output = model.generate(**inputs, logits_processor=draws)[:, inputs["input_ids"].shape[1] :]
         finally:
             model.train(was_training)
@@ -126,11 +212,7 @@ class _Draw(LogitsProcessor):
         self.sampling = sampling
         self.step = 0
         if sampling.temperature:
-            numbers = [
-                torch.rand(sampling.max_new_tokens, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
-                for seed in seeds
-            ]
-            self.numbers = torch.stack(numbers)  # (B, T)
+            self.numbers = torch.stack([_numbers(seed, sampling.max_new_tokens) for seed in seeds])  # (B, T)
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
         if not self.sampling.temperature:
@@ -138,6 +220,10 @@ class _Draw(LogitsProcessor):
         chosen = draw(scores, self.numbers[:, self.step].to(scores.device), self.sampling)  # (B,)
         self.step += 1
         return torch.full_like(scores, -torch.inf).scatter_(1, chosen[:, None], 0.0)
+
+
+def _numbers(seed: int, count: int) -> Tensor:
+    return torch.rand(count, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
 
 
 def draw(logits: Tensor, numbers: Tensor, sampling: Sampling) -> Tensor:

@@ -180,13 +180,7 @@ class Slots:
         """Give every row its next token, and take out those that end with it."""
         if not self.rows:
             return
-        places = torch.tensor(self.places, device=self.mask.device)
-        logits = torch.stack(
-            [self._processed(*one) for one in zip(self.rows, self.processors, self.logits, strict=True)]
-        )
-        scores = logits.new_zeros(self.size, logits.shape[1]).index_copy(0, places, logits)  # (S, V)
-        tokens = draw(scores, self.config)[places].tolist()  # (n,)
-        for row, token in zip(self.rows, tokens, strict=True):
+        for row, token in zip(self.rows, self.tokens(), strict=True):
             row.completion_ids.append(token)
         kept = [number for number, row in enumerate(self.rows) if not self.has_ended(row)]
         if len(kept) < len(self.rows):
@@ -194,6 +188,25 @@ class Slots:
             self.processors = [self.processors[n] for n in kept]
             self.cache.batch_select_indices(torch.tensor(kept, dtype=torch.long, device=self.mask.device))
             self.mask = self.mask[kept]
+            self._trim()
+
+    def tokens(self) -> list[int]:
+        """The next token of every row that is under way."""
+        places = torch.tensor(self.places, device=self.mask.device)
+        logits = torch.stack(
+            [self._processed(*one) for one in zip(self.rows, self.processors, self.logits, strict=True)]
+        )
+        scores = logits.new_zeros(self.size, logits.shape[1]).index_copy(0, places, logits)  # (S, V)
+        return draw(scores, self.config)[places].tolist()  # (n,)
+
+    def _trim(self) -> None:
+        """Cut off the columns that no row under way has read: the longest rows have left."""
+        used = self.mask.any(dim=0).nonzero()  # (W', 1)
+        first = int(used[0]) if len(used) else 0
+        if first and all(type(layer) is DynamicLayer for layer in self.cache.layers):
+            self.mask = self.mask[:, first:]
+            for layer in self.cache.layers:
+                layer.keys, layer.values = layer.keys[:, :, first:], layer.values[:, :, first:]
 
     def _advance(self) -> None:
         """Read the token that was drawn last for every row."""
