@@ -50,6 +50,15 @@ def test_help_of_a_command(command, capsys):
     assert ended.value.code is None and f"tbrm {command}" in capsys.readouterr().out
 
 
+def test_a_reward_beside_the_recipe(tmp_path, monkeypatch):
+    """The script of an installed command does not have the folder it is called in on its path."""
+    (tmp_path / "a_command_here.py").write_text("main = print")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", [one for one in sys.path if one not in ("", str(tmp_path))])
+    monkeypatch.setitem(COMMANDS, "here", ("a_command_here", "prints"))
+    main(["here"])
+
+
 # ---- what is wrong, all of it at once --------------------------------------------------------------------------------
 
 

@@ -1,5 +1,6 @@
 """The command line: `tbrm COMMAND ...`. Nothing heavy is imported before a command is chosen."""
 
+import os
 import sys
 from importlib import import_module
 
@@ -33,4 +34,6 @@ def main(arguments: list[str] | None = None) -> None:
 
         meant = difflib.get_close_matches(name, COMMANDS, 1)
         sys.exit(f"tbrm: there is no command {name!r}.{f' Did you mean {meant[0]}?' if meant else ''}\n\n{usage()}")
+    if os.getcwd() not in sys.path:
+        sys.path.insert(0, os.getcwd())  # `my_rewards.mine` beside the recipe can be imported, as by TRL's command line
     import_module(COMMANDS[name][0]).main(rest)
