@@ -56,6 +56,11 @@ EVALUATION = {
         "progress=<lambda>)"
     ),
     "Accuracy": "(mean, standard_error, problems, samples, temperature, truncated, completions, scores)",
+    "Comparison": "(difference, standard_error, p_value, better, worse, problems)",
+    "accuracy_from_scores": "(scores)",
+    "compare": "(first, second)",
+    "majority": "(answers, scores)",
+    "pass_at_k": "(scores, k)",
 }
 OPTIONS = {
     "soft_value": "policy",
@@ -137,6 +142,7 @@ def test_names(module):
 
 @pytest.mark.parametrize("name", EVALUATION)
 def test_evaluation(name):
+    assert set(evaluation.__all__) == set(EVALUATION)
     assert signature(getattr(evaluation, name)) == EVALUATION[name]
 
 
