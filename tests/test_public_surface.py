@@ -89,6 +89,7 @@ OPTIONS = {
     "replay_priority_correction": 0.4,
     "logged_fraction": None,
     "precompute_ref_log_probs": None,
+    "rollout_pool": 0,
     "save_rollouts": False,
     "max_skipped_updates": 3,
     "max_prompt_length": None,
