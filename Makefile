@@ -23,7 +23,7 @@ $(VENV)/.installed: pyproject.toml constraints.txt Makefile
 	touch $@
 
 demo: $(VENV)/.installed
-	$(BIN)/python examples/reasoning_gym_demo.py $(ARGS)
+	$(BIN)/tbrm demo $(ARGS)
 
 test: $(VENV)/.installed
 	$(BIN)/pytest -m "not launch and not vllm" -n 2 --dist loadfile $(ARGS)

@@ -27,8 +27,8 @@ def qwen2(tmp_path_factory) -> str:
 
 @pytest.fixture
 def train_script():
-    """`examples/train.py` as a module."""
-    return import_module("train")
+    """The module of `tbrm train`."""
+    return import_module("tbrm_trl.cli.train")
 
 
 @pytest.fixture(scope="session")

@@ -660,7 +660,5 @@ def test_the_documented_words_resume(train_script, qwen2, tmp_path, monkeypatch)
         out = tmp_path / f"out-{word}"
         first = "auto" if word == "auto" else "false"
         for resume in (first, word):  # the same line again, as a queue gives it
-            train_script.main(
-                *train_script.parse([*line, "--output_dir", str(out), "--resume_from_checkpoint", resume])
-            )
+            train_script.run(*train_script.parse([*line, "--output_dir", str(out), "--resume_from_checkpoint", resume]))
         assert [one.name for one in complete_checkpoints(out)] == ["checkpoint-1", "checkpoint-2"]

@@ -7,6 +7,7 @@ import math
 import pytest
 import torch
 from common.tiny import model, tokenizer
+from peft import LoraConfig, get_peft_model
 
 from tbrm_trl.evaluation import accuracy_from_scores, evaluate_accuracy
 
@@ -83,6 +84,22 @@ def test_what_a_model_ships_with_changes_nothing(shipped):
     )
     assert other.completions == plain.completions
     assert biased.generation_config.to_dict().items() >= shipped.items()  # and it is put back
+
+
+def test_nor_under_an_adapter():
+    """PEFT hands `generate` to the model inside, whose own settings then count."""
+    inside = model()
+    inside.generation_config.update(repetition_penalty=3.0, max_new_tokens=9)
+    shipped = inside.generation_config
+    adapted = get_peft_model(
+        inside, LoraConfig(target_modules="all-linear", lora_dropout=0.0)
+    )  # B = 0: the same policy
+    options = dict(max_new_tokens=6, batch_size=4, samples=4, temperature=1.0)
+    plain, other = (
+        evaluate_accuracy(one, tokenizer(), PROMPTS, lambda i, t: 1.0, **options) for one in (POLICY, adapted)
+    )
+    assert other.completions == plain.completions
+    assert inside.generation_config is shipped
 
 
 def test_an_interrupted_evaluation_leaves_the_model_as_it_was():

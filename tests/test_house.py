@@ -14,7 +14,7 @@ from tbrm_trl.loss.soft_value.run import Run
 
 SOURCE = ROOT / "src/tbrm_trl"
 ROOMS = ("sources", "model", "loss")
-ABOVE_THE_ROOMS = ("trainer", "config", "checks", "resume", "memory", "evaluation", "report")
+ABOVE_THE_ROOMS = ("trainer", "config", "checks", "resume", "memory", "evaluation", "report", "cli")
 Graph = dict[str, set[str]]
 
 

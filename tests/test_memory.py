@@ -214,7 +214,7 @@ def test_batches_are_those_of_the_processes_asked_for(tmp_path, capsys, monkeypa
 
 def test_the_documents_tables_are_what_the_command_prints(tmp_path, capsys):
     text = (ROOT / "docs/memory.md").read_text()
-    blocks = re.findall(r"```bash\npython -m tbrm_trl.memory (.*?)\n```\n\n(\|.*?\n\n.*?)\n\n", text, flags=re.S)
+    blocks = re.findall(r"```bash\ntbrm estimate (.*?)\n```\n\n(\|.*?\n\n.*?)\n\n", text, flags=re.S)
     assert len(blocks) == 2
     for (arguments, table), name in zip(blocks, ("1.5B", "7B"), strict=True):
         words = arguments.replace("\\\n", " ").split()

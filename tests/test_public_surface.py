@@ -57,6 +57,11 @@ EVALUATION = {
         "progress=<lambda>)"
     ),
     "Accuracy": "(mean, standard_error, problems, samples, temperature, truncated, completions, scores)",
+    "Comparison": "(difference, standard_error, p_value, better, worse, problems)",
+    "accuracy_from_scores": "(scores)",
+    "compare": "(first, second)",
+    "majority": "(answers, scores)",
+    "pass_at_k": "(scores, k)",
 }
 OPTIONS = {
     "soft_value": "policy",
@@ -89,6 +94,7 @@ OPTIONS = {
     "replay_priority_correction": 0.4,
     "logged_fraction": None,
     "precompute_ref_log_probs": None,
+    "rollout_pool": 0,
     "save_rollouts": False,
     "max_skipped_updates": 3,
     "max_prompt_length": None,
@@ -145,6 +151,7 @@ def test_names(module):
 
 @pytest.mark.parametrize("name", EVALUATION)
 def test_evaluation(name):
+    assert set(evaluation.__all__) == set(EVALUATION)
     assert signature(getattr(evaluation, name)) == EVALUATION[name]
 
 

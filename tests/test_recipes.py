@@ -193,7 +193,7 @@ def test_every_recipe_trains(name, train_script, tmp_path, monkeypatch):
         options["steps_per_generation"] = published["steps_per_generation"] // published["gradient_accumulation_steps"]
     rows = 2 * published["num_generations"] if published["num_generations"] > 1 else 4
     out = tmp_path / "out"
-    train_script.main(*train_script.parse(flags(name, model, out, per_device_train_batch_size=rows, **options)))
+    train_script.run(*train_script.parse(flags(name, model, out, per_device_train_batch_size=rows, **options)))
     log = log_of(out, model)
     assert len(log) == 2 and bool(rewarded) == (name != "copg")  # whose log brings its rewards
     assert all(0 < row["residual/rms"] < math.inf and 0 < row["grad_norm"] < math.inf for row in log)

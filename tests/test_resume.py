@@ -46,6 +46,7 @@ KILLS: dict[str, list[tuple]] = {
         ("nothing written", 3), ("between micro-batches", 4), ("mark half-written", 9), ("old one half-removed", 12),
     ],
     "mixed": [("rollouts half-written", 4), ("all written", 6), ("weights stepped", 9), ("generating", 12)],
+    "pool": [("random state written", 6), ("between micro-batches", 8), ("marked", 12)],
     "lora": [("model written", 6), ("between micro-batches", 10), ("old one half-removed", 12)],
     "lora, reset": [("reference synced", 4), ("reference written", 6), ("reference synced", 8), ("marked", 12)],
     "reset": [("reference synced", 4), ("random state written", 9), ("reference synced", 12)],
@@ -57,6 +58,7 @@ KILLS: dict[str, list[tuple]] = {
         ("own state written", 6, 0), ("random state written", 9, 1), ("between micro-batches", 10, 1),
         ("all written", 12, 0),
     ],
+    "two, pool": [("random state written", 6, 1), ("between micro-batches", 8, 0)],
 }  # fmt: skip
 
 

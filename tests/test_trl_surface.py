@@ -12,7 +12,7 @@ import trl.trainer.utils
 from helpers.signatures import signature
 from packaging.requirements import Requirement
 from packaging.specifiers import SpecifierSet
-from transformers import Trainer
+from transformers import GenerationMixin, Trainer
 from trl import GRPOTrainer
 from trl.trainer.callbacks import SyncRefModelCallback
 
@@ -23,6 +23,7 @@ from tbrm_trl.resume import ExactResume
 OVERRIDDEN = {
     "_get_grad_norm": "(self, model, grad_norm=None)",
     "_tokenize_prompts": "(self, prompts)",
+    "_generate_single_turn": "(self, prompt_ids, images, multimodal_fields, num_generations, has_tool_images=False)",
     "_get_train_sampler": "(self, dataset=None)",
     "_calculate_rewards": "(self, inputs, prompts, completions, completion_ids_list)",
     "_get_per_token_logps_and_entropies": (
@@ -59,6 +60,24 @@ CALLED_METHODS = {
     "_get_output_dir": "(self, trial)",
     "_push_from_checkpoint": "(self, checkpoint_folder)",
 }
+# What stands in for the loop of `generate` calls these of the model, as that loop does.
+CALLED_OF_GENERATION = {
+    "_prefill": "(self, input_ids, generation_config, model_kwargs, is_first_iteration=True)",
+    "_sample": (
+        "(self, input_ids, logits_processor, stopping_criteria, generation_config, synced_gpus=False, streamer=None, "
+        "**model_kwargs)"
+    ),
+    "_update_model_kwargs_for_generation": "(self, outputs, model_kwargs, is_encoder_decoder=False, num_new_tokens=1)",
+    "_has_unfinished_sequences": "(self, this_peer_finished, synced_gpus, device)",
+    "_prepare_generation_config": "(self, generation_config, **kwargs)",
+    "_get_logits_processor": (
+        "(self, generation_config, input_ids_seq_length=None, encoder_input_ids=None, prefix_allowed_tokens_fn=None, "
+        "logits_processor=None, device=None, model_kwargs=None, negative_prompt_ids=None, "
+        "negative_prompt_attention_mask=None)"
+    ),
+    "_supports_logits_to_keep": "(self)",
+    "_supports_default_dynamic_cache": "()",
+}
 CALLED = {
     "add_fused_lm_head": "(model, temperature=1.0, cast_lm_head_to_fp32=False, outputs=('log_probs',))",
     "split_pixel_values_by_grid": "(batch)",
@@ -74,6 +93,11 @@ CALLED = {
 @pytest.mark.parametrize(("name", "expected"), [*OVERRIDDEN.items(), *CALLED_METHODS.items()])
 def test_methods(name, expected):
     assert signature(getattr(GRPOTrainer, name)) == expected
+
+
+@pytest.mark.parametrize("name", CALLED_OF_GENERATION)
+def test_methods_of_generation(name):
+    assert signature(getattr(GenerationMixin, name)) == CALLED_OF_GENERATION[name]
 
 
 @pytest.mark.parametrize("name", CALLED)

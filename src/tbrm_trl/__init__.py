@@ -1,6 +1,8 @@
 """Trajectory Bellman Residual Minimization (arXiv 2505.15311) as a trainer in the style of TRL."""
 
+from importlib import import_module as _import_module
 from importlib.metadata import version as _version
+from typing import TYPE_CHECKING, Any
 
 from packaging.specifiers import SpecifierSet as _SpecifierSet
 
@@ -12,11 +14,12 @@ if not _SpecifierSet(SUPPORTED_TRL).contains(_version("trl"), prereleases=True):
         f'Install a supported one with: pip install "trl{SUPPORTED_TRL}"'
     )
 
-from .config import TBRMConfig  # noqa: E402
-from .loss.residual import bellman_residual, squared_residual_loss, trajectory_log_ratio  # noqa: E402
-from .loss.soft_value import SoftValue  # noqa: E402
-from .sources.saved_rollouts import load_rollouts  # noqa: E402
-from .trainer import TBRMTrainer  # noqa: E402
+if TYPE_CHECKING:
+    from .config import TBRMConfig
+    from .loss.residual import bellman_residual, squared_residual_loss, trajectory_log_ratio
+    from .loss.soft_value import SoftValue
+    from .sources.saved_rollouts import load_rollouts
+    from .trainer import TBRMTrainer
 
 __version__ = _version("tbrm-trl")
 
@@ -29,3 +32,24 @@ __all__ = [
     "squared_residual_loss",
     "trajectory_log_ratio",
 ]
+
+# Where each name is. It is imported when it is asked for: `tbrm --help` need not wait for torch.
+_MODULES = {
+    "SoftValue": "loss.soft_value",
+    "TBRMConfig": "config",
+    "TBRMTrainer": "trainer",
+    "bellman_residual": "loss.residual",
+    "load_rollouts": "sources.saved_rollouts",
+    "squared_residual_loss": "loss.residual",
+    "trajectory_log_ratio": "loss.residual",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _MODULES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(_import_module(f".{_MODULES[name]}", __name__), name)
+
+
+def __dir__() -> list[str]:
+    return [*globals(), *_MODULES]

@@ -16,3 +16,17 @@ def temporarily(target: Any, **attributes: Any) -> Iterator[None]:
     finally:
         for name, value in before.items():
             setattr(target, name, value)
+
+
+@contextmanager
+def replaced(target: Any, name: str, method: Any) -> Iterator[None]:
+    """Give one object, and not its class, another method inside the block."""
+    own = vars(target).get(name)
+    setattr(target, name, method)
+    try:
+        yield
+    finally:
+        if own is None:
+            delattr(target, name)
+        else:
+            setattr(target, name, own)

@@ -207,6 +207,11 @@ class TBRMOptions(GRPOConfig):
         precompute_ref_log_probs (`bool` or `None`, *optional*):
             If every training row is logged, score them all with the reference before training, keep the scores in
             `output_dir` for the next run, and free the reference. None does so where it is possible.
+        rollout_pool (`int`, *optional*, defaults to `0`):
+            Rollouts of coming windows that may be under way or done, over all processes. They are drawn in the places
+            of a generation whose rows have ended, in the order of the data, so that a window waits for its own rows
+            alone. A rollout that is under way when the policy moves goes on under the new one. 0 draws each window by
+            itself.
         save_rollouts (`bool`, *optional*, defaults to `False`):
             Write every rollout to `output_dir/rollouts` as Parquet. `load_rollouts` reads them back as a training set.
             The residual and the soft value of each trajectory in each update go to `output_dir/updates`.
@@ -296,6 +301,7 @@ class TBRMOptions(GRPOConfig):
     replay_priority_correction: float = 0.4
     logged_fraction: float | None = None
     precompute_ref_log_probs: bool | None = None
+    rollout_pool: int = 0
     save_rollouts: bool = False
     max_prompt_length: int | None = None
     long_prompts: str = "refuse"

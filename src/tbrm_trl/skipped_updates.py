@@ -75,6 +75,7 @@ def write_culprits(file: Path, update: int, cause: str, culprits: Iterable[tuple
                 "ref_log_prob": log_prob,
                 "ref_soft_value": one.ref_soft_value,
                 "policy_step": one.policy_step,
+                "first_policy_step": one.first_policy_step,
                 "end": one.end.value,
                 "prompt_ids": one.prompt_ids.tolist(),
                 "completion_ids": one.completion_ids.tolist(),

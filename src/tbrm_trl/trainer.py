@@ -34,7 +34,8 @@ from accelerate.logging import get_logger
 from accelerate.utils import is_peft_model
 from datasets import Dataset, IterableDataset
 from torch import Tensor, nn
-from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
+from torch.nn.utils.rnn import pad_sequence
+from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
 from transformers.trainer_utils import has_length
 from transformers.utils import is_rich_available
 from trl import GRPOTrainer
@@ -77,6 +78,7 @@ from .checks.model import (
     check_head,
     check_length,
     check_packing,
+    check_pool,
     check_quantization,
     check_reference_model,
     check_shipped_ends,
@@ -90,7 +92,7 @@ from .checks.model import (
 )
 from .checks.rewards import check_reward_arguments
 from .config import TBRMConfig
-from .context import temporarily
+from .context import replaced, temporarily
 from .files import dataset_digest, require_writable, source_of
 from .loss.finite import voided_unless
 from .loss.metrics import (
@@ -105,6 +107,7 @@ from .loss.metrics import (
 from .loss.residual import mean_over_counted
 from .loss.soft_value import Run, SoftValue
 from .loss.trajectory_loss import TrajectoryLoss
+from .model.decoding import Slots, draws_one_token, sample
 from .model.head import add_trajectory_head
 from .model.randomness import disable_randomness, keep_weights_unpacked
 from .model.reference import (
@@ -138,6 +141,7 @@ from .sources.logged import (
     some_unrewarded,
     tokenize_logged_rows,
 )
+from .sources.pool import PoolRow, RolloutPool
 from .sources.prompts import PromptRenderer, fitting_prompts
 from .sources.reference_scores import precompute_scores
 from .sources.replay import ReplayBuffer
@@ -170,6 +174,7 @@ class TBRMTrainer(ExactResume, GRPOTrainer):
 
     - `_get_train_sampler`: two streams of rows, prompts to roll out and logged trajectories;
     - `_tokenize_prompts`: refuses prompts that are too long, or cuts them;
+    - `_generate_single_turn`: decodes no row that has ended, and with a `rollout_pool` others in its place;
     - `_calculate_rewards`: keeps the raw rewards, of which TRL only returns normalised advantages;
     - `_get_per_token_logps_and_entropies`: returns nothing, so that TRL runs no old-policy pass;
     - `_prepare_inputs`: collects the trajectories of an optimizer step, and has the reference score them;
@@ -235,6 +240,7 @@ class TBRMTrainer(ExactResume, GRPOTrainer):
     }
 
     args: TBRMConfig
+    control: Any
     ref_model: nn.Module | None
     train_dataset: Any
     reward_func_names: list[str]
@@ -314,6 +320,8 @@ class TBRMTrainer(ExactResume, GRPOTrainer):
             sync_ref_model=False,
             beta=args.beta if trls_reference else 0.0,
             enable_jit_checkpoint=False,  # transformers' own saves in the middle of an update; see `ExactResume`
+            # A callback may evaluate by itself, on benchmarks. The Trainer would want a set beside it.
+            eval_strategy="no" if eval_dataset is None and _evaluates(callbacks) else args.eval_strategy,
         )
         with trls_view:
             super().__init__(
@@ -363,6 +371,8 @@ class TBRMTrainer(ExactResume, GRPOTrainer):
         self._reference = self._make_reference()
         self._logged_rows = self._make_logged_rows(policy) if self._plan.mix.logged else None
         self._trained_modules: ReplicatedModules | None = None
+        self._pool: RolloutPool | None = None
+        self._drawn: list[PoolRow] | None = None  # by the pool, where it draws the rollouts that are asked for
 
         self._window: list[Trajectory] = []  # of the current generation window, on this process
         self._microbatches: list[list[UpdateRow]] = []  # of the current update, on this process
@@ -384,6 +394,7 @@ class TBRMTrainer(ExactResume, GRPOTrainer):
         self._soft_value.attach(run)
         if self._offset is not None:
             self.train_module(self._offset, args.soft_value_learning_rate)
+        self._check_pool(policy)
         sampler = self._get_train_sampler() if isinstance(train_dataset, Sized) else None
         self.accelerator.print(startup_line(self._plan.mix, args, sampler))
 
@@ -537,11 +548,22 @@ class TBRMTrainer(ExactResume, GRPOTrainer):
             self._reference.key,
             self.accelerator,
             self._score_stale,
+            show_progress=not self.args.disable_tqdm,
         )
         if self.eval_dataset is None and self.ref_model is not None:
             self._reference = self.ref_model = None
             self.accelerator.free_memory()  # it keeps a list of what it prepared
         return True
+
+    def _check_pool(self, policy: PreTrainedModel) -> None:
+        if not self.args.rollout_pool:
+            return
+        uses = {
+            "tools": self.tools,
+            "environment_factory": self.environment_factories,
+            "rollout_func": self.rollout_func,
+        }
+        check_pool(policy, self.generation_config, self._is_vlm, self.train_dataset, self._plan.mix, uses)
 
     # ---- collect -----------------------------------------------------------------------------------------------
 
@@ -607,9 +629,8 @@ class TBRMTrainer(ExactResume, GRPOTrainer):
             sample = self._replay.sample(rows_here, self.state.global_step, self._gather)
         if sample is None:
             first = update % args.fresh_updates * rows_here
-            origin = "fresh" if update < args.fresh_updates else "reused"
             part = self._window[first : first + rows_here]
-            update_rows = [UpdateRow(t, "logged" if t.source is Source.LOGGED else origin) for t in part]
+            update_rows = [self._row_of_window(trajectory, update) for trajectory in part]
         else:
             self._baselines.renew(sample.trajectories)
             drawn = zip(sample.trajectories, sample.weights, sample.ages, sample.numbers, strict=True)
@@ -623,11 +644,16 @@ class TBRMTrainer(ExactResume, GRPOTrainer):
 
         oldest = max((row.age for row in update_rows if row.age is not None), default=0)
         self._soft_value.on_update([row.trajectory for row in update_rows])
-        counts = self._gather([self._loss.mark_left_out(update_rows), oldest, len(self._replay or ())])  # (P, 3)
+        stalest = max((row.staleness for row in update_rows if row.staleness is not None), default=-1)
+        counts = self._gather(
+            [self._loss.mark_left_out(update_rows), oldest, len(self._replay or ()), stalest]
+        )  # (P, 4)
         self._denominator = int(counts[:, 0].sum())
         if not self._denominator:
             warn_of_empty_update({row.left_out for row in update_rows})
         self._rows_trained += rows_here
+        if self._pool is not None and counts[:, 3].max() >= 0:
+            metrics["staleness/max"].append(counts[:, 3].max().item())
         if sample is not None:
             metrics["replay/age_max"].append(counts[:, 1].max().item())
         if self._replay is not None:
@@ -635,12 +661,24 @@ class TBRMTrainer(ExactResume, GRPOTrainer):
             metrics["replay/updates_per_trajectory"].append(self._rows_trained / self._rows_drawn)
         return update_rows
 
+    def _row_of_window(self, trajectory: Trajectory, update: int) -> UpdateRow:
+        """A trajectory of the window in the window's update of this number."""
+        if trajectory.source is Source.LOGGED:
+            return UpdateRow(trajectory, "logged")
+        if update >= self.args.fresh_updates:
+            return UpdateRow(trajectory, "reused")
+        if self._pool is None or trajectory.first_policy_step is None:
+            return UpdateRow(trajectory, "fresh")
+        staleness = self.state.global_step - update - trajectory.first_policy_step
+        return UpdateRow(trajectory, "ahead" if staleness else "fresh", staleness=staleness)
+
     def _new_window(self, rows: list[dict[str, Any]]) -> list[Trajectory]:
         logged = [row for row in rows if self._plan.mix.logged and row["completion_ids"] is not None]
         fresh = [row for row in rows if not self._plan.mix.logged or row["completion_ids"] is None]
         if not isinstance(self.train_dataset, Sized) and any(map(is_logged, fresh)):
             raise logged_stream()
-        rollouts = self._roll_out(fresh) if fresh else []
+        with temporarily(self, _drawn=[] if self._pool is not None else None):
+            rollouts = self._roll_out(fresh) if fresh else []
         if self.log_completions and rollouts:
             self._advantages.add(rollouts, "train")
         rewards = self._rewards if rollouts else None  # kept here, since logged rows are rewarded next
@@ -683,7 +721,55 @@ class TBRMTrainer(ExactResume, GRPOTrainer):
         first = self.accelerator.process_index * len(rows)
         step = self.state.global_step
         group_ids = [step * self.args.generation_batch_size + (first + i) // per_prompt for i in range(len(rows))]
-        return trajectories_from_trl(output, self._rewards, self._end_token_ids(), group_ids, step)
+        steps = [(row.steps[0], row.steps[-1]) for row in self._drawn or ()] or [(step, step)] * len(rows)
+        return trajectories_from_trl(output, self._rewards, self._end_token_ids(), group_ids, steps)
+
+    def _generate_single_turn(self, prompt_ids, images, multimodal_fields, num_generations, has_tool_images=False):
+        given = prompt_ids, images, multimodal_fields, num_generations, has_tool_images
+        policy = self.accelerator.unwrap_model(self.model_wrapped)
+        replaceable = not (self._is_vlm or self.use_vllm or self.use_transformers_continuous_batching)
+        if not (replaceable and draws_one_token(policy, self.generation_config)):
+            return super()._generate_single_turn(*given)
+        synced = self.accelerator.num_processes > 1 and (self._dist.is_zero3 or self._dist.is_fsdp)
+        loop = partial(sample, synced_gpus=synced)
+        if self._drawn is not None:
+            loop = partial(self._draw_from_pool, prompt_ids, synced)
+        with replaced(policy, "generate", partial(policy.generate, custom_generate=loop)):
+            return super()._generate_single_turn(*given)
+
+    def _draw_from_pool(
+        self,
+        prompts: list[list[int]],
+        synced: bool,
+        model: PreTrainedModel,
+        input_ids: Tensor,
+        generation_config: GenerationConfig,
+        **prepared: Any,
+    ) -> Tensor:
+        """The `custom_generate` of a window: its completions `(B, P + C)`, and a part of those of windows to come."""
+        assert self._pool is not None
+        window = self._step // (self.args.steps_per_generation * self.args.num_iterations)
+        anywhere = (lambda flags: (self._gather(flags) > 0).any(dim=0).tolist()) if synced else list
+        slots = Slots(model, generation_config, len(prompts), anywhere)
+        self._drawn = self._pool.draw(window, list(map(list, prompts)), self.state.global_step, slots)
+        completions = [torch.tensor(row.completion_ids) for row in self._drawn]
+        padded = pad_sequence(completions, batch_first=True, padding_value=self._tokenizer.pad_token_id)  # (B, C)
+        return torch.cat([input_ids, padded.to(input_ids)], dim=1)
+
+    def _make_pool(self) -> RolloutPool | None:
+        args, process = self.args, self.accelerator.process_index
+        if not args.rollout_pool:
+            return None
+        sampler, updates = self._get_train_sampler(), args.fresh_updates * args.num_iterations
+
+        def prompts_of(window: int) -> list[list[int]]:
+            rows = [self.train_dataset[index] for index in sampler.rollouts(window, process)]
+            given = columns_for_rewards(rows, some_logged=bool(self._plan.mix.logged))
+            with temporarily(self, _prompts_are_rolled_out=True):
+                return list(map(list, self._tokenize_prompts([row["prompt"] for row in given])[0]))
+
+        ahead = args.rollout_pool // args.world_size
+        return RolloutPool(ahead, prompts_of, lambda: -(-self.state.max_steps // updates))
 
     def _tokenize_prompts(self, prompts):
         prompt_ids, images, multimodal_fields = super()._tokenize_prompts(prompts)
@@ -1007,7 +1093,16 @@ class TBRMTrainer(ExactResume, GRPOTrainer):
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
         log_is_due = self.control.should_log
         with temporarily(self, evaluating=True, _denominator=self._denominator):  # of an update that is under way
-            metrics = super().evaluate(*args, **kwargs)
+            given = args[0] if args else kwargs.get("eval_dataset")
+            if self.eval_dataset is None and given is None and _evaluates(self.callback_handler.callbacks):
+                metrics, logged = dict[str, float](), dict[str, Any]()
+                self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
+            else:
+                metrics = super().evaluate(*args, **kwargs)
+                logged = self.state.log_history[-1]
+            if added := {name: value for name, value in metrics.items() if name not in logged}:
+                self.model.eval()  # TRL tells training metrics from an evaluation's by this
+                self.log(added)  # what callbacks added, after the Trainer had logged
         if self.is_in_train:
             self.model.train()  # TRL logs training metrics only in this mode
             self.control.should_log = log_is_due  # logging an evaluation cleared it
@@ -1190,6 +1285,7 @@ class TBRMTrainer(ExactResume, GRPOTrainer):
             "soft_value": [args.soft_value, *(getattr(args, name) for name in sorted(self._soft_value.options))],
             **({"soft_value_offset": True} if args.soft_value_offset else {}),
             "truncation": args.truncation,
+            **({"rollout_pool": args.rollout_pool} if args.rollout_pool else {}),
             "the reference's weights": self._initial_reference_weights,
             "the tokenizer": tokenizer_digest(self._tokenizer),
         }
@@ -1239,6 +1335,7 @@ class TBRMTrainer(ExactResume, GRPOTrainer):
             self.accelerator.wait_for_everyone()
         self._soft_value.prepare(self)
         self._stopwatch.taken()
+        self._pool = self._make_pool()
 
     def run_state(self, folder: Path) -> RunState:
         taken, logged = self._logged_rows.state() if self._logged_rows is not None else ([], [])
@@ -1253,6 +1350,7 @@ class TBRMTrainer(ExactResume, GRPOTrainer):
             "soft_value": self._soft_value.state(),
             "baselines": self._baselines.state(),
             "advantages": self._advantages.state(self._window),
+            **({"pool": self._pool.state()} if self._pool is not None else {}),
         }
         arrays: dict[str, np.ndarray] = {}
         if self._replay is not None:
@@ -1292,6 +1390,8 @@ class TBRMTrainer(ExactResume, GRPOTrainer):
         self._soft_value.restore(own.get("soft_value"))
         if "baselines" in own:
             self._baselines.restore(own["baselines"])
+        if self._pool is not None:
+            self._pool.restore(own.get("pool", []))
         if self._logged_rows is not None:
             self._logged_rows.restore(own["logged_rows"], trajectories["logged"])
         if self._replay is not None:
@@ -1306,6 +1406,11 @@ def _mean(values: Sequence[float]) -> float | None:
     """As TRL's log takes it: NaN is no value, and no value is None."""
     given = [value for value in values if not math.isnan(value)]
     return sum(given) / len(given) if given else None
+
+
+def _evaluates(callbacks: Sequence[Any] | None) -> bool:
+    """Whether a callback brings an evaluation of its own."""
+    return any(getattr(one, "evaluates", False) for one in callbacks or ())
 
 
 def _no_reward(**kwargs: Any) -> list[float]:

@@ -40,7 +40,9 @@ class Trajectory:
         source: where it comes from.
         rewards: the raw reward by function's name, before weighting; empty for a logged reward.
         group_id: number that the trajectories of one prompt that were drawn together share.
-        policy_step: updates that the policy had made when it drew the completion; None if it was another run's.
+        policy_step: updates that the policy had made when it drew the last token; None if it was another run's.
+        first_policy_step: the same for the first token, which is an earlier policy's if the completion was under way
+            when the policy moved; None if it was not recorded.
         ref_log_probs: `(C,)` log π_ref of the completion tokens (0 where not chosen); None until scored. The replay
             buffer keeps only their sum, and gives every action an equal share of it.
         ref_soft_value: V_ref(s_1); None until scored.
@@ -62,6 +64,7 @@ class Trajectory:
     rewards: dict[str, float] = field(default_factory=dict)
     group_id: int = 0
     policy_step: int | None = None
+    first_policy_step: int | None = None
     ref_log_probs: Tensor | None = None
     ref_soft_value: float | None = None
     ref_end_value: float | None = None
@@ -122,6 +125,7 @@ class UpdateRow:
         weight: factor on its squared residual.
         age: updates since it was generated, if it is replayed.
         number: its number in the replay buffer, if it is replayed.
+        staleness: updates between its first token and its window, if it was drawn for this window by a pool.
         group: number that is equal for trajectories of the update that are compared with one another.
         left_out: why it does not count in the loss; None if it counts.
         value: V in nats, if it had to be known before the loss.
@@ -132,6 +136,7 @@ class UpdateRow:
     weight: float = 1.0
     age: int | None = None
     number: int | None = None
+    staleness: int | None = None
     group: int = 0
     left_out: str | None = None
     value: float | None = None

@@ -50,6 +50,7 @@ CASES: dict[str, dict[str, Any]] = {
     "lora, reset": dict(lora=True, ref_model_mixup_alpha=1.0, replay_buffer_size=16, **SYNC),
     "reset": dict(ref_model_mixup_alpha=1.0, replay_buffer_size=16, **SYNC),
     "moving average": dict(ref_model_mixup_alpha=0.6, data=MIXED, **SYNC),
+    "pool": dict(rollout_pool=6, num_iterations=1, steps_per_generation=2, max_completion_length=16, logging_steps=2),
     # Checkpoints at steps that are not logged, at the end of a window, and at the end of an epoch.
     "unlogged": dict(
         reference="previous", max_steps=16, logging_steps=3, save_steps=4, replay_buffer_size=16,
@@ -58,6 +59,10 @@ CASES: dict[str, dict[str, Any]] = {
     # The numbers of a case above, over two processes.
     "two, prioritized": dict(
         replay_buffer_size=20, replay_max_age=9, replay_sampling="prioritized", per_device_train_batch_size=1
+    ),
+    "two, pool": dict(
+        rollout_pool=6, num_iterations=1, steps_per_generation=2, max_completion_length=16,
+        per_device_train_batch_size=1,
     ),
     "two, mixed": dict(
         data=MIXED, logged_fraction=0.5, ref_model_mixup_alpha=0.6, per_device_train_batch_size=1, **SYNC

@@ -53,3 +53,8 @@ class Unloadable:
 
 def _fail():
     raise RuntimeError("not here")
+
+
+def letters(completions, **columns):
+    """The share of lower-case letters among eight, of messages."""
+    return [sum(map(str.islower, one[0]["content"])) / 8 for one in completions]

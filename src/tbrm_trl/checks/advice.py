@@ -140,6 +140,18 @@ def warn_of_shipped_sampling(shipped: GenerationConfig, chosen: GenerationConfig
         )
 
 
+def warn_of_pool(args: TBRMOptions) -> None:
+    """Warn of a constant that is right on the policy's own data alone, which rollouts that run ahead are not."""
+    another = args.soft_value == "optimal" and args.soft_value_beta not in (None, args.beta)
+    if args.rollout_pool and (another or args.soft_value in ("zero", "log_mean_exp")):
+        warnings.warn(
+            f"`rollout_pool={args.rollout_pool}` with `soft_value={args.soft_value!r}`: rollouts that run ahead are "
+            "drawn by earlier policies. This value is a constant, and the optimum is its target on the policy's own "
+            "rollouts alone (docs/theory.md). Use policy, calibrated or group, or no pool.",
+            stacklevel=4,
+        )
+
+
 def warn_of_empty_update(reasons: Collection[str | None]) -> None:
     """Warn that nothing was learned from an update: all of its trajectories were left out of the loss."""
     warnings.warn(

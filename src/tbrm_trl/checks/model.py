@@ -3,6 +3,7 @@
 import copy
 import math
 import warnings
+from collections.abc import Mapping, Sized
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -14,8 +15,10 @@ from torch.distributed.tensor import DTensor
 from transformers import GenerationConfig, PreTrainedModel
 from transformers.utils.generic import is_flash_attention_requested
 
+from ..model.decoding import can_select_rows, draws_one_token, empty_cache
 from ..model.reference import ADAPTER as REFERENCE_ADAPTER
 from ..options import TBRMOptions
+from ..sources.sampler import WindowMix
 
 ADAPTER_CONFIG = "adapter_config.json"  # PEFT's name for it
 # Architectures whose image inputs are tested to survive unpadding and re-batching.
@@ -378,3 +381,49 @@ def check_start(difference: float, dtype_is_half: bool, of_adapter: bool) -> Non
         "With a full model, the reference was loaded from elsewhere: save the model and pass its folder, or name the "
         "reference that you want (`reference_model=`)."
     )
+
+
+def check_pool(
+    policy: PreTrainedModel,
+    config: GenerationConfig,
+    has_vision: bool,
+    dataset: Any,
+    mix: WindowMix,
+    generators: Mapping[str, Any],
+) -> None:
+    """Refuse a `rollout_pool` where completions are not rows of one batch that can take each other's places.
+
+    Args:
+        policy: the model, without adapters around it.
+        config: of the generation.
+        has_vision: whether the policy reads images.
+        dataset: the training set.
+        mix: what its windows are made of.
+        generators: arguments of the trainer that take part in a generation, by name; None where they are not given.
+    """
+    given = [name for name, one in generators.items() if one]
+    problem = _problem_of_places(policy, policy._prepare_generation_config(config)[0])
+    if given:
+        problem = f"a completion with `{given[0]}` is not drawn in one go"
+    elif has_vision:
+        problem = "images belong to the rows that a batch began with"
+    elif not isinstance(dataset, Sized):
+        problem = "a stream does not tell the rows of coming windows. Load the training set without streaming"
+    elif not mix.rollouts:
+        problem = "every row of the training set is logged, and nothing is drawn"
+    if problem is not None:
+        raise ValueError(f"`rollout_pool` is refused: {problem}. Set rollout_pool=0.")
+
+
+def _problem_of_places(policy: PreTrainedModel, config: GenerationConfig) -> str | None:
+    """Why a row cannot take the place of another one; None if it can."""
+    if not policy._supports_default_dynamic_cache() or not can_select_rows(empty_cache(policy)):
+        return "the cache of this model keeps state that cannot be selected by row"
+    if config.cache_implementation not in (None, "dynamic"):
+        return f"rows of a cache with cache_implementation={config.cache_implementation!r} cannot be selected"
+    if not draws_one_token(policy, config):
+        return "the generation follows several candidates for a row"
+    for name in ("guidance_scale", "watermarking_config", "stop_strings", "max_time", "prefill_chunk_size"):
+        if getattr(config, name, None) not in (None, 1):
+            return f"`{name}` of the generation keeps state from token to token, or counts for the batch as a whole"
+    return None

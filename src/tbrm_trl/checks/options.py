@@ -390,6 +390,28 @@ def check_padding(args: TBRMOptions) -> Iterator[str]:
         )
 
 
+def check_rollout_pool(args: TBRMOptions) -> Iterator[str]:
+    size = args.rollout_pool
+    if size < 0 or size % args.world_size:
+        yield (
+            f"`rollout_pool={size}` must be 0 or a positive multiple of the {args.world_size} process(es): each runs "
+            "equally far ahead."
+        )
+    if not size:
+        return
+    for name, wanted, reason in (
+        ("use_vllm", False, "the pool decodes with the policy's own forward"),
+        ("use_transformers_continuous_batching", False, "the pool decodes with the policy's own forward"),
+        ("reference", "initial", "a rollout that several policies have drawn has no previous one"),
+        ("replay_max_age", None, "rollouts enter the buffer out of the order of their ages"),
+    ):
+        if getattr(args, name) != wanted:
+            yield (
+                f"`rollout_pool={size}` with `{name}={getattr(args, name)!r}` is refused: {reason}. Use {name}="
+                f"{wanted!r}, or no pool."
+            )
+
+
 def check_replay(args: TBRMOptions, update_group_size: int) -> Iterator[str]:
     size, rows = args.replay_buffer_size, args.rows_per_update
     if size == 0:

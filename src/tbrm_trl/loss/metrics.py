@@ -20,8 +20,9 @@ from .soft_value import ValueInputs
 from .trajectory_loss import LossOutput
 
 LEFT_OUT_REASONS = ("unscored", "truncated", "no_action", "no_value")
-# Where an update has a trajectory from: drawn for it, the same window again, the replay buffer, or the log.
-ORIGINS = ("fresh", "reused", "replayed", "logged")
+# Where an update has a trajectory from: drawn for it, begun under an earlier policy, the same window again, the replay
+# buffer, or the log.
+ORIGINS = ("fresh", "ahead", "reused", "replayed", "logged")
 _OF_ROWS = (
     "residual/mean",
     "soft_value",
@@ -119,17 +120,21 @@ def microbatch_totals(
     counted_by = torch.cat([counted.expand(4, -1), counted & is_of])  # (4 + O, B)
 
     behind = batch.ref_log_probs - scores.log_probs  # (B, T) log π_ref − log π_θ
-    # TRL logs this estimator of KL(π‖π_ref) under the same name. It is one on the policy's own data alone.
+    # TRL logs this estimator of KL(π‖π_ref) under the same name. It is one on the policy's own data alone,
+    # which no trajectory is that an earlier policy began.
     is_fresh = is_of[ORIGINS.index("fresh")].unsqueeze(1)  # (B, 1)
     tokens = [(behind.exp() - behind - 1, batch.action_mask & is_fresh), (scores.entropy, batch.action_mask)]
     by_token = [torch.stack([torch.where(mask, at_least_float32(of), 0.0).sum(), mask.sum()]) for of, mask in tokens]
 
     ages = [row.age for row in rows if row.age is not None]
+    pooled = [row for row in rows if row.staleness is not None]
     left_out = Counter(row.left_out for row in rows)
     places = batch.input_ids.numel()
     shares: dict[str, tuple[float, float]] = {
         **{f"left_out/{reason}": (left_out[reason], len(rows)) for reason in LEFT_OUT_REASONS},
         "replay/age": (sum(ages), len(ages)),
+        "staleness/mean": (sum(row.staleness or 0 for row in pooled), len(pooled)),
+        "staleness/mixed": (sum(map(_is_mixed, pooled)), len(pooled)),
         "pad_fraction": (batch.pad_fraction * places, places),
     }
     if scores.aux_loss is not None:
@@ -142,6 +147,11 @@ def microbatch_totals(
         torch.stack([~is_finite, torch.zeros_like(is_finite)]).unsqueeze(0),  # without weight it has no mean
     ]
     return Totals(names, torch.cat([one.float() for one in pairs]))
+
+
+def _is_mixed(row: UpdateRow) -> bool:
+    """Whether several policies have drawn it."""
+    return row.trajectory.first_policy_step != row.trajectory.policy_step
 
 
 def evaluation_loss(output: LossOutput, weight: Tensor) -> Totals:

@@ -1,4 +1,4 @@
-"""The memory of a run, estimated before anything is loaded: `python -m tbrm_trl.memory`."""
+"""The memory of a run, estimated before anything is loaded: `tbrm estimate`."""
 
 from .estimate import MemoryEstimate, estimate_memory
 

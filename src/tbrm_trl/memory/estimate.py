@@ -1,6 +1,6 @@
 """How much memory a training run will take, before anything is loaded:
 
-    python -m tbrm_trl.memory --config examples/recipes/tbrm.yaml --processes 4 --zero_stage 2
+    tbrm estimate --config examples/recipes/tbrm.yaml --processes 4 --zero_stage 2
 
 A micro-batch and a step of generation are run by the model's own code on tensors that have shapes and no storage
 (`FakeTensorMode`), and what would be live is added up. What is sharded follows from formulas: `docs/memory.md`.
@@ -292,7 +292,7 @@ class Machine:
 
 
 def estimate_of_run(config: TBRMConfig, model: ModelConfig, machine: Machine) -> MemoryEstimate:
-    """The estimate for a run of `examples/train.py`."""
+    """The estimate for a run of `tbrm train`."""
     name = machine.model or model.model_name_or_path
     if name is None:
         raise ValueError("Which model? Give --model, or a recipe with `model_name_or_path`.")

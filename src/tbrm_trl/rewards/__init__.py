@@ -41,6 +41,7 @@ __all__ = [
     "read_golds",
     "reward_function",
     "verdict",
+    "with_arguments",
 ]
 
 
@@ -72,7 +73,7 @@ def reward_function(reward: str | Reward, **worker_options: Any) -> Reward:
     """
     if not isinstance(reward, str):
         return reward
-    name, arguments = _with_arguments(reward)
+    name, arguments = with_arguments(reward, "length(limit=2048)")
     if name in NAMES:
         function, in_workers = NAMES[name]
         if inspect.isclass(function):
@@ -93,18 +94,18 @@ def reward_function(reward: str | Reward, **worker_options: Any) -> Reward:
     return InWorkers(function, **worker_options)
 
 
-def _with_arguments(reward: str) -> tuple[str, dict[str, Any]]:
-    """`length(limit=2048)` as a name and its arguments."""
-    name, bracket, _ = reward.partition("(")
+def with_arguments(text: str, example: str) -> tuple[str, dict[str, Any]]:
+    """`length(limit=2048)` as a name and its arguments. The example is shown to who writes it otherwise."""
+    name, bracket, _ = text.partition("(")
     if not bracket:
-        return reward.strip(), {}
+        return text.strip(), {}
     try:
-        call = ast.parse(reward.strip(), mode="eval").body
+        call = ast.parse(f"call({text.partition('(')[2].strip()}", mode="eval").body
         if not isinstance(call, ast.Call) or call.args:
             raise ValueError
         return name.strip(), {str(one.arg): ast.literal_eval(one.value) for one in call.keywords}
     except (SyntaxError, ValueError):
-        raise ValueError(f"A reward with arguments is written as length(limit=2048), not {reward!r}.") from None
+        raise ValueError(f"A name with arguments is written as {example}, not {text!r}.") from None
 
 
 def _imported(path: str) -> Any:

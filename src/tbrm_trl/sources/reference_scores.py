@@ -9,6 +9,7 @@ import xxhash
 from accelerate import Accelerator
 from accelerate.utils import gather_object
 from datasets import Dataset, concatenate_datasets
+from tqdm.auto import tqdm
 
 from ..files import read_table
 from ..trajectory import Trajectory, check_scores
@@ -25,6 +26,7 @@ def precompute_scores(
     accelerator: Accelerator,
     score: Callable[[Sequence[Trajectory], Trajectory], None],
     block: int = 1024,
+    show_progress: bool = False,
 ) -> Dataset:
     """Give every row of a data set of logged trajectories its reference scores.
 
@@ -38,6 +40,7 @@ def precompute_scores(
         accelerator: the trainer's.
         score: writes the scores onto trajectories. Its second argument is run where a process has none left.
         block: trajectories in memory at once, on each process.
+        show_progress: whether the main process shows a bar.
 
     Raises:
         ValueError: for a score that is not finite; it names the row.
@@ -51,12 +54,15 @@ def precompute_scores(
     process, processes = accelerator.process_index, accelerator.num_processes
     if not all(gather_object([file.exists()])):
         mine: list[Trajectory] = []
-        for first in range(0, len(dataset), block * processes):  # the same number of blocks on every process
-            rows = range(first + process, min(first + block * processes, len(dataset)), processes)
-            trajectories = [logged_trajectory(dataset[row]) for row in rows]
-            score(trajectories, trajectories[0] if trajectories else logged_trajectory(dataset[0]))
-            check_scores(trajectories, [f"row {row} of the training set" for row in rows])
-            mine += trajectories
+        silent = not (show_progress and accelerator.is_main_process)
+        with tqdm(total=len(dataset), desc="Scoring logged trajectories by the reference", disable=silent) as bar:
+            for first in range(0, len(dataset), block * processes):  # the same number of blocks on every process
+                rows = range(first + process, min(first + block * processes, len(dataset)), processes)
+                trajectories = [logged_trajectory(dataset[row]) for row in rows]
+                score(trajectories, trajectories[0] if trajectories else logged_trajectory(dataset[0]))
+                check_scores(trajectories, [f"row {row} of the training set" for row in rows])
+                mine += trajectories
+                bar.update(min(block * processes, len(dataset) - first))
         write_trajectories(_part(file, process), mine)
         accelerator.wait_for_everyone()
         if accelerator.is_main_process:

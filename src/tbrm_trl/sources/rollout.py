@@ -83,7 +83,11 @@ def _problem_of_rollout(
 
 
 def trajectories_from_trl(
-    output: dict[str, Any], rewards: Rewards, end_token_ids: Collection[int], group_ids: Sequence[int], policy_step: int
+    output: dict[str, Any],
+    rewards: Rewards,
+    end_token_ids: Collection[int],
+    group_ids: Sequence[int],
+    policy_steps: Sequence[tuple[int, int]],
 ) -> list[Trajectory]:
     """Unpad what `GRPOTrainer._generate_and_score_completions` returned.
 
@@ -92,7 +96,7 @@ def trajectories_from_trl(
         rewards: the rewards of these rows.
         end_token_ids: tokens that end a completion (TRL counts the padding token among them).
         group_ids: per row, the number that rollouts of one prompt share.
-        policy_step: number of updates that the policy had made.
+        policy_steps: per row, the updates that the policy had made at its first token and at its last.
     """
     # Idefics pads images to one entry per sample. These need no split, but TRL would split them if there are as many
     # images as samples.
@@ -130,7 +134,8 @@ def trajectories_from_trl(
                 end=End.TOOL_LIMIT if end is End.EOS and rewards.tool_limit[row] else end,
                 rewards=rewards.by_function[row],
                 group_id=group_ids[row],
-                policy_step=policy_step,
+                policy_step=policy_steps[row][1],
+                first_policy_step=policy_steps[row][0],
                 vision=vision_of(row),
             )
         )

@@ -119,6 +119,7 @@ class WindowSampler(Sampler[int]):
         self.logged_per_pass = len(self._grouped(self.logged))
         self.mix, self.generations, self.processes, self.repeats = mix, generations, processes, repeats
         self.epoch, self.seed = epoch, seed
+        self._prompts: dict[int, np.ndarray] = {}  # by epoch
         self.windows = (
             len(self.prompts) * generations // mix.rollouts if mix.rollouts else self.logged_per_pass // mix.logged
         )
@@ -128,16 +129,30 @@ class WindowSampler(Sampler[int]):
 
     def __iter__(self) -> Iterator[int]:
         epoch = self.epoch()
-        prompts = self._order(self.prompts, epoch) if self.mix.rollouts else self.prompts
-        prompts = prompts.repeat(self.generations)
         for number in range(self.windows):
-            rollouts = prompts[number * self.mix.rollouts : (number + 1) * self.mix.rollouts]
-            first = (epoch * self.windows + number) * self.mix.logged
-            logged = self._logged_stream(first, self.mix.logged)
-            shares = zip(np.split(rollouts, self.processes), np.split(logged, self.processes), strict=True)
-            indices = np.concatenate([part for share in shares for part in share]).tolist()
+            indices = self.window(epoch * self.windows + number)
             for _ in range(self.repeats):
                 yield from indices
+
+    def window(self, number: int) -> list[int]:
+        """The row indices of a window of all processes, counted from the first window of the first epoch."""
+        epoch, place = divmod(number, self.windows)
+        prompts = self._prompts_of(epoch)[place * self.mix.rollouts : (place + 1) * self.mix.rollouts]
+        logged = self._logged_stream(number * self.mix.logged, self.mix.logged)
+        shares = zip(np.split(prompts, self.processes), np.split(logged, self.processes), strict=True)
+        return np.concatenate([part for share in shares for part in share]).tolist()
+
+    def rollouts(self, number: int, process: int) -> list[int]:
+        """The row indices of a window that a process rolls out."""
+        size, own = (self.mix.rollouts + self.mix.logged) // self.processes, self.mix.rollouts // self.processes
+        return self.window(number)[process * size : process * size + own]
+
+    def _prompts_of(self, epoch: int) -> np.ndarray:
+        """The prompts of an epoch in order, each as often as it is drawn. The last two that were asked for are kept."""
+        if epoch not in self._prompts:
+            order = self._order(self.prompts, epoch) if self.mix.rollouts else self.prompts
+            self._prompts = {**dict(list(self._prompts.items())[-1:]), epoch: order.repeat(self.generations)}
+        return self._prompts[epoch]
 
     def _order(self, rows: np.ndarray, number: int) -> np.ndarray:
         """The order of the pass with this number: the same draws as TRL's sampler makes one after the other."""

@@ -12,6 +12,7 @@ import torch
 import xxhash
 from accelerate.utils import gather_object
 from datasets import Dataset
+from tqdm.auto import tqdm
 
 from ...files import dataset_digest, read_table, write_table
 from ...options import TBRMOptions, refuse
@@ -116,7 +117,9 @@ class SampledValue(ConstantValue):
             rollouts = args.per_device_train_batch_size * args.steps_per_generation
             size = max(1, rollouts // args.soft_value_samples)  # prompts of a block, on each process
             parts = []
-            for first in range(0, len(prompts), size * processes):
+            blocks = range(0, len(prompts), size * processes)
+            silent = args.disable_tqdm or not accelerator.is_main_process
+            for first in tqdm(blocks, desc="Sampling the reference", disable=silent):
                 part = file.with_suffix("") / f"{first:09d}-{size * processes}.parquet"
                 parts.append(part)
                 if all(gather_object([part.exists()])):

@@ -1,0 +1,121 @@
+"""Throughput of an evaluation with transformers, against a plain loop over `generate` at equal batch.
+
+    python benchmarks/evaluation.py           # writes docs/benchmarks/evaluation.{json,md}; half an hour on two cores
+    python benchmarks/evaluation.py --quick   # a tiny model, to see that it runs
+
+Questions whose answers are short and questions whose answers are long give lengths with a long tail. The plain loop
+sorts its prompts by length and draws batch after batch; each batch waits for its longest row.
+"""
+
+import os
+import statistics
+import time
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import torch
+from common import tasks, tiny
+from common.report import listed, mean_and_error, parse, processor, ratios, show, table, versions, write
+from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
+
+from tbrm_trl.evaluation.sampling import Request, Sampling, end_ids_of, generate, prompt_ids_of, seed_of
+
+SHORT = ["What is 7 + 5?", "Name a colour.", "Is 17 prime? Answer yes or no.", "What is the capital of France?"]
+LONG = ["Tell a story about a lighthouse.", "Explain how rain forms."]
+PACKAGES = ("torch", "transformers")
+
+
+def plain_loop(model: Any, tokenizer: Any, requests: list[Request], sampling: Sampling, batch: int) -> list[int]:
+    """The lengths of the completions that a loop over `generate` draws."""
+    ends, lengths = end_ids_of(model, tokenizer), []
+    config = GenerationConfig(
+        do_sample=True,
+        temperature=sampling.temperature,
+        top_k=0,
+        max_new_tokens=sampling.max_new_tokens,
+        eos_token_id=sorted(ends),
+        pad_token_id=tokenizer.pad_token_id,
+    )
+    ordered = sorted(requests, key=lambda one: -len(one.prompt_ids))
+    for start in range(0, len(ordered), batch):
+        ids = [one.prompt_ids for one in ordered[start : start + batch]]
+        inputs = tokenizer.pad({"input_ids": ids}, padding_side="left", return_tensors="pt").to(model.device)
+        output = model.generate(**inputs, generation_config=config)[:, inputs["input_ids"].shape[1] :]
+        lengths += [next((i + 1 for i, t in enumerate(row) if t in ends), len(row)) for row in output.tolist()]
+    return lengths
+
+
+def evaluation(model: Any, tokenizer: Any, requests: list[Request], sampling: Sampling, batch: int) -> list[int]:
+    return [len(one.ids) for one in generate(model, tokenizer, requests, sampling, batch)]
+
+
+def measure(folder: str, batch: int, samples: int, limit: int, repetitions: int) -> dict[str, Any]:
+    """Tokens per second and lengths of both, alternating."""
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    model = AutoModelForCausalLM.from_pretrained(folder).to(device).eval()
+    model.generation_config = GenerationConfig(eos_token_id=model.generation_config.eos_token_id)
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    prompts = [prompt_ids_of(tokenizer, [{"role": "user", "content": text}]) for text in SHORT + LONG]
+    found: dict[str, Any] = {"plain loop": [], "evaluation": []}
+    for repetition in range(repetitions):
+        requests = [
+            Request(ids, seed_of(repetition, prompt, sample))
+            for sample in range(samples)
+            for prompt, ids in enumerate(prompts)
+        ]
+        for name, draw in (("plain loop", plain_loop), ("evaluation", evaluation)):
+            torch.manual_seed(repetition)
+            start = time.perf_counter()
+            lengths = draw(model, tokenizer, requests, Sampling(max_new_tokens=limit), batch)
+            found[name].append({"seconds": time.perf_counter() - start, "lengths": lengths})
+    return found
+
+
+def report(results: dict[str, Any]) -> str:
+    rates = {
+        name: [sum(run["lengths"]) / run["seconds"] for run in runs] for name, runs in results["measurements"].items()
+    }
+    rows = []
+    for name, runs in results["measurements"].items():
+        lengths = sorted(length for run in runs for length in run["lengths"])
+        mean, error = mean_and_error(lengths)
+        quantiles = [lengths[int(share * (len(lengths) - 1))] for share in (0.5, 0.9, 1)]
+        rows.append([name, f"{statistics.median(rates[name]):.1f}", f"{mean:.1f} ± {error:.1f}", *map(str, quantiles)])
+    ratio = ratios(rates["evaluation"], rates["plain loop"])
+    settings = results["settings"]
+    return f"""# Throughput of an evaluation
+
+Written by `python benchmarks/evaluation.py`. {results["hardware"]}; {listed(results["versions"])}.
+Raw numbers: [evaluation.json](evaluation.json).
+
+{results["model"]}, batches of {settings["batch"]}, {settings["samples"]} completions at T = 1 of each of
+{len(SHORT)} questions with short answers and {len(LONG)} with long ones, at most {settings["limit"]} tokens. Lengths
+are of all repetitions; their means agree if both draw from the same distribution. `tests/test_evaluation_results.py`
+tests the draws themselves.
+
+{table(["", "tokens per second, median", "mean length", "median", "90%", "longest"], rows)}
+
+Tokens per second as a multiple of the plain loop's, by repetition: {show(ratio)}.
+"""
+
+
+def main() -> None:
+    arguments = parse(__doc__, quick="a tiny model and few rows", repetitions=dict(type=int, default=3))
+    settings = dict(batch=4, samples=4, limit=32) if arguments.quick else dict(batch=32, samples=48, limit=512)
+    torch.set_num_threads(os.cpu_count() or 1)
+    with TemporaryDirectory() as folder:
+        model = tiny.save(Path(folder)) if arguments.quick else tasks.smollm2()
+        found = measure(model, repetitions=arguments.repetitions, **settings)
+    results = {
+        "model": "A tiny model" if arguments.quick else "SmolLM2-135M-Instruct",
+        "settings": settings,
+        "measurements": found,
+        "hardware": processor(),
+        "versions": versions(*PACKAGES),
+    }
+    write(arguments.output, "evaluation", report(results), results)
+
+
+if __name__ == "__main__":
+    main()

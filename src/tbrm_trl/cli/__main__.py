@@ -1,0 +1,5 @@
+"""`python -m tbrm_trl.cli` is `tbrm`."""
+
+from . import main
+
+main()

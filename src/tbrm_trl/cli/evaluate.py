@@ -1,0 +1,223 @@
+"""tbrm eval: evaluate a model on benchmarks, or compare two results.
+
+    tbrm eval --model_name_or_path out --benchmarks math500 gsm8k --temperature 0
+    tbrm eval --model_name_or_path out --benchmarks problems.jsonl "gym:chain_sum(size=200, min_terms=2)"
+    tbrm eval --model_name_or_path out --suite tbrm-paper --backend vllm
+    tbrm eval --compare evaluations/before evaluations/after
+
+Benchmarks: aime24, aime25, amc23 (of 40), math500, minerva, olympiadbench, gsm8k; NAME=FILE for a local copy of one;
+gym:TASK of reasoning-gym; a .json, .jsonl or .parquet file. Every completion is kept in --output_dir. The same command
+finishes an evaluation that was interrupted.
+"""
+
+import sys
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from .quiet import silence
+
+silence()
+
+import torch  # noqa: E402
+from transformers import AutoModelForCausalLM, AutoTokenizer  # noqa: E402
+from trl import ModelConfig, get_quantization_config  # noqa: E402
+
+from tbrm_trl.evaluation.benchmarks import (  # noqa: E402
+    BENCHMARKS,
+    BOXED,
+    SUITES,
+    Benchmark,
+    Setting,
+    load_benchmark,
+)
+from tbrm_trl.evaluation.results import compare_results, differing_settings, results_of  # noqa: E402
+from tbrm_trl.evaluation.run import Judge, ModelPolicy, Policy, Settings, evaluate  # noqa: E402
+from tbrm_trl.evaluation.sampling import Sampling, prompt_ids_of  # noqa: E402
+from tbrm_trl.evaluation.vllm import VllmPolicy  # noqa: E402
+
+from .parsing import Parser, Refused, leave, sorted_words  # noqa: E402
+
+PROG = "tbrm eval"
+
+
+@dataclass
+class EvaluationArguments:
+    """What to evaluate on, and how."""
+
+    benchmarks: list[str] = field(
+        default_factory=list, metadata={"help": "Names, NAME=FILE, gym:TASK, or files of your own."}
+    )
+    suite: str | None = field(
+        default=None,
+        metadata={"help": f"A protocol by name: {', '.join(SUITES)}. It sets benchmarks, samples and temperature."},
+    )
+    compare: list[str] = field(
+        default_factory=list, metadata={"help": "Two results, files or folders, to compare problem by problem."}
+    )
+    output_dir: str | None = field(
+        default=None, metadata={"help": "Folder of the results. By default evaluations/ and the model's name."}
+    )
+    samples: int | None = field(
+        default=None,
+        metadata={"help": "Completions of each problem, n of avg@n. By default 32 on AIME and AMC, 4 on the other "
+                  "benchmarks, 1 elsewhere and if greedy."},
+    )  # fmt: skip
+    temperature: float = field(default=1.0, metadata={"help": "Sampling temperature; 0 is greedy."})
+    top_p: float = field(default=1.0, metadata={"help": "Share of the probability that is drawn from."})
+    top_k: int = field(default=0, metadata={"help": "Number of likeliest tokens that are drawn from; 0 for all."})
+    max_new_tokens: int = field(default=2048, metadata={"help": "Length limit of a completion."})
+    seed: int = field(default=0, metadata={"help": "Each completion's own seed follows from it."})
+    system_prompt: str = field(default=BOXED, metadata={"help": "Put before questions that are text."})
+    prompt_template: str | None = field(
+        default=None,
+        metadata={"help": "Text with {question} in it, asked as it is: for models without a chat template."},
+    )
+    reward_funcs: str | None = field(
+        default=None, metadata={"help": "What judges, by name or dotted path, in place of the benchmark's own reward."}
+    )
+    answer_column: str | None = field(default=None, metadata={"help": "Column of the answers, of a file."})
+    limit: int | None = field(default=None, metadata={"help": "Evaluate on the first so many problems alone."})
+    batch_size: int = field(default=64, metadata={"help": "Completions generated at once."})
+    backend: str = field(
+        default="transformers", metadata={"help": "What generates.", "choices": ["transformers", "vllm"]}
+    )
+    use_cpu: bool = field(default=False, metadata={"help": "Generate on the CPU, even if there is a GPU."})
+
+
+def problems_of(arguments: EvaluationArguments, model: ModelConfig) -> list[str]:
+    """What does not go together, a line each."""
+    a, problems = arguments, []
+    if a.compare:
+        if len(a.compare) != 2:
+            problems.append(f"--compare takes two results, not {len(a.compare)}.")
+        if a.benchmarks or a.suite:
+            problems.append("--compare compares what was evaluated: leave --benchmarks and --suite out.")
+        return problems
+    if model.model_name_or_path is None:
+        problems.append("--model_name_or_path is missing: the id of a model on the Hub, or a folder.")
+    if a.suite is not None and a.suite not in SUITES:
+        problems.append(f"there is no suite {a.suite!r}. Names: {', '.join(SUITES)}.")
+    if a.suite and (a.samples is not None or a.temperature != 1.0):
+        problems.append("--suite sets samples and temperature: leave --samples and --temperature out.")
+    if not (a.benchmarks or a.suite):
+        problems.append(f"--benchmarks is missing: {', '.join(BENCHMARKS)}, gym:TASK, or a file.")
+    if a.limit is not None and a.limit < 1:
+        problems.append(f"--limit {a.limit} must be at least 1.")
+    return problems
+
+
+def lines_of(arguments: EvaluationArguments) -> list[Setting]:
+    """Benchmark, samples and temperature of each evaluation that was asked for."""
+    a = arguments
+    named = {one.partition("=")[0]: one for one in a.benchmarks}
+    if a.suite:  # whose benchmarks may be given as local copies
+        return [
+            Setting(named.pop(one.benchmark, one.benchmark), one.samples, one.temperature) for one in SUITES[a.suite]
+        ]
+    return [Setting(one, 0 if a.samples is None else a.samples, a.temperature) for one in a.benchmarks]
+
+
+def loaded(name: str, arguments: EvaluationArguments) -> Benchmark:
+    benchmark = load_benchmark(name, reward=arguments.reward_funcs, answer_column=arguments.answer_column)
+    return benchmark if arguments.limit is None else benchmark.first(arguments.limit)
+
+
+def policy_of(arguments: EvaluationArguments, model: ModelConfig) -> Policy:
+    """The model, ready to generate."""
+    name: Any = model.model_name_or_path
+    options = {"revision": model.model_revision, "dtype": model.dtype}
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(name, revision=model.model_revision)
+        if arguments.backend == "vllm":
+            return VllmPolicy.load(name, tokenizer, seed=arguments.seed, **options)
+        if tokenizer.pad_token is None:
+            tokenizer.pad_token = tokenizer.eos_token
+        of: Any = AutoModelForCausalLM
+        if (Path(name) / "adapter_config.json").is_file():
+            from peft import AutoPeftModelForCausalLM
+
+            of = AutoPeftModelForCausalLM
+        policy = of.from_pretrained(
+            name,
+            attn_implementation=model.attn_implementation,
+            quantization_config=get_quantization_config(model),
+            **options,
+        )
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{name} cannot be loaded: {str(error).splitlines()[0]}") from error
+    if torch.cuda.is_available() and not arguments.use_cpu and not model.load_in_4bit and not model.load_in_8bit:
+        policy.to("cuda")
+    return ModelPolicy(name, policy.eval(), tokenizer, arguments.batch_size)
+
+
+def check_length(policy: Policy, benchmark: Benchmark, settings: Settings) -> None:
+    """Refuse completions that would pass the positions a model has."""
+    model = getattr(policy, "model", None)
+    positions = getattr(getattr(model, "config", None), "max_position_embeddings", None)
+    longest = max(len(prompt_ids_of(policy.tokenizer, one)) for one in settings.prompts(benchmark, policy))
+    asked = longest + settings.sampling.max_new_tokens
+    if positions is not None and asked > positions:
+        raise ValueError(
+            f"{benchmark.name}: its longest prompt of {longest} tokens and --max_new_tokens "
+            f"{settings.sampling.max_new_tokens} pass the model's {positions} positions. Give --max_new_tokens "
+            f"{max(1, positions - longest)} or less."
+        )
+
+
+def run(arguments: EvaluationArguments, model: ModelConfig) -> None:
+    """Evaluate on everything that was asked for. All of it is checked before the first completion."""
+    a = arguments
+    planned = []
+    for line in lines_of(a):
+        benchmark = loaded(line.benchmark, a)
+        samples = line.samples or (1 if line.temperature == 0 else benchmark.samples)
+        sampling = Sampling(line.temperature, a.top_p, a.top_k, a.max_new_tokens)
+        settings = Settings(samples, sampling, a.seed, a.system_prompt, a.prompt_template)
+        planned.append((benchmark, settings, Judge(benchmark)))
+    policy = policy_of(a, model)
+    for benchmark, settings, _ in planned:
+        check_length(policy, benchmark, settings)
+    folder = Path(a.output_dir or Path("evaluations") / Path(policy.name).name)
+    if a.prompt_template is None:
+        print(f"System prompt: {a.system_prompt!r}")
+    for benchmark, settings, judge in planned:
+        how = "greedy" if settings.sampling.temperature == 0 else f"avg{settings.samples}"
+        result = evaluate(policy, benchmark, settings, folder / f"{benchmark.name}-{how}.jsonl", judge)
+        print(result, flush=True)
+    print(f"Every completion: {folder}")
+
+
+def show_comparison(first: str, second: str) -> None:
+    compared = compare_results(first, second)
+    before, after = results_of(first), results_of(second)
+    for name, comparison in compared.items():
+        one, other = before[name], after[name]
+        print(f"{name}: {mean(one):.4f} → {mean(other):.4f}, {comparison}")
+        if differing := differing_settings(one, other):
+            print(f"  The two differ in {', '.join(differing)} besides the model.")
+
+
+def mean(result: Any) -> float:
+    return result.metrics()[f"avg@{result.samples}"]
+
+
+def main(arguments: list[str] | None = None) -> None:
+    given = sys.argv[1:] if arguments is None else arguments
+    try:
+        reader = Parser(EvaluationArguments, ModelConfig, prog=PROG, description=__doc__ or "", dtype="auto")
+        words = sorted_words(reader, given)
+        if words.problems:
+            raise Refused(words.problems)
+        asked, model = reader.parse(words)
+        if problems := problems_of(asked, model):
+            raise Refused(problems)
+        try:
+            if asked.compare:
+                show_comparison(*asked.compare)
+            else:
+                run(asked, model)
+        except ValueError as error:
+            raise Refused([str(error)]) from error
+    except Refused as refused:
+        leave(PROG, refused)

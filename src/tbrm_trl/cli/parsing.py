@@ -1,0 +1,176 @@
+"""Arguments on TRL's parser. All that is wrong is said at once, a line each, before anything is loaded."""
+
+import argparse
+import difflib
+import os
+import sys
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, NoReturn
+
+import yaml
+from trl import TrlParser
+
+
+class Refused(Exception):
+    """What is wrong with a command, a line each."""
+
+    def __init__(self, problems: Iterable[str]) -> None:
+        self.problems = [" ".join(one.split()) for one in problems]
+        super().__init__("\n".join(self.problems))
+
+
+def leave(prog: str, refused: Refused) -> NoReturn:
+    """End with what was wrong, said by one process."""
+    if os.environ.get("RANK", "0") == "0":
+        for problem in refused.problems:
+            print(f"{prog}: {problem}", file=sys.stderr)
+    sys.exit(2)
+
+
+class Parser(TrlParser):
+    """TRL's parser: dataclasses, and a YAML file whose fields can be overridden. What is wrong is raised."""
+
+    def __init__(self, *types: type, prog: str, description: str, **defaults: Any) -> None:
+        super().__init__(
+            types,
+            prog=prog,
+            description=description,
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+            allow_abbrev=False,
+        )
+        self.set_defaults(**defaults)
+        self.options = {option: action for action in self._actions for option in action.option_strings}
+        self.fields = {action.dest: action for action in self._actions if action.dest != "help"}
+
+    def error(self, message: str) -> NoReturn:
+        raise Refused([message])
+
+    def parse(self, words: "Words") -> tuple[Any, ...]:
+        """The dataclasses of words that were found in order. Raises `Refused` with all refusals of theirs."""
+        try:
+            return self.parse_args_and_config(words.own, fail_with_unknown_args=False)
+        except (ValueError, TypeError) as error:
+            raise Refused(_lines_of(error)) from error
+
+
+@dataclass
+class Words:
+    """The words of a command by who reads them, and what is wrong with them.
+
+    Attributes:
+        own: for the command, `--config` included.
+        launcher: for accelerate's launcher, from the command line or the YAML file.
+        problems: a line each.
+    """
+
+    own: list[str] = field(default_factory=list)
+    launcher: list[str] = field(default_factory=list)
+    problems: list[str] = field(default_factory=list)
+
+
+def sorted_words(parser: Parser, arguments: Sequence[str], launcher: Sequence[str] = ()) -> Words:
+    """Say of each word who reads it.
+
+    Args:
+        parser: of the command.
+        arguments: the command's.
+        launcher: options that are accelerate's.
+    """
+    if "-h" in arguments or "--help" in arguments:
+        parser.print_help()
+        sys.exit()
+    words, given = Words(), set[str]()
+    names = [*(option for option in parser.options if option != "-h"), "--config", *launcher]
+    for option, values in _by_option(arguments):
+        name = option.partition("=")[0]
+        whole = [option, *values]
+        if name == "--config":
+            words.own += whole
+            words.problems += _check_config(parser, values, launcher, words, given)
+        elif name in parser.options:
+            words.own += whole
+            given.add(parser.options[name].dest)
+            words.problems += _check_values(name, parser.options[name], option.split("=", 1)[1:] + values)
+        elif name in launcher:
+            words.launcher += whole
+        elif name.startswith("-"):
+            words.problems.append(f"there is no option {name}.{_meant(name, names)}")
+        else:
+            words.problems.append(f"{' '.join(whole)!r} belongs to no option.")
+    words.problems += [
+        f"{action.option_strings[0]} is missing: {action.help}"
+        for action in parser.fields.values()
+        if action.required and action.dest not in given
+    ]
+    return words
+
+
+def _by_option(arguments: Sequence[str]) -> list[tuple[str, list[str]]]:
+    """Each option with the words that follow it. Words before the first one stand for themselves."""
+    found: list[tuple[str, list[str]]] = []
+    for word in arguments:
+        if word.startswith("--") or not found:
+            found.append((word, []))
+        else:
+            found[-1][1].append(word)
+    return found
+
+
+def _check_config(
+    parser: Parser, values: list[str], launcher: Sequence[str], words: Words, given: set[str]
+) -> list[str]:
+    """What is wrong with a YAML file. Its fields that are the launcher's become words of it."""
+    if len(values) != 1:
+        return ["--config takes one YAML file."]
+    (path,) = values
+    try:
+        content = yaml.safe_load(Path(path).read_text())
+    except (OSError, UnicodeDecodeError) as error:
+        return [f"--config {path} cannot be read ({getattr(error, 'strerror', None) or error})."]
+    except yaml.YAMLError as error:
+        return [f"--config {path} is not YAML ({error})."]
+    if not isinstance(content, dict):
+        return [f"--config {path} must hold fields, `name: value`."]
+    problems = []
+    for name, value in content.items():
+        if name in parser.fields:
+            given.add(name)
+            texts = [one for one in (value if isinstance(value, list) else [value]) if isinstance(one, str)]
+            problems += _check_values(f"{path}: {name}", parser.fields[name], texts, whole=False)
+        elif f"--{name}" in launcher:
+            words.launcher += [f"--{name}", str(value)]
+        elif name != "env":
+            problems.append(f"{path}: there is no field {name}.{_meant(str(name), parser.fields)}")
+    return problems
+
+
+def _check_values(name: str, action: argparse.Action, values: Sequence[str], whole: bool = True) -> list[str]:
+    if whole and not values and action.nargs not in ("?", "*", 0):
+        return [f"{name} needs a value."]
+    if whole and len(values) > 1 and action.nargs in (None, "?"):
+        return [f"{name} takes one value, not {' '.join(values)!r}."]
+    problems = []
+    for value in values:
+        try:
+            converted: Any = action.type(value) if callable(action.type) else value
+        except (ValueError, TypeError, argparse.ArgumentTypeError):
+            kind = getattr(action.type, "__name__", "value").replace("string_to_bool", "true or false")
+            problems.append(f"{name} takes {kind}, not {value!r}.")
+            continue
+        if action.choices is not None and converted not in action.choices:
+            choices = [str(one) for one in action.choices]
+            problems.append(f"{name} takes {', '.join(choices)}, not {value!r}.{_meant(value, choices)}")
+    return problems
+
+
+def _meant(name: str, names: Iterable[str]) -> str:
+    close = difflib.get_close_matches(name, list(names), 1)
+    return f" Did you mean {close[0]}?" if close else ""
+
+
+def _lines_of(error: Exception) -> list[str]:
+    """The refusals of a configuration, which names several in one error."""
+    first, *others = str(error).split("\n- ")
+    return others if others and first.endswith("are refused:") else [str(error)]

@@ -1,0 +1,247 @@
+"""tbrm train: train by a recipe. Every field of it can be overridden on the command line.
+
+    tbrm train --config examples/recipes/tbrm.yaml --model_name_or_path Qwen/Qwen2.5-0.5B
+    tbrm train --config recipe.yaml --accelerate_config zero3 --num_processes 4
+    tbrm train --config recipe.yaml --reward_funcs math format my_module.my_reward --reward_weights 1.0 0.1 0.5
+    tbrm train --config recipe.yaml --dry_run true
+
+Options: the data's, those of `TBRMConfig`, and those of TRL's `ModelConfig` (model, LoRA, quantization). What
+`accelerate launch` takes is passed on to it; `--accelerate_config` is a file, or one of TRL's names (single_gpu,
+multi_gpu, zero1, zero2, zero3, fsdp2).
+"""
+
+import os
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from .quiet import silence
+
+silence()
+
+import torch  # noqa: E402
+from datasets import Dataset, load_dataset  # noqa: E402
+from torch.distributed.elastic.multiprocessing.errors import ChildFailedError  # noqa: E402
+from trl import ModelConfig, get_peft_config, get_quantization_config  # noqa: E402
+
+from tbrm_trl import TBRMConfig, TBRMTrainer, load_rollouts  # noqa: E402
+from tbrm_trl.evaluation.benchmarks import BOXED, PROMPT_COLUMNS, load_benchmark, messages  # noqa: E402
+from tbrm_trl.evaluation.callback import EvaluationCallback  # noqa: E402
+from tbrm_trl.evaluation.run import Settings  # noqa: E402
+from tbrm_trl.evaluation.sampling import Sampling  # noqa: E402
+from tbrm_trl.rewards import find_column, read_golds  # noqa: E402
+from tbrm_trl.rewards import load as load_rewards  # noqa: E402
+
+from .parsing import Parser, Refused, Words, leave, sorted_words  # noqa: E402
+
+PROG = "tbrm train"
+LAUNCHED = "TBRM_LAUNCHED"  # set in the processes that the launcher starts
+
+
+@dataclass
+class DataArguments:
+    """What to train on, and what to evaluate on meanwhile."""
+
+    dataset_name: str = field(
+        metadata={
+            "help": "Hub id, a .json, .jsonl or .parquet file, or the output folder of a run that saved rollouts."
+        }
+    )
+    dataset_config: str | None = field(default=None, metadata={"help": "Configuration of a data set of the Hub."})
+    dataset_train_split: str = field(default="train", metadata={"help": "Split of a data set of the Hub."})
+    system_prompt: str = field(
+        default=BOXED,
+        metadata={"help": "Put before prompts that are text. Messages, and rows with a completion, stay as they are."},
+    )
+    answer_column: str | None = field(
+        default=None,
+        metadata={
+            "help": "Column of the answers; `reward_model.ground_truth` is a key in a column. By default it is the "
+            "column whose cells can best be read as answers."
+        },
+    )
+    unreadable_answers: str = field(
+        default="refuse",
+        metadata={
+            "help": 'What becomes of rows whose answer cannot be read: "refuse" stops and names them, "leave_out" '
+            "trains on the others.",
+            "choices": ["refuse", "leave_out"],
+        },
+    )
+    reward_funcs: list[str] = field(
+        default_factory=lambda: ["math"],
+        metadata={
+            "help": "Rewards, by name (math, format, thinking, length(limit=2048), reasoning_gym) or dotted path."
+        },
+    )
+    eval_benchmarks: list[str] = field(
+        default_factory=list,
+        metadata={"help": "Benchmarks to evaluate on at each evaluation (eval_strategy), as `tbrm eval` takes them."},
+    )
+    eval_samples: int = field(default=1, metadata={"help": "Completions of each problem there, n of avg@n."})
+    eval_temperature: float = field(default=0.0, metadata={"help": "Temperature there; 0 is greedy."})
+    eval_max_new_tokens: int | None = field(
+        default=None, metadata={"help": "Length limit there. By default that of training, max_completion_length."}
+    )
+    dry_run: bool = field(default=False, metadata={"help": "Check everything up to the first rollout, and stop."})
+
+
+def load(arguments: DataArguments) -> Dataset:
+    """The rows, with their answers in the column `solution`, and as prompts what the policy is to answer."""
+    path = Path(arguments.dataset_name)
+    if path.is_dir():
+        dataset = load_rollouts(path)
+    elif path.is_file():
+        kind = "json" if path.suffix == ".jsonl" else path.suffix.removeprefix(".")
+        dataset = load_dataset(kind, data_files=str(path), split="train")
+    else:
+        dataset = load_dataset(arguments.dataset_name, arguments.dataset_config, split=arguments.dataset_train_split)
+
+    column = arguments.answer_column or find_column(dataset)
+    if column is not None:
+        dataset = with_answers(dataset, column, arguments.unreadable_answers)
+    prompt = next((name for name in PROMPT_COLUMNS if name in dataset.column_names), None)
+    if prompt is not None and not {"completion", "completion_ids"} & set(dataset.column_names):
+        dataset = dataset.map(lambda row: {"prompt": messages(row[prompt], arguments.system_prompt)}, desc="Prompts")
+    return dataset
+
+
+def with_answers(dataset: Dataset, column: str, unreadable: str) -> Dataset:
+    """The rows with an answer that can be read, and that answer as text in the column `solution`."""
+    golds = read_golds(dataset, column, unreadable)
+    if golds.unreadable:
+        print(f"{golds} They are left out.")
+    if "solution" in dataset.column_names:
+        dataset = dataset.remove_columns("solution")
+    dataset = dataset.add_column("solution", golds.texts)
+    return dataset.select([row for row, text in enumerate(golds.texts) if text is not None])
+
+
+def parser() -> Parser:
+    # Noise in a log-probability biases the squared residual, so adapters come without dropout.
+    return Parser(DataArguments, TBRMConfig, ModelConfig, prog=PROG, description=__doc__ or "", lora_dropout=0.0)
+
+
+def parse(arguments: list[str], launcher: Sequence[str] = ()) -> tuple[DataArguments, TBRMConfig, ModelConfig]:
+    """What a command line and its recipe say, without the launcher's options. Raises `Refused`."""
+    reader = parser()
+    words = sorted_words(reader, arguments, launcher)
+    if words.problems:
+        raise Refused(words.problems)
+    data, config, model = reader.parse(words)
+    return data, config, model
+
+
+class DryRun(TBRMTrainer):
+    """A trainer whose `train` ends where rollouts would begin."""
+
+    class Passed(Exception):
+        """Everything was checked."""
+
+    def before_training(self) -> None:
+        raise DryRun.Passed
+
+
+def run(data: DataArguments, config: TBRMConfig, model: ModelConfig) -> None:
+    """Train, save, and push if that was asked for."""
+    if model.model_name_or_path is None:
+        raise Refused(["--model_name_or_path is missing: the id of a model on the Hub, or a folder."])
+    if config.reward_weights is not None and len(config.reward_weights) != len(data.reward_funcs):
+        raise Refused(
+            [f"--reward_weights has {len(config.reward_weights)} numbers for {len(data.reward_funcs)} reward_funcs."]
+        )
+    config.model_init_kwargs = {
+        "revision": model.model_revision,
+        "attn_implementation": model.attn_implementation,
+        "dtype": model.dtype,
+        **(config.model_init_kwargs or {}),
+    }
+    try:
+        rewards, _ = load_rewards(data.reward_funcs)
+        callbacks = evaluations(data, config)
+        dataset = load(data)
+        # A log without answers has its rewards already.
+        answered = "solution" in dataset.column_names or data.reward_funcs != ["math"]
+        trainer = (DryRun if data.dry_run else TBRMTrainer)(
+            model=model.model_name_or_path,
+            reward_funcs=rewards if answered else None,
+            args=config,
+            train_dataset=dataset,
+            callbacks=callbacks,
+            quantization_config=get_quantization_config(model),
+            peft_config=get_peft_config(model),
+        )
+    except ValueError as error:
+        raise Refused([str(error)]) from error
+    try:
+        trainer.train(resume_from_checkpoint=config.resume_from_checkpoint)
+    except DryRun.Passed:
+        trainer.accelerator.print("Dry run: everything up to the first rollout is in order. Nothing was trained.")
+        trainer.end()
+        return
+    trainer.save_model(config.output_dir)
+    trainer.accelerator.print(f"Saved to {config.output_dir}.")
+    if config.push_to_hub:
+        trainer.push_to_hub(dataset_name=data.dataset_name)
+    trainer.end()
+
+
+def evaluations(data: DataArguments, config: TBRMConfig) -> list[Any]:
+    """The callback that evaluates on benchmarks, if any are named."""
+    if not data.eval_benchmarks:
+        return []
+    if config.eval_strategy == "no":
+        raise ValueError(
+            "--eval_benchmarks is given, but eval_strategy is no: set --eval_strategy steps and --eval_steps."
+        )
+    sampling = Sampling(
+        temperature=data.eval_temperature, max_new_tokens=data.eval_max_new_tokens or config.max_completion_length
+    )
+    settings = Settings(data.eval_samples, sampling, config.seed, data.system_prompt)
+    return [EvaluationCallback([load_benchmark(name) for name in data.eval_benchmarks], settings)]
+
+
+def main(arguments: list[str] | None = None) -> None:
+    given = sys.argv[1:] if arguments is None else arguments
+    try:
+        if LAUNCHED in os.environ or "LOCAL_RANK" in os.environ:
+            run(*parse(given, launcher_options()))
+        else:
+            words = sorted_words(parser(), given, launcher_options())
+            if words.problems:
+                raise Refused(words.problems)
+            if words.launcher or torch.cuda.device_count() > 1:
+                launch(words)
+            else:
+                run(*parse(given))
+    except Refused as refused:
+        leave(PROG, refused)
+
+
+def launcher_options() -> list[str]:
+    """What `accelerate launch` takes, and `--accelerate_config`."""
+    from accelerate.commands.launch import launch_command_parser
+
+    options = {option for action in launch_command_parser()._actions for option in action.option_strings}
+    return [*sorted(options - {"-h", "--help"}), "--accelerate_config"]
+
+
+def launch(words: Words) -> None:
+    """Run the command in the processes that accelerate starts."""
+    from accelerate.commands.launch import launch_command, launch_command_parser
+    from trl.cli.accelerate_config import resolve_accelerate_config_argument
+
+    os.environ[LAUNCHED] = "1"
+    try:
+        options = resolve_accelerate_config_argument(words.launcher)
+        launch_command(launch_command_parser().parse_args([*options, "--module", "tbrm_trl.cli", "train", *words.own]))
+    except ValueError as error:  # of the launcher's own options
+        raise Refused([f"accelerate: {error}"]) from error
+    except ChildFailedError as error:  # the process has said why
+        sys.exit(error.get_first_failure()[1].exitcode)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,226 @@
+"""Benchmarks by name, reasoning-gym tasks, and files: each as problems with the columns that their reward needs."""
+
+import difflib
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import xxhash
+from datasets import Dataset, load_dataset
+
+from ..rewards import find_column, gym, read_golds, with_arguments
+
+# Where data sets keep the question; the first one present is taken.
+PROMPT_COLUMNS = ("prompt", "problem", "question")
+BOXED = "Please reason step by step, and put your final answer within \\boxed{}."
+GYM_PROBLEMS = 100
+
+
+@dataclass(frozen=True)
+class HubBenchmark:
+    """Where a published benchmark stands, and how it is reported."""
+
+    dataset: str
+    split: str
+    question: str
+    answer: str
+    problems: int
+    config: str | None = None
+    samples: int = 4  # n of avg@n where nothing else is said
+
+
+BENCHMARKS: dict[str, HubBenchmark] = {
+    "aime24": HubBenchmark("HuggingFaceH4/aime_2024", "train", "problem", "answer", 30, samples=32),
+    "aime25": HubBenchmark("math-ai/aime25", "test", "problem", "answer", 30, samples=32),
+    "amc23": HubBenchmark("math-ai/amc23", "test", "question", "answer", 40, samples=32),
+    "math500": HubBenchmark("HuggingFaceH4/MATH-500", "test", "problem", "answer", 500),
+    "minerva": HubBenchmark("math-ai/minervamath", "test", "question", "answer", 272),
+    "olympiadbench": HubBenchmark("math-ai/olympiadbench", "test", "question", "final_answer", 674),
+    "gsm8k": HubBenchmark("openai/gsm8k", "test", "question", "answer", 1319, config="main"),
+}
+
+
+@dataclass(frozen=True)
+class Setting:
+    """One line of a protocol: a benchmark, n of avg@n, and the temperature."""
+
+    benchmark: str
+    samples: int
+    temperature: float
+
+
+# By name; each names the publication it is from.
+SUITES: dict[str, list[Setting]] = {
+    # arXiv 2505.15311: avg@32 at T = 1 on the small ones, avg@1 greedy on the others.
+    "tbrm-paper": [
+        *(Setting(name, 32, 1.0) for name in ("aime24", "aime25", "amc23")),
+        *(Setting(name, 1, 0.0) for name in ("math500", "minerva", "olympiadbench")),
+    ],
+}
+
+
+@dataclass(frozen=True)
+class Benchmark:
+    """Problems to evaluate on.
+
+    Attributes:
+        name: as it was asked for; it also names the file of the result.
+        prompts: the questions, as text or messages.
+        columns: what the reward is given beside completions, a value for each problem.
+        reward: the name of the reward that judges, of `tbrm_trl.rewards`.
+        samples: n of avg@n where nothing else is said.
+    """
+
+    name: str
+    prompts: list[Any]
+    columns: dict[str, list[Any]]
+    reward: str
+    samples: int = 1
+
+    def __len__(self) -> int:
+        return len(self.prompts)
+
+    @property
+    def digest(self) -> str:
+        """Of the problems and what judges them: results of equal digests can be paired."""
+        content = json.dumps([self.prompts, self.columns], sort_keys=True, default=str)
+        return xxhash.xxh3_64_hexdigest(content.encode())
+
+    def first(self, count: int) -> "Benchmark":
+        """The first problems of it, under a name that says so."""
+        if count >= len(self):
+            return self
+        columns = {name: values[:count] for name, values in self.columns.items()}
+        return Benchmark(f"{self.name}-first{count}", self.prompts[:count], columns, self.reward, self.samples)
+
+
+def load_benchmark(name: str, *, reward: str | None = None, answer_column: str | None = None) -> Benchmark:
+    """The benchmark of a name.
+
+    Args:
+        name: one of `BENCHMARKS`; `name=FILE` for a local copy of it; `gym:TASK`, or `gym:TASK(size=200, seed=0,
+            min_terms=2)`; or a .json, .jsonl or .parquet file.
+        reward: a name or dotted path of `tbrm_trl.rewards`, in place of the benchmark's own.
+        answer_column: of a file; by default the one that can best be read as answers.
+
+    Raises:
+        ValueError: in one line, if there is no such benchmark, or it is out of reach or not what its name says.
+    """
+    known, equals, file = name.partition("=")
+    if name.startswith("gym:"):
+        benchmark = _gym(name)
+    elif name in BENCHMARKS:
+        benchmark = _published(name, _from_hub(name))
+    elif equals and known in BENCHMARKS:
+        benchmark = _published(known, _from_file(file))
+    elif Path(name).suffix in _KINDS:
+        benchmark = of_rows(Path(name).stem, _from_file(name), reward, answer_column)
+    else:
+        raise ValueError(_unknown(name))
+    return benchmark if reward is None else Benchmark(**{**vars(benchmark), "reward": reward})
+
+
+def of_rows(name: str, rows: Any, reward: str | None = None, answer_column: str | None = None) -> Benchmark:
+    """The benchmark of rows with a question and an answer; with a reward of one's own, of all their columns."""
+    columns = list(rows.column_names) if isinstance(rows, Dataset) else list(rows[0])
+    question = next((one for one in PROMPT_COLUMNS if one in columns), None)
+    if question is None:
+        raise ValueError(f"{name}: none of the columns {', '.join(columns)} is called {', '.join(PROMPT_COLUMNS)}.")
+    kept = {one: [row[one] for row in rows] for one in columns if one != question}
+    prompts = [row[question] for row in rows]
+    if gym.COLUMN in columns and reward is None:
+        return Benchmark(name, prompts, kept, "reasoning_gym")
+    column = answer_column or find_column(rows)
+    if column is None and reward in (None, "math"):
+        raise ValueError(
+            f"{name}: no column holds answers that can be read. Columns: {', '.join(columns)}. Name one by "
+            "--answer_column, or give a reward of your own by --reward_funcs."
+        )
+    if column is not None and reward in (None, "math"):
+        kept["solution"] = _golds(name, rows, column)
+    return Benchmark(name, prompts, kept, reward or "math")
+
+
+def _golds(name: str, rows: Any, column: str) -> list[Any]:
+    if column.partition(".")[0] not in (rows.column_names if isinstance(rows, Dataset) else rows[0]):
+        raise ValueError(f"{name}: there is no column {column!r}.")
+    try:
+        return read_golds(rows, column).texts
+    except ValueError as error:
+        raise ValueError(f"{name}: {error}") from None
+
+
+def _published(name: str, rows: Dataset) -> Benchmark:
+    known = BENCHMARKS[name]
+    absent = [column for column in (known.question, known.answer) if column not in rows.column_names]
+    if absent:
+        raise ValueError(
+            f"{name}: the column {' and '.join(absent)} is missing; there are {', '.join(rows.column_names)}."
+        )
+    if len(rows) != known.problems:
+        raise ValueError(
+            f"{name} is {known.problems} problems, and these are {len(rows)}: another benchmark. Evaluate on the file "
+            "under its own name."
+        )
+    solution = _golds(name, rows, known.answer)
+    return Benchmark(name, list(rows[known.question]), {"solution": solution}, "math", known.samples)
+
+
+def _from_hub(name: str) -> Dataset:
+    known = BENCHMARKS[name]
+    try:
+        return load_dataset(known.dataset, known.config, split=known.split)
+    except Exception as error:  # of the Hub's client, of datasets, of the network: any of many classes
+        raise ValueError(
+            f"{name}: {known.dataset} cannot be loaded from the Hub ({_first_line(error)}). With a local copy: "
+            f"{name}=FILE.parquet"
+        ) from None
+
+
+_KINDS = {".json": "json", ".jsonl": "json", ".parquet": "parquet"}
+
+
+def _from_file(path: str) -> Dataset:
+    kind = _KINDS.get(Path(path).suffix)
+    if kind is None or not Path(path).is_file():
+        raise ValueError(f"{path!r} is no .json, .jsonl or .parquet file.")
+    try:
+        return load_dataset(kind, data_files=path, split="train")
+    except Exception as error:
+        raise ValueError(f"{path} cannot be read ({_first_line(error.__cause__ or error)}).") from None
+
+
+def _gym(name: str) -> Benchmark:
+    task, settings = with_arguments(name.removeprefix("gym:"), "gym:chain_sum(size=100, min_terms=2)")
+    count, seed = settings.pop("size", GYM_PROBLEMS), settings.pop("seed", 0)
+    try:
+        _, rows = gym.train_and_test(task, train=0, test=count, seed=seed, **settings)
+    except ImportError:
+        raise ValueError(f'{name} needs reasoning-gym: pip install "tbrm-trl[gym]"') from None
+    except (ValueError, TypeError, AssertionError) as error:
+        raise ValueError(f"{name}: {_first_line(error)}") from None
+    return Benchmark(
+        name, [row["question"] for row in rows], {gym.COLUMN: [r[gym.COLUMN] for r in rows]}, "reasoning_gym"
+    )
+
+
+def _unknown(name: str) -> str:
+    close = difflib.get_close_matches(name.lower().replace("-", "").replace("_", ""), BENCHMARKS, 1)
+    meant = f" Did you mean {close[0]}?" if close else ""
+    return (
+        f"There is no benchmark {name!r}.{meant} Names: {', '.join(BENCHMARKS)}; gym:TASK; or a .json, .jsonl or "
+        ".parquet file."
+    )
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
+def messages(prompt: Any, system_prompt: str) -> Any:
+    """A question as messages, after a system prompt if there is one. Messages stay as they are."""
+    if not isinstance(prompt, str):
+        return prompt
+    system = [{"role": "system", "content": system_prompt}] if system_prompt else []
+    return [*system, {"role": "user", "content": prompt}]

@@ -1,0 +1,221 @@
+"""The file of an evaluation: one line of JSON that says what was evaluated, then one for each completion.
+
+Lines are appended as completions finish. An evaluation that was interrupted finds what is there, and draws the rest.
+"""
+
+import json
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from .statistics import Comparison, accuracy_from_scores, compare, majority, mean_and_error, pass_at_k
+
+FORMAT = "tbrm-evaluation-1"
+# What may differ between two runs of one evaluation: it does not change what is drawn but for rounding.
+INCIDENTAL = ("versions", "batch_size")
+
+
+@dataclass(frozen=True)
+class Row:
+    """One completion with its verdict.
+
+    Attributes:
+        problem: the problem's number in the benchmark.
+        sample: its number among the completions of that problem.
+        seed: what it was drawn with.
+        ids: its token ids, the end token included.
+        completion: its text.
+        truncated: whether the length limit cut it.
+        answer: the answer that was read in it; None if there is none that can be read.
+        score: the reward's verdict.
+        judged: whether there is a verdict. A judge that crashed or ran out of time gave none; the score is then 0.
+    """
+
+    problem: int
+    sample: int
+    seed: int
+    ids: list[int]
+    completion: str
+    truncated: bool
+    answer: str | None
+    score: float
+    judged: bool = True
+
+
+@dataclass
+class Result:
+    """What a file holds: its header, and its rows by problem and sample."""
+
+    path: Path
+    header: dict[str, Any]
+    rows: dict[tuple[int, int], Row] = field(default_factory=dict)
+
+    @property
+    def problems(self) -> int:
+        return self.header["problems"]
+
+    @property
+    def samples(self) -> int:
+        return self.header["samples"]
+
+    @property
+    def missing(self) -> list[tuple[int, int]]:
+        """The completions that are not there yet, by problem and sample."""
+        every = ((problem, sample) for problem in range(self.problems) for sample in range(self.samples))
+        return [place for place in every if place not in self.rows]
+
+    def require_complete(self) -> "Result":
+        if self.missing:
+            raise ValueError(
+                f"{self.path} holds {len(self.rows)} of {self.problems * self.samples} completions: its evaluation "
+                "was interrupted. The same command finishes it."
+            )
+        return self
+
+    def by_problem(self) -> list[list[Row]]:
+        """(P, n) rows."""
+        return [[self.rows[problem, sample] for sample in range(self.samples)] for problem in range(self.problems)]
+
+    @property
+    def scores(self) -> list[list[float]]:
+        """(P, n) scores."""
+        return [[row.score for row in rows] for rows in self.by_problem()]
+
+    def metrics(self) -> dict[str, float]:
+        """The numbers of a complete result, by the names that they are reported and logged under."""
+        self.require_complete()
+        by_problem, scores, n = self.by_problem(), self.scores, self.samples
+        rows = [row for rows in by_problem for row in rows]
+        mean, error = accuracy_from_scores(scores)
+        found = {f"avg@{n}": mean, f"avg@{n}_error": error}
+        if n > 1:
+            found |= {f"pass@{k}": pass_at_k(scores, k) for k in ks(n)}
+            found[f"maj@{n}"] = majority([[row.answer for row in rows] for rows in by_problem], scores)
+        found["truncated"] = sum(row.truncated for row in rows) / len(rows)
+        found["unparseable"] = sum(row.answer is None for row in rows) / len(rows)
+        found["unjudged"] = sum(not row.judged for row in rows) / len(rows)
+        found["mean_length"], found["mean_length_error"] = mean_and_error(
+            [sum(len(row.ids) for row in rows) / n for rows in by_problem]
+        )
+        return found
+
+    def __str__(self) -> str:
+        metrics, n, header = self.metrics(), self.samples, self.header
+        how = "greedy" if header["sampling"]["temperature"] == 0 else f"T={header['sampling']['temperature']:g}"
+        parts = [
+            f"{header['benchmark']}: avg@{n} {metrics[f'avg@{n}']:.4f} ± {metrics[f'avg@{n}_error']:.4f} "
+            f"({self.problems} problems, {how})"
+        ]
+        parts += [f"{name} {value:.4f}" for name, value in metrics.items() if name.startswith(("pass@", "maj@"))]
+        parts += [f"{name} {metrics[name]:.1%}" for name in ("truncated", "unparseable")]
+        if metrics["unjudged"]:
+            parts.append(f"unjudged {metrics['unjudged']:.1%}, counted as wrong")
+        return ", ".join([*parts, f"mean length {metrics['mean_length']:.1f}"])
+
+
+def ks(samples: int) -> list[int]:
+    """The k that pass@k is reported for: the powers of two up to n, and n."""
+    return sorted({2**power for power in range(1, samples.bit_length()) if 2**power <= samples} | {samples})
+
+
+def open_result(path: Path, header: Mapping[str, Any]) -> Result:
+    """The result under way at `path`, or a new one.
+
+    Raises:
+        ValueError: if the file holds an evaluation of something else, naming what differs.
+    """
+    if not path.exists():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps({"format": FORMAT, **header}, ensure_ascii=False) + "\n")
+        return Result(path, dict(header))
+    found = _read(path, mend=True)
+    differing = [
+        f"{name} (there {_short(found.header.get(name))}, here {_short(header.get(name))})"
+        for name in {**found.header, **header}
+        if name not in INCIDENTAL and found.header.get(name) != header.get(name)
+    ]
+    if differing:
+        raise ValueError(
+            f"{path} holds another evaluation. It differs in {'; '.join(differing)}. Give another --output_dir, or "
+            "move the file."
+        )
+    return found
+
+
+def append(result: Result, rows: Iterable[Row]) -> None:
+    """Add rows, in memory and in the file."""
+    rows = list(rows)
+    with result.path.open("a") as file:
+        file.writelines(json.dumps(vars(row), ensure_ascii=False) + "\n" for row in rows)
+    result.rows.update(((row.problem, row.sample), row) for row in rows)
+
+
+def read_result(path: str | Path) -> Result:
+    """A complete result.
+
+    Raises:
+        ValueError: if it is not one: no such file, not a result, or interrupted.
+    """
+    return _read(Path(path)).require_complete()
+
+
+def _read(path: Path, mend: bool = False) -> Result:
+    """What a file holds. A last line that an interrupt cut is left out, and cut off where the file is mended."""
+    try:
+        whole, newline, tail = path.read_bytes().rpartition(b"\n")
+        first, *lines = (whole + newline).decode().splitlines()
+        header = json.loads(first)
+        if header.pop("format") != FORMAT:
+            raise ValueError
+        rows = [Row(**json.loads(line)) for line in lines]
+    except OSError as error:
+        raise ValueError(f"There is no result at {path} ({error.strerror}).") from None
+    except (ValueError, KeyError, TypeError, AttributeError):
+        raise ValueError(f"{path} is not a result of `tbrm eval`, or it is damaged.") from None
+    if mend and tail:
+        with path.open("r+b") as file:
+            file.truncate(len(whole) + len(newline))
+    return Result(path, header, {(row.problem, row.sample): row for row in rows})
+
+
+def results_of(path: str | Path) -> dict[str, Result]:
+    """The complete results of a folder by the names of their files; the one of a file, under its benchmark's name."""
+    path = Path(path)
+    if not path.is_dir():
+        result = read_result(path)
+        return {result.header["benchmark"]: result}
+    files = sorted(path.glob("*.jsonl"))
+    if not files:
+        raise ValueError(f"{path} holds no result of `tbrm eval` (no .jsonl file).")
+    return {file.stem: read_result(file) for file in files}
+
+
+def compare_results(first: str | Path, second: str | Path) -> dict[str, Comparison]:
+    """Compare two results, or two folders of them, benchmark by benchmark.
+
+    Raises:
+        ValueError: if they share no benchmark, or a benchmark's problems are not the same.
+    """
+    before, after = results_of(first), results_of(second)
+    shared = [name for name in before if name in after]
+    if not shared:
+        raise ValueError(
+            f"{first} and {second} share no benchmark: {', '.join(before)} there, {', '.join(after)} here."
+        )
+    for name in shared:
+        for what in ("data", "reward"):
+            if before[name].header[what] != after[name].header[what]:
+                raise ValueError(f"{name}: the two results differ in their {what}, so they cannot be paired.")
+    return {name: compare(before[name].scores, after[name].scores) for name in shared}
+
+
+def differing_settings(first: Result, second: Result) -> list[str]:
+    """Names of what the two policies were asked and sampled with, where it differs besides the model."""
+    names = ("sampling", "system_prompt", "template", "samples")
+    return [name for name in names if first.header.get(name) != second.header.get(name)]
+
+
+def _short(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 60 else text[:57] + "..."

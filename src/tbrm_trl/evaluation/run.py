@@ -1,0 +1,236 @@
+"""One benchmark, one policy: completions drawn, judged, and kept in a result that can be resumed."""
+
+import asyncio
+import inspect
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+import xxhash
+from tqdm.auto import tqdm
+from transformers import PreTrainedTokenizerBase
+
+from ..rewards import NAMES, gym, reading, reward_function
+from ..rewards.notation import normal, squeezed
+from ..rewards.quantities import number
+from . import sampling
+from .benchmarks import BOXED, Benchmark, messages
+from .results import Result, Row, append, open_result
+from .sampling import Completion, Request, Sampling, prompt_ids_of, seed_of
+
+AT_ONCE = 64  # completions that are judged together, and written
+
+
+class Policy(Protocol):
+    """What an evaluation asks of a policy: completions of requests, as they finish."""
+
+    name: str
+    tokenizer: PreTrainedTokenizerBase
+    backend: str
+
+    def generate(self, requests: Sequence[Request], how: Sampling) -> Iterator[Completion]: ...
+
+    def weights(self) -> str | None: ...
+
+
+@dataclass
+class ModelPolicy:
+    """A model that is in memory, by transformers."""
+
+    name: str
+    model: Any
+    tokenizer: PreTrainedTokenizerBase
+    batch_size: int = 64
+    backend: str = "transformers"
+
+    def generate(self, requests: Sequence[Request], how: Sampling) -> Iterator[Completion]:
+        return sampling.generate(self.model, self.tokenizer, requests, how, self.batch_size)
+
+    def weights(self) -> str:
+        """A digest of the weights: of each parameter, the sum of its bits, which needs no copy and has no rounding."""
+        whole = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+        parts = [
+            f"{name} {tuple(one.shape)} {int(one.detach().view(whole[one.element_size()]).sum(dtype=torch.int64))}"
+            for name, one in self.model.named_parameters()
+        ]
+        return xxhash.xxh3_64_hexdigest("\n".join(parts).encode())
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How a benchmark is asked.
+
+    Attributes:
+        samples: completions of each problem, n of avg@n.
+        sampling: how they are drawn.
+        seed: of the evaluation; each completion's own follows from it, its problem and its number.
+        system_prompt: put before questions that are text.
+        prompt_template: text with `{question}` in it, for models without a chat template; None asks in messages.
+    """
+
+    samples: int
+    sampling: Sampling
+    seed: int = 0
+    system_prompt: str = BOXED
+    prompt_template: str | None = None
+
+    def __post_init__(self) -> None:
+        if self.samples < 1:
+            raise ValueError(f"samples={self.samples} must be at least 1.")
+        if self.sampling.temperature == 0 and self.samples != 1:
+            raise ValueError(
+                f"{self.samples} greedy samples of a prompt are all the same: set temperature, or samples=1."
+            )
+        if self.prompt_template is not None and "{question}" not in self.prompt_template:
+            raise ValueError(f"prompt_template={self.prompt_template!r} has no {{question}} in it.")
+
+    def prompts(self, benchmark: Benchmark, policy: Policy) -> list[Any]:
+        """The prompts of a benchmark as they are asked."""
+        if self.prompt_template is not None:
+            return [self.prompt_template.replace("{question}", _text(prompt)) for prompt in benchmark.prompts]
+        if policy.tokenizer.chat_template is None:
+            raise ValueError(
+                f"{policy.name} has no chat template. Ask in plain text, such as "
+                "--prompt_template 'Question: {question}\\nAnswer:'."
+            )
+        return [messages(prompt, self.system_prompt) for prompt in benchmark.prompts]
+
+
+def evaluate(
+    policy: Policy, benchmark: Benchmark, settings: Settings, path: Path, judge: "Judge | None" = None
+) -> Result:
+    """Evaluate a policy on a benchmark, or finish an evaluation that was interrupted.
+
+    Args:
+        policy: what is evaluated.
+        benchmark: on what.
+        settings: how it is asked.
+        path: where the result is, or will be.
+        judge: what judges completions; by default the benchmark's own reward.
+
+    Raises:
+        ValueError: if the policy has no chat template and no template is given, or the file holds something else.
+    """
+    result = open_result(path, header(policy, benchmark, settings))
+    places = result.missing
+    total = len(places) + len(result.rows)
+    with tqdm(total=total, initial=len(result.rows), desc=benchmark.name, unit="completion") as bar:
+        for rows in drawn(policy, benchmark, settings, places, judge or Judge(benchmark)):
+            append(result, rows)
+            bar.update(len(rows))
+    return result
+
+
+def drawn(
+    policy: Policy,
+    benchmark: Benchmark,
+    settings: Settings,
+    places: Sequence[tuple[int, int]],
+    judge: "Judge",
+) -> Iterator[list[Row]]:
+    """The completions of these places (problem, sample), drawn and judged, `AT_ONCE` together as they finish."""
+    prompts = settings.prompts(benchmark, policy)
+    asked = {problem: prompt_ids_of(policy.tokenizer, prompts[problem]) for problem in {p for p, _ in places}}
+    requests = [Request(asked[p], seed_of(settings.seed, benchmark.name, p, s)) for p, s in places]
+    finished: list[Completion] = []
+    for one in policy.generate(requests, settings.sampling):
+        finished.append(one)
+        if len(finished) == AT_ONCE:
+            yield judge.rows(finished, places, requests, prompts, policy.tokenizer)
+            finished = []
+    if finished:
+        yield judge.rows(finished, places, requests, prompts, policy.tokenizer)
+
+
+class Judge:
+    """The reward of a benchmark, and the answers that it reads."""
+
+    def __init__(self, benchmark: Benchmark) -> None:
+        self.benchmark = benchmark
+        self.reward = reward_function(benchmark.reward)
+
+    def rows(
+        self,
+        finished: Sequence[Completion],
+        places: Sequence[tuple[int, int]],
+        requests: Sequence[Request],
+        prompts: Sequence[Any],
+        tokenizer: PreTrainedTokenizerBase,
+    ) -> list[Row]:
+        """A row for each completion, with its verdict."""
+        texts = [tokenizer.decode(one.ids, skip_special_tokens=True) for one in finished]
+        problems = [places[one.request][0] for one in finished]
+        verdicts: Any = self.reward(
+            prompts=[prompts[problem] for problem in problems],
+            completions=[[{"role": "assistant", "content": text}] for text in texts],
+            completion_ids=[one.ids for one in finished],
+            **{name: [values[p] for p in problems] for name, values in self.benchmark.columns.items()},
+        )
+        if inspect.isawaitable(verdicts):
+            verdicts = asyncio.run(_awaited(verdicts))
+        return [
+            Row(
+                problem=places[one.request][0],
+                sample=places[one.request][1],
+                seed=requests[one.request].seed,
+                ids=one.ids,
+                completion=text,
+                truncated=one.truncated,
+                answer=self.answer(text, places[one.request][0]),
+                score=0.0 if verdict is None else float(verdict),
+                judged=verdict is not None,
+            )
+            for one, text, verdict in zip(finished, texts, verdicts, strict=True)
+        ]
+
+    def answer(self, text: str, problem: int) -> str | None:
+        """The answer that a completion gives, in one spelling; None if none can be read."""
+        if self.benchmark.reward == "reasoning_gym":
+            _, entry = gym.decode(self.benchmark.columns[gym.COLUMN][problem])
+            return next(iter(gym.readings(text, entry.get("answer"))), None)
+        if self.benchmark.reward in NAMES:
+            return spelled(reading.final_answer(text))
+        return text.strip() or None
+
+
+async def _awaited(verdicts: Any) -> Any:
+    return await verdicts
+
+
+def spelled(answer: str | None) -> str | None:
+    """An answer as votes are counted: a number by its value, everything else by its spelling without spaces."""
+    if answer is None:
+        return None
+    text = normal(answer[:2000])
+    value = number(text)
+    return squeezed(text) if value is None else str(value.value)
+
+
+def header(policy: Policy, benchmark: Benchmark, settings: Settings) -> dict[str, Any]:
+    """What is evaluated, and how: two runs of the same header are one evaluation."""
+    first = settings.prompts(benchmark, policy)[0]
+    template = first
+    if not isinstance(first, str):
+        template = policy.tokenizer.apply_chat_template(first, tokenize=False, add_generation_prompt=True)
+    return {
+        "benchmark": benchmark.name,
+        "model": policy.name,
+        "weights": policy.weights(),
+        "problems": len(benchmark),
+        "samples": settings.samples,
+        "sampling": asdict(settings.sampling),
+        "seed": settings.seed,
+        "system_prompt": settings.system_prompt,
+        "template": template,
+        "data": benchmark.digest,
+        "reward": benchmark.reward,
+        "backend": policy.backend,
+        "versions": {name: version(name) for name in ("tbrm-trl", "transformers", "torch")},
+    }
+
+
+def _text(prompt: Any) -> str:
+    return prompt if isinstance(prompt, str) else "\n".join(message["content"] for message in prompt)

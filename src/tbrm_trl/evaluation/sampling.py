@@ -1,0 +1,240 @@
+"""Completions of a model, each with a seed of its own: the one place where an evaluation generates.
+
+A completion is a function of the model, its prompt and its seed. Which rows share a batch, and whether the evaluation
+was interrupted, changes nothing but rounding.
+"""
+
+from collections import deque
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any, NamedTuple
+
+import torch
+import xxhash
+from accelerate.utils import is_peft_model
+from torch import Tensor
+from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList, PreTrainedTokenizerBase
+
+from ..context import temporarily
+from ..model.decoding import Slots, can_select_rows, empty_cache
+
+REFILL = 1 / 8  # share of the places that must be free before prompts are read into them
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How completions are drawn. Nothing that a model ships with (penalties, filters) is added to it.
+
+    Attributes:
+        temperature: of the softmax; 0 is greedy.
+        top_p: the share of the probability that the likeliest tokens must hold to be drawn from.
+        top_k: the number of likeliest tokens to draw from; 0 for all.
+        max_new_tokens: length limit of a completion. A completion that reaches it counts as truncated.
+    """
+
+    temperature: float = 1.0
+    top_p: float = 1.0
+    top_k: int = 0
+    max_new_tokens: int = 2048
+
+    def __post_init__(self) -> None:
+        problems = []
+        if self.temperature < 0:
+            problems.append(f"temperature={self.temperature} must be 0 (greedy) or positive.")
+        if not 0 < self.top_p <= 1:
+            problems.append(f"top_p={self.top_p} must be in (0, 1].")
+        if self.top_k < 0:
+            problems.append(f"top_k={self.top_k} must be 0 (all tokens) or positive.")
+        if self.max_new_tokens < 1:
+            problems.append(f"max_new_tokens={self.max_new_tokens} must be at least 1.")
+        if problems:
+            raise ValueError("\n".join(problems))
+
+
+class Request(NamedTuple):
+    """A prompt, as token ids, and the seed of its completion."""
+
+    prompt_ids: list[int]
+    seed: int
+
+
+class Completion(NamedTuple):
+    """The completion of a request: its number, its token ids with the end token, and whether the limit cut it."""
+
+    request: int
+    ids: list[int]
+    truncated: bool
+
+
+def seed_of(*parts: Any) -> int:
+    """A seed for what these parts name, in 63 bits."""
+    return xxhash.xxh3_64_intdigest("/".join(map(str, parts)).encode()) >> 1
+
+
+def prompt_ids_of(tokenizer: PreTrainedTokenizerBase, prompt: Any) -> list[int]:
+    """The ids of a prompt: text as it is, messages by the chat template."""
+    if isinstance(prompt, str):
+        return tokenizer(prompt)["input_ids"]
+    text = tokenizer.apply_chat_template(prompt, tokenize=False, add_generation_prompt=True)
+    return tokenizer(text, add_special_tokens=False)["input_ids"]  # a chat template writes its own
+
+
+def end_ids_of(model: Any, tokenizer: PreTrainedTokenizerBase) -> set[int]:
+    """The tokens at which a completion ends: the tokenizer's, and those that the model ships with."""
+    shipped = model.generation_config.eos_token_id
+    return {*(shipped if isinstance(shipped, list) else [shipped]), tokenizer.eos_token_id} - {None}
+
+
+@torch.no_grad()
+def generate(
+    model: Any,
+    tokenizer: PreTrainedTokenizerBase,
+    requests: Sequence[Request],
+    sampling: Sampling,
+    batch_size: int,
+) -> Iterator[Completion]:
+    """The completions of all requests, as they finish. Between two of them the model is in the mode it came in."""
+    ends = end_ids_of(model, tokenizer)
+    order = sorted(range(len(requests)), key=lambda index: -len(requests[index].prompt_ids))  # memory shows at once
+    inside = model.get_base_model() if is_peft_model(model) else model
+    if can_select_rows(empty_cache(inside)):
+        rows = [_Row(index, requests[index], sampling) for index in order]
+        yield from _in_places(inside, rows, sampling, batch_size, ends)
+    else:
+        yield from _in_batches(model, inside, tokenizer, requests, order, sampling, batch_size, ends)
+
+
+class _Row:
+    """A request that is under way, and the random numbers that its tokens are drawn by."""
+
+    def __init__(self, request: int, asked: Request, sampling: Sampling) -> None:
+        self.request = request
+        self.prompt_ids = asked.prompt_ids
+        self.completion_ids: list[int] = []
+        self._seed, self._length = asked.seed, sampling.max_new_tokens
+
+    @cached_property
+    def numbers(self) -> Tensor:
+        return _numbers(self._seed, self._length)
+
+
+class _SeededSlots(Slots):
+    """Places whose rows draw their tokens by numbers of their own."""
+
+    rows: list[Any]
+
+    def __init__(self, model: Any, sampling: Sampling, size: int, ends: set[int]) -> None:
+        config = GenerationConfig(do_sample=False, max_new_tokens=sampling.max_new_tokens)
+        config._eos_token_tensor = torch.tensor(sorted(ends))
+        super().__init__(model, config, size)
+        self.sampling = sampling
+
+    def tokens(self) -> list[int]:
+        if not self.sampling.temperature:
+            return self.logits.argmax(dim=-1).tolist()
+        numbers = torch.stack([row.numbers[len(row.completion_ids)] for row in self.rows])  # (n,)
+        return draw(self.logits, numbers.to(self.logits.device), self.sampling).tolist()
+
+    def _processors_of(self, row: Any) -> LogitsProcessorList:
+        return LogitsProcessorList()
+
+
+def _in_places(
+    model: Any, rows: list[_Row], sampling: Sampling, batch_size: int, ends: set[int]
+) -> Iterator[Completion]:
+    """A row that ends leaves its place to another one, so that the batch stays full."""
+    slots = _SeededSlots(model, sampling, batch_size, ends)
+    waiting, started = deque(rows), list[_Row]()
+
+    def more(free: int) -> list[_Row]:
+        if slots.rows and free < REFILL * batch_size:  # a prompt costs a forward pass of its own
+            return []
+        some = [waiting.popleft() for _ in range(min(free, len(waiting)))]
+        started.extend(some)
+        return some
+
+    while waiting or slots.rows:
+        was_training = model.training
+        model.eval()
+        try:
+            slots.run(more, lambda: len(slots.rows) < len(started))
+        finally:
+            model.train(was_training)
+        under_way = set(map(id, slots.rows))
+        ended = [row for row in started if id(row) not in under_way]
+        started[:] = slots.rows
+        for row in ended:
+            yield Completion(row.request, row.completion_ids, row.completion_ids[-1] not in ends)
+
+
+def _in_batches(
+    model: Any,
+    inside: Any,
+    tokenizer: PreTrainedTokenizerBase,
+    requests: Sequence[Request],
+    order: Sequence[int],
+    sampling: Sampling,
+    batch_size: int,
+    ends: set[int],
+) -> Iterator[Completion]:
+    """For a cache whose rows cannot be told apart: each batch waits for its longest row."""
+    # The settings that a model ships with would fill in what is not set here, so they are replaced, where they are: an
+    # adapter's `generate` is that of the model inside.
+    config = GenerationConfig(
+        do_sample=False,
+        max_new_tokens=sampling.max_new_tokens,
+        eos_token_id=sorted(ends),
+        pad_token_id=tokenizer.pad_token_id,
+    )
+    for start in range(0, len(order), batch_size):
+        chunk = order[start : start + batch_size]
+        inputs = tokenizer.pad(
+            {"input_ids": [requests[index].prompt_ids for index in chunk]}, padding_side="left", return_tensors="pt"
+        ).to(model.device)
+        draws = LogitsProcessorList([_Draw([requests[index].seed for index in chunk], sampling)])
+        was_training = model.training
+        model.eval()
+        try:
+            with temporarily(inside, generation_config=config):
+                output = model.generate(**inputs, logits_processor=draws)[:, inputs["input_ids"].shape[1] :]
+        finally:
+            model.train(was_training)
+        for index, row in zip(chunk, output.tolist(), strict=True):
+            length = next((at + 1 for at, token in enumerate(row) if token in ends), None)
+            yield Completion(index, row[:length], length is None)
+
+
+class _Draw(LogitsProcessor):
+    """Draws the next token of each row by the row's own random numbers, and leaves it as the only one possible."""
+
+    def __init__(self, seeds: Sequence[int], sampling: Sampling) -> None:
+        self.sampling = sampling
+        self.step = 0
+        if sampling.temperature:
+            self.numbers = torch.stack([_numbers(seed, sampling.max_new_tokens) for seed in seeds])  # (B, T)
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        if not self.sampling.temperature:
+            return scores
+        chosen = draw(scores, self.numbers[:, self.step].to(scores.device), self.sampling)  # (B,)
+        self.step += 1
+        return torch.full_like(scores, -torch.inf).scatter_(1, chosen[:, None], 0.0)
+
+
+def _numbers(seed: int, count: int) -> Tensor:
+    return torch.rand(count, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+def draw(logits: Tensor, numbers: Tensor, sampling: Sampling) -> Tensor:
+    """A token of each row: where a number in [0, 1) falls on the cumulative distribution. `(B, V)`, `(B,)` → `(B,)`."""
+    logits = logits.float() / sampling.temperature
+    if sampling.top_k and sampling.top_k < logits.shape[-1]:
+        limit = logits.topk(sampling.top_k).values[:, -1:]
+        logits = logits.masked_fill(logits < limit, -torch.inf)
+    if sampling.top_p < 1:
+        ordered, places = logits.sort(descending=True)
+        before = ordered.softmax(-1).cumsum(-1) - ordered.softmax(-1)  # of the likelier ones
+        logits = logits.masked_fill(torch.zeros_like(logits).scatter(1, places, before).ge(sampling.top_p), -torch.inf)
+    cumulative = logits.double().softmax(-1).cumsum(-1)
+    return torch.searchsorted(cumulative, (numbers * cumulative[:, -1])[:, None], right=True)[:, 0]

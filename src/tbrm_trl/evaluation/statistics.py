@@ -1,0 +1,134 @@
+"""Statistics of an evaluation. Everything is a mean over problems, each problem the mean of its own samples."""
+
+import math
+from collections import defaultdict
+from collections.abc import Hashable, Sequence
+from dataclasses import dataclass
+from fractions import Fraction
+
+import numpy as np
+
+GRID = 1000  # scores that are not whole are compared in steps of a thousandth
+
+
+def accuracy_from_scores(scores: Sequence[Sequence[float]]) -> tuple[float, float]:
+    """Mean over problems of each problem's mean score (avg@n), and the standard error of that mean over problems.
+
+    Raises:
+        ValueError: if there is no problem, or one without a sample.
+    """
+    if not scores or not all(scores):
+        raise ValueError("Every problem needs at least one score, and there must be at least one problem.")
+    return mean_and_error([sum(row) / len(row) for row in scores])
+
+
+def mean_and_error(values: Sequence[float]) -> tuple[float, float]:
+    """The mean, and its standard error: the standard deviation over the square root of the number. NaN for one."""
+    n = len(values)
+    mean = sum(values) / n
+    if n == 1:
+        return mean, math.nan
+    variance = sum((value - mean) ** 2 for value in values) / (n - 1)
+    return mean, math.sqrt(variance / n)
+
+
+def pass_at_k(scores: Sequence[Sequence[float]], k: int) -> float:
+    """The chance that at least one of k samples, drawn without replacement from a problem's own, is right.
+
+    `1 − C(n−c, k) / C(n, k)` for c right ones of n, averaged over problems. It is unbiased. A score of 1 is right.
+
+    Raises:
+        ValueError: if a problem has fewer than k samples.
+    """
+    fewest = min(map(len, scores))
+    if not 1 <= k <= fewest:
+        raise ValueError(f"pass@{k} needs 1 ≤ k ≤ n, but a problem has n = {fewest} samples. Draw more, or lower k.")
+    return sum(_chance(len(row), sum(score >= 1 for score in row), k) for row in scores) / len(scores)
+
+
+def _chance(n: int, right: int, k: int) -> float:
+    return 1 - math.comb(n - right, k) / math.comb(n, k)
+
+
+def majority(answers: Sequence[Sequence[Hashable]], scores: Sequence[Sequence[float]]) -> float:
+    """The mean score of each problem's most frequent answer, averaged over problems (maj@n).
+
+    An answer of None is no vote. Answers that tie share: the score is their mean, as if a fair coin chose. A problem
+    without a vote scores 0.
+    """
+    return sum(map(_score_of_majority, answers, scores)) / len(scores)
+
+
+def _score_of_majority(answers: Sequence[Hashable], scores: Sequence[float]) -> float:
+    votes: dict[Hashable, list[float]] = defaultdict(list)
+    for answer, score in zip(answers, scores, strict=True):
+        if answer is not None:
+            votes[answer].append(score)
+    most = max(map(len, votes.values()), default=0)
+    means = [sum(votes_of) / most for votes_of in votes.values() if len(votes_of) == most]
+    return sum(means) / len(means) if means else 0.0
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Two policies on the same problems.
+
+    Attributes:
+        difference: mean over problems of the second's mean score less the first's.
+        standard_error: of that mean, over problems.
+        p_value: two-sided, of the exact sign-flip test: how often the difference would be at least as large if each
+            problem's two results were exchanged by a fair coin.
+        better, worse: the number of problems on which the second is better, or worse.
+        problems: the number of problems.
+    """
+
+    difference: float
+    standard_error: float
+    p_value: float
+    better: int
+    worse: int
+    problems: int
+
+    def __str__(self) -> str:
+        return (
+            f"{self.difference:+.4f} ± {self.standard_error:.4f}, p = {self.p_value:.3g} (paired over "
+            f"{self.problems} problems: {self.better} better, {self.worse} worse)"
+        )
+
+
+def compare(first: Sequence[Sequence[float]], second: Sequence[Sequence[float]]) -> Comparison:
+    """Compare the scores of two policies. Row i of both is problem i; the numbers of samples may differ.
+
+    Raises:
+        ValueError: if the numbers of problems differ, or a problem has no sample.
+    """
+    if len(first) != len(second) or not all(first) or not all(second):
+        raise ValueError(f"Problems must be the same, with samples: {len(first)} here, {len(second)} there.")
+    exact = [_mean(after) - _mean(before) for before, after in zip(first, second, strict=True)]
+    difference, error = mean_and_error([float(one) for one in exact])
+    better, worse = sum(one > 0 for one in exact), sum(one < 0 for one in exact)
+    return Comparison(difference, error, sign_flip_p_value(exact), better, worse, len(exact))
+
+
+def _mean(scores: Sequence[float]) -> Fraction:
+    """Exact for whole scores. Others are taken to a thousandth, so that the test has a grid to count on."""
+    return Fraction(sum(round(score * GRID) for score in scores), GRID * len(scores))
+
+
+def sign_flip_p_value(differences: Sequence[Fraction]) -> float:
+    """How likely the absolute sum is at least as large when every difference has a random sign. Exact.
+
+    The distribution of the sum is built one difference at a time on the grid of the common denominator.
+    """
+    unit = math.lcm(*(one.denominator for one in differences))
+    steps = [abs(int(one * unit)) for one in differences if one]
+    step = math.gcd(*steps) or 1
+    steps = [one // step for one in steps]
+    reach = sum(steps)
+    chance = np.zeros(2 * reach + 1)  # of the sums −reach … reach
+    chance[reach] = 1.0
+    for one in steps:
+        chance = (np.roll(chance, one) + np.roll(chance, -one)) / 2  # the ends that wrap around hold zeros
+    seen = abs(int(sum(differences) * unit)) // step
+    sums = np.abs(np.arange(-reach, reach + 1))
+    return float(min(1.0, chance[sums >= seen].sum()))

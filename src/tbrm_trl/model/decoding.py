@@ -1,0 +1,263 @@
+"""Drawing tokens with the model's own forward, for rows that are not finished alone.
+
+`sample` stands in for the loop of transformers' `generate`: it draws the same tokens, and a row that has ended leaves
+the forward pass. `Slots` is a batch in which the place of such a row is taken by another one.
+"""
+
+from __future__ import annotations
+
+import copy
+import inspect
+from collections.abc import Callable, Sequence
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+from torch.nn.functional import pad
+from transformers import Cache, GenerationConfig, LogitsProcessorList, PreTrainedModel
+from transformers.cache_utils import DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
+from transformers.generation import GenerationMode, StoppingCriteriaList
+
+# Layers whose state is one key and one value per row and token. Others share state between rows, or hide it.
+_PLAIN_LAYERS = (DynamicLayer, DynamicSlidingWindowLayer)
+_BY_ROW = ("attention_mask", "position_ids", "token_type_ids")  # arguments of a forward with one row per row, (B, W)
+
+
+def can_select_rows(cache: Any) -> bool:
+    """Whether rows can be taken out of a cache, by what its layers are."""
+    return isinstance(cache, Cache) and all(type(layer) in _PLAIN_LAYERS for layer in cache.layers)
+
+
+def empty_cache(model: PreTrainedModel) -> DynamicCache:
+    """A cache of no row, with the layers that the model wants."""
+    return DynamicCache(config=model.config.get_text_config(decoder=True))
+
+
+def draws_one_token(model: PreTrainedModel, config: GenerationConfig) -> bool:
+    """Whether `generate` would follow one candidate for each row, which `sample` does."""
+    mode = model._prepare_generation_config(config)[0].get_generation_mode()
+    return mode in (GenerationMode.SAMPLE, GenerationMode.GREEDY_SEARCH)
+
+
+def draw(scores: Tensor, config: GenerationConfig) -> Tensor:
+    """A token for each row: `(B, V)` → `(B,)`, as `generate` draws it."""
+    if not config.do_sample:
+        return scores.argmax(dim=-1)
+    return torch.multinomial(scores.softmax(dim=-1), num_samples=1).squeeze(1)
+
+
+# ---- one batch, as `generate` decodes it -----------------------------------------------------------------------------
+
+
+def sample(
+    model: PreTrainedModel,
+    input_ids: Tensor,
+    logits_processor: LogitsProcessorList,
+    stopping_criteria: StoppingCriteriaList,
+    generation_config: GenerationConfig,
+    synced_gpus: bool = False,
+    **model_kwargs: Any,
+) -> Tensor:
+    """The `custom_generate` of a batch whose finished rows are not computed any more: `(B, P)` → `(B, P + C)`.
+
+    Processors, criteria and random draws are given all rows, as in `generate`, so that they find what they would find
+    there. A batch is left to `generate` if its cache gives no rows out, or if more is asked for than tokens.
+
+    Args:
+        model: the policy, unwrapped.
+        input_ids: `(B, P)` prompts, padded on the left.
+        logits_processor, stopping_criteria, generation_config, model_kwargs: as `generate` has prepared them.
+        synced_gpus: whether every process must run as many forwards as the others.
+    """
+    cache: Any = model_kwargs.get("past_key_values")
+    given = {name: value for name, value in model_kwargs.items() if torch.is_tensor(value)}
+    plain = all(name in _BY_ROW and value.dim() == 2 for name, value in given.items())
+    if not (plain and can_select_rows(cache)) or generation_config.return_dict_in_generate:
+        return type(model)._sample(
+            model, input_ids, logits_processor, stopping_criteria, generation_config, synced_gpus, **model_kwargs
+        )
+    device, filler = input_ids.device, generation_config._pad_token_tensor
+    is_live = torch.ones(len(input_ids), dtype=torch.bool, device=device)  # (B,)
+    live = is_live.nonzero().squeeze(1)  # (n,) rows of the cache
+    outputs = model._prefill(input_ids, generation_config, model_kwargs)
+    while True:
+        model_kwargs = model._update_model_kwargs_for_generation(outputs, model_kwargs)
+        if is_live.any():
+            logits = outputs.logits[:, -1].float()  # (n, V)
+            scores = logits.new_zeros(len(input_ids), logits.shape[1]).index_copy(0, live, logits)  # (B, V)
+            tokens = draw(logits_processor(input_ids, scores), generation_config)  # (B,)
+            tokens = tokens if filler is None else torch.where(is_live, tokens, filler)
+            input_ids = torch.cat([input_ids, tokens.unsqueeze(1)], dim=1)
+            is_live = is_live & ~stopping_criteria(input_ids, None)
+            kept = is_live[live]  # (n,)
+            if kept.any() and not kept.all():
+                places = kept.nonzero().squeeze(1)
+                live = live[places]
+                cache.batch_select_indices(places)
+                model_kwargs |= {name: model_kwargs[name][places] for name in given}
+        if not model._has_unfinished_sequences(not is_live.any(), synced_gpus, device):
+            return input_ids
+        inputs = model.prepare_inputs_for_generation(input_ids[live], next_sequence_length=1, **model_kwargs)
+        outputs = model(**inputs, return_dict=True)
+
+
+# ---- a batch whose places are filled again ---------------------------------------------------------------------------
+
+
+class Row(Protocol):
+    """What is decoded: a prompt, and the tokens that were drawn so far."""
+
+    prompt_ids: list[int]
+    completion_ids: list[int]
+
+
+class Slots:
+    """Places of a batch. A row that has ended frees its place for another one, which is read in one forward pass.
+
+    Each row has logits processors of its own. They are given its prompt and completion without padding, so that what
+    counts from the prompt counts from the true one, in whatever part of a run the row is drawn.
+
+    Args:
+        model: the policy, unwrapped.
+        config: as `generate` has prepared it.
+        size: number of places.
+        any_of: tells which of some flags are true on any process. A sharded model needs as many forward passes on each.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        config: GenerationConfig,
+        size: int,
+        any_of: Callable[[list[bool]], list[bool]] = lambda flags: flags,
+    ):
+        self.model, self.config, self.size, self.any_of = model, config, size, any_of
+        self.ends = set(config._eos_token_tensor.tolist()) if config._eos_token_tensor is not None else set()
+        self.rows: list[Row] = []  # under way, in the order of the cache
+        self.places: list[int] = []  # of each of them
+        self.processors: list[LogitsProcessorList] = []  # of each of them
+        self.cache = empty_cache(model)
+        self.mask = torch.zeros(0, 0, dtype=torch.long, device=model.device)  # (n, W)
+        self.logits = torch.zeros(0, 0, device=model.device)  # (n, V)
+
+    def has_ended(self, row: Row) -> bool:
+        drawn = row.completion_ids
+        return bool(drawn) and (drawn[-1] in self.ends or len(drawn) == self.config.max_new_tokens)
+
+    def run(self, more: Callable[[int], Sequence[Row]], is_done: Callable[[], bool]) -> None:
+        """Draw tokens until it is done on every process; `more(n)` gives n further rows at most."""
+        while True:
+            undone, reads = self.any_of([not is_done(), bool(self.rows)])
+            if not undone:
+                return
+            if reads:
+                self._advance()
+            rows = more(self.size - len(self.rows))
+            if self.any_of([bool(rows)])[0]:
+                self._start(rows)
+            self._draw()
+
+    def _start(self, rows: Sequence[Row]) -> None:
+        """Read rows into free places: their prompts, and what is drawn of them already."""
+        if not rows:
+            return self._idle()
+        known = [[*row.prompt_ids, *row.completion_ids] for row in rows]
+        missing = [max(map(len, known)) - len(one) for one in known]
+        device = self.mask.device
+        ids = torch.tensor([[0] * n + one for n, one in zip(missing, known, strict=True)], device=device)  # (k, L)
+        mask = torch.tensor([[0] * n + [1] * len(one) for n, one in zip(missing, known, strict=True)], device=device)
+        cache = empty_cache(self.model)
+        logits = self._forward(ids, mask, cache)
+        free = [place for place in range(self.size) if place not in self.places]
+        self.cache = _joined(self.cache, cache) if self.rows else cache
+        self.mask = torch.cat(_equally_wide(self.mask, mask)) if self.rows else mask
+        self.logits = torch.cat([self.logits, logits]) if self.rows else logits
+        self.rows += rows
+        self.places += free[: len(rows)]
+        self.processors += [self._processors_of(row) for row in rows]
+
+    def _draw(self) -> None:
+        """Give every row its next token, and take out those that end with it."""
+        if not self.rows:
+            return
+        for row, token in zip(self.rows, self.tokens(), strict=True):
+            row.completion_ids.append(token)
+        kept = [number for number, row in enumerate(self.rows) if not self.has_ended(row)]
+        if len(kept) < len(self.rows):
+            self.rows, self.places = [self.rows[n] for n in kept], [self.places[n] for n in kept]
+            self.processors = [self.processors[n] for n in kept]
+            self.cache.batch_select_indices(torch.tensor(kept, dtype=torch.long, device=self.mask.device))
+            self.mask = self.mask[kept]
+            self._trim()
+
+    def tokens(self) -> list[int]:
+        """The next token of every row that is under way."""
+        places = torch.tensor(self.places, device=self.mask.device)
+        logits = torch.stack(
+            [self._processed(*one) for one in zip(self.rows, self.processors, self.logits, strict=True)]
+        )
+        scores = logits.new_zeros(self.size, logits.shape[1]).index_copy(0, places, logits)  # (S, V)
+        return draw(scores, self.config)[places].tolist()  # (n,)
+
+    def _trim(self) -> None:
+        """Cut off the columns that no row under way has read: the longest rows have left."""
+        used = self.mask.any(dim=0).nonzero()  # (W', 1)
+        first = int(used[0]) if len(used) else 0
+        if first and all(type(layer) is DynamicLayer for layer in self.cache.layers):
+            self.mask = self.mask[:, first:]
+            for layer in self.cache.layers:
+                layer.keys, layer.values = layer.keys[:, :, first:], layer.values[:, :, first:]
+
+    def _advance(self) -> None:
+        """Read the token that was drawn last for every row."""
+        if not self.rows:
+            return self._idle()
+        ids = torch.tensor([row.completion_ids[-1:] for row in self.rows], device=self.mask.device)  # (n, 1)
+        self.mask = torch.cat([self.mask, self.mask.new_ones(len(ids), 1)], dim=1)
+        self.logits = self._forward(ids, self.mask, self.cache)
+
+    def _idle(self) -> None:
+        """A forward pass of a process that has nothing to read, beside those that have."""
+        one = torch.ones(1, 1, dtype=torch.long, device=self.mask.device)
+        self._forward(one, one, empty_cache(self.model))
+
+    def _forward(self, ids: Tensor, mask: Tensor, cache: Cache) -> Tensor:
+        """`(k, V)` logits after the last of the ids `(k, L)`; the mask is that of all that was read, `(k, W)`."""
+        given: dict[str, Any] = {"past_key_values": cache, "attention_mask": mask, "use_cache": True}
+        if "position_ids" in inspect.signature(self.model.forward).parameters:
+            given["position_ids"] = (mask.cumsum(dim=1) - 1).clamp(min=0)[:, -ids.shape[1] :]
+        if self.model._supports_logits_to_keep():
+            given["logits_to_keep"] = 1
+        inputs = self.model.prepare_inputs_for_generation(ids, is_first_iteration=not cache.get_seq_length(), **given)
+        return self.model(**inputs, return_dict=True).logits[:, -1].float()
+
+    def _processors_of(self, row: Row) -> LogitsProcessorList:
+        config, prompt = copy.copy(self.config), len(row.prompt_ids)
+        config.max_length = prompt + config.max_new_tokens
+        if config.min_new_tokens is not None:
+            config.min_length = prompt + config.min_new_tokens
+        return self.model._get_logits_processor(config, prompt, device=self.mask.device, model_kwargs={})
+
+    def _processed(self, row: Row, processors: LogitsProcessorList, logits: Tensor) -> Tensor:
+        if not processors:
+            return logits
+        ids = torch.tensor([[*row.prompt_ids, *row.completion_ids]], device=logits.device)  # (1, L)
+        return processors(ids, logits.unsqueeze(0)).squeeze(0)
+
+
+def _equally_wide(*tensors: Tensor, dim: int = -1) -> list[Tensor]:
+    """Each with zeros before it in one dimension, counted from the last, up to the widest."""
+    width = max(tensor.shape[dim] for tensor in tensors)
+    return [pad(tensor, (0, 0) * (-1 - dim) + (width - tensor.shape[dim], 0)) for tensor in tensors]
+
+
+def _joined(first: Cache, second: Cache) -> Cache:
+    """The rows of two caches as those of one, which is the first. Both end at the same column."""
+    for layer, other in zip(first.layers, second.layers, strict=True):
+        if not other.is_initialized:  # it reads another layer's keys
+            continue
+        layer.keys = torch.cat(_equally_wide(layer.keys, other.keys, dim=-2))
+        layer.values = torch.cat(_equally_wide(layer.values, other.values, dim=-2))
+        if isinstance(layer, DynamicSlidingWindowLayer):
+            layer.cumulative_length = max(layer.cumulative_length, other.cumulative_length)
+    return first

@@ -1,0 +1,244 @@
+"""The command line: what it says of what is wrong, and that its commands do what they say."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from common.launch import free_port
+from common.tiny import save
+from helpers.examples import RECIPES, sums
+from helpers.launch import run
+
+from tbrm_trl.cli import COMMANDS, main
+from tbrm_trl.cli.parsing import Refused
+from tbrm_trl.evaluation.results import read_result
+
+TBRM = [sys.executable, "-m", "tbrm_trl.cli"]
+
+
+def said(capsys, *arguments: str) -> list[str]:
+    """The lines that a refused command ends with."""
+    with pytest.raises(SystemExit) as ended:
+        main(list(map(str, arguments)))
+    assert ended.value.code == 2
+    return [line for line in capsys.readouterr().err.splitlines() if line.startswith("tbrm ")]  # not bars
+
+
+# ---- the table -------------------------------------------------------------------------------------------------------
+
+
+def test_help_needs_no_torch():
+    """The commands are listed before anything heavy is imported."""
+    code = "import sys, tbrm_trl.cli as cli; cli.main(['--help']); sys.exit('torch' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert all(f"  {name} " in done.stdout for name in COMMANDS)
+
+
+def test_a_command_that_is_not_there():
+    with pytest.raises(SystemExit, match=r"no command 'trian'\. Did you mean train"):
+        main(["trian"])
+
+
+@pytest.mark.parametrize("command", ["train", "eval"])
+def test_help_of_a_command(command, capsys):
+    with pytest.raises(SystemExit) as ended:
+        main([command, "--help"])
+    assert ended.value.code is None and f"tbrm {command}" in capsys.readouterr().out
+
+
+def test_a_reward_beside_the_recipe(tmp_path, monkeypatch):
+    """The script of an installed command does not have the folder it is called in on its path."""
+    (tmp_path / "a_command_here.py").write_text("main = print")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", [one for one in sys.path if one not in ("", str(tmp_path))])
+    monkeypatch.setitem(COMMANDS, "here", ("a_command_here", "prints"))
+    main(["here"])
+
+
+# ---- what is wrong, all of it at once --------------------------------------------------------------------------------
+
+
+def test_every_wrong_field_is_named(tmp_path, capsys):
+    """Of the file and the line: unknown, of another type, outside the choices, missing; with the nearest name."""
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text("lerning_rate: 1e-6\nmax_steps: many\nsave_strategy: step\nbeta: 1e-2\nnum_processes: 2\n")
+    lines = said(
+        capsys, "train", "--config", recipe, "--model_name_or_pth", "m", "--use_cpu", "perhaps", "--seed", "1", "2"
+    )
+    assert [line.removeprefix("tbrm train: ").removeprefix(f"{recipe}: ") for line in lines[:-1]] == [
+        "there is no field lerning_rate. Did you mean learning_rate?",
+        "max_steps takes int, not 'many'.",
+        "save_strategy takes no, steps, epoch, best, not 'step'. Did you mean steps?",
+        "there is no option --model_name_or_pth. Did you mean --model_name_or_path?",
+        "--use_cpu takes true or false, not 'perhaps'.",
+        "--seed takes one value, not '1 2'.",
+    ]
+    assert lines[-1].startswith("tbrm train: --dataset_name is missing: ")
+
+
+def test_every_contradiction_is_named(capsys):
+    lines = said(
+        capsys, "train", "--dataset_name", "none", "--use_cpu", "true", "--bf16", "false", "--beta", "-1",
+        "--temperature", "0", "--soft_value", "polcy",
+    )  # fmt: skip
+    assert len(lines) == 3
+    assert all(
+        name in line for name, line in zip(("beta=-1.0", "temperature=0.0", "soft_value='polcy'"), lines, strict=True)
+    )
+
+
+@pytest.mark.parametrize(
+    ("content", "expected"),
+    [(None, "cannot be read (No such file"), ("a: [", "is not YAML"), ("- a", "must hold fields")],
+)
+def test_a_recipe_that_is_none(content, expected, tmp_path, capsys):
+    recipe = tmp_path / "recipe.yaml"
+    if content is not None:
+        recipe.write_text(content)
+    line = said(capsys, "train", "--config", recipe, "--dataset_name", "none")[0]
+    assert f"--config {recipe} {expected}" in line
+
+
+ALMOST = ("train", "--model_name_or_path", "m", "--use_cpu", "true", "--bf16", "false", "--dataset_name")
+
+
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        (["--reward_funcs", "no_module.reward"], "The reward 'no_module.reward' cannot be imported: No module named"),
+        (["--reward_funcs", "helpers.reward_functions.absent"], "cannot be imported: module"),
+        (["--reward_funcs", "mathh"], "There is no reward 'mathh'. Names: math, "),
+        (["--reward_funcs", "math", "format", "--reward_weights", "1"], "--reward_weights has 1 numbers for 2"),
+        (["--eval_benchmarks", "math500"], "but eval_strategy is no"),
+        (["--eval_benchmarks", "aime24", "--eval_strategy", "steps", "--eval_steps", "1"], "cannot be loaded from the"),
+    ],
+)  # fmt: skip
+def test_what_training_cannot_use(options, expected, tmp_path, capsys):
+    (line,) = said(capsys, *ALMOST, sums(tmp_path / "sums.json"), "--output_dir", tmp_path / "out", *options)
+    assert expected in line
+
+
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        ("--benchmarks math500", "--model_name_or_path is missing"),
+        ("MODEL", "--benchmarks is missing"),
+        ("MODEL --suite paper", "there is no suite 'paper'. Names: tbrm-paper"),
+        ("MODEL --suite tbrm-paper --samples 2", "--suite sets samples"),
+        ("MODEL --benchmarks aime24", "aime24: HuggingFaceH4/aime_2024 cannot be loaded from the Hub"),
+        ("--model_name_or_path none SUMS", "none cannot be loaded: "),
+        ("MODEL SUMS --temperature 0 --samples 2", "2 greedy samples of a prompt are all the same"),
+        ("MODEL SUMS --prompt_template Q:", "no {question} in it"),
+        ("MODEL SUMS", "Give --max_new_tokens 171 or less"),
+        ("MODEL SUMS --reward_funcs no.reward", "The reward 'no.reward' cannot be imported"),
+        ("BARE SUMS", "has no chat template. Ask in plain text"),
+        ("--compare a", "--compare takes two results, not 1"),
+        ("--compare a.jsonl b.jsonl", "There is no result at a.jsonl"),
+    ],
+)
+def test_what_cannot_be_evaluated(options, expected, llama, bare, tmp_path, capsys):
+    names = {
+        "MODEL": ["--model_name_or_path", llama],
+        "BARE": ["--model_name_or_path", bare],
+        "SUMS": ["--benchmarks", str(sums(tmp_path / "sums.json"))],
+    }
+    words = [word for name in options.split() for word in names.get(name, [name])]
+    (line,) = said(capsys, "eval", "--output_dir", tmp_path / "out", *words)
+    assert line.startswith("tbrm eval: ") and expected in line
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.fixture(scope="module")
+def bare(tmp_path_factory) -> str:
+    """A model whose tokenizer has no chat template."""
+    folder = save(tmp_path_factory.mktemp("bare"))
+    (Path(folder) / "chat_template.jinja").unlink()
+    return folder
+
+
+# ---- what the commands do --------------------------------------------------------------------------------------------
+
+
+def test_a_dry_run_stops_before_the_first_rollout(llama, tmp_path, capsys, monkeypatch):
+    """A recipe and a model suffice. Everything is built; nothing is generated and nothing is written."""
+    from tbrm_trl import TBRMTrainer
+
+    monkeypatch.setattr(TBRMTrainer, "_roll_out", lambda *args: pytest.fail("rolled out"))
+    out = tmp_path / "out"
+    main([
+        "train", "--config", str(RECIPES / "tbrm.yaml"), "--model_name_or_path", llama, "--dataset_name",
+        str(sums(tmp_path / "sums.json")), "--output_dir", str(out), "--use_cpu", "true", "--bf16", "false",
+        "--per_device_train_batch_size", "4", "--gradient_accumulation_steps", "1", "--max_completion_length", "4",
+        "--dry_run", "true",
+    ])  # fmt: skip
+    assert "everything up to the first rollout is in order" in capsys.readouterr().out
+    assert not list(out.rglob("*.safetensors"))
+
+
+def test_evaluated_compared_and_evaluated_again(llama, qwen2, tmp_path, capsys):
+    """Two models on a file, with a reward of one's own; a finished evaluation draws nothing again."""
+    file = sums(tmp_path / "sums.json")
+
+    def evaluate(model: str, out: Path) -> None:
+        main([
+            "eval", "--model_name_or_path", model, "--benchmarks", str(file), "--limit", "4", "--samples", "2",
+            "--max_new_tokens", "8", "--reward_funcs", "helpers.reward_functions.letters", "--output_dir", str(out),
+            "--use_cpu", "true",
+        ])  # fmt: skip
+
+    evaluate(llama, tmp_path / "a")
+    evaluate(qwen2, tmp_path / "b")
+    name = "sums-first4-avg2.jsonl"
+    first, second = (read_result(tmp_path / folder / name) for folder in "ab")
+    assert first.header["model"] == llama and len(first.rows) == 8
+    assert {row.score for row in first.rows.values()} == {
+        sum(map(str.islower, row.completion)) / 8 for row in first.rows.values()
+    }
+    before = (tmp_path / "a" / name).read_bytes()
+    evaluate(llama, tmp_path / "a")
+    assert (tmp_path / "a" / name).read_bytes() == before
+    assert capsys.readouterr().out.count(f"sums-first4: avg@2 {first.metrics()['avg@2']:.4f}") >= 2
+
+    main(["eval", "--compare", str(tmp_path / "a"), str(tmp_path / "b")])
+    shown = capsys.readouterr().out
+    assert f"{first.metrics()['avg@2']:.4f} → {second.metrics()['avg@2']:.4f}" in shown
+    assert "paired over 4 problems" in shown
+
+
+def test_a_plain_template(bare, tmp_path):
+    """Without a chat template the question is asked as the template says."""
+    file = sums(tmp_path / "sums.json")
+    main([
+        "eval", "--model_name_or_path", bare, "--benchmarks", str(file), "--limit", "1", "--temperature", "0",
+        "--max_new_tokens", "4", "--prompt_template", "Q: {question} A:", "--output_dir", str(tmp_path / "out"),
+        "--use_cpu", "true",
+    ])  # fmt: skip
+    assert read_result(tmp_path / "out/sums-first1-greedy.jsonl").header["template"] == "Q: 0+0= A:"
+
+
+@pytest.mark.launch
+def test_two_processes_by_one_line(llama, tmp_path):
+    """The launcher's options come from the line and from the recipe; the run evaluates, and picks the best by it."""
+    file = sums(tmp_path / "sums.json")
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(f"dataset_name: {file}\nnum_processes: 2\nmixed_precision: 'no'\n")
+    printed = run([
+        *TBRM, "train", "--config", recipe, "--model_name_or_path", llama, "--output_dir", tmp_path / "out",
+        "--multi_gpu", "--main_process_port", free_port(), "--use_cpu", "true", "--bf16", "false",
+        "--per_device_train_batch_size", "2",
+        "--max_completion_length", "4", "--max_steps", "2", "--save_strategy", "steps", "--save_steps", "1",
+        "--eval_strategy", "steps", "--eval_steps", "1", "--eval_benchmarks", file, "--load_best_model_at_end", "true",
+        "--metric_for_best_model", "eval_sums/avg@1", "--report_to", "none",
+    ])  # fmt: skip
+    assert "× 2 process(es)" in printed and "DeprecationWarning" not in printed
+    state = json.loads((tmp_path / "out/checkpoint-2/trainer_state.json").read_text())
+    assert [row["step"] for row in state["log_history"] if "eval_sums/avg@1" in row] == [1, 2]
+    assert state["best_model_checkpoint"].endswith(f"checkpoint-{state['best_global_step']}")
+
+
+def test_refusals_are_one_line_each():
+    assert Refused(["a\n  b", "c"]).problems == ["a b", "c"]

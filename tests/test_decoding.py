@@ -1,0 +1,174 @@
+"""Decoding of unfinished rows alone: the tokens of `generate`, and rows that take each other's places."""
+
+from __future__ import annotations
+
+import random
+from dataclasses import dataclass, field
+from itertools import product
+from typing import Any
+
+import pytest
+import torch
+from common.tiny import model
+from torch import Tensor
+from transformers import GenerationConfig, PreTrainedModel
+
+from tbrm_trl.model.decoding import Slots, sample
+
+ENDS = [1, *range(5, 16)]  # a tiny model meets one of them now and then
+COUNTED = dict(repetition_penalty=1.3, min_new_tokens=4, exponential_decay_length_penalty=(6, 1.1))
+SLIDING = dict(use_sliding_window=True, sliding_window=8, max_window_layers=0)
+MODELS = {"llama": ("llama", {}), "absolute positions": ("gpt2", {}), "sliding window": ("qwen2", SLIDING)}
+
+
+@dataclass
+class Row:
+    prompt_ids: list[int]
+    completion_ids: list[int] = field(default_factory=list)
+
+
+def built(name: str) -> PreTrainedModel:
+    architecture, changes = MODELS[name]
+    return model(architecture, **changes).eval()
+
+
+def config(**options: Any) -> GenerationConfig:
+    defaults = dict(max_new_tokens=20, do_sample=True, top_k=0, pad_token_id=0, eos_token_id=ENDS, disable_compile=True)
+    return GenerationConfig(**defaults | options)
+
+
+def prepared(policy: PreTrainedModel, given: GenerationConfig) -> GenerationConfig:
+    """The configuration as `generate` hands it on."""
+    handed = []
+
+    def keep(model, input_ids, generation_config, **kwargs):
+        handed.append(generation_config)
+        return input_ids
+
+    policy.generate(torch.ones(1, 1, dtype=torch.long), generation_config=given, custom_generate=keep)
+    return handed[0]
+
+
+def prompts(count: int, longest: int = 12, seed: int = 0) -> list[list[int]]:
+    rng = random.Random(seed)
+    return [[rng.randint(16, 90) for _ in range(rng.randint(1, longest))] for _ in range(count)]
+
+
+def positions_read(policy: PreTrainedModel) -> list[int]:
+    """Of each forward pass from now on: rows times tokens."""
+    read: list[int] = []
+    policy.register_forward_pre_hook(
+        lambda module, args, kwargs: read.append(kwargs["input_ids"].numel()), with_kwargs=True
+    )
+    return read
+
+
+# ---- one batch -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("options", [{}, {"do_sample": False}, COUNTED], ids=["sampled", "greedy", "processors"])
+@pytest.mark.parametrize("name", MODELS)
+def test_the_tokens_and_the_random_state_of_generate(name, options):
+    """And each row is read once for each of its tokens but the last, where `generate` reads all until the longest."""
+    policy, rows = built(name), prompts(7, 5)
+    width = max(map(len, rows))
+    batch: dict[str, Tensor] = {
+        "input_ids": torch.tensor([[0] * (width - len(one)) + one for one in rows]),
+        "attention_mask": torch.tensor([[0] * (width - len(one)) + [1] * len(one) for one in rows]),
+    }
+    torch.manual_seed(1)
+    expected, state = policy.generate(**batch, generation_config=config(**options)), torch.get_rng_state()
+    read = positions_read(policy)
+    torch.manual_seed(1)
+    ids = policy.generate(**batch, generation_config=config(**options), custom_generate=sample)
+    assert ids.equal(expected) and torch.get_rng_state().equal(state)
+
+    is_end = torch.isin(ids[:, width:], torch.tensor(ENDS))  # (B, C)
+    lengths = torch.where(is_end.any(dim=1), is_end.int().argmax(dim=1) + 1, is_end.shape[1])  # (B,)
+    assert len(set(lengths.tolist())) > 2
+    assert sum(read) == batch["input_ids"].numel() + int((lengths - 1).sum())
+
+
+def test_a_cache_that_gives_no_rows_out_is_left_to_generate():
+    policy, ids = built("llama"), torch.tensor(prompts(1, 4) * 6)
+    for options in ({"cache_implementation": "static"}, {"use_cache": False}):
+        results = []
+        for more in ({}, {"custom_generate": sample}):
+            torch.manual_seed(1)
+            results.append(policy.generate(ids, generation_config=config(**options), **more))
+        assert results[0].equal(results[1])
+
+
+# ---- places that are filled again ------------------------------------------------------------------------------------
+
+
+def decode(policy: PreTrainedModel, given: GenerationConfig, rows: list[Row], size: int, pauses: list[int]) -> None:
+    """Draw all rows. After each of these numbers of tokens the cache is dropped, as when the policy moves."""
+    with torch.no_grad():
+        for pause in [*pauses, 10**9]:
+            slots = Slots(policy, given, size)
+            waiting = [row for row in rows if not slots.has_ended(row)]
+            steps = iter(range(pause))
+
+            def more(count: int, waiting=waiting) -> list[Row]:
+                return [waiting.pop(0) for _ in range(min(count, len(waiting)))]
+
+            slots.run(
+                more, lambda slots=slots, steps=steps: all(map(slots.has_ended, rows)) or next(steps, None) is None
+            )
+
+
+@pytest.mark.parametrize("options", [{}, COUNTED], ids=["plain", "counted from the prompt"])
+@pytest.mark.parametrize("name", MODELS)
+def test_greedy_tokens_of_rows_that_take_each_others_places(name, options):
+    """13 rows in 4 places, with two pauses after which their beginnings are read again: each as if it were alone."""
+    policy, given = built(name), config(do_sample=False, **options)
+    rows = [Row(one) for one in prompts(13)]
+    expected = [
+        policy.generate(torch.tensor([row.prompt_ids]), generation_config=given)[0, len(row.prompt_ids) :].tolist()
+        for row in rows
+    ]
+    read = positions_read(policy)
+    decode(policy, prepared(policy, given), rows, 4, [7, 5])
+    assert [row.completion_ids for row in rows] == expected
+    lengths = list(map(len, expected))
+    assert len(set(lengths)) > 3
+    assert len(read) < 2 * sum(lengths) / 4  # the places are full: a quarter of the steps, and as many prompts
+
+
+def test_the_distribution_is_the_policys():
+    """All completions of up to 3 of 5 tokens, enumerated: their frequencies, by χ², with pauses and refilled places."""
+    policy = model("llama", vocab_size=5, initializer_range=0.6).eval()
+    given = prepared(policy, config(max_new_tokens=3, eos_token_id=[1]))
+    prompt = [2, 3]
+    outcomes = [
+        list(one)
+        for n in (1, 2, 3)
+        for one in product(range(5), repeat=n)
+        if 1 not in one[:-1] and (n == 3 or one[-1] == 1)
+    ]
+    chances = {1.0: torch.zeros(len(outcomes)), 1.5: torch.zeros(len(outcomes))}
+    with torch.no_grad():
+        for number, outcome in enumerate(outcomes):
+            logits = policy(torch.tensor([prompt + outcome])).logits[0, len(prompt) - 1 : -1]  # (C, V)
+            for temperature, chance in chances.items():
+                log_probs = (logits / temperature).log_softmax(dim=-1)
+                chance[number] = log_probs[range(len(outcome)), outcome].sum().exp()
+    assert chances[1.0].sum().item() == pytest.approx(1, abs=1e-5)
+
+    torch.manual_seed(0)
+    rows = [Row(list(prompt)) for _ in range(3000)]
+    decode(policy, given, rows, 128, [5, 6, 20])
+    counts = torch.zeros(len(outcomes))
+    for row in rows:
+        counts[outcomes.index(row.completion_ids)] += 1
+
+    def z_score(chance: Tensor) -> float:
+        """Of χ², which is nearly normal at so many degrees of freedom: mean n, variance 2n."""
+        seen = chance * len(rows) >= 5
+        expected = torch.cat([chance[seen], chance[~seen].sum(dim=0, keepdim=True)]) * len(rows)
+        found = torch.cat([counts[seen], counts[~seen].sum(dim=0, keepdim=True)])
+        freedom = len(expected) - 1
+        return float(((found - expected).square() / expected.clamp(min=1e-3)).sum() - freedom) / (2 * freedom) ** 0.5
+
+    assert abs(z_score(chances[1.0])) < 3 and z_score(chances[1.5]) > 20

@@ -1,0 +1,58 @@
+"""Benchmarks in the course of training: what is logged, which checkpoint is the best, and what training notices."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from common.tiny import tokenizer
+from helpers.benchmark_runs import LETTERS, NAME, SETTINGS, train
+from helpers.launch import launch
+from helpers.runs import build
+from transformers import AutoModelForCausalLM
+
+from tbrm_trl.evaluation.results import read_result
+from tbrm_trl.evaluation.run import ModelPolicy, evaluate
+
+
+def test_the_best_checkpoint_is_that_of_the_benchmark(llama, tmp_path):
+    """Before training it is what `tbrm eval` finds, each step is logged, and the best one's weights are loaded."""
+    seen = train(llama, str(tmp_path / "run"))
+    (evaluations,) = seen["evaluations"]
+    assert [step for step, _ in evaluations] == [0, 1, 2, 3] and seen["training"] == [2, 3]
+    assert len({value for _, value in evaluations}) > 1
+    start = ModelPolicy("start", AutoModelForCausalLM.from_pretrained(llama), tokenizer())
+    before = evaluate(start, LETTERS, SETTINGS, tmp_path / "before.jsonl").metrics()
+    assert evaluations[0][1] == before["avg@3"]
+
+    after = dict(evaluations[1:])
+    assert seen["best"] == max(after.values()) == after[seen["best_step"]]
+    best = ModelPolicy("best", seen["model"], tokenizer())
+    again = evaluate(best, LETTERS, SETTINGS, tmp_path / "best.jsonl").metrics()
+    assert again["avg@3"] == seen["best"]
+    kept = read_result(tmp_path / f"run/out/evaluations/step-{seen['best_step']}/letters.jsonl")
+    assert kept.metrics() == again
+
+
+def test_training_does_not_notice(llama, tmp_path):
+    """The same weights, bit for bit, as without an evaluation."""
+    evaluated = train(llama, str(tmp_path / "evaluated"))
+    plain = build(llama, tmp_path / "plain", max_steps=3)
+    plain.train()
+    last = AutoModelForCausalLM.from_pretrained(tmp_path / "evaluated/out/checkpoint-3")
+    assert evaluated["training"] == [2, 3]
+    for name, one in plain.model.state_dict().items():
+        assert torch.equal(one, last.state_dict()[name]), name
+
+
+@pytest.mark.launch
+@pytest.mark.parametrize("lora", [False, True])
+def test_in_two_processes(llama, tmp_path, lora):
+    """Both log the same, before training what one process logs, and the best is the largest."""
+    first, second = launch("helpers.benchmark_runs:train", model=llama, folder=str(tmp_path / "two"), lora=lora)
+    (one, other), best = first["evaluations"], first["best"]
+    assert one == other and best == second["best"] == max(value for step, value in one if step)
+    alone = train(llama, str(tmp_path / "one"), lora=lora)
+    assert one[0] == alone["evaluations"][0][0]
+    assert Path(tmp_path / f"two/out/evaluations/step-3/{NAME.split('/')[0].removeprefix('eval_')}.jsonl").is_file()

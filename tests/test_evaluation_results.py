@@ -1,0 +1,270 @@
+"""Benchmarks, results that can be resumed and compared, and completions that do not depend on their batch."""
+
+from __future__ import annotations
+
+import json
+import math
+
+import pytest
+import torch
+from common.tiny import model, tokenizer
+from datasets import Dataset
+
+from tbrm_trl.evaluation import benchmarks
+from tbrm_trl.evaluation.benchmarks import BENCHMARKS, SUITES, Benchmark, load_benchmark
+from tbrm_trl.evaluation.results import compare_results, read_result
+from tbrm_trl.evaluation.run import Judge, ModelPolicy, Settings, evaluate
+from tbrm_trl.evaluation.sampling import Completion, Request, Sampling, draw, generate
+
+# ---- sampling --------------------------------------------------------------------------------------------------------
+
+
+def requests_of(words) -> list[Request]:
+    return [Request(words(text)["input_ids"], seed) for seed, text in enumerate(["ab", "a longer one", "abcdef"] * 2)]
+
+
+@pytest.mark.parametrize("selectable", [True, False])
+def test_a_completion_depends_on_its_seed_alone(selectable, monkeypatch):
+    """Alone, in any batch, with places filled again or not, a request gives the same ids; another seed gives others."""
+    policy, words = model(), tokenizer()
+    requests = requests_of(words)
+    expected = [one.ids for one in sorted(generate(policy, words, requests, Sampling(max_new_tokens=8), 6))]
+    if not selectable:
+        monkeypatch.setattr("tbrm_trl.evaluation.sampling.can_select_rows", lambda cache: False)
+    how = Sampling(max_new_tokens=8)
+
+    def ids(batch_size: int, of: list[Request]) -> list[list[int]]:
+        return [one.ids for one in sorted(generate(policy, words, of, how, batch_size))]
+
+    together = ids(6, requests)
+    assert ids(1, requests) == ids(4, requests) == together == expected
+    assert ids(2, requests[::-1]) == together[::-1]
+    assert ids(6, [Request(one.prompt_ids, one.seed + 100) for one in requests]) != together
+
+
+def test_the_batch_stays_full():
+    """While requests wait, less than an eighth of the places is free on average; no pass is wider than a row."""
+    policy, words = model(), tokenizer()
+    with torch.no_grad():  # the end token's logit is like any other's, so that lengths differ
+        policy.lm_head.weight[words.eos_token_id] *= 2
+    passes: list[tuple[int, int]] = []
+
+    def record(module, args, kwargs):
+        rows, width = kwargs["attention_mask"].shape
+        if kwargs["input_ids"].shape[1] == 1:
+            passes.append((rows, width))
+
+    policy.register_forward_pre_hook(record, with_kwargs=True)
+    requests = [Request(words("ab")["input_ids"], seed) for seed in range(60)]
+    completions = list(generate(policy, words, requests, Sampling(max_new_tokens=40), 16))
+    assert sorted(one.request for one in completions) == list(range(60))
+    lengths = [len(one.ids) for one in completions]
+    assert min(lengths) < 10 and max(lengths) == 40
+    assert sum(rows for rows, _ in passes) == sum(lengths) - 60  # the first token follows the prompt's own pass
+    assert max(width for _, width in passes) <= 2 + 40
+    waiting = [rows for rows, _ in passes[: len(passes) // 2]]
+    assert sum(waiting) / len(waiting) > 16 * 7 / 8
+
+
+def test_draws_follow_the_distribution():
+    """χ² of 20,000 draws over five tokens, at a temperature, with each filter: expected shares by hand."""
+    logits = torch.tensor([0.5, 0.3, 0.1, 0.06, 0.04]).log()
+    numbers = torch.rand(20000, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    cold = [p**2 / 0.3552 for p in (0.5, 0.3, 0.1, 0.06, 0.04)]
+    for how, shares in {
+        Sampling(): [0.5, 0.3, 0.1, 0.06, 0.04],
+        Sampling(temperature=0.5): cold,
+        Sampling(top_k=2): [0.625, 0.375, 0, 0, 0],
+        Sampling(top_p=0.85): [5 / 9, 3 / 9, 1 / 9, 0, 0],
+    }.items():
+        drawn = draw(logits.expand(20000, 5), numbers, how).bincount(minlength=5)
+        expected = 20000 * torch.tensor(shares)
+        kept = expected > 0
+        assert not drawn[~kept].any()
+        assert ((drawn - expected)[kept] ** 2 / expected[kept]).sum() < 18.5  # p = 0.001 at four degrees of freedom
+
+
+# ---- results ---------------------------------------------------------------------------------------------------------
+
+SUMS = Benchmark("sums", ["1+1=", "2+2=", "3+3="], {"solution": ["2", "4", "6"]}, "math")
+SETTINGS = Settings(samples=2, sampling=Sampling(max_new_tokens=4))
+
+
+class Scripted:
+    """A policy whose completions are written down; it can be interrupted."""
+
+    name, backend, tokenizer = "scripted", "none", tokenizer()
+
+    def __init__(self, answers: list[str], interrupted_after: int = 10**9):
+        self.answers, self.left, self.asked = answers, interrupted_after, 0
+
+    def weights(self) -> str:
+        return "w"
+
+    def generate(self, requests, how):
+        for number, request in enumerate(requests):
+            if self.left == 0:
+                raise KeyboardInterrupt
+            self.left -= 1
+            self.asked += 1
+            question = self.tokenizer.decode(request.prompt_ids)
+            text = self.answers[next(i for i, asked in enumerate(SUMS.prompts) if asked in question)]
+            yield Completion(number, [*self.tokenizer(text)["input_ids"], 1], truncated=len(text) > 8)
+
+
+@pytest.fixture(scope="module")
+def judge():
+    return Judge(SUMS)
+
+
+def test_a_result_by_hand(tmp_path, judge):
+    """Right, wrong and without an answer: a third right; one of three cut; lengths 10, 10 and 1 with the end token."""
+    result = evaluate(Scripted(["\\boxed{2}", "\\boxed{5}", ""]), SUMS, SETTINGS, tmp_path / "a.jsonl", judge)
+    assert result.metrics() == pytest.approx(
+        {
+            "avg@2": 1 / 3, "avg@2_error": 1 / 3, "pass@2": 1 / 3, "maj@2": 1 / 3, "truncated": 2 / 3,
+            "unparseable": 1 / 3, "unjudged": 0, "mean_length": 7, "mean_length_error": 3,
+        }
+    )  # fmt: skip
+    read = read_result(tmp_path / "a.jsonl")
+    assert read == result
+    assert len({row.seed for row in read.rows.values()}) == 6
+    assert "avg@2 0.3333 ± 0.3333 (3 problems, T=1)" in str(read)
+
+
+def test_an_interrupted_evaluation_goes_on(tmp_path, judge, monkeypatch):
+    """What was drawn stays, a line that was cut is drawn again, and no completion is drawn twice."""
+    monkeypatch.setattr("tbrm_trl.evaluation.run.AT_ONCE", 1)
+    path, answers = tmp_path / "a.jsonl", ["\\boxed{2}", "\\boxed{5}", ""]
+    with pytest.raises(KeyboardInterrupt):
+        evaluate(Scripted(answers, interrupted_after=4), SUMS, SETTINGS, path, judge)
+    with pytest.raises(ValueError, match="holds 4 of 6 completions"):
+        read_result(path)
+    path.write_text(path.read_text()[:-20])
+    again = Scripted(answers)
+    evaluate(again, SUMS, SETTINGS, path, judge)
+    assert again.asked == 3
+    evaluate(Scripted(answers), SUMS, SETTINGS, tmp_path / "whole.jsonl", judge)
+    assert read_result(path).rows == read_result(tmp_path / "whole.jsonl").rows
+
+
+def test_another_evaluation_is_not_mixed_in(tmp_path, judge):
+    evaluate(Scripted(["", "", ""]), SUMS, SETTINGS, tmp_path / "a.jsonl", judge)
+    other = Settings(samples=2, sampling=Sampling(temperature=0.6, max_new_tokens=4))
+    with pytest.raises(ValueError, match=r"differs in sampling \(there .*1\.0.*, here .*0\.6"):
+        evaluate(Scripted(["", "", ""]), SUMS, other, tmp_path / "a.jsonl", judge)
+
+
+def test_results_are_compared_problem_by_problem(tmp_path, judge):
+    """One of three becomes three of three: +2/3, and of four sign flips of two problems two are as far: p = ½."""
+    evaluate(Scripted(["\\boxed{2}", "", ""]), SUMS, SETTINGS, tmp_path / "before.jsonl", judge)
+    evaluate(Scripted(["2", "4", "6"]), SUMS, SETTINGS, tmp_path / "after.jsonl", judge)
+    (comparison,) = compare_results(tmp_path / "before.jsonl", tmp_path / "after.jsonl").values()
+    assert (comparison.difference, comparison.p_value) == (pytest.approx(2 / 3), 0.5)
+    other = Benchmark("sums", ["1+1=", "2+2=", "3+3="], {"solution": ["2", "4", "7"]}, "math")
+    evaluate(Scripted(["", "", ""]), other, SETTINGS, tmp_path / "other.jsonl", Judge(other))
+    with pytest.raises(ValueError, match="differ in their data"):
+        compare_results(tmp_path / "before.jsonl", tmp_path / "other.jsonl")
+
+
+@pytest.mark.parametrize("text", ["", "{}", "[1]\n", '{"format": "other"}\n', '{"format": "tbrm-evaluation-1"}\nx\n'])
+def test_what_is_no_result(text, tmp_path):
+    (tmp_path / "a.jsonl").write_text(text)
+    with pytest.raises(ValueError, match="is not a result"):
+        read_result(tmp_path / "a.jsonl")
+
+
+def test_weights_are_known_by_their_bits():
+    one, same, other = (ModelPolicy("m", model(seed=seed), tokenizer()) for seed in (0, 0, 1))
+    assert one.weights() == same.weights() != other.weights()
+    with torch.no_grad():
+        same.model.model.norm.weight[3] = math.nextafter(1.0, 2.0) + 1e-6
+    assert one.weights() != same.weights()
+
+
+# ---- benchmarks ------------------------------------------------------------------------------------------------------
+
+# Two cells of each published answer column, and the answers in them.
+CELLS = {
+    "aime24": (["33", "023"], ["33", "023"]),
+    "aime25": (["70", "588"], ["70", "588"]),
+    "amc23": ([27.0, 142.0], ["27", "142"]),
+    "math500": (["\\frac{14}{3}", "p - q"], ["\\frac{14}{3}", "p - q"]),
+    "minerva": (["4.5e33", "\\arcsin{1.3}"], ["4.5e33", "\\arcsin{1.3}"]),
+    "olympiadbench": ([["2"], ["$(1,2)$"]], ["2", "$(1,2)$"]),
+    "gsm8k": (["9 * 2 = <<9*2=18>>18\n#### 18", "So.\n#### 1,234"], ["18", "1,234"]),
+}
+
+
+@pytest.mark.parametrize("name", BENCHMARKS)
+def test_a_benchmark_reads_its_published_columns(name, tmp_path):
+    known, (cells, golds) = BENCHMARKS[name], CELLS[name]
+    rows = [
+        {known.question: f"Question {i}?", known.answer: cells[i % 2], "solution": "A way. " * 40}
+        for i in range(known.problems)
+    ]
+    Dataset.from_list(rows).to_parquet(tmp_path / "copy.parquet")
+    benchmark = load_benchmark(f"{name}={tmp_path / 'copy.parquet'}")
+    assert (len(benchmark), benchmark.name, benchmark.reward) == (known.problems, name, "math")
+    assert benchmark.columns["solution"][:2] == golds
+    (tmp_path / "part.jsonl").write_text("\n".join(map(json.dumps, rows[:7])))
+    with pytest.raises(ValueError, match=rf"{name} is {known.problems} problems, and these are 7"):
+        load_benchmark(f"{name}={tmp_path / 'part.jsonl'}")
+
+
+def test_a_hub_out_of_reach_is_one_line():
+    with pytest.raises(ValueError, match=r"aime24: HuggingFaceH4/aime_2024 cannot be loaded") as error:
+        load_benchmark("aime24")
+    assert "\n" not in str(error.value) and "aime24=FILE.parquet" in str(error.value)
+
+
+def test_a_file_of_ones_own(tmp_path):
+    file = tmp_path / "mine.jsonl"
+    file.write_text('{"question": "6·7?", "answer": "42", "note": "n"}\n')
+    mine = load_benchmark(str(file))
+    assert (mine.name, mine.prompts, mine.columns["solution"]) == ("mine", ["6·7?"], ["42"])
+    own = load_benchmark(str(file), reward="my.reward")
+    assert own.reward == "my.reward" and own.columns == {"answer": ["42"], "note": ["n"]}
+    assert own.digest != mine.digest
+    file.write_text('{"question": "6·7?", "note": "n"}\n')
+    with pytest.raises(ValueError, match=r"no column holds answers.*Columns: question, note"):
+        load_benchmark(str(file))
+    with pytest.raises(ValueError, match="no column 'answr'"):
+        load_benchmark(str(file), answer_column="answr")
+    file.write_text('{"task": "6·7?"}\n')
+    with pytest.raises(ValueError, match="none of the columns task is called"):
+        load_benchmark(str(file))
+
+
+def test_a_task_of_reasoning_gym():
+    """Its own answers are right, and a wrong one is not."""
+    task = load_benchmark("gym:chain_sum(size=5, min_terms=2, max_terms=2)")
+    assert len(task) == 5 and task.reward == "reasoning_gym"
+    answers = [json.loads(cell)["entry"]["answer"] for cell in task.columns["gym"]]
+    verdicts = Judge(task).reward(completions=[*answers[:4], "none"], **task.columns)
+    assert verdicts == [1, 1, 1, 1, 0]
+
+
+@pytest.mark.parametrize(
+    ("name", "said"),
+    [
+        ("math-50", "Did you mean math500"),
+        ("gym:chain_summ", "gym:chain_summ: "),
+        ("gym:chain_sum(size)", "is written as gym:chain_sum"),
+        ("aime24=none.parquet", "is no .json, .jsonl or .parquet file"),
+        ("none.jsonl", "is no .json, .jsonl or .parquet file"),
+    ],
+)
+def test_what_is_no_benchmark(name, said):
+    with pytest.raises(ValueError, match=said) as error:
+        load_benchmark(name)
+    assert "\n" not in str(error.value)
+
+
+def test_the_papers_protocol():
+    """arXiv 2505.15311: avg@32 at T = 1 on AIME and AMC, one greedy completion on the others."""
+    assert [(one.benchmark, one.samples, one.temperature) for one in SUITES["tbrm-paper"]] == [
+        ("aime24", 32, 1), ("aime25", 32, 1), ("amc23", 32, 1), ("math500", 1, 0), ("minerva", 1, 0),
+        ("olympiadbench", 1, 0),
+    ]  # fmt: skip
+    assert benchmarks.BENCHMARKS["amc23"].problems == 40
