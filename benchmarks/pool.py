@@ -182,8 +182,8 @@ def report(counts: dict[int, Counts], measured: dict[str, list[list[float]]], wo
         "mixed",
     ]
     counted = f"""Per window of {alone.places} rows, over {alone.windows} windows, each of completions of
-        {", ".join(map(str, sorted(work.lengths)))} tokens in another order. The first line is a batch in which every row
-        is computed until the longest has ended. No other computes a row that has ended."""
+        {", ".join(map(str, sorted(work.lengths)))} tokens in another order. The first line is a batch in which every
+        row is computed until the longest has ended. No other computes a row that has ended."""
     timed = """Seconds of a step, generation included, after the first four windows; medians over repetitions, and the
         ratio to GRPO with β > 0 within a repetition."""
     means = {name: list(map(statistics.mean, of)) for name, of in measured.items() if of}
@@ -232,7 +232,8 @@ def main() -> None:
         work = step.works(model, 16, 4, 32, 16 if quick else 64, None)["long_tail"]
         drawn = [random.Random(window).sample(work.lengths, len(work.lengths)) for window in range(200)]
         counts = {size: count(drawn, size) for size in SIZES}
-        windows, measured = arguments.windows or (8 if quick else 16), {name: [] for name in TIMED}
+        windows = arguments.windows or (8 if quick else 16)
+        measured: dict[str, list[list[float]]] = {name: [] for name in TIMED}
         repetitions = (1 if quick else 4) if arguments.repetitions is None else arguments.repetitions
         for repetition in range(repetitions):
             turn = repetition % len(TIMED)

@@ -7,8 +7,8 @@ import subprocess
 import sys
 from pathlib import Path
 
-import pytest
 import pool
+import pytest
 import step
 import torch
 from common.measure import peak_memory
