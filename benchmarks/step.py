@@ -204,13 +204,13 @@ class Plan(LogitsProcessor):
     def govern(self, model: PreTrainedModel) -> None:
         original = model.generate
 
-        def generate(input_ids: Tensor, attention_mask: Tensor, **ignored: Any) -> Tensor:
+        def generate(input_ids: Tensor, attention_mask: Tensor, custom_generate: Any = None, **ignored: Any) -> Tensor:
             self.lengths = torch.tensor(self.upcoming[: len(input_ids)], device=input_ids.device)  # (B,)
             del self.upcoming[: len(input_ids)]
             with self.clock.part("generation"):
                 output = original(
                     input_ids=input_ids, attention_mask=attention_mask, generation_config=self.config,
-                    logits_processor=LogitsProcessorList([self]),
+                    logits_processor=LogitsProcessorList([self]), custom_generate=custom_generate,
                 )  # fmt: skip
             self.generated.append((self.lengths, output))
             return output

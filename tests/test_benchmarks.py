@@ -7,6 +7,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pool
 import pytest
 import step
 import torch
@@ -122,3 +123,18 @@ def test_update_cost(tmp_path):
     raw = json.loads((tmp_path / "update_cost.json").read_text())
     assert raw["operations"]["now"] == raw["operations"]["before"] and len(raw["operations"]["now"]) > 50
     assert {name: len(ms) for name, ms in raw["ms"].items()} == {"now": 20, "before": 20}
+
+
+@pytest.mark.parametrize(
+    ("lengths", "ahead", "steps", "rows", "read_again", "staleness", "mixed"),
+    [
+        ([[1, 3], [1, 1]], 0, 4, 6, 0, [0, 0, 0, 0], 0),
+        ([[1, 3], [1, 1]], 1, 4, 6, 0, [0, 0, 1, 0], 0),
+        ([[1, 3], [1, 1]], 2, 3, 6, 0, [0, 0, 1, 1], 0),
+        ([[1, 2], [3, 1]], 1, 4, 7, 1, [0, 0, 1, 0], 1),  # the third row has one token when the policy moves
+    ],
+)
+def test_counts_of_a_pool_by_hand(lengths, ahead, steps, rows, read_again, staleness, mixed):
+    counts = pool.count(lengths, ahead)
+    assert (counts.steps, counts.row_steps, counts.read_again) == (steps, rows, read_again)
+    assert (counts.staleness, counts.mixed) == (staleness, mixed)

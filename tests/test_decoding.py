@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import random
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from itertools import product
 from typing import Any
@@ -134,6 +136,39 @@ def test_greedy_tokens_of_rows_that_take_each_others_places(name, options):
     lengths = list(map(len, expected))
     assert len(set(lengths)) > 3
     assert len(read) < 2 * sum(lengths) / 4  # the places are full: a quarter of the steps, and as many prompts
+
+
+def test_two_processes_run_equally_many_forwards():
+    """One has three short rows, the other one long row; a sharded model would wait for the missing forward for ever."""
+    barrier, said, read = threading.Barrier(2, timeout=30), [[], []], [0, 0]
+    works = [[Row([20]), Row([21, 22]), Row([23])], [Row([24] * 5)]]
+    policies = [built("llama"), built("llama")]
+    endless = {"do_sample": False, "suppress_tokens": [1], "eos_token_id": [1]}
+    configs = [prepared(policies[0], config(max_new_tokens=count, **endless)) for count in (3, 9)]
+
+    def work(process: int) -> None:
+        def any_of(flags: list[bool]) -> list[bool]:
+            said[process] = flags
+            barrier.wait()
+            together = [any(pair) for pair in zip(*said, strict=True)]
+            barrier.wait()
+            return together
+
+        forwards = positions_read(policies[process])
+        slots, waiting = Slots(policies[process], configs[process], 2, any_of), list(works[process])
+        with torch.no_grad():
+            slots.run(
+                lambda count: [waiting.pop(0) for _ in range(min(count, len(waiting)))],
+                lambda: all(map(slots.has_ended, works[process])),
+            )
+        read[process] = len(forwards)
+
+    with ThreadPoolExecutor(2) as pool:
+        for done in [pool.submit(work, process) for process in range(2)]:
+            done.result()
+    lengths = [[len(row.completion_ids) for row in rows] for rows in works]
+    assert lengths == [[3, 3, 3], [9]]
+    assert read == [10, 10]  # the first prompts, eight further tokens of the long row, and the third short row's prompt
 
 
 def test_the_distribution_is_the_policys():

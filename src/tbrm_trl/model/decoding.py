@@ -46,9 +46,6 @@ def draw(scores: Tensor, config: GenerationConfig) -> Tensor:
     return torch.multinomial(scores.softmax(dim=-1), num_samples=1).squeeze(1)
 
 
-# ---- one batch, as `generate` decodes it -----------------------------------------------------------------------------
-
-
 def sample(
     model: PreTrainedModel,
     input_ids: Tensor,
@@ -84,7 +81,7 @@ def sample(
         model_kwargs = model._update_model_kwargs_for_generation(outputs, model_kwargs)
         if is_live.any():
             logits = outputs.logits[:, -1].float()  # (n, V)
-            scores = logits.new_zeros(len(input_ids), logits.shape[1]).index_copy(0, live, logits)  # (B, V)
+            scores = _at(live, logits, len(input_ids))  # (B, V)
             tokens = draw(logits_processor(input_ids, scores), generation_config)  # (B,)
             tokens = tokens if filler is None else torch.where(is_live, tokens, filler)
             input_ids = torch.cat([input_ids, tokens.unsqueeze(1)], dim=1)
@@ -99,9 +96,6 @@ def sample(
             return input_ids
         inputs = model.prepare_inputs_for_generation(input_ids[live], next_sequence_length=1, **model_kwargs)
         outputs = model(**inputs, return_dict=True)
-
-
-# ---- a batch whose places are filled again ---------------------------------------------------------------------------
 
 
 class Row(Protocol):
@@ -193,11 +187,9 @@ class Slots:
     def tokens(self) -> list[int]:
         """The next token of every row that is under way."""
         places = torch.tensor(self.places, device=self.mask.device)
-        logits = torch.stack(
-            [self._processed(*one) for one in zip(self.rows, self.processors, self.logits, strict=True)]
-        )
-        scores = logits.new_zeros(self.size, logits.shape[1]).index_copy(0, places, logits)  # (S, V)
-        return draw(scores, self.config)[places].tolist()  # (n,)
+        given = zip(self.rows, self.processors, self.logits, strict=True)
+        logits = torch.stack([self._processed(*one) for one in given])  # (n, V)
+        return draw(_at(places, logits, self.size), self.config)[places].tolist()  # (n,)
 
     def _trim(self) -> None:
         """Cut off the columns that no row under way has read: the longest rows have left."""
@@ -243,6 +235,11 @@ class Slots:
             return logits
         ids = torch.tensor([[*row.prompt_ids, *row.completion_ids]], device=logits.device)  # (1, L)
         return processors(ids, logits.unsqueeze(0)).squeeze(0)
+
+
+def _at(places: Tensor, logits: Tensor, size: int) -> Tensor:
+    """The logits at their rows' places of a batch, `(n, V)` → `(size, V)`: rows elsewhere draw a token of no use."""
+    return logits.new_zeros(size, logits.shape[1]).index_copy(0, places, logits)
 
 
 def _equally_wide(*tensors: Tensor, dim: int = -1) -> list[Tensor]:
