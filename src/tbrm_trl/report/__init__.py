@@ -1,4 +1,4 @@
-"""A run as one page: `python -m tbrm_trl.report RUN` writes HTML that opens from disk and asks for no network."""
+"""A run as one page: `tbrm report RUN` writes HTML that opens from disk and asks for no network."""
 
 from .page import write_report
 

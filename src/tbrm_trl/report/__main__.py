@@ -1,4 +1,4 @@
-"""`python -m tbrm_trl.report RUN` writes the page of `page.write_report`."""
+"""`python -m tbrm_trl.report RUN` is `tbrm report RUN`: it writes the page of `page.write_report`."""
 
 from .page import main
 

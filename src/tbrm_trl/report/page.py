@@ -87,7 +87,7 @@ def _text(name: str) -> str:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
-        prog="python -m tbrm_trl.report",
+        prog="tbrm report",
         description="Write a run, or two laid over each other, as one page of HTML that opens from disk.",
     )
     parser.add_argument("run", help="Output directory of a run. The run may be under way.")
