@@ -363,7 +363,7 @@ class TBRMTrainer(ExactResume, GRPOTrainer):
         self._given_dataset = train_dataset
         self._offset = Offset() if args.soft_value_offset else None
         self._loss = TrajectoryLoss(args, self._soft_value, self._offset, router_loss=self.aux_loss_enabled)
-        self._recorder = Recorder()
+        self._recorder, self._stopwatch = Recorder(), Stopwatch()
         self._reward_calls = RewardCalls(args.reward_timeout, args.reward_of_failure)
         self._advantages = AdvantageColumn(args.generation_batch_size // args.world_size)
         self._baselines = Baselines(args.reward_baseline, args.reward_of, args.replay_buffer_size)
@@ -378,7 +378,6 @@ class TBRMTrainer(ExactResume, GRPOTrainer):
         self._microbatches: list[list[UpdateRow]] = []  # of the current update, on this process
         self._denominator = 0  # of the loss: trajectories that count in the current update, over all processes
         self._scored: list[tuple[list[UpdateRow], Tensor, Tensor, Tensor]] = []  # rows; loss, β δ, β V: (B,)
-        self._stopwatch = Stopwatch()
         self._totals = Totals()  # of the current update, over all processes
         self._loss_before = 0.0  # what the Trainer has summed since the last log, before the current update
         self._skipped = SkippedUpdates(args.max_skipped_updates)
@@ -1091,15 +1090,15 @@ class TBRMTrainer(ExactResume, GRPOTrainer):
         return nullcontext() if self.evaluating else self._stopwatch(name)
 
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
-        log_is_due = self.control.should_log
+        log_is_due, first = self.control.should_log, len(self.state.log_history)
         with temporarily(self, evaluating=True, _denominator=self._denominator):  # of an update that is under way
             given = args[0] if args else kwargs.get("eval_dataset")
             if self.eval_dataset is None and given is None and _evaluates(self.callback_handler.callbacks):
-                metrics, logged = dict[str, float](), dict[str, Any]()
+                metrics = dict[str, float]()
                 self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
             else:
                 metrics = super().evaluate(*args, **kwargs)
-                logged = self.state.log_history[-1]
+            logged = {name for entry in self.state.log_history[first:] for name in entry}  # of several sets, too
             if added := {name: value for name, value in metrics.items() if name not in logged}:
                 self.model.eval()  # TRL tells training metrics from an evaluation's by this
                 self.log(added)  # what callbacks added, after the Trainer had logged
