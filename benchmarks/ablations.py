@@ -4,7 +4,7 @@
     python benchmarks/ablations.py --quick                # a minute, to a temporary folder
 
 Everything is written to docs/benchmarks/ablations.{json,md,png}. A run whose result is already in the JSON is not
-repeated; delete the JSON to start over. The task is that of benchmarks/replay.py; nothing is downloaded.
+repeated; delete the JSON to start over. The task is that of benchmarks/comparison.py; nothing is downloaded.
 """
 
 import statistics
@@ -16,6 +16,7 @@ from pathlib import Path
 from common import tasks
 from common.measure import set_up
 from common.report import (
+    T_95,
     Store,
     band,
     listed,
@@ -28,7 +29,6 @@ from common.report import (
     write,
 )
 from common.tasks import Measure
-from replay import SMOKE, TINY
 from torch import Tensor
 
 from tbrm_trl import SoftValue
@@ -37,7 +37,6 @@ from tbrm_trl.loss.soft_value import ValueInputs
 VERSIONS = versions("torch", "transformers", "trl", "tbrm-trl")
 ROWS, GROUP = 64, 4  # trajectories per update, and per prompt in (d)
 SELECTION_SEED = 100  # its words are in no final run
-T_95 = {2: 12.71, 3: 4.30, 4: 3.18, 5: 2.78}  # Student's t, two-sided 95%, by number of seeds
 
 
 class FrozenValue(SoftValue):
@@ -118,7 +117,7 @@ class Scale:
     updates: int
     seeds: range
     learning_rates: tuple[float, ...] = (2.5e-4, 5e-4, 1e-3, 2e-3, 4e-3)
-    demonstration_steps: int = TINY.demonstration_steps
+    demonstration_steps: int = 300
 
 
 class Results:
@@ -223,7 +222,7 @@ training on one thread; {listed(VERSIONS)}.
 
 ![held-out accuracy during training](ablations.png)
 
-The task is that of [replay.md](replay.md): a two-layer Llama of width 32, made from random weights and noisy
+The task is that of `benchmarks/comparison.py`: a two-layer Llama of width 32, made from random weights and noisy
 demonstrations, sorts the letters of words. Accuracy is the exact probability of the right completion at T = 1 on words
 that no run trains on; before training it is {start:.3f}, and V_θ(s_1) is {value:.1f} nats (in real models 15 to 35).
 Every run has {updates} updates of {ROWS} fresh trajectories, AdamW, linear decay, gradient norm clipped at 1. Unless
@@ -270,7 +269,7 @@ def main() -> None:
     )
     scale = Scale(arguments.updates, range(arguments.seeds))
     if arguments.quick:
-        scale = Scale(8, range(1), (1e-3,), SMOKE.demonstration_steps)
+        scale = Scale(8, range(1), (1e-3,), 100)
     set_up()
     runs = Store(arguments.output / "ablations.json", environment=VERSIONS)
     with tempfile.TemporaryDirectory() as folder:

@@ -26,7 +26,7 @@ PACKAGES = ("torch", "transformers", "trl", "accelerate", "reasoning-gym")
 
 def train(folder: str, logged: bool) -> dict[str, float]:
     """One of the two runs, in this process."""
-    task = tasks.sums(seed=0)
+    task = tasks.of_gym("sums", seed=0)
     trainer = TBRMTrainer(
         task.model,
         None if logged else task.reward,

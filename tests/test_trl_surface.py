@@ -21,9 +21,7 @@ from tbrm_trl import TBRMTrainer
 from tbrm_trl.resume import ExactResume
 
 OVERRIDDEN = {
-    "create_model_card": (
-        "(self, model_name: str | None = None, dataset_name: str | None = None, tags: str | list[str] | None = None)"
-    ),
+    "create_model_card": "(self, model_name=None, dataset_name=None, tags=None)",
     "_get_grad_norm": "(self, model, grad_norm=None)",
     "_tokenize_prompts": "(self, prompts)",
     "_generate_single_turn": "(self, prompt_ids, images, multimodal_fields, num_generations, has_tool_images=False)",

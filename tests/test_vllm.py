@@ -6,6 +6,7 @@ colocate setup asks for, exists on GPUs alone.
 
 from __future__ import annotations
 
+import operator
 import os
 import re
 import shlex
@@ -26,13 +27,14 @@ import torch
 from common.launch import allow_fsdp_on_cpu, free_port
 from common.tiny import save
 from datasets import Dataset
-from helpers.examples import HOW, SETUPS, logged_updates, run_line
-from helpers.launch import ROOT, SEARCHED, launch
+from helpers.examples import HOW, SETUPS, logged_updates, run_line, sums
+from helpers.launch import ROOT, SEARCHED, launch, run
 from helpers.vllm_on_cpu import in_trainer, install
 from peft import LoraConfig
 from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedModel
 
 from tbrm_trl import TBRMConfig, TBRMTrainer
+from tbrm_trl.evaluation.results import read_result
 
 pytestmark = [
     pytest.mark.vllm,
@@ -204,3 +206,25 @@ def test_served_samples_are_of_the_trained_policy(file, lora, model, server, env
     options: dict[str, Any] = {"lora": True, "learning_rate": 0.05} if lora else {}
     ports = dict(vllm_server_port=server, vllm_group_port=free_port())
     check(trained(model, tmp_path, environment, file, vllm_mode="server", **ports, **options), file)
+
+
+def test_an_evaluation_by_vllm_gives_the_completions_of_transformers(model, environment, tmp_path):
+    """Greedy completions of each, of a model whose logits lie far apart: bfloat16 turns few tokens."""
+    file = sums(tmp_path / "sums.json")
+    rows = {}
+    for backend in ("transformers", "vllm"):
+        run(
+            [
+                sys.executable, "-m", "tbrm_trl.cli", "eval", "--model_name_or_path", model, "--benchmarks", file,
+                "--limit", "12", "--samples", "1", "--temperature", "0", "--max_new_tokens", "6", "--backend", backend,
+                "--reward_funcs", "helpers.reward_functions.letters", "--output_dir", tmp_path / backend,
+                "--use_cpu", "true",
+            ],
+            **environment,
+        )  # fmt: skip
+        (found,) = (tmp_path / backend).glob("*.jsonl")
+        result = read_result(found)
+        assert result.header["backend"] == backend and len(result.rows) == 12
+        rows[backend] = [row.completion for _, row in sorted(result.rows.items())]
+    agree = sum(map(operator.eq, *(rows[backend] for backend in ("transformers", "vllm"))))
+    assert agree >= 9 and len(set(rows["vllm"])) > 1, rows

@@ -96,6 +96,9 @@ class Store(dict[str, Any]):
         unfinished.rename(self.path)
 
 
+T_95 = {2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776}  # Student's t, two-sided 95%, by number of seeds
+
+
 # ---- numbers and text ------------------------------------------------------------------------------------------------
 
 

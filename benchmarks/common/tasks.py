@@ -1,4 +1,4 @@
-"""Two tasks with rewards of 0 or 1, and training on them: sorting letters with a tiny model, sums with SmolLM2-135M."""
+"""Tasks with rewards of 0 or 1, and training on them: sorting letters with a tiny model, arithmetic with SmolLM2."""
 
 import itertools
 import random
@@ -112,7 +112,12 @@ def sorting(folder: Path, seed: int, steps: int, selection: bool = False) -> Tas
     return Task(str(folder), train, reward, accuracy, options)
 
 
-# ---- sums ------------------------------------------------------------------------------------------------------------
+# ---- arithmetic ------------------------------------------------------------------------------------------------------
+
+GYM_TASKS: dict[str, tuple[str, dict[str, int]]] = {
+    "sums": ("chain_sum", dict(min_terms=2, max_terms=2, min_digits=1, max_digits=1)),
+    "divisors": ("gcd", dict(min_numbers=2, max_numbers=2, min_value=1, max_value=20)),
+}
 
 
 def smollm2() -> str:
@@ -132,9 +137,18 @@ def smollm2() -> str:
     return str(folder)
 
 
-def sums(seed: int) -> Task:
-    """The task of `make demo`: sums and differences of two one-digit numbers, 140 to train on and 60 held out."""
-    entries = gym.distinct_problems("chain_sum", 200, min_terms=2, max_terms=2, min_digits=1, max_digits=1)
+def of_gym(name: str, seed: int, selection: bool = False) -> Task:
+    """A task of reasoning-gym for SmolLM2-135M, whose untrained answers are right once in seven or eight times.
+
+    Args:
+        name: "sums" of two one-digit numbers, the task of `make demo`, or "divisors", greatest common ones up to 20.
+        seed: of the split of its problems into 40 held-out ones and the rest.
+        selection: take the other half of the problems, which no final run sees.
+    """
+    gym_task, settings = GYM_TASKS[name]
+    entries = gym.distinct_problems(gym_task, 200, **settings)
+    random.Random(0).shuffle(entries)
+    entries = entries[::2] if selection else entries[1::2]
     random.Random(seed).shuffle(entries)
     by_question = {entry["question"]: entry for entry in entries}
     model = smollm2()
@@ -144,23 +158,28 @@ def sums(seed: int) -> Task:
         return [{"role": "system", "content": "Reply with a number."}, {"role": "user", "content": question}]
 
     def verify(completion: str, question: str) -> float:
-        return gym.judge("chain_sum", by_question[question], completion)[0]
+        return gym.judge(gym_task, by_question[question], completion)[0]
 
     def reward(completions, question, **kwargs):
         return [verify(c[0]["content"], q) for c, q in zip(completions, question, strict=True)]
 
-    held_out, train = list(by_question)[:60], list(by_question)[60:]
+    held_out, train = list(by_question)[:40], list(by_question)[40:]
 
     def accuracy(model: PreTrainedModel) -> float:
         return evaluate_accuracy(
             model, tokenizer, [as_prompt(question) for question in held_out],
             lambda index, text: verify(text, held_out[index]),
-            samples=2, temperature=1.0, max_new_tokens=16, batch_size=120,
+            samples=10, temperature=1.0, max_new_tokens=16, batch_size=200,
         ).mean  # fmt: skip
 
     rows = Dataset.from_list([{"prompt": as_prompt(question), "question": question} for question in train])
     options = dict(max_completion_length=16, lr_scheduler_type="constant_with_warmup", warmup_steps=3)
     return Task(model, rows, reward, accuracy, options)
+
+
+def named(name: str, seed: int, folder: Path, selection: bool = False) -> Task:
+    """The task of a name. `folder` takes the tiny model."""
+    return sorting(folder, seed, 300, selection) if name == "sorting" else of_gym(name, seed, selection)
 
 
 # ---- training --------------------------------------------------------------------------------------------------------

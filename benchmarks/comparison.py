@@ -1,0 +1,431 @@
+"""TBRM beside TRL's GRPO and RLOO and beside A*-PO: accuracy against rollouts and seconds, all tuned alike.
+
+    python benchmarks/comparison.py                             # the tiny model, a quarter of an hour on two cores
+    python benchmarks/comparison.py --tasks sums --minutes 60   # SmolLM2-135M: the next hour of it
+    python benchmarks/comparison.py --quick                     # two short runs of each method, to a temporary folder
+
+Each method has a learning rate and one knob of its own. A coordinate search selects both, on problems and seeds that no
+final run sees: first the rate at the knob's first value, then the knob at that rate. Where the best rate is the lowest
+or the highest, the next one is tried, and every method is given as many. What decides is the area under the curve of
+accuracy against rollouts. The final runs are paired by seed: it gives the model's start, the problems, and their order.
+
+Every finished run is kept in docs/benchmarks/comparison.json, and is not made again. Delete it to start over.
+"""
+
+import itertools
+import math
+import os
+import statistics
+import tempfile
+import time
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from dataclasses import dataclass, field, replace
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from common import tasks
+from common.measure import set_up
+from common.report import (
+    T_95,
+    Store,
+    band,
+    listed,
+    mean_and_error,
+    parse,
+    plt,
+    processor,
+    show,
+    table,
+    versions,
+    wrapped,
+    write,
+)
+
+PEER, GAIN = "GRPO", 0.1
+
+
+# ---- what is compared ------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Method:
+    """A trainer, what it is told, and its knob: by name of the value, the options that it sets."""
+
+    trainer: str  # a key of `tasks.METHODS`
+    knob: dict[str, dict[str, Any]]
+    options: dict[str, Any] = field(default_factory=dict)
+
+
+_GROUPS: dict[str, dict[str, Any]] = {f"n = {n}": dict(num_generations=n) for n in (8, 4, 16)}
+_OFFSET: dict[str, Any] = dict(soft_value_offset=True)
+METHODS = {
+    "GRPO": Method("GRPO", _GROUPS, dict(beta=0.0)),
+    "GRPO, windows used K times": Method(
+        "GRPO",
+        {f"K = {k}": dict(num_iterations=k) for k in (2, 4, 8)},
+        dict(beta=0.0, num_generations=8),
+    ),
+    "RLOO": Method("RLOO", _GROUPS, dict(beta=0.0)),
+    "A*-PO": Method("TBRM", {f"N = {n}": dict(soft_value_samples=n) for n in (8, 4, 2)}, dict(soft_value="optimal")),
+    "TBRM": Method(
+        "TBRM",
+        {
+            "no offset": {},
+            "offset, η = 0.03": dict(soft_value_learning_rate=0.03, **_OFFSET),
+            "offset, η = 0.1": dict(soft_value_learning_rate=0.1, **_OFFSET),
+        },
+        dict(soft_value="calibrated"),
+    ),
+    "TBRM with replay": Method(
+        "TBRM",
+        {
+            "K = 2": dict(num_iterations=2),
+            "K = 4": dict(num_iterations=4),
+            "K = 4, offset, η = 0.03": dict(num_iterations=4, soft_value_learning_rate=0.03, **_OFFSET),
+        },
+        dict(soft_value="calibrated"),
+    ),
+}
+
+
+@dataclass(frozen=True)
+class Setting:
+    """Sizes of the comparison on one task."""
+
+    title: str
+    updates: int
+    rows: int  # trajectories per update
+    every: int  # updates between two measurements
+    rates: tuple[float, ...]  # to begin with
+    beta: float  # TBRM's and A*-PO's
+    buffer: int
+    selection_seeds: tuple[int, ...]
+    final_seeds: tuple[int, ...]
+
+
+SETTINGS = {
+    "sorting": Setting(
+        "Tiny model, sorting letters", 384, 64, 16, (5e-4, 1e-3, 2e-3), 0.05, 256, (100, 101), (0, 1, 2, 3, 4)
+    ),
+    "sums": Setting(
+        "SmolLM2-135M, one-digit sums", 32, 16, 2, (1e-5, 2e-5, 4e-5), 0.02, 64, (100,), (0, 1, 2, 3, 4)
+    ),
+    "divisors": Setting(
+        "SmolLM2-135M, greatest common divisors", 32, 16, 2, (1e-5, 2e-5, 4e-5), 0.02, 64, (100,), (0, 1, 2, 3, 4)
+    ),
+}  # fmt: skip
+QUICK = replace(
+    SETTINGS["sorting"], updates=4, every=2, rates=(1e-3,), selection_seeds=(100,), final_seeds=(0, 1), rows=16
+)
+
+
+@dataclass(frozen=True)
+class Run:
+    """One training run. Its text is its key in the JSON."""
+
+    task: str  # a key of SETTINGS
+    method: str
+    knob: str
+    rate: float
+    seed: int
+
+    def __str__(self) -> str:
+        return f"{self.task}: {self.method}, {self.knob}, lr {self.rate:g}, seed {self.seed}"
+
+
+# ---- a run -----------------------------------------------------------------------------------------------------------
+
+
+def result(run: Run, setting: Setting) -> dict[str, Any]:
+    """Carry out one run, in the process of a worker.
+
+    A method that uses a window K times makes K times as many updates: all draw equally many rollouts.
+    """
+    set_up(1)
+    method = METHODS[run.method]
+    options = {"beta": setting.beta, **method.options, **method.knob[run.knob]}
+    if "replay" in run.method:
+        options["replay_buffer_size"] = setting.buffer
+    uses = options.get("num_iterations", 1)
+    updates, every = uses * setting.updates, uses * setting.every
+    with tempfile.TemporaryDirectory() as folder:
+        task = tasks.named(run.task, run.seed, Path(folder), selection=run.seed in setting.selection_seeds)
+        measure = tasks.Measure(task, range(0, updates + 1, every))
+        trainer = tasks.train(
+            method.trainer, measure, learning_rate=run.rate, max_steps=updates, seed=run.seed,
+            per_device_train_batch_size=setting.rows, logging_strategy="steps", logging_steps=1, **options,
+        )  # fmt: skip
+    logged = {
+        name: [round(row[name], 4) for row in trainer.state.log_history if name in row]
+        for name in ("soft_value", "grad_norm", "kl")
+    }
+    return {"run": vars(run), "points": measure.points, "logged": logged}
+
+
+class Comparison:
+    """Selection and final runs on one task.
+
+    Args:
+        task: a key of SETTINGS.
+        setting: its sizes.
+        runs: the results by run.
+        until: the moment, of `time.monotonic`, from which on no further run is begun.
+    """
+
+    def __init__(self, task: str, setting: Setting, runs: Store, until: float):
+        self.task, self.setting, self.runs, self.until = task, setting, runs, until
+
+    # -- what is selected
+
+    def curve(self, run: Run) -> np.ndarray:
+        """`(M,)` accuracies at equally many rollouts for every method."""
+        return np.array([point[2] for point in self.runs[str(run)]["points"]])
+
+    def area(self, runs: Sequence[Run]) -> float | None:
+        """Mean area under the curves, as a mean accuracy over the rollouts; None if a run is missing."""
+        if any(str(run) not in self.runs for run in runs):
+            return None
+        return statistics.mean(area(self.curve(run)) for run in runs)
+
+    def candidates(self, method: str, knob: str, rates: Sequence[float]) -> dict[tuple[str, float], list[Run]]:
+        return {
+            (knob, rate): [Run(self.task, method, knob, rate, seed) for seed in self.setting.selection_seeds]
+            for rate in rates
+        }
+
+    def best(self, of: dict[tuple[str, float], list[Run]]) -> tuple[str, float]:
+        """The candidate of the largest area. Raises KeyError while a run is missing."""
+        areas = {choice: self.area(runs) for choice, runs in of.items()}
+        if None in areas.values():
+            raise KeyError("a run is missing")
+        return max(areas, key=lambda choice: areas[choice] or 0.0)
+
+    def rates(self, method: str, count: int = 0) -> list[float]:
+        """The learning rates of a method: widened until the best is inside, then up to `count` of them."""
+        rates, knob = sorted(self.setting.rates), next(iter(METHODS[method].knob))
+        while len(self.setting.rates) > 1:
+            try:
+                _, rate = self.best(self.candidates(method, knob, rates))
+            except KeyError:
+                break
+            if rate == rates[0]:
+                rates.insert(0, rate / 2)
+            elif rate == rates[-1]:
+                rates.append(2 * rate)
+            elif len(rates) < count:  # on the side where the best one has fewer neighbours
+                below = rates.index(rate) <= len(rates) - 1 - rates.index(rate)
+                rates = [rates[0] / 2, *rates] if below else [*rates, 2 * rates[-1]]
+            else:
+                break
+        return rates
+
+    def of_knob(self, method: str) -> dict[tuple[str, float], list[Run]]:
+        knobs = list(METHODS[method].knob)
+        _, rate = self.best(self.candidates(method, knobs[0], self.rates(method, self.count)))
+        return {choice: runs for knob in knobs for choice, runs in self.candidates(method, knob, [rate]).items()}
+
+    @property
+    def count(self) -> int:
+        """The learning rates that every method is given: as many as the one that needed most."""
+        return max(len(self.rates(method)) for method in METHODS)
+
+    def selected(self, method: str) -> tuple[str, float]:
+        return self.best(self.of_knob(method))
+
+    def final(self, method: str) -> list[Run]:
+        """The final runs of a method. Raises KeyError until it is tuned."""
+        return [Run(self.task, method, *self.selected(method), seed) for seed in self.setting.final_seeds]
+
+    def finished(self, method: str) -> list[Run]:
+        """Those of its final runs that are there."""
+        try:
+            return [run for run in self.final(method) if str(run) in self.runs]
+        except KeyError:
+            return []
+
+    # -- carrying it out
+
+    def stages(self) -> Iterator[list[Run]]:
+        """The runs in the order in which they are to be made. A stage may ask for results of those before it."""
+        for count in (0, None):  # as many rates as each needs, then as many as the one that needed most
+            count = self.count if count is None else count
+            yield [
+                run
+                for method, of in METHODS.items()
+                for runs in self.candidates(method, next(iter(of.knob)), self.rates(method, count)).values()
+                for run in runs
+            ]
+        yield [run for method in METHODS for runs in self.of_knob(method).values() for run in runs]
+        for runs in zip(*(self.final(method) for method in METHODS), strict=True):
+            yield list(runs)
+
+    def wanted(self) -> list[Run]:
+        """The runs of the first stage that is not finished."""
+        missing = ([run for run in runs if str(run) not in self.runs] for runs in self.stages())
+        return next(filter(None, missing), [])
+
+    def execute(self, pool: ProcessPoolExecutor, processes: int) -> None:
+        pending: dict[Any, Run] = {}
+        while True:
+            for run in self.wanted() if time.monotonic() < self.until else []:
+                if len(pending) < processes and run not in pending.values():
+                    pending[pool.submit(result, run, self.setting)] = run
+            if not pending:
+                return
+            done = next(as_completed(pending))
+            run = pending.pop(done)
+            self.runs[str(run)] = done.result()
+            print(f"{run}: {' '.join(f'{accuracy:.2f}' for accuracy in self.curve(run))}", flush=True)
+
+
+# ---- the page --------------------------------------------------------------------------------------------------------
+
+
+def area(accuracies: np.ndarray) -> float:
+    return float(np.trapezoid(accuracies) / (len(accuracies) - 1))
+
+
+def interval(differences: Sequence[float]) -> str:
+    """Mean of paired differences, with Student's 95% interval."""
+    mean, error = mean_and_error(differences)
+    if math.isnan(error):
+        return f"{mean:+.3f}"
+    half = T_95[len(differences)] * error
+    return f"{mean:+.3f} ({mean - half:+.3f} to {mean + half:+.3f})"
+
+
+def first_at(points: Sequence[Sequence[float]], target: float, place: int) -> float:
+    """The cost at which the accuracy first reaches the target, straight between two points; infinite if never."""
+    for before, after in itertools.pairwise(points):
+        if after[2] >= target:
+            share = (target - before[2]) / (after[2] - before[2]) if after[2] > before[2] else 0.0
+            return before[place] + max(share, 0.0) * (after[place] - before[place])
+    return math.inf
+
+
+def medians(costs: Sequence[float]) -> str:
+    reached = sum(map(math.isfinite, costs))
+    middle = statistics.median(costs)
+    return f"{middle:,.0f}" if math.isfinite(middle) else f"{reached} of {len(costs)} reach it"
+
+
+def section(comparison: Comparison) -> str:
+    setting, results = comparison.setting, comparison.runs
+    finished = {method: comparison.finished(method) for method in METHODS}
+    whole = [method for method, runs in finished.items() if runs]
+    text = f"## {setting.title}\n\n"
+    if PEER not in whole:
+        return text + wrapped("The selection is not finished.") + "\n\n" + selection(comparison)
+    seeds = [run.seed for run in finished[PEER]]
+    points = {
+        method: {run.seed: results[str(run)]["points"] for run in finished[method] if run.seed in seeds}
+        for method in whole
+    }
+    ends = {method: [of[-1][2] for of in by_seed.values()] for method, by_seed in points.items()}
+    target = statistics.mean(ends[PEER])
+    rows, costs = [], []
+    for method in whole:
+        mine = points[method]
+        differences = {
+            name: [f(np.array(mine[s])[:, 2]) - f(np.array(points[PEER][s])[:, 2]) for s in mine]
+            for name, f in (("area", area), ("end", lambda of: of[-1]))
+        }
+        knob, rate = comparison.selected(method)
+        rows.append(
+            [method, f"{knob}, {rate:g}", str(len(mine)), show([area(np.array(of)[:, 2]) for of in mine.values()]),
+             show(ends[method]), *("" if method == PEER else interval(of) for of in differences.values())]
+        )  # fmt: skip
+        gained = [first_at(of, of[0][2] + GAIN, 1) for of in mine.values()]
+        reached = [[first_at(of, target, place) for of in mine.values()] for place in (1, 4)]
+        total = statistics.mean(of[-1][4] for of in mine.values())
+        costs.append([method, medians(gained), *map(medians, reached), f"{total:,.0f}"])
+    header = ["", "selected", "seeds", "area", "final accuracy", f"area − {PEER}'s", f"final − {PEER}'s"]
+    drawn = points[PEER][seeds[0]][-1][1]
+    text += wrapped(
+        f"{len(seeds)} of {len(setting.final_seeds)} final seeds, {drawn:,} rollouts in a run. *Area* is the mean "
+        "accuracy along the curve. Differences are paired by seed, with Student's 95% interval."
+    )
+    text += f"\n\n{table(header, rows)}\n\n"
+    text += wrapped(
+        f"Medians over seeds of what it takes to gain {GAIN} over the untrained model, and to reach {PEER}'s mean "
+        f"final accuracy, {target:.3f}. Seconds are of training on one core, without the measurements."
+    )
+    header = ["", f"rollouts to gain {GAIN}", f"rollouts to {target:.3f}", f"seconds to {target:.3f}", "seconds in all"]
+    return f"{text}\n\n{table(header, costs)}\n\n{selection(comparison)}"
+
+
+def selection(comparison: Comparison) -> str:
+    """Every candidate of the search, with its area."""
+    made = [Run(**one["run"]) for one in comparison.runs.values()]
+    areas: dict[str, set[tuple[str, float, float]]] = {method: set() for method in METHODS}
+    for run in made:
+        of_seeds = [replace(run, seed=seed) for seed in comparison.setting.selection_seeds]
+        if run in of_seeds and (found := comparison.area(of_seeds)) is not None:
+            areas[run.method].add((run.knob, run.rate, found))
+    rows = [
+        [method, "; ".join(f"{knob}, {rate:g}: {found:.3f}" for knob, rate, found in sorted(of))]
+        for method, of in areas.items()
+    ]
+    return f"Areas of the selection:\n\n{table(['', 'knob, learning rate: area'], rows)}\n"
+
+
+def draw(comparisons: Sequence[Comparison]) -> plt.Figure:
+    shown = [one for one in comparisons if one.finished(PEER)]
+    figure, axes = plt.subplots(1, max(1, len(shown)), figsize=(5.5 * max(1, len(shown)), 4), squeeze=False)
+    for axis, one in zip(axes[0], shown, strict=False):
+        for number, method in enumerate(METHODS):
+            runs = one.finished(method)
+            if not runs:
+                continue
+            points = np.array([one.runs[str(run)]["points"] for run in runs])  # (S, M, 5)
+            drawn = points[0, :, 1] - points[0, 0, 1]
+            band(axis, drawn, points[:, :, 2].T.tolist(), color=f"C{number}", label=method)
+        axis.set(title=one.setting.title, xlabel="rollouts", ylabel="accuracy")
+        axis.legend()
+    return figure
+
+
+def report(comparisons: Sequence[Comparison], facts: str) -> str:
+    settings = wrapped(
+        "Every method draws equally many rollouts. A method that uses each window of rollouts K times makes K times "
+        "as many updates. A*-PO also draws N completions of every prompt from the reference before training; they are "
+        "not on the axis, their seconds are counted. TBRM and A*-PO have the β of the task; GRPO and RLOO have β = 0, "
+        "as TRL's GRPO has by default."
+    )
+    sections = "\n".join(map(section, comparisons))
+    return f"""# TBRM, GRPO, RLOO and A*-PO, tuned alike
+
+Written by `python benchmarks/comparison.py`. {facts}. Every run: [comparison.json](comparison.json).
+
+{settings}
+
+![accuracy against rollouts](comparison.png)
+
+{sections}"""
+
+
+def main() -> None:
+    arguments = parse(
+        __doc__,
+        "two short runs of each method on the tiny model",
+        tasks=dict(nargs="+", default=["sorting"], choices=list(SETTINGS)),
+        minutes=dict(type=float, default=math.inf, help="begin no further run after these"),
+        processes=dict(type=int, default=os.cpu_count() or 1, help="runs at a time, of one thread each"),
+    )
+    settings = {"sorting": QUICK} if arguments.quick else SETTINGS
+    facts = f"{processor()}; {listed(versions('torch', 'transformers', 'trl', 'tbrm-trl', 'reasoning-gym'))}"
+    runs = Store(arguments.output / "comparison.json", facts=facts)
+    until = time.monotonic() + 60 * arguments.minutes
+    comparisons = {task: Comparison(task, setting, runs, until) for task, setting in settings.items()}
+    with ProcessPoolExecutor(arguments.processes, get_context("spawn")) as pool:
+        for task in arguments.tasks if not arguments.quick else settings:
+            comparisons[task].execute(pool, arguments.processes)
+    begun = [one for one in comparisons.values() if any(key.startswith(f"{one.task}: ") for key in runs)]
+    write(arguments.output, "comparison", report(begun, facts), figure=draw(begun))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,58 @@
+"""The comparison with other methods: an equal search for each, and what its curves say."""
+
+import math
+
+import comparison
+import pytest
+from common.report import Store
+from comparison import METHODS, SETTINGS, Comparison, area, first_at, interval
+from numpy import array
+
+RATES = SETTINGS["sorting"].rates  # 5e-4, 1e-3, 2e-3
+
+
+def searched(tmp_path, best_rate):
+    """A search over results that are as good as their rate is near to the best one of the method."""
+    search = Comparison("sorting", SETTINGS["sorting"], Store(tmp_path / "runs.json"), math.inf)
+    while wanted := search.wanted():
+        for run in wanted:
+            accuracy = 1 - abs(math.log(run.rate / best_rate.get(run.method, 1e-3))) / 10
+            search.runs[str(run)] = {"run": vars(run), "points": [[0, 0, 0.1, 0, 0.0], [1, 64, accuracy, 0, 1.0]]}
+    return search
+
+
+def test_every_method_is_given_as_many_rates_as_the_one_that_needs_most(tmp_path):
+    search = searched(tmp_path, {"TBRM": 8e-3, "GRPO": 5e-4})
+    assert search.rates("TBRM") == pytest.approx([5e-4, 1e-3, 2e-3, 4e-3, 8e-3, 16e-3])
+    assert search.rates("GRPO") == pytest.approx([2.5e-4, *RATES])
+    assert search.rates("RLOO") == list(RATES)
+    for method in METHODS:
+        tried = {one["run"]["rate"] for one in search.runs.values() if one["run"]["method"] == method}
+        assert len(tried) == search.count == 6
+        assert search.selected(method)[1] not in (min(tried), max(tried))
+
+
+def test_a_knob_is_tried_at_the_best_rate_and_the_final_seeds_come_last(tmp_path):
+    search = searched(tmp_path, {})
+    of_rloo = [one["run"] for one in search.runs.values() if one["run"]["method"] == "RLOO"]
+    knobs = {(run["knob"], run["rate"]) for run in of_rloo}
+    assert knobs == {("n = 8", rate) for rate in RATES} | {("n = 4", 1e-3), ("n = 16", 1e-3)}
+    assert all(len(search.finished(method)) == 5 for method in METHODS)
+    assert not {run.seed for run in search.final("GRPO")} & set(SETTINGS["sorting"].selection_seeds)
+
+
+def test_a_method_is_not_final_while_a_candidate_is_missing(tmp_path):
+    search = searched(tmp_path, {})
+    missing = next(name for name in search.runs if ": TBRM, no offset, lr 0.002, seed 101" in name)
+    del search.runs[missing]
+    assert search.finished("TBRM") == [] and len(search.finished("GRPO")) == 5
+    assert [str(run) for run in search.wanted()] == [missing]
+    comparison.report([search], "")  # a page of what is there
+
+
+def test_numbers_of_a_curve():
+    points = [[0, 0, 0.1, 0, 0.0], [2, 32, 0.3, 0, 4.0], [4, 64, 0.2, 0, 8.0]]
+    assert area(array(points)[:, 2]) == pytest.approx((0.2 + 0.25) / 2)
+    assert first_at(points, 0.2, 1) == pytest.approx(16) and first_at(points, 0.2, 4) == pytest.approx(2)
+    assert first_at(points, 0.31, 1) == math.inf
+    assert interval([0.1, 0.2, 0.3]) == "+0.200 (-0.048 to +0.448)"  # 0.2 ± 4.303 · 0.1/√3
