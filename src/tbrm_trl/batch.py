@@ -79,14 +79,16 @@ def collate(
     """Pad trajectories to one batch on `device`. Only this function lays trajectories out as tensors."""
     width = padded_width(trajectories, pad_to_multiple_of)
 
-    def padded(rows: Sequence[Tensor], fill: float | int | bool) -> Tensor:
-        out = rows[0].new_full((len(rows), width), fill)  # (B, T)
-        for out_row, row in zip(out, rows, strict=True):
-            out_row[: len(row)] = row
-        return out.to(device)
+    columns = torch.arange(width)  # (T,)
+    at_start = torch.zeros(len(trajectories), dtype=torch.long)  # (B,)
+    after_prompt = torch.tensor([len(t.prompt_ids) for t in trajectories])  # (B,)
 
-    def after_prompt(trajectory: Trajectory, completion_values: Tensor) -> Tensor:
-        return torch.cat([completion_values.new_zeros(len(trajectory.prompt_ids)), completion_values])
+    def padded(rows: Sequence[Tensor], fill: float | int | bool, first: Tensor = at_start) -> Tensor:
+        """Each row from its first column on, and the fill around it. Few operations, however many rows there are."""
+        ends = first + torch.tensor([len(row) for row in rows])  # (B,)
+        is_theirs = (columns >= first[:, None]) & (columns < ends[:, None])  # (B, T)
+        joined = torch.cat(list(rows))
+        return joined.new_full(is_theirs.shape, fill).masked_scatter_(is_theirs, joined).to(device)
 
     def reference(trajectory: Trajectory) -> Tensor:
         if trajectory.ref_log_probs is None:
@@ -102,9 +104,9 @@ def collate(
 
     return Batch(
         input_ids=padded([torch.cat([t.prompt_ids, t.completion_ids]) for t in trajectories], pad_token_id),
-        attention_mask=padded([torch.ones(len(t), dtype=torch.long) for t in trajectories], 0),
-        action_mask=padded([after_prompt(t, t.loss_mask) for t in trajectories], False),
-        ref_log_probs=padded([after_prompt(t, reference(t)) for t in trajectories], 0.0),
+        attention_mask=(columns < torch.tensor([len(t) for t in trajectories])[:, None]).long().to(device),
+        action_mask=padded([t.loss_mask for t in trajectories], False, after_prompt),
+        ref_log_probs=padded([reference(t) for t in trajectories], 0.0, after_prompt),
         ref_soft_value=float_tensor([t.ref_soft_value for t in trajectories], device),
         ref_end_value=float_tensor([t.ref_end_value for t in trajectories], device),
         vision=vision,

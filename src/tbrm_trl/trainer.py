@@ -705,10 +705,9 @@ class TBRMTrainer(ExactResume, GRPOTrainer):
     def _roll_out(self, rows: Sequence[Mapping[str, Any]]) -> list[Trajectory]:
         """Generate a completion for every row, and reward it. TRL's dictionary is read in `trajectories_from_trl`."""
         given = columns_for_rewards(rows, some_logged=bool(self._plan.mix.logged) and not self.evaluating)
-        for row in given:  # a stream, or a data set given to `evaluate`, was not checked before
-            if self.environment_factories is None and (
-                problem := problem_of_prompt(row.get("prompt"), self._tokenizer)
-            ):
+        was_checked = isinstance(self.train_dataset, Sized) and not self.evaluating  # `evaluate` may be given any
+        for row in [] if was_checked or self.environment_factories is not None else given:
+            if problem := problem_of_prompt(row.get("prompt"), self._tokenizer):
                 raise ValueError(f"A prompt of this window, {str(row.get('prompt'))[:60]!r}: {problem}")
         if self._streams_may_double_bos:
             texts = [row["prompt"] for row in given if isinstance(row.get("prompt"), str)]
