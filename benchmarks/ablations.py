@@ -222,7 +222,7 @@ training on one thread; {listed(VERSIONS)}.
 
 ![held-out accuracy during training](ablations.png)
 
-The task is that of `benchmarks/comparison.py`: a two-layer Llama of width 32, made from random weights and noisy
+The task is that of [comparison.md](comparison.md): a two-layer Llama of width 32, made from random weights and noisy
 demonstrations, sorts the letters of words. Accuracy is the exact probability of the right completion at T = 1 on words
 that no run trains on; before training it is {start:.3f}, and V_θ(s_1) is {value:.1f} nats (in real models 15 to 35).
 Every run has {updates} updates of {ROWS} fresh trajectories, AdamW, linear decay, gradient norm clipped at 1. Unless
