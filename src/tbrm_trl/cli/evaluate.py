@@ -31,9 +31,10 @@ from tbrm_trl.evaluation.benchmarks import (  # noqa: E402
     Setting,
     load_benchmark,
 )
-from tbrm_trl.evaluation.results import compare_results, differing_settings, results_of  # noqa: E402
+from tbrm_trl.evaluation.results import differing_settings, paired_results  # noqa: E402
 from tbrm_trl.evaluation.run import Judge, ModelPolicy, Policy, Settings, evaluate  # noqa: E402
 from tbrm_trl.evaluation.sampling import Sampling, prompt_ids_of  # noqa: E402
+from tbrm_trl.evaluation.statistics import compare  # noqa: E402
 from tbrm_trl.evaluation.vllm import VllmPolicy  # noqa: E402
 
 from .parsing import Parser, Refused, leave, sorted_words  # noqa: E402
@@ -189,11 +190,8 @@ def run(arguments: EvaluationArguments, model: ModelConfig) -> None:
 
 
 def show_comparison(first: str, second: str) -> None:
-    compared = compare_results(first, second)
-    before, after = results_of(first), results_of(second)
-    for name, comparison in compared.items():
-        one, other = before[name], after[name]
-        print(f"{name}: {mean(one):.4f} → {mean(other):.4f}, {comparison}")
+    for name, (one, other) in paired_results(first, second).items():
+        print(f"{name}: {mean(one):.4f} → {mean(other):.4f}, {compare(one.scores, other.scores)}")
         if differing := differing_settings(one, other):
             print(f"  The two differ in {', '.join(differing)} besides the model.")
 
@@ -206,10 +204,7 @@ def main(arguments: list[str] | None = None) -> None:
     given = sys.argv[1:] if arguments is None else arguments
     try:
         reader = Parser(EvaluationArguments, ModelConfig, prog=PROG, description=__doc__ or "", dtype="auto")
-        words = sorted_words(reader, given)
-        if words.problems:
-            raise Refused(words.problems)
-        asked, model = reader.parse(words)
+        asked, model = reader.parse(sorted_words(reader, given))
         if problems := problems_of(asked, model):
             raise Refused(problems)
         try:

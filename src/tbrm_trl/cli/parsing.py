@@ -57,21 +57,19 @@ class Parser(TrlParser):
 
 @dataclass
 class Words:
-    """The words of a command by who reads them, and what is wrong with them.
+    """The words of a command by who reads them.
 
     Attributes:
         own: for the command, `--config` included.
         launcher: for accelerate's launcher, from the command line or the YAML file.
-        problems: a line each.
     """
 
     own: list[str] = field(default_factory=list)
     launcher: list[str] = field(default_factory=list)
-    problems: list[str] = field(default_factory=list)
 
 
 def sorted_words(parser: Parser, arguments: Sequence[str], launcher: Sequence[str] = ()) -> Words:
-    """Say of each word who reads it.
+    """Say of each word who reads it. Raises `Refused` with all that is wrong with them.
 
     Args:
         parser: of the command.
@@ -81,29 +79,31 @@ def sorted_words(parser: Parser, arguments: Sequence[str], launcher: Sequence[st
     if "-h" in arguments or "--help" in arguments:
         parser.print_help()
         sys.exit()
-    words, given = Words(), set[str]()
+    words, given, problems = Words(), set[str](), list[str]()
     names = [*(option for option in parser.options if option != "-h"), "--config", *launcher]
     for option, values in _by_option(arguments):
         name = option.partition("=")[0]
         whole = [option, *values]
         if name == "--config":
             words.own += whole
-            words.problems += _check_config(parser, values, launcher, words, given)
+            problems += _check_config(parser, values, launcher, words, given)
         elif name in parser.options:
             words.own += whole
             given.add(parser.options[name].dest)
-            words.problems += _check_values(name, parser.options[name], option.split("=", 1)[1:] + values)
+            problems += _check_values(name, parser.options[name], option.split("=", 1)[1:] + values)
         elif name in launcher:
             words.launcher += whole
         elif name.startswith("-"):
-            words.problems.append(f"there is no option {name}.{_meant(name, names)}")
+            problems.append(f"there is no option {name}.{_meant(name, names)}")
         else:
-            words.problems.append(f"{' '.join(whole)!r} belongs to no option.")
-    words.problems += [
+            problems.append(f"{' '.join(whole)!r} belongs to no option.")
+    problems += [
         f"{action.option_strings[0]} is missing: {action.help}"
         for action in parser.fields.values()
         if action.required and action.dest not in given
     ]
+    if problems:
+        raise Refused(problems)
     return words
 
 

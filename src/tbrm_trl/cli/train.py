@@ -12,7 +12,6 @@ multi_gpu, zero1, zero2, zero3, fsdp2).
 
 import os
 import sys
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -124,13 +123,10 @@ def parser() -> Parser:
     return Parser(DataArguments, TBRMConfig, ModelConfig, prog=PROG, description=__doc__ or "", lora_dropout=0.0)
 
 
-def parse(arguments: list[str], launcher: Sequence[str] = ()) -> tuple[DataArguments, TBRMConfig, ModelConfig]:
-    """What a command line and its recipe say, without the launcher's options. Raises `Refused`."""
+def parse(arguments: list[str]) -> tuple[DataArguments, TBRMConfig, ModelConfig]:
+    """What a command line and its recipe say, without options of a launcher. Raises `Refused`."""
     reader = parser()
-    words = sorted_words(reader, arguments, launcher)
-    if words.problems:
-        raise Refused(words.problems)
-    data, config, model = reader.parse(words)
+    data, config, model = reader.parse(sorted_words(reader, arguments))
     return data, config, model
 
 
@@ -206,16 +202,13 @@ def evaluations(data: DataArguments, config: TBRMConfig) -> list[Any]:
 def main(arguments: list[str] | None = None) -> None:
     given = sys.argv[1:] if arguments is None else arguments
     try:
-        if LAUNCHED in os.environ or "LOCAL_RANK" in os.environ:
-            run(*parse(given, launcher_options()))
+        reader = parser()
+        words = sorted_words(reader, given, launcher_options())
+        launched = LAUNCHED in os.environ or "LOCAL_RANK" in os.environ
+        if not launched and (words.launcher or torch.cuda.device_count() > 1):
+            launch(words)
         else:
-            words = sorted_words(parser(), given, launcher_options())
-            if words.problems:
-                raise Refused(words.problems)
-            if words.launcher or torch.cuda.device_count() > 1:
-                launch(words)
-            else:
-                run(*parse(given))
+            run(*reader.parse(words))
     except Refused as refused:
         leave(PROG, refused)
 

@@ -72,12 +72,11 @@ def evaluate_accuracy(
     """
     if not prompts:
         raise ValueError("No prompts to evaluate on.")
-    if temperature == 0 and samples != 1:
-        raise ValueError(f"{samples} greedy samples of a prompt are all the same: set temperature, or samples=1.")
+    sampling = Sampling(temperature=temperature, max_new_tokens=max_new_tokens)
+    sampling.require_distinct(samples)
     places = [index for index in range(len(prompts)) for _ in range(samples)]
     token_ids = [prompt_ids_of(tokenizer, prompt) for prompt in prompts]
     requests = [Request(token_ids[index], seed_of(seed, at)) for at, index in enumerate(places)]
-    sampling = Sampling(temperature=temperature, max_new_tokens=max_new_tokens)
     texts: list[str] = [""] * len(places)
     truncated = 0
     for done, one in enumerate(generate(model, tokenizer, requests, sampling, batch_size), start=1):

@@ -192,7 +192,12 @@ def results_of(path: str | Path) -> dict[str, Result]:
 
 
 def compare_results(first: str | Path, second: str | Path) -> dict[str, Comparison]:
-    """Compare two results, or two folders of them, benchmark by benchmark.
+    """Compare two results, or two folders of them, benchmark by benchmark. Raises what `paired_results` raises."""
+    return {name: compare(one.scores, other.scores) for name, (one, other) in paired_results(first, second).items()}
+
+
+def paired_results(first: str | Path, second: str | Path) -> dict[str, tuple[Result, Result]]:
+    """The results that two files, or two folders of them, have of the same benchmarks.
 
     Raises:
         ValueError: if they share no benchmark, or a benchmark's problems are not the same.
@@ -207,7 +212,7 @@ def compare_results(first: str | Path, second: str | Path) -> dict[str, Comparis
         for what in ("data", "reward"):
             if before[name].header[what] != after[name].header[what]:
                 raise ValueError(f"{name}: the two results differ in their {what}, so they cannot be paired.")
-    return {name: compare(before[name].scores, after[name].scores) for name in shared}
+    return {name: (before[name], after[name]) for name in shared}
 
 
 def differing_settings(first: Result, second: Result) -> list[str]:

@@ -80,10 +80,7 @@ class Settings:
     def __post_init__(self) -> None:
         if self.samples < 1:
             raise ValueError(f"samples={self.samples} must be at least 1.")
-        if self.sampling.temperature == 0 and self.samples != 1:
-            raise ValueError(
-                f"{self.samples} greedy samples of a prompt are all the same: set temperature, or samples=1."
-            )
+        self.sampling.require_distinct(self.samples)
         if self.prompt_template is not None and "{question}" not in self.prompt_template:
             raise ValueError(f"prompt_template={self.prompt_template!r} has no {{question}} in it.")
 

@@ -16,7 +16,7 @@ from accelerate.utils import is_peft_model
 from torch import Tensor
 from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList, PreTrainedTokenizerBase
 
-from ..context import temporarily
+from ..context import in_evaluation, temporarily
 from ..model.decoding import Slots, can_select_rows, empty_cache
 
 REFILL = 1 / 8  # share of the places that must be free before prompts are read into them
@@ -50,6 +50,11 @@ class Sampling:
             problems.append(f"max_new_tokens={self.max_new_tokens} must be at least 1.")
         if problems:
             raise ValueError("\n".join(problems))
+
+    def require_distinct(self, samples: int) -> None:
+        """Refuse several samples of a prompt that would all be the same."""
+        if self.temperature == 0 and samples != 1:
+            raise ValueError(f"{samples} greedy samples of a prompt are all the same: set temperature, or samples=1.")
 
 
 class Request(NamedTuple):
@@ -155,12 +160,8 @@ def _in_places(
         return some
 
     while waiting or slots.rows:
-        was_training = model.training
-        model.eval()
-        try:
+        with in_evaluation(model):
             slots.run(more, lambda: len(slots.rows) < len(started))
-        finally:
-            model.train(was_training)
         under_way = set(map(id, slots.rows))
         ended = [row for row in started if id(row) not in under_way]
         started[:] = slots.rows
@@ -193,13 +194,8 @@ def _in_batches(
             {"input_ids": [requests[index].prompt_ids for index in chunk]}, padding_side="left", return_tensors="pt"
         ).to(model.device)
         draws = LogitsProcessorList([_Draw([requests[index].seed for index in chunk], sampling)])
-        was_training = model.training
-        model.eval()
-        try:
-            with temporarily(inside, generation_config=config):
-                output = model.generate(**inputs, logits_processor=draws)[:, inputs["input_ids"].shape[1] :]
-        finally:
-            model.train(was_training)
+        with in_evaluation(model), temporarily(inside, generation_config=config):
+            output = model.generate(**inputs, logits_processor=draws)[:, inputs["input_ids"].shape[1] :]
         for index, row in zip(chunk, output.tolist(), strict=True):
             length = next((at + 1 for at, token in enumerate(row) if token in ends), None)
             yield Completion(index, row[:length], length is None)
@@ -234,7 +230,8 @@ def draw(logits: Tensor, numbers: Tensor, sampling: Sampling) -> Tensor:
         logits = logits.masked_fill(logits < limit, -torch.inf)
     if sampling.top_p < 1:
         ordered, places = logits.sort(descending=True)
-        before = ordered.softmax(-1).cumsum(-1) - ordered.softmax(-1)  # of the likelier ones
+        chances = ordered.softmax(-1)
+        before = chances.cumsum(-1) - chances  # of the likelier ones
         logits = logits.masked_fill(torch.zeros_like(logits).scatter(1, places, before).ge(sampling.top_p), -torch.inf)
     cumulative = logits.double().softmax(-1).cumsum(-1)
     return torch.searchsorted(cumulative, (numbers * cumulative[:, -1])[:, None], right=True)[:, 0]

@@ -133,6 +133,8 @@ class Slots:
         self.cache = empty_cache(model)
         self.mask = torch.zeros(0, 0, dtype=torch.long, device=model.device)  # (n, W)
         self.logits = torch.zeros(0, 0, device=model.device)  # (n, V)
+        self._takes_positions = "position_ids" in inspect.signature(model.forward).parameters
+        self._keeps_logits = {"logits_to_keep": 1} if model._supports_logits_to_keep() else {}
 
     def has_ended(self, row: Row) -> bool:
         drawn = row.completion_ids
@@ -216,10 +218,9 @@ class Slots:
     def _forward(self, ids: Tensor, mask: Tensor, cache: Cache) -> Tensor:
         """`(k, V)` logits after the last of the ids `(k, L)`; the mask is that of all that was read, `(k, W)`."""
         given: dict[str, Any] = {"past_key_values": cache, "attention_mask": mask, "use_cache": True}
-        if "position_ids" in inspect.signature(self.model.forward).parameters:
+        given |= self._keeps_logits
+        if self._takes_positions:
             given["position_ids"] = (mask.cumsum(dim=1) - 1).clamp(min=0)[:, -ids.shape[1] :]
-        if self.model._supports_logits_to_keep():
-            given["logits_to_keep"] = 1
         inputs = self.model.prepare_inputs_for_generation(ids, is_first_iteration=not cache.get_seq_length(), **given)
         return self.model(**inputs, return_dict=True).logits[:, -1].float()
 

@@ -96,11 +96,11 @@ def reward_function(reward: str | Reward, **worker_options: Any) -> Reward:
 
 def with_arguments(text: str, example: str) -> tuple[str, dict[str, Any]]:
     """`length(limit=2048)` as a name and its arguments. The example is shown to who writes it otherwise."""
-    name, bracket, _ = text.partition("(")
+    name, bracket, rest = text.partition("(")
     if not bracket:
         return text.strip(), {}
     try:
-        call = ast.parse(f"call({text.partition('(')[2].strip()}", mode="eval").body
+        call = ast.parse(f"call({rest.strip()}", mode="eval").body
         if not isinstance(call, ast.Call) or call.args:
             raise ValueError
         return name.strip(), {str(one.arg): ast.literal_eval(one.value) for one in call.keywords}

@@ -63,10 +63,11 @@ class Baselines:
             for group in chunks(window, group_size):
                 rewards = [self.reward_of(trajectory) for trajectory in group]
                 alone = sum(not math.isnan(reward) for reward in rewards) < 2  # its own reward would be its baseline
+                mean = math.nan if alone else mean_reward(rewards)
                 for trajectory in group:
-                    trajectory.baseline = math.nan if alone else mean_reward(rewards)
+                    trajectory.baseline = mean
                 if not alone:
-                    means.append((group[0].prompt_key, mean_reward(rewards)))
+                    means.append((group[0].prompt_key, mean))
             if learn and self.remembered:
                 for prompt, mean in gather_object(means):
                     self._of_prompts.pop(prompt, None)

@@ -1,6 +1,6 @@
 """What every estimator of the soft value answers to: one subclass of `SoftValue` is one published method."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import Any, ClassVar, Self
 
@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ...options import TBRMOptions
+from ...options import TBRMOptions, refuse
 from ...trajectory import Trajectory
 from .run import Run
 
@@ -88,6 +88,12 @@ class SoftValue:
     @classmethod
     def check(cls, args: TBRMOptions) -> None:
         """Refuse, with a ValueError that says what to change, options that this estimator cannot work with."""
+        refuse(cls._problems(args))
+
+    @classmethod
+    def _problems(cls, args: TBRMOptions) -> Iterator[str]:
+        """What `check` refuses, one after the other."""
+        yield from ()
 
     def check_data(self, dataset: Any, logged: np.ndarray) -> None:
         """Refuse a training set before any model is loaded. `logged`: `(N,)` bool, rows with a completion."""

@@ -1,5 +1,7 @@
 """DRO-V: a value of its own, trained by the square that trains the policy."""
 
+from collections.abc import Iterator
+
 from torch import Tensor
 
 from ...options import TBRMOptions
@@ -17,9 +19,9 @@ class LearnedValue(SoftValue):
     takes_baseline = True
 
     @classmethod
-    def check(cls, args: TBRMOptions) -> None:
+    def _problems(cls, args: TBRMOptions) -> Iterator[str]:
         if args.soft_value_offset:
-            raise ValueError(
+            yield (
                 '`soft_value_offset=True` with `soft_value="learned"` is refused: the head has a constant of its own. '
                 "Leave it at False."
             )

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ...batch import chunks
-from ...options import TBRMOptions, refuse
+from ...options import TBRMOptions
 from ...trajectory import Trajectory
 from .base import ConstantValue
 
@@ -41,8 +41,8 @@ class LogMeanExpValue(ConstantValue):
     compares = "rewards"
 
     @classmethod
-    def check(cls, args: TBRMOptions) -> None:
-        refuse(problem_of_temperature(args.soft_value_beta))
+    def _problems(cls, args: TBRMOptions) -> Iterator[str]:
+        yield from problem_of_temperature(args.soft_value_beta)
 
     def on_window(self, trajectories: Sequence[Trajectory], rows: Sequence[Mapping[str, Any]], group_size: int) -> None:
         temperature = self.args.soft_value_beta or self.args.beta

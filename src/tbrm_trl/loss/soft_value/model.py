@@ -27,9 +27,9 @@ class ModelValue(ConstantValue):
     options: ClassVar = frozenset({"soft_value_model"})
 
     @classmethod
-    def check(cls, args: TBRMOptions) -> None:
+    def _problems(cls, args: TBRMOptions) -> Iterator[str]:
         if not args.soft_value_model:
-            raise ValueError(
+            yield (
                 '`soft_value="model"` needs `soft_value_model`: the folder or id of a sequence classifier with one '
                 "label."
             )

@@ -7,7 +7,7 @@ from typing import Any, ClassVar
 import numpy as np
 import torch
 
-from ...options import TBRMOptions, refuse
+from ...options import TBRMOptions
 from ...trajectory import Trajectory
 from .base import ConstantValue
 from .run import Run
@@ -25,11 +25,7 @@ class PartitionValue(ConstantValue):
     options: ClassVar = frozenset({"soft_value_self_normalized"})
 
     @classmethod
-    def check(cls, args: TBRMOptions) -> None:
-        refuse(cls._problems(args))
-
-    @staticmethod
-    def _problems(args: TBRMOptions) -> Iterator[str]:
+    def _problems(cls, args: TBRMOptions) -> Iterator[str]:
         if args.reference == "previous" or args.sync_ref_model:
             yield (
                 '`soft_value="partition"` sums over the log with one fixed reference. Use `reference="initial"` '

@@ -15,7 +15,7 @@ from datasets import Dataset
 from tqdm.auto import tqdm
 
 from ...files import dataset_digest, read_table, write_table
-from ...options import TBRMOptions, refuse
+from ...options import TBRMOptions
 from .base import ConstantValue
 from .run import Run
 
@@ -37,10 +37,6 @@ class SampledValue(ConstantValue):
 
     column: ClassVar[str]
     content: ClassVar[str]
-
-    @classmethod
-    def check(cls, args: TBRMOptions) -> None:
-        refuse(cls._problems(args))
 
     @classmethod
     def _problems(cls, args: TBRMOptions) -> Iterator[str]:

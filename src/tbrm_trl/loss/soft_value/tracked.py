@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 import numpy as np
 from accelerate.utils import gather_object
 
-from ...options import TBRMOptions, refuse
+from ...options import TBRMOptions
 from ...trajectory import Source, Trajectory
 from .base import ConstantValue
 from .run import Run
@@ -31,11 +31,7 @@ class TrackedValue(ConstantValue):
     options: ClassVar = frozenset({"soft_value_half_life"})
 
     @classmethod
-    def check(cls, args: TBRMOptions) -> None:
-        refuse(cls._problems(args))
-
-    @staticmethod
-    def _problems(args: TBRMOptions) -> Iterator[str]:
+    def _problems(cls, args: TBRMOptions) -> Iterator[str]:
         if not args.soft_value_half_life > 0:
             yield f"`soft_value_half_life={args.soft_value_half_life}` must be positive: it divides the KL moved."
         if args.reference == "previous" or args.sync_ref_model:
