@@ -103,7 +103,7 @@ Tokens per second as a multiple of the plain loop's, by repetition: {show(ratio)
 def main() -> None:
     arguments = parse(__doc__, quick="a tiny model and few rows", repetitions=dict(type=int, default=3))
     settings = dict(batch=4, samples=4, limit=32) if arguments.quick else dict(batch=32, samples=48, limit=512)
-    torch.set_num_threads(os.cpu_count() or 1)
+    torch.set_num_threads(len(os.sched_getaffinity(0)))
     with TemporaryDirectory() as folder:
         model = tiny.save(Path(folder)) if arguments.quick else tasks.smollm2()
         found = measure(model, repetitions=arguments.repetitions, **settings)
