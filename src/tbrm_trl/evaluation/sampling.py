@@ -233,5 +233,5 @@ def draw(logits: Tensor, numbers: Tensor, sampling: Sampling) -> Tensor:
         chances = ordered.softmax(-1)
         before = chances.cumsum(-1) - chances  # of the likelier ones
         logits = logits.masked_fill(torch.zeros_like(logits).scatter(1, places, before).ge(sampling.top_p), -torch.inf)
-    cumulative = logits.double().softmax(-1).cumsum(-1)
+    cumulative = logits.softmax(-1).double().cumsum(-1)  # summed in float64: it ends at 1
     return torch.searchsorted(cumulative, (numbers * cumulative[:, -1])[:, None], right=True)[:, 0]
