@@ -101,7 +101,11 @@ def generate(
 ) -> Iterator[Completion]:
     """The completions of all requests, as they finish. Between two of them the model is in the mode it came in."""
     ends = end_ids_of(model, tokenizer)
-    order = sorted(range(len(requests)), key=lambda index: -len(requests[index].prompt_ids))  # memory shows at once
+    def place(index: int) -> tuple[int, list[int]]:
+        ids = requests[index].prompt_ids
+        return -len(ids), ids
+
+    order = sorted(range(len(requests)), key=place)  # what memory it takes shows at once; equal prompts are read once
     inside = model.get_base_model() if is_peft_model(model) else model
     if can_select_rows(empty_cache(inside)):
         rows = [_Row(index, requests[index], sampling) for index in order]
