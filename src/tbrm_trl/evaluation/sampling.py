@@ -101,6 +101,7 @@ def generate(
 ) -> Iterator[Completion]:
     """The completions of all requests, as they finish. Between two of them the model is in the mode it came in."""
     ends = end_ids_of(model, tokenizer)
+
     def place(index: int) -> tuple[int, list[int]]:
         ids = requests[index].prompt_ids
         return -len(ids), ids
