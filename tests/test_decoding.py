@@ -140,7 +140,7 @@ def test_greedy_tokens_of_rows_that_take_each_others_places(name, options):
 
 @pytest.mark.parametrize("name", MODELS)
 def test_what_several_rows_begin_with_is_read_once(name):
-    """Three rows of one prompt and two of another, one of them with two tokens drawn: three beginnings, equally wide."""
+    """Three rows of one prompt and two of another, one with two tokens drawn: three beginnings."""
     policy, given = built(name), config(do_sample=False, min_new_tokens=4)
     first, second = prompts(2, seed=1)
     alone = {
