@@ -33,7 +33,9 @@ def relinked(markdown: str, path: str) -> str:
     def link(match: re.Match) -> str:
         target = page_of(normpath(f"{dirname(path)}/{match[1]}".lstrip("/")))
         line = re.match(r"#L(\d+)", match[2] or "")
-        return relpath(target, dirname(page_of(path)) or ".") + (f"#__codelineno-0-{line[1]}" if line else match[2] or "")
+        return relpath(target, dirname(page_of(path)) or ".") + (
+            f"#__codelineno-0-{line[1]}" if line else match[2] or ""
+        )
 
     return LINK.sub(link, markdown)
 
