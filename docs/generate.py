@@ -13,6 +13,7 @@ import re
 import sys
 from collections import defaultdict
 from dataclasses import MISSING, fields
+from functools import cache
 from pathlib import Path
 
 from tbrm_trl.checks.trl_options import GIVEN_A_MEANING, KEPT, REFUSED
@@ -71,13 +72,9 @@ def options_of(arguments: type) -> str:
 
 
 def _plain(default: object) -> str:
-    return (
-        " ".join(default)
-        if isinstance(default, list)
-        else str(default).lower()
-        if default in (True, False)
-        else str(default)
-    )
+    if isinstance(default, list):
+        return " ".join(default)
+    return str(default).lower() if isinstance(default, bool) else str(default)
 
 
 def train_options() -> str:
@@ -88,9 +85,14 @@ def eval_options() -> str:
     return options_of(EvaluationArguments)
 
 
+@cache
+def tree_of(file: Path) -> ast.Module:
+    return ast.parse(file.read_text())
+
+
 def definition(file: Path, name: str) -> tuple[int, int]:
     """First and last line of a class, function, method or constant; a name inside another is joined to it by a dot."""
-    node: ast.AST = ast.parse(file.read_text())
+    node: ast.AST = tree_of(file.resolve())
     for part in name.split("."):
         for child in list(ast.walk(node))[1:]:
             targets = child.targets if isinstance(child, ast.Assign) else []

@@ -1,8 +1,8 @@
 """Hook of MkDocs: pages made of files outside docs/, and links that lead to them.
 
-README.md is the site's home. Every other file that a page links to becomes a page that shows it, with an anchor for each
-line; a folder becomes a list of its files. So links to code work without a network, and show the code that the page was
-written for. Readers of the repository keep the relative links.
+README.md is the site's home. Every other file that a page links to becomes a page that shows it, with an anchor for
+each line; a folder becomes a list of its files. So links to code work without a network, and show the code that the
+page was written for. Readers of the repository keep the relative links.
 """
 
 import os
