@@ -5,6 +5,7 @@ each line; a folder becomes a list of its files. So links to code work without a
 page was written for. Readers of the repository keep the relative links.
 """
 
+import json
 import os
 import re
 from pathlib import Path
@@ -49,6 +50,11 @@ def linked(markdown: str, path: str) -> set[str]:
 def shown(path: str) -> tuple[str, set[str]]:
     """The page of a file or folder outside docs/, and what it links to."""
     head = f"---\nsearch: {{exclude: true}}\nhide: [navigation, toc]\n---\n\n# `{path}`\n\n"
+    if path.endswith(".ipynb"):
+        cells = json.loads((ROOT / path).read_text())["cells"]
+        texts = [("".join(cell["source"]), cell["cell_type"] == "code") for cell in cells]
+        text = "\n\n".join(f"```python\n{text}\n```" if is_code else text for text, is_code in texts)
+        return f"---\nhide: [navigation]\n---\n\n{relinked(text, path)}\n", set()
     if not (ROOT / path).is_dir():
         text = (ROOT / path).read_text()
         fence = "`" * 5
