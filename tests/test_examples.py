@@ -14,12 +14,14 @@ import subprocess
 import sys
 from pathlib import Path
 
+import nbformat
 import pytest
 import torch
 import yaml
 from common.tiny import save
 from helpers.examples import RECIPES, SETUPS, after, command_of, logged_updates, processes_of, run_line, small
 from helpers.launch import ROOT, run
+from nbclient import NotebookClient
 from peft import PeftModel
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
@@ -98,6 +100,19 @@ def test_demo(tmp_path):
         assert (sampled["problems"], sampled["samples"]) == (4, 2) and 0 <= sampled["mean"] <= 1
     AutoModelForCausalLM.from_pretrained(tmp_path / "out/model")
     assert list((tmp_path / "out").glob("*.png"))
+
+
+@pytest.mark.launch
+def test_notebook(tmp_path):
+    """Top to bottom in a kernel, on a tiny model and with fewer of everything. It is kept without outputs."""
+    notebook = nbformat.read(ROOT / "examples/quickstart.ipynb", as_version=4)
+    assert not any(cell.get("outputs") or cell.get("execution_count") for cell in notebook.cells)
+    (parameters,) = (cell for cell in notebook.cells if "parameters" in cell.metadata.get("tags", ()))
+    parameters.source += f"\nmodel, steps, rollouts, samples = {save(tmp_path / 'model')!r}, 3, 4, 2"
+    NotebookClient(notebook, timeout=300, resources={"metadata": {"path": str(tmp_path)}}).execute()
+    printed = "".join(output.get("text", "") for cell in notebook.cells for output in cell.get("outputs", ()))
+    assert "Trained on 12 logged answers." in printed
+    assert (tmp_path / "outputs/quickstart/report.html").is_file()
 
 
 @pytest.mark.launch
