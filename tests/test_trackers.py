@@ -116,7 +116,7 @@ def test_wandb_holds_the_log_and_the_table(tracked):
 
 
 def records(data: bytes) -> Iterator[bytes]:
-    """The records of a file of wandb: LevelDB's log format, after a header of 7 bytes. wandb has no reader in Python."""
+    """The records of a file of wandb, which has no reader in Python: LevelDB's log format, after 7 bytes of header."""
     place, record = 7, b""
     while place + 7 <= len(data):
         if (left := 32768 - place % 32768) < 7:
