@@ -91,12 +91,12 @@ from .checks.model import (
     warn_of_merging,
 )
 from .checks.rewards import check_reward_arguments
+from .completions_table import CompletionsTable
 from .config import TBRMConfig
 from .context import replaced, temporarily
 from .files import dataset_digest, require_writable, source_of
 from .loss.finite import voided_unless
 from .loss.metrics import (
-    AdvantageColumn,
     Recorder,
     Totals,
     evaluated_numbers,
@@ -365,7 +365,7 @@ class TBRMTrainer(ExactResume, GRPOTrainer):
         self._loss = TrajectoryLoss(args, self._soft_value, self._offset, router_loss=self.aux_loss_enabled)
         self._recorder, self._stopwatch = Recorder(), Stopwatch()
         self._reward_calls = RewardCalls(args.reward_timeout, args.reward_of_failure)
-        self._advantages = AdvantageColumn(args.generation_batch_size // args.world_size)
+        self._completions = CompletionsTable(args.generation_batch_size // args.world_size)
         self._baselines = Baselines(args.reward_baseline, args.reward_of, args.replay_buffer_size)
         self._replay = self._make_replay_buffer()
         self._reference = self._make_reference()
@@ -597,7 +597,7 @@ class TBRMTrainer(ExactResume, GRPOTrainer):
         """The rows of an evaluation batch. Rows that only fill up the last batches do not count."""
         trajectories = self._roll_out(rows)
         if self.log_completions:
-            self._advantages.add(trajectories, "eval")
+            self._completions.add(trajectories, "eval")
         process, processes = self.accelerator.process_index, self.accelerator.num_processes
         first = (len(self._evaluated) * processes + process) * self.args.per_device_eval_batch_size
         repeated = [
@@ -679,7 +679,7 @@ class TBRMTrainer(ExactResume, GRPOTrainer):
         with temporarily(self, _drawn=[] if self._pool is not None else None):
             rollouts = self._roll_out(fresh) if fresh else []
         if self.log_completions and rollouts:
-            self._advantages.add(rollouts, "train")
+            self._completions.add(rollouts, "train")
         rewards = self._rewards if rollouts else None  # kept here, since logged rows are rewarded next
         window = rollouts + (self._logged_rows.take(logged) if self._logged_rows is not None and logged else [])
         check_length(max(map(len, window)), self._rotary_limit)
@@ -986,13 +986,14 @@ class TBRMTrainer(ExactResume, GRPOTrainer):
             rows, batch, output.scores, output.inputs, output.soft_value, output.residual, is_finite
         )
         in_reward_units = (args.beta * output.residual).detach()  # (B,)
+        soft_value = (args.beta * output.soft_value).detach()  # (B,)
         if self.log_completions:
-            self._advantages.set(rows, in_reward_units, self._mode)
+            self._completions.set(rows, in_reward_units.tolist(), soft_value.tolist(), self._mode)
         if self.evaluating:
             totals += evaluation_loss(output, weight)
             self._recorder.keep(totals.over_processes(self.accelerator), "eval")
             return loss
-        self._scored.append((rows, output.loss.detach(), in_reward_units, (args.beta * output.soft_value).detach()))
+        self._scored.append((rows, output.loss.detach(), in_reward_units, soft_value))
         # Every process takes this update, or none: they agree before the last backward, with the metrics.
         summed = self._recorder.record(totals, self.accelerator)
         if summed is not None:
@@ -1120,7 +1121,8 @@ class TBRMTrainer(ExactResume, GRPOTrainer):
             over_rows = evaluation_metrics(torch.cat(self._evaluated), names, weights, self.num_generations_eval)
             means |= {name: _mean([value]) for name, value in over_rows.items()}
         means |= self._recorder.means("eval")
-        output.metrics.update({f"{metric_key_prefix}_{name}": value for name, value in means.items()})
+        found = {name: value for name, value in means.items() if value is not None}
+        output.metrics.update({f"{metric_key_prefix}_{name}": value for name, value in found.items()})
         self._metrics["eval"].clear()  # or TRL would log them again, without the prefix of the set
         return output
 
@@ -1147,18 +1149,21 @@ class TBRMTrainer(ExactResume, GRPOTrainer):
                 updates = self.state.global_step - self._initial_global_step
                 taken = updates - (self._skipped.total - self._skipped_before)
                 logs["train_loss"] *= updates / taken if taken else 1.0
+        for metrics in self._metrics.values():  # what has no value has no entry: TRL would log None
+            for name in [name for name, values in metrics.items() if all(map(math.isnan, values))]:
+                del metrics[name]
+        table = self._logs
         if self.log_completions:
-            column = self._advantages.over_processes()
-            missing = len(self._logs["prompt"]) - len(column)  # of an older checkpoint
-            self._logs["advantages"].clear()
-            self._logs["advantages"].extend([math.nan] * missing + column)
-        with temporarily(self, num_completions_to_print=0):  # TRL would print control characters
+            scored = ((row, residual, soft_value) for row, _, residual, soft_value in self._scored_rows())
+            table = self._completions.beside(self._logs, scored, self._tokenizer)
+        with temporarily(self, _logs=table, num_completions_to_print=0):  # TRL would print control characters
             super().log(logs, start_time)
         if self.args.should_save and (self.is_in_train or self.state.global_step):  # not of a model as it was given
             append_line(Path(self.args.output_dir) / LOG, self.state.log_history[-1])
-        if self.log_completions and self.accelerator.is_main_process and self._logs["prompt"] and is_rich_available():
-            prompts, completions, rewards, advantages, extra = (
-                printable(self._logs[name]) for name in ("prompt", "completion", "rewards", "advantages", "extra")
+        if self.log_completions and self.accelerator.is_main_process and table["prompt"] and is_rich_available():
+            of_user = {name: table["extra"][name] for name in self._logs["extra"]}  # with all columns no text has room
+            prompts, completions, rewards, advantages, extra = map(
+                printable, (table["prompt"], table["completion"], table["rewards"], table["advantages"], of_user)
             )
             step, number = self.state.global_step, self.num_completions_to_print
             print_prompt_completions_sample(prompts, completions, rewards, advantages, step, number, extra)
@@ -1343,7 +1348,7 @@ class TBRMTrainer(ExactResume, GRPOTrainer):
             "logged_rows": taken,
             "soft_value": self._soft_value.state(),
             "baselines": self._baselines.state(),
-            "advantages": self._advantages.state(self._window),
+            "completions": self._completions.state(self._window),
             **({"pool": self._pool.state()} if self._pool is not None else {}),
         }
         arrays: dict[str, np.ndarray] = {}
@@ -1379,8 +1384,8 @@ class TBRMTrainer(ExactResume, GRPOTrainer):
         self._rows_drawn, self._rows_trained = own["rows_drawn"], own["rows_trained"]
         self._mean_length, self._beta_checked = own["mean_length"], own["beta_checked"]
         self._window = trajectories["window"]
-        if "advantages" in own:
-            self._advantages.restore(own["advantages"], self._window)
+        if "completions" in own:
+            self._completions.restore(own["completions"], self._window)
         self._soft_value.restore(own.get("soft_value"))
         if "baselines" in own:
             self._baselines.restore(own["baselines"])
@@ -1397,7 +1402,7 @@ class TBRMTrainer(ExactResume, GRPOTrainer):
 
 
 def _mean(values: Sequence[float]) -> float | None:
-    """As TRL's log takes it: NaN is no value, and no value is None."""
+    """NaN is no value."""
     given = [value for value in values if not math.isnan(value)]
     return sum(given) / len(given) if given else None
 

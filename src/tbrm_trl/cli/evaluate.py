@@ -6,10 +6,11 @@
     tbrm eval --compare evaluations/before evaluations/after
 
 Benchmarks: aime24, aime25, amc23 (of 40), math500, minerva, olympiadbench, gsm8k; NAME=FILE for a local copy of one;
-gym:TASK of reasoning-gym; a .json, .jsonl or .parquet file. Every completion is kept in --output_dir. The same command
-finishes an evaluation that was interrupted.
+gym:TASK of reasoning-gym; a .json, .jsonl, .parquet or .csv file. Every completion is kept in --output_dir. The same
+command finishes an evaluation that was interrupted.
 """
 
+import os
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -89,6 +90,11 @@ class EvaluationArguments:
 def problems_of(arguments: EvaluationArguments, model: ModelConfig) -> list[str]:
     """What does not go together, a line each."""
     a, problems = arguments, []
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        return [
+            "an evaluation is one process, which writes its result: start `tbrm eval` without a launcher. With several "
+            "GPUs, start it once on each (CUDA_VISIBLE_DEVICES), with other benchmarks and the same --output_dir."
+        ]
     if a.compare:
         if len(a.compare) != 2:
             problems.append(f"--compare takes two results, not {len(a.compare)}.")
@@ -103,8 +109,9 @@ def problems_of(arguments: EvaluationArguments, model: ModelConfig) -> list[str]
         problems.append("--suite sets samples and temperature: leave --samples and --temperature out.")
     if not (a.benchmarks or a.suite):
         problems.append(f"--benchmarks is missing: {', '.join(BENCHMARKS)}, gym:TASK, or a file.")
-    if a.limit is not None and a.limit < 1:
-        problems.append(f"--limit {a.limit} must be at least 1.")
+    for name in ("limit", "samples", "batch_size"):
+        if (value := getattr(a, name)) is not None and value < 1:
+            problems.append(f"--{name} {value} must be at least 1.")
     return problems
 
 

@@ -2,6 +2,7 @@
 
 import asyncio
 import inspect
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
@@ -111,7 +112,7 @@ def evaluate(
     Raises:
         ValueError: if the policy has no chat template and no template is given, or the file holds something else.
     """
-    result = open_result(path, header(policy, benchmark, settings))
+    result = open_result(path, header(policy, benchmark, settings, policy.weights()))
     places = result.missing
     total = len(places) + len(result.rows)
     with tqdm(total=total, initial=len(result.rows), desc=benchmark.name, unit="completion") as bar:
@@ -168,6 +169,7 @@ class Judge:
         )
         if inspect.isawaitable(verdicts):
             verdicts = asyncio.run(_awaited(verdicts))
+        scores = [math.nan if verdict is None else float(verdict) for verdict in verdicts]  # either is no verdict
         return [
             Row(
                 problem=places[one.request][0],
@@ -177,10 +179,10 @@ class Judge:
                 completion=text,
                 truncated=one.truncated,
                 answer=self.answer(text, places[one.request][0]),
-                score=0.0 if verdict is None else float(verdict),
-                judged=verdict is not None,
+                score=0.0 if math.isnan(score) else score,
+                judged=not math.isnan(score),
             )
-            for one, text, verdict in zip(finished, texts, verdicts, strict=True)
+            for one, text, score in zip(finished, texts, scores, strict=True)
         ]
 
     def answer(self, text: str, problem: int) -> str | None:
@@ -206,8 +208,8 @@ def spelled(answer: str | None) -> str | None:
     return squeezed(text) if value is None else str(value.value)
 
 
-def header(policy: Policy, benchmark: Benchmark, settings: Settings) -> dict[str, Any]:
-    """What is evaluated, and how: two runs of the same header are one evaluation."""
+def header(policy: Policy, benchmark: Benchmark, settings: Settings, weights: str | None) -> dict[str, Any]:
+    """What is evaluated, and how: two runs of the same header are one evaluation. `weights` is the policy's digest."""
     first = settings.prompts(benchmark, policy)[0]
     template = first
     if not isinstance(first, str):
@@ -215,7 +217,7 @@ def header(policy: Policy, benchmark: Benchmark, settings: Settings) -> dict[str
     return {
         "benchmark": benchmark.name,
         "model": policy.name,
-        "weights": policy.weights(),
+        "weights": weights,
         "problems": len(benchmark),
         "samples": settings.samples,
         "sampling": asdict(settings.sampling),
