@@ -1025,9 +1025,11 @@ class TBRMTrainer(ExactResume, GRPOTrainer):
             scored = [(row, residual, soft_value) for row, _, residual, soft_value in self._scored_rows()]
             folder, process = Path(self.args.output_dir), self.accelerator.process_index
             append_update(folder, process, self.state.global_step + 1, self.args.beta, scored)
-        means = self._totals.means()
-        self._soft_value.after_update(means)
-        if not self._beta_checked and "soft_value" in means:  # the first update in which a trajectory counts
+        if type(self._soft_value).after_update is not SoftValue.after_update:
+            scored = ((row, residual) for row, _, residual, _ in self._scored_rows())
+            counted = ((row.trajectory, residual) for row, residual in scored if row.left_out is None)
+            self._soft_value.after_update(self._totals.means(), counted)
+        if not self._beta_checked and "soft_value" in (means := self._totals.means()):  # one trajectory counts
             self._beta_checked = True
             self._check_beta(means["soft_value"])
 

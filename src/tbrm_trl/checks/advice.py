@@ -143,7 +143,8 @@ def warn_of_shipped_sampling(shipped: GenerationConfig, chosen: GenerationConfig
 def warn_of_pool(args: TBRMOptions) -> None:
     """Warn of a constant that is right on the policy's own data alone, which rollouts that run ahead are not."""
     another = args.soft_value == "optimal" and args.soft_value_beta not in (None, args.beta)
-    if args.rollout_pool and (another or args.soft_value in ("zero", "log_mean_exp")):
+    mean = args.soft_value == "tracked" and args.soft_value_tracks == "reward"
+    if args.rollout_pool and (another or mean or args.soft_value in ("zero", "log_mean_exp")):
         warnings.warn(
             f"`rollout_pool={args.rollout_pool}` with `soft_value={args.soft_value!r}`: rollouts that run ahead are "
             "drawn by earlier policies. This value is a constant, and the optimum is its target on the policy's own "
