@@ -445,9 +445,9 @@ def test_model_needs_no_more(run, tmp_path):
 def test_what_trajectories_say_of_a_prompts_value(run):
     """`R − β log-ratio` of each is β V − β δ. Two windows by hand; ρ = 0.96, as no KL is measured.
 
-    In window 1, V is 0 and the trajectories say 0.5, 0.1 and 0.3. Over all prompts (n, s) is (0.96 + 3, 0.9). Both prompts
-    begin with that mean m = 0.9/3.96 at weight 1, so theirs are (2.96, 0.96 m + 0.6) and (1.96, 0.96 m + 0.3). In
-    window 2 the first prompt's trajectory says its V less 0.1.
+    In window 1, V is 0 and the trajectories say 0.5, 0.1 and 0.3. Over all prompts (n, s) is (0.96 + 3, 0.9). Both
+    prompts begin with that mean m = 0.9/3.96 at weight 1, so theirs are (2.96, 0.96 m + 0.6) and (1.96, 0.96 m + 0.3).
+    In window 2 the first prompt's trajectory says its V less 0.1.
     """
     estimator = SoftValue.registry["tracked"](config(soft_value="tracked", soft_value_tracks="value"))
     estimator.check_data(None, np.ones(3, bool))  # logs alone

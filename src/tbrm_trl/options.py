@@ -124,8 +124,8 @@ class TBRMOptions(GRPOConfig):
             makes V follow sooner, and is noisier.
         soft_value_tracks (`"reward"` or `"value"`, *optional*, defaults to `"reward"`):
             What the estimator `"tracked"` takes the mean of. `"reward"` is the reward of the policy's own rollouts, as
-            SPO has it: a baseline, right on fresh rollouts alone. `"value"` is `R − β log π_θ/π_ref` of every trajectory
-            that is trained on, which makes V a trained number for each prompt, right on replayed and logged
+            SPO has it: a baseline, right on fresh rollouts alone. `"value"` is `R − β log π_θ/π_ref` of every
+            trajectory that is trained on, which makes V a trained number for each prompt, right on replayed and logged
             trajectories too.
         soft_value_model (`str` or `None`, *optional*):
             Id or folder of the value model that the estimator `"model"` reads: a sequence classifier with one label and

@@ -26,8 +26,8 @@ class TrackedValue(ConstantValue):
     least that the two distances allow. A window's own rewards are counted when the next one begins, so no fresh
     trajectory has its reward in its value. A prompt that is new has the mean of all prompts, with the weight of one.
 
-    With `soft_value_tracks="value"` s is the sum of `R − β log-ratio` over the trajectories of all updates. That is what
-    each of them says of β V, so that the mean is the V that minimises the prompt's squared residuals, and V is free.
+    With `soft_value_tracks="value"` s is the sum of `R − β log-ratio` over the trajectories of all updates. That is
+    what each says of β V, so that the mean is the V that minimises the prompt's squared residuals, and V is free.
     """
 
     name = "tracked"
@@ -49,7 +49,7 @@ class TrackedValue(ConstantValue):
         if len(logged) and logged.all() and self.args.soft_value_tracks == "reward":
             raise ValueError(
                 '`soft_value="tracked"` tracks what the policy\'s own rollouts earn, and the training set has logged '
-                "rows alone. What others earned is no value of this policy. Set `soft_value_tracks=\"value\"`, which is "
+                'rows alone. What others earned is no value of this policy. Set `soft_value_tracks="value"`, which is '
                 "right for any data, or add prompts without a completion."
             )
 
