@@ -23,7 +23,6 @@ from tbrm_trl.checks.first_window import BETA_BY_LENGTH, RATE_BY_SIZE, FirstWind
 from tbrm_trl.run_log import read_lines
 from tbrm_trl.sources.sampler import WindowSampler
 
-
 # ---- the first line --------------------------------------------------------------------------------------------------
 
 
