@@ -11,6 +11,7 @@ import math
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from accelerate import Accelerator
@@ -27,9 +28,10 @@ from torch import nn
 from transformers import AutoTokenizer, TrainerCallback
 
 from tbrm_trl import SoftValue
+from tbrm_trl.loss.metrics import Totals
 from tbrm_trl.loss.soft_value import ConstantValue, Run
 from tbrm_trl.model.value_head import ValueHead
-from tbrm_trl.trajectory import End, Trajectory
+from tbrm_trl.trajectory import End, Source, Trajectory
 
 BETA, RATE = 0.1, 0.05
 
@@ -279,7 +281,7 @@ def test_spos_tracker(processes, llama, tmp_path):
     assert replayed == 12 and len(table) == 5
     assert min(forgotten) < 0.96  # the policy has moved
     for one in of_processes:
-        assert one["state"] == of_processes[0]["state"]
+        assert all(one["state"][name] == of_processes[0]["state"][name] for name in ("counts", "distance"))
         for prompt, counts in one["state"]["counts"].items():
             assert list(counts) == pytest.approx(table[prompt or "all"], abs=1e-9)
         assert one["state"]["distance"] == pytest.approx(math.sqrt(2 * one["kl"][-1 if one["kl"] else 0]), rel=1e-4)
@@ -300,6 +302,7 @@ class Stop(TrainerCallback):
         ("linear_head", "fresh", {"soft_value_offset": True}),
         ("learned", "lora", {}),
         ("tracked", "replay", {}),
+        ("tracked", "fresh", {"soft_value_tracks": "value"}),
         ("running_mean", "fresh", {}),
     ],
 )
@@ -325,7 +328,7 @@ def test_a_resumed_run_ends_as_an_uninterrupted_one(name, case, options, qwen2, 
         start = made("another")
         assert head_of(resumed) == head_of(whole)
         assert not torch.equal(start._soft_value.head.weight, whole._soft_value.head.weight)
-    if options:
+    if "soft_value_offset" in options:
         assert resumed._offset.bias.item() == whole._offset.bias.item() != 0
     if name == "tracked":
         states = [trainer._soft_value.state() for trainer in (whole, resumed)]
@@ -437,6 +440,49 @@ def test_model_needs_no_more(run, tmp_path):
     estimator.on_window(window, list(run.train_dataset), 1)
     expected = [estimator.model(t.prompt_ids[None]).logits.item() for t in window]
     assert [t.value for t in window] == pytest.approx(expected) and expected[0] != expected[1]
+
+
+def test_what_trajectories_say_of_a_prompts_value(run):
+    """`R − β log-ratio` of each is β V − β δ. Two windows by hand; ρ = 0.96, as no KL is measured.
+
+    In window 1, V is 0 and the trajectories say 0.5, 0.1 and 0.3. Over all prompts (n, s) is (0.96 + 3, 0.9). Both
+    prompts begin with that mean m = 0.9/3.96 at weight 1, so theirs are (2.96, 0.96 m + 0.6) and (1.96, 0.96 m + 0.3).
+    In window 2 the first prompt's trajectory says its V less 0.1.
+    """
+    estimator = SoftValue.registry["tracked"](config(soft_value="tracked", soft_value_tracks="value"))
+    estimator.check_data(None, np.ones(3, bool))  # logs alone
+    estimator.attach(run)
+    a, b, c = (trajectory(text, 0.0) for text in "abc")
+    for one in (a, b, c):
+        one.source = Source.LOGGED
+    estimator.on_window([a, b], [{}] * 2, 1)
+    assert a.value == b.value == 0
+    estimator.after_update({}, iter([(a, -0.5), (b, -0.3)]))
+    estimator.after_update({}, iter([(a, -0.1)]))  # the window again
+    estimator.on_window([a, c], [{}] * 2, 1)
+    m = 0.9 / 3.96
+    assert [a.value, c.value] == pytest.approx([first := (0.96 * m + 0.6) / 2.96, m])
+    estimator.after_update({}, iter([(a, 0.1)]))
+    estimator.on_update([b])
+    assert b.value == pytest.approx((0.96 * m + 0.3) / 1.96)
+    estimator.on_window([a], [{}], 1)
+    assert a.value == pytest.approx((0.96 * 2.96 * first + first - 0.1) / (0.96 * 2.96 + 1))
+    run.evaluating = True
+    estimator.on_window([a], [{}], 1)
+    assert estimator.earned == []
+
+
+def test_metrics_are_read_for_those_that_learn_from_updates(llama, tmp_path, monkeypatch):
+    """An update of another estimator copies nothing from the device for it. The last log reads them once."""
+    read: list[int] = []
+    means = Totals.means
+    monkeypatch.setattr(Totals, "means", lambda self: read.append(1) or means(self))
+    for name, expected in (("calibrated", 1), ("tracked", 5)):
+        trainer = build(llama, tmp_path / name, soft_value=name, max_steps=4, logging_strategy="no")
+        trainer._was_advised = True
+        read.clear()
+        trainer.train()
+        assert len(read) == expected, name
 
 
 @pytest.mark.parametrize(

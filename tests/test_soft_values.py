@@ -770,6 +770,8 @@ def test_with_the_policys_value_it_is_not(llama, tmp_path):
         ({"soft_value": "zero", "soft_value_model": "x"}, "has no effect.*belongs to model"),
         ({"soft_value": "tracked", "soft_value_half_life": 0.0}, "it divides the KL moved"),
         ({"soft_value": "tracked", "reference": "previous"}, "distance from one fixed reference"),
+        ({"soft_value": "tracked", "soft_value_kept": 1.5}, "must lie between 0 and 1: it is a share"),
+        ({"soft_value": "tracked", "soft_value_tracks": "both"}, "Choose one of reward, value"),
         ({"soft_value_half_life": 0.1}, "has no effect.*belongs to tracked"),
         ({"length_normalized": True, "soft_value": "zero"}, "another V belongs to their mean"),
         ({"length_normalized": True, "soft_value": "optimal"}, "another V belongs to their mean"),

@@ -118,7 +118,15 @@ class TBRMOptions(GRPOConfig):
             about this much at most, and the head's value by about twice as much.
         soft_value_half_life (`float`, *optional*, defaults to `0.06`):
             The estimator `"tracked"` halves a prompt's counts when the policy has moved by this KL since its last
-            window, in nats per token. From one window to the next it keeps between 0.875 and 0.96 of them.
+            window, in nats per token. From one window to the next it keeps at least 0.875 of them.
+        soft_value_kept (`float`, *optional*, defaults to `0.96`):
+            The estimator `"tracked"` keeps at most this share of a prompt's counts from one window to the next. Less
+            makes V follow sooner, and is noisier.
+        soft_value_tracks (`"reward"` or `"value"`, *optional*, defaults to `"reward"`):
+            What the estimator `"tracked"` takes the mean of. `"reward"` is the reward of the policy's own rollouts, as
+            SPO has it: a baseline, right on fresh rollouts alone. `"value"` is `R − β log π_θ/π_ref` of every
+            trajectory that is trained on, which makes V a trained number for each prompt, right on replayed and logged
+            trajectories too.
         soft_value_model (`str` or `None`, *optional*):
             Id or folder of the value model that the estimator `"model"` reads: a sequence classifier with one label and
             the policy's vocabulary.
@@ -279,6 +287,8 @@ class TBRMOptions(GRPOConfig):
     soft_value_offset: bool = False
     soft_value_learning_rate: float = 0.01
     soft_value_half_life: float = 0.06
+    soft_value_kept: float = 0.96
+    soft_value_tracks: str = "reward"
     soft_value_model: str | None = None
     residual: str = "trajectory"
     length_normalized: bool = False

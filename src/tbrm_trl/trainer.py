@@ -31,7 +31,7 @@ import numpy as np
 import torch
 import xxhash
 from accelerate.logging import get_logger
-from accelerate.utils import is_peft_model
+from accelerate.utils import gather_object, is_peft_model
 from datasets import Dataset, IterableDataset
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
@@ -52,12 +52,10 @@ from trl.trainer.utils import (
 from .batch import Batch, MicrobatchSize, TrajectoryScores, chunks, collate, float_tensor, random_order
 from .checks.advice import (
     startup_line,
-    warn_of_beta,
     warn_of_double_bos,
     warn_of_empty_update,
     warn_of_finished_schedule,
     warn_of_shipped_sampling,
-    warn_of_soft_value,
 )
 from .checks.data import (
     check_chat_template,
@@ -71,6 +69,7 @@ from .checks.data import (
     problem_of_prompt,
     titled_sets,
 )
+from .checks.first_window import FirstWindow, Seen, advice
 from .checks.launch import check_sharding
 from .checks.model import (
     check_adapters,
@@ -150,7 +149,7 @@ from .sources.reward_calls import REASONS, Failure, RewardCalls
 from .sources.rollout import Rewards, checked_rollouts, trajectories_from_trl
 from .sources.sampler import DataPlan, WindowSampler
 from .sources.saved_rollouts import merge_rollouts, rewind_rollouts, rollout_files, rollouts_file, save_rollouts
-from .trajectory import Source, Trajectory, UpdateRow, check_scores
+from .trajectory import End, Source, Trajectory, UpdateRow, check_scores
 
 logger = get_logger(__name__)
 
@@ -383,8 +382,7 @@ class TBRMTrainer(ExactResume, GRPOTrainer):
         self._skipped = SkippedUpdates(args.max_skipped_updates)
         self._skipped_before = 0  # this call of `train`
         self._rows_drawn = self._rows_trained = 0  # by this process: into windows, and over all updates
-        self._mean_length = 0.0
-        self._beta_checked = False
+        self._was_advised = False
         given = (train_dataset, *titled_sets(eval_dataset).values())
         self._streams_may_double_bos = any(isinstance(one, IterableDataset) for one in given)
         self._starts_at_reference = reference_model is None  # until the first update has shown it
@@ -683,7 +681,6 @@ class TBRMTrainer(ExactResume, GRPOTrainer):
         rewards = self._rewards if rollouts else None  # kept here, since logged rows are rewarded next
         window = rollouts + (self._logged_rows.take(logged) if self._logged_rows is not None and logged else [])
         check_length(max(map(len, window)), self._rotary_limit)
-        self._mean_length = sum(len(t.completion_ids) for t in window) / len(window)
         self._rows_drawn += len(window)
         self._score_stale(window)
         self._give_values(window, fresh + logged, self.num_generations)
@@ -1026,11 +1023,13 @@ class TBRMTrainer(ExactResume, GRPOTrainer):
             scored = [(row, residual, soft_value) for row, _, residual, soft_value in self._scored_rows()]
             folder, process = Path(self.args.output_dir), self.accelerator.process_index
             append_update(folder, process, self.state.global_step + 1, self.args.beta, scored)
-        means = self._totals.means()
-        self._soft_value.after_update(means)
-        if not self._beta_checked and "soft_value" in means:  # the first update in which a trajectory counts
-            self._beta_checked = True
-            self._check_beta(means["soft_value"])
+        if type(self._soft_value).after_update is not SoftValue.after_update:
+            rows = self._scored_rows()
+            counted = ((row.trajectory, residual) for row, _, residual, _ in rows if row.left_out is None)
+            self._soft_value.after_update(self._totals.means(), counted)
+        if not self._was_advised and "soft_value" in (means := self._totals.means()):  # one trajectory counts
+            self._was_advised = True
+            self._advise(means["soft_value"])
 
     def _scored_rows(self) -> Iterator[tuple[UpdateRow, float, float, float]]:
         """Every row of the update with its loss, β δ and β V."""
@@ -1126,12 +1125,28 @@ class TBRMTrainer(ExactResume, GRPOTrainer):
         self._metrics["eval"].clear()  # or TRL would log them again, without the prefix of the set
         return output
 
-    def _check_beta(self, soft_value: float) -> None:
-        if not self.accelerator.is_main_process:
-            return
-        warn_of_beta(self.args.beta, self._mean_length)
-        if self.args.soft_value == "policy":
-            warn_of_soft_value(self.args.beta, soft_value / self.args.beta)
+    def _advise(self, soft_value: float) -> None:
+        """Say what the window of the first update advises, and keep it in the log. `soft_value`: mean of β V."""
+        seen = [
+            Seen(
+                prompt=one.prompt_key,
+                reward=self.args.reward_of(one),
+                baseline=one.baseline,
+                value=math.nan if one.value is None else one.value,
+                length=len(one.completion_ids),
+                cut=one.end is End.LENGTH,
+                drawn=one.source is Source.ROLLOUT,
+                counted=self._loss.left_out(one) is None,
+            )
+            for one in self._window
+        ]
+        size = sum(getattr(one, "ds_numel", one.numel()) for one in self.model.parameters() if one.requires_grad)
+        full = None if is_peft_model(self.model) else size
+        window = FirstWindow(gather_object(seen), soft_value, full, self.state.max_steps)
+        if (said := advice(window, self.args)) and self.is_world_process_zero():
+            self.accelerator.print("\n- ".join(["TBRM, after the first window:", *said]))
+            if self.args.should_save:
+                append_line(Path(self.args.output_dir) / LOG, {"step": self.state.global_step + 1, "advice": said})
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         if not self.evaluating:
@@ -1343,8 +1358,7 @@ class TBRMTrainer(ExactResume, GRPOTrainer):
             "skipped_updates": self._skipped.state(),
             "rows_drawn": self._rows_drawn,
             "rows_trained": self._rows_trained,
-            "mean_length": self._mean_length,
-            "beta_checked": self._beta_checked,
+            "was_advised": self._was_advised,
             "logged_rows": taken,
             "soft_value": self._soft_value.state(),
             "baselines": self._baselines.state(),
@@ -1382,7 +1396,7 @@ class TBRMTrainer(ExactResume, GRPOTrainer):
         self._skipped = SkippedUpdates(**counts)
         self._skipped_before = self._skipped.total
         self._rows_drawn, self._rows_trained = own["rows_drawn"], own["rows_trained"]
-        self._mean_length, self._beta_checked = own["mean_length"], own["beta_checked"]
+        self._was_advised = own.get("was_advised", True)  # a checkpoint of an earlier version has warned
         self._window = trajectories["window"]
         if "completions" in own:
             self._completions.restore(own["completions"], self._window)

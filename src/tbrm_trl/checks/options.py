@@ -22,6 +22,7 @@ CHOICES = {
     "replay_sampling": ("uniform", "prioritized"),
     "reward_baseline": ("none", "group_mean", "batch_mean"),
     "residual": ("trajectory", "token"),
+    "soft_value_tracks": ("reward", "value"),
     "token_selection": ("scatter", "cut"),
     "truncation": ("terminal", "mask", "bootstrap"),
 }
