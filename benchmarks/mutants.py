@@ -530,7 +530,9 @@ def try_all(
         while waiting and len(running) < processes and time.monotonic() < until:
             mutant = waiting.pop()
             # Those that have noticed many mutants are asked first; which ones are asked does not change.
-            names = sorted(named_tests(mutant, measured), key=lambda name: -kills[name] / (0.1 + measured[name]["seconds"]))
+            names = sorted(
+                named_tests(mutant, measured), key=lambda name: -kills[name] / (0.1 + measured[name]["seconds"])
+            )
             child = Child(partial(outcome, mutant, runner, names), folder, HANGS)
             running[child.pid] = child, mutant, len(names)
         child, mutant, tests = running.pop(wait_for([child for child, _, _ in running.values()]).pid)

@@ -100,9 +100,8 @@ def test_one_micro_batch_that_is_not_finite_spoils_the_update():
 
 def test_the_loss_of_an_evaluation():
     """Losses 1, 3 and one that does not count, the second with weight 2: 7 over 2 rows."""
-    inputs = ValueInputs(**{name: torch.zeros(3) for name in ("policy_value", "ref_value", "hidden", "log_ratio", "reward",
-                                                              "value", "group")},
-                         counted=torch.tensor([True, True, False]), beta=0.5)  # fmt: skip
+    names = ("policy_value", "ref_value", "hidden", "log_ratio", "reward", "value", "group")
+    inputs = ValueInputs(**dict.fromkeys(names, torch.zeros(3)), counted=torch.tensor([True, True, False]), beta=0.5)
     loss = torch.tensor([1.0, 3.0, NAN], requires_grad=True)
     output = LossOutput(loss, loss, loss, inputs, TrajectoryScores(log_probs=loss), None)
     assert evaluation_loss(output, torch.tensor([1.0, 2.0, 5.0])).means() == {"loss": 3.5}
@@ -113,7 +112,7 @@ def column(of: AdvantageColumn) -> list[float | None]:
 
 
 def test_the_column_of_advantages():
-    """A table of four rows, of generations of two: as many as it shows are kept. Each has its value once it is trained on."""
+    """A table of four rows, of generations of two: as many as it shows are kept, each with its value after an update."""
     table, rows = AdvantageColumn(4), [row() for _ in range(6)]
     for generation in (rows[:2], rows[2:4]):
         table.add([one.trajectory for one in generation], "train")
