@@ -112,7 +112,7 @@ def column(of: AdvantageColumn) -> list[float | None]:
 
 
 def test_the_column_of_advantages():
-    """A table of four rows, of generations of two: as many as it shows are kept, each with its value after an update."""
+    """A table of four rows, of generations of two: as many as it shows are kept, each with its value if trained on."""
     table, rows = AdvantageColumn(4), [row() for _ in range(6)]
     for generation in (rows[:2], rows[2:4]):
         table.add([one.trajectory for one in generation], "train")
