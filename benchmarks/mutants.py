@@ -48,8 +48,8 @@ CHANGED = (
     "resume/stop.py",
 )
 TESTS = """
-    checkpoints fuzz marks metrics oracle replay residual returns skipped_updates soft_values store terms
-    trajectory_loss truncation
+    estimators fuzz lock_and_stop marks metrics oracle replay residual returns skipped_updates soft_values store terms
+    trajectory_loss truncation checkpoints estimators_of_ones_own faults_start
 """.split()
 LIMIT = 5.0  # seconds of processor time of the tests of a mutant, as they take without one
 HANGS = 30.0  # seconds of processor time after which a mutant counts as noticed: it does not end
