@@ -9,8 +9,11 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from accelerate import Accelerator
+from common.tiny import save_value_model
 from datasets import Dataset, IterableDataset
 from helpers.runs import config
+from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from tbrm_trl.loss.soft_value import SoftValue, ValueInputs
 from tbrm_trl.loss.soft_value.log_mean_exp import log_mean_exp
@@ -204,6 +207,86 @@ def test_draws_of_a_block_depend_on_its_seed_alone():
     assert torch.equal(torch.rand(2), expected)
 
 
+class SamplingRun:
+    """A run whose samples earn the number of their prompt, a tenth of it."""
+
+    def __init__(self, **settings):
+        self.train_dataset = Dataset.from_list([{"prompt": text, "number": i} for i, text in enumerate("abcde")])
+        self.reference_key, self.rollout_settings = "key", {"rewards": "digest"} | settings
+        self.asked: list[list[int]] = []
+        self.seeds: list[int] = []
+
+    @property
+    def accelerator(self):
+        return Accelerator(cpu=True)  # options that are made later reset its state
+
+    def sample(self, rows):
+        self.asked.append([one["number"] for one in rows])
+        self.seeds.append(torch.initial_seed())
+        return [row(one["number"], one["number"] / 10) for one in rows]
+
+    def replace_prompts(self, dataset):
+        self.train_dataset = dataset
+
+
+def sampled(folder, run=None, **options) -> SamplingRun:
+    """Two samples of each of five prompts, in blocks of two prompts unless options say otherwise."""
+    run = run or SamplingRun()
+    options = dict(soft_value_samples=2, per_device_train_batch_size=2, steps_per_generation=2) | options
+    of("quantile", output_dir=str(folder), **options).prepare(run)
+    return run
+
+
+def test_the_reference_is_sampled_in_blocks(tmp_path, capsys):
+    """The last one is filled up. Rewards come back as they were, each block with draws of its own."""
+    first = sampled(tmp_path)
+    assert first.asked == [[0, 0, 1, 1], [2, 2, 3, 3], [4, 4, 4, 4]] and len(set(first.seeds)) == 3
+    assert first.train_dataset["reference_rewards"] == [[i / 10] * 2 for i in range(5)]
+    assert "read from" not in capsys.readouterr().out
+    [file] = (tmp_path / "optimal_values").glob("*.parquet")
+    again = sampled(tmp_path)
+    assert not again.asked and again.train_dataset["reference_rewards"] == first.train_dataset["reference_rewards"]
+    assert f"rewards of the reference's samples read from {file}" in capsys.readouterr().out
+    file.unlink()  # killed after the second block
+    file.with_suffix("").joinpath("000000004-2.parquet").unlink()
+    resumed = sampled(tmp_path)
+    assert (resumed.asked, resumed.seeds) == (first.asked[2:], first.seeds[2:])
+    assert resumed.train_dataset["reference_rewards"] == first.train_dataset["reference_rewards"]
+    assert sampled(tmp_path / "few", soft_value_samples=8).asked == [[i] * 8 for i in range(5)]
+
+
+def test_what_is_sampled_anew(tmp_path):
+    """Samples are kept for whoever would draw the same: not for another reference, reward or way to sample."""
+    sampled(tmp_path)
+    same = [dict(learning_rate=0.5), dict(beta=0.3), dict(reward_on_error="raise"), dict(num_generations=2)]
+    for options in same:
+        assert not sampled(tmp_path, **options).asked, options
+    for options in (
+        dict(soft_value_samples=4), dict(temperature=0.5), dict(max_completion_length=9), dict(reward_pessimism=0.5),
+        dict(chat_template_kwargs={"thinking": True}),
+        dict(long_prompts="cut", max_prompt_length=5), dict(long_prompts="cut", max_prompt_length=6),
+        dict(reward_on_error="skip"), dict(reward_on_error=0.5),
+    ):  # fmt: skip
+        assert sampled(tmp_path, **options).asked, options
+    assert sampled(tmp_path, SamplingRun(rewards="other")).asked
+    another = SamplingRun()
+    another.reference_key = "another"
+    assert sampled(tmp_path, another).asked
+    others = SamplingRun()
+    others.train_dataset = others.train_dataset.select([4, 3, 2, 1, 0])
+    assert sampled(tmp_path, others).asked
+    brought = SamplingRun()
+    brought.train_dataset = brought.train_dataset.add_column("reference_rewards", [[0.5]] * 5)
+    assert not sampled(tmp_path / "brought", brought).asked
+
+
+def test_samples_that_no_function_scored_are_left_out(tmp_path):
+    run = SamplingRun()
+    sample = run.sample
+    run.sample = lambda rows: [row(0, NAN if i % 2 else one.reward) for i, one in enumerate(sample(rows))]
+    assert sampled(tmp_path, run).train_dataset["reference_rewards"] == [[i / 10] for i in range(5)]
+
+
 # ---- states ----------------------------------------------------------------------------------------------------------
 
 
@@ -213,6 +296,33 @@ def test_draws_of_a_block_depend_on_its_seed_alone():
 def test_a_value_model_reads_up_to_the_first_action(mask, tokens):
     trajectory = Trajectory(torch.tensor([4]), torch.tensor([5, 6, 7]), torch.tensor(mask).bool(), 0.0, End.EOS)
     assert _until_first_action(trajectory) == tokens
+
+
+def test_a_value_model_scores_the_last_token_whatever_it_is(tmp_path):
+    """Ids that a tokenizer may pad or end with are tokens here. The model is frozen."""
+    folder = save_value_model(tmp_path / "value")
+    estimator = of("model", soft_value_model=folder, per_device_train_batch_size=3)
+    estimator.attach(
+        SimpleNamespace(tokenizer=AutoTokenizer.from_pretrained(folder), accelerator=Accelerator(cpu=True))
+    )
+    states = [[5, 0], [5, 1], [5, 2], [6, 7], [5], [5, 1, 1], [5, 0]]
+    window = [row(1, 0.0) for _ in states]
+    for one, state in zip(window, states, strict=True):
+        one.prompt_ids = torch.tensor(state)
+    estimator.on_window(window, [{}] * len(states), 1)
+    model = estimator.model
+    with torch.no_grad():
+        expected = [model.score(model.base_model(one.prompt_ids[None])[0][0, -1]).item() for one in window]
+    assert values(window) == pytest.approx(expected, abs=1e-6) and len({round(one, 6) for one in expected}) == 6
+    assert not any(parameter.requires_grad for parameter in model.parameters()) and not model.training
+
+
+def test_a_value_model_has_one_label(tmp_path):
+    folder = save_value_model(tmp_path / "value")
+    AutoModelForSequenceClassification.from_pretrained(folder, num_labels=2, ignore_mismatched_sizes=True)\
+        .save_pretrained(folder)  # fmt: skip
+    with pytest.raises(ValueError, match="has 2 labels"):
+        of("model", soft_value_model=folder).attach(SimpleNamespace(tokenizer=AutoTokenizer.from_pretrained(folder)))
 
 
 def test_an_estimator_says_what_it_lacks():
