@@ -28,6 +28,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from importlib import import_module
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 from types import CodeType, FunctionType, ModuleType
 from typing import Any
@@ -389,8 +390,23 @@ def spent() -> float:
     return sum(os.times()[:4])
 
 
+def refuse_processes() -> None:
+    """From here on a test that starts a process fails: the process would read the files, not what is changed here."""
+
+    def on_event(event: str, _: Any) -> None:
+        if event == "subprocess.Popen":
+            raise RuntimeError("no process is started")
+
+    def start(_: Any) -> None:
+        raise RuntimeError("no process is started")
+
+    sys.addaudithook(on_event)
+    BaseProcess.start = start  # type: ignore[assignment,method-assign]
+
+
 def measure(runner: Runner, file: Path) -> None:
-    """Note of each test how long it takes and which functions it enters."""
+    """Note of each test how long it takes and which functions it enters. One that starts processes enters none."""
+    refuse_processes()
     codes = {code: f"{changed} {name}" for changed in files_changed() for code, name in _codes(changed)}
     measured = Store(file)
     entered: set[str] = set()
