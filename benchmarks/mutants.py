@@ -50,7 +50,7 @@ CHANGED = (
 )
 TESTS = """
     estimators fuzz lock_and_stop marks metrics oracle replay residual returns skipped_updates soft_values store terms
-    trajectory_loss truncation checkpoints estimators_of_ones_own faults_start
+    trajectory_loss truncation checkpoints
 """.split()
 LIMIT = 5.0  # seconds of processor time of the tests of a mutant, as they take without one
 HANGS = 30.0  # seconds of processor time after which a mutant counts as noticed: it does not end
@@ -468,6 +468,7 @@ def named_tests(mutant: Mutant, measured: dict[str, Any]) -> list[str]:
 
 def outcome(mutant: Mutant, runner: Runner, names: Sequence[str]) -> dict[str, Any]:
     """What the tests make of a mutant."""
+    refuse_processes()
     try:
         has_arrived = install(mutant)
     except Exception as error:

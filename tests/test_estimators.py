@@ -179,6 +179,17 @@ def test_optimal_values_of_sampled_rewards():
     assert of("optimal", beta=0.1).cells(rewards)[0] == pytest.approx(at_beta)
 
 
+@pytest.mark.parametrize("name", ["optimal", "quantile"])
+def test_prompts_of_an_evaluation_have_no_samples(name):
+    """They leave the loss. Of the samples 0.25 and 0.75, a half is below 0.5."""
+    window = [row(1, 0.5), row(2, 0.5), row(3, 0.5)]
+    given = [{"optimal_value": 0.75, "reference_rewards": [0.25, 0.75]}, {}, {"optimal_value": None}]
+    of(name, beta=0.5).on_window(window, given, 1)
+    log_z = math.log(0.5 * (math.exp(2) - 1))
+    assert values(window) == [pytest.approx(0.75 if name == "optimal" else 0.5 * log_z), None, None]
+    assert [one.baseline for one in window] == [0.0, 0.0, 0.0]  # q is 1/2
+
+
 def test_unsolved_prompts_are_dropped():
     """Solved is what earns more than 0 in one sample. As many prompts as a window takes must be left."""
     rewards = torch.tensor([[0.0, 0.0], [0.0, 0.5], [-1.0, NAN], [1.0, NAN], [NAN, NAN]], dtype=torch.float64)
