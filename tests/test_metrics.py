@@ -1,12 +1,35 @@
-"""Sums and weights of metrics, added by name."""
+"""Metrics by hand: sums and weights that are added by name, and the residuals beside logged completions."""
 
+import json
+import math
+from dataclasses import replace
+from typing import Any
+
+import pytest
 import torch
 
-from tbrm_trl.loss.metrics import Totals
+from tbrm_trl.batch import TrajectoryScores, collate
+from tbrm_trl.loss.metrics import AdvantageColumn, Totals, evaluation_loss, microbatch_totals
+from tbrm_trl.loss.soft_value import ValueInputs
+from tbrm_trl.loss.trajectory_loss import LossOutput
+from tbrm_trl.trajectory import End, Trajectory, UpdateRow
+
+NAN = math.nan
 
 
 def totals(**pairs):
     return Totals(tuple(pairs), torch.tensor(list(pairs.values())))
+
+
+def row(origin: str = "fresh", steps: tuple[int, int] = (0, 0), ref: tuple[float, float] = (0.0, 0.0),
+        mask: tuple[bool, bool] = (True, True), **given: Any) -> UpdateRow:  # fmt: skip
+    """A prompt of one token and two tokens after it. `steps`: of the policy at the first and at the last."""
+    first, last = steps
+    trajectory = Trajectory(
+        torch.tensor([5]), torch.tensor([6, 7]), torch.tensor(mask), reward=1.0, end=End.EOS, policy_step=last,
+        first_policy_step=first, ref_log_probs=torch.tensor(ref),
+    )  # fmt: skip
+    return UpdateRow(trajectory, origin, **given)
 
 
 def test_a_mean_is_over_the_weights_of_all_that_was_added():
@@ -24,3 +47,100 @@ def test_what_one_side_lacks_counts_there_as_nothing():
 def test_what_has_no_weight_has_no_mean():
     assert totals(kl=[0.0, 0.0], entropy=[1.0, 4.0]).means() == {"entropy": 0.25}
     assert Totals.from_state({}, torch.device("cpu")).means() == {}
+
+
+def micro_batch(is_finite: bool = True, aux_loss: float | None = None) -> Totals:
+    """At β = 0.5 a fresh row, a replayed one, a fresh one that is cut, and one of a pool.
+
+    Their residuals are 2, −4, none and 1. log π_ref − log π is ln 2 and 0 on the first, ln 3 on the third's one action.
+    """
+    rows = [
+        row(ref=(math.log(2) - 1, -1.0), staleness=0),
+        row("replayed", age=3),
+        row(ref=(math.log(3) - 1, NAN), mask=(True, False), left_out="truncated"),
+        row("ahead", steps=(2, 4), staleness=3),
+    ]
+    batch = replace(collate([one.trajectory for one in rows], pad_token_id=0), pad_fraction=0.25)
+    scores = TrajectoryScores(
+        log_probs=torch.full((4, 3), -1.0), soft_value=torch.ones(4), hidden=torch.zeros(4, 2),
+        entropy=torch.tensor([[9.0, 1, 2], [9, 3, 4], [9, 5, NAN], [9, 6, 0]]),
+        aux_loss=None if aux_loss is None else torch.tensor(aux_loss),
+    )  # fmt: skip
+    inputs = ValueInputs(
+        policy_value=torch.ones(4), ref_value=torch.ones(4), hidden=torch.zeros(4, 2),
+        log_ratio=torch.tensor([0.5, 1.0, NAN, 2.0]), reward=torch.ones(4), value=torch.ones(4),
+        group=torch.zeros(4, dtype=torch.long), counted=torch.tensor([True, True, False, True]), beta=0.5,
+    )  # fmt: skip
+    residual, soft_value = torch.tensor([2.0, -4.0, NAN, 1.0]), torch.tensor([1.0, 2.0, NAN, 6.0])
+    return microbatch_totals(rows, batch, scores, inputs, soft_value, residual, torch.tensor(is_finite))
+
+
+BY_HAND = {
+    "residual/mean": 0.5 * (2 - 4 + 1) / 3, "soft_value": 0.5 * 9 / 3, "log_ratio": 0.5 * 3.5 / 3,
+    "residual/rms": math.sqrt((1 + 4 + 0.25) / 3), "residual/fresh_rms": 1.0, "residual/replayed_rms": 2.0,
+    "residual/ahead_rms": 0.5, "kl": (1 - math.log(2) + 0 + 2 - math.log(3)) / 3, "entropy": 21 / 7,
+    "left_out/truncated": 0.25, "left_out/unscored": 0.0, "left_out/no_action": 0.0, "left_out/no_value": 0.0,
+    "replay/age": 3.0, "staleness/mean": 1.5, "staleness/mixed": 0.5, "pad_fraction": 0.25,
+}  # fmt: skip
+
+
+def test_a_micro_batch_by_hand():
+    """Sequences in reward units over rows that count, KL over actions of fresh rows, entropy over all actions."""
+    assert micro_batch().means() == pytest.approx(BY_HAND, abs=1e-6)
+    both = micro_batch(aux_loss=0.5) + micro_batch(aux_loss=0.75)
+    assert both.means() == pytest.approx(BY_HAND | {"aux_loss": 0.625}, abs=1e-6)
+    again = Totals.from_state(json.loads(json.dumps(both.state())), torch.device("cpu"))
+    assert again.names == both.names and torch.equal(again.pairs, both.pairs)
+
+
+def test_one_micro_batch_that_is_not_finite_spoils_the_update():
+    sound, spoilt = micro_batch(), micro_batch(is_finite=False)
+    assert (sound + sound).all_finite() and not (sound + spoilt).all_finite() and not (spoilt + spoilt).all_finite()
+
+
+def test_the_loss_of_an_evaluation():
+    """Losses 1, 3 and one that does not count, the second with weight 2: 7 over 2 rows."""
+    names = ("policy_value", "ref_value", "hidden", "log_ratio", "reward", "value", "group")
+    inputs = ValueInputs(**dict.fromkeys(names, torch.zeros(3)), counted=torch.tensor([True, True, False]), beta=0.5)
+    loss = torch.tensor([1.0, 3.0, NAN], requires_grad=True)
+    output = LossOutput(loss, loss, loss, inputs, TrajectoryScores(log_probs=loss), None)
+    assert evaluation_loss(output, torch.tensor([1.0, 2.0, 5.0])).means() == {"loss": 3.5}
+
+
+def column(of: AdvantageColumn) -> list[float | None]:
+    return [None if math.isnan(value) else value for value in of.over_processes()]
+
+
+def test_the_column_of_advantages():
+    """A table of four rows, of generations of two: as many as it shows are kept, each with its value if trained on."""
+    table, rows = AdvantageColumn(4), [row() for _ in range(6)]
+    for generation in (rows[:2], rows[2:4]):
+        table.add([one.trajectory for one in generation], "train")
+    assert column(table) == [None] * 4
+    rows[2].left_out = "unscored"
+    table.set(rows[:4], torch.tensor([1.0, 2.0, 3.0, 4.0]), "train")
+    assert column(table) == [None, None, None, 4.0]  # the first two are of an earlier window
+    table.add([rows[4].trajectory], "eval")
+    table.set(rows[3:5], torch.tensor([7.0, 5.0]), "eval")
+    assert column(table) == [None, None, None, 4.0, 5.0]  # the last four and the rest of the generation of their first
+    table.add([rows[5].trajectory], "eval")
+    table.set(rows[2:4], torch.tensor([8.0, 9.0]), "train")
+    assert column(table) == [None, 9.0, 5.0, None]
+
+
+def test_the_column_goes_on_after_a_resume():
+    """Rows of the window are known again; those of an evaluation, or of another window, are not."""
+    rows, other = [row() for _ in range(3)], row()
+    table = AdvantageColumn(3)
+    table.add([one.trajectory for one in rows], "train")
+    table.set(rows[:1], torch.tensor([1.0]), "train")
+    window = [other.trajectory, *(one.trajectory for one in rows)]
+    state = json.loads(json.dumps(table.state(window)))
+    again, later = AdvantageColumn(3), [row() for _ in range(4)]
+    again.restore(state, [one.trajectory for one in later])
+    again.set(later, torch.tensor([9.0, 1.0, 2.0, 3.0]), "train")
+    assert column(again) == [1.0, 2.0, 3.0]
+    table.add([row().trajectory for _ in range(3)], "eval")  # the window's rows leave the table
+    again.restore(json.loads(json.dumps(table.state(window))), [one.trajectory for one in later])
+    again.set(later, torch.tensor([9.0, 1.0, 2.0, 3.0]), "train")
+    assert column(again) == [None, None, None]
