@@ -2,7 +2,7 @@
 
 README.md is the site's home. Every other file that a page links to becomes a page that shows it, with an anchor for
 each line; a folder becomes a list of its files. So links to code work without a network, and show the code that the
-page was written for. Readers of the repository keep the relative links.
+page was written for. Links that show a page's file name show its title. The repository keeps what it has.
 """
 
 import json
@@ -10,14 +10,17 @@ import os
 import re
 from pathlib import Path
 from posixpath import dirname, normpath, relpath
+from typing import Any
 
 from mkdocs.config.defaults import MkDocsConfig
 from mkdocs.structure.files import File, Files
+from mkdocs.structure.pages import Page
 
 ROOT = Path(__file__).resolve().parent.parent
 # Markdown outside docs/, by its page.
 PAGES = {"index.md": "README.md", "changelog.md": "CHANGELOG.md", "contributing.md": "CONTRIBUTING.md"}
 LINK = re.compile(r"(?<=\]\()(?!https?:|mailto:|#)([^)\s#]+)(#[^)\s]+)?(?=\))")
+NAMED = re.compile(r"\[(?:\w+/)?([\w-]+\.md)\]\(((?:[\w.]+/)*)\1")  # a link that shows the name of its page's file
 LANGUAGES = {".py": "python", ".yaml": "yaml", ".sh": "bash", ".json": "json", ".toml": "toml"}
 
 
@@ -82,11 +85,24 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
     return files
 
 
-def on_page_markdown(markdown: str, page, **_) -> str:
+def titles_of(nav: Any) -> dict[str, str]:
+    """Titles in the navigation, by the name of the page's file."""
+    titles: dict[str, str] = {}
+    for entry in nav:
+        for title, below in entry.items():
+            titles |= {below.rpartition("/")[2]: title} if isinstance(below, str) else titles_of(below)
+    return titles
+
+
+def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, **_: Any) -> str:
     uri = page.file.src_uri
-    return markdown if uri.startswith("source/") else relinked(markdown, PAGES.get(uri, f"docs/{uri}"))
+    if uri.startswith("source/"):
+        return markdown
+    titles = titles_of(config.nav)
+    named = NAMED.sub(lambda link: f"[{titles.get(link[1], link[1])}]({link[2]}{link[1]}", markdown)
+    return relinked(named, PAGES.get(uri, f"docs/{uri}"))
 
 
-def on_page_content(html: str, page, **_) -> None:
+def on_page_content(html: str, page: Page, **_: Any) -> None:
     """Tell MkDocs, which checks anchors, of those of lines of code: highlighted text passes it by."""
     page.present_anchor_ids = {*(page.present_anchor_ids or ()), *re.findall(r'id="(__codelineno-0-\d+)"', html)}

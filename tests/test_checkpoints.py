@@ -675,7 +675,7 @@ def test_rollouts_of_a_resumed_run_are_those_of_one_run(qwen2, tmp_path, monkeyp
 
 def test_the_documented_words_resume(train_script, qwen2, tmp_path, monkeypatch):
     """Each `--resume_from_checkpoint` line of the documents, given to the example as it stands there."""
-    pages = [ROOT / "docs/launching.md", ROOT / "docs/data.md", *(ROOT / "examples").rglob("*.sh")]
+    pages = [ROOT / "docs/launching.md", ROOT / "docs/long-runs.md", *(ROOT / "examples").rglob("*.sh")]
     words = {
         line.split("--resume_from_checkpoint ", 1)[1].split("`")[0].split()[0]
         for page in pages

@@ -178,6 +178,7 @@ class Shown(HTMLParser):
 
     def handle_starttag(self, tag, attrs):
         self.form.update({tag} & self.FORM)
+        self.form.update(f"numbered from {value}" for name, value in attrs if name == "start")
 
     def handle_data(self, data):
         self.text += "".join(data.split())

@@ -12,6 +12,7 @@ from importlib import import_module
 from pathlib import Path
 
 import pytest
+import yaml
 from common.tiny import save
 from datasets import Dataset
 from helpers.launch import ROOT
@@ -259,6 +260,12 @@ def test_commands_are_read(page, tmp_path, monkeypatch):
 def test_a_wrong_command_would_be_noticed(words, monkeypatch):
     with pytest.raises((AssertionError, SystemExit)):
         parsed(words, set(), monkeypatch)
+
+
+def test_the_forge_does_what_ci_does():
+    (workflow,) = yaml.safe_load_all((ROOT / ".github/workflows/ci.yml").read_text())
+    targets = workflow["jobs"]["check"]["strategy"]["matrix"]["target"]
+    assert sorted(targets) == sorted(re.findall(r"^make (\w+)$", (ROOT / ".ci/run").read_text(), flags=re.M))
 
 
 # ---- the first half hour, and the evaluation that goes on from it ----------------------------------------------------
