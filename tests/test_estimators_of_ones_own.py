@@ -214,14 +214,14 @@ def test_a_mean_of_each_prompt(processes, llama, tmp_path):
     assert all(one["state"] == seen[0]["state"] for one in seen)
 
 
-def track_spo(folder: str, out: str, rows: int) -> dict[str, Any]:
-    """Six windows with a replayed update each; returns what each saw, and the tracker at the end."""
+def track_spo(folder: str, out: str, rows: int, tracks: str) -> dict[str, Any]:
+    """Six windows with a replayed update each; returns what each saw and said, and the tracker at the end."""
     trainer = build(
         folder, Path(out), train_dataset=DATA.select(range(4)), max_steps=12, soft_value="tracked", num_iterations=2,
-        replay_buffer_size=64, per_device_train_batch_size=rows, learning_rate=0.03,
+        replay_buffer_size=64, per_device_train_batch_size=rows, learning_rate=0.03, soft_value_tracks=tracks,
     )  # fmt: skip
     estimator, seen = trainer._soft_value, []
-    on_window, collect = estimator.on_window, trainer._collect
+    on_window, after_update, collect = estimator.on_window, estimator.after_update, trainer._collect
 
     def window(trajectories, rows, group_size):
         on_window(trajectories, rows, group_size)
@@ -234,7 +234,11 @@ def track_spo(folder: str, out: str, rows: int) -> dict[str, Any]:
         )
         return collected
 
-    estimator.on_window, trainer._collect = window, update
+    def said(metrics, residuals):
+        after_update(metrics, residuals := list(residuals))
+        seen.append(("said", estimator.distance, [(t.prompt_key, t.value - delta, t.value) for t, delta in residuals]))
+
+    estimator.on_window, estimator.after_update, trainer._collect = window, said, update
     trainer.train()
     return {
         "seen": seen,
@@ -243,16 +247,21 @@ def track_spo(folder: str, out: str, rows: int) -> dict[str, Any]:
     }
 
 
-@pytest.mark.parametrize("processes", [1, pytest.param(2, marks=pytest.mark.launch)])
-def test_spos_tracker(processes, llama, tmp_path):
+@pytest.mark.parametrize(
+    ("processes", "tracks"),
+    [(1, "reward"), (1, "value"), pytest.param(2, "value", marks=pytest.mark.launch)],
+)
+def test_spos_tracker(processes, tracks, llama, tmp_path):
     """The counts of arXiv 2509.13232 by a loop over windows, and each row's value from them, replayed ones included.
 
     `α ← ρ α + Σ r`, `n ← ρ n + k`, ρ = 2^(−D/0.06) between 0.875 and 0.96; a window's rewards count from the next on.
+    If values are tracked, r is what each row of each update says in its place.
     """
     if processes == 1:
-        of_processes = [track_spo(llama, str(tmp_path), rows=4)]
+        of_processes = [track_spo(llama, str(tmp_path), rows=4, tracks=tracks)]
     else:
-        of_processes = launch("test_estimators_of_ones_own:track_spo", folder=llama, out=tmp_path, rows=2)
+        given = dict(folder=llama, out=tmp_path, rows=2, tracks=tracks)
+        of_processes = launch("test_estimators_of_ones_own:track_spo", **given)
     table: dict[str, list[float]] = {}
     earned: list[tuple[str, float]] = []
     forgotten = set()
@@ -266,6 +275,9 @@ def test_spos_tracker(processes, llama, tmp_path):
         kind, distance = events[0][:2]
         assert {event[:2] for event in events} == {(kind, distance)}
         rows = [row for event in events for row in event[2]]
+        if kind == "said":
+            earned += [(prompt, one) for prompt, one, _ in rows if tracks == "value"]
+            continue
         if kind == "window":
             for prompt in dict.fromkeys(["all", *(name for name, _ in earned)] if earned else []):
                 number, total, last = table.get(prompt, [1.0, value(prompt), distance])
@@ -273,7 +285,7 @@ def test_spos_tracker(processes, llama, tmp_path):
                 rho = min(max(2 ** (-((distance - last) ** 2) / 2 / 0.06), 0.875), 0.96)
                 forgotten.add(rho)
                 table[prompt] = [rho * number + len(mine), rho * total + sum(mine), distance]
-            earned = [(prompt, reward) for prompt, reward, _ in rows]
+            earned = [(prompt, reward) for prompt, reward, _ in rows if tracks == "reward"]
         else:
             replayed += 1
         for prompt, _, given in rows:
