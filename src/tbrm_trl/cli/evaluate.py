@@ -20,8 +20,7 @@ from .quiet import silence
 
 silence()
 
-import torch  # noqa: E402
-from transformers import AutoModelForCausalLM, AutoTokenizer  # noqa: E402
+from transformers import AutoTokenizer  # noqa: E402
 from trl import ModelConfig, get_quantization_config  # noqa: E402
 
 from tbrm_trl.evaluation.benchmarks import (  # noqa: E402
@@ -132,31 +131,23 @@ def loaded(name: str, arguments: EvaluationArguments) -> Benchmark:
 
 
 def policy_of(arguments: EvaluationArguments, model: ModelConfig) -> Policy:
-    """The model, ready to generate."""
+    """The policy to evaluate."""
     name: Any = model.model_name_or_path
     options = {"revision": model.model_revision, "dtype": model.dtype}
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(name, revision=model.model_revision)
-        if arguments.backend == "vllm":
-            return VllmPolicy.load(name, tokenizer, seed=arguments.seed, **options)
-        if tokenizer.pad_token is None:
-            tokenizer.pad_token = tokenizer.eos_token
-        of: Any = AutoModelForCausalLM
-        if (Path(name) / "adapter_config.json").is_file():
-            from peft import AutoPeftModelForCausalLM
-
-            of = AutoPeftModelForCausalLM
-        policy = of.from_pretrained(
-            name,
-            attn_implementation=model.attn_implementation,
-            quantization_config=get_quantization_config(model),
-            **options,
-        )
-    except (OSError, ValueError) as error:
-        raise ValueError(f"{name} cannot be loaded: {str(error).splitlines()[0]}") from error
-    if torch.cuda.is_available() and not arguments.use_cpu and not model.load_in_4bit and not model.load_in_8bit:
-        policy.to("cuda")
-    return ModelPolicy(name, policy.eval(), tokenizer, arguments.batch_size)
+    if arguments.backend == "vllm":
+        try:
+            tokenizer = AutoTokenizer.from_pretrained(name, revision=model.model_revision)
+        except (OSError, ValueError) as error:
+            raise ValueError(f"{name} cannot be loaded: {str(error).splitlines()[0]}") from error
+        return VllmPolicy.load(name, tokenizer, seed=arguments.seed, **options)
+    return ModelPolicy.load(
+        name,
+        batch_size=arguments.batch_size,
+        use_cpu=arguments.use_cpu,
+        attn_implementation=model.attn_implementation,
+        quantization_config=get_quantization_config(model),
+        **options,
+    )
 
 
 def check_length(policy: Policy, benchmark: Benchmark, settings: Settings) -> None:

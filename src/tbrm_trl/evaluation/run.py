@@ -12,7 +12,7 @@ from typing import Any, Protocol
 import torch
 import xxhash
 from tqdm.auto import tqdm
-from transformers import PreTrainedTokenizerBase
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
 
 from ..rewards import NAMES, gym, reading, reward_function
 from ..rewards.notation import normal, squeezed
@@ -46,6 +46,35 @@ class ModelPolicy:
     tokenizer: PreTrainedTokenizerBase
     batch_size: int = 64
     backend: str = "transformers"
+
+    @classmethod
+    def load(cls, name: str, *, batch_size: int = 64, use_cpu: bool = False, **options: Any) -> "ModelPolicy":
+        """A checkpoint, or the folder of an adapter, on the GPU if there is one.
+
+        Args:
+            name: id on the Hub, or a folder.
+            batch_size: completions generated at once.
+            use_cpu: whether to stay on the CPU.
+            options: of `from_pretrained`.
+
+        Raises:
+            ValueError: in one line, if it cannot be loaded.
+        """
+        try:
+            tokenizer = AutoTokenizer.from_pretrained(name, revision=options.get("revision"))
+            if tokenizer.pad_token is None:
+                tokenizer.pad_token = tokenizer.eos_token
+            of: Any = AutoModelForCausalLM
+            if (Path(name) / "adapter_config.json").is_file():
+                from peft import AutoPeftModelForCausalLM
+
+                of = AutoPeftModelForCausalLM
+            model = of.from_pretrained(name, **{"dtype": "auto", **options})
+        except (OSError, ValueError) as error:
+            raise ValueError(f"{name} cannot be loaded: {str(error).splitlines()[0]}") from error
+        if torch.cuda.is_available() and not use_cpu and options.get("quantization_config") is None:
+            model.to("cuda")
+        return cls(name, model.eval(), tokenizer, batch_size)
 
     def generate(self, requests: Sequence[Request], how: Sampling) -> Iterator[Completion]:
         return sampling.generate(self.model, self.tokenizer, requests, how, self.batch_size)
@@ -161,29 +190,37 @@ class Judge:
         """A row for each completion, with its verdict."""
         texts = [tokenizer.decode(one.ids, skip_special_tokens=True) for one in finished]
         problems = [places[one.request][0] for one in finished]
-        verdicts: Any = self.reward(
-            prompts=[prompts[problem] for problem in problems],
-            completions=[[{"role": "assistant", "content": text}] for text in texts],
-            completion_ids=[one.ids for one in finished],
-            **{name: [values[p] for p in problems] for name, values in self.benchmark.columns.items()},
-        )
-        if inspect.isawaitable(verdicts):
-            verdicts = asyncio.run(_awaited(verdicts))
-        scores = [math.nan if verdict is None else float(verdict) for verdict in verdicts]  # either is no verdict
+        asked, ids = [prompts[problem] for problem in problems], [one.ids for one in finished]
         return [
             Row(
-                problem=places[one.request][0],
+                problem=problem,
                 sample=places[one.request][1],
                 seed=requests[one.request].seed,
                 ids=one.ids,
                 completion=text,
                 truncated=one.truncated,
-                answer=self.answer(text, places[one.request][0]),
-                score=0.0 if math.isnan(score) else score,
-                judged=not math.isnan(score),
+                answer=self.answer(text, problem),
+                score=0.0 if score is None else score,
+                judged=score is not None,
             )
-            for one, text, score in zip(finished, texts, scores, strict=True)
+            for one, text, problem, score in zip(
+                finished, texts, problems, self.verdicts(asked, texts, ids, problems), strict=True
+            )
         ]
+
+    def verdicts(
+        self, prompts: Sequence[Any], texts: Sequence[str], ids: Sequence[list[int]], problems: Sequence[int]
+    ) -> list[float | None]:
+        """The score of each completion; None without a verdict, which NaN is too."""
+        found: Any = self.reward(
+            prompts=list(prompts),
+            completions=[[{"role": "assistant", "content": text}] for text in texts],
+            completion_ids=list(ids),
+            **{name: [values[p] for p in problems] for name, values in self.benchmark.columns.items()},
+        )
+        if inspect.isawaitable(found):
+            found = asyncio.run(_awaited(found))
+        return [None if one is None or math.isnan(one) else float(one) for one in found]
 
     def answer(self, text: str, problem: int) -> str | None:
         """The answer that a completion gives, in one spelling; None if none can be read."""
