@@ -41,7 +41,9 @@ def test_one_at_a_time(tmp_path):
         second.acquire()
     who, _, since = str(error.value).partition(", since ")
     assert who.endswith(f"process {os.getpid()} on {socket.gethostname()}")
-    assert begun <= datetime.fromisoformat(since.partition(". ")[0]) <= datetime.now(UTC)
+    since, _, advice = since.partition(". ")
+    assert begun <= datetime.fromisoformat(since) <= datetime.now(UTC) and "." not in since  # to the second
+    assert advice == "Give this run another output_dir, or end that one first."
     second.release()  # it never had it
     assert (folder / NAME).exists()
     first.release()
