@@ -49,7 +49,7 @@ CHANGED = (
     "resume/stop.py",
 )
 TESTS = """
-    estimators fuzz lock_and_stop marks metrics oracle replay residual returns skipped_updates soft_values store terms
+    estimators exact_resume fuzz lock_and_stop marks metrics oracle replay residual returns skipped_updates soft_values store terms
     trajectory_loss truncation checkpoints
 """.split()
 LIMIT = 5.0  # seconds of processor time of the tests of a mutant, as they take without one

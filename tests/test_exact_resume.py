@@ -49,6 +49,7 @@ class Fit(ExactResume):
 
     def forget(self) -> None:
         self.seen, self.began = 0, False
+        self.losses: list[float] = []
 
     def before_training(self) -> None:
         self.began = True
@@ -57,7 +58,9 @@ class Fit(ExactResume):
     def training_step(self, model, inputs, *args, **kwargs):
         assert self.began
         self.seen += len(inputs["y"])
-        return super().training_step(model, inputs, *args, **kwargs)
+        loss = super().training_step(model, inputs, *args, **kwargs)
+        self.losses.append(loss.item())
+        return loss
 
     def run_state(self, folder):
         (folder / "beside.txt").write_text(str(self.seen))
@@ -84,7 +87,10 @@ def fit(out: Path, *callbacks: TrainerCallback, rows=ROWS, **options: Any) -> Fi
         max_steps=10, per_device_train_batch_size=2, learning_rate=0.1, save_steps=3, logging_steps=4, use_cpu=True,
         report_to="none", disable_tqdm=True, remove_unused_columns=False, save_total_limit=None,
     ) | options  # fmt: skip
-    return Fit(Line(), Arguments(str(out), **options), train_dataset=rows, callbacks=list(callbacks))
+    stops = options.pop("enable_jit_checkpoint", False)  # transformers' own would hear of signals too
+    trainer = Fit(Line(), Arguments(str(out), **options), train_dataset=rows, callbacks=list(callbacks))
+    trainer.args.enable_jit_checkpoint = stops
+    return trainer
 
 
 def weight_of(out: Path, step: int) -> list[float]:
@@ -120,6 +126,16 @@ def same(out: Path, trainer: Fit, whole: Fit) -> bool:
     )
 
 
+def test_what_is_logged(whole):
+    """The mean loss of the updates since the last log, and the norm of the last gradient."""
+    logged = [one for one in whole.state.log_history if "loss" in one]
+    assert [one["step"] for one in logged] == [4, 8]
+    assert [one["loss"] for one in logged] == pytest.approx(
+        [sum(whole.losses[i : i + 4]) / 4 for i in (0, 4)], abs=1e-4
+    )
+    assert all(0 < one["grad_norm"] != one["loss"] for one in logged)
+
+
 # ---- resuming --------------------------------------------------------------------------------------------------------
 
 
@@ -133,7 +149,7 @@ def test_a_resumed_run_ends_as_an_uninterrupted_one(stopped, resume, whole, tmp_
     if resume == "checkpoint-6":
         resume = str(tmp_path / resume)
     trainer = fit(tmp_path)
-    trainer.train(resume_from_checkpoint=resume)
+    trainer.train(resume, None)  # and no trial of a search
     assert same(tmp_path, trainer, whole)
     assert not (tmp_path / NAME).exists()
 
@@ -243,6 +259,16 @@ def test_a_checkpoint_that_is_written_over_is_incomplete_meanwhile(tmp_path):
     with warnings.catch_warnings(action="ignore"):
         trainer.train(resume_from_checkpoint="auto")
     assert seen[:4] == [[3], [1, 3], [1, 2], [1, 2, 3]]
+
+
+def test_a_checkpoint_is_pushed_once_it_is_complete(tmp_path, monkeypatch):
+    pushed = []
+    trainer = fit(tmp_path, max_steps=6)
+    trainer.args.push_to_hub = True
+    monkeypatch.setattr(trainer, "_push_from_checkpoint", lambda folder: pushed.append((folder, steps(tmp_path))))
+    monkeypatch.setattr(trainer, "_finish_current_push", lambda: None)
+    trainer.train()
+    assert pushed == [(str(tmp_path / "checkpoint-3"), [3]), (str(tmp_path / "checkpoint-6"), [3, 6])]
 
 
 def test_only_the_model(tmp_path):
