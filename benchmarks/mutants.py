@@ -49,13 +49,119 @@ CHANGED = (
     "resume/stop.py",
 )
 TESTS = """
-    estimators fuzz lock_and_stop marks metrics oracle replay residual returns skipped_updates soft_values store terms
-    trajectory_loss truncation checkpoints
+    estimators exact_resume fuzz lock_and_stop marks metrics oracle replay residual returns skipped_updates soft_values
+    store terms trajectory_loss truncation checkpoints
 """.split()
 LIMIT = 5.0  # seconds of processor time of the tests of a mutant, as they take without one
 HANGS = 30.0  # seconds of processor time after which a mutant counts as noticed: it does not end
-# Survivors that no test can tell from the original, by the text of the change, and why.
-EQUIVALENT: dict[str, str] = {}
+# Survivors that compute the same as the original, by the reason why.
+_SAME_RESULT: dict[str, tuple[str, ...]] = {
+    "A tensor of two dimensions: its last one is dimension 1.": (
+        "loss/residual.py sum_over: -1 → 1",
+        "loss/terms.py random_subset: draw.argsort(dim=1).argsort(dim=1) → draw.argsort(dim=1).argsort()",
+    ),
+    "A tensor of one dimension: its first one is its last.": (
+        "loss/soft_value/partition.py PartitionValue._value: 0 → -1",
+        "loss/soft_value/partition.py PartitionValue._value: 0 → -1 (2)",
+    ),
+    "Rows that do not count are masked once more, in `mean_over_counted`.": (
+        "loss/residual.py squared_residual_loss: 0.0 → 1.0",
+        "loss/residual.py squared_residual_loss: 0.0 → -1.0",
+    ),
+    "P_h is read of chosen tokens alone, and these are inside the mask.": (
+        "loss/terms.py random_prefix: 1.0 → 0.0",
+        "loss/terms.py random_prefix: 1.0 → 2.0",
+    ),
+    '`truncation="bootstrap"` beside `token_fraction` is refused, and nothing else there reads batch and scores.': (
+        "loss/trajectory_loss.py TrajectoryLoss._squared_in_part: self._values(rows, batch, scores, replace(inputs, "
+        "policy_value=scores.soft_value)) → self._values(rows, scores, batch, replace(inputs, "
+        "policy_value=scores.soft_value))",
+        "loss/trajectory_loss.py TrajectoryLoss._squared_in_part: value - upcoming → value + upcoming",
+    ),
+    "V is known beforehand for all rows of an update or for none.": (
+        "loss/trajectory_loss.py TrajectoryLoss._values: 0 → -1",
+    ),
+    "The mean of ones, whatever their type.": (
+        "loss/metrics.py evaluation_metrics: torch.ones_like(total, dtype=torch.bool) → torch.ones_like(total)",
+    ),
+    "What is left out is PyTorch's default for numbers of Python.": (
+        "loss/metrics.py microbatch_totals: torch.tensor(list(shares.values()), dtype=torch.float32, device=device) → "
+        "torch.tensor(list(shares.values()), device=device)",
+    ),
+    "NumPy's means are of float64 already.": (
+        "loss/soft_value/partition.py PartitionValue._value: torch.tensor([np.mean(rewards) for _, rewards in "
+        "completions], dtype=torch.float64) → torch.tensor([np.mean(rewards) for _, rewards in completions])",
+    ),
+    "Other draws, which depend on the seed alone as well.": (
+        "loss/soft_value/sampled.py _random_state_of: 63 → 64",
+        "loss/soft_value/sampled.py _random_state_of: 63 → 62",
+    ),
+    "0 divided by another number, or a number that nothing reads.": (
+        "loss/soft_value/tracked.py TrackedValue._value: 1.0 → 2.0",
+        "loss/soft_value/tracked.py TrackedValue._value: 0.0 → 1.0 (2)",
+        "loss/soft_value/tracked.py TrackedValue._value: 0.0 → -1.0 (2)",
+    ),
+    "How many threads read, how many bytes at once, and through which buffer, changes no digest.": (
+        "resume/checkpoint.py : 1 → 2",
+        "resume/checkpoint.py : 20 → 21",
+        "resume/checkpoint.py : 20 → 19",
+        "resume/checkpoint.py _read: min → max",
+        "resume/checkpoint.py _read: 8 → 9",
+        "resume/checkpoint.py _read: 8 → 7",
+        "resume/checkpoint.py _read: os.cpu_count() or 1 → os.cpu_count() and 1",
+        "resume/checkpoint.py _read: 1 → 2",
+        "resume/checkpoint.py _read: 1 → 0",
+        "resume/checkpoint.py _digest_of_file: file.open('rb', buffering=0) → file.open('rb')",
+        "resume/checkpoint.py _digest_of_file: 0 → 1 (2)",
+        "resume/checkpoint.py _digest_of_file: 0 → -1 (2)",
+    ),
+    "A model, and a trial that is None without a search for hyperparameters: transformers reads neither there.": (
+        "resume/exact_resume.py ExactResume._maybe_log_save_evaluate: super()._maybe_log_save_evaluate(tr_loss, "
+        "grad_norm, model, trial, *args, **kwargs) → super()._maybe_log_save_evaluate(tr_loss, grad_norm, trial, "
+        "model, *args, **kwargs)",
+        "resume/exact_resume.py ExactResume._write_checkpoint: super()._save_checkpoint(model, trial) → "
+        "super()._save_checkpoint(trial, model)",
+        "resume/exact_resume.py ExactResume._maybe_log_save_evaluate: self._save_checkpoint(model, trial) → "
+        "self._save_checkpoint(trial, model)",
+    ),
+    "The byte that is left is written over at once.": ("resume/folder_lock.py FolderLock.acquire: 0 → 1",),
+    "The timer is cancelled whenever the block is left, so none is waited for.": (
+        "resume/stop.py StopRequest._hear: self._timer.daemon = True → (deleted)",
+        "resume/stop.py StopRequest._hear: True → False",
+    ),
+    "Python writes standard error line by line.": (
+        "resume/stop.py _say: print(text, file=sys.stderr, flush=True) → print(text, file=sys.stderr)",
+        "resume/stop.py _say: True → False",
+    ),
+    "Every block counts as changed at first, so all is written before it is read.": (
+        "sources/replay.py _Priorities.__init__: np.zeros → np.ones",
+        "sources/replay.py _Priorities.__init__: np.zeros → np.ones (2)",
+        "sources/replay.py _Priorities.__init__: np.zeros → np.ones (3)",
+        "sources/replay.py _Priorities.__init__: np.zeros → np.ones (4)",
+    ),
+    "Read where some block has a known priority, and none of these is negative.": (
+        "sources/replay.py _Priorities.update: 0.0 → -1.0",
+    ),
+    "Blocks that did not change are summed once more.": (
+        "sources/replay.py _Priorities.update: self._changed.clear() → (deleted)",
+    ),
+    "Without a segment the first trajectory opens one, and sets what is used of it.": (
+        "sources/store.py TrajectoryStore.clear: self._used = 0 → (deleted)",
+        "sources/store.py TrajectoryStore.clear: 0 → 1 (2)",
+        "sources/store.py TrajectoryStore.clear: 0 → -1 (2)",
+    ),
+    "Every field of the record is written afterwards.": (
+        "sources/store.py TrajectoryStore.append: np.zeros → np.ones",
+    ),
+    "What is left is a lower number than that of any trajectory in the segment, which is all that it is asked for.": (
+        "sources/store.py TrajectoryStore.popleft: 0 → 1 (2)",
+    ),
+    "`restore` writes it anew.": (
+        "sources/store.py TrajectoryStore.state: 0 → -1",
+        "sources/store.py TrajectoryStore.state: 0 → 1",
+    ),
+}
+EQUIVALENT = {name: reason for reason, names in _SAME_RESULT.items() for name in names}
 
 
 def files_changed() -> list[str]:

@@ -253,14 +253,16 @@ def test_the_reference_is_sampled_in_blocks(tmp_path, capsys):
     first = sampled(tmp_path)
     assert first.asked == [[0, 0, 1, 1], [2, 2, 3, 3], [4, 4, 4, 4]] and len(set(first.seeds)) == 3
     assert first.train_dataset["reference_rewards"] == [[i / 10] * 2 for i in range(5)]
-    assert "read from" not in capsys.readouterr().out
+    shown = capsys.readouterr()
+    assert "read from" not in shown.out and "Sampling the reference: 100%" in shown.err
     [file] = (tmp_path / "optimal_values").glob("*.parquet")
     again = sampled(tmp_path)
     assert not again.asked and again.train_dataset["reference_rewards"] == first.train_dataset["reference_rewards"]
     assert f"rewards of the reference's samples read from {file}" in capsys.readouterr().out
     file.unlink()  # killed after the second block
     file.with_suffix("").joinpath("000000004-2.parquet").unlink()
-    resumed = sampled(tmp_path)
+    resumed = sampled(tmp_path, disable_tqdm=True)
+    assert "Sampling" not in capsys.readouterr().err
     assert (resumed.asked, resumed.seeds) == (first.asked[2:], first.seeds[2:])
     assert resumed.train_dataset["reference_rewards"] == first.train_dataset["reference_rewards"]
     assert sampled(tmp_path / "few", soft_value_samples=8).asked == [[i] * 8 for i in range(5)]

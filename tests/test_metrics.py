@@ -3,13 +3,22 @@
 import json
 import math
 from dataclasses import replace
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 
 from tbrm_trl.batch import TrajectoryScores, collate
-from tbrm_trl.loss.metrics import AdvantageColumn, Totals, evaluation_loss, microbatch_totals
+from tbrm_trl.loss.metrics import (
+    AdvantageColumn,
+    Recorder,
+    Totals,
+    evaluated_numbers,
+    evaluation_loss,
+    evaluation_metrics,
+    microbatch_totals,
+)
 from tbrm_trl.loss.soft_value import ValueInputs
 from tbrm_trl.loss.trajectory_loss import LossOutput
 from tbrm_trl.trajectory import End, Trajectory, UpdateRow
@@ -57,7 +66,7 @@ def micro_batch(is_finite: bool = True, aux_loss: float | None = None) -> Totals
     rows = [
         row(ref=(math.log(2) - 1, -1.0), staleness=0),
         row("replayed", age=3),
-        row(ref=(math.log(3) - 1, NAN), mask=(True, False), left_out="truncated"),
+        row(ref=(math.log(3) - 1, NAN), mask=(True, False), left_out="truncated", staleness=0),
         row("ahead", steps=(2, 4), staleness=3),
     ]
     batch = replace(collate([one.trajectory for one in rows], pad_token_id=0), pad_fraction=0.25)
@@ -80,7 +89,7 @@ BY_HAND = {
     "residual/rms": math.sqrt((1 + 4 + 0.25) / 3), "residual/fresh_rms": 1.0, "residual/replayed_rms": 2.0,
     "residual/ahead_rms": 0.5, "kl": (1 - math.log(2) + 0 + 2 - math.log(3)) / 3, "entropy": 21 / 7,
     "left_out/truncated": 0.25, "left_out/unscored": 0.0, "left_out/no_action": 0.0, "left_out/no_value": 0.0,
-    "replay/age": 3.0, "staleness/mean": 1.5, "staleness/mixed": 0.5, "pad_fraction": 0.25,
+    "replay/age": 3.0, "staleness/mean": 1.0, "staleness/mixed": 1 / 3, "pad_fraction": 0.25,
 }  # fmt: skip
 
 
@@ -105,6 +114,36 @@ def test_the_loss_of_an_evaluation():
     loss = torch.tensor([1.0, 3.0, NAN], requires_grad=True)
     output = LossOutput(loss, loss, loss, inputs, TrajectoryScores(log_probs=loss), None)
     assert evaluation_loss(output, torch.tensor([1.0, 2.0, 5.0])).means() == {"loss": 3.5}
+
+
+def test_an_evaluation_by_hand():
+    """Two prompts of two rows and a prompt that only fills up the batch; a row that no function scored."""
+    numbers = torch.tensor([[0, 3, 0, 1, 2], [0, 5, 1, 3, NAN], [0, 4, 1, NAN, NAN], [0, 8, 0, 2, 2], [1, 9, 0, 7, 7],
+                            [1, 9, 1, 7, 7]])  # fmt: skip
+    metrics = evaluation_metrics(numbers, ["f", "g"], torch.tensor([1.0, 0.5]), 2)
+    assert metrics == pytest.approx(
+        {
+            "reward": (2 + 3 + 3) / 3, "reward_std": math.sqrt(1 / 3), "frac_reward_zero_std": 0.0,
+            "rewards/f/mean": 2.0, "rewards/f/std": 1.0, "rewards/g/mean": 2.0, "rewards/g/std": 0.0,
+            "completions/mean_length": 5.0, "completions/min_length": 3.0, "completions/max_length": 8.0,
+            "completions/mean_terminated_length": 5.5, "completions/min_terminated_length": 3.0,
+            "completions/max_terminated_length": 8.0, "completions/clipped_ratio": 0.5,
+        }
+    )  # fmt: skip
+    cut = evaluation_metrics(torch.tensor([[0, 1, 0, 2], [0, 1, 0, 2], [0, 1, 0, 5]]), ["f"], torch.ones(1), 2)
+    assert (cut["reward"], cut["frac_reward_zero_std"]) == (3.0, 1.0)  # a stream that ends within a group
+    alone = evaluation_metrics(torch.tensor([[0, 1, 1, 2], [0, 2, 1, 4]]), ["f"], torch.tensor([0.5]), 1)
+    assert (alone["reward"], alone["rewards/f/mean"], alone["frac_reward_zero_std"]) == (1.5, 3.0, 1.0)
+    assert alone["completions/clipped_ratio"] == 1 and alone["completions/mean_terminated_length"] == 0
+
+
+def test_the_numbers_of_an_evaluations_rows():
+    """Whether it only fills up, the tokens that the policy chose, whether it was cut, and its rewards."""
+    rows = [row(left_out="repeated"), row(mask=(True, False), left_out="truncated")]
+    rows[0].trajectory.rewards, rows[1].trajectory.end = {"f": 0.5, "g": 2.0}, End.LENGTH
+    numbers = evaluated_numbers(rows, ["g", "f"])
+    assert numbers[0].tolist() == [1, 2, 0, 2.0, 0.5] and numbers[1, :3].tolist() == [0, 1, 1]
+    assert numbers[1, 3:].isnan().all()
 
 
 def column(of: AdvantageColumn) -> list[float | None]:
@@ -144,3 +183,26 @@ def test_the_column_goes_on_after_a_resume():
     again.restore(json.loads(json.dumps(table.state(window))), [one.trajectory for one in later])
     again.set(later, torch.tensor([9.0, 1.0, 2.0, 3.0]), "train")
     assert column(again) == [None, None, None]
+
+
+def test_a_recorder_counts_what_was_taken_since_the_last_log():
+    """Micro-batches until their step ends; of several processes; a step that is not kept is in no mean."""
+    doubled = SimpleNamespace(sync_gradients=False, reduce=lambda pairs, reduction: 2 * pairs)
+    recorder = Recorder()
+    assert recorder.means("train") == recorder.means("eval") == {}
+    assert recorder.record(totals(kl=[6.0, 2.0]), doubled) is None
+    doubled.sync_gradients = True
+    step = recorder.record(totals(kl=[0.0, 1.0]), doubled)
+    assert step.state() == {"kl": [12.0, 6.0]} and recorder.means("train") == {}
+    skipped = recorder.record(totals(kl=[100.0, 1.0]), doubled)
+    assert skipped.state() == {"kl": [200.0, 2.0]}
+    recorder.keep(step, "train")
+    recorder.keep(totals(kl=[5.0, 1.0]), "eval")
+    assert recorder.means("eval") == {"kl": 5.0} and recorder.means("train") == {"kl": 2.0}
+    assert recorder.means("train") == recorder.means("eval") == {}
+    recorder.keep(step, "train")
+    recorder.clear(totals(kl=[9.0, 3.0]))
+    assert recorder.means("train") == {"kl": 3.0}
+    recorder.keep(step, "train")
+    recorder.clear()
+    assert recorder.means("train") == {}

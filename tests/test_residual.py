@@ -33,6 +33,7 @@ def test_loss_by_hand():
     counted = torch.tensor([True, False, True])
     assert squared_residual_loss(residual, counted, 2).item() == 14.03125
     assert squared_residual_loss(residual, counted, 4).item() == 7.015625
+    assert squared_residual_loss(residual, counted, 1).item() == 28.0625
 
 
 def test_weights_by_hand():
