@@ -5,11 +5,13 @@ from __future__ import annotations
 import json
 import math
 import random
+import re
 import shutil
 import subprocess
 import sys
 import threading
 import time
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +28,7 @@ from tbrm_trl import load_rollouts
 from tbrm_trl.run_log import read_lines, trajectory_ids
 from tbrm_trl.sources.records import Part, RecordFolder
 from tbrm_trl.sources.saved_rollouts import rollout_files
+from tbrm_trl.trajectory import Source
 
 LOGGED = Dataset.from_list([{"prompt": p, "completion": "a", "reward": 1.0} for p in PROMPTS])
 # Windows of 4 rows.
@@ -91,6 +94,50 @@ def test_following_what_a_run_drew_is_that_run(llama, tmp_path):
         assert list(second._logs[name]) == list(first._logs[name])
     tables = [load_rollouts(one.args.output_dir, unrewarded=True).to_dict() for one in (first, second)]
     assert str(tables[0]) == str(tables[1])  # with NaN
+
+
+def test_the_documents_writer_is_followed(llama, tmp_path, monkeypatch):
+    """The program of the document, with the token ids that it names, then its function with rows of one's own."""
+    page = (ROOT / "docs/asynchronous.md").read_text()
+    (program,) = (
+        block for block in re.findall(r"```python\n(.+?)```", page, flags=re.S) if "def write_record" in block
+    )
+    monkeypatch.chdir(tmp_path)
+    names: dict[str, Any] = {}
+    exec(program, names)
+    for row in made_rows(7):
+        names["write_record"](Path("records"), "mine", [row])
+    trainer = follow(llama, tmp_path, tmp_path / "records", max_steps=2)
+    trainer.train()
+    of_program, *others = sorted((one for window in trainer.taken for one in window), key=lambda one: one.reward != 1.0)
+    assert (of_program.prompt_ids.tolist(), of_program.completion_ids.tolist()) == ([5, 6], [7, 8, 1])
+    assert sorted(numbers([others])) == list(range(7))
+
+
+def test_replay_logged_rows_and_evaluation_beside_followed_rollouts(llama, tmp_path):
+    """Windows of 2 followed and 2 logged rows, then an update of replayed ones: only the followed are replayed."""
+    write_record(tmp_path / "records", "other", 0, [{**row, "policy_step": 7} for row in made_rows(16)])
+    data = Dataset.from_list([*LOGGED, *({"prompt": p, "completion": None, "reward": None} for p in PROMPTS)])
+    trainer = follow(
+        llama, tmp_path, tmp_path / "records", letters, train_dataset=data, logged_fraction=0.5, num_iterations=2,
+        replay_buffer_size=8, max_steps=6, eval_dataset=DATA.select([0]), eval_strategy="steps", eval_steps=6,
+        per_device_eval_batch_size=1,
+    )  # fmt: skip
+    updates = kept_returns(trainer, "_collect")
+    trainer.train()
+    followed = [[one for one in window if one.source is Source.ROLLOUT] for window in trainer.taken]
+    assert list(map(len, followed)) == [2, 2, 2] and [sorted(numbers([some])) for some in followed] == [
+        [0, 1],
+        [2, 3],
+        [4, 5],
+    ]
+    assert [Counter(row.origin for row in update) for update in updates[:3]] == [
+        {"ahead": 2, "logged": 2}, {"reused": 2, "logged": 2}, {"ahead": 2, "logged": 2},
+    ]  # fmt: skip
+    assert {row.origin for row in updates[3]} == {"replayed"} and {row.age for row in updates[3]} == {0}
+    (entry,) = (line for line in read_lines(Path(trainer.args.output_dir) / "log.jsonl") if "eval_loss" in line)
+    assert (entry["eval_policy"], entry["eval_sampler"]) == ("step 6", "transformers")
+    assert "eval_reward" in entry and "eval_rollouts/queue" not in entry
 
 
 # ---- which rows, in which order --------------------------------------------------------------------------------------
