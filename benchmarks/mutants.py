@@ -531,7 +531,7 @@ def measure(runner: Runner, file: Path) -> None:
         sys.settrace(on_call)
         failed = runner.failing([name])
         sys.settrace(None)
-        threading.settrace(None)  # type: ignore[arg-type]
+        threading.settrace(None)
         enters = [] if failed else sorted(entered)
         measured[name] = {"digest": digest, "seconds": round(spent() - began, 2), "enters": enters}
 

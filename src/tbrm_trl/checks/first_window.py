@@ -14,6 +14,7 @@ import numpy as np
 
 from ..loss.soft_value import SoftValue
 from ..options import TBRMOptions
+from .options import drawn_ahead
 
 # (response length, β) as published for rewards of 0 and 1, arXiv 2603.23355, and (parameters, learning rate) of full
 # models with Adam: `docs/demo.md` for the first, arXiv 2505.15311 for the others.
@@ -168,7 +169,7 @@ def _of_soft_value(window: FirstWindow, args: TBRMOptions) -> Iterator[str]:
 
 def _of_constant(window: FirstWindow, args: TBRMOptions) -> Iterator[str]:
     """β V* is at least E_ref R. A constant that is nats below it moves the target on data of another policy."""
-    others = args.num_iterations > 1 or args.rollout_pool or not all(row.drawn for row in window.rows)
+    others = args.num_iterations > 1 or drawn_ahead(args) or not all(row.drawn for row in window.rows)
     if args.soft_value not in ("zero", "optimal", "model") or args.soft_value_offset or not others:
         return
     own = [row for row in window.rows if row.drawn and row.counted]
