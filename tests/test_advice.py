@@ -50,11 +50,13 @@ def test_it_is_printed(tmp_path, capsys):
 # ---- the rules -------------------------------------------------------------------------------------------------------
 
 
-def window(rewards: list[float], soft_value=0.0, size=None, updates=100, each=1, **fields: Any) -> FirstWindow:
-    """A window of rollouts of 600 tokens, `each` a prompt."""
-    given = dict(baseline=0.0, value=math.nan, length=600, cut=False, drawn=True, counted=True) | fields
+def window(
+    rewards: list[float], soft_value=0.0, size=None, updates=100, each=1, cut: range = range(0), **fields: Any
+) -> FirstWindow:
+    """A window of rollouts of 600 tokens, `each` a prompt, and some of them cut."""
+    given = dict(baseline=0.0, value=math.nan, length=600, drawn=True, counted=True) | fields
     return FirstWindow(
-        [Seen(prompt=str(i // each), reward=reward, **given) for i, reward in enumerate(rewards)],
+        [Seen(prompt=str(i // each), reward=reward, cut=i in cut, **given) for i, reward in enumerate(rewards)],
         soft_value,
         size,
         updates,
@@ -138,8 +140,9 @@ def test_nothing_is_said_where_nothing_is_off(seen, options):
         (
             window(HALF, size=134_515_008),
             {"learning_rate": 1e-6},
-            "Consider learning_rate=2e-05, because 135 million parameters are trained. 2e-5 trained 135 million, "
-            "2.5e-6 1,500 million and 2e-6 7,600 million: learning_rate=1e-06 is 0.05 times what follows.",
+            "Consider learning_rate=2e-05, because 135 million parameters are trained. What trained well was 2e-5 for "
+            "135 million, 2.5e-6 for 1,500 million and 2e-6 for 7,600 million: learning_rate=1e-06 is 0.05 times what "
+            "follows.",
         ),
         (  # 30 nats against 1/0.02
             window(HALF, soft_value=0.6),
@@ -173,15 +176,15 @@ def test_nothing_is_said_where_nothing_is_off(seen, options):
             "0.002 an update at most: that takes 250 of the run's 100 updates.",
         ),
         (
-            window(HALF, cut=True),
+            window([0.0, 0.0, 0.0, 0.0, 0.0, 1.0, 1.0, 1.0], cut=range(5)),
             {},
-            "Consider max_completion_length above 1000, because 100% of the completions are cut there, and what they "
-            "earn is a verdict on a fragment.",
+            "Consider max_completion_length above 1000, because 62% of the completions are cut there, and none of "
+            "these earns more than 0.",
         ),
         (
-            window(HALF, cut=True),
+            window(HALF, cut=range(1, 8)),
             {"truncation": "bootstrap"},
-            "Consider max_completion_length above 1000, because 100% of the completions are cut there, and only "
+            "Consider max_completion_length above 1000, because 88% of the completions are cut there, and only "
             "complete ones anchor V.",
         ),
     ],
@@ -198,7 +201,9 @@ def test_what_is_off_is_said_with_its_reason(seen, options, said):
         (window(HALF, value=0.45), {"soft_value": "optimal", "num_iterations": 2}),  # within two standard errors
         (window(HALF, updates=1000), {"soft_value": "zero", "num_iterations": 2, "soft_value_offset": True}),
         (window(HALF, size=134_515_008), {"learning_rate": 1e-3, "optim": "sgd"}),
-        (window(HALF, cut=True, drawn=False), {}),  # a log: no option of this run cut it
+        (window(HALF, cut=range(8)), {}),  # what is cut may be right
+        (window([0.0] * 4 + [1.0] * 4, cut=range(4)), {}),  # no more than half
+        (window([0.0] * 6 + [1.0] * 2, cut=range(6), drawn=False), {}),  # a log: no option of this run cut it
     ],
 )
 def test_a_rule_knows_where_it_ends(seen, options):

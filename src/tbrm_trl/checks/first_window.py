@@ -150,8 +150,8 @@ def _of_rate(window: FirstWindow, args: TBRMOptions) -> Iterator[str]:
     rate = power_law(RATE_BY_SIZE, window.size)
     if args.learning_rate and not 1 / FAR < args.learning_rate / rate < FAR:
         yield (
-            f"Consider learning_rate={rate:.2g}, because {window.size / 1e6:.0f} million parameters are trained. 2e-5 "
-            "trained 135 million, 2.5e-6 1,500 million and 2e-6 7,600 million: "
+            f"Consider learning_rate={rate:.2g}, because {window.size / 1e6:.0f} million parameters are trained. What "
+            "trained well was 2e-5 for 135 million, 2.5e-6 for 1,500 million and 2e-6 for 7,600 million: "
             f"learning_rate={args.learning_rate:g} is {args.learning_rate / rate:.2g} times what follows."
         )
 
@@ -215,17 +215,20 @@ def _of_v_rate(window: FirstWindow, args: TBRMOptions) -> Iterator[str]:
 
 
 def _of_cuts(window: FirstWindow, args: TBRMOptions) -> Iterator[str]:
-    """What becomes of completions that are cut is `truncation`'s part. More than half of them decide the target."""
-    drawn = [row.cut for row in window.rows if row.drawn]
-    if not drawn or np.mean(drawn) <= 0.5:
+    """A cut that is an end like any other does no harm as long as what was cut can be right."""
+    drawn = [row for row in window.rows if row.drawn]
+    cut = [row for row in drawn if row.cut]
+    if len(cut) <= len(drawn) / 2:
         return
-    limit, share = args.max_completion_length, np.mean(drawn)
+    lowest = window.rewards.min()
+    if args.truncation == "terminal" and any(row.reward > lowest for row in cut):
+        return
     reasons = {
-        "terminal": "what they earn is a verdict on a fragment",
-        "mask": "they leave the loss",
+        "terminal": f"none of these earns more than {lowest:g}",
+        "mask": "these leave the loss",
         "bootstrap": "only complete ones anchor V",
     }
     yield (
-        f"Consider max_completion_length above {limit}, because {share:.0%} of the completions are cut there, and "
-        f"{reasons[str(args.truncation)]}."
+        f"Consider max_completion_length above {args.max_completion_length}, because {len(cut) / len(drawn):.0%} of "
+        f"the completions are cut there, and {reasons[str(args.truncation)]}."
     )
