@@ -19,8 +19,8 @@ def judged(model: str, name: str, folder, temperature: float, samples: int, toke
     main(["eval", "--model_name_or_path", model, "--benchmarks", name, "--output_dir", str(folder / "tbrm"), *given])
     (file,) = (folder / "tbrm").glob("*.jsonl")
     (log,) = inspect_ai.eval(
-        benchmark(name, samples=samples, reward=LETTERS), model=f"tbrm/{model}", model_args={"use_cpu": True}, display="none",
-        temperature=temperature, max_tokens=tokens, log_dir=str(folder / "inspect"),
+        benchmark(name, samples=samples, reward=LETTERS), model=f"tbrm/{model}", model_args={"use_cpu": True},
+        display="none", temperature=temperature, max_tokens=tokens, log_dir=str(folder / "inspect"),
     )  # fmt: skip
     assert log.status == "success", log.error
     return read_result(file), log

@@ -23,7 +23,7 @@ OF_THE_WHOLE_RUN = ("train_runtime", "train_loss", "train_samples_per_second", "
 
 @pytest.fixture(scope="module")
 def tracked(llama, tmp_path_factory):
-    """A run that reports to every tracker that is installed (`make tools`: all three), with an evaluation and a reward that may be missing."""
+    """A run, with an evaluation, that reports to every tracker that is installed: `make tools` has all three."""
     out = tmp_path_factory.mktemp("tracked")
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("TENSORBOARD_LOGGING_DIR", str(out / "tb"))
