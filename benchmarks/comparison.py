@@ -29,11 +29,10 @@ import numpy as np
 from common import tasks
 from common.measure import set_up
 from common.report import (
-    T_95,
     Store,
     band,
+    interval,
     listed,
-    mean_and_error,
     parse,
     plt,
     processor,
@@ -286,15 +285,6 @@ class Comparison:
 
 def area(accuracies: np.ndarray) -> float:
     return float(np.trapezoid(accuracies) / (len(accuracies) - 1))
-
-
-def interval(differences: Sequence[float]) -> str:
-    """Mean of paired differences, with Student's 95% interval."""
-    mean, error = mean_and_error(differences)
-    if math.isnan(error):
-        return f"{mean:+.3f}"
-    half = T_95[len(differences)] * error
-    return f"{mean:+.3f} ({mean - half:+.3f} to {mean + half:+.3f})"
 
 
 def first_at(points: Sequence[Sequence[float]], target: float, place: int) -> float:

@@ -9,6 +9,7 @@ sorts its prompts by length and draws batch after batch; each batch waits for it
 
 import os
 import statistics
+import sys
 import time
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -21,8 +22,19 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 from tbrm_trl.evaluation.sampling import Request, Sampling, end_ids_of, generate, prompt_ids_of, seed_of
 
-SHORT = ["What is 7 + 5?", "Name a colour.", "Is 17 prime? Answer yes or no.", "What is the capital of France?"]
-LONG = ["Tell a story about a lighthouse.", "Explain how rain forms."]
+# As long as one another, whatever the length of their answers, so that sorting by prompt does not sort the answers.
+COUNTRIES = ("France", "Peru", "Japan", "Kenya", "Norway", "Egypt", "Canada", "Greece")
+THINGS = ("lighthouse", "river", "clock", "violin", "volcano", "library", "bridge", "garden")
+SHORT = [
+    *(f"What is the capital of {name}?" for name in COUNTRIES),
+    *(f"What is {number} + {number + 3}?" for number in range(5, 13)),
+    *(f"Is {number} a prime? Answer yes or no." for number in range(11, 19)),
+    *(f"What is the plural of {thing}?" for thing in THINGS),
+]
+LONG = [
+    *(f"Tell a story about a {thing}." for thing in THINGS),
+    *(f"Describe what a {thing} looks like." for thing in THINGS),
+]
 PACKAGES = ("torch", "transformers")
 
 
@@ -68,7 +80,10 @@ def measure(folder: str, batch: int, samples: int, limit: int, repetitions: int)
             torch.manual_seed(repetition)
             start = time.perf_counter()
             lengths = draw(model, tokenizer, requests, Sampling(max_new_tokens=limit), batch)
-            found[name].append({"seconds": time.perf_counter() - start, "lengths": lengths})
+            seconds = time.perf_counter() - start
+            found[name].append({"seconds": seconds, "lengths": lengths})
+            rate = f"{sum(lengths) / seconds:.1f} tokens per second, {sum(lengths) / len(lengths):.0f} a completion"
+            print(f"{repetition} {name}: {rate}", file=sys.stderr)
     return found
 
 
@@ -102,7 +117,7 @@ Tokens per second as a multiple of the plain loop's, by repetition: {show(ratio)
 
 def main() -> None:
     arguments = parse(__doc__, quick="a tiny model and few rows", repetitions=dict(type=int, default=3))
-    settings = dict(batch=4, samples=4, limit=32) if arguments.quick else dict(batch=32, samples=48, limit=512)
+    settings = dict(batch=4, samples=1, limit=32) if arguments.quick else dict(batch=16, samples=4, limit=384)
     torch.set_num_threads(len(os.sched_getaffinity(0)))
     with TemporaryDirectory() as folder:
         model = tiny.save(Path(folder)) if arguments.quick else tasks.smollm2()

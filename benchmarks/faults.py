@@ -1,11 +1,11 @@
 """How many faults a run survives: kills at random moments, and every damage to every file of a checkpoint.
 
-    python benchmarks/faults.py                  # writes docs/benchmarks/faults.{json,md}; an hour on two cores
+    python benchmarks/faults.py                  # writes docs/benchmarks/faults.{json,md}; 90 minutes, two cores
     python benchmarks/faults.py --minutes 10     # the next ten minutes of it: finished cases are not run again
 
-A tiny model makes 16 updates with a checkpoint at every fourth, in five kinds of run, by this trainer and, where it has
-the kind, by TRL's GRPOTrainer. A run survives a fault if, started once more by the same line, it ends with the bits of
-a run that nothing disturbed: weights, optimizer, schedule, random states.
+A tiny model makes 16 updates with a checkpoint at every fourth, in seven kinds of run, by this trainer and, where it
+has the kind, by TRL's GRPOTrainer. A run survives a fault if, started once more by the same line, it ends with the bits
+of a run that nothing disturbed: weights, optimizer, schedule, random states.
 """
 
 import os

@@ -14,6 +14,7 @@ file, puts code, defaults and constants into the functions, classes and modules 
 import ast
 import copy
 import inspect
+import json
 import os
 import resource
 import signal
@@ -25,7 +26,9 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import partial
 from importlib import import_module
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 from types import CodeType, FunctionType, ModuleType
 from typing import Any
@@ -35,34 +38,138 @@ import xxhash
 from common.report import ROOT, Store, bullets, listed, parse, processor, table, versions, wrapped
 
 SOURCE = ROOT / "src/tbrm_trl"
-_LOSS = ("residual", "terms", "trajectory_loss", "soft_values", "truncation")
-# Test files by the file or folder that is changed.
-TESTS = {
-    "loss": _LOSS,
-    "sources/replay.py": ("replay", "soft_values"),
-    "sources/store.py": ("store", "fuzz", "replay"),
-    "resume/checkpoint.py": ("marks", "fuzz"),
-    "resume/exact_resume.py": ("checkpoints", "resume"),
-    "resume/finite.py": ("checkpoints",),
-    "resume/folder_lock.py": ("checkpoints", "fuzz"),
-}
+CHANGED = (
+    "loss",
+    "sources/replay.py",
+    "sources/store.py",
+    "resume/checkpoint.py",
+    "resume/exact_resume.py",
+    "resume/finite.py",
+    "resume/folder_lock.py",
+    "resume/stop.py",
+)
+TESTS = """
+    estimators exact_resume fuzz lock_and_stop marks metrics oracle replay residual returns skipped_updates soft_values
+    store terms trajectory_loss truncation checkpoints
+""".split()
 LIMIT = 5.0  # seconds of processor time of the tests of a mutant, as they take without one
 HANGS = 30.0  # seconds of processor time after which a mutant counts as noticed: it does not end
-# Survivors that no test can tell from the original, by the text of the change, and why.
-EQUIVALENT: dict[str, str] = {}
+# Survivors that compute the same as the original, by the reason why.
+_SAME_RESULT: dict[str, tuple[str, ...]] = {
+    "A tensor of two dimensions: its last one is dimension 1.": (
+        "loss/residual.py sum_over: -1 → 1",
+        "loss/terms.py random_subset: draw.argsort(dim=1).argsort(dim=1) → draw.argsort(dim=1).argsort()",
+    ),
+    "A tensor of one dimension: its first one is its last.": (
+        "loss/soft_value/partition.py PartitionValue._value: 0 → -1",
+        "loss/soft_value/partition.py PartitionValue._value: 0 → -1 (2)",
+    ),
+    "Rows that do not count are masked once more, in `mean_over_counted`.": (
+        "loss/residual.py squared_residual_loss: 0.0 → 1.0",
+        "loss/residual.py squared_residual_loss: 0.0 → -1.0",
+    ),
+    "P_h is read of chosen tokens alone, and these are inside the mask.": (
+        "loss/terms.py random_prefix: 1.0 → 0.0",
+        "loss/terms.py random_prefix: 1.0 → 2.0",
+    ),
+    '`truncation="bootstrap"` beside `token_fraction` is refused, and nothing else there reads batch and scores.': (
+        "loss/trajectory_loss.py TrajectoryLoss._squared_in_part: self._values(rows, batch, scores, replace(inputs, "
+        "policy_value=scores.soft_value)) → self._values(rows, scores, batch, replace(inputs, "
+        "policy_value=scores.soft_value))",
+        "loss/trajectory_loss.py TrajectoryLoss._squared_in_part: value - upcoming → value + upcoming",
+    ),
+    "V is known beforehand for all rows of an update or for none.": (
+        "loss/trajectory_loss.py TrajectoryLoss._values: 0 → -1",
+    ),
+    "The mean of ones, whatever their type.": (
+        "loss/metrics.py evaluation_metrics: torch.ones_like(total, dtype=torch.bool) → torch.ones_like(total)",
+    ),
+    "What is left out is PyTorch's default for numbers of Python.": (
+        "loss/metrics.py microbatch_totals: torch.tensor(list(shares.values()), dtype=torch.float32, device=device) → "
+        "torch.tensor(list(shares.values()), device=device)",
+    ),
+    "NumPy's means are of float64 already.": (
+        "loss/soft_value/partition.py PartitionValue._value: torch.tensor([np.mean(rewards) for _, rewards in "
+        "completions], dtype=torch.float64) → torch.tensor([np.mean(rewards) for _, rewards in completions])",
+    ),
+    "Other draws, which depend on the seed alone as well.": (
+        "loss/soft_value/sampled.py _random_state_of: 63 → 64",
+        "loss/soft_value/sampled.py _random_state_of: 63 → 62",
+    ),
+    "0 divided by another number, or a number that nothing reads.": (
+        "loss/soft_value/tracked.py TrackedValue._value: 1.0 → 2.0",
+        "loss/soft_value/tracked.py TrackedValue._value: 0.0 → 1.0 (2)",
+        "loss/soft_value/tracked.py TrackedValue._value: 0.0 → -1.0 (2)",
+    ),
+    "How many threads read, how many bytes at once, and through which buffer, changes no digest.": (
+        "resume/checkpoint.py : 1 → 2",
+        "resume/checkpoint.py : 20 → 21",
+        "resume/checkpoint.py : 20 → 19",
+        "resume/checkpoint.py _read: min → max",
+        "resume/checkpoint.py _read: 8 → 9",
+        "resume/checkpoint.py _read: 8 → 7",
+        "resume/checkpoint.py _read: os.cpu_count() or 1 → os.cpu_count() and 1",
+        "resume/checkpoint.py _read: 1 → 2",
+        "resume/checkpoint.py _read: 1 → 0",
+        "resume/checkpoint.py _digest_of_file: file.open('rb', buffering=0) → file.open('rb')",
+        "resume/checkpoint.py _digest_of_file: 0 → 1 (2)",
+        "resume/checkpoint.py _digest_of_file: 0 → -1 (2)",
+    ),
+    "A model, and a trial that is None without a search for hyperparameters: transformers reads neither there.": (
+        "resume/exact_resume.py ExactResume._maybe_log_save_evaluate: super()._maybe_log_save_evaluate(tr_loss, "
+        "grad_norm, model, trial, *args, **kwargs) → super()._maybe_log_save_evaluate(tr_loss, grad_norm, trial, "
+        "model, *args, **kwargs)",
+        "resume/exact_resume.py ExactResume._write_checkpoint: super()._save_checkpoint(model, trial) → "
+        "super()._save_checkpoint(trial, model)",
+        "resume/exact_resume.py ExactResume._maybe_log_save_evaluate: self._save_checkpoint(model, trial) → "
+        "self._save_checkpoint(trial, model)",
+    ),
+    "The byte that is left is written over at once.": ("resume/folder_lock.py FolderLock.acquire: 0 → 1",),
+    "The timer is cancelled whenever the block is left, so none is waited for.": (
+        "resume/stop.py StopRequest._hear: self._timer.daemon = True → (deleted)",
+        "resume/stop.py StopRequest._hear: True → False",
+    ),
+    "Python writes standard error line by line.": (
+        "resume/stop.py _say: print(text, file=sys.stderr, flush=True) → print(text, file=sys.stderr)",
+        "resume/stop.py _say: True → False",
+    ),
+    "Every block counts as changed at first, so all is written before it is read.": (
+        "sources/replay.py _Priorities.__init__: np.zeros → np.ones",
+        "sources/replay.py _Priorities.__init__: np.zeros → np.ones (2)",
+        "sources/replay.py _Priorities.__init__: np.zeros → np.ones (3)",
+        "sources/replay.py _Priorities.__init__: np.zeros → np.ones (4)",
+    ),
+    "Read where some block has a known priority, and none of these is negative.": (
+        "sources/replay.py _Priorities.update: 0.0 → -1.0",
+    ),
+    "Blocks that did not change are summed once more.": (
+        "sources/replay.py _Priorities.update: self._changed.clear() → (deleted)",
+    ),
+    "Without a segment the first trajectory opens one, and sets what is used of it.": (
+        "sources/store.py TrajectoryStore.clear: self._used = 0 → (deleted)",
+        "sources/store.py TrajectoryStore.clear: 0 → 1 (2)",
+        "sources/store.py TrajectoryStore.clear: 0 → -1 (2)",
+    ),
+    "Every field of the record is written afterwards.": (
+        "sources/store.py TrajectoryStore.append: np.zeros → np.ones",
+    ),
+    "What is left is a lower number than that of any trajectory in the segment, which is all that it is asked for.": (
+        "sources/store.py TrajectoryStore.popleft: 0 → 1 (2)",
+    ),
+    "`restore` writes it anew.": (
+        "sources/store.py TrajectoryStore.state: 0 → -1",
+        "sources/store.py TrajectoryStore.state: 0 → 1",
+    ),
+}
+EQUIVALENT = {name: reason for reason, names in _SAME_RESULT.items() for name in names}
 
 
 def files_changed() -> list[str]:
     """The files that are changed, below the package."""
     found = [
-        one for part in TESTS for one in ([SOURCE / part] if part.endswith(".py") else (SOURCE / part).rglob("*.py"))
+        one for part in CHANGED for one in ([SOURCE / part] if part.endswith(".py") else (SOURCE / part).rglob("*.py"))
     ]
     return sorted(file.relative_to(SOURCE).as_posix() for file in found)
-
-
-def tests_of(file: str) -> tuple[str, ...]:
-    """The test files of a changed file."""
-    return next(files for part, files in TESTS.items() if file.startswith(part))
 
 
 # ---- mutants ---------------------------------------------------------------------------------------------------------
@@ -298,6 +405,8 @@ def _module_name(file: str) -> str:
 class Runner:
     """A pytest plug-in. In place of running the collected tests once, it lets a function run some of them often.
 
+    What tests of a session share is made once, and stays.
+
     Args:
         work: what is done with the runner.
     """
@@ -314,46 +423,72 @@ class Runner:
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
         self.failed |= report.failed
 
-    def has_failed(self, names: Sequence[str]) -> bool:
-        """Run tests until one fails. Returns whether one did."""
+    def failing(self, names: Sequence[str]) -> str | None:
+        """Run tests until one fails. Returns the name of that one."""
         self.failed = False
-        items = [self.items[name] for name in names]
-        for item, following in zip(items, [*items[1:], None], strict=True):
-            item.config.hook.pytest_runtest_protocol(item=item, nextitem=following)
+        for name, following in zip(names, [*names[1:], None], strict=True):
+            item = self.items[name]
+            # A test of another file keeps what belongs to the session, and nothing else.
+            other = next(one for one in self.items.values() if one.path != item.path)
+            item.config.hook.pytest_runtest_protocol(item=item, nextitem=self.items[following] if following else other)
             if self.failed:
-                break
-        return self.failed
+                return name
+        return None
 
 
-def in_child(work: Callable[[Path], None], folder: Path, seconds: float) -> str:
-    """Run something in a forked process. Returns what it wrote into the file that it is given; "" if it did not end.
+@dataclass
+class Child:
+    """A forked process that does something and says how it went.
 
     Args:
-        work: what to run.
-        folder: for the file.
-        seconds: of processor time that it may take, and a sixth of those by the clock.
+        work: what to run. It returns what it has to say.
+        folder: for the file in which it says so.
+        seconds: of processor time that it may take, and six times those by the clock.
     """
-    file = folder / "said"
-    file.unlink(missing_ok=True)
-    child = os.fork()
-    if not child:
-        os.setsid()
-        nowhere = os.open(os.devnull, os.O_WRONLY)
-        os.dup2(nowhere, 1)
-        os.dup2(nowhere, 2)
-        resource.setrlimit(resource.RLIMIT_CPU, (int(seconds), int(seconds) + 1))
-        try:
-            work(file)
-        finally:
-            os._exit(0)
-    until = time.monotonic() + 6 * seconds  # one that sleeps takes no processor time
-    while os.waitpid(child, os.WNOHANG) == (0, 0):
-        if time.monotonic() > until:
-            os.kill(child, signal.SIGKILL)
+
+    work: Callable[[], dict[str, Any]]
+    folder: Path
+    seconds: float
+
+    def __post_init__(self) -> None:
+        self.began = time.monotonic()
+        self.pid = os.fork()
+        if not self.pid:
+            os.setsid()
+            nowhere = os.open(os.devnull, os.O_WRONLY)
+            os.dup2(nowhere, 1)
+            os.dup2(nowhere, 2)
+            resource.setrlimit(resource.RLIMIT_CPU, (int(self.seconds), int(self.seconds) + 1))
+            try:
+                said = json.dumps(self.work())
+                (self.folder / str(os.getpid())).write_text(said)
+            finally:
+                os._exit(0)
+
+    def has_ended(self) -> bool:
+        if time.monotonic() - self.began > 6 * self.seconds:  # one that sleeps takes no processor time
+            os.kill(self.pid, signal.SIGKILL)
+        return os.waitpid(self.pid, os.WNOHANG) != (0, 0)
+
+    def said(self) -> dict[str, Any] | None:
+        """What it said; None if it was ended. What it has started is ended with it."""
+        with suppress(ProcessLookupError):
+            os.killpg(self.pid, signal.SIGKILL)
+        file = self.folder / str(self.pid)
+        if not file.exists():
+            return None
+        said: dict[str, Any] = json.loads(file.read_text())
+        file.unlink()
+        return said
+
+
+def wait_for(children: Sequence[Child]) -> Child:
+    """The first child that ends."""
+    while True:
+        for child in children:
+            if child.has_ended():
+                return child
         time.sleep(0.01)
-    with suppress(ProcessLookupError):
-        os.killpg(child, signal.SIGKILL)  # what it started
-    return file.read_text() if file.exists() else ""
 
 
 def spent() -> float:
@@ -361,27 +496,44 @@ def spent() -> float:
     return sum(os.times()[:4])
 
 
+def refuse_processes() -> None:
+    """From here on a test that starts a process fails: the process would read the files, not what is changed here."""
+
+    def on_event(event: str, _: Any) -> None:
+        if event == "subprocess.Popen":
+            raise RuntimeError("no process is started")
+
+    def start(_: Any) -> None:
+        raise RuntimeError("no process is started")
+
+    sys.addaudithook(on_event)
+    BaseProcess.start = start  # type: ignore[assignment,method-assign]
+
+
 def measure(runner: Runner, file: Path) -> None:
-    """Note of each test how long it takes and which functions it enters."""
+    """Note of each test how long it takes and which functions it enters. One that starts processes enters none."""
+    refuse_processes()
     codes = {code: f"{changed} {name}" for changed in files_changed() for code, name in _codes(changed)}
     measured = Store(file)
     entered: set[str] = set()
 
     def on_call(frame: Any, event: str, _: Any) -> None:
-        if event == "call" and frame.f_code in codes:
+        if frame.f_code in codes:
             entered.add(codes[frame.f_code])
 
-    for name in runner.items:
-        if name in measured:
+    for name, item in runner.items.items():
+        digest = xxhash.xxh3_64_hexdigest(Path(item.path).read_bytes())
+        if name in measured and measured[name]["digest"] == digest:
             continue
         entered.clear()
         began = spent()
-        threading.setprofile(on_call)
-        sys.setprofile(on_call)
-        failed = runner.has_failed([name])
-        sys.setprofile(None)
-        threading.setprofile(None)
-        measured[name] = {"seconds": round(spent() - began, 2), "enters": [] if failed else sorted(entered)}
+        threading.settrace(on_call)
+        sys.settrace(on_call)
+        failed = runner.failing([name])
+        sys.settrace(None)
+        threading.settrace(None)
+        enters = [] if failed else sorted(entered)
+        measured[name] = {"digest": digest, "seconds": round(spent() - began, 2), "enters": enters}
 
 
 def _codes(file: str) -> Iterator[tuple[CodeType, str]]:
@@ -409,36 +561,30 @@ def _nested(code: CodeType) -> Iterator[CodeType]:
 def named_tests(mutant: Mutant, measured: dict[str, Any]) -> list[str]:
     """The tests of a mutant: those that enter its function, or any of its class or file outside of functions."""
     place = f"{mutant.file} {mutant.function}"
-    files = tests_of(mutant.file)
     named, seconds = [], 0.0
     for name in sorted(measured, key=lambda name: measured[name]["seconds"]):
-        of_file = Path(name.split("::")[0]).stem.removeprefix("test_") in files
-        enters = any(one == place or one.startswith(f"{place}." if mutant.function else place)
-                     for one in measured[name]["enters"])  # fmt: skip
-        seconds += measured[name]["seconds"] if of_file and enters else 0.0
-        if seconds > LIMIT:
-            break
-        if of_file and enters:
+        if any(one == place or one.startswith(f"{place}." if mutant.function else place)
+               for one in measured[name]["enters"]):  # fmt: skip
+            seconds += measured[name]["seconds"]
+            if seconds > LIMIT:
+                break
             named.append(name)
     return named
 
 
-def outcome(mutant: Mutant, runner: Runner, names: Sequence[str], folder: Path) -> str:
+def outcome(mutant: Mutant, runner: Runner, names: Sequence[str]) -> dict[str, Any]:
     """What the tests make of a mutant."""
-
-    def work(file: Path) -> None:
-        try:
-            has_arrived = install(mutant)
-        except Exception as error:
-            # The file cannot be imported; a function that closes over other variables cannot be exchanged.
-            file.write_text("not reached" if "free vars" in str(error) else f"killed at import: {type(error).__name__}")
-            return
-        if not has_arrived:
-            file.write_text("not reached")
-        else:
-            file.write_text("killed" if runner.has_failed(names) else "survived")
-
-    return in_child(work, folder, HANGS) or "killed: does not end"
+    refuse_processes()
+    try:
+        has_arrived = install(mutant)
+    except Exception as error:
+        if "free vars" in str(error):  # a function that closes over other variables cannot be exchanged
+            return {"result": "not reached"}
+        return {"result": "killed", "by": f"import: {type(error).__name__}"}
+    if not has_arrived:
+        return {"result": "not reached"}
+    by = runner.failing(names)
+    return {"result": "killed", "by": by} if by else {"result": "survived"}
 
 
 # ---- the page --------------------------------------------------------------------------------------------------------
@@ -450,6 +596,7 @@ def main() -> None:
         minutes=dict(type=float, default=10**6, help="begin no mutant after so many"),
         only=dict(default="", help="the files whose names hold this"),
         anew=dict(action="store_true", help="try survivors once more"),
+        processes=dict(type=int, default=len(os.sched_getaffinity(0)), help="mutants at a time (default: all cores)"),
     )
     until = time.monotonic() + 60 * arguments.minutes
     head = {"machine": processor(), "versions": versions("torch", "transformers", "trl", "pytest")}
@@ -459,42 +606,72 @@ def main() -> None:
         os.environ["HYPOTHESIS_STORAGE_DIRECTORY"] = f"{folder}/hypothesis"
 
         def work(runner: Runner) -> None:
-            try_all(files, runner, store, until, Path(folder), anew=arguments.anew)
+            measured = measured_tests(runner, Path(folder))
+            every = [mutant for file in files for mutant in mutants_of(file)]
+            known = {name for name, one in store.items() if not (arguments.anew and one["result"] == "survived")}
+            # Those tried first are a sample of all. Old survivors come before them.
+            left = sorted(
+                (mutant for mutant in every if mutant.name not in known),
+                key=lambda one: (one.name not in store, xxhash.xxh3_64_intdigest(one.name.encode())),
+            )
+            try_all(left, runner, measured, store, until, Path(folder), arguments.processes)
 
-        tests = sorted({f"tests/test_{name}.py" for file in files for name in tests_of(file)})
         chosen = ["-m", "not launch and not vllm", "-k", "not two_processes"]  # what is launched reads files
-        options = ["-p", "no:cacheprovider", "--capture", "no", *chosen, "--rootdir"]
-        pytest.main([*options, str(ROOT), *(str(ROOT / test) for test in tests)], plugins=[Runner(work)])
+        options = ["-p", "no:cacheprovider", "--capture", "no", *chosen, "--basetemp", f"{folder}/tests", "--rootdir"]
+        tests = [str(ROOT / f"tests/test_{name}.py") for name in TESTS]
+        pytest.main([*options, str(ROOT), *tests], plugins=[Runner(work)])
     text = page(store)
     (arguments.output / "mutants.md").write_text(text)
     print(text)
 
 
-def try_all(files: Sequence[str], runner: Runner, store: Store, until: float, folder: Path, anew: bool) -> None:
+def measured_tests(runner: Runner, folder: Path) -> dict[str, Any]:
+    """Of each test, its seconds and what it enters. What is known of unchanged test files is read from a file."""
     file = Path(tempfile.gettempdir()) / "tbrm-mutants-tests.json"
-    in_child(lambda _: measure(runner, file), folder, 3600)
+    for fixture in ("llama", "qwen2"):
+        runner.failing([next(name for name, one in runner.items.items() if fixture in one.fixturenames)])  # type: ignore[attr-defined]
+    child = wait_for([Child(lambda: measure(runner, file) or {}, folder, 3600)])
+    assert child.said() is not None, "the tests could not be measured"
     print("measured", file=sys.stderr, flush=True)
-    measured = {name: test for name, test in Store(file).items() if name in runner.items}
-    every = [mutant for changed in files for mutant in mutants_of(changed)]
-    # Those tried first are a sample of all. Old survivors come before them.
-    for mutant in sorted(every, key=lambda one: (one.name not in store, xxhash.xxh3_64_intdigest(one.name.encode()))):
-        known = store.get(mutant.name)
-        if time.monotonic() > until or (known and not (anew and known["result"] == "survived")):
-            continue
-        names = named_tests(mutant, measured)
-        began = time.monotonic()
-        result = outcome(mutant, runner, names, folder) if names else "survived"
-        seconds = round(time.monotonic() - began, 2)
-        store[mutant.name] = {"line": mutant.line, "result": result, "tests": len(names), "seconds": seconds}
-        print(f"{result:10} {seconds:6.2f} {mutant.line:4} {mutant.name}", file=sys.stderr, flush=True)
+    return {name: test for name, test in Store(file).items() if name in runner.items}
+
+
+def try_all(
+    mutants: Sequence[Mutant],
+    runner: Runner,
+    measured: dict[str, Any],
+    store: Store,
+    until: float,
+    folder: Path,
+    processes: int,
+) -> None:
+    """Try mutants one after the other, and keep the result of each."""
+    kills: Counter[str] = Counter(one["by"] for one in store.values() if "by" in one)
+    running: dict[int, tuple[Child, Mutant, int]] = {}
+    waiting = list(reversed(mutants))
+    while running or (waiting and time.monotonic() < until):
+        while waiting and len(running) < processes and time.monotonic() < until:
+            mutant = waiting.pop()
+            # Those that have noticed many mutants are asked first; which ones are asked does not change.
+            names = sorted(
+                named_tests(mutant, measured), key=lambda name: -kills[name] / (0.1 + measured[name]["seconds"])
+            )
+            child = Child(partial(outcome, mutant, runner, names), folder, HANGS)
+            running[child.pid] = child, mutant, len(names)
+        child, mutant, tests = running.pop(wait_for([child for child, _, _ in running.values()]).pid)
+        said = child.said() or {"result": "killed", "by": "does not end"}
+        kills[said.get("by", "")] += 1
+        seconds = round(time.monotonic() - child.began, 2)
+        store[mutant.name] = {"line": mutant.line, **said, "tests": tests, "seconds": seconds}
+        print(f"{said['result']:10} {seconds:6.2f} {mutant.line:4} {mutant.name}", file=sys.stderr, flush=True)
 
 
 def page(store: Store) -> str:
     head, every = store.head, {mutant.name: mutant for file in files_changed() for mutant in mutants_of(file)}
-    results = {name: store[name]["result"].split(":")[0] for name in every if name in store}
+    results = {name: store[name]["result"] for name in every if name in store}
     total: Counter[str] = Counter()
     rows = []
-    for part in TESTS:
+    for part in CHANGED:
         of_part = [name for name in every if name.startswith(part)]
         tried = Counter(results[name] for name in of_part if name in results)
         tried["equivalent"] = sum(results.get(name) == "survived" and name in EQUIVALENT for name in of_part)

@@ -9,23 +9,20 @@ take turns: each update of one is followed by one of the other, and the order ch
 that an update dispatches are counted in both.
 """
 
-import json
 import os
-import random
 import statistics
 import subprocess
 import sys
 import tempfile
-import time
 from collections import Counter
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from common.launch import ROOT
 from common.measure import QUIET, quiet, set_up
 from common.report import listed, parse, processor, table, versions, write
 from common.tiny import save
+from common.turns import Process, Turns, interval, take_turns
 
 PAIRS, WARMED_UP = 300, 10
 ROWS, LENGTH = 16, 32
@@ -33,39 +30,21 @@ ROWS, LENGTH = 16, 32
 
 def worker(folder: str) -> None:
     """In a process of its own: an update for each line on stdin, its milliseconds and its operations on stdout."""
-    import torch
     from datasets import Dataset
     from torch.utils._python_dispatch import TorchDispatchMode
-    from transformers import TrainerCallback
 
     from tbrm_trl import TBRMConfig, TBRMTrainer
 
     class Count(TorchDispatchMode):
+        def __init__(self) -> None:
+            super().__init__()
+            self.counts: Counter[str] = Counter()
+
         def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-            counts[str(func)] += 1
+            self.counts[str(func)] += 1
             return func(*args, **(kwargs or {}))
 
-    answers = os.fdopen(os.dup(1), "w")
-    os.dup2(2, 1)  # what the trainer prints stays out of the answers
-    counts: Counter[str] = Counter()
-    counting = Count()
-
-    class TakeTurns(TrainerCallback):
-        """Waits for its turn before an update, and says afterwards what it took."""
-
-        def on_step_begin(self, args, state, control, **kwargs):
-            self.counts = sys.stdin.readline().strip() == "count"
-            counts.clear()
-            if self.counts:
-                counting.__enter__()
-            self.began = time.perf_counter()
-
-        def on_step_end(self, args, state, control, **kwargs):
-            seconds = time.perf_counter() - self.began
-            if self.counts:
-                counting.__exit__(None, None, None)
-            print(json.dumps({"ms": 1000 * seconds, "operations": dict(counts)}), file=answers, flush=True)
-
+    turns = Turns(Count, lambda count: count.counts)
     ids = [[3 + (i * 7 + j) % 90 for j in range(LENGTH)] for i in range(ROWS)]
 
     def rollout(prompts, trainer):
@@ -78,9 +57,7 @@ def worker(folder: str) -> None:
     def reward(completions, **kwargs):
         return [i / ROWS for i in range(len(completions))]
 
-    os.environ["TRL_EXPERIMENTAL_SILENCE"] = "1"
     set_up()
-    torch.set_num_threads(1)
     options: dict[str, Any] = dict(
         beta=0.1, learning_rate=1e-4, max_steps=10**6, max_completion_length=LENGTH, bf16=False, use_cpu=True,
         per_device_train_batch_size=ROWS,
@@ -89,57 +66,36 @@ def worker(folder: str) -> None:
     with quiet():
         trainer = TBRMTrainer(
             folder, reward, TBRMConfig(f"{folder}/{os.getpid()}", **QUIET | options), rows, rollout_func=rollout,
-            callbacks=[TakeTurns()],
+            callbacks=[turns],
         )  # fmt: skip
         trainer.train()
 
 
-class Version:
-    """A process that makes updates with one version's source."""
-
-    def __init__(self, source: Path, folder: str, core: int):
-        searched = os.pathsep.join([str(source / "src"), str(Path(__file__).parent)])
-        self.process = subprocess.Popen(
-            ["taskset", "-c", str(core), sys.executable, __file__, "--worker", folder],
-            stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True,
-            env={**os.environ, "PYTHONPATH": searched, "OMP_NUM_THREADS": "1"},
-        )  # fmt: skip
-
-    def update(self, line: str = "go") -> dict[str, Any]:
-        assert self.process.stdin is not None and self.process.stdout is not None
-        print(line, file=self.process.stdin, flush=True)
-        return json.loads(self.process.stdout.readline())
-
-
 def measure(before: Path, pairs: int) -> dict[str, Any]:
-    rng = random.Random(0)
     with tempfile.TemporaryDirectory() as folder:
         save(Path(folder))
-        versions_ = {"before": Version(before, folder, 0), "now": Version(ROOT, folder, 0)}
+        versions_ = {
+            name: Process(
+                [__file__, "--worker", folder],
+                {min(os.sched_getaffinity(0))},
+                os.pathsep.join([str(source / "src"), str(Path(__file__).parent)]),
+            )
+            for name, source in (("before", before), ("now", ROOT))
+        }
         try:
             for version in versions_.values():
                 for _ in range(WARMED_UP):
                     version.update()
-            operations = {name: version.update("count")["operations"] for name, version in versions_.items()}
-            seconds: dict[str, list[float]] = {name: [] for name in versions_}
-            for _ in range(pairs):
-                for name in rng.sample(list(versions_), 2):
-                    seconds[name].append(versions_[name].update()["ms"])
+            operations = {name: version.update("count")["counts"] for name, version in versions_.items()}
+            seconds = take_turns(versions_, pairs)
         finally:
             for version in versions_.values():
-                version.process.kill()
-    return {"ms": seconds, "operations": operations}
-
-
-def interval(ratios: np.ndarray) -> tuple[float, float, float]:
-    """Median of the ratios, and the 95% interval of it over resampled pairs."""
-    rng = np.random.default_rng(0)
-    medians = np.median(rng.choice(ratios, (10_000, len(ratios))), axis=1)
-    return float(np.median(ratios)), float(np.quantile(medians, 0.025)), float(np.quantile(medians, 0.975))
+                version.end()
+    return {"ms": {name: [1000 * one for one in took] for name, took in seconds.items()}, "operations": operations}
 
 
 def report(raw: dict[str, Any], before: str) -> str:
-    ratio, low, high = interval(np.array(raw["ms"]["now"]) / np.array(raw["ms"]["before"]))
+    ratio, low, high = interval(raw["ms"]["now"], raw["ms"]["before"])
     now, then = (Counter(raw["operations"][name]) for name in ("now", "before"))
     rows = [[f"`{name}`", str(then[name]), str(now[name])] for name in sorted(now | then) if now[name] != then[name]]
     took = {name: statistics.median(values) for name, values in raw["ms"].items()}

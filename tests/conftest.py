@@ -7,6 +7,10 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")  # nothing in the tests may depend 
 os.environ.setdefault("TRL_EXPERIMENTAL_SILENCE", "1")
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # the models are tiny: more threads only get in each other's way
 
+import tempfile
+
+os.environ.setdefault("TRACKIO_DIR", tempfile.mkdtemp(prefix="trackio-"))  # read when TRL imports it
+
 from importlib import import_module
 from pathlib import Path
 

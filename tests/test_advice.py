@@ -1,16 +1,29 @@
-"""What is said before and at the first step."""
+"""What is said before the first step and after the first window."""
 
 from __future__ import annotations
+
+import math
+from contextlib import redirect_stdout
+from io import StringIO
+from pathlib import Path
+from typing import Any
 
 import pytest
 from common.tiny import save
 from datasets import Dataset
-from helpers.runs import config
+from helpers.launch import launch
+from helpers.resume import build as build_resumable
+from helpers.runs import build, config
 from helpers.scripted import script, scripted_trainer
 
-from tbrm_trl.checks.advice import beta_for_length, startup_line, warn_of_beta, warn_of_soft_value
+from tbrm_trl import trainer as trainer_module
+from tbrm_trl.checks.advice import startup_line
 from tbrm_trl.checks.data import check_dataset
+from tbrm_trl.checks.first_window import BETA_BY_LENGTH, RATE_BY_SIZE, FirstWindow, Seen, advice, power_law
+from tbrm_trl.run_log import read_lines
 from tbrm_trl.sources.sampler import WindowSampler
+
+# ---- the first line --------------------------------------------------------------------------------------------------
 
 
 def test_startup_line():
@@ -34,39 +47,219 @@ def test_it_is_printed(tmp_path, capsys):
     assert "TBRM: each generation takes 8 prompts × 1 rollouts = 8 trajectories" in capsys.readouterr().out
 
 
-def test_beta_rule():
-    """The published points, and half-way between them on a log-log line: √(600·5000) ↦ √(0.02·0.002)."""
-    assert beta_for_length(600) == pytest.approx(0.02)
-    assert beta_for_length(5000) == pytest.approx(0.002)
-    assert beta_for_length(3_000_000**0.5) == pytest.approx(0.00004**0.5)
-    assert beta_for_length(10) == pytest.approx(0.02)
-    with pytest.warns(UserWarning, match="completions of 600 tokens.*beta=0.02"):
-        warn_of_beta(0.002, 600)
+# ---- the rules -------------------------------------------------------------------------------------------------------
 
 
-def test_soft_value_warning():
-    with pytest.warns(UserWarning, match=r"30.0 nats on average, not small against 1/beta = 50.0.*calibrated"):
-        warn_of_soft_value(0.02, 30.0)
+def window(rewards: list[float], soft_value=0.0, size=None, updates=100, each=1, **fields: Any) -> FirstWindow:
+    """A window of rollouts of 600 tokens, `each` a prompt."""
+    given = dict(baseline=0.0, value=math.nan, length=600, cut=False, drawn=True, counted=True) | fields
+    return FirstWindow(
+        [Seen(prompt=str(i // each), reward=reward, **given) for i, reward in enumerate(rewards)],
+        soft_value,
+        size,
+        updates,
+    )
+
+
+SOUND = dict(beta=0.02, soft_value="calibrated", per_device_train_batch_size=8, max_completion_length=1000)
+HALF = [0.0, 1.0] * 4
+
+
+def test_power_laws():
+    """The published points, half-way between them on a log-log line: √(600·5000) ↦ √(0.02·0.002); the nearer end."""
+    assert power_law(BETA_BY_LENGTH, 600) == pytest.approx(0.02)
+    assert power_law(BETA_BY_LENGTH, 3_000_000**0.5) == pytest.approx(0.00004**0.5)
+    assert power_law(BETA_BY_LENGTH, 10) == pytest.approx(0.02)
+    assert power_law(RATE_BY_SIZE, (1.345e8 * 1.54e9) ** 0.5) == pytest.approx((2e-5 * 2.5e-6) ** 0.5)
+    assert power_law(RATE_BY_SIZE, 1e11) == pytest.approx(2e-6)
 
 
 @pytest.mark.parametrize(
-    ("beta", "soft_value", "expected"),
-    [(0.1, "policy", {"soft value", "beta=0.1"}), (0.02, "calibrated", set()), (0.1, "calibrated", {"beta=0.1"})],
+    ("seen", "options"),
+    [
+        (window(HALF), {}),
+        (window(HALF, size=134_515_008), {"learning_rate": 2e-5}),  # the demo
+        (window([0.0] * 7 + [1.0], size=1_543_714_304, length=2000), {"beta": 0.002, "learning_rate": 2.5e-6}),
+        (window(HALF, soft_value=0.02 * 20, length=5000), {"beta": 0.002, "soft_value": "calibrated"}),
+        (window(HALF, soft_value=0.002 * 30, length=5000), {"beta": 0.002, "soft_value": "policy"}),  # 30 of 500 nats
+        (window([0.0, 100.0] * 4), {"beta": 2.0}),  # R/β is all that the target knows
+        (window([-1.0, 1.0] * 4), {}),  # the mean is 0
+        (window(HALF, value=0.0), {"soft_value": "optimal"}),  # on fresh rollouts V is a baseline
+        (window([], counted=False), {}),
+        (window(HALF, size=20_000), {"learning_rate": 1e-3}),  # nothing is known of models so small
+    ],
 )
-def test_warnings_in_a_run(beta, soft_value, expected, tmp_path, recwarn):
-    """Once per run, in the first update: V ≈ 5.6 against 1/β = 10; 8 tokens call for β = 0.02."""
-    trainer = scripted_trainer(
-        save(tmp_path / "model"), script(), tmp_path, beta=beta, soft_value=soft_value, max_steps=3
-    )
+def test_nothing_is_said_where_nothing_is_off(seen, options):
+    assert advice(seen, config(**SOUND | options)) == []
+
+
+@pytest.mark.parametrize(
+    ("seen", "options", "said"),
+    [
+        (
+            window([0.0] * 8),
+            {},
+            "Consider other prompts or another reward, because all 8 rewards are 0: nothing says which completion is "
+            "better.",
+        ),
+        (  # 0.98^8 = 0.851; log 0.1 / log 0.98 = 113.97
+            window([0.0] * 49 + [1.0]),
+            {},
+            "Consider updates of 114 trajectories or other prompts, because 2.0% of the rewards differ from 0: an "
+            "update of 8 has none of these with probability 0.85, one of 114 with 0.1, and then nothing says which "
+            "completion is better.",
+        ),
+        (
+            window([0.0] * 6 + HALF[:2], each=2),
+            {"soft_value": "group", "num_generations": 2},
+            'Consider num_generations above 2 or soft_value="calibrated", because in 75% of the groups all rewards are '
+            "equal: such a group teaches nothing while the policy is the reference.",
+        ),
+        (
+            window([0.0] * 6 + HALF[:2], each=2),
+            {"reward_baseline": "group_mean", "num_generations": 2},
+            'Consider num_generations above 2 or reward_baseline="none", because in 75% of the groups all rewards are '
+            "equal: such a group teaches nothing while the policy is the reference.",
+        ),
+        (
+            window(HALF),
+            {"beta": 0.002},
+            "Consider beta=0.02, because completions have 600 tokens and rewards span 1. For a span of 1, 0.02 near "
+            "600 tokens and 0.002 near 5,000 were published: beta=0.002 is 0.1 times what follows, and too small a "
+            "beta collapses in the end.",
+        ),
+        (
+            window([0.0, 0.1] * 4, length=5000),
+            {"beta": 0.02},
+            "Consider beta=0.0002, because completions have 5000 tokens and rewards span 0.1. For a span of 1, 0.02 "
+            "near 600 tokens and 0.002 near 5,000 were published: beta=0.02 is 1e+02 times what follows, and too "
+            "large a beta is stiff.",
+        ),
+        (
+            window(HALF, size=134_515_008),
+            {"learning_rate": 1e-6},
+            "Consider learning_rate=2e-05, because 135 million parameters are trained. 2e-5 trained 135 million, "
+            "2.5e-6 1,500 million and 2e-6 7,600 million: learning_rate=1e-06 is 0.05 times what follows.",
+        ),
+        (  # 30 nats against 1/0.02
+            window(HALF, soft_value=0.6),
+            {"soft_value": "policy"},
+            'Consider soft_value="calibrated", or beta below 0.0033, because V(s_1) is 30.0 nats on average, not small '
+            "against the 50.0 nats that R/beta spans: the first updates move the policy, whatever it earns.",
+        ),
+        (  # mean 0.5, error √(2/7 · …): std of 0/1 halves is 0.5345 over √8 = 0.189; 0.5 − 2 · 0.189 > 0.02
+            window(HALF),
+            {"soft_value": "zero", "num_iterations": 2},
+            'Consider soft_value="calibrated" or soft_value_offset=True, because beta V is a constant, 0 on average, '
+            "and the right one is not below the mean reward, 0.5: 25 nats are missing, and they move the target on "
+            "data that the policy did not just draw.",
+        ),
+        (  # mean −0.75, deviation √(1 − 0.75²) = 0.66
+            window([-1.0] * 7 + [1.0]),
+            {},
+            "Consider adding 1 to every reward, because they are -0.75 on average, with a standard deviation of 0.66, "
+            "and beta V is 0: the residual is mostly what all completions share, and its gradient is noise.",
+        ),
+        (  # 0.5 at 0.001 an update are 500 of 100; a quarter of 100 updates are 25, and 0.5 / 25 = 0.02
+            window(HALF),
+            {"soft_value_offset": True, "soft_value_learning_rate": 0.001},
+            "Consider soft_value_learning_rate=0.02, because beta V is 0.5 away from the mean reward and moves by "
+            "0.001 an update at most: that takes 500 of the run's 100 updates.",
+        ),
+        (  # a head moves by twice its rate
+            window(HALF),
+            {"soft_value": "learned", "soft_value_learning_rate": 0.001},
+            "Consider soft_value_learning_rate=0.01, because beta V is 0.5 away from the mean reward and moves by "
+            "0.002 an update at most: that takes 250 of the run's 100 updates.",
+        ),
+        (
+            window(HALF, cut=True),
+            {},
+            "Consider max_completion_length above 1000, because 100% of the completions are cut there, and what they "
+            "earn is a verdict on a fragment.",
+        ),
+        (
+            window(HALF, cut=True),
+            {"truncation": "bootstrap"},
+            "Consider max_completion_length above 1000, because 100% of the completions are cut there, and only "
+            "complete ones anchor V.",
+        ),
+    ],
+)  # fmt: skip
+def test_what_is_off_is_said_with_its_reason(seen, options, said):
+    assert advice(seen, config(**SOUND | options)) == [said]
+
+
+@pytest.mark.parametrize(
+    ("seen", "options"),
+    [
+        (window(HALF, length=8), {"length_normalized": True, "beta": 0.5}),  # reward per nat and token
+        (window([-1.0] * 7 + [1.0]), {"reward_baseline": "batch_mean"}),
+        (window(HALF, value=0.45), {"soft_value": "optimal", "num_iterations": 2}),  # within two standard errors
+        (window(HALF, updates=1000), {"soft_value": "zero", "num_iterations": 2, "soft_value_offset": True}),
+        (window(HALF, size=134_515_008), {"learning_rate": 1e-3, "optim": "sgd"}),
+        (window(HALF, cut=True, drawn=False), {}),  # a log: no option of this run cut it
+    ],
+)
+def test_a_rule_knows_where_it_ends(seen, options):
+    assert advice(seen, config(**SOUND | options)) == []
+
+
+# ---- in a run --------------------------------------------------------------------------------------------------------
+
+
+def said_by(text: str) -> list[str]:
+    return [line for line in text.splitlines() if line.startswith("- Consider")]
+
+
+def test_it_is_said_once_and_kept(llama, tmp_path, capsys):
+    """8 tokens call for β = 0.02 (0.5 is 25 times that). 4 nats of V are more than a tenth of what rewards span."""
+    trainer = build(llama, tmp_path, beta=0.5, max_steps=3, per_device_train_batch_size=8)
     trainer.train()
-    messages = [str(w.message) for w in recwarn]
-    for words in ("soft value", "beta=0.1"):
-        found = [m for m in messages if words in m and ("published" in m or "nats" in m)]
-        assert len(found) == (1 if words in expected else 0), messages
+    said = said_by(capsys.readouterr().out)
+    log = read_lines(Path(trainer.args.output_dir) / "log.jsonl")
+    assert [f"- {sentence}" for sentence in log[0]["advice"]] == said
+    assert any("beta=0.5 is" in one for one in said) and any('soft_value="calibrated"' in one for one in said)
+    assert log[0]["step"] == 1 and "residual/rms" in log[0]  # beside the metrics of the first update
+    assert not any("advice" in line for line in log[1:])
 
 
-def test_the_warning_waits_for_a_step_that_counts(tmp_path, recwarn):
-    """Nothing of the first generation can be scored: the soft value is judged in the second."""
+def test_it_is_not_said_again_on_resume(qwen2, tmp_path, capsys):
+    trainer = build_resumable("fresh", qwen2, tmp_path, max_steps=3, beta=0.5)
+    trainer.train()
+    assert said_by(capsys.readouterr().out)
+    resumed = build_resumable("fresh", qwen2, tmp_path, max_steps=4, beta=0.5)
+    resumed.train(resume_from_checkpoint=True)
+    assert resumed.state.global_step == 4
+    assert not said_by(capsys.readouterr().out)
+    assert [line["step"] for line in read_lines(tmp_path / "log.jsonl") if "advice" in line] == [1]
+
+
+def test_it_waits_for_an_update_that_counts(tmp_path, capsys):
+    """Nothing of the first generation can be scored: the second is judged, in which 8 trajectories are."""
     rows = script(rows=16, unscored=tuple(range(8)))
     scripted_trainer(save(tmp_path / "model"), rows, tmp_path, per_device_train_batch_size=8, max_steps=2).train()
-    assert sum("nats on average" in str(w.message) for w in recwarn) == 1
+    (line,) = [line for line in read_lines(tmp_path / "log.jsonl") if "advice" in line]
+    assert line["step"] == 2 and "nats on average" in " ".join(line["advice"])
+    assert len(said_by(capsys.readouterr().out)) == len(line["advice"])
+
+
+def advised(folder: str, out: str, rows: int) -> dict[str, Any]:
+    """A short run: how many trajectories are looked at each time, how often it is printed, and what its log holds."""
+    looked_at: list[int] = []
+    trainer_module.advice = lambda window, args: looked_at.append(len(window.rows)) or advice(window, args)
+    trainer = build(folder, Path(out), beta=0.5, max_steps=2, per_device_train_batch_size=rows)
+    with redirect_stdout(StringIO()) as printed:
+        trainer.train()
+    lines = read_lines(Path(out) / "out" / "log.jsonl") if trainer.is_world_process_zero() else []
+    said = printed.getvalue().count("TBRM, after the first window:")
+    return {"looked at": looked_at, "said": said, "advice": [line.get("advice") for line in lines]}
+
+
+@pytest.mark.launch
+def test_two_processes_look_at_one_window_and_one_of_them_speaks(llama, tmp_path):
+    """Two windows of 8, four rows on each process; the first is looked at, all 8 rows of it."""
+    first, second = launch("test_advice:advised", folder=llama, out=tmp_path, rows=4)
+    assert first["looked at"] == second["looked at"] == [8]
+    assert (first["said"], second["said"]) == (1, 0)
+    assert first["advice"][0] and not first["advice"][1]

@@ -7,6 +7,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import paired_steps
 import pool
 import pytest
 import step
@@ -123,6 +124,17 @@ def test_update_cost(tmp_path):
     raw = json.loads((tmp_path / "update_cost.json").read_text())
     assert raw["operations"]["now"] == raw["operations"]["before"] and len(raw["operations"]["now"]) > 50
     assert {name: len(ms) for name, ms in raw["ms"].items()} == {"now": 20, "before": 20}
+
+
+def test_paired_steps(tmp_path):
+    """Every method takes its turns, on the planned lengths; TBRM multiplies no more than GRPO."""
+    command = [sys.executable, str(BENCHMARKS / "paired_steps.py"), "--quick", "--output", str(tmp_path)]
+    subprocess.run(command, check=True, capture_output=True, timeout=600)
+    measured = json.loads((tmp_path / "paired_steps.json").read_text())["measured"]
+    for kind, methods in paired_steps.COMPARED.items():
+        assert {name: len(seconds) for name, seconds in measured[kind]["seconds"].items()} == dict.fromkeys(methods, 2)
+        operations = measured[kind]["operations"]
+        assert 0 < operations["TBRM"] <= operations[step.PEER]
 
 
 @pytest.mark.parametrize(

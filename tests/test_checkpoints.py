@@ -13,6 +13,7 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -25,7 +26,9 @@ from helpers.runs import config
 
 from tbrm_trl import TBRMConfig, load_rollouts
 from tbrm_trl.files import require_writable, write_json
+from tbrm_trl.resume import exact_resume
 from tbrm_trl.resume.checkpoint import checkpoint_to_resume, complete_checkpoints, damage, read_mark
+from tbrm_trl.resume.exact_resume import ExactResume
 from tbrm_trl.resume.finite import not_finite
 from tbrm_trl.resume.folder_lock import NAME, FolderLock
 from tbrm_trl.resume.stop import StopRequest
@@ -203,8 +206,14 @@ def test_what_is_said_to_have_no_effect_has_none(qwen2, out, three):
 
 
 def test_the_same_settings_say_nothing(qwen2, out, recwarn):
-    again(qwen2, out).train(resume_from_checkpoint="True")
+    """From the checkpoint of its last update a run ends at once, with the buffer and the draws that it ended with."""
+    trainer = again(qwen2, out)
+    trainer.train(resume_from_checkpoint="True")
     assert not [one for one in recwarn if "settings have changed" in str(one.message)]
+    assert trainer.state.global_step == 14 and len(trainer._replay) == 12
+    assert torch.equal(
+        torch.get_rng_state(), torch.load(out / "checkpoint-14/rng_state.pth", weights_only=False)["cpu"]
+    )
 
 
 # ---- a folder belongs to one run -------------------------------------------------------------------------------------
@@ -288,6 +297,31 @@ def test_a_lock_is_released_by_a_run_that_fails(qwen2, tmp_path):
         trainer.train()
     trainer.reward_funcs = functions
     trainer.train(resume_from_checkpoint="auto")
+
+
+def answers(monkeypatch, writes: bool, *others: tuple) -> Any:
+    """A trainer among processes whose answers are given: whether they write, what they found, and their error."""
+    monkeypatch.setattr(exact_resume, "gather_object", lambda mine: [*mine, *others])
+    trainer = object.__new__(ExactResume)
+    trainer.args = SimpleNamespace(should_save=writes)
+    return trainer
+
+
+def test_what_writers_find_holds_for_all(monkeypatch):
+    """One process looks at the folder for those that share its disk, and an error of one is an error of each."""
+    asked: list[int] = []
+    for writes, others, expected in (
+        (False, [(True, "there", None)], "there"),
+        (True, [(False, None, None), (True, "here", None)], "here"),
+    ):
+        assert answers(monkeypatch, writes, *others)._on_writers(lambda: asked.append(1) or "here") == expected
+    assert asked == [1]
+    with pytest.raises(OSError, match="theirs"):
+        answers(monkeypatch, False, (True, None, OSError("theirs")))._on_writers(lambda: "here")
+    with pytest.raises(ZeroDivisionError):  # its own, though another one has failed too
+        answers(monkeypatch, True, (True, None, OSError("theirs")))._on_writers(lambda: 1 // 0)
+    with pytest.raises(RuntimeError, match=r"found different things in output_dir: \['here', 'there'\]"):
+        answers(monkeypatch, True, (True, "there", None))._on_writers(lambda: "here")
 
 
 # ---- signals ---------------------------------------------------------------------------------------------------------

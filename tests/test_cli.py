@@ -115,9 +115,22 @@ ALMOST = ("train", "--model_name_or_path", "m", "--use_cpu", "true", "--bf16", "
         (["--reward_funcs", "math", "format", "--reward_weights", "1"], "--reward_weights has 1 numbers for 2"),
         (["--eval_benchmarks", "math500"], "but eval_strategy is no"),
         (["--eval_benchmarks", "aime24", "--eval_strategy", "steps", "--eval_steps", "1"], "cannot be loaded from the"),
+        (["--reward_funcs", "helpers.runs.PROMPTS"], "The reward 'helpers.runs.PROMPTS' is no function, but ["),
+        (["--answer_column", "absent"], "There is no column 'absent'. Columns: "),
+        (["--dataset_name", "none"], "none cannot be loaded from the Hub ("),
+        (["--dataset_name", "none.csv"], "'none.csv' is no .json, .jsonl, .parquet or .csv file."),
+        (["--dataset_name", "EMPTY.jsonl"], "EMPTY.jsonl cannot be read (it is empty)."),
+        (["--dataset_name", "CUT.jsonl"], "CUT.jsonl cannot be read (JSON parse error"),
+        (["--dataset_name", "NOTES.jsonl"], "no column holds answers that can be read. Columns: prompt, note."),
+        (["--dataset_name", "FOLDER"], "No saved rollouts (step-*.parquet) in FOLDER"),
+        ([], "We couldn't connect to"),  # m is no model
     ],
 )  # fmt: skip
-def test_what_training_cannot_use(options, expected, tmp_path, capsys):
+def test_what_training_cannot_use(options, expected, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("FOLDER").mkdir()
+    for name, text in {"EMPTY": "", "CUT": '{"prompt": "1', "NOTES": '{"prompt": "1+1=", "note": "a sum"}'}.items():
+        Path(f"{name}.jsonl").write_text(text)
     (line,) = said(capsys, *ALMOST, sums(tmp_path / "sums.json"), "--output_dir", tmp_path / "out", *options)
     assert expected in line
 
@@ -135,6 +148,9 @@ def test_what_training_cannot_use(options, expected, tmp_path, capsys):
         ("MODEL SUMS --prompt_template Q:", "no {question} in it"),
         ("MODEL SUMS", "Give --max_new_tokens 171 or less"),
         ("MODEL SUMS --reward_funcs no.reward", "The reward 'no.reward' cannot be imported"),
+        ("MODEL SUMS --answer_column absent", "sums: There is no column 'absent'. Columns: "),
+        ("MODEL SUMS --samples 0", "--samples 0 must be at least 1"),
+        ("MODEL SUMS --batch_size 0", "--batch_size 0 must be at least 1"),
         ("BARE SUMS", "has no chat template. Ask in plain text"),
         ("--compare a", "--compare takes two results, not 1"),
         ("--compare a.jsonl b.jsonl", "There is no result at a.jsonl"),
@@ -150,6 +166,28 @@ def test_what_cannot_be_evaluated(options, expected, llama, bare, tmp_path, caps
     (line,) = said(capsys, "eval", "--output_dir", tmp_path / "out", *words)
     assert line.startswith("tbrm eval: ") and expected in line
     assert not (tmp_path / "out").exists()
+
+
+def test_an_evaluation_is_one_process(capsys, monkeypatch):
+    """Several would write one file."""
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    (line,) = said(capsys, "eval", "--model_name_or_path", "m", "--benchmarks", "math500")
+    assert "start `tbrm eval` without a launcher" in line
+
+
+def test_a_checkpoint_that_is_none(llama, tmp_path, capsys):
+    """Said before training, as everything else is."""
+    given = [
+        *ALMOST,
+        sums(tmp_path / "sums.json"),
+        "--output_dir",
+        tmp_path / "out",
+        "--resume_from_checkpoint",
+        tmp_path,
+    ]
+    given[2] = llama
+    (line,) = said(capsys, *given, "--per_device_train_batch_size", "2", "--max_completion_length", "8")
+    assert "is not a complete TBRM checkpoint" in line
 
 
 @pytest.fixture(scope="module")

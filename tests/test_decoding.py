@@ -138,6 +138,22 @@ def test_greedy_tokens_of_rows_that_take_each_others_places(name, options):
     assert len(read) < 2 * sum(lengths) / 4  # the places are full: a quarter of the steps, and as many prompts
 
 
+@pytest.mark.parametrize("name", MODELS)
+def test_what_several_rows_begin_with_is_read_once(name):
+    """Three rows of one prompt and two of another, one with two tokens drawn: three beginnings."""
+    policy, given = built(name), config(do_sample=False, min_new_tokens=4)
+    first, second = prompts(2, seed=1)
+    alone = {
+        tuple(one): policy.generate(torch.tensor([one]), generation_config=given)[0, len(one) :].tolist()
+        for one in (first, second)
+    }
+    rows = [Row(first), Row(second), Row(first), Row(second, alone[tuple(second)][:2]), Row(first)]
+    read = positions_read(policy)
+    decode(policy, prepared(policy, given), rows, 5, [])
+    assert [row.completion_ids for row in rows] == [alone[tuple(row.prompt_ids)] for row in rows]
+    assert read[0] == 3 * max(len(first), len(second) + 2)
+
+
 def test_two_processes_run_equally_many_forwards():
     """One has three short rows, the other one long row; a sharded model would wait for the missing forward for ever."""
     barrier, said, read = threading.Barrier(2, timeout=30), [[], []], [0, 0]

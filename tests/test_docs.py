@@ -15,6 +15,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from common.tiny import save
+from helpers.runs import logged
 from helpers.scripted import script, scripted_trainer
 from markdown import Markdown
 from markdown_it import MarkdownIt
@@ -135,8 +136,8 @@ def test_every_metric_of_ours_is_documented(tmp_path):
     trainer = scripted_trainer(save(tmp_path / "model"), script(), tmp_path)
     trainer.train()
     text = (ROOT / "docs/metrics.md").read_text()
-    logged = trainer.state.log_history[0]
-    ours = [name for name in logged if not name.startswith(("completions/", "rewards/"))]
+    entry = trainer.state.log_history[0]
+    ours = [name for name in entry if not name.startswith(("completions/", "rewards/"))]
     assert {"residual/mean", "residual/rms", "soft_value", "log_ratio", "kl", "entropy", "pad_fraction"} <= set(ours)
     trainers_own = {"epoch", "step"}
     assert not [name for name in ours if f"`{name}`" not in text and name not in trainers_own]
@@ -280,3 +281,21 @@ def test_the_documents_estimator_with_state_remembers_each_prompt(tmp_path, monk
 
     whole.evaluate(whole.train_dataset)
     assert whole._soft_value.tracked == tracked
+
+
+def test_the_theorys_beta_falls(tmp_path):
+    """Each update has its own β, in the residual and what is logged of it: V stands still at learning rate 0.
+
+    β V is logged, so that its values are to each other as 0.012 · 3^(−t/3) at t = 0, 1, 2 are. δ's mean is β V − R̄.
+    """
+    names = {}
+    exec(next(text for text in programs_of("docs/theory.md") if "FallingBeta" in text), names)
+    rows = script()
+    trainer = scripted_trainer(save(tmp_path / "model"), rows, tmp_path / "out", max_steps=3)
+    trainer.add_callback(names["FallingBeta"]())
+    trainer.train()
+    betas = [0.012 * 3 ** (-t / 3) for t in range(3)]
+    values, residuals = logged(trainer, "soft_value"), logged(trainer, "residual/mean")
+    assert [v / b for v, b in zip(values, betas, strict=True)] == pytest.approx([values[0] / 0.012] * 3, rel=1e-5)
+    mean = sum(row.reward for row in rows) / len(rows)
+    assert residuals == pytest.approx([value - mean for value in values], abs=1e-6)

@@ -11,6 +11,7 @@ import math
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from accelerate import Accelerator
@@ -27,9 +28,10 @@ from torch import nn
 from transformers import AutoTokenizer, TrainerCallback
 
 from tbrm_trl import SoftValue
+from tbrm_trl.loss.metrics import Totals
 from tbrm_trl.loss.soft_value import ConstantValue, Run
 from tbrm_trl.model.value_head import ValueHead
-from tbrm_trl.trajectory import End, Trajectory
+from tbrm_trl.trajectory import End, Source, Trajectory
 
 BETA, RATE = 0.1, 0.05
 
@@ -212,14 +214,14 @@ def test_a_mean_of_each_prompt(processes, llama, tmp_path):
     assert all(one["state"] == seen[0]["state"] for one in seen)
 
 
-def track_spo(folder: str, out: str, rows: int) -> dict[str, Any]:
-    """Six windows with a replayed update each; returns what each saw, and the tracker at the end."""
+def track_spo(folder: str, out: str, rows: int, tracks: str) -> dict[str, Any]:
+    """Six windows with a replayed update each; returns what each saw and said, and the tracker at the end."""
     trainer = build(
         folder, Path(out), train_dataset=DATA.select(range(4)), max_steps=12, soft_value="tracked", num_iterations=2,
-        replay_buffer_size=64, per_device_train_batch_size=rows, learning_rate=0.03,
+        replay_buffer_size=64, per_device_train_batch_size=rows, learning_rate=0.03, soft_value_tracks=tracks,
     )  # fmt: skip
     estimator, seen = trainer._soft_value, []
-    on_window, collect = estimator.on_window, trainer._collect
+    on_window, after_update, collect = estimator.on_window, estimator.after_update, trainer._collect
 
     def window(trajectories, rows, group_size):
         on_window(trajectories, rows, group_size)
@@ -232,7 +234,11 @@ def track_spo(folder: str, out: str, rows: int) -> dict[str, Any]:
         )
         return collected
 
-    estimator.on_window, trainer._collect = window, update
+    def said(metrics, residuals):
+        after_update(metrics, residuals := list(residuals))
+        seen.append(("said", estimator.distance, [(t.prompt_key, t.value - delta, t.value) for t, delta in residuals]))
+
+    estimator.on_window, estimator.after_update, trainer._collect = window, said, update
     trainer.train()
     return {
         "seen": seen,
@@ -241,16 +247,21 @@ def track_spo(folder: str, out: str, rows: int) -> dict[str, Any]:
     }
 
 
-@pytest.mark.parametrize("processes", [1, pytest.param(2, marks=pytest.mark.launch)])
-def test_spos_tracker(processes, llama, tmp_path):
+@pytest.mark.parametrize(
+    ("processes", "tracks"),
+    [(1, "reward"), (1, "value"), pytest.param(2, "value", marks=pytest.mark.launch)],
+)
+def test_spos_tracker(processes, tracks, llama, tmp_path):
     """The counts of arXiv 2509.13232 by a loop over windows, and each row's value from them, replayed ones included.
 
     `α ← ρ α + Σ r`, `n ← ρ n + k`, ρ = 2^(−D/0.06) between 0.875 and 0.96; a window's rewards count from the next on.
+    If values are tracked, r is what each row of each update says in its place.
     """
     if processes == 1:
-        of_processes = [track_spo(llama, str(tmp_path), rows=4)]
+        of_processes = [track_spo(llama, str(tmp_path), rows=4, tracks=tracks)]
     else:
-        of_processes = launch("test_estimators_of_ones_own:track_spo", folder=llama, out=tmp_path, rows=2)
+        given = dict(folder=llama, out=tmp_path, rows=2, tracks=tracks)
+        of_processes = launch("test_estimators_of_ones_own:track_spo", **given)
     table: dict[str, list[float]] = {}
     earned: list[tuple[str, float]] = []
     forgotten = set()
@@ -264,6 +275,9 @@ def test_spos_tracker(processes, llama, tmp_path):
         kind, distance = events[0][:2]
         assert {event[:2] for event in events} == {(kind, distance)}
         rows = [row for event in events for row in event[2]]
+        if kind == "said":
+            earned += [(prompt, one) for prompt, one, _ in rows if tracks == "value"]
+            continue
         if kind == "window":
             for prompt in dict.fromkeys(["all", *(name for name, _ in earned)] if earned else []):
                 number, total, last = table.get(prompt, [1.0, value(prompt), distance])
@@ -271,7 +285,7 @@ def test_spos_tracker(processes, llama, tmp_path):
                 rho = min(max(2 ** (-((distance - last) ** 2) / 2 / 0.06), 0.875), 0.96)
                 forgotten.add(rho)
                 table[prompt] = [rho * number + len(mine), rho * total + sum(mine), distance]
-            earned = [(prompt, reward) for prompt, reward, _ in rows]
+            earned = [(prompt, reward) for prompt, reward, _ in rows if tracks == "reward"]
         else:
             replayed += 1
         for prompt, _, given in rows:
@@ -279,7 +293,7 @@ def test_spos_tracker(processes, llama, tmp_path):
     assert replayed == 12 and len(table) == 5
     assert min(forgotten) < 0.96  # the policy has moved
     for one in of_processes:
-        assert one["state"] == of_processes[0]["state"]
+        assert all(one["state"][name] == of_processes[0]["state"][name] for name in ("counts", "distance"))
         for prompt, counts in one["state"]["counts"].items():
             assert list(counts) == pytest.approx(table[prompt or "all"], abs=1e-9)
         assert one["state"]["distance"] == pytest.approx(math.sqrt(2 * one["kl"][-1 if one["kl"] else 0]), rel=1e-4)
@@ -300,6 +314,7 @@ class Stop(TrainerCallback):
         ("linear_head", "fresh", {"soft_value_offset": True}),
         ("learned", "lora", {}),
         ("tracked", "replay", {}),
+        ("tracked", "fresh", {"soft_value_tracks": "value"}),
         ("running_mean", "fresh", {}),
     ],
 )
@@ -325,7 +340,7 @@ def test_a_resumed_run_ends_as_an_uninterrupted_one(name, case, options, qwen2, 
         start = made("another")
         assert head_of(resumed) == head_of(whole)
         assert not torch.equal(start._soft_value.head.weight, whole._soft_value.head.weight)
-    if options:
+    if "soft_value_offset" in options:
         assert resumed._offset.bias.item() == whole._offset.bias.item() != 0
     if name == "tracked":
         states = [trainer._soft_value.state() for trainer in (whole, resumed)]
@@ -437,6 +452,49 @@ def test_model_needs_no_more(run, tmp_path):
     estimator.on_window(window, list(run.train_dataset), 1)
     expected = [estimator.model(t.prompt_ids[None]).logits.item() for t in window]
     assert [t.value for t in window] == pytest.approx(expected) and expected[0] != expected[1]
+
+
+def test_what_trajectories_say_of_a_prompts_value(run):
+    """`R − β log-ratio` of each is β V − β δ. Two windows by hand; ρ = 0.96, as no KL is measured.
+
+    In window 1, V is 0 and the trajectories say 0.5, 0.1 and 0.3. Over all prompts (n, s) is (0.96 + 3, 0.9). Both
+    prompts begin with that mean m = 0.9/3.96 at weight 1, so theirs are (2.96, 0.96 m + 0.6) and (1.96, 0.96 m + 0.3).
+    In window 2 the first prompt's trajectory says its V less 0.1.
+    """
+    estimator = SoftValue.registry["tracked"](config(soft_value="tracked", soft_value_tracks="value"))
+    estimator.check_data(None, np.ones(3, bool))  # logs alone
+    estimator.attach(run)
+    a, b, c = (trajectory(text, 0.0) for text in "abc")
+    for one in (a, b, c):
+        one.source = Source.LOGGED
+    estimator.on_window([a, b], [{}] * 2, 1)
+    assert a.value == b.value == 0
+    estimator.after_update({}, iter([(a, -0.5), (b, -0.3)]))
+    estimator.after_update({}, iter([(a, -0.1)]))  # the window again
+    estimator.on_window([a, c], [{}] * 2, 1)
+    m = 0.9 / 3.96
+    assert [a.value, c.value] == pytest.approx([first := (0.96 * m + 0.6) / 2.96, m])
+    estimator.after_update({}, iter([(a, 0.1)]))
+    estimator.on_update([b])
+    assert b.value == pytest.approx((0.96 * m + 0.3) / 1.96)
+    estimator.on_window([a], [{}], 1)
+    assert a.value == pytest.approx((0.96 * 2.96 * first + first - 0.1) / (0.96 * 2.96 + 1))
+    run.evaluating = True
+    estimator.on_window([a], [{}], 1)
+    assert estimator.earned == []
+
+
+def test_metrics_are_read_for_those_that_learn_from_updates(llama, tmp_path, monkeypatch):
+    """An update of another estimator copies nothing from the device for it. The last log reads them once."""
+    read: list[int] = []
+    means = Totals.means
+    monkeypatch.setattr(Totals, "means", lambda self: read.append(1) or means(self))
+    for name, expected in (("calibrated", 1), ("tracked", 5)):
+        trainer = build(llama, tmp_path / name, soft_value=name, max_steps=4, logging_strategy="no")
+        trainer._was_advised = True
+        read.clear()
+        trainer.train()
+        assert len(read) == expected, name
 
 
 @pytest.mark.parametrize(

@@ -12,6 +12,8 @@ from helpers.launch import launch
 from helpers.runs import build
 from transformers import AutoModelForCausalLM
 
+from tbrm_trl import TBRMTrainer
+from tbrm_trl.evaluation.callback import EvaluationCallback
 from tbrm_trl.evaluation.results import read_result
 from tbrm_trl.evaluation.run import ModelPolicy, evaluate
 
@@ -35,15 +37,34 @@ def test_the_best_checkpoint_is_that_of_the_benchmark(llama, tmp_path):
     assert kept.metrics() == again
 
 
-def test_training_does_not_notice(llama, tmp_path):
-    """The same weights, bit for bit, as without an evaluation."""
-    evaluated = train(llama, str(tmp_path / "evaluated"))
-    plain = build(llama, tmp_path / "plain", max_steps=3)
+@pytest.mark.parametrize("pool", [0, 4])
+def test_training_does_not_notice(llama, tmp_path, pool):
+    """The same weights, bit for bit, as without an evaluation; and the same rollouts under way."""
+    options = {"rollout_pool": pool, "max_completion_length": 16}
+    evaluated = train(llama, str(tmp_path / "evaluated"), **options)
+    plain = build(llama, tmp_path / "plain", max_steps=3, **options)
     plain.train()
+    assert any("residual/ahead_rms" in row for row in plain.state.log_history) == bool(pool)
     last = AutoModelForCausalLM.from_pretrained(tmp_path / "evaluated/out/checkpoint-3")
     assert evaluated["training"] == [2, 3]
     for name, one in plain.model.state_dict().items():
         assert torch.equal(one, last.state_dict()[name]), name
+
+
+def test_an_evaluation_reads_the_weights_once(llama, tmp_path, monkeypatch):
+    """However many benchmarks it has: their digest costs a pass over all of them."""
+    read, weights = [], ModelPolicy.weights
+    monkeypatch.setattr(ModelPolicy, "weights", lambda policy: read.append(weights(policy)) or read[-1])
+    benchmarks = [LETTERS.first(2), LETTERS.first(3)]
+    trainer = build(
+        llama, tmp_path, trainer_class=TBRMTrainer, callbacks=[EvaluationCallback(benchmarks, SETTINGS)],
+        eval_strategy="steps", eval_steps=1,
+    )  # fmt: skip
+    trainer.train()
+    assert len(read) == 2 and read[0] != read[1]  # after each of two updates
+    kept = tmp_path / "out/evaluations"
+    headers = [read_result(kept / f"step-{step}/{one.name}.jsonl").header for step in (1, 2) for one in benchmarks]
+    assert [header["weights"] for header in headers] == [read[0], read[0], read[1], read[1]]
 
 
 @pytest.mark.launch

@@ -132,6 +132,14 @@ def test_a_result_by_hand(tmp_path, judge):
     assert "avg@2 0.3333 ± 0.3333 (3 problems, T=1)" in str(read)
 
 
+def test_a_verdict_of_nan_is_none(tmp_path):
+    """As in training. It would be the mean of all."""
+    answers = Scripted(["2", "5", "6"])
+    by_value = Benchmark("sums", SUMS.prompts, {}, "helpers.reward_functions.value_below_six")
+    result = evaluate(answers, by_value, SETTINGS, tmp_path / "a.jsonl")
+    assert result.metrics()["avg@2"] == pytest.approx((2 + 5 + 0) / 3) and result.metrics()["unjudged"] == 1 / 3
+
+
 def test_an_interrupted_evaluation_goes_on(tmp_path, judge, monkeypatch):
     """What was drawn stays, a line that was cut is drawn again, and no completion is drawn twice."""
     monkeypatch.setattr("tbrm_trl.evaluation.run.AT_ONCE", 1)

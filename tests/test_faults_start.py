@@ -22,7 +22,6 @@ from trl.generation.vllm_client import VLLMClient
 
 from tbrm_trl import TBRMTrainer
 from tbrm_trl.checks.model import check_start, rotary_limit, warn_of_half_precision
-from tbrm_trl.loss.metrics import evaluation_metrics
 from tbrm_trl.model.randomness import keep_weights_unpacked
 
 PROMPTS = Dataset.from_list([{"prompt": f"{i}:"} for i in range(8)])
@@ -536,25 +535,6 @@ def test_4_2_pessimism_is_not_in_the_logged_reward(folder, tmp_path):
     options = dict(reward_pessimism=1.0, reward_weights=[2.0, 1.0], per_device_eval_batch_size=2)
     metrics = evaluated(folder, tmp_path, NUMBERED, reward_funcs=[number, zero], **options).evaluate()
     assert metrics["eval_reward"] == 4.0 and metrics["eval_reward_std"] == pytest.approx(2 * math.sqrt(2.5))
-
-
-def test_4_2_the_metrics_of_rows_by_hand():
-    """Two prompts of two rows and a prompt that only fills up the batch; a row that no function scored."""
-    nan = math.nan
-    numbers = torch.tensor([[0, 3, 0, 1, 2], [0, 5, 1, 3, nan], [0, 4, 1, nan, nan], [0, 8, 0, 2, 2], [1, 9, 0, 7, 7],
-                            [1, 9, 1, 7, 7]])  # fmt: skip
-    metrics = evaluation_metrics(numbers, ["f", "g"], torch.tensor([1.0, 0.5]), 2)
-    assert metrics == pytest.approx(
-        {
-            "reward": (2 + 3 + 3) / 3, "reward_std": math.sqrt(1 / 3), "frac_reward_zero_std": 0.0,
-            "rewards/f/mean": 2.0, "rewards/f/std": 1.0, "rewards/g/mean": 2.0, "rewards/g/std": 0.0,
-            "completions/mean_length": 5.0, "completions/min_length": 3.0, "completions/max_length": 8.0,
-            "completions/mean_terminated_length": 5.5, "completions/min_terminated_length": 3.0,
-            "completions/max_terminated_length": 8.0, "completions/clipped_ratio": 0.5,
-        }
-    )  # fmt: skip
-    cut = evaluation_metrics(torch.tensor([[0, 1, 0, 2], [0, 1, 0, 2], [0, 1, 0, 5]]), ["f"], torch.ones(1), 2)
-    assert (cut["reward"], cut["frac_reward_zero_std"]) == (3.0, 1.0)  # a stream that ends within a group
 
 
 def mean_over_two(folder: str, out: str) -> tuple[float, float]:

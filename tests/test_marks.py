@@ -157,6 +157,10 @@ def test_the_mark_lists_every_other_file(tmp_path):
     assert damage(folder) == "file optimizer.pt of checkpoint-2 is damaged (it is missing)"
     mark_incomplete(folder)
     mark_incomplete(folder)  # there is none
+    shutil.rmtree(folder / "tbrm")
+    mark_complete(folder, {"step": 2})  # where no process had anything to add
+    assert read_mark(folder)["step"] == 2
+    mark_incomplete(folder)
     assert complete_checkpoints(tmp_path) == []
 
 

@@ -155,6 +155,8 @@ def test_a_cache_without_rows_is_known(llama):
         (dict(soft_value="zero"), True),
         (dict(soft_value="log_mean_exp", num_generations=2), True),
         (dict(soft_value="optimal", soft_value_beta=0.5), True),
+        (dict(soft_value="tracked"), True),
+        (dict(soft_value="tracked", soft_value_tracks="value"), False),
         (dict(soft_value="optimal"), False),
         (dict(soft_value="group", num_generations=2), False),
         (dict(soft_value="calibrated"), False),

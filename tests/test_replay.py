@@ -98,6 +98,17 @@ def test_prioritized_by_hand():
     assert [weights[name] for name in range(3)] == pytest.approx([1, 1 / 3, 1 / 4], rel=1e-4)
 
 
+def test_the_exponents_are_0_6_and_0_4_unless_given():
+    """Of priorities 1 and 32 the shares are as 1 and 32^0.6 = 8, and the weights as 1 and 8^-0.4."""
+    torch.manual_seed(0)
+    buffer = ReplayBuffer(capacity=2, prioritized=True)
+    buffer.add([drawn_at(0, 0, priority=1.0), drawn_at(0, 1, priority=32.0)])
+    draws = [buffer.sample(2, 0, alone) for _ in range(300)]
+    weights = {name: w for one in draws for name, w in zip(names(one.trajectories), one.weights, strict=True)}
+    assert weights == {0: pytest.approx(1.0), 1: pytest.approx(8**-0.4, rel=1e-4)}
+    assert sum(names(one.trajectories).count(0) for one in draws) / 600 == pytest.approx(1 / 9, abs=0.05)
+
+
 def test_extremes_of_several_blocks():
     """The largest and the smallest priority are not in the first block. With correction 1 a weight is P's inverse.
 

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from tbrm_trl import bellman_residual, squared_residual_loss, trajectory_log_ratio
+from tbrm_trl.loss.residual import mean_over_counted, per_action
 
 
 def test_log_ratio_by_hand():
@@ -32,6 +33,21 @@ def test_loss_by_hand():
     counted = torch.tensor([True, False, True])
     assert squared_residual_loss(residual, counted, 2).item() == 14.03125
     assert squared_residual_loss(residual, counted, 4).item() == 7.015625
+    assert squared_residual_loss(residual, counted, 1).item() == 28.0625
+
+
+def test_weights_by_hand():
+    """(3·2² + 0.5·4²) / 4 = 5, and of values already squared (3·2 + 0.5·4) / 4 = 2."""
+    values, weight = torch.tensor([2.0, math.nan, 4.0]), torch.tensor([3.0, 9.0, 0.5])
+    counted = torch.tensor([True, False, True])
+    assert squared_residual_loss(values, counted, torch.tensor(4), weight).item() == 5.0
+    assert mean_over_counted(values, counted, 4, weight).item() == 2.0
+
+
+def test_per_action_by_hand():
+    """Over 2 actions, 1, and none: 3/2, −2, and 0 as it was."""
+    mask = torch.tensor([[1, 0, 1], [0, 1, 0], [0, 0, 0]]).bool()
+    assert per_action(torch.tensor([3.0, -2.0, 0.0]), mask).tolist() == [1.5, -2.0, 0.0]
 
 
 def test_gradient_by_hand():

@@ -106,6 +106,15 @@ def test_a_worker_does_not_load_torch():
     workers.close()
 
 
+def test_a_worker_ends_by_itself_once_nothing_asks_it():
+    """Also if a kill left no time to end it: a process that waits for ever would keep its memory."""
+    workers = InWorkers(reward_functions.length, workers=1)
+    assert workers(["abc"]) == [3.0]
+    (worker,) = workers._pool
+    worker.connection.close()
+    assert worker.process.wait(timeout=60) == 0
+
+
 def test_throughput():
     """Batches of 64 take about as long as in this process."""
     workers, spent = InWorkers(mathematics.correct), {True: 0.0, False: 0.0}

@@ -720,6 +720,27 @@ def test_spo_is_tracked_with_the_kl_in_the_reward():
     torch.testing.assert_close(gradients(ours, rows.log_ratio), expected, **EXACTLY)
 
 
+def test_a_tracked_value_descends_dro_vs_square():
+    """`½ (r − V(x) − β log-ratio)²` (DRO-V, arXiv 2405.19107) with a number V(x) for each prompt.
+
+    A window moves V by a gradient step at rate η = k/(ρ n + k), for its k trajectories and ρ = 0.96 of n before.
+    """
+    rows, residual = random_rows("tracked", [0] * 12)
+    value = torch.tensor(0.3, dtype=torch.float64, requires_grad=True)
+    said = (rows.reward - BETA * rows.log_ratio).detach()
+    ((said - value).square() / 2).mean().backward()
+
+    args = TBRMConfig("unused", use_cpu=True, bf16=False, soft_value="tracked", soft_value_tracks="value")
+    estimator = SoftValue.registry["tracked"](args)
+    estimator.prepare(None)
+    number, rate = 5.0, 12 / (0.96 * 5.0 + 12)
+    estimator.counts["x"] = (number, number * value.item(), 0.0)
+    window = [SimpleNamespace(prompt_key="x", value=given) for given in rows.value.tolist()]
+    estimator.after_update({}, zip(window, (BETA * residual).tolist(), strict=True))
+    estimator._count()
+    assert estimator._value("x") == pytest.approx((value - rate * value.grad).item(), abs=1e-12)
+
+
 # ---- nothing to learn ----------------------------------------------------------------------------------------------
 
 
@@ -770,6 +791,8 @@ def test_with_the_policys_value_it_is_not(llama, tmp_path):
         ({"soft_value": "zero", "soft_value_model": "x"}, "has no effect.*belongs to model"),
         ({"soft_value": "tracked", "soft_value_half_life": 0.0}, "it divides the KL moved"),
         ({"soft_value": "tracked", "reference": "previous"}, "distance from one fixed reference"),
+        ({"soft_value": "tracked", "soft_value_kept": 1.5}, "must lie between 0 and 1: it is a share"),
+        ({"soft_value": "tracked", "soft_value_tracks": "both"}, "Choose one of reward, value"),
         ({"soft_value_half_life": 0.1}, "has no effect.*belongs to tracked"),
         ({"length_normalized": True, "soft_value": "zero"}, "another V belongs to their mean"),
         ({"length_normalized": True, "soft_value": "optimal"}, "another V belongs to their mean"),

@@ -286,6 +286,15 @@ class Scores:
         return self.gradient(loss)
 
 
+def test_a_token_that_is_never_drawn_gives_no_nan():
+    """As in a row without an action: P is 0 where nothing is in S."""
+    log_probs = torch.tensor([[-1.0, -2.0], [0.0, 0.0]], requires_grad=True)
+    chosen, probability = torch.tensor([[True, False], [False, False]]), torch.tensor([[0.5, 0.5], [0.0, 0.0]])
+    loss = subset_surrogate(torch.tensor([3.0, 0.0]), torch.zeros(2), log_probs, chosen, probability)
+    loss.sum().backward()
+    assert loss.tolist() == [9.0, 0.0] and log_probs.grad.tolist() == [[12.0, 0.0], [0.0, 0.0]]
+
+
 def all_scattered(fraction: float) -> list[tuple[torch.Tensor, float]]:
     """Every pair of subsets of the sizes that `scatter` keeps, and its probability."""
     of_rows = []

@@ -40,12 +40,15 @@ def two() -> list[UpdateRow]:
 def scores(batch: Batch, **wanted: Any) -> TrajectoryScores:
     """V(s_1) is 2 and 1, V after the last token 8 and 0.75; V(s_2) is 3 and 4."""
     return TrajectoryScores(
-        log_probs=torch.tensor([[0.0, -1.0, -2.0], [0.0, -3.0, -1.0]], requires_grad=True),
+        log_probs=torch.tensor([[0.0, -1.0, -2.0], [0.0, -3.0, -1.0]], requires_grad=True)[
+            :, : batch.input_ids.shape[1]
+        ],
         soft_value=torch.tensor([2.0, 1.0], requires_grad=True),
         hidden=torch.zeros(2, 4),
         end_value=torch.tensor([8.0, 0.75]),
         state_values=torch.tensor([[0.0, 2.0, 3.0], [0.0, 1.0, 4.0]]) if wanted.get("every_value") else None,
         entropy=torch.tensor([[0.0, 0.5, 1.0], [0.0, 1.0, 1.0]]),
+        aux_loss=torch.tensor(3.0) if wanted.get("router_logits") else None,
     )
 
 
@@ -127,3 +130,16 @@ def test_a_group_over_two_micro_batches():
     outputs = [loss(mine, batch, scored) for mine, batch in batches]
     assert [one.residual.item() for one in outputs] == pytest.approx([0.7, -0.7])
     assert not outputs[0].soft_value.requires_grad
+
+
+@pytest.mark.parametrize("selection", ["scatter", "cut"])
+def test_in_part_by_hand(selection):
+    """The loss is that of all tokens. The router's loss comes from the second forward."""
+    loss, rows = loss_of("calibrated", token_fraction=0.5, token_selection=selection), two()
+    loss.router_loss = True
+    assert loss.mark_left_out(rows) == 2
+    batch = collate([one.trajectory for one in rows], pad_token_id=0)
+    output = loss(rows, batch, scores, in_part=True)
+    assert output.loss.tolist() == pytest.approx([0.0625, 0.680625], rel=1e-6)
+    assert output.residual.tolist() == pytest.approx([0.5, -1.65], rel=1e-6) and output.aux_loss == 3
+    assert output.loss.requires_grad and not output.residual.requires_grad

@@ -43,6 +43,8 @@ KINDS: dict[str, dict[str, Any]] = {
     "logs": {},
     "LoRA": {},
     "two processes": dict(per_device_train_batch_size=1),
+    "pool": dict(rollout_pool=6, max_completion_length=16),
+    "pool, two processes": dict(rollout_pool=8, max_completion_length=16, per_device_train_batch_size=1),
 }
 OF_GRPO = ("fresh", "LoRA", "two processes")
 PROCESSES = multiprocessing.get_context("forkserver")
@@ -154,7 +156,7 @@ def run(
     """
     for name in ("begun", "seconds", "end-0.json", "end-1.json"):
         (folder / name).unlink(missing_ok=True)
-    number, port = (2 if kind == "two processes" else 1), free_port()
+    number, port = (2 if "two processes" in kind else 1), free_port()
     job = dict(method=method, kind=kind, model=model, folder=str(folder), changes=changes)
     processes = [PROCESSES.Process(target=child, args=(job, one, number, port)) for one in range(number)]
     for process in processes:

@@ -96,7 +96,8 @@ class Store(dict[str, Any]):
         unfinished.rename(self.path)
 
 
-T_95 = {2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776}  # Student's t, two-sided 95%, by number of seeds
+# Student's t, two-sided 95%, by number of values
+T_95 = {2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776, 6: 2.571, 7: 2.447, 8: 2.365, 9: 2.306, 10: 2.262}
 
 
 # ---- numbers and text ------------------------------------------------------------------------------------------------
@@ -116,6 +117,15 @@ def mean_and_error(values: Sequence[float]) -> tuple[float, float]:
 def show(values: Sequence[float]) -> str:
     mean, error = mean_and_error(values)
     return f"{mean:.3f}" if math.isnan(error) else f"{mean:.3f} ± {error:.3f}"
+
+
+def interval(differences: Sequence[float]) -> str:
+    """Mean of paired differences, with Student's 95% interval."""
+    mean, error = mean_and_error(differences)
+    if math.isnan(error):
+        return f"{mean:+.3f}"
+    half = T_95[len(differences)] * error
+    return f"{mean:+.3f} ({mean - half:+.3f} to {mean + half:+.3f})"
 
 
 def table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:

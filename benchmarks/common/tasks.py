@@ -4,7 +4,7 @@ import itertools
 import random
 import string
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -48,22 +48,22 @@ class Task:
 # ---- sorting letters -------------------------------------------------------------------------------------------------
 
 LETTERS = string.ascii_lowercase[:6]
-WORD_LENGTH = 4
-ANSWER_LENGTH = WORD_LENGTH + 1  # tokens, the last of them <eos>
+WORD_LENGTHS = (4,)
 HELD_OUT = 128
 NOISE = 0.5  # share of a demonstration's letters that are replaced by random ones
 
 
-def demonstrated_model(rows: torch.Tensor, vocabulary: int, seed: int, steps: int) -> PreTrainedModel:
+def demonstrated_model(rows: Sequence[torch.Tensor], vocabulary: int, seed: int, steps: int) -> PreTrainedModel:
     """A model from random weights that has seen noisy demonstrations, so that it starts at a few percent.
 
     Without them, no trajectory would ever be right and a reward of 0 or 1 could teach nothing.
     """
     model = tiny.model("llama", seed, vocab_size=vocabulary, max_position_embeddings=64, initializer_range=0.05)
     optimizer = torch.optim.Adam(model.parameters(), lr=3e-3)
-    for _ in range(steps):
-        batch = rows[torch.randint(len(rows), (128,))]  # (B, T), a copy
-        letters = batch[:, -ANSWER_LENGTH:-1]
+    for step in range(steps):
+        of_length = rows[step % len(rows)]
+        batch = of_length[torch.randint(len(of_length), (128,))]  # (B, T), a copy
+        letters = batch[:, -answer_length(batch) : -1]
         noisy = torch.rand(letters.shape) < NOISE
         letters[noisy] = torch.randint(vocabulary - len(LETTERS), vocabulary, (int(noisy.sum()),))
         optimizer.zero_grad()
@@ -72,13 +72,21 @@ def demonstrated_model(rows: torch.Tensor, vocabulary: int, seed: int, steps: in
     return model
 
 
+def answer_length(rows: torch.Tensor) -> int:
+    """Tokens of an answer, the last of them <eos>: `(B, T)` are words, and as many letters once more."""
+    return rows.shape[1] // 2 + 1
+
+
 def answer_log_probs(model: PreTrainedModel, rows: torch.Tensor) -> torch.Tensor:
     """Log-probability of each row's answer, its last tokens."""
-    log_probs = model(input_ids=rows).logits[:, -ANSWER_LENGTH - 1 : -1].log_softmax(-1)
-    return log_probs.gather(-1, rows[:, -ANSWER_LENGTH:, None]).squeeze(-1).sum(1)  # (B,)
+    length = answer_length(rows)
+    log_probs = model(input_ids=rows).logits[:, -length - 1 : -1].log_softmax(-1)
+    return log_probs.gather(-1, rows[:, -length:, None]).squeeze(-1).sum(1)  # (B,)
 
 
-def sorting(folder: Path, seed: int, steps: int, selection: bool = False) -> Task:
+def sorting(
+    folder: Path, seed: int, steps: int, selection: bool = False, lengths: Sequence[int] = WORD_LENGTHS
+) -> Task:
     """Write a word's letters in alphabetical order, then stop. The reward is 1 for exactly that and 0 for all else.
 
     Args:
@@ -86,15 +94,25 @@ def sorting(folder: Path, seed: int, steps: int, selection: bool = False) -> Tas
         seed: of the starting model.
         steps: supervised steps that make the starting model.
         selection: take the other half of the words, which no final run sees.
+        lengths: letters of the words, as many of each as of the shortest.
     """
-    words = ["".join(letters) for letters in itertools.product(LETTERS, repeat=WORD_LENGTH)]
-    random.Random(0).shuffle(words)
-    words = words[::2] if selection else words[1::2]
+    words: dict[int, list[str]] = {}  # by length
+    for length in lengths:
+        words[length] = ["".join(letters) for letters in itertools.product(LETTERS, repeat=length)]
+        random.Random(0).shuffle(words[length])
+        words[length] = words[length][: len(LETTERS) ** min(lengths)]
+        words[length] = words[length][::2] if selection else words[length][1::2]
+    held_out = HELD_OUT // len(lengths)
     tokenizer = tiny.tokenizer(alphabet=LETTERS)
-    answers = {word: [*tokenizer("".join(sorted(word)))["input_ids"], tokenizer.eos_token_id] for word in words}
-    rows = torch.tensor([tokenizer(word)["input_ids"] + answers[word] for word in words])  # (B, T)
+    answers = {
+        word: [*tokenizer("".join(sorted(word)))["input_ids"], tokenizer.eos_token_id]
+        for some in words.values()
+        for word in some
+    }
+    rows = [torch.tensor([tokenizer(word)["input_ids"] + answers[word] for word in some]) for some in words.values()]
 
-    demonstrated_model(rows[HELD_OUT:], len(tokenizer), seed, steps).save_pretrained(folder)
+    demonstrated = [of_length[held_out:] for of_length in rows]  # (B, T) each
+    demonstrated_model(demonstrated, len(tokenizer), seed, steps).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
 
     def reward(prompts, completion_ids, **kwargs):
@@ -103,10 +121,11 @@ def sorting(folder: Path, seed: int, steps: int, selection: bool = False) -> Tas
     @torch.no_grad()
     def accuracy(model: PreTrainedModel) -> float:
         """Expected accuracy of a sample at T = 1: exact, as there is one right completion."""
-        return answer_log_probs(model, rows[:HELD_OUT]).exp().mean().item()
+        log_probs = torch.cat([answer_log_probs(model, of_length[:held_out]) for of_length in rows])
+        return log_probs.exp().mean().item()
 
-    train = Dataset.from_list([{"prompt": word} for word in words[HELD_OUT:]])
-    options = dict(max_completion_length=ANSWER_LENGTH, lr_scheduler_type="linear")
+    train = Dataset.from_list([{"prompt": word} for some in words.values() for word in some[held_out:]])
+    options = dict(max_completion_length=max(lengths) + 1, lr_scheduler_type="linear")
     return Task(str(folder), train, reward, accuracy, options)
 
 
@@ -202,9 +221,9 @@ class Measure(TrainerCallback):
             self.measure(state.global_step, model)
 
 
-def train(method: str, measure: Measure, **options: Any) -> Any:
-    """Train with a method on the measured task, on the CPU; returns the trainer."""
-    trainer_class, config_class = METHODS[method]
+def train(method: str | tuple[Any, Any], measure: Measure, **options: Any) -> Any:
+    """Train with a method, or with a trainer and its config, on the measured task, on the CPU. Returns the trainer."""
+    trainer_class, config_class = METHODS[method] if isinstance(method, str) else method
 
     def reward(**kwargs):  # TRL wants a function with a name
         return measure.reward(**kwargs)

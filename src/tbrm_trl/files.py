@@ -23,7 +23,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
 import xxhash
-from datasets import Dataset
+from datasets import Dataset, load_dataset
 from safetensors import SafetensorError
 
 
@@ -139,6 +139,55 @@ def plain_value(value: Any) -> Any:
     if isinstance(value, deque):
         return list(value)
     return value.tolist() if hasattr(value, "tolist") else str(value)  # a user may log anything
+
+
+def plain(value: Any, digits: int | None = None) -> Any:
+    """The same in values that JSON holds. NaN is no value and becomes None; infinity becomes text, "inf" or "-inf".
+
+    Args:
+        value: anything. What JSON has no form for becomes a list or text, as in `plain_value`.
+        digits: significant digits of a number with a fraction; by default all.
+    """
+    if isinstance(value, Mapping):
+        return {str(name): plain(one, digits) for name, one in value.items()}
+    if isinstance(value, (list, tuple, deque)):
+        return [plain(one, digits) for one in value]
+    if isinstance(value, float):
+        if not math.isfinite(value):
+            return None if math.isnan(value) else str(float(value))
+        return float(value) if digits is None else float(f"{value:.{digits}g}")
+    if isinstance(value, (str, int, type(None))):
+        return value
+    return plain(plain_value(value), digits)
+
+
+# What a file of rows may be, by its ending: how `datasets` calls it.
+ROW_FILES = {".json": "json", ".jsonl": "json", ".parquet": "parquet", ".csv": "csv"}
+
+
+def rows_of_file(path: str | Path) -> Dataset:
+    """The rows of a file. Raises ValueError, in one line, if it is none that can be read."""
+    kind = ROW_FILES.get(Path(path).suffix)
+    if kind is None or not Path(path).is_file():
+        raise ValueError(f"{str(path)!r} is no {', '.join(list(ROW_FILES)[:-1])} or {list(ROW_FILES)[-1]} file.")
+    try:
+        if not Path(path).stat().st_size:
+            raise ValueError("it is empty")
+        return load_dataset(kind, data_files=str(path), split="train")
+    except Exception as error:  # of many classes: of the file's format, of datasets, of the disk
+        raise ValueError(f"{path} cannot be read ({first_line(error.__cause__ or error)}).") from None
+
+
+def rows_of_hub(name: str, config: str | None = None, split: str = "train") -> Dataset:
+    """The rows of a data set of the Hub. Raises ValueError, in one line, if it cannot be loaded."""
+    try:
+        return load_dataset(name, config, split=split)
+    except Exception as error:  # of the Hub's client, of datasets, of the network: any of many classes
+        raise ValueError(f"{name} cannot be loaded from the Hub ({first_line(error)}).") from None
+
+
+def first_line(error: BaseException) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
 _LISTED = 1000  # values of an array that are taken one by one; of a longer one, its digest

@@ -5,7 +5,6 @@ whoever reads takes the last line of a step, and a line of an earlier step drops
 """
 
 import json
-import math
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -15,21 +14,23 @@ from typing import Any
 import numpy as np
 import xxhash
 
+from .files import plain
 from .trajectory import UpdateRow
 
 LOG = "log.jsonl"  # in the output directory
 UPDATES = "updates"  # likewise, a file for each process
+DIGITS = 6  # of a number in them
 Scored = tuple[UpdateRow, float, float]  # a row of an update with β δ and β V
 
 
 def append_line(file: Path, values: dict[str, Any]) -> None:
-    """Append one line of JSON. NaN and infinity become null.
+    """Append one line of JSON, whose numbers have six digits. NaN becomes null.
 
     The line break comes first: what a kill cut short stays on a line by itself.
     """
     file.parent.mkdir(parents=True, exist_ok=True)
     with file.open("a", encoding="utf-8") as lines:
-        lines.write("\n" + json.dumps(_plain(values)))
+        lines.write("\n" + json.dumps(plain(values, DIGITS)))
 
 
 def go_back(output_dir: Path, process: int, step: int) -> None:
@@ -57,7 +58,8 @@ def append_update(folder: Path, process: int, step: int, beta: float, scored: It
     """Append what an update was made of on one process: a column each, by trajectory.
 
     `id` and `prompt` are digests of tokens (`trajectory_ids`), which saved rollouts have too. `age` counts the updates
-    since the policy drew the trajectory. A row that does not count has null for its residual and its soft value.
+    since the policy drew the trajectory, 0 for a later step that a resumed run has not come to. A row that does not
+    count has null for its residual and its soft value.
     """
     rows, residuals, soft_values = zip(*scored, strict=True)
     counts = [row.left_out is None for row in rows]
@@ -73,7 +75,7 @@ def append_update(folder: Path, process: int, step: int, beta: float, scored: It
         "residual": [value if counted else None for value, counted in zip(residuals, counts, strict=True)],
         "soft_value": [value if counted else None for value, counted in zip(soft_values, counts, strict=True)],
         "length": [len(row.trajectory.completion_ids) for row in rows],
-        "age": [None if at is None else step - 1 - at for at in drawn],
+        "age": [None if at is None else max(step - 1 - at, 0) for at in drawn],
     }
     append_line(folder / UPDATES / f"process-{process}.jsonl", values)
 
@@ -117,13 +119,3 @@ class Stopwatch:
         """The seconds since the last call."""
         seconds, self.seconds = self.seconds, {}
         return seconds
-
-
-def _plain(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {name: _plain(one) for name, one in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_plain(one) for one in value]
-    if isinstance(value, float):
-        return float(f"{value:.6g}") if math.isfinite(value) else None
-    return value if isinstance(value, (str, int, bool, type(None))) else str(value)

@@ -5,8 +5,8 @@ import math
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
 
+from .files import plain
 from .trajectory import UpdateRow
 
 FOLDER = "skipped_updates"  # in the output directory
@@ -80,11 +80,4 @@ def write_culprits(file: Path, update: int, cause: str, culprits: Iterable[tuple
                 "prompt_ids": one.prompt_ids.tolist(),
                 "completion_ids": one.completion_ids.tolist(),
             }
-            lines.write(json.dumps({name: _plain(value) for name, value in values.items()}) + "\n")
-
-
-def _plain(value: Any) -> Any:
-    """JSON has no NaN and no infinity: they become text."""
-    if isinstance(value, dict):
-        return {name: _plain(one) for name, one in value.items()}
-    return str(value) if isinstance(value, float) and not math.isfinite(value) else value
+            lines.write(json.dumps(plain(values)) + "\n")

@@ -4,7 +4,7 @@ One update, in order; each name is a method here, or of the object it is called 
 
     _prepare_inputs            called for each micro-step of the Trainer; at the first of an update:
         _collect                   the update's rows: the next part of the window, or a sample of the replay buffer
-            _new_window                rows of the data set become trajectories: `_roll_out`, or `LoggedRows.take`
+            _new_window                rows become trajectories: `_roll_out` or `_follow`, and `LoggedRows.take`
             _score_stale               π_ref scores those that it has not scored: log π_ref(τ) and V_ref(s_1)
         _microbatches_of           rows of similar length share a forward pass, equally many of them on every process
     _compute_loss              for each micro-batch:
@@ -31,7 +31,7 @@ import numpy as np
 import torch
 import xxhash
 from accelerate.logging import get_logger
-from accelerate.utils import is_peft_model
+from accelerate.utils import broadcast_object_list, gather_object, is_peft_model
 from datasets import Dataset, IterableDataset
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
@@ -52,25 +52,26 @@ from trl.trainer.utils import (
 from .batch import Batch, MicrobatchSize, TrajectoryScores, chunks, collate, float_tensor, random_order
 from .checks.advice import (
     startup_line,
-    warn_of_beta,
     warn_of_double_bos,
     warn_of_empty_update,
     warn_of_finished_schedule,
     warn_of_shipped_sampling,
-    warn_of_soft_value,
 )
 from .checks.data import (
     check_chat_template,
     check_dataset,
     check_empty_prompts,
     check_evaluation_sets,
+    check_followed,
     check_sources_of_vision,
     check_training_set,
     is_logged,
     logged_stream,
+    problem_of_logged_row,
     problem_of_prompt,
     titled_sets,
 )
+from .checks.first_window import FirstWindow, Seen, advice
 from .checks.launch import check_sharding
 from .checks.model import (
     check_adapters,
@@ -91,12 +92,12 @@ from .checks.model import (
     warn_of_merging,
 )
 from .checks.rewards import check_reward_arguments
+from .completions_table import CompletionsTable
 from .config import TBRMConfig
 from .context import replaced, temporarily
 from .files import dataset_digest, require_writable, source_of
 from .loss.finite import voided_unless
 from .loss.metrics import (
-    AdvantageColumn,
     Recorder,
     Totals,
     evaluated_numbers,
@@ -140,17 +141,19 @@ from .sources.logged import (
     scratch_folder,
     some_unrewarded,
     tokenize_logged_rows,
+    trajectory_columns,
 )
 from .sources.pool import PoolRow, RolloutPool
 from .sources.prompts import PromptRenderer, fitting_prompts
+from .sources.records import Record, RecordFolder, Taken
 from .sources.reference_scores import precompute_scores
 from .sources.replay import ReplayBuffer
-from .sources.returns import check_magnitude, total_reward, unique_names
+from .sources.returns import check_magnitude, largest_return, total_reward, unique_names
 from .sources.reward_calls import REASONS, Failure, RewardCalls
 from .sources.rollout import Rewards, checked_rollouts, trajectories_from_trl
 from .sources.sampler import DataPlan, WindowSampler
 from .sources.saved_rollouts import merge_rollouts, rewind_rollouts, rollout_files, rollouts_file, save_rollouts
-from .trajectory import Source, Trajectory, UpdateRow, check_scores
+from .trajectory import End, Source, Trajectory, UpdateRow, check_scores
 
 logger = get_logger(__name__)
 
@@ -211,7 +214,8 @@ class TBRMTrainer(ExactResume, GRPOTrainer):
         args: [`TBRMConfig`]; its defaults when omitted.
         train_dataset: as in `GRPOTrainer`, with a column `prompt`. A row with a `completion` (text or messages), or
             with `prompt_ids` and `completion_ids` (and `loss_mask`), is a logged trajectory. It is trained on without
-            being generated again. Its return is its `reward`; if that is None, the reward functions give it.
+            being generated again. Its return is its `reward`; if that is None, the reward functions give it. It may be
+            omitted with `follow_rollouts`.
         reference_model: id, folder or `PreTrainedModel` of the reference π_ref of a full model. By default π_ref is
             `model` as it is given. A run that goes on from another run's weights keeps that run's reference by it.
         eval_dataset, processing_class, reward_processing_classes, callbacks, optimizers, quantization_config,
@@ -272,6 +276,9 @@ class TBRMTrainer(ExactResume, GRPOTrainer):
             args = TBRMConfig(f"{name.split('/')[-1]}-TBRM")
         if not isinstance(args, TBRMConfig):
             raise TypeError(f"`args` must be a TBRMConfig, got {type(args).__name__}.")
+        if train_dataset is None and not args.draws_prompts:
+            # TRL's loader counts windows by it. What it gives is not looked at.
+            train_dataset = Dataset.from_dict({"prompt": ["followed"] * args.generation_batch_size})
 
         # Check what was given, before anything is loaded.
         planned = partial(
@@ -284,7 +291,8 @@ class TBRMTrainer(ExactResume, GRPOTrainer):
         )
         self._plan = planned(train_dataset)
         check_evaluation_sets(eval_dataset, needs_prompts=environment_factory is None)
-        self._check_reward_functions(reward_funcs, train_dataset, eval_dataset, rollout_func or environment_factory)
+        more = rollout_func or environment_factory
+        self._check_reward_functions(reward_funcs, train_dataset, eval_dataset, more, args.draws_prompts)
         if isinstance(train_dataset, Dataset) and self._plan.mix.logged:
             train_dataset = train_dataset.with_format(None)  # rows are read as plain values, not as tensors
         self._soft_value = SoftValue.registry[args.soft_value](args)
@@ -298,7 +306,7 @@ class TBRMTrainer(ExactResume, GRPOTrainer):
             self._scratch = scratch_folder(train_dataset)
         renderer = PromptRenderer(model, processing_class, args, tools, environment_factory or rollout_func)
         sets = [train_dataset, *titled_sets(eval_dataset).values()]
-        generates = bool(self._plan.mix.rollouts) or eval_dataset is not None
+        generates = (args.draws_prompts and bool(self._plan.mix.rollouts)) or eval_dataset is not None
         self._prompt_limit = renderer.limit(sets, generates)
         fitted = self._with_fitting_prompts(train_dataset, "the training set", ~self._plan.logged, renderer)
         if fitted is not train_dataset:
@@ -326,7 +334,7 @@ class TBRMTrainer(ExactResume, GRPOTrainer):
         with trls_view:
             super().__init__(
                 model=model,
-                reward_funcs=reward_funcs if self._plan.mix.rollouts else reward_funcs or _no_reward,
+                reward_funcs=reward_funcs if generates else reward_funcs or _no_reward,
                 args=args,
                 train_dataset=train_dataset,
                 eval_dataset=eval_dataset,
@@ -365,7 +373,7 @@ class TBRMTrainer(ExactResume, GRPOTrainer):
         self._loss = TrajectoryLoss(args, self._soft_value, self._offset, router_loss=self.aux_loss_enabled)
         self._recorder, self._stopwatch = Recorder(), Stopwatch()
         self._reward_calls = RewardCalls(args.reward_timeout, args.reward_of_failure)
-        self._advantages = AdvantageColumn(args.generation_batch_size // args.world_size)
+        self._completions = CompletionsTable(args.generation_batch_size // args.world_size)
         self._baselines = Baselines(args.reward_baseline, args.reward_of, args.replay_buffer_size)
         self._replay = self._make_replay_buffer()
         self._reference = self._make_reference()
@@ -373,6 +381,10 @@ class TBRMTrainer(ExactResume, GRPOTrainer):
         self._trained_modules: ReplicatedModules | None = None
         self._pool: RolloutPool | None = None
         self._drawn: list[PoolRow] | None = None  # by the pool, where it draws the rollouts that are asked for
+        self._followed = self._make_followed(policy) if args.followed_folder is not None else None
+        self._given_rewards: Tensor | None = None  # of followed rollouts: (B, F)
+        self._policy_version: str | None = None  # under which the present policy was published
+        self._window_version: str | None = None  # the same when the window was taken
 
         self._window: list[Trajectory] = []  # of the current generation window, on this process
         self._microbatches: list[list[UpdateRow]] = []  # of the current update, on this process
@@ -383,8 +395,7 @@ class TBRMTrainer(ExactResume, GRPOTrainer):
         self._skipped = SkippedUpdates(args.max_skipped_updates)
         self._skipped_before = 0  # this call of `train`
         self._rows_drawn = self._rows_trained = 0  # by this process: into windows, and over all updates
-        self._mean_length = 0.0
-        self._beta_checked = False
+        self._was_advised = False
         given = (train_dataset, *titled_sets(eval_dataset).values())
         self._streams_may_double_bos = any(isinstance(one, IterableDataset) for one in given)
         self._starts_at_reference = reference_model is None  # until the first update has shown it
@@ -411,9 +422,11 @@ class TBRMTrainer(ExactResume, GRPOTrainer):
             return dataset
         return fitting_prompts(dataset, title, asked, self._prompt_limit, renderer)
 
-    def _check_reward_functions(self, reward_funcs: Any, train_dataset: Any, eval_dataset: Any, more: Any) -> None:
+    def _check_reward_functions(
+        self, reward_funcs: Any, train_dataset: Any, eval_dataset: Any, more: Any, draws: bool
+    ) -> None:
         """Each function can be called with what each data set gives it. A stream without known columns gives none."""
-        asked = self._plan.mix.rollouts or some_unrewarded(train_dataset, self._plan.logged)
+        asked = (draws and self._plan.mix.rollouts) or some_unrewarded(train_dataset, self._plan.logged)
         sets = {"the training set": train_dataset} if asked else {}
         for title, dataset in (sets | titled_sets(eval_dataset)).items():
             columns = getattr(dataset, "column_names", None)
@@ -436,13 +449,15 @@ class TBRMTrainer(ExactResume, GRPOTrainer):
         check_head(policy)
         warn_of_half_precision(self.model, args.learning_rate)
         self._rotary_limit = rotary_limit(policy)
-        if self._plan.mix.rollouts:
+        if self._plan.mix.rollouts and args.draws_prompts:
             check_length(args.max_completion_length + 1, self._rotary_limit)
         check_quantization(self.model, None, None, args)  # a checkpoint may be quantized itself, which shows here
         warn_of_merging(self.model, args)
         check_vision(policy, self._is_vlm)
         if self._is_vlm:
             check_sources_of_vision(args, self._plan.mix)
+        if args.followed_folder is not None:
+            check_followed(args, self._is_vlm, self.train_dataset, self._plan.mix)
         if args.padding_free:
             check_packing(policy)
         if not args.use_vllm:
@@ -508,22 +523,21 @@ class TBRMTrainer(ExactResume, GRPOTrainer):
             self.add_callback(SyncReference(reference))
         return reference
 
+    def _completion_reader(self, policy: PreTrainedModel) -> tuple[CompletionTokenizer, int, int | None]:
+        """What tells which completions the policy could have produced: its tokens, their number, its context."""
+        tokenizer = CompletionTokenizer(
+            self._tokenizer,
+            set(self.eos_token_ids),
+            prompt_ids=lambda prompt: list(self._tokenize_prompts([prompt])[0][0]),
+            template=self._render_messages,
+        )
+        text_config = policy.config.get_text_config()
+        return tokenizer, text_config.vocab_size, getattr(text_config, "max_position_embeddings", None)
+
     def _make_logged_rows(self, policy: PreTrainedModel) -> LoggedRows:
         """Tokenize the logged rows of the training set, and have the reference score them now if that frees it."""
-        text_config = policy.config.get_text_config()
-        self.train_dataset = tokenize_logged_rows(
-            self.train_dataset,
-            self._plan.logged,
-            CompletionTokenizer(
-                self._tokenizer,
-                set(self.eos_token_ids),
-                prompt_ids=lambda prompt: list(self._tokenize_prompts([prompt])[0][0]),
-                template=self._render_messages,
-            ),
-            text_config.vocab_size,
-            getattr(text_config, "max_position_embeddings", None),
-            self._scratch,
-        )
+        reader = self._completion_reader(policy)
+        self.train_dataset = tokenize_logged_rows(self.train_dataset, self._plan.logged, *reader, self._scratch)
         scored = self._precompute_reference() or self.args.reference == "previous"
         return LoggedRows(self.train_dataset, self._plan.logged, scored, self._reward_logged)
 
@@ -553,6 +567,24 @@ class TBRMTrainer(ExactResume, GRPOTrainer):
             self._reference = self.ref_model = None
             self.accelerator.free_memory()  # it keeps a list of what it prepared
         return True
+
+    def _make_followed(self, policy: PreTrainedModel) -> RecordFolder:
+        args, reader = self.args, self._completion_reader(policy)
+        assert args.followed_folder is not None
+
+        def columns_of(row: Mapping[str, Any]) -> dict[str, Any]:
+            if problem := problem_of_logged_row(row, True, largest_return(args.beta)):
+                raise ValueError(problem)
+            return trajectory_columns(row, *reader)
+
+        return RecordFolder(
+            args.followed_folder,
+            columns_of,
+            [] if _no_reward in self.reward_funcs else self.reward_func_names,
+            args.num_generations,
+            needs_steps=bool(args.replay_buffer_size),
+            timeout=args.follow_timeout,
+        )
 
     def _check_pool(self, policy: PreTrainedModel) -> None:
         if not self.args.rollout_pool:
@@ -597,7 +629,7 @@ class TBRMTrainer(ExactResume, GRPOTrainer):
         """The rows of an evaluation batch. Rows that only fill up the last batches do not count."""
         trajectories = self._roll_out(rows)
         if self.log_completions:
-            self._advantages.add(trajectories, "eval")
+            self._completions.add(trajectories, "eval")
         process, processes = self.accelerator.process_index, self.accelerator.num_processes
         first = (len(self._evaluated) * processes + process) * self.args.per_device_eval_batch_size
         repeated = [
@@ -651,7 +683,7 @@ class TBRMTrainer(ExactResume, GRPOTrainer):
         if not self._denominator:
             warn_of_empty_update({row.left_out for row in update_rows})
         self._rows_trained += rows_here
-        if self._pool is not None and counts[:, 3].max() >= 0:
+        if counts[:, 3].max() >= 0:
             metrics["staleness/max"].append(counts[:, 3].max().item())
         if sample is not None:
             metrics["replay/age_max"].append(counts[:, 1].max().item())
@@ -666,10 +698,16 @@ class TBRMTrainer(ExactResume, GRPOTrainer):
             return UpdateRow(trajectory, "logged")
         if update >= self.args.fresh_updates:
             return UpdateRow(trajectory, "reused")
-        if self._pool is None or trajectory.first_policy_step is None:
+        first, last = trajectory.first_policy_step, trajectory.policy_step
+        if self._pool is None and self._followed is None:
             return UpdateRow(trajectory, "fresh")
-        staleness = self.state.global_step - update - trajectory.first_policy_step
-        return UpdateRow(trajectory, "ahead" if staleness else "fresh", staleness=staleness)
+        if first is None:  # nobody said
+            return UpdateRow(trajectory, "ahead" if self._followed is not None else "fresh")
+        step = self.state.global_step
+        # A run that is resumed may come to a step again, with another policy than the one that drew these rows.
+        versions = {trajectory.first_policy_version, self._window_version} - {None}
+        is_fresh = first == last == step - update and len(versions) < 2
+        return UpdateRow(trajectory, "fresh" if is_fresh else "ahead", staleness=max(step - first, 0))
 
     def _new_window(self, rows: list[dict[str, Any]]) -> list[Trajectory]:
         logged = [row for row in rows if self._plan.mix.logged and row["completion_ids"] is not None]
@@ -677,13 +715,15 @@ class TBRMTrainer(ExactResume, GRPOTrainer):
         if not isinstance(self.train_dataset, Sized) and any(map(is_logged, fresh)):
             raise logged_stream()
         with temporarily(self, _drawn=[] if self._pool is not None else None):
-            rollouts = self._roll_out(fresh) if fresh else []
+            rollouts = self._roll_out(fresh) if fresh and self._followed is None else []
+        if fresh and self._followed is not None:
+            rollouts = self._follow(self._followed)
+            fresh = list(self._rewards.rows)  # these are the rows that the rollouts are of
         if self.log_completions and rollouts:
-            self._advantages.add(rollouts, "train")
+            self._completions.add(rollouts, "train")
         rewards = self._rewards if rollouts else None  # kept here, since logged rows are rewarded next
         window = rollouts + (self._logged_rows.take(logged) if self._logged_rows is not None and logged else [])
         check_length(max(map(len, window)), self._rotary_limit)
-        self._mean_length = sum(len(t.completion_ids) for t in window) / len(window)
         self._rows_drawn += len(window)
         self._score_stale(window)
         self._give_values(window, fresh + logged, self.num_generations)
@@ -702,6 +742,65 @@ class TBRMTrainer(ExactResume, GRPOTrainer):
                     self._replay.add(group)
         return [window[i] for i in random_order(len(window), group_size)]
 
+    def _follow(self, folder: RecordFolder) -> list[Trajectory]:
+        """The next rollouts that others drew. TRL is given them in place of a generation, and logs them as its own."""
+        taken, records = self._take_records(folder)
+        trajectories = [record.trajectory for record in records]
+        prompts, completions = zip(*(completion_of(record.row, self._tokenizer) for record in records), strict=True)
+        given = {
+            "prompt_ids": [one.prompt_ids.tolist() for one in trajectories],
+            "completion_ids": [one.completion_ids.tolist() for one in trajectories],
+            "env_mask": [one.loss_mask.int().tolist() for one in trajectories],
+            "logprobs": None,
+        }
+        names, by_row = folder.rewards_of(trajectories, taken.functions)
+        rewards = torch.tensor(by_row, dtype=torch.float32, device=self.accelerator.device)  # (B, F)
+        weights, total = torch.eye(len(names))[0].to(rewards), rewards[:, 0]  # (F,), (B,)
+        if names == folder.functions:
+            weights = self.reward_weights.to(rewards)
+            check_magnitude(rewards, weights, names, self.args.beta)
+            total = total_reward(rewards, weights, self.args.reward_pessimism)
+        drawing = dict(rollout_func=lambda *_: given, tools=[], environments=None, environment_factories=None)
+        with temporarily(
+            self, use_vllm=False, reward_func_names=names, reward_weights=weights, _given_rewards=rewards, **drawing
+        ):
+            self._generate_and_score_completions([{"prompt": prompt} for prompt in prompts])
+        rows = [record.columns for record in records]
+        self._rewards = Rewards(total, [one.rewards for one in trajectories], [], rows, prompts, completions)
+        group_ids = self._group_ids(len(records))
+        for trajectory, reward, group_id in zip(trajectories, total.tolist(), group_ids, strict=True):
+            trajectory.reward, trajectory.group_id = reward, group_id
+        self._window_version = self._policy_version
+        metrics = self._metrics["train"]
+        metrics["rollouts/queue"].append(taken.rows // self._plan.mix.rollouts)
+        metrics["rollouts/learner_wait_time"].append(taken.seconds)
+        metrics["rollouts/versions"].append(taken.versions)
+        return trajectories
+
+    def _take_records(self, folder: RecordFolder) -> tuple[Taken, list[Record]]:
+        """This process's share of the next rows. The main process waits for all of them, and says which they are."""
+        rows, process = self._plan.mix.rollouts, self.accelerator.process_index
+        share = rows // self.args.world_size
+        outcome: list[Any] = [None]
+        records: list[Record] = []
+        if process == 0:
+            try:
+                outcome[0], records = folder.take(rows)
+            except Exception as error:  # every process ends by it
+                outcome[0] = error
+        (found,) = broadcast_object_list(outcome)
+        if isinstance(found, Exception):
+            raise found
+        if process == 0:
+            return found, records[:share]
+        return found, folder.read(found.share(process * share, (process + 1) * share))
+
+    def _group_ids(self, rows: int) -> list[int]:
+        """A number for each row that this process draws, equal for rollouts of one prompt."""
+        per_prompt = self.num_generations_eval if self.evaluating else self.num_generations
+        first, of_step = self.accelerator.process_index * rows, self.state.global_step * self.args.generation_batch_size
+        return [of_step + (first + i) // per_prompt for i in range(rows)]
+
     def _roll_out(self, rows: Sequence[Mapping[str, Any]]) -> list[Trajectory]:
         """Generate a completion for every row, and reward it. TRL's dictionary is read in `trajectories_from_trl`."""
         given = columns_for_rewards(rows, some_logged=bool(self._plan.mix.logged) and not self.evaluating)
@@ -715,10 +814,7 @@ class TBRMTrainer(ExactResume, GRPOTrainer):
             self._streams_may_double_bos = not warn_of_double_bos([drawn], self._tokenizer)
         with temporarily(self, _prompts_are_rolled_out=True), self._timed("generation"):
             output = self._generate_and_score_completions(given)
-        per_prompt = self.num_generations_eval if self.evaluating else self.num_generations
-        first = self.accelerator.process_index * len(rows)
-        step = self.state.global_step
-        group_ids = [step * self.args.generation_batch_size + (first + i) // per_prompt for i in range(len(rows))]
+        step, group_ids = self.state.global_step, self._group_ids(len(rows))
         steps = [(row.steps[0], row.steps[-1]) for row in self._drawn or ()] or [(step, step)] * len(rows)
         return trajectories_from_trl(output, self._rewards, self._end_token_ids(), group_ids, steps)
 
@@ -780,6 +876,8 @@ class TBRMTrainer(ExactResume, GRPOTrainer):
         return prompt_ids, images, multimodal_fields
 
     def _calculate_rewards(self, inputs, prompts, completions, completion_ids_list):
+        if self._given_rewards is not None:
+            return self.accelerator.gather(self._given_rewards)
         self.model.train(not self.evaluating)  # TRL's continuous batching leaves a model that it evaluates in training
         guarded = [
             function if isinstance(function, nn.Module) else self._reward_calls.guarded(function, name)
@@ -986,13 +1084,14 @@ class TBRMTrainer(ExactResume, GRPOTrainer):
             rows, batch, output.scores, output.inputs, output.soft_value, output.residual, is_finite
         )
         in_reward_units = (args.beta * output.residual).detach()  # (B,)
+        soft_value = (args.beta * output.soft_value).detach()  # (B,)
         if self.log_completions:
-            self._advantages.set(rows, in_reward_units, self._mode)
+            self._completions.set(rows, in_reward_units.tolist(), soft_value.tolist(), self._mode)
         if self.evaluating:
             totals += evaluation_loss(output, weight)
             self._recorder.keep(totals.over_processes(self.accelerator), "eval")
             return loss
-        self._scored.append((rows, output.loss.detach(), in_reward_units, (args.beta * output.soft_value).detach()))
+        self._scored.append((rows, output.loss.detach(), in_reward_units, soft_value))
         # Every process takes this update, or none: they agree before the last backward, with the metrics.
         summed = self._recorder.record(totals, self.accelerator)
         if summed is not None:
@@ -1025,11 +1124,13 @@ class TBRMTrainer(ExactResume, GRPOTrainer):
             scored = [(row, residual, soft_value) for row, _, residual, soft_value in self._scored_rows()]
             folder, process = Path(self.args.output_dir), self.accelerator.process_index
             append_update(folder, process, self.state.global_step + 1, self.args.beta, scored)
-        means = self._totals.means()
-        self._soft_value.after_update(means)
-        if not self._beta_checked and "soft_value" in means:  # the first update in which a trajectory counts
-            self._beta_checked = True
-            self._check_beta(means["soft_value"])
+        if type(self._soft_value).after_update is not SoftValue.after_update:
+            rows = self._scored_rows()
+            counted = ((row.trajectory, residual) for row, _, residual, _ in rows if row.left_out is None)
+            self._soft_value.after_update(self._totals.means(), counted)
+        if not self._was_advised and "soft_value" in (means := self._totals.means()):  # one trajectory counts
+            self._was_advised = True
+            self._advise(means["soft_value"])
 
     def _scored_rows(self) -> Iterator[tuple[UpdateRow, float, float, float]]:
         """Every row of the update with its loss, β δ and β V."""
@@ -1120,16 +1221,33 @@ class TBRMTrainer(ExactResume, GRPOTrainer):
             over_rows = evaluation_metrics(torch.cat(self._evaluated), names, weights, self.num_generations_eval)
             means |= {name: _mean([value]) for name, value in over_rows.items()}
         means |= self._recorder.means("eval")
-        output.metrics.update({f"{metric_key_prefix}_{name}": value for name, value in means.items()})
+        found = {name: value for name, value in means.items() if value is not None}
+        output.metrics.update({f"{metric_key_prefix}_{name}": value for name, value in found.items()})
         self._metrics["eval"].clear()  # or TRL would log them again, without the prefix of the set
         return output
 
-    def _check_beta(self, soft_value: float) -> None:
-        if not self.accelerator.is_main_process:
-            return
-        warn_of_beta(self.args.beta, self._mean_length)
-        if self.args.soft_value == "policy":
-            warn_of_soft_value(self.args.beta, soft_value / self.args.beta)
+    def _advise(self, soft_value: float) -> None:
+        """Say what the window of the first update advises, and keep it in the log. `soft_value`: mean of β V."""
+        seen = [
+            Seen(
+                prompt=one.prompt_key,
+                reward=self.args.reward_of(one),
+                baseline=one.baseline,
+                value=math.nan if one.value is None else one.value,
+                length=len(one.completion_ids),
+                cut=one.end is End.LENGTH,
+                drawn=one.source is Source.ROLLOUT,
+                counted=self._loss.left_out(one) is None,
+            )
+            for one in self._window
+        ]
+        size = sum(getattr(one, "ds_numel", one.numel()) for one in self.model.parameters() if one.requires_grad)
+        full = None if is_peft_model(self.model) else size
+        window = FirstWindow(gather_object(seen), soft_value, full, self.state.max_steps)
+        if (said := advice(window, self.args)) and self.is_world_process_zero():
+            self.accelerator.print("\n- ".join(["TBRM, after the first window:", *said]))
+            if self.args.should_save:
+                append_line(Path(self.args.output_dir) / LOG, {"step": self.state.global_step + 1, "advice": said})
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         if not self.evaluating:
@@ -1147,21 +1265,38 @@ class TBRMTrainer(ExactResume, GRPOTrainer):
                 updates = self.state.global_step - self._initial_global_step
                 taken = updates - (self._skipped.total - self._skipped_before)
                 logs["train_loss"] *= updates / taken if taken else 1.0
+        for metrics in self._metrics.values():  # what has no value has no entry: TRL would log None
+            for name in [name for name, values in metrics.items() if all(map(math.isnan, values))]:
+                del metrics[name]
+        table = self._logs
         if self.log_completions:
-            column = self._advantages.over_processes()
-            missing = len(self._logs["prompt"]) - len(column)  # of an older checkpoint
-            self._logs["advantages"].clear()
-            self._logs["advantages"].extend([math.nan] * missing + column)
-        with temporarily(self, num_completions_to_print=0):  # TRL would print control characters
+            scored = ((row, residual, soft_value) for row, _, residual, soft_value in self._scored_rows())
+            table = self._completions.beside(self._logs, scored, self._tokenizer)
+        with temporarily(self, _logs=table, num_completions_to_print=0):  # TRL would print control characters
             super().log(logs, start_time)
         if self.args.should_save and (self.is_in_train or self.state.global_step):  # not of a model as it was given
-            append_line(Path(self.args.output_dir) / LOG, self.state.log_history[-1])
-        if self.log_completions and self.accelerator.is_main_process and self._logs["prompt"] and is_rich_available():
-            prompts, completions, rewards, advantages, extra = (
-                printable(self._logs[name]) for name in ("prompt", "completion", "rewards", "advantages", "extra")
+            more = self._evaluated_policy() if self.evaluating and self._followed is not None else {}
+            append_line(Path(self.args.output_dir) / LOG, {**self.state.log_history[-1], **more})
+        if self.log_completions and self.accelerator.is_main_process and table["prompt"] and is_rich_available():
+            of_user = {name: table["extra"][name] for name in self._logs["extra"]}  # with all columns no text has room
+            prompts, completions, rewards, advantages, extra = map(
+                printable, (table["prompt"], table["completion"], table["rewards"], table["advantages"], of_user)
             )
             step, number = self.state.global_step, self.num_completions_to_print
             print_prompt_completions_sample(prompts, completions, rewards, advantages, step, number, extra)
+
+    def _evaluated_policy(self) -> dict[str, str]:
+        """Which policy an evaluation is of, and what samples it: the policy in memory, whoever draws the rollouts."""
+        samplers = {
+            "rollout_func": self.rollout_func,
+            f"vllm ({self.args.vllm_mode})": self.use_vllm,
+            "transformers, continuous batching": self.use_transformers_continuous_batching,
+            "transformers": True,
+        }
+        return {
+            "eval_policy": self._policy_version or f"step {self.state.global_step}",
+            "eval_sampler": next(name for name, used in samplers.items() if used),
+        }
 
     def create_model_card(
         self, model_name: str | None = None, dataset_name: str | None = None, tags: str | list[str] | None = None
@@ -1179,7 +1314,7 @@ class TBRMTrainer(ExactResume, GRPOTrainer):
             base_model=base if base and not Path(base).is_dir() else None,
             adapter=is_peft_model(self.model),
             dataset=dataset_name,
-            rewards=self.reward_func_names if self._plan.mix.rollouts else [],
+            rewards=self.reward_func_names if self._plan.mix.rollouts and _no_reward not in self.reward_funcs else [],
             updates=self.state.global_step,
             settings=self.args.settings(),
             log=self.state.log_history,
@@ -1280,6 +1415,7 @@ class TBRMTrainer(ExactResume, GRPOTrainer):
             **({"soft_value_offset": True} if args.soft_value_offset else {}),
             "truncation": args.truncation,
             **({"rollout_pool": args.rollout_pool} if args.rollout_pool else {}),
+            **({"rollouts": "followed"} if self._followed is not None else {}),
             "the reference's weights": self._initial_reference_weights,
             "the tokenizer": tokenizer_digest(self._tokenizer),
         }
@@ -1316,6 +1452,8 @@ class TBRMTrainer(ExactResume, GRPOTrainer):
         self._step, self._window, self._rows_drawn, self._rows_trained = 0, [], 0, 0
         self._recorder.clear()
         self._baselines.clear()
+        if self._followed is not None:
+            self._followed.restore({})
         self._skipped, self._skipped_before = SkippedUpdates(self.args.max_skipped_updates), 0
         if self._replay is not None:
             self._replay.clear()
@@ -1338,13 +1476,14 @@ class TBRMTrainer(ExactResume, GRPOTrainer):
             "skipped_updates": self._skipped.state(),
             "rows_drawn": self._rows_drawn,
             "rows_trained": self._rows_trained,
-            "mean_length": self._mean_length,
-            "beta_checked": self._beta_checked,
+            "was_advised": self._was_advised,
             "logged_rows": taken,
             "soft_value": self._soft_value.state(),
             "baselines": self._baselines.state(),
-            "advantages": self._advantages.state(self._window),
+            "completions": self._completions.state(self._window),
             **({"pool": self._pool.state()} if self._pool is not None else {}),
+            **({"followed": self._followed.state()} if self._followed is not None else {}),
+            "window_version": self._window_version,
         }
         arrays: dict[str, np.ndarray] = {}
         if self._replay is not None:
@@ -1377,15 +1516,18 @@ class TBRMTrainer(ExactResume, GRPOTrainer):
         self._skipped = SkippedUpdates(**counts)
         self._skipped_before = self._skipped.total
         self._rows_drawn, self._rows_trained = own["rows_drawn"], own["rows_trained"]
-        self._mean_length, self._beta_checked = own["mean_length"], own["beta_checked"]
+        self._was_advised = own.get("was_advised", True)  # a checkpoint of an earlier version has warned
         self._window = trajectories["window"]
-        if "advantages" in own:
-            self._advantages.restore(own["advantages"], self._window)
+        if "completions" in own:
+            self._completions.restore(own["completions"], self._window)
         self._soft_value.restore(own.get("soft_value"))
         if "baselines" in own:
             self._baselines.restore(own["baselines"])
         if self._pool is not None:
             self._pool.restore(own.get("pool", []))
+        if self._followed is not None:
+            self._followed.restore(own["followed"])
+        self._window_version = own.get("window_version")
         if self._logged_rows is not None:
             self._logged_rows.restore(own["logged_rows"], trajectories["logged"])
         if self._replay is not None:
@@ -1397,7 +1539,7 @@ class TBRMTrainer(ExactResume, GRPOTrainer):
 
 
 def _mean(values: Sequence[float]) -> float | None:
-    """As TRL's log takes it: NaN is no value, and no value is None."""
+    """NaN is no value."""
     given = [value for value in values if not math.isnan(value)]
     return sum(given) / len(given) if given else None
 

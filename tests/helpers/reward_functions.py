@@ -1,5 +1,6 @@
 """Reward functions that misbehave at certain completions, for tests of worker processes."""
 
+import math
 import os
 import time
 
@@ -58,3 +59,9 @@ def _fail():
 def letters(completions, **columns):
     """The share of lower-case letters among eight, of messages."""
     return [sum(map(str.islower, one[0]["content"])) / 8 for one in completions]
+
+
+def value_below_six(completions, **kwargs) -> list[float]:
+    """The number that a completion is, and NaN from 6 on."""
+    numbers = [float(completion[0]["content"]) for completion in completions]
+    return [one if one < 6 else math.nan for one in numbers]

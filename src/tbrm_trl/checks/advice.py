@@ -12,9 +12,8 @@ from transformers import GenerationConfig, PreTrainedTokenizerBase
 
 from ..options import HARMLESS, TBRMOptions
 from ..sources.sampler import WindowMix, WindowSampler
+from .options import drawn_ahead
 
-# (response length, β) as published, arXiv 2603.23355: in between, β follows the power law through both.
-BETA_BY_LENGTH = ((600, 0.02), (5000, 0.002))
 # Fields of a generation_config.json that do not change which token is drawn, or that TRL always sets itself.
 HARMLESS_IN_FILES = frozenset(
     ("transformers_version", "_from_model_config", "do_sample", "temperature", "bos_token_id", "eos_token_id")
@@ -53,37 +52,6 @@ def startup_line(mix: WindowMix, args: TBRMOptions, sampler: WindowSampler | Non
             epoch += f"; {left} of them fill no group of {args.num_generations}, others in each epoch"
     total = args.max_steps if args.max_steps > 0 else math.ceil(args.num_train_epochs * windows * updates)
     return f"{line}; {epoch}; {total} updates in all."
-
-
-def beta_for_length(length: float) -> float:
-    """β as published for responses of this many tokens. Outside the published range, β of its nearer end."""
-    (short, high), (long, low) = BETA_BY_LENGTH
-    slope = math.log(low / high) / math.log(long / short)
-    return high * (min(max(length, short), long) / short) ** slope
-
-
-def warn_of_beta(beta: float, mean_length: float) -> None:
-    """Warn if β is more than a factor of 5 from what was published for responses this long."""
-    suggestion = beta_for_length(mean_length)
-    if not 1 / 5 < beta / suggestion < 5:
-        warnings.warn(
-            f"beta={beta:g} is far from what was published for completions of {mean_length:.0f} tokens: 0.002 near "
-            f"5,000 tokens and 0.02 near 600. Too small collapses in the end, too large is stiff. Consider "
-            f"beta={suggestion:.2g}.",
-            stacklevel=2,
-        )
-
-
-def warn_of_soft_value(beta: float, soft_value: float) -> None:
-    """Warn if V_θ(s_1) is more than a tenth of 1/β: training would first pull V down, whatever the reward is."""
-    if abs(soft_value) > 0.1 / beta:
-        warnings.warn(
-            f"The soft value V(s_1) is {soft_value:.1f} nats on average, not small against 1/beta = {1 / beta:.1f}: "
-            "the residual of the untrained model is mostly V, and the first updates move the policy without any "
-            'reward. Use soft_value="calibrated", or a smaller beta '
-            f"(below {0.1 / abs(soft_value):.2g}).",
-            stacklevel=2,
-        )
 
 
 def warn_of_double_bos(given: Sequence[Any], tokenizer: PreTrainedTokenizerBase) -> bool:
@@ -140,14 +108,15 @@ def warn_of_shipped_sampling(shipped: GenerationConfig, chosen: GenerationConfig
         )
 
 
-def warn_of_pool(args: TBRMOptions) -> None:
+def warn_of_drawing_ahead(args: TBRMOptions) -> None:
     """Warn of a constant that is right on the policy's own data alone, which rollouts that run ahead are not."""
     another = args.soft_value == "optimal" and args.soft_value_beta not in (None, args.beta)
-    if args.rollout_pool and (another or args.soft_value in ("zero", "log_mean_exp")):
+    mean = args.soft_value == "tracked" and args.soft_value_tracks == "reward"
+    if drawn_ahead(args) and (another or mean or args.soft_value in ("zero", "log_mean_exp")):
         warnings.warn(
-            f"`rollout_pool={args.rollout_pool}` with `soft_value={args.soft_value!r}`: rollouts that run ahead are "
-            "drawn by earlier policies. This value is a constant, and the optimum is its target on the policy's own "
-            "rollouts alone (docs/theory.md). Use policy, calibrated or group, or no pool.",
+            f"`{drawn_ahead(args)}` with `soft_value={args.soft_value!r}`: rollouts that run ahead are drawn by "
+            "earlier policies. This value is a constant, and the optimum is its target on the policy's own rollouts "
+            "alone (docs/theory.md). Use policy, calibrated or group, or draw each window by itself.",
             stacklevel=4,
         )
 

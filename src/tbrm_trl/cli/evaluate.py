@@ -6,10 +6,11 @@
     tbrm eval --compare evaluations/before evaluations/after
 
 Benchmarks: aime24, aime25, amc23 (of 40), math500, minerva, olympiadbench, gsm8k; NAME=FILE for a local copy of one;
-gym:TASK of reasoning-gym; a .json, .jsonl or .parquet file. Every completion is kept in --output_dir. The same command
-finishes an evaluation that was interrupted.
+gym:TASK of reasoning-gym; a .json, .jsonl, .parquet or .csv file. Every completion is kept in --output_dir. The same
+command finishes an evaluation that was interrupted.
 """
 
+import os
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -19,8 +20,7 @@ from .quiet import silence
 
 silence()
 
-import torch  # noqa: E402
-from transformers import AutoModelForCausalLM, AutoTokenizer  # noqa: E402
+from transformers import AutoTokenizer  # noqa: E402
 from trl import ModelConfig, get_quantization_config  # noqa: E402
 
 from tbrm_trl.evaluation.benchmarks import (  # noqa: E402
@@ -89,6 +89,11 @@ class EvaluationArguments:
 def problems_of(arguments: EvaluationArguments, model: ModelConfig) -> list[str]:
     """What does not go together, a line each."""
     a, problems = arguments, []
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        return [
+            "an evaluation is one process, which writes its result: start `tbrm eval` without a launcher. With several "
+            "GPUs, start it once on each (CUDA_VISIBLE_DEVICES), with other benchmarks and the same --output_dir."
+        ]
     if a.compare:
         if len(a.compare) != 2:
             problems.append(f"--compare takes two results, not {len(a.compare)}.")
@@ -103,8 +108,9 @@ def problems_of(arguments: EvaluationArguments, model: ModelConfig) -> list[str]
         problems.append("--suite sets samples and temperature: leave --samples and --temperature out.")
     if not (a.benchmarks or a.suite):
         problems.append(f"--benchmarks is missing: {', '.join(BENCHMARKS)}, gym:TASK, or a file.")
-    if a.limit is not None and a.limit < 1:
-        problems.append(f"--limit {a.limit} must be at least 1.")
+    for name in ("limit", "samples", "batch_size"):
+        if (value := getattr(a, name)) is not None and value < 1:
+            problems.append(f"--{name} {value} must be at least 1.")
     return problems
 
 
@@ -125,31 +131,23 @@ def loaded(name: str, arguments: EvaluationArguments) -> Benchmark:
 
 
 def policy_of(arguments: EvaluationArguments, model: ModelConfig) -> Policy:
-    """The model, ready to generate."""
+    """The policy to evaluate."""
     name: Any = model.model_name_or_path
     options = {"revision": model.model_revision, "dtype": model.dtype}
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(name, revision=model.model_revision)
-        if arguments.backend == "vllm":
-            return VllmPolicy.load(name, tokenizer, seed=arguments.seed, **options)
-        if tokenizer.pad_token is None:
-            tokenizer.pad_token = tokenizer.eos_token
-        of: Any = AutoModelForCausalLM
-        if (Path(name) / "adapter_config.json").is_file():
-            from peft import AutoPeftModelForCausalLM
-
-            of = AutoPeftModelForCausalLM
-        policy = of.from_pretrained(
-            name,
-            attn_implementation=model.attn_implementation,
-            quantization_config=get_quantization_config(model),
-            **options,
-        )
-    except (OSError, ValueError) as error:
-        raise ValueError(f"{name} cannot be loaded: {str(error).splitlines()[0]}") from error
-    if torch.cuda.is_available() and not arguments.use_cpu and not model.load_in_4bit and not model.load_in_8bit:
-        policy.to("cuda")
-    return ModelPolicy(name, policy.eval(), tokenizer, arguments.batch_size)
+    if arguments.backend == "vllm":
+        try:
+            tokenizer = AutoTokenizer.from_pretrained(name, revision=model.model_revision)
+        except (OSError, ValueError) as error:
+            raise ValueError(f"{name} cannot be loaded: {str(error).splitlines()[0]}") from error
+        return VllmPolicy.load(name, tokenizer, seed=arguments.seed, **options)
+    return ModelPolicy.load(
+        name,
+        batch_size=arguments.batch_size,
+        use_cpu=arguments.use_cpu,
+        attn_implementation=model.attn_implementation,
+        quantization_config=get_quantization_config(model),
+        **options,
+    )
 
 
 def check_length(policy: Policy, benchmark: Benchmark, settings: Settings) -> None:

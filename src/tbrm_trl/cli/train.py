@@ -21,7 +21,7 @@ from .quiet import silence
 silence()
 
 import torch  # noqa: E402
-from datasets import Dataset, load_dataset  # noqa: E402
+from datasets import Dataset  # noqa: E402
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError  # noqa: E402
 from trl import ModelConfig, get_peft_config, get_quantization_config  # noqa: E402
 
@@ -30,6 +30,7 @@ from tbrm_trl.evaluation.benchmarks import BOXED, PROMPT_COLUMNS, load_benchmark
 from tbrm_trl.evaluation.callback import EvaluationCallback  # noqa: E402
 from tbrm_trl.evaluation.run import Settings  # noqa: E402
 from tbrm_trl.evaluation.sampling import Sampling  # noqa: E402
+from tbrm_trl.files import ROW_FILES, rows_of_file, rows_of_hub  # noqa: E402
 from tbrm_trl.rewards import find_column, read_golds  # noqa: E402
 from tbrm_trl.rewards import load as load_rewards  # noqa: E402
 
@@ -45,7 +46,7 @@ class DataArguments:
 
     dataset_name: str = field(
         metadata={
-            "help": "Hub id, a .json, .jsonl or .parquet file, or the output folder of a run that saved rollouts."
+            "help": "Hub id, a .json, .jsonl, .parquet or .csv file, or the output folder of a run that saved rollouts."
         }
     )
     dataset_config: str | None = field(default=None, metadata={"help": "Configuration of a data set of the Hub."})
@@ -92,15 +93,20 @@ def load(arguments: DataArguments) -> Dataset:
     path = Path(arguments.dataset_name)
     if path.is_dir():
         dataset = load_rollouts(path)
-    elif path.is_file():
-        kind = "json" if path.suffix == ".jsonl" else path.suffix.removeprefix(".")
-        dataset = load_dataset(kind, data_files=str(path), split="train")
+    elif path.is_file() or path.suffix in ROW_FILES:
+        dataset = rows_of_file(path)
     else:
-        dataset = load_dataset(arguments.dataset_name, arguments.dataset_config, split=arguments.dataset_train_split)
+        dataset = rows_of_hub(arguments.dataset_name, arguments.dataset_config, arguments.dataset_train_split)
 
     column = arguments.answer_column or find_column(dataset)
     if column is not None:
         dataset = with_answers(dataset, column, arguments.unreadable_answers)
+    elif arguments.reward_funcs == ["math"] and not {"completion", "completion_ids"} & set(dataset.column_names):
+        raise ValueError(
+            f"{arguments.dataset_name}: no column holds answers that can be read. Columns: "
+            f"{', '.join(dataset.column_names)}. Name one by --answer_column, or give rewards of your own by "
+            "--reward_funcs."
+        )
     prompt = next((name for name in PROMPT_COLUMNS if name in dataset.column_names), None)
     if prompt is not None and not {"completion", "completion_ids"} & set(dataset.column_names):
         dataset = dataset.map(lambda row: {"prompt": messages(row[prompt], arguments.system_prompt)}, desc="Prompts")
@@ -169,10 +175,14 @@ def run(data: DataArguments, config: TBRMConfig, model: ModelConfig) -> None:
             quantization_config=get_quantization_config(model),
             peft_config=get_peft_config(model),
         )
-    except ValueError as error:
+    except (ValueError, OSError) as error:  # OSError: of a model or of rollouts that are not there
         raise Refused([str(error)]) from error
     try:
         trainer.train(resume_from_checkpoint=config.resume_from_checkpoint)
+    except ValueError as error:
+        if trainer.is_in_train:
+            raise
+        raise Refused([str(error)]) from error  # of the checkpoint
     except DryRun.Passed:
         trainer.accelerator.print("Dry run: everything up to the first rollout is in order. Nothing was trained.")
         trainer.end()

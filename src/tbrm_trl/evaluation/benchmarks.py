@@ -7,8 +7,9 @@ from pathlib import Path
 from typing import Any
 
 import xxhash
-from datasets import Dataset, load_dataset
+from datasets import Dataset
 
+from ..files import ROW_FILES, first_line, rows_of_file, rows_of_hub
 from ..rewards import find_column, gym, read_golds, with_arguments
 
 # Where data sets keep the question; the first one present is taken.
@@ -100,7 +101,7 @@ def load_benchmark(name: str, *, reward: str | None = None, answer_column: str |
 
     Args:
         name: one of `BENCHMARKS`; `name=FILE` for a local copy of it; `gym:TASK`, or `gym:TASK(size=200, seed=0,
-            min_terms=2)`; or a .json, .jsonl or .parquet file.
+            min_terms=2)`; or a .json, .jsonl, .parquet or .csv file.
         reward: a name or dotted path of `tbrm_trl.rewards`, in place of the benchmark's own.
         answer_column: of a file; by default the one that can best be read as answers.
 
@@ -113,9 +114,9 @@ def load_benchmark(name: str, *, reward: str | None = None, answer_column: str |
     elif name in BENCHMARKS:
         benchmark = _published(name, _from_hub(name))
     elif equals and known in BENCHMARKS:
-        benchmark = _published(known, _from_file(file))
-    elif Path(name).suffix in _KINDS:
-        benchmark = of_rows(Path(name).stem, _from_file(name), reward, answer_column)
+        benchmark = _published(known, rows_of_file(file))
+    elif Path(name).suffix in ROW_FILES:
+        benchmark = of_rows(Path(name).stem, rows_of_file(name), reward, answer_column)
     else:
         raise ValueError(_unknown(name))
     return benchmark if reward is None else Benchmark(**{**vars(benchmark), "reward": reward})
@@ -143,8 +144,6 @@ def of_rows(name: str, rows: Any, reward: str | None = None, answer_column: str 
 
 
 def _golds(name: str, rows: Any, column: str) -> list[Any]:
-    if column.partition(".")[0] not in (rows.column_names if isinstance(rows, Dataset) else rows[0]):
-        raise ValueError(f"{name}: there is no column {column!r}.")
     try:
         return read_golds(rows, column).texts
     except ValueError as error:
@@ -170,25 +169,9 @@ def _published(name: str, rows: Dataset) -> Benchmark:
 def _from_hub(name: str) -> Dataset:
     known = BENCHMARKS[name]
     try:
-        return load_dataset(known.dataset, known.config, split=known.split)
-    except Exception as error:  # of the Hub's client, of datasets, of the network: any of many classes
-        raise ValueError(
-            f"{name}: {known.dataset} cannot be loaded from the Hub ({_first_line(error)}). With a local copy: "
-            f"{name}=FILE.parquet"
-        ) from None
-
-
-_KINDS = {".json": "json", ".jsonl": "json", ".parquet": "parquet"}
-
-
-def _from_file(path: str) -> Dataset:
-    kind = _KINDS.get(Path(path).suffix)
-    if kind is None or not Path(path).is_file():
-        raise ValueError(f"{path!r} is no .json, .jsonl or .parquet file.")
-    try:
-        return load_dataset(kind, data_files=path, split="train")
-    except Exception as error:
-        raise ValueError(f"{path} cannot be read ({_first_line(error.__cause__ or error)}).") from None
+        return rows_of_hub(known.dataset, known.config, known.split)
+    except ValueError as error:
+        raise ValueError(f"{name}: {error} With a local copy: {name}=FILE.parquet") from None
 
 
 def _gym(name: str) -> Benchmark:
@@ -199,7 +182,7 @@ def _gym(name: str) -> Benchmark:
     except ImportError:
         raise ValueError(f'{name} needs reasoning-gym: pip install "tbrm-trl[gym]"') from None
     except (ValueError, TypeError, AssertionError) as error:
-        raise ValueError(f"{name}: {_first_line(error)}") from None
+        raise ValueError(f"{name}: {first_line(error)}") from None
     return Benchmark(
         name, [row["question"] for row in rows], {gym.COLUMN: [r[gym.COLUMN] for r in rows]}, "reasoning_gym"
     )
@@ -209,13 +192,9 @@ def _unknown(name: str) -> str:
     close = difflib.get_close_matches(name.lower().replace("-", "").replace("_", ""), BENCHMARKS, 1)
     meant = f" Did you mean {close[0]}?" if close else ""
     return (
-        f"There is no benchmark {name!r}.{meant} Names: {', '.join(BENCHMARKS)}; gym:TASK; or a .json, .jsonl or "
-        ".parquet file."
+        f"There is no benchmark {name!r}.{meant} Names: {', '.join(BENCHMARKS)}; gym:TASK; or a .json, .jsonl, "
+        ".parquet or .csv file."
     )
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
 def messages(prompt: Any, system_prompt: str) -> Any:

@@ -47,16 +47,18 @@ class EvaluationCallback(TrainerCallback):
         name = f"{args.output_dir}, step {state.global_step}"
         policy = ModelPolicy(name, kwargs["model"], kwargs["processing_class"], self.batch_size)
         folder = Path(args.output_dir) / "evaluations" / f"step-{state.global_step}"
-        which = (state.global_step, policy.weights())
+        which = (state.global_step, policy.weights())  # once: it reads all of them
         if which != self._found[0]:  # the Trainer calls once for each of several evaluation sets
             metrics: dict[str, float] = {}
             for benchmark in self.benchmarks:
-                values = self._evaluated(policy, benchmark, folder, args)
+                values = self._evaluated(policy, which[1], benchmark, folder, args)
                 metrics |= {f"eval_{benchmark.name}/{metric}": value for metric, value in values.items()}
             self._found = (which, metrics)
         kwargs["metrics"].update(self._found[1])
 
-    def _evaluated(self, policy: ModelPolicy, benchmark: Benchmark, folder: Path, args: Any) -> dict[str, float]:
+    def _evaluated(
+        self, policy: ModelPolicy, weights: str, benchmark: Benchmark, folder: Path, args: Any
+    ) -> dict[str, float]:
         """The metrics of one benchmark, the same on every process."""
         process, processes = args.process_index, args.world_size
         places = [(p, s) for p in range(len(benchmark)) for s in range(self.settings.samples)]
@@ -72,7 +74,7 @@ class EvaluationCallback(TrainerCallback):
         values: list[Any] = [None]
         if args.should_save:
             path.unlink(missing_ok=True)  # of the same step, before a resume
-            result = open_result(path, header(policy, benchmark, self.settings))
+            result = open_result(path, header(policy, benchmark, self.settings, weights))
             append(result, everywhere)
             values = [result.metrics()]
         return next(one for one in gather_object(values) if one is not None)

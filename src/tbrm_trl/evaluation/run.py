@@ -2,6 +2,7 @@
 
 import asyncio
 import inspect
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
@@ -11,7 +12,7 @@ from typing import Any, Protocol
 import torch
 import xxhash
 from tqdm.auto import tqdm
-from transformers import PreTrainedTokenizerBase
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
 
 from ..rewards import NAMES, gym, reading, reward_function
 from ..rewards.notation import normal, squeezed
@@ -45,6 +46,35 @@ class ModelPolicy:
     tokenizer: PreTrainedTokenizerBase
     batch_size: int = 64
     backend: str = "transformers"
+
+    @classmethod
+    def load(cls, name: str, *, batch_size: int = 64, use_cpu: bool = False, **options: Any) -> "ModelPolicy":
+        """A checkpoint, or the folder of an adapter, on the GPU if there is one.
+
+        Args:
+            name: id on the Hub, or a folder.
+            batch_size: completions generated at once.
+            use_cpu: whether to stay on the CPU.
+            options: of `from_pretrained`.
+
+        Raises:
+            ValueError: in one line, if it cannot be loaded.
+        """
+        try:
+            tokenizer = AutoTokenizer.from_pretrained(name, revision=options.get("revision"))
+            if tokenizer.pad_token is None:
+                tokenizer.pad_token = tokenizer.eos_token
+            of: Any = AutoModelForCausalLM
+            if (Path(name) / "adapter_config.json").is_file():
+                from peft import AutoPeftModelForCausalLM
+
+                of = AutoPeftModelForCausalLM
+            model = of.from_pretrained(name, **{"dtype": "auto", **options})
+        except (OSError, ValueError) as error:
+            raise ValueError(f"{name} cannot be loaded: {str(error).splitlines()[0]}") from error
+        if torch.cuda.is_available() and not use_cpu and options.get("quantization_config") is None:
+            model.to("cuda")
+        return cls(name, model.eval(), tokenizer, batch_size)
 
     def generate(self, requests: Sequence[Request], how: Sampling) -> Iterator[Completion]:
         return sampling.generate(self.model, self.tokenizer, requests, how, self.batch_size)
@@ -111,7 +141,7 @@ def evaluate(
     Raises:
         ValueError: if the policy has no chat template and no template is given, or the file holds something else.
     """
-    result = open_result(path, header(policy, benchmark, settings))
+    result = open_result(path, header(policy, benchmark, settings, policy.weights()))
     places = result.missing
     total = len(places) + len(result.rows)
     with tqdm(total=total, initial=len(result.rows), desc=benchmark.name, unit="completion") as bar:
@@ -160,28 +190,37 @@ class Judge:
         """A row for each completion, with its verdict."""
         texts = [tokenizer.decode(one.ids, skip_special_tokens=True) for one in finished]
         problems = [places[one.request][0] for one in finished]
-        verdicts: Any = self.reward(
-            prompts=[prompts[problem] for problem in problems],
-            completions=[[{"role": "assistant", "content": text}] for text in texts],
-            completion_ids=[one.ids for one in finished],
-            **{name: [values[p] for p in problems] for name, values in self.benchmark.columns.items()},
-        )
-        if inspect.isawaitable(verdicts):
-            verdicts = asyncio.run(_awaited(verdicts))
+        asked, ids = [prompts[problem] for problem in problems], [one.ids for one in finished]
         return [
             Row(
-                problem=places[one.request][0],
+                problem=problem,
                 sample=places[one.request][1],
                 seed=requests[one.request].seed,
                 ids=one.ids,
                 completion=text,
                 truncated=one.truncated,
-                answer=self.answer(text, places[one.request][0]),
-                score=0.0 if verdict is None else float(verdict),
-                judged=verdict is not None,
+                answer=self.answer(text, problem),
+                score=0.0 if score is None else score,
+                judged=score is not None,
             )
-            for one, text, verdict in zip(finished, texts, verdicts, strict=True)
+            for one, text, problem, score in zip(
+                finished, texts, problems, self.verdicts(asked, texts, ids, problems), strict=True
+            )
         ]
+
+    def verdicts(
+        self, prompts: Sequence[Any], texts: Sequence[str], ids: Sequence[list[int]], problems: Sequence[int]
+    ) -> list[float | None]:
+        """The score of each completion; None without a verdict, which NaN is too."""
+        found: Any = self.reward(
+            prompts=list(prompts),
+            completions=[[{"role": "assistant", "content": text}] for text in texts],
+            completion_ids=list(ids),
+            **{name: [values[p] for p in problems] for name, values in self.benchmark.columns.items()},
+        )
+        if inspect.isawaitable(found):
+            found = asyncio.run(_awaited(found))
+        return [None if one is None or math.isnan(one) else float(one) for one in found]
 
     def answer(self, text: str, problem: int) -> str | None:
         """The answer that a completion gives, in one spelling; None if none can be read."""
@@ -206,8 +245,8 @@ def spelled(answer: str | None) -> str | None:
     return squeezed(text) if value is None else str(value.value)
 
 
-def header(policy: Policy, benchmark: Benchmark, settings: Settings) -> dict[str, Any]:
-    """What is evaluated, and how: two runs of the same header are one evaluation."""
+def header(policy: Policy, benchmark: Benchmark, settings: Settings, weights: str | None) -> dict[str, Any]:
+    """What is evaluated, and how: two runs of the same header are one evaluation. `weights` is the policy's digest."""
     first = settings.prompts(benchmark, policy)[0]
     template = first
     if not isinstance(first, str):
@@ -215,7 +254,7 @@ def header(policy: Policy, benchmark: Benchmark, settings: Settings) -> dict[str
     return {
         "benchmark": benchmark.name,
         "model": policy.name,
-        "weights": policy.weights(),
+        "weights": weights,
         "problems": len(benchmark),
         "samples": settings.samples,
         "sampling": asdict(settings.sampling),

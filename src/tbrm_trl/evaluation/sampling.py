@@ -101,7 +101,12 @@ def generate(
 ) -> Iterator[Completion]:
     """The completions of all requests, as they finish. Between two of them the model is in the mode it came in."""
     ends = end_ids_of(model, tokenizer)
-    order = sorted(range(len(requests)), key=lambda index: -len(requests[index].prompt_ids))  # memory shows at once
+
+    def place(index: int) -> tuple[int, list[int]]:
+        ids = requests[index].prompt_ids
+        return -len(ids), ids
+
+    order = sorted(range(len(requests)), key=place)  # what memory it takes shows at once; equal prompts are read once
     inside = model.get_base_model() if is_peft_model(model) else model
     if can_select_rows(empty_cache(inside)):
         rows = [_Row(index, requests[index], sampling) for index in order]
@@ -233,5 +238,5 @@ def draw(logits: Tensor, numbers: Tensor, sampling: Sampling) -> Tensor:
         chances = ordered.softmax(-1)
         before = chances.cumsum(-1) - chances  # of the likelier ones
         logits = logits.masked_fill(torch.zeros_like(logits).scatter(1, places, before).ge(sampling.top_p), -torch.inf)
-    cumulative = logits.double().softmax(-1).cumsum(-1)
+    cumulative = logits.softmax(-1).double().cumsum(-1)  # summed in float64: it ends at 1
     return torch.searchsorted(cumulative, (numbers * cumulative[:, -1])[:, None], right=True)[:, 0]

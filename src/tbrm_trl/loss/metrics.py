@@ -3,19 +3,17 @@
 from __future__ import annotations
 
 import math
-from collections import Counter, deque
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import gather_object
 from torch import Tensor
 from trl.trainer.utils import nanstd
 
 from ..batch import Batch, TrajectoryScores, at_least_float32
-from ..trajectory import End, Trajectory, UpdateRow
+from ..trajectory import End, UpdateRow
 from .soft_value import ValueInputs
 from .trajectory_loss import LossOutput
 
@@ -209,56 +207,6 @@ def evaluation_metrics(
     for name, lengths in (("", length), ("_terminated", length[ended] if ended.any() else torch.zeros(1))):
         values |= {f"completions/{how}{name}_length": getattr(lengths, how)() for how in ("mean", "min", "max")}
     return {name: value.item() for name, value in values.items()}
-
-
-class AdvantageColumn:
-    """`β δ` of the rollouts that TRL's table of completions shows, in its order.
-
-    A row of the table is there once it is generated, and has its residual once it was in an update.
-
-    Args:
-        size: the rows of the table that this process generates.
-    """
-
-    def __init__(self, size: int) -> None:
-        self.size = size
-        self.generations: deque[list[float | None]] = deque()  # the values of each generation's rows on this process
-        self.places: dict[str, dict[int, tuple[list[float | None], int]]] = {}  # of the last trajectories of each mode
-
-    def add(self, trajectories: Sequence[Trajectory], mode: str) -> None:
-        """Add the rollouts of a generation, in the order in which TRL returned them. `mode`: "train" or "eval"."""
-        values: list[float | None] = [None] * len(trajectories)
-        self.generations.append(values)
-        self.places[mode] = {id(one): (values, place) for place, one in enumerate(trajectories)}
-        while sum(map(len, self.generations)) - len(self.generations[0]) >= self.size:
-            self.generations.popleft()
-
-    def set(self, rows: Sequence[UpdateRow], residual: Tensor, mode: str) -> None:
-        """Take the residuals of a micro-batch: `(B,)` in reward units. Rows that do not count have none."""
-        places = self.places.get(mode, {})
-        for row, value in zip(rows, residual.tolist(), strict=True):
-            if id(row.trajectory) in places and row.left_out is None:
-                values, place = places[id(row.trajectory)]
-                values[place] = value
-
-    def over_processes(self) -> list[float]:
-        """The whole column: in each generation the rows of one process after those of another. All call this."""
-        generations = zip(*gather_object([list(self.generations)]), strict=True)
-        column = [value for of_processes in generations for values in of_processes for value in values]
-        return [math.nan if value is None else value for value in column]
-
-    def state(self, window: Sequence[Trajectory]) -> dict[str, Any]:
-        """Plain values, for a checkpoint that holds these trajectories."""
-        number = {id(values): number for number, values in enumerate(self.generations)}
-        found = [self.places.get("train", {}).get(id(trajectory)) for trajectory in window]
-        places = [found and id(found[0]) in number and [number[id(found[0])], found[1]] for found in found]
-        return {"generations": list(self.generations), "places": places}
-
-    def restore(self, state: dict[str, Any], window: Sequence[Trajectory]) -> None:
-        """Go on from what `state` returned."""
-        self.generations = deque(state["generations"])
-        found = [(one, place) for one, place in zip(window, state["places"], strict=True) if place]
-        self.places = {"train": {id(one): (self.generations[n], place) for one, (n, place) in found}}
 
 
 class Recorder:

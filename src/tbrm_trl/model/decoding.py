@@ -157,13 +157,17 @@ class Slots:
         """Read rows into free places: their prompts, and what is drawn of them already."""
         if not rows:
             return self._idle()
-        known = [[*row.prompt_ids, *row.completion_ids] for row in rows]
-        missing = [max(map(len, known)) - len(one) for one in known]
-        device = self.mask.device
-        ids = torch.tensor([[0] * n + one for n, one in zip(missing, known, strict=True)], device=device)  # (k, L)
-        mask = torch.tensor([[0] * n + [1] * len(one) for n, one in zip(missing, known, strict=True)], device=device)
+        known = [(*row.prompt_ids, *row.completion_ids) for row in rows]
+        distinct = {one: number for number, one in enumerate(dict.fromkeys(known))}  # a prompt is read once
+        width, device = max(map(len, known)), self.mask.device
+        ids = torch.tensor([[0] * (width - len(one)) + [*one] for one in distinct], device=device)  # (d, L)
+        mask = torch.tensor([[0] * (width - len(one)) + [1] * len(one) for one in distinct], device=device)
         cache = empty_cache(self.model)
         logits = self._forward(ids, mask, cache)
+        if len(distinct) < len(rows):
+            of_row = torch.tensor([distinct[one] for one in known], device=device)  # (k,)
+            cache.batch_select_indices(of_row)
+            mask, logits = mask[of_row], logits[of_row]
         free = [place for place in range(self.size) if place not in self.places]
         self.cache = _joined(self.cache, cache) if self.rows else cache
         self.mask = torch.cat(_equally_wide(self.mask, mask)) if self.rows else mask

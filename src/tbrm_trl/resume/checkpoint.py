@@ -30,7 +30,7 @@ from safetensors.numpy import save_file as save_arrays
 from safetensors.torch import load_file, save_file
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, sort_checkpoints
 
-from ..files import plain_value, write_json
+from ..files import plain, plain_value, write_json
 from ..sources.parquet import read_trajectories, write_trajectories
 from ..trajectory import Trajectory
 
@@ -291,7 +291,7 @@ def checkpoint_to_resume(
     else:  # of version 1, which says less
         shared, before = said, {}
         now = {**identity, _OLD_REFERENCE: (settings or {}).get(_REFERENCE)}
-    now = json.loads(json.dumps(now, default=plain_value))
+    shared, now = plain(shared), plain(now)
     differing = [name for name in now if name in shared and shared[name] != now[name]]
     if differing:
         raise ValueError(
@@ -305,7 +305,7 @@ def checkpoint_to_resume(
 
 def _changes(checkpoint: Path, before: Any, now: Mapping[str, Any], no_effect: Sequence[str]) -> list[str]:
     """One sentence of the settings that are no longer those of the checkpoint, if any."""
-    old, new = (dict(_flat({n: v for n, v in one.items() if n != _REFERENCE})) for one in (before, _plain(now)))
+    old, new = (dict(_flat({n: v for n, v in one.items() if n != _REFERENCE})) for one in map(plain, (before, now)))
     changed = {n: f"{n} was {old[n]!r} and is {new[n]!r}" for n in new if n in old and old[n] != new[n]}
     changed |= {n: f"{n} was {old[n]!r} and is no more" for n in old if n not in new}
     changed |= {n: f"{n} is new: {new[n]!r}" for n in new if before and n not in old}
@@ -322,10 +322,6 @@ def _changes(checkpoint: Path, before: Any, now: Mapping[str, Any], no_effect: S
             "Start a new run from its weights to change them"
         )
     return [f"Since {checkpoint.name} was written, settings have changed. {'. '.join(parts)}."] if parts else []
-
-
-def _plain(value: Any) -> Any:
-    return json.loads(json.dumps(value, default=plain_value))
 
 
 def _flat(value: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:

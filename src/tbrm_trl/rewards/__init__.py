@@ -113,6 +113,9 @@ def _imported(path: str) -> Any:
     if not module:
         raise ValueError(f"There is no reward {path!r}. Names: {', '.join(NAMES)}; or a dotted path, module.function.")
     try:
-        return getattr(importlib.import_module(module), name)
-    except (ImportError, AttributeError) as error:
-        raise ValueError(f"The reward {path!r} cannot be imported: {error}") from error
+        found = getattr(importlib.import_module(module), name)
+    except Exception as error:  # whatever the module raises
+        raise ValueError(f"The reward {path!r} cannot be imported: {str(error) or type(error).__name__}") from error
+    if not callable(found):
+        raise ValueError(f"The reward {path!r} is no function, but {found!r}.")
+    return found

@@ -57,6 +57,8 @@ def read_golds(rows: Any, column: str | None = None, unreadable: str = "refuse")
         raise ValueError(
             f"No column holds answers that can be read. Columns: {', '.join(_columns(rows))}. Name the right one."
         )
+    if column.partition(".")[0] not in _columns(rows):
+        raise ValueError(f"There is no column {column!r}. Columns: {', '.join(_columns(rows))}.")
     cells = list(cells_of(rows, column))
     texts = [reading.gold_text(cell) if read_gold(cell) is not None else None for cell in cells]
     golds = Golds(column, texts, {row: cells[row] for row, text in enumerate(texts) if text is None})

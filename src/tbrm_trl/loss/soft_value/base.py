@@ -1,6 +1,6 @@
 """What every estimator of the soft value answers to: one subclass of `SoftValue` is one published method."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import Any, ClassVar, Self
 
@@ -121,8 +121,13 @@ class SoftValue:
         A constant that has changed since a trajectory's window is renewed here.
         """
 
-    def after_update(self, metrics: Mapping[str, float]) -> None:
-        """Called after each update that was taken, with its metrics over all processes (`docs/metrics.md`)."""
+    def after_update(self, metrics: Mapping[str, float], residuals: Iterable[tuple[Trajectory, float]]) -> None:
+        """Called after each update that was taken. Both are read from the device, but for an estimator without this.
+
+        Args:
+            metrics: of the update, over all processes (`docs/metrics.md`).
+            residuals: the trajectories of this process that counted, each with its β δ.
+        """
 
     def state(self) -> Any:
         """What a checkpoint must hold besides trained modules, as JSON-able values. Each process saves its own."""

@@ -1,8 +1,8 @@
-"""SPO: what each prompt's rollouts have earned so far, forgotten as the policy moves."""
+"""SPO: what each prompt's trajectories have earned so far, forgotten as the policy moves."""
 
 import math
 from collections import defaultdict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, ClassVar
 
 import numpy as np
@@ -13,7 +13,7 @@ from ...trajectory import Source, Trajectory
 from .base import ConstantValue
 from .run import Run
 
-LEAST_KEPT, MOST_KEPT = 0.875, 0.96  # of a prompt's counts from one window to the next, as published
+LEAST_KEPT = 0.875  # of a prompt's counts from one window to the next, however far the policy has moved; as published
 EVERY_PROMPT = ""
 
 
@@ -25,15 +25,20 @@ class TrackedValue(ConstantValue):
     per token. It is measured by the distance from the reference, `d = √(2 KL(π‖π_ref))`: `D = (d − d_last)²/2`, the
     least that the two distances allow. A window's own rewards are counted when the next one begins, so no fresh
     trajectory has its reward in its value. A prompt that is new has the mean of all prompts, with the weight of one.
+
+    With `soft_value_tracks="value"` s is the sum of `R − β log-ratio` over the trajectories of all updates. That is
+    what each says of β V, so that the mean is the V that minimises the prompt's squared residuals, and V is free.
     """
 
     name = "tracked"
-    options: ClassVar = frozenset({"soft_value_half_life"})
+    options: ClassVar = frozenset({"soft_value_half_life", "soft_value_kept", "soft_value_tracks"})
 
     @classmethod
     def _problems(cls, args: TBRMOptions) -> Iterator[str]:
         if not args.soft_value_half_life > 0:
             yield f"`soft_value_half_life={args.soft_value_half_life}` must be positive: it divides the KL moved."
+        if not 0 <= args.soft_value_kept <= 1:
+            yield f"`soft_value_kept={args.soft_value_kept}` must lie between 0 and 1: it is a share of counts."
         if args.reference == "previous" or args.sync_ref_model:
             yield (
                 '`soft_value="tracked"` measures how far the policy has moved by its distance from one fixed '
@@ -41,10 +46,11 @@ class TrackedValue(ConstantValue):
             )
 
     def check_data(self, dataset: Any, logged: np.ndarray) -> None:
-        if len(logged) and logged.all():
+        if len(logged) and logged.all() and self.args.soft_value_tracks == "reward":
             raise ValueError(
                 '`soft_value="tracked"` tracks what the policy\'s own rollouts earn, and the training set has logged '
-                'rows alone. Add prompts without a completion, or use "policy", "calibrated" or "learned".'
+                'rows alone. What others earned is no value of this policy. Set `soft_value_tracks="value"`, which is '
+                "right for any data, or add prompts without a completion."
             )
 
     def attach(self, run: Run) -> None:
@@ -53,23 +59,26 @@ class TrackedValue(ConstantValue):
 
     def prepare(self, run: Run) -> None:
         self.counts: dict[str, tuple[float, float, float]] = {}  # by prompt: n, s, and d at its last window
-        self.earned: list[tuple[str, float]] = []  # prompt and reward of the rollouts of this window
+        self.earned: list[tuple[str, float]] = []  # of this window and process: prompts, and what is tracked of each
         self.distance = 0.0  # d of the last update
 
     def on_window(self, trajectories: Sequence[Trajectory], rows: Sequence[Mapping[str, Any]], group_size: int) -> None:
         if not self.run.evaluating:
             self._count()
-            own = [t for t in trajectories if t.source is Source.ROLLOUT and self.run.counts(t)]
-            self.earned = gather_object([(t.prompt_key, self.args.reward_of(t)) for t in own])
+            if self.args.soft_value_tracks == "reward":
+                own = [t for t in trajectories if t.source is Source.ROLLOUT and self.run.counts(t)]
+                self.earned = [(t.prompt_key, self.args.reward_of(t)) for t in own]
         self.on_update(trajectories)
 
     def on_update(self, trajectories: Sequence[Trajectory]) -> None:
         for trajectory in trajectories:
             trajectory.value = self._value(trajectory.prompt_key)
 
-    def after_update(self, metrics: Mapping[str, float]) -> None:
+    def after_update(self, metrics: Mapping[str, float], residuals: Iterable[tuple[Trajectory, float]]) -> None:
         if "kl" in metrics:  # it is measured on fresh rollouts
             self.distance = math.sqrt(2 * max(metrics["kl"], 0.0))
+        if self.args.soft_value_tracks == "value":  # β V − β δ = R − β log-ratio
+            self.earned += [(t.prompt_key, (t.value or 0.0) - residual) for t, residual in residuals]
 
     def _value(self, prompt: str) -> float:
         number, total, _ = self.counts.get(prompt) or self.counts.get(EVERY_PROMPT) or (1.0, 0.0, 0.0)
@@ -77,14 +86,15 @@ class TrackedValue(ConstantValue):
 
     def _count(self) -> None:
         rewards: dict[str, list[float]] = defaultdict(list)
-        for prompt, reward in self.earned:
+        for prompt, reward in gather_object(self.earned):
             rewards[EVERY_PROMPT].append(reward)  # first, so that a prompt that is new begins with this mean
             rewards[prompt].append(reward)
         for prompt, given in rewards.items():
             number, total, last = self.counts.get(prompt, (1.0, self._value(prompt), self.distance))
             moved = (self.distance - last) ** 2 / 2
-            kept = min(max(2 ** (-moved / self.args.soft_value_half_life), LEAST_KEPT), MOST_KEPT)
+            kept = min(max(2 ** (-moved / self.args.soft_value_half_life), LEAST_KEPT), self.args.soft_value_kept)
             self.counts[prompt] = (kept * number + len(given), kept * total + sum(given), self.distance)
+        self.earned = []
 
     def state(self) -> dict[str, Any]:
         return {"counts": self.counts, "earned": self.earned, "distance": self.distance}

@@ -1,0 +1,103 @@
+"""Processes that train, an update at a time, each in its turn: what they take is compared pair by pair.
+
+A process reads a line from stdin before each update and answers with one line of JSON. `Turns` is the callback that
+does so in it, `Process` the other end.
+"""
+
+import json
+import os
+import random
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import numpy as np
+from transformers import TrainerCallback
+
+Counter = Callable[[], AbstractContextManager[Any]]
+
+
+class Turns(TrainerCallback):
+    """Waits for its turn before an update, and says afterwards what it took.
+
+    Args:
+        counter: gives a context that counts what is dispatched inside it, for the updates that are asked to `count`.
+        counted: reads that context when it is over, as plain values.
+    """
+
+    def __init__(self, counter: Counter = nullcontext, counted: Callable[[Any], Any] = lambda context: None):
+        self.counter, self.counted = counter, counted
+        self.answers = os.fdopen(os.dup(1), "w")
+        os.dup2(2, 1)  # what the trainer prints stays out of the answers
+
+    def on_step_begin(self, args, state, control, **kwargs):
+        counts = sys.stdin.readline().strip() == "count"
+        self.context = self.counter() if counts else nullcontext()
+        self.inside = self.context.__enter__()
+        self.began = time.perf_counter()
+
+    def on_step_end(self, args, state, control, **kwargs):
+        seconds = time.perf_counter() - self.began
+        self.context.__exit__(None, None, None)
+        counts = None if isinstance(self.context, nullcontext) else self.counted(self.inside)
+        print(json.dumps({"seconds": seconds, "counts": counts}), file=self.answers, flush=True)
+
+
+class Process:
+    """One that trains, on the cores that it is given. Its command ends with `Turns`."""
+
+    def __init__(self, command: Sequence[str], cores: set[int], searched: str | None = None):
+        environment = {**os.environ, "OMP_NUM_THREADS": str(len(cores)), "TRL_EXPERIMENTAL_SILENCE": "1"}
+        if searched is not None:
+            environment["PYTHONPATH"] = searched
+        pinned = ["taskset", "-c", ",".join(map(str, sorted(cores)))]
+        self.command = list(command)
+        self.process = subprocess.Popen(
+            [*pinned, sys.executable, *command],
+            stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, env=environment,
+        )  # fmt: skip
+
+    def update(self, line: str = "go") -> dict[str, Any]:
+        assert self.process.stdin is not None and self.process.stdout is not None
+        print(line, file=self.process.stdin, flush=True)
+        if not (answer := self.process.stdout.readline()):
+            raise RuntimeError(f"The process {' '.join(self.command)} has ended.")
+        return json.loads(answer)
+
+    def end(self) -> None:
+        self.process.kill()
+        self.process.wait()
+
+
+def take_turns(processes: Mapping[str, Process], updates: int, seed: int = 0) -> dict[str, list[float]]:
+    """Seconds of each update of each process; who goes first changes at random."""
+    rng, seconds = random.Random(seed), {name: list[float]() for name in processes}
+    for number in range(updates):
+        for name in rng.sample(list(processes), len(processes)):
+            seconds[name].append(processes[name].update()["seconds"])
+        last = ", ".join(f"{name} {took[-1]:.3g} s" for name, took in seconds.items())
+        print(f"{number + 1} of {updates}: {last}", file=sys.stderr)
+    return seconds
+
+
+def interval(mine: Sequence[float], theirs: Sequence[float]) -> tuple[float, float, float]:
+    """Median of the ratios of pairs, and the 95% interval of it over resampled pairs."""
+    ratios = np.array(mine) / np.array(theirs)
+    return _interval(float(np.median(ratios)), np.median(ratios[_resampled(len(ratios))], axis=1))
+
+
+def interval_of_totals(mine: Sequence[float], theirs: Sequence[float]) -> tuple[float, float, float]:
+    """Ratio of the sums over pairs, and the 95% interval of it over resampled pairs."""
+    ours, others, places = np.array(mine), np.array(theirs), _resampled(len(mine))
+    return _interval(float(ours.sum() / others.sum()), ours[places].sum(axis=1) / others[places].sum(axis=1))
+
+
+def _resampled(pairs: int) -> np.ndarray:
+    return np.random.default_rng(0).integers(pairs, size=(10_000, pairs))
+
+
+def _interval(value: float, resampled: np.ndarray) -> tuple[float, float, float]:
+    return value, float(np.quantile(resampled, 0.025)), float(np.quantile(resampled, 0.975))

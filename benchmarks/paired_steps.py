@@ -1,0 +1,171 @@
+"""A step of TBRM, without and with a pool of rollouts, beside one of TRL's GRPO: three processes that take turns.
+
+    python benchmarks/paired_steps.py              # SmolLM2-135M; about an hour, on the cores that it may use
+    python benchmarks/paired_steps.py --quick      # a tiny model, to a temporary folder
+
+Every step generates its rollouts, of lengths that are planned. `benchmarks/step.py` has the parts of a step, and
+`benchmarks/pool.py` counts what a pool saves. Writes docs/benchmarks/paired_steps.{json,md}.
+"""
+
+import itertools
+import json
+import os
+import sys
+import tempfile
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+import step
+import torch
+from common import tasks, tiny
+from common.measure import quiet, set_up
+from common.report import parse, table, wrapped, write
+from common.turns import Process, Turns, interval, interval_of_totals, take_turns
+from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
+from transformers import LogitsProcessor
+
+POOL = 48
+# The methods by kind of lengths, and the rows that may run ahead.
+COMPARED = {
+    "equal": {step.PEER: 0, "TBRM": 0},
+    "long_tail": {step.PEER: 0, "TBRM": 0, "TBRM with a pool": POOL},
+}
+ASKED = {("equal", "TBRM"): 1.02, ("long_tail", "TBRM"): 0.62, ("long_tail", "TBRM with a pool"): 0.56}
+WARMED_UP = 5  # updates: the optimizer's states are there, and the pool is full
+
+
+class ByPrompt(LogitsProcessor):
+    """Each prompt's completion ends at its own length, not before, wherever and whenever it is drawn."""
+
+    def __init__(self, lengths: dict[tuple[int, ...], int], prompt: int, end_token: int):
+        self.lengths, self.prompt, self.end_token = lengths, prompt, end_token
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        drawn = input_ids.shape[1] - self.prompt + 1  # with the token that is drawn now
+        keys = map(tuple, input_ids[:, : self.prompt].tolist())
+        ends = torch.tensor([drawn >= self.lengths[key] for key in keys], device=scores.device)  # (B,)
+        scores = scores.masked_fill(ends.unsqueeze(1), -torch.inf)  # (B, V)
+        scores[:, self.end_token] = torch.where(ends, 0.0, -torch.inf).to(scores.dtype)  # (B,)
+        return scores
+
+
+def worker(method: str, ahead: int, given: dict[str, Any], windows: int) -> None:
+    """In a process of its own: an update for each line on stdin. Every window has the same lengths."""
+    turns = Turns(lambda: FlopCounterMode(display=False), lambda counter: counter.get_total_flops())
+    set_up(len(os.sched_getaffinity(0)))
+    work = step.Work(**{**given, **{name: tuple(given[name]) for name in ("lengths", "warm_up")}})
+    with tempfile.TemporaryDirectory() as folder, quiet():
+        more = {"rollout_pool": ahead} if ahead else {}
+        trainer = step.trainer_of(method, work, Path(folder), 0, windows, **more)
+        trainer.add_callback(turns)
+        if ahead:
+            by_prompt(trainer, work)
+        else:
+            step.Plan(work, windows, trainer.processing_class, step.Clock()).govern(trainer.model)
+        trainer.train()
+
+
+def by_prompt(trainer: Any, work: step.Work) -> None:
+    """Give every row of the data set one of the planned lengths."""
+    tokenizer, model = trainer.processing_class, trainer.model
+    ids = tokenizer(text=list(trainer.train_dataset["prompt"]))["input_ids"]
+    planned = dict(zip(map(tuple, ids), itertools.cycle(work.lengths), strict=False))
+    processors, plan = model._get_logits_processor, ByPrompt(planned, work.prompt, tokenizer.eos_token_id)
+
+    def with_plan(*args: Any, **kwargs: Any) -> Any:
+        given = processors(*args, **kwargs)
+        given.append(plan)
+        return given
+
+    model._get_logits_processor = with_plan
+
+
+def measure(work: step.Work, methods: dict[str, int], updates: int) -> dict[str, Any]:
+    """Seconds of each update by method, and the floating-point operations of one."""
+    windows = WARMED_UP + 1 + updates + 2 * POOL // len(work.lengths)  # nothing runs ahead of the last ones
+    given = json.dumps(asdict(replace(work, warm_up=work.lengths)))
+    processes = {
+        name: Process(
+            [__file__, "--worker", name.removesuffix(" with a pool"), str(ahead), given, str(windows)],
+            os.sched_getaffinity(0),
+        )
+        for name, ahead in methods.items()
+    }
+    try:
+        for process in processes.values():
+            for _ in range(WARMED_UP):
+                process.update()
+        operations = {name: process.update("count")["counts"] for name, process in processes.items()}
+        return {"seconds": take_turns(processes, updates), "operations": operations}
+    finally:
+        for process in processes.values():
+            process.end()
+
+
+def report(measured: dict[str, Any], environment: dict[str, Any], works: dict[str, step.Work]) -> str:
+    rows = []
+    for kind, found in measured.items():
+        peer, operations = found["seconds"][step.PEER], found["operations"]
+        for name, took in found["seconds"].items():
+            if name == step.PEER:
+                continue
+            # A step with a pool decodes more than its window or less, so that only sums are comparable.
+            ratio, low, high = (interval if kind == "equal" else interval_of_totals)(took, peer)
+            limit = ASKED[kind, name]
+            bound = high if kind == "equal" else ratio
+            rows.append(
+                [
+                    kind.replace("_", " "), name, str(len(took)), f"{ratio:.3f} ({low:.3f} to {high:.3f})",
+                    f"{limit}", "met" if bound <= limit else "**missed**",
+                    f"{operations[name] / operations[step.PEER]:.3f}",
+                ]
+            )  # fmt: skip
+    equal, tail = works["equal"], works["long_tail"]
+    header = ["lengths", "", "pairs", f"of {step.PEER} (95% interval)", "at most", "", "operations"]
+    text = f"""One optimizer step with the generation of its rollouts, {Path(equal.model).name}, float32, AdamW,
+        micro-batches of {equal.micro_batch}, {len(equal.lengths)} rollouts: prompts of {equal.prompt} tokens and
+        completions of {equal.lengths[0]}; or prompts of {tail.prompt} and completions of
+        {", ".join(map(str, sorted(tail.lengths)))}. {step.PEER} draws two for each prompt, the fewest that it takes.
+        Each method is a process of its own. After {WARMED_UP + 1} steps they take turns, in an order that changes; a
+        pair is two steps of one turn. On equal lengths the ratio is the median of pairs, and the upper end of its
+        interval is judged. On the long tail it is that of the sums, since a step with a pool (`rollout_pool={POOL}`)
+        decodes more than its window or less. Intervals are over resampled pairs. Operations are the floating-point
+        operations of matrix products in one step, as a multiple of {step.PEER}'s."""
+    return f"""# Steps in turn
+
+{step.introduction("paired_steps", environment)}
+
+{wrapped(text)}
+
+{table(header, rows)}
+"""
+
+
+def main() -> None:
+    options: dict[str, Any] = {
+        "model": dict(help="folder of a causal language model (default: SmolLM2-135M)"),
+        "equal": dict(type=int, help="pairs on equal lengths; default: 40, with --quick 2"),
+        "long-tail": dict(type=int, help="pairs on the long tail; default: 16, with --quick 2"),
+    }
+    arguments = parse(__doc__, quick="a tiny model and few tokens", **options)
+    quick, threads = arguments.quick, len(os.sched_getaffinity(0))
+    pairs = {
+        "equal": arguments.equal or (2 if quick else 40),
+        "long_tail": arguments.long_tail or (2 if quick else 16),
+    }
+    with tempfile.TemporaryDirectory() as folder:
+        model = arguments.model or (tiny.save(Path(folder) / "tiny", "llama") if quick else tasks.smollm2())
+        works = step.works(model, 16, 4, 8 if quick else 32, 16 if quick else 64, None)
+        measured = {kind: measure(works[kind], methods, pairs[kind]) for kind, methods in COMPARED.items()}
+    environment = step.environment(threads)
+    raw = {"environment": environment, "measured": measured}
+    write(arguments.output, "paired_steps", report(measured, environment, works), raw)
+
+
+if __name__ == "__main__":
+    if sys.argv[1:2] == ["--worker"]:
+        worker(sys.argv[2], int(sys.argv[3]), json.loads(sys.argv[4]), int(sys.argv[5]))
+    else:
+        main()

@@ -1,0 +1,324 @@
+"""`ExactResume` on the smallest of trainers, a line that is fitted: what it adds to `transformers.Trainer`."""
+
+from __future__ import annotations
+
+import os
+import signal
+import warnings
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import nn
+from transformers import TrainerCallback, TrainingArguments
+
+from tbrm_trl.resume.checkpoint import complete_checkpoints, damage, read_mark
+from tbrm_trl.resume.exact_resume import ExactResume, _as_said
+from tbrm_trl.resume.folder_lock import NAME
+
+ROWS = [{"x": torch.tensor([i / 8, 1.0]), "y": torch.tensor(i / 4)} for i in range(8)]  # 4 updates are an epoch
+
+
+@dataclass
+class Arguments(TrainingArguments):
+    stop_timeout: float = 60.0
+
+
+class Line(nn.Module):
+    """Noise, so that the random state decides how training goes on."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.tensor([0.5, -0.5]))
+
+    def forward(self, x: torch.Tensor, y: torch.Tensor) -> dict[str, torch.Tensor]:
+        return {"loss": (x @ self.weight + torch.randn(len(x)) - y).square().mean()}
+
+
+class Fit(ExactResume):
+    """Its own state is how many rows it has seen."""
+
+    def run_identity(self) -> dict[str, Any]:
+        return {"the data": len(self.train_dataset)}
+
+    def run_settings(self) -> dict[str, Any]:
+        return {"learning_rate": self.args.learning_rate, "warm-up": self.args.warmup_steps}
+
+    def forget(self) -> None:
+        self.seen, self.began = 0, False
+        self.losses: list[float] = []
+
+    def before_training(self) -> None:
+        self.began = True
+        assert (Path(self.args.output_dir) / NAME).exists()
+
+    def training_step(self, model, inputs, *args, **kwargs):
+        assert self.began
+        self.seen += len(inputs["y"])
+        loss = super().training_step(model, inputs, *args, **kwargs)
+        self.losses.append(loss.item())
+        return loss
+
+    def run_state(self, folder):
+        (folder / "beside.txt").write_text(str(self.seen))
+        return {"trainer": {}, "own": {"seen": self.seen}}, {}, {}
+
+    def restore_run_state(self, state, folder, main_folder):
+        self.seen = state[0]["own"]["seen"]
+        assert (folder / "beside.txt").read_text() == (main_folder / "beside.txt").read_text() == str(self.seen)
+
+
+class Act(TrainerCallback):
+    """Does something at the end of one update."""
+
+    def __init__(self, update: int, action) -> None:
+        self.update, self.action = update, action
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if state.global_step == self.update:
+            self.action()
+
+
+def fit(out: Path, *callbacks: TrainerCallback, rows=ROWS, **options: Any) -> Fit:
+    options = dict(
+        max_steps=10, per_device_train_batch_size=2, learning_rate=0.1, save_steps=3, logging_steps=4, use_cpu=True,
+        report_to="none", disable_tqdm=True, remove_unused_columns=False, save_total_limit=None,
+    ) | options  # fmt: skip
+    stops = options.pop("enable_jit_checkpoint", False)  # transformers' own would hear of signals too
+    trainer = Fit(Line(), Arguments(str(out), **options), train_dataset=rows, callbacks=list(callbacks))
+    trainer.args.enable_jit_checkpoint = stops
+    return trainer
+
+
+def weight_of(out: Path, step: int) -> list[float]:
+    return load_file(out / f"checkpoint-{step}/model.safetensors")["weight"].tolist()
+
+
+def steps(out: Path) -> list[int]:
+    return [int(one.name.rpartition("-")[2]) for one in complete_checkpoints(out)]
+
+
+def losses(trainer: Fit) -> list[tuple[int, float]]:
+    return [(one["step"], one["loss"]) for one in trainer.state.log_history if "loss" in one]
+
+
+def interrupt() -> None:
+    raise KeyboardInterrupt
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory) -> Fit:
+    """A run that nothing disturbed."""
+    trainer = fit(tmp_path_factory.mktemp("whole") / "out")
+    trainer.train()
+    return trainer
+
+
+def same(out: Path, trainer: Fit, whole: Fit) -> bool:
+    """Weights to the bit, logs, and the trainer's own state."""
+    return (
+        weight_of(out, 10) == weight_of(Path(whole.args.output_dir), 10)
+        and losses(trainer) == losses(whole)
+        and trainer.seen == whole.seen == 20
+    )
+
+
+def test_what_is_logged(whole):
+    """The mean loss of the updates since the last log, and the norm of the last gradient."""
+    logged = [one for one in whole.state.log_history if "loss" in one]
+    assert [one["step"] for one in logged] == [4, 8]
+    assert [one["loss"] for one in logged] == pytest.approx(
+        [sum(whole.losses[i : i + 4]) / 4 for i in (0, 4)], abs=1e-4
+    )
+    assert all(0 < one["grad_norm"] != one["loss"] for one in logged)
+
+
+# ---- resuming --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("stopped", "resume"), [(4, True), (5, "auto"), (7, "True"), (9, "checkpoint-6"), (10, "AUTO")]
+)
+def test_a_resumed_run_ends_as_an_uninterrupted_one(stopped, resume, whole, tmp_path):
+    """From updates that were logged and ones that were not, in the first epoch, at its end and after."""
+    with pytest.raises(KeyboardInterrupt):
+        fit(tmp_path, Act(stopped, interrupt)).train()
+    if resume == "checkpoint-6":
+        resume = str(tmp_path / resume)
+    trainer = fit(tmp_path)
+    trainer.train(resume, None)  # and no trial of a search
+    assert same(tmp_path, trainer, whole)
+    assert not (tmp_path / NAME).exists()
+
+
+def test_from_its_last_update_a_run_ends_at_once(whole, tmp_path):
+    """With the random state that it ended with, whatever was drawn before."""
+    fit(tmp_path).train()
+    expected = torch.randn(3)
+    again = fit(tmp_path, Act(10, interrupt), Act(11, interrupt))
+    torch.manual_seed(99)
+    again.train(resume_from_checkpoint=True)
+    assert again.state.global_step == 10 and again.seen == 20 and torch.equal(torch.randn(3), expected)
+    assert same(tmp_path, again, whole)
+
+
+def test_one_trainer_trains_twice(whole, tmp_path):
+    """The second call forgets what the first left behind."""
+    trainer = fit(tmp_path, Act(4, interrupt))
+    with pytest.raises(KeyboardInterrupt):
+        trainer.train()
+    trainer.callback_handler.callbacks = [one for one in trainer.callback_handler.callbacks if not isinstance(one, Act)]
+    trainer.train(resume_from_checkpoint=True)
+    assert trainer.seen == 20 and weight_of(tmp_path, 10) == weight_of(Path(whole.args.output_dir), 10)
+
+
+def test_words_of_a_command_line():
+    assert [_as_said(one) for one in ("true", "True", "FALSE", "auto", "AUTO")] == [True, True, False, "auto", "auto"]
+    assert [_as_said(one) for one in ("Out/Checkpoint-3", None, True, False)] == ["Out/Checkpoint-3", None, True, False]
+
+
+def test_data_that_begin_anew_are_refused(tmp_path):
+    with pytest.raises(ValueError, match=r"`ignore_data_skip=True` starts the data anew"):
+        fit(tmp_path, ignore_data_skip=True).train(resume_from_checkpoint="auto")
+    fit(tmp_path, ignore_data_skip=True, max_steps=1).train()  # without a resume it says nothing
+
+
+def test_what_has_changed_is_said(tmp_path):
+    """Other data are another run. Settings are noted, those of the optimizer as without effect."""
+    fit(tmp_path, max_steps=3).train()
+    with pytest.raises(ValueError, match="belongs to another run: the data was 8 and is 6"):
+        fit(tmp_path, rows=ROWS[:6]).train(resume_from_checkpoint=True)
+    with pytest.warns(UserWarning, match="settings have changed") as said:
+        fit(tmp_path, learning_rate=0.2, warmup_steps=1).train(resume_from_checkpoint=True)
+    [text] = [str(one.message) for one in said if "settings have changed" in str(one.message)]
+    assert "warm-up was 0 and is 1. This applies" in text and "learning_rate was 0.1 and is 0.2. This has no" in text
+
+
+# ---- whose folder it is ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("resume", [None, False, "false", "elsewhere"])
+def test_a_run_does_not_displace_another(resume, tmp_path):
+    fit(tmp_path / "out", max_steps=3).train()
+    if resume == "elsewhere":
+        resume = str(tmp_path / "elsewhere/checkpoint-3")
+        fit(tmp_path / "elsewhere", max_steps=3).train()
+    with pytest.raises(ValueError, match=r"holds checkpoint-3 of another run.* Go on with that run by"):
+        fit(tmp_path / "out").train(resume_from_checkpoint=resume)
+    assert steps(tmp_path / "out") == [3] and not (tmp_path / "out" / NAME).exists()
+
+
+def test_auto_starts_anew_over_what_is_damaged(tmp_path):
+    """But not over what another trainer has left, of which it knows nothing."""
+    fit(tmp_path / "out", max_steps=3).train()
+    (tmp_path / "out/checkpoint-3/optimizer.pt").unlink()
+    with pytest.raises(ValueError, match="No sound checkpoint"):
+        fit(tmp_path / "out").train(resume_from_checkpoint=True)
+    trainer = fit(tmp_path / "out", max_steps=4)
+    with pytest.warns(UserWarning, match="The run starts anew, since no checkpoint is sound"):
+        trainer.train(resume_from_checkpoint="auto")
+    assert trainer.seen == 8 and damage(tmp_path / "out/checkpoint-3") is None
+    (tmp_path / "theirs/checkpoint-1").mkdir(parents=True)
+    (tmp_path / "theirs/checkpoint-1/trainer_state.json").write_text("{}")
+    with pytest.raises(ValueError, match=r"No run can go on from there"):
+        fit(tmp_path / "theirs").train(resume_from_checkpoint="auto")
+
+
+def test_another_folder_may_be_gone_on_from(whole, tmp_path):
+    """A checkpoint of elsewhere, in a folder that has none."""
+    trainer = fit(tmp_path)
+    trainer.train(resume_from_checkpoint=str(Path(whole.args.output_dir) / "checkpoint-6"))
+    assert same(tmp_path, trainer, whole) and steps(tmp_path) == [9, 10]
+
+
+# ---- checkpoints -----------------------------------------------------------------------------------------------------
+
+
+def test_a_checkpoint_says_what_the_run_is_and_as_it_was_asked_for(tmp_path):
+    """Also if the number kept is limited, which holds for what is complete."""
+    trainer = fit(tmp_path, save_total_limit=2, max_steps=9)
+    trainer.train()
+    assert steps(tmp_path) == [6, 9] and not (tmp_path / "checkpoint-3").exists()
+    said = read_mark(tmp_path / "checkpoint-6")
+    assert (said["identity"], said["settings"], said["step"]) == (trainer.run_identity(), trainer.run_settings(), 6)
+    assert torch.load(tmp_path / "checkpoint-9/training_args.bin", weights_only=False).save_total_limit == 2
+    assert trainer.args.save_total_limit == 2
+
+
+def test_a_checkpoint_that_is_written_over_is_incomplete_meanwhile(tmp_path):
+    """Killed in the middle of writing, it is not taken for what it was."""
+    fit(tmp_path, max_steps=3).train()
+    trainer = fit(tmp_path, save_steps=1)
+    seen = []
+    write = trainer._save_optimizer_and_scheduler
+    trainer._save_optimizer_and_scheduler = lambda folder: (seen.append(steps(tmp_path)), write(folder))
+    (tmp_path / "checkpoint-3/scheduler.pt").unlink()
+    with warnings.catch_warnings(action="ignore"):
+        trainer.train(resume_from_checkpoint="auto")
+    assert seen[:4] == [[3], [1, 3], [1, 2], [1, 2, 3]]
+
+
+def test_a_checkpoint_is_pushed_once_it_is_complete(tmp_path, monkeypatch):
+    pushed = []
+    trainer = fit(tmp_path, max_steps=6)
+    trainer.args.push_to_hub = True
+    monkeypatch.setattr(trainer, "_push_from_checkpoint", lambda folder: pushed.append((folder, steps(tmp_path))))
+    monkeypatch.setattr(trainer, "_finish_current_push", lambda: None)
+    trainer.train()
+    assert pushed == [(str(tmp_path / "checkpoint-3"), [3]), (str(tmp_path / "checkpoint-6"), [3, 6])]
+
+
+def test_only_the_model(tmp_path):
+    """No run can go on from it, and it is no complete checkpoint."""
+    fit(tmp_path, max_steps=3, save_only_model=True).train()
+    assert steps(tmp_path) == [] and (tmp_path / "checkpoint-3/model.safetensors").exists()
+    with pytest.raises(ValueError, match="holds the model alone"):
+        fit(tmp_path).train(resume_from_checkpoint=True)
+
+
+@pytest.mark.parametrize("what", ["weight", "optimizer state"])
+def test_what_is_not_finite_is_not_written(what, tmp_path):
+    def spoil() -> None:
+        tensor = trainer.model.weight if what == "weight" else trainer.optimizer.state[trainer.model.weight]["exp_avg"]
+        tensor.data[0] = torch.inf
+
+    trainer = fit(tmp_path, Act(6, spoil))
+    last = rf"after update 6 \({what} .*\)\. The last sound checkpoint is .*checkpoint-3\. Go on"
+    with pytest.raises(RuntimeError, match=rf"checkpoint-6 is not written: 1 tensors hold NaN or infinity {last}"):
+        trainer.train()
+    assert steps(tmp_path) == [3]
+    trainer = fit(tmp_path / "first", Act(2, spoil))
+    with pytest.raises(RuntimeError, match=r"checkpoint-3 is not written: .* There is no checkpoint yet"):
+        trainer.train()
+
+
+# ---- told to stop ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("update", "signum"), [(1, signal.SIGTERM), (3, signal.SIGINT), (4, signal.SIGTERM), (8, signal.SIGINT)]
+)
+def test_a_run_that_is_told_to_stop_goes_on_later(update, signum, whole, tmp_path, capsys):
+    """After this update, with a checkpoint: at the end of an epoch, or where one is due anyway, with no second one."""
+    saved, before = [], signal.getsignal(signum)
+    trainer = fit(tmp_path, Act(update, lambda: os.kill(os.getpid(), signum)), enable_jit_checkpoint=True)
+    write = trainer._write_checkpoint
+    trainer._write_checkpoint = lambda folder, *args: (saved.append(folder.name), write(folder, *args))
+    with pytest.raises(SystemExit) as ended:
+        trainer.train()
+    assert ended.value.code == 128 + signum and saved.count(f"checkpoint-{update}") == 1
+    assert trainer.state.global_step == update == steps(tmp_path)[-1] and not (tmp_path / NAME).exists()
+    assert f"Stopped after update {update}. Its checkpoint is complete" in capsys.readouterr().out
+    assert signal.getsignal(signum) == before
+    resumed = fit(tmp_path, enable_jit_checkpoint=True)
+    resumed.train(resume_from_checkpoint="auto")
+    assert same(tmp_path, resumed, whole)
+
+
+def test_told_after_its_last_update_a_run_ends_as_ever(whole, tmp_path):
+    trainer = fit(tmp_path, Act(10, lambda: os.kill(os.getpid(), signal.SIGTERM)), enable_jit_checkpoint=True)
+    trainer.train()
+    assert same(tmp_path, trainer, whole)

@@ -1,0 +1,46 @@
+"""Values as JSON holds them, and rows of a file."""
+
+import json
+import math
+from collections import deque
+
+import numpy as np
+import pytest
+import torch
+
+from tbrm_trl.files import plain, rows_of_file
+from tbrm_trl.run_log import append_line, read_lines
+
+
+@pytest.mark.parametrize(
+    ("value", "expected"),
+    [
+        (math.nan, None),
+        (math.inf, "inf"),
+        (np.float64("-inf"), "-inf"),
+        (torch.tensor([1.5, math.nan]), [1.5, None]),
+        (np.float32(0.5), 0.5),
+        ((1, deque([True, "a"])), [1, [True, "a"]]),
+        ({1: {"x": (math.nan,)}}, {"1": {"x": [None]}}),
+        (print, str(print)),
+    ],
+)
+def test_plain_values(value, expected):
+    """NaN is no value. An infinite number is one, which JSON has no number for."""
+    assert plain(value) == expected
+    assert json.loads(json.dumps(plain(value), allow_nan=False)) == expected
+
+
+def test_the_log_has_six_digits_and_no_nan(tmp_path):
+    append_line(tmp_path / "log.jsonl", {"step": 1, "loss": 1 / 3, "reward": math.nan, "grad_norm": math.inf})
+    assert read_lines(tmp_path / "log.jsonl") == [{"step": 1, "loss": 0.333333, "reward": None, "grad_norm": "inf"}]
+
+
+def test_rows_of_each_kind_of_file(tmp_path):
+    expected = [{"question": "1+1=", "answer": 2}, {"question": "2+2=", "answer": 4}]
+    (tmp_path / "a.jsonl").write_text("\n".join(map(json.dumps, expected)))
+    (tmp_path / "a.json").write_text(json.dumps(expected))
+    (tmp_path / "a.csv").write_text("question,answer\n1+1=,2\n2+2=,4\n")
+    rows_of_file(tmp_path / "a.csv").to_parquet(tmp_path / "a.parquet")
+    for kind in ("jsonl", "json", "csv", "parquet"):
+        assert rows_of_file(tmp_path / f"a.{kind}").to_list() == expected

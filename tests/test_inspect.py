@@ -1,0 +1,64 @@
+"""inspect-ai beside `tbrm eval`: the same problems and checkpoint, the same completions and the same numbers."""
+
+import pytest
+from helpers.examples import sums
+
+from tbrm_trl.cli import main
+from tbrm_trl.evaluation.results import read_result
+
+inspect_ai = pytest.importorskip("inspect_ai")
+LETTERS = "helpers.reward_functions.letters"  # which the untrained model differs in
+
+
+def judged(model: str, name: str, folder, temperature: float, samples: int, tokens: int = 16):
+    """One benchmark by `tbrm eval` and by inspect-ai: the result of one and the log of the other."""
+    from tbrm_trl.evaluation.inspect_adapter import benchmark
+
+    given = f"--samples {samples} --temperature {temperature} --max_new_tokens {tokens} --use_cpu true".split()
+    given += ["--reward_funcs", LETTERS]
+    main(["eval", "--model_name_or_path", model, "--benchmarks", name, "--output_dir", str(folder / "tbrm"), *given])
+    (file,) = (folder / "tbrm").glob("*.jsonl")
+    (log,) = inspect_ai.eval(
+        benchmark(name, samples=samples, reward=LETTERS), model=f"tbrm/{model}", model_args={"use_cpu": True},
+        display="none", temperature=temperature, max_tokens=tokens, log_dir=str(folder / "inspect"),
+    )  # fmt: skip
+    assert log.status == "success", log.error
+    return read_result(file), log
+
+
+def test_the_same_completions_and_numbers(llama, tmp_path):
+    result, log = judged(llama, str(sums(tmp_path / "sums.json")), tmp_path, temperature=0.0, samples=1)
+    assert len(log.samples) == result.problems > 4
+    for sample in log.samples:
+        row = result.rows[sample.id, 0]
+        score = sample.scores["verdict"]
+        assert (sample.output.completion, score.value, score.answer) == (row.completion, row.score, row.answer)
+        assert sample.output.usage.output_tokens == len(row.ids)
+        assert sample.output.stop_reason == ("max_tokens" if row.truncated else "stop")
+    numbers = {name: metric.value for name, metric in log.results.scores[0].metrics.items()}
+    metrics = result.metrics()
+    assert numbers["accuracy"] == pytest.approx(metrics["avg@1"]) and 0 < metrics["avg@1"] < 1
+    assert numbers["stderr"] == pytest.approx(metrics["avg@1_error"])
+
+
+def test_samples_of_a_problem_differ(llama, tmp_path):
+    """Each has a seed of its own, as in `tbrm eval`; the seeds are not the same ones."""
+    _, log = judged(llama, str(sums(tmp_path / "sums.json")), tmp_path, temperature=1.0, samples=3)
+    by_problem: dict = {}
+    for sample in log.samples:
+        by_problem.setdefault(sample.id, []).append(sample.output.completion)
+    assert all(len(set(texts)) == 3 for texts in by_problem.values())
+
+
+@pytest.mark.parametrize(
+    ("given", "said"), [({"stop_seqs": ["."]}, "samples without stop_seqs"), ({"temperature": -1.0}, "must be 0")]
+)
+def test_what_the_sampler_has_not_is_refused(given, said, llama, tmp_path):
+    from tbrm_trl.evaluation.inspect_adapter import benchmark
+
+    name = str(sums(tmp_path / "sums.json"))
+    (log,) = inspect_ai.eval(
+        benchmark(name, limit=1), model=f"tbrm/{llama}", model_args={"use_cpu": True}, display="none",
+        log_dir=str(tmp_path), **given,
+    )  # fmt: skip
+    assert log.status == "error" and said in log.error.message
