@@ -6,6 +6,7 @@ import runpy
 import sys
 from collections import Counter
 from dataclasses import fields, replace
+from functools import cache
 from html.parser import HTMLParser
 from inspect import signature
 from pathlib import Path
@@ -184,12 +185,18 @@ class Shown(HTMLParser):
         self.text += "".join(data.split())
 
 
+@cache
+def site_markdown() -> Markdown:
+    """That of `mkdocs.yml`, but for links to headings and colours."""
+    config = load_config(str(ROOT / "mkdocs.yml"))
+    extensions = [one for one in config.markdown_extensions if one not in ("toc", "pymdownx.highlight")]
+    return Markdown(extensions=extensions, extension_configs=config.mdx_configs)
+
+
 @pytest.mark.parametrize("page", pages(), ids=lambda page: str(page.relative_to(ROOT)))
 def test_the_site_shows_what_the_repository_shows(page):
     """MkDocs reads another Markdown than CommonMark: lists within lists, and stars, may differ."""
-    config = load_config(str(ROOT / "mkdocs.yml"))
-    extensions = [one for one in config.markdown_extensions if one not in ("toc", "pymdownx.highlight")]
-    site = Shown(Markdown(extensions=extensions, extension_configs=config.mdx_configs).convert(page.read_text()))
+    site = Shown(site_markdown().reset().convert(page.read_text()))
     repository = Shown(MarkdownIt("commonmark").enable("table").render(page.read_text()))
     assert site.form == repository.form
     assert site.text == repository.text
