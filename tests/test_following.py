@@ -138,10 +138,11 @@ def test_replay_logged_rows_and_evaluation_beside_followed_rollouts(llama, tmp_p
 # ---- which rows, in which order --------------------------------------------------------------------------------------
 
 
-def test_rows_are_taken_once_in_order_however_files_are_cut(llama, tmp_path):
+def test_rows_are_taken_once_in_order_however_files_are_cut(llama, tmp_path, capsys):
     """Windows of 4 rows out of files of 1 to 7, which are written while the learner waits for them."""
     records, rows = tmp_path / "records", made_rows(32)
     trainer = follow(llama, tmp_path, records, max_steps=8)
+    assert f"each generation takes 4 rollouts from {records}, for 1 update(s) on 4 each" in capsys.readouterr().out
     writer = threading.Thread(target=write_slowly, args=(records, rows, 7, 0, 0.01))
     trainer._followed.watch = lambda: None if writer.ident else writer.start()  # it begins when it is waited for
     trainer.train()
