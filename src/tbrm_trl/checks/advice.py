@@ -26,7 +26,9 @@ def startup_line(mix: WindowMix, args: TBRMOptions, sampler: WindowSampler | Non
     fresh = args.fresh_updates
     updates = fresh * args.num_iterations
     parts = []
-    if mix.rollouts:
+    if mix.rollouts and not args.draws_prompts:
+        parts.append(f"{mix.rollouts} rollouts from {args.followed_folder}")
+    elif mix.rollouts:
         parts.append(
             f"{mix.rollouts // args.num_generations} prompts × {args.num_generations} rollouts = "
             f"{mix.rollouts} trajectories"
@@ -39,7 +41,7 @@ def startup_line(mix: WindowMix, args: TBRMOptions, sampler: WindowSampler | Non
         f"{replayed} ({args.per_device_train_batch_size} per device × {processes} process(es) × {accumulation} "
         "accumulation)"
     )
-    if sampler is None:
+    if sampler is None or not args.draws_prompts:
         return f"{line}; {args.max_steps} updates in all."
     prompts, logs, windows = len(sampler.prompts), len(sampler.logged), sampler.windows
     if mix.rollouts:
