@@ -15,6 +15,7 @@ import ast
 import copy
 import inspect
 import json
+import math
 import os
 import resource
 import signal
@@ -662,7 +663,8 @@ def try_all(
         said = child.said() or {"result": "killed", "by": "does not end"}
         kills[said.get("by", "")] += 1
         seconds = round(time.monotonic() - child.began, 2)
-        store[mutant.name] = {"line": mutant.line, **said, "tests": tests, "seconds": seconds}
+        late = {"late": True} if mutant.name in store else {}  # it had survived other tests
+        store[mutant.name] = {"line": mutant.line, **said, "tests": tests, "seconds": seconds, **late}
         print(f"{said['result']:10} {seconds:6.2f} {mutant.line:4} {mutant.name}", file=sys.stderr, flush=True)
 
 
@@ -691,11 +693,14 @@ def page(store: Store) -> str:
         "statement left out, `None` returned, arguments exchanged, a keyword left out. Texts, annotations, decorators "
         "and assertions stay. It is killed if one of its named tests fails: those that enter the changed function, the "
         f"fastest first, as far as they take {LIMIT:.0f} seconds of processor time together. The mutants are tried in "
-        "an order that is as good as random, so that those tried first are a sample."
+        "an order that is as good as random, so that those tried first are a sample. Where not all were, a share has "
+        "its 95% interval."
     )
+    late = sum(store[name].get("late", False) for name, result in results.items() if result == "killed")
     what = wrapped(
-        "Not reached are changes of what is made at import and is more than a number, and of functions that close over "
-        "other variables then. Equivalent are survivors that compute the same as the original."
+        f"Of the mutants killed, {late} had survived until a test was written for what they change. Not reached are "
+        "changes of what is made at import and is more than a number, and of functions that close over other variables "
+        "then. Equivalent are survivors that compute the same as the original."
     )
     parts = [f"# Mutants killed\n\n{about}\n\n{how}", table(_HEADER, rows), what]
     if others:
@@ -721,8 +726,18 @@ def _row(name: str, counts: Counter[str]) -> list[str]:
     tried = counts["killed"] + counts["survived"] + counts["not reached"]
     others = counts["killed"] + counts["survived"] - counts["equivalent"]
     share = f"{counts['killed'] / others:.1%}" if others else "–"
+    if others and tried < counts["made"]:
+        low, high = wilson(counts["killed"], others)
+        share += f" ({low:.0%} to {high:.0%})"
     numbers = (counts["made"], tried, counts["killed"], counts["not reached"], counts["survived"], counts["equivalent"])
     return [name, *map(str, numbers), share]
+
+
+def wilson(killed: int, tried: int) -> tuple[float, float]:
+    """The 95% interval of a share of which a sample is known (Wilson)."""
+    z, share = 1.96, killed / tried
+    middle, width = share + z**2 / (2 * tried), z * math.sqrt(share * (1 - share) / tried + z**2 / (4 * tried**2))
+    return (middle - width) / (1 + z**2 / tried), (middle + width) / (1 + z**2 / tried)
 
 
 def _code(name: str) -> str:
