@@ -526,15 +526,19 @@ def measure(runner: Runner, file: Path) -> None:
         digest = xxhash.xxh3_64_hexdigest(Path(item.path).read_bytes())
         if name in measured and measured[name]["digest"] == digest:
             continue
-        entered.clear()
         began = spent()
-        threading.settrace(on_call)
-        sys.settrace(on_call)
         failed = runner.failing([name])
-        sys.settrace(None)
-        threading.settrace(None)  # type: ignore[arg-type]
+        seconds = spent() - began
+        if not failed and seconds < 2 * LIMIT:
+            entered.clear()
+            threading.settrace(on_call)
+            sys.settrace(on_call)
+            failed = runner.failing([name])
+            sys.settrace(None)
+            threading.settrace(None)  # type: ignore[arg-type]
         enters = [] if failed else sorted(entered)
-        measured[name] = {"digest": digest, "seconds": round(spent() - began, 2), "enters": enters}
+        entered.clear()
+        measured[name] = {"digest": digest, "seconds": round(seconds, 2), "enters": enters}
 
 
 def _codes(file: str) -> Iterator[tuple[CodeType, str]]:
@@ -609,7 +613,8 @@ def main() -> None:
         def work(runner: Runner) -> None:
             measured = measured_tests(runner, Path(folder))
             every = [mutant for file in files for mutant in mutants_of(file)]
-            known = {name for name, one in store.items() if not (arguments.anew and one["result"] == "survived")}
+            again = {name for name, one in store.items() if one["result"] == "survived" and name not in EQUIVALENT}
+            known = store.keys() - (again if arguments.anew else set())
             # Those tried first are a sample of all. Old survivors come before them.
             left = sorted(
                 (mutant for mutant in every if mutant.name not in known),
