@@ -126,6 +126,15 @@ _SAME_RESULT: dict[str, tuple[str, ...]] = {
         "resume/exact_resume.py ExactResume._maybe_log_save_evaluate: self._save_checkpoint(model, trial) → "
         "self._save_checkpoint(trial, model)",
     ),
+    "It is multiplied by a residual of 0.": (
+        "loss/trajectory_loss.py TrajectoryLoss._squared_in_part: 0.0 → 1.0",
+        "loss/trajectory_loss.py TrajectoryLoss._squared_in_part: 0.0 → -1.0",
+    ),
+    "Numbers of 16 bits are looked at as 32, in which they are the same.": ("resume/finite.py not_finite: 1 → 2",),
+    "Any number that is not whole.": (
+        "resume/exact_resume.py ExactResume._maybe_log_save_evaluate: 0.5 → 1.5",
+        "resume/exact_resume.py ExactResume._maybe_log_save_evaluate: 0.5 → -0.5",
+    ),
     "`write_json` makes the folder.": (
         "resume/checkpoint.py mark_complete: (folder / _FOLDER).mkdir(exist_ok=True) → (deleted)",
         "resume/checkpoint.py mark_complete: (folder / _FOLDER).mkdir(exist_ok=True) → (folder / _FOLDER).mkdir()",

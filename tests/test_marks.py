@@ -142,6 +142,18 @@ def test_another_run_and_other_settings(tmp_path):
     assert checkpoint_to_resume(folder, str(tmp_path), IDENTITY) == (str(folder), [])  # without settings
 
 
+def test_a_run_is_described_by_arrays_too(tmp_path):
+    """They are written as lists, and compared as such."""
+    (tmp_path / "checkpoint-1").mkdir()
+    identity = {"sizes": np.arange(3)}
+    mark_complete(tmp_path / "checkpoint-1", {"identity": identity, "settings": {"scale": np.ones(2)}})
+    assert damage(tmp_path / "checkpoint-1") is None
+    found = checkpoint_to_resume(True, str(tmp_path), identity, {"scale": np.ones(2)})
+    assert found == (str(tmp_path / "checkpoint-1"), [])
+    with pytest.raises(ValueError, match=r"sizes was \[0, 1, 2\] and is \[0, 1\]"):
+        checkpoint_to_resume(True, str(tmp_path), {"sizes": np.arange(2)})
+
+
 def test_the_mark_lists_every_other_file(tmp_path):
     folder = write(tmp_path, 2)
     (folder / "tbrm/complete.json").unlink()

@@ -149,6 +149,19 @@ def test_a_trajectory_is_dropped_with_its_group(prioritized):
     assert names(buffer.stored) == [2, 3, 6, 7]
 
 
+def test_what_is_dropped_weighs_no_more():
+    """The smallest priority leaves. Of the others, 2 and 4, the weights are 1 and 1/2 then."""
+    torch.manual_seed(0)
+    buffer = ReplayBuffer(capacity=8, prioritized=True, exponent=1.0, correction=1.0)
+    everyone = [drawn_at(0, name, priority=priority) for name, priority in enumerate([1.0, 2.0, 4.0])]
+    buffer.add(everyone)
+    buffer.sample(2, 0, alone)
+    buffer.drop(everyone[:1])
+    draws = [buffer.sample(2, 0, alone) for _ in range(20)]
+    weights = {name: w for one in draws for name, w in zip(names(one.trajectories), one.weights, strict=True)}
+    assert weights == {1: pytest.approx(1.0), 2: pytest.approx(0.5, rel=1e-4)}
+
+
 def test_prioritized_draws_from_a_large_buffer_are_as_often_as_they_should_be():
     """Over several blocks, after evictions, changed priorities and rows that were never replayed: 40,000 draws."""
     torch.manual_seed(0)
