@@ -61,6 +61,7 @@ _SAME_RESULT: dict[str, tuple[str, ...]] = {
     "A tensor of two dimensions: its last one is dimension 1.": (
         "loss/residual.py sum_over: -1 → 1",
         "loss/terms.py random_subset: draw.argsort(dim=1).argsort(dim=1) → draw.argsort(dim=1).argsort()",
+        "loss/terms.py random_subset: draw.argsort(dim=1) → draw.argsort()",
     ),
     "A tensor of one dimension: its first one is its last.": (
         "loss/soft_value/partition.py PartitionValue._value: 0 → -1",
@@ -97,6 +98,8 @@ _SAME_RESULT: dict[str, tuple[str, ...]] = {
     "Other draws, which depend on the seed alone as well.": (
         "loss/soft_value/sampled.py _random_state_of: 63 → 64",
         "loss/soft_value/sampled.py _random_state_of: 63 → 62",
+        "loss/soft_value/sampled.py SampledValue._sampled_rewards: _random_state_of(args.seed, first + process) → "
+        "_random_state_of(first + process, args.seed)",
     ),
     "0 divided by another number, or a number that nothing reads.": (
         "loss/soft_value/tracked.py TrackedValue._value: 1.0 → 2.0",
@@ -131,6 +134,29 @@ _SAME_RESULT: dict[str, tuple[str, ...]] = {
         "loss/trajectory_loss.py TrajectoryLoss._squared_in_part: 0.0 → -1.0",
     ),
     "Numbers of 16 bits are looked at as 32, in which they are the same.": ("resume/finite.py not_finite: 1 → 2",),
+    "No number of the first action divides: 0, or masked.": (
+        "loss/terms.py random_prefix: 1 → 2 (6)",
+        "loss/terms.py random_prefix: 1 → 0 (6)",
+    ),
+    "Any number that is not NaN.": (
+        "loss/trajectory_loss.py TrajectoryLoss.left_out: 0.0 → 1.0",
+        "loss/trajectory_loss.py TrajectoryLoss.left_out: 0.0 → -1.0",
+    ),
+    "β is one for all, and what writers found is found equal before.": (
+        "loss/soft_value/base.py ValueInputs.joined: 0 → -1",
+        "resume/exact_resume.py ExactResume._on_writers: 0 → -1 (2)",
+    ),
+    "Symmetric.": (
+        "resume/folder_lock.py FolderLock._is_current: os.path.samestat(os.fstat(descriptor), os.stat(self.file)) → "
+        "os.path.samestat(os.stat(self.file), os.fstat(descriptor))",
+    ),
+    "How many rows or states are handled at once changes no value.": (
+        "sources/replay.py : 1024 → 1023",
+        "sources/replay.py : 1024 → 1025",
+        "loss/soft_value/model.py ModelValue.on_window: groupby(sorted(set(states), key=len), key=len) → "
+        "groupby(sorted(set(states), key=len))",
+    ),
+    "No trajectory without an action enters the buffer.": ("sources/store.py TrajectoryStore.__getitem__: 1 → 0",),
     "Any number that is not whole.": (
         "resume/exact_resume.py ExactResume._maybe_log_save_evaluate: 0.5 → 1.5",
         "resume/exact_resume.py ExactResume._maybe_log_save_evaluate: 0.5 → -0.5",

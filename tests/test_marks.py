@@ -115,6 +115,9 @@ def test_where_none_is_sound(tmp_path):
         resume(True, tmp_path)
     with pytest.raises(ValueError, match="No other one beside it is sound"):
         resume(last, tmp_path)
+    (write(tmp_path / "alone", 1) / "optimizer.pt").unlink()
+    with pytest.raises(ValueError, match=r"is missing\)\. There is no complete one beside it"):
+        resume(tmp_path / "alone/checkpoint-1", tmp_path)
 
 
 def test_another_run_and_other_settings(tmp_path):
