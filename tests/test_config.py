@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import math
 import re
 import warnings
 
@@ -279,3 +280,34 @@ def test_fsdp_version_of_the_launcher(monkeypatch):
 def test_generation_without_gathering(stage, gather, warned, recwarn):
     config(deepspeed={"zero_optimization": {"stage": stage}}, ds3_gather_for_generation=gather)
     assert sum("gathers all weights once, layer by layer" in str(w.message) for w in recwarn) == warned
+
+
+BUFFER = dict(replay_buffer_size=8, num_iterations=2)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"learning_rate": -1e-6}, "`learning_rate=-1e-06` must be 0 or positive"),
+        ({"learning_rate": math.inf}, "`learning_rate=inf` must be 0 or positive"),
+        ({"beta": 10**400}, "`beta=10"),
+        ({"logged_fraction": 1.5}, r"`logged_fraction=1\.5` must lie between 0 and 1"),
+        ({"max_prompt_length": 0}, "`max_prompt_length=0` must be at least 1"),
+        ({"max_skipped_updates": 0}, "`max_skipped_updates=0` must be at least 1"),
+        ({"max_tokens_per_microbatch": 0}, "`max_tokens_per_microbatch=0` must be at least 1"),
+        ({"max_tokens_per_microbatch": 9, "gradient_accumulation_steps": 2}, "divides an update into micro-batches"),
+        ({"truncation": "bootstrap", "truncated_reward": math.inf}, "`truncated_reward=inf` must be a finite number"),
+        ({"sft_coef": 0.1, "sft_threshold": math.nan}, "`sft_threshold=nan` must be a finite number"),
+        (BUFFER | {"replay_max_age": 0}, "`replay_max_age=0` must be at least 1 update"),
+        (BUFFER | {"num_iterations": 1}, "`replay_buffer_size` has no effect with `num_iterations=1`"),
+        (BUFFER | {"residual": "token"}, "the buffer keeps the sum of the reference's"),
+        (
+            BUFFER | {"replay_sampling": "prioritized", "replay_priority_exponent": 1.5},
+            r"`replay_priority_exponent=1\.5` must lie between 0 and 1",
+        ),
+    ],
+    ids=str,
+)
+def test_numbers_out_of_range(options, message):
+    with pytest.raises(ValueError, match=message):
+        config(**dict(per_device_train_batch_size=4) | options)

@@ -234,6 +234,14 @@ def test_another_folder_may_be_gone_on_from(whole, tmp_path):
     assert same(tmp_path, trainer, whole) and steps(tmp_path) == [9, 10]
 
 
+def test_a_folder_that_cannot_be_written_to(tmp_path):
+    trainer = fit(tmp_path / "out")
+    (tmp_path / "out").rmdir()
+    (tmp_path / "out").write_text("a file of this name")
+    with pytest.raises(OSError, match="`output_dir`"):
+        trainer.train()
+
+
 # ---- checkpoints -----------------------------------------------------------------------------------------------------
 
 
@@ -316,6 +324,15 @@ def test_a_run_that_is_told_to_stop_goes_on_later(update, signum, whole, tmp_pat
     resumed = fit(tmp_path, enable_jit_checkpoint=True)
     resumed.train(resume_from_checkpoint="auto")
     assert same(tmp_path, resumed, whole)
+
+
+def test_what_the_end_of_an_epoch_logs_comes_before_the_stop(tmp_path):
+    """Told to stop in its last update, a run ends the epoch first."""
+    stopped = fit(tmp_path / "out", Act(4, lambda: os.kill(os.getpid(), signal.SIGTERM)), enable_jit_checkpoint=True,
+                  logging_strategy="epoch")  # fmt: skip
+    with pytest.raises(SystemExit):
+        stopped.train()
+    assert [step for step, _ in losses(stopped)] == [4]
 
 
 def test_told_after_its_last_update_a_run_ends_as_ever(whole, tmp_path):

@@ -115,6 +115,9 @@ def test_where_none_is_sound(tmp_path):
         resume(True, tmp_path)
     with pytest.raises(ValueError, match="No other one beside it is sound"):
         resume(last, tmp_path)
+    (write(tmp_path / "alone", 1) / "optimizer.pt").unlink()
+    with pytest.raises(ValueError, match=r"is missing\)\. There is no complete one beside it"):
+        resume(tmp_path / "alone/checkpoint-1", tmp_path)
 
 
 def test_another_run_and_other_settings(tmp_path):
@@ -140,6 +143,18 @@ def test_another_run_and_other_settings(tmp_path):
     _, [said] = resume(folder, tmp_path, gone=3, learning_rate=1.0)
     assert said == start + "learning_rate was 0.001 and is 1.0. " + effect
     assert checkpoint_to_resume(folder, str(tmp_path), IDENTITY) == (str(folder), [])  # without settings
+
+
+def test_a_run_is_described_by_arrays_too(tmp_path):
+    """They are written as lists, and compared as such."""
+    (tmp_path / "checkpoint-1").mkdir()
+    identity = {"sizes": np.arange(3)}
+    mark_complete(tmp_path / "checkpoint-1", {"identity": identity, "settings": {"scale": np.ones(2)}})
+    assert damage(tmp_path / "checkpoint-1") is None
+    found = checkpoint_to_resume(True, str(tmp_path), identity, {"scale": np.ones(2)})
+    assert found == (str(tmp_path / "checkpoint-1"), [])
+    with pytest.raises(ValueError, match=r"sizes was \[0, 1, 2\] and is \[0, 1\]"):
+        checkpoint_to_resume(True, str(tmp_path), {"sizes": np.arange(2)})
 
 
 def test_the_mark_lists_every_other_file(tmp_path):

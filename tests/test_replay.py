@@ -149,6 +149,49 @@ def test_a_trajectory_is_dropped_with_its_group(prioritized):
     assert names(buffer.stored) == [2, 3, 6, 7]
 
 
+def test_a_new_row_has_the_largest_priority_there_is():
+    """Also if that is below 1: of 0.25, 0.5 and a new row, the weights are 1, 1/2 and 1/2."""
+    torch.manual_seed(0)
+    buffer = ReplayBuffer(capacity=3, prioritized=True, exponent=1.0, correction=1.0)
+    buffer.add([drawn_at(0, 0, priority=0.25), drawn_at(0, 1, priority=0.5), drawn_at(0, 2)])
+    draws = [buffer.sample(2, 0, alone) for _ in range(30)]
+    weights = {name: w for one in draws for name, w in zip(names(one.trajectories), one.weights, strict=True)}
+    assert weights == pytest.approx({0: 1.0, 1: 0.5, 2: 0.5}, rel=1e-4)
+
+
+@pytest.mark.parametrize("prioritized", [False, True])
+def test_a_cleared_buffer_begins_anew(prioritized):
+    buffer = ReplayBuffer(capacity=4, prioritized=prioritized)
+    buffer.add(drawn_at(0, name, priority=1.0) for name in range(4))
+    assert buffer.sample(2, 0, alone) is not None
+    buffer.clear()
+    assert len(buffer) == 0 and buffer.sample(1, 0, alone) is None
+    buffer.add([drawn_at(1, 7, priority=3.0)])
+    assert names(buffer.sample(1, 1, alone).trajectories) == [7]
+
+
+def test_groups_are_drawn_from_what_is_there():
+    """Two groups of a buffer for eight."""
+    buffer = ReplayBuffer(capacity=8, group_size=2)
+    buffer.add(drawn_at(0, name) for name in range(4))
+    for _ in range(20):
+        numbers = buffer.sample(4, 0, alone).numbers
+        assert sorted(numbers) == [0, 1, 2, 3] and numbers[1] == numbers[0] + 1
+
+
+def test_what_is_dropped_weighs_no_more():
+    """The smallest priority leaves. Of the others, 2 and 4, the weights are 1 and 1/2 then."""
+    torch.manual_seed(0)
+    buffer = ReplayBuffer(capacity=8, prioritized=True, exponent=1.0, correction=1.0)
+    everyone = [drawn_at(0, name, priority=priority) for name, priority in enumerate([1.0, 2.0, 4.0])]
+    buffer.add(everyone)
+    buffer.sample(2, 0, alone)
+    buffer.drop(everyone[:1])
+    draws = [buffer.sample(2, 0, alone) for _ in range(20)]
+    weights = {name: w for one in draws for name, w in zip(names(one.trajectories), one.weights, strict=True)}
+    assert weights == {1: pytest.approx(1.0), 2: pytest.approx(0.5, rel=1e-4)}
+
+
 def test_prioritized_draws_from_a_large_buffer_are_as_often_as_they_should_be():
     """Over several blocks, after evictions, changed priorities and rows that were never replayed: 40,000 draws."""
     torch.manual_seed(0)

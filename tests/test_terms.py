@@ -214,10 +214,10 @@ def test_scatter_draws_every_subset_alike():
     ("fraction", "kept"), [(0.5, (2, 1, 0)), (0.01, (1, 1, 0)), (0.7, (3, 2, 0)), (1.0, (4, 2, 0))]
 )
 def test_scatter_keeps_so_many(fraction, kept):
-    """⌈f n⌉ of n = 4, 2 and 0 actions, at least one where there is any."""
-    mask = torch.cat([MASK, torch.zeros(1, 6).bool()])
+    """⌈f n⌉ of n = 4, 2, 0 and 1 actions, at least one where there is any."""
+    mask = torch.cat([MASK, torch.zeros(1, 6).bool(), torch.arange(6)[None] == 3])
     chosen, probability = random_subset(mask, fraction)
-    assert tuple(chosen.sum(dim=1).tolist()) == kept and not (chosen & ~mask).any()
+    assert tuple(chosen.sum(dim=1).tolist()) == (*kept, 1) and not (chosen & ~mask).any() and probability[3, 3] == 1
     for row, (k, n) in enumerate(zip(kept, (4, 2), strict=False)):
         assert probability[row, mask[row]].tolist() == pytest.approx([k / n] * n)
 

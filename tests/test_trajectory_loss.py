@@ -143,3 +143,4 @@ def test_in_part_by_hand(selection):
     assert output.loss.tolist() == pytest.approx([0.0625, 0.680625], rel=1e-6)
     assert output.residual.tolist() == pytest.approx([0.5, -1.65], rel=1e-6) and output.aux_loss == 3
     assert output.loss.requires_grad and not output.residual.requires_grad
+    assert loss(rows, batch, scores).aux_loss == 3  # and from the only one
