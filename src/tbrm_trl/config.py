@@ -41,6 +41,8 @@ class TBRMConfig(TBRMOptions):
                 *options.check_groups(self, self.window_group_size, self.update_group_size),
                 *options.check_replay(self, self.update_group_size),
                 *options.check_rollout_pool(self),
+                *options.check_drawing_ahead(self),
+                *options.check_following(self),
                 *launch.check_launch(self),
             ]
         refuse(problems)

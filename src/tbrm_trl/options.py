@@ -5,6 +5,7 @@ import inspect
 import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, fields
+from pathlib import Path
 from types import MappingProxyType
 from typing import Any, TypeVar
 
@@ -30,7 +31,7 @@ HARMLESS = (
 _SECRET = re.compile(r"(token|api_key|secret|password)$", flags=re.I)
 # Of the options that this library and TRL declare: those that only say how a run is run, logged or stored.
 _NOT_OF_THE_RUN = re.compile(
-    r"(log_|vllm_server_|vllm_mode|vllm_gpu_|vllm_tensor_|num_completions_to_print|save_rollouts|stop_timeout|reward_timeout|max_skipped_updates|ds3_gather)"
+    r"(log_|vllm_server_|vllm_mode|vllm_gpu_|vllm_tensor_|num_completions_to_print|save_rollouts|follow_timeout|async_server|stop_timeout|reward_timeout|max_skipped_updates|ds3_gather)"
 )
 # Of those that transformers declares: what decides how training goes on.
 _OF_THE_RUN = (
@@ -212,6 +213,31 @@ class TBRMOptions(GRPOConfig):
             of a generation whose rows have ended, in the order of the data, so that a window waits for its own rows
             alone. A rollout that is under way when the policy moves goes on under the new one. 0 draws each window by
             itself.
+
+        > Parameters that control rollouts beside training
+
+        rollouts (`"sync"` or `"async"`, *optional*, defaults to `"sync"`):
+            `"sync"` draws a window, then trains on it. `"async"` starts an actor as a child process, which draws coming
+            windows from a server while the run trains: `docs/asynchronous.md`. It needs `max_steps`.
+        follow_rollouts (`str` or `None`, *optional*):
+            Folder of rollouts that others write, in the format of `docs/asynchronous.md`. The run takes them in order
+            in place of its own, as they come. It needs `max_steps`. None follows none, or `output_dir/records` with
+            `rollouts="async"`.
+        follow_timeout (`float`, *optional*, defaults to `1800.0`):
+            Seconds that the run waits for the rollouts of a window before it stops with an error that says what is
+            missing.
+        max_staleness (`int`, *optional*, defaults to `4`):
+            Updates that the policy may make between the first token of a trajectory and the update that takes it for
+            the first time. The actor starts no trajectory that might exceed it. 0 lets it draw the present window
+            alone. A writer of another kind keeps the bound itself; the metric `staleness/max` says what came.
+        async_server (`str` or `None`, *optional*):
+            Address of the OpenAI-compatible server that the actor draws from, such as `http://localhost:8000`.
+        publish_policy (`bool` or `None`, *optional*):
+            Write the policy to `output_dir/policy` before training and after every update, for those who draw from it.
+            None does so with `rollouts="async"`.
+
+        > Parameters that control what is saved
+
         save_rollouts (`bool`, *optional*, defaults to `False`):
             Write every rollout to `output_dir/rollouts` as Parquet. `load_rollouts` reads them back as a training set.
             The residual and the soft value of each trajectory in each update go to `output_dir/updates`.
@@ -302,6 +328,12 @@ class TBRMOptions(GRPOConfig):
     logged_fraction: float | None = None
     precompute_ref_log_probs: bool | None = None
     rollout_pool: int = 0
+    rollouts: str = "sync"
+    follow_rollouts: str | None = None
+    follow_timeout: float = 1800.0
+    max_staleness: int = 4
+    async_server: str | None = None
+    publish_policy: bool | None = None
     save_rollouts: bool = False
     max_prompt_length: int | None = None
     long_prompts: str = "refuse"
@@ -339,6 +371,17 @@ class TBRMOptions(GRPOConfig):
     def fresh_updates(self) -> int:
         """Updates of a generation window that take its trajectories for the first time."""
         return self.steps_per_generation // self.gradient_accumulation_steps
+
+    @property
+    def followed_folder(self) -> Path | None:
+        """Where the rollouts come from that others draw; None if this run draws its own."""
+        if self.follow_rollouts is not None:
+            return Path(self.follow_rollouts)
+        return Path(self.output_dir) / "records" if self.rollouts == "async" else None
+
+    @property
+    def publishes_policy(self) -> bool:
+        return self.rollouts == "async" if self.publish_policy is None else self.publish_policy
 
     def reward_of(self, trajectory: Trajectory) -> float:
         """R(τ) before a baseline: what was earned. Under `truncation="bootstrap"` no verdict on a fragment counts."""

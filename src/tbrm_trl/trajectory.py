@@ -43,6 +43,9 @@ class Trajectory:
         policy_step: updates that the policy had made when it drew the last token; None if it was another run's.
         first_policy_step: the same for the first token, which is an earlier policy's if the completion was under way
             when the policy moved; None if it was not recorded.
+        policy_version: name of the published policy that drew the last token; None if it was not published. Two runs of
+            a step, before and after a resume, are two versions.
+        first_policy_version: the same for the first token.
         ref_log_probs: `(C,)` log π_ref of the completion tokens (0 where not chosen); None until scored. The replay
             buffer keeps only their sum, and gives every action an equal share of it.
         ref_soft_value: V_ref(s_1); None until scored.
@@ -65,6 +68,8 @@ class Trajectory:
     group_id: int = 0
     policy_step: int | None = None
     first_policy_step: int | None = None
+    policy_version: str | None = None
+    first_policy_version: str | None = None
     ref_log_probs: Tensor | None = None
     ref_soft_value: float | None = None
     ref_end_value: float | None = None

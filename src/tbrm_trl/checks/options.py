@@ -13,6 +13,7 @@ from transformers import GenerationConfig
 
 from ..loss.soft_value import SoftValue
 from ..options import HARMLESS, TBRMOptions
+from ..sources.bounds import Bounds
 from .trl_options import REFUSED
 
 CHOICES = {
@@ -20,6 +21,7 @@ CHOICES = {
     "loss_units": ("reward", "logits"),
     "reference": ("initial", "previous"),
     "replay_sampling": ("uniform", "prioritized"),
+    "rollouts": ("sync", "async"),
     "reward_baseline": ("none", "group_mean", "batch_mean"),
     "residual": ("trajectory", "token"),
     "token_selection": ("scatter", "cut"),
@@ -399,17 +401,70 @@ def check_rollout_pool(args: TBRMOptions) -> Iterator[str]:
         )
     if not size:
         return
+    for name in ("use_vllm", "use_transformers_continuous_batching"):
+        if getattr(args, name):
+            yield (
+                f"`rollout_pool={size}` with `{name}=True` is refused: the pool decodes with the policy's own forward. "
+                f"Use {name}=False, or no pool."
+            )
+
+
+def check_drawing_ahead(args: TBRMOptions) -> Iterator[str]:
+    """Refuse what needs to know the one policy that drew a rollout, where several may have."""
+    given = f"rollout_pool={args.rollout_pool}" if args.rollout_pool else _following(args)
+    if given is None:
+        return
     for name, wanted, reason in (
-        ("use_vllm", False, "the pool decodes with the policy's own forward"),
-        ("use_transformers_continuous_batching", False, "the pool decodes with the policy's own forward"),
         ("reference", "initial", "a rollout that several policies have drawn has no previous one"),
         ("replay_max_age", None, "rollouts enter the buffer out of the order of their ages"),
     ):
         if getattr(args, name) != wanted:
             yield (
-                f"`rollout_pool={size}` with `{name}={getattr(args, name)!r}` is refused: {reason}. Use {name}="
-                f"{wanted!r}, or no pool."
+                f"`{given}` with `{name}={getattr(args, name)!r}` is refused: {reason}. Use {name}={wanted!r}, or "
+                f"leave {given.partition('=')[0]} at its default."
             )
+
+
+def check_following(args: TBRMOptions) -> Iterator[str]:
+    given = _following(args)
+    if given is None:
+        for name in ("follow_timeout", "max_staleness", "async_server"):
+            if not args.is_default(name):
+                yield (
+                    f"`{name}={getattr(args, name)!r}` has no effect where a run draws its own rollouts. Set "
+                    "rollouts='async' or follow_rollouts, or leave it at its default."
+                )
+        return
+    try:
+        Bounds(
+            args.generation_batch_size, args.fresh_updates, args.fresh_updates * args.num_iterations, args.max_staleness
+        )
+    except ValueError as refusal:
+        yield str(refusal)
+    if not 0 < args.follow_timeout <= TIMEOUT_MAX:
+        yield f"`follow_timeout={args.follow_timeout}` must be a positive number of seconds, at most {TIMEOUT_MAX:.0f}."
+    if args.max_steps <= 0:
+        yield (
+            f"`{given}` needs `max_steps`: rollouts come as long as others draw them, so that an epoch has no "
+            "end. Set max_steps to the number of updates; the schedule of the learning rate runs over them."
+        )
+    if args.rollout_pool:
+        yield (
+            f"`{given}` with `rollout_pool={args.rollout_pool}` is refused: either this run draws rollouts "
+            "ahead, or others do. Use one of the two."
+        )
+    if args.world_size > 1 and args.follow_timeout >= args.ddp_timeout:
+        yield (
+            f"`follow_timeout={args.follow_timeout}` is not below `ddp_timeout={args.ddp_timeout}`: the other "
+            "processes would give up waiting before it is reached. Raise ddp_timeout, or lower follow_timeout."
+        )
+
+
+def _following(args: TBRMOptions) -> str | None:
+    """The option by which others draw the rollouts, as it was given; None if the run draws its own."""
+    if args.follow_rollouts is not None:
+        return f"follow_rollouts={args.follow_rollouts!r}"
+    return "rollouts='async'" if args.rollouts == "async" else None
 
 
 def check_replay(args: TBRMOptions, update_group_size: int) -> Iterator[str]:
