@@ -17,6 +17,7 @@ One update, in order; each name is a method here, or of the object it is called 
 import copy
 import json
 import math
+import sys
 import textwrap
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence, Sized
@@ -49,6 +50,8 @@ from trl.trainer.utils import (
     use_adapter,
 )
 
+from .actor.child import ActorProcess
+from .actor.plan import OPTIONS, Plan
 from .batch import Batch, MicrobatchSize, TrajectoryScores, chunks, collate, float_tensor, random_order
 from .checks.advice import (
     startup_line,
@@ -107,8 +110,10 @@ from .loss.metrics import (
 from .loss.residual import mean_over_counted
 from .loss.soft_value import Run, SoftValue
 from .loss.trajectory_loss import TrajectoryLoss
+from .model import publisher
 from .model.decoding import Slots, draws_one_token, sample
 from .model.head import add_trajectory_head
+from .model.publisher import Publisher, write_base
 from .model.randomness import disable_randomness, keep_weights_unpacked
 from .model.reference import (
     ADAPTER,
@@ -130,6 +135,7 @@ from .resume.finite import tensors_of_model
 from .run_log import LOG, Stopwatch, append_line, append_update, go_back
 from .skipped_updates import FOLDER, SkippedUpdates, write_culprits
 from .sources.baselines import Baselines
+from .sources.bounds import Bounds
 from .sources.logged import (
     CompletionTokenizer,
     LoggedRows,
@@ -142,10 +148,10 @@ from .sources.logged import (
     tokenize_logged_rows,
 )
 from .sources.pool import PoolRow, RolloutPool
-from .sources.prompts import PromptRenderer, fitting_prompts
+from .sources.prompts import PromptRenderer, fitting_prompts, text_of
 from .sources.reference_scores import precompute_scores
 from .sources.replay import ReplayBuffer
-from .sources.returns import check_magnitude, total_reward, unique_names
+from .sources.returns import check_magnitude, unique_names
 from .sources.reward_calls import REASONS, Failure, RewardCalls
 from .sources.rollout import Rewards, checked_rollouts, trajectories_from_trl
 from .sources.sampler import DataPlan, WindowSampler
@@ -394,8 +400,63 @@ class TBRMTrainer(ExactResume, GRPOTrainer):
         if self._offset is not None:
             self.train_module(self._offset, args.soft_value_learning_rate)
         self._check_pool(policy)
+        given_functions = dict(
+            reward_funcs=reward_funcs,
+            reward_processing_classes=reward_processing_classes,
+            tools=tools,
+            environment_factory=environment_factory,
+        )
+        self._actor = self._make_actor(policy, given_functions) if args.publishes_policy else None
         sampler = self._get_train_sampler() if isinstance(train_dataset, Sized) else None
         self.accelerator.print(startup_line(self._plan.mix, args, sampler))
+
+    def _make_actor(self, policy: PreTrainedModel, functions: Mapping[str, Any]) -> ActorProcess | None:
+        """Have the policy published, and the actor started where this run starts it."""
+        args, output_dir = self.args, Path(self.args.output_dir)
+        folder = output_dir / publisher.FOLDER
+        kept = args.max_staleness + 1
+        publish = Publisher(folder, lambda: self.model_wrapped, self.accelerator, kept, self._probe_ids())
+        self.add_callback(publish)
+        if args.followed_folder is None:
+            return None
+        quantized = getattr(policy, "is_loaded_in_4bit", False)
+        base = str((folder / publisher.BASE).absolute()) if quantized else get_config_model_id(policy.config)
+
+        def plan(updates: int) -> Plan:
+            assert args.followed_folder is not None
+            sampler, per_window = self._get_train_sampler(), args.fresh_updates * args.num_iterations
+            if quantized:
+                write_base(folder, policy, self._tokenizer)
+            return Plan(
+                options={name: getattr(args, name) for name in OPTIONS},
+                generation_kwargs=args.generation_kwargs or {},
+                dataset=self.train_dataset,
+                sampler=sampler,
+                bounds=Bounds(sampler.mix.rollouts, args.fresh_updates, per_window, args.max_staleness),
+                windows=-(-updates // per_window),
+                some_logged=bool(self._plan.mix.logged),
+                processing_class=self.processing_class,
+                prompt_limit=self._prompt_limit,
+                end_token_ids=list(self.eos_token_ids),
+                vocabulary=policy.config.get_text_config().vocab_size,
+                context=getattr(policy.config.get_text_config(), "max_position_embeddings", None) or sys.maxsize,
+                base=base,
+                records=args.followed_folder.absolute(),
+                patience=args.follow_timeout,
+                server=args.async_server,
+                **functions,
+            )
+
+        actor = ActorProcess(output_dir, plan, starts=args.rollouts == "async")
+        self.add_callback(actor)
+        return actor
+
+    def _probe_ids(self) -> list[int]:
+        """A short text of this run, as tokens, by which a server that serves something else is found out."""
+        if not isinstance(self.train_dataset, Dataset) or "prompt" not in self.train_dataset.column_names:
+            return []
+        ids = self._tokenizer(text=text_of(self.train_dataset[0]["prompt"]), add_special_tokens=False)["input_ids"]
+        return ids[:32] if len(ids) > 1 else []
 
     def _with_fitting_prompts(self, dataset: Any, title: str, asked: np.ndarray, renderer: PromptRenderer) -> Any:
         """The data set without prompts that are too long, where they are dropped; those that cannot be are refused.
@@ -771,12 +832,8 @@ class TBRMTrainer(ExactResume, GRPOTrainer):
 
     def _tokenize_prompts(self, prompts):
         prompt_ids, images, multimodal_fields = super()._tokenize_prompts(prompts)
-        limit = self._prompt_limit
-        if self._prompts_are_rolled_out and limit.tokens is not None:
-            if limit.policy == "cut":
-                prompt_ids = [ids[-limit.tokens :] for ids in prompt_ids]
-            for prompt, ids in zip(prompts, prompt_ids, strict=True):
-                limit.check(len(ids), f"The prompt {str(prompt)[:60]!r} of this window")
+        if self._prompts_are_rolled_out:
+            prompt_ids = self._prompt_limit.applied(prompts, prompt_ids)
         return prompt_ids, images, multimodal_fields
 
     def _calculate_rewards(self, inputs, prompts, completions, completion_ids_list):
@@ -792,14 +849,10 @@ class TBRMTrainer(ExactResume, GRPOTrainer):
         check_magnitude(rewards_per_func, weights, self.reward_func_names, self.args.beta)
         first = self.accelerator.process_index * len(prompts)
         local = rewards_per_func[first : first + len(prompts)]  # (B, F) NaN where a function did not apply
-        self._rewards = Rewards(
-            total_reward(local, weights, self.args.reward_pessimism),
-            [dict(zip(self.reward_func_names, row, strict=True)) for row in local.tolist()],
-            [bool(self.tools and isinstance(one, list) and one[-1].get("tool_calls")) for one in completions],
-            inputs,
-            prompts,
-            completions,
-        )
+        self._rewards = Rewards.of(
+            local, weights, self.reward_func_names, self.args.reward_pessimism, bool(self.tools),
+            inputs, prompts, completions,
+        )  # fmt: skip
         return rewards_per_func
 
     def _agree_on_failures(self, failures: Sequence[Failure], completions: int) -> None:
@@ -1330,6 +1383,10 @@ class TBRMTrainer(ExactResume, GRPOTrainer):
         self._soft_value.prepare(self)
         self._stopwatch.taken()
         self._pool = self._make_pool()
+
+    def after_training(self) -> None:
+        if self._actor is not None:
+            self._actor.end()
 
     def run_state(self, folder: Path) -> RunState:
         taken, logged = self._logged_rows.state() if self._logged_rows is not None else ([], [])

@@ -5,8 +5,8 @@
         step-00000012-1a2b3c4d/   an adapter as PEFT saves it, or a model as transformers does
         base/                     the de-quantised base of an adapter that is trained on a quantised one, written once
 
-A version's name ends in a digest of its weights: a name means one set of bits, also when a resumed run comes to the same
-step with other weights.
+A version's name ends in a digest of its weights: a name means one set of bits, also when a resumed run comes to the
+same step with other weights.
 """
 
 import copy
