@@ -19,7 +19,7 @@ FILE = "plan.pkl"
 # Options of the run that decide how a row is rolled out and rewarded.
 OPTIONS = """
     max_completion_length temperature top_p top_k min_p repetition_penalty chat_template_kwargs
-    max_tool_calling_iterations reward_weights reward_pessimism reward_timeout reward_on_error reward_default beta
+    max_tool_calling_iterations reward_weights reward_pessimism reward_timeout reward_on_error beta
     seed trust_remote_code
 """.split()
 
