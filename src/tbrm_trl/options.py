@@ -380,7 +380,13 @@ class TBRMOptions(GRPOConfig):
         return Path(self.output_dir) / "records" if self.rollouts == "async" else None
 
     @property
+    def draws_prompts(self) -> bool:
+        """Whether the prompts of the training set are rolled out, by this run or by its actor."""
+        return self.follow_rollouts is None or self.rollouts == "async"
+
+    @property
     def publishes_policy(self) -> bool:
+        """Whether the policy is written for those who draw from it."""
         return self.rollouts == "async" if self.publish_policy is None else self.publish_policy
 
     def reward_of(self, trajectory: Trajectory) -> float:

@@ -4,7 +4,7 @@ One update, in order; each name is a method here, or of the object it is called 
 
     _prepare_inputs            called for each micro-step of the Trainer; at the first of an update:
         _collect                   the update's rows: the next part of the window, or a sample of the replay buffer
-            _new_window                rows of the data set become trajectories: `_roll_out`, or `LoggedRows.take`
+            _new_window                rows become trajectories: `_roll_out` or `_follow`, and `LoggedRows.take`
             _score_stale               π_ref scores those that it has not scored: log π_ref(τ) and V_ref(s_1)
         _microbatches_of           rows of similar length share a forward pass, equally many of them on every process
     _compute_loss              for each micro-batch:
@@ -32,7 +32,7 @@ import numpy as np
 import torch
 import xxhash
 from accelerate.logging import get_logger
-from accelerate.utils import is_peft_model
+from accelerate.utils import broadcast_object_list, is_peft_model
 from datasets import Dataset, IterableDataset
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
@@ -67,10 +67,12 @@ from .checks.data import (
     check_dataset,
     check_empty_prompts,
     check_evaluation_sets,
+    check_followed,
     check_sources_of_vision,
     check_training_set,
     is_logged,
     logged_stream,
+    problem_of_logged_row,
     problem_of_prompt,
     titled_sets,
 )
@@ -146,12 +148,14 @@ from .sources.logged import (
     scratch_folder,
     some_unrewarded,
     tokenize_logged_rows,
+    trajectory_columns,
 )
 from .sources.pool import PoolRow, RolloutPool
 from .sources.prompts import PromptRenderer, fitting_prompts, text_of
+from .sources.records import Record, RecordFolder, Taken
 from .sources.reference_scores import precompute_scores
 from .sources.replay import ReplayBuffer
-from .sources.returns import check_magnitude, unique_names
+from .sources.returns import check_magnitude, largest_return, total_reward, unique_names
 from .sources.reward_calls import REASONS, Failure, RewardCalls
 from .sources.rollout import Rewards, checked_rollouts, trajectories_from_trl
 from .sources.sampler import DataPlan, WindowSampler
@@ -217,7 +221,8 @@ class TBRMTrainer(ExactResume, GRPOTrainer):
         args: [`TBRMConfig`]; its defaults when omitted.
         train_dataset: as in `GRPOTrainer`, with a column `prompt`. A row with a `completion` (text or messages), or
             with `prompt_ids` and `completion_ids` (and `loss_mask`), is a logged trajectory. It is trained on without
-            being generated again. Its return is its `reward`; if that is None, the reward functions give it.
+            being generated again. Its return is its `reward`; if that is None, the reward functions give it. It may be
+            omitted with `follow_rollouts`.
         reference_model: id, folder or `PreTrainedModel` of the reference π_ref of a full model. By default π_ref is
             `model` as it is given. A run that goes on from another run's weights keeps that run's reference by it.
         eval_dataset, processing_class, reward_processing_classes, callbacks, optimizers, quantization_config,
@@ -278,6 +283,9 @@ class TBRMTrainer(ExactResume, GRPOTrainer):
             args = TBRMConfig(f"{name.split('/')[-1]}-TBRM")
         if not isinstance(args, TBRMConfig):
             raise TypeError(f"`args` must be a TBRMConfig, got {type(args).__name__}.")
+        if train_dataset is None and not args.draws_prompts:
+            # TRL's loader counts windows by it. What it gives is not looked at.
+            train_dataset = Dataset.from_dict({"prompt": ["followed"] * args.generation_batch_size})
 
         # Check what was given, before anything is loaded.
         planned = partial(
@@ -290,7 +298,8 @@ class TBRMTrainer(ExactResume, GRPOTrainer):
         )
         self._plan = planned(train_dataset)
         check_evaluation_sets(eval_dataset, needs_prompts=environment_factory is None)
-        self._check_reward_functions(reward_funcs, train_dataset, eval_dataset, rollout_func or environment_factory)
+        more = rollout_func or environment_factory
+        self._check_reward_functions(reward_funcs, train_dataset, eval_dataset, more, args.draws_prompts)
         if isinstance(train_dataset, Dataset) and self._plan.mix.logged:
             train_dataset = train_dataset.with_format(None)  # rows are read as plain values, not as tensors
         self._soft_value = SoftValue.registry[args.soft_value](args)
@@ -304,7 +313,7 @@ class TBRMTrainer(ExactResume, GRPOTrainer):
             self._scratch = scratch_folder(train_dataset)
         renderer = PromptRenderer(model, processing_class, args, tools, environment_factory or rollout_func)
         sets = [train_dataset, *titled_sets(eval_dataset).values()]
-        generates = bool(self._plan.mix.rollouts) or eval_dataset is not None
+        generates = (args.draws_prompts and bool(self._plan.mix.rollouts)) or eval_dataset is not None
         self._prompt_limit = renderer.limit(sets, generates)
         fitted = self._with_fitting_prompts(train_dataset, "the training set", ~self._plan.logged, renderer)
         if fitted is not train_dataset:
@@ -332,7 +341,7 @@ class TBRMTrainer(ExactResume, GRPOTrainer):
         with trls_view:
             super().__init__(
                 model=model,
-                reward_funcs=reward_funcs if self._plan.mix.rollouts else reward_funcs or _no_reward,
+                reward_funcs=reward_funcs if generates else reward_funcs or _no_reward,
                 args=args,
                 train_dataset=train_dataset,
                 eval_dataset=eval_dataset,
@@ -379,6 +388,10 @@ class TBRMTrainer(ExactResume, GRPOTrainer):
         self._trained_modules: ReplicatedModules | None = None
         self._pool: RolloutPool | None = None
         self._drawn: list[PoolRow] | None = None  # by the pool, where it draws the rollouts that are asked for
+        self._followed = self._make_followed(policy) if args.followed_folder is not None else None
+        self._given_rewards: Tensor | None = None  # of followed rollouts: (B, F)
+        self._publisher: Publisher | None = None
+        self._window_version: str | None = None  # the same when the window was taken
 
         self._window: list[Trajectory] = []  # of the current generation window, on this process
         self._microbatches: list[list[UpdateRow]] = []  # of the current update, on this process
@@ -415,8 +428,9 @@ class TBRMTrainer(ExactResume, GRPOTrainer):
         args, output_dir = self.args, Path(self.args.output_dir)
         folder = output_dir / publisher.FOLDER
         kept = args.max_staleness + 1
-        publish = Publisher(folder, lambda: self.model_wrapped, self.accelerator, kept, self._probe_ids())
-        self.add_callback(publish)
+        model = lambda: self.model_wrapped  # noqa: E731
+        self._publisher = Publisher(folder, model, self.accelerator, kept, self._probe_ids())
+        self.add_callback(self._publisher)
         if args.followed_folder is None:
             return None
         quantized = getattr(policy, "is_loaded_in_4bit", False)
@@ -472,9 +486,11 @@ class TBRMTrainer(ExactResume, GRPOTrainer):
             return dataset
         return fitting_prompts(dataset, title, asked, self._prompt_limit, renderer)
 
-    def _check_reward_functions(self, reward_funcs: Any, train_dataset: Any, eval_dataset: Any, more: Any) -> None:
+    def _check_reward_functions(
+        self, reward_funcs: Any, train_dataset: Any, eval_dataset: Any, more: Any, draws: bool
+    ) -> None:
         """Each function can be called with what each data set gives it. A stream without known columns gives none."""
-        asked = self._plan.mix.rollouts or some_unrewarded(train_dataset, self._plan.logged)
+        asked = (draws and self._plan.mix.rollouts) or some_unrewarded(train_dataset, self._plan.logged)
         sets = {"the training set": train_dataset} if asked else {}
         for title, dataset in (sets | titled_sets(eval_dataset)).items():
             columns = getattr(dataset, "column_names", None)
@@ -497,13 +513,15 @@ class TBRMTrainer(ExactResume, GRPOTrainer):
         check_head(policy)
         warn_of_half_precision(self.model, args.learning_rate)
         self._rotary_limit = rotary_limit(policy)
-        if self._plan.mix.rollouts:
+        if self._plan.mix.rollouts and args.draws_prompts:
             check_length(args.max_completion_length + 1, self._rotary_limit)
         check_quantization(self.model, None, None, args)  # a checkpoint may be quantized itself, which shows here
         warn_of_merging(self.model, args)
         check_vision(policy, self._is_vlm)
         if self._is_vlm:
             check_sources_of_vision(args, self._plan.mix)
+        if args.followed_folder is not None:
+            check_followed(args, self._is_vlm, self.train_dataset, self._plan.mix)
         if args.padding_free:
             check_packing(policy)
         if not args.use_vllm:
@@ -569,22 +587,21 @@ class TBRMTrainer(ExactResume, GRPOTrainer):
             self.add_callback(SyncReference(reference))
         return reference
 
+    def _completion_reader(self, policy: PreTrainedModel) -> tuple[CompletionTokenizer, int, int | None]:
+        """What tells which completions the policy could have produced: its tokens, their number, its context."""
+        tokenizer = CompletionTokenizer(
+            self._tokenizer,
+            set(self.eos_token_ids),
+            prompt_ids=lambda prompt: list(self._tokenize_prompts([prompt])[0][0]),
+            template=self._render_messages,
+        )
+        text_config = policy.config.get_text_config()
+        return tokenizer, text_config.vocab_size, getattr(text_config, "max_position_embeddings", None)
+
     def _make_logged_rows(self, policy: PreTrainedModel) -> LoggedRows:
         """Tokenize the logged rows of the training set, and have the reference score them now if that frees it."""
-        text_config = policy.config.get_text_config()
-        self.train_dataset = tokenize_logged_rows(
-            self.train_dataset,
-            self._plan.logged,
-            CompletionTokenizer(
-                self._tokenizer,
-                set(self.eos_token_ids),
-                prompt_ids=lambda prompt: list(self._tokenize_prompts([prompt])[0][0]),
-                template=self._render_messages,
-            ),
-            text_config.vocab_size,
-            getattr(text_config, "max_position_embeddings", None),
-            self._scratch,
-        )
+        reader = self._completion_reader(policy)
+        self.train_dataset = tokenize_logged_rows(self.train_dataset, self._plan.logged, *reader, self._scratch)
         scored = self._precompute_reference() or self.args.reference == "previous"
         return LoggedRows(self.train_dataset, self._plan.logged, scored, self._reward_logged)
 
@@ -614,6 +631,30 @@ class TBRMTrainer(ExactResume, GRPOTrainer):
             self._reference = self.ref_model = None
             self.accelerator.free_memory()  # it keeps a list of what it prepared
         return True
+
+    def _make_followed(self, policy: PreTrainedModel) -> RecordFolder:
+        args, reader = self.args, self._completion_reader(policy)
+        assert args.followed_folder is not None
+
+        def columns_of(row: Mapping[str, Any]) -> dict[str, Any]:
+            if problem := problem_of_logged_row(row, True, largest_return(args.beta)):
+                raise ValueError(problem)
+            return trajectory_columns(row, *reader)
+
+        return RecordFolder(
+            args.followed_folder,
+            columns_of,
+            [] if _no_reward in self.reward_funcs else self.reward_func_names,
+            args.num_generations,
+            needs_steps=bool(args.replay_buffer_size),
+            timeout=args.follow_timeout,
+            watch=lambda: self._actor.check() if self._actor is not None else None,
+        )
+
+    @property
+    def _policy_version(self) -> str | None:
+        """Under which the present policy was published."""
+        return self._publisher.latest.name if self._publisher is not None and self._publisher.latest else None
 
     def _check_pool(self, policy: PreTrainedModel) -> None:
         if not self.args.rollout_pool:
@@ -712,7 +753,7 @@ class TBRMTrainer(ExactResume, GRPOTrainer):
         if not self._denominator:
             warn_of_empty_update({row.left_out for row in update_rows})
         self._rows_trained += rows_here
-        if self._pool is not None and counts[:, 3].max() >= 0:
+        if counts[:, 3].max() >= 0:
             metrics["staleness/max"].append(counts[:, 3].max().item())
         if sample is not None:
             metrics["replay/age_max"].append(counts[:, 1].max().item())
@@ -727,10 +768,16 @@ class TBRMTrainer(ExactResume, GRPOTrainer):
             return UpdateRow(trajectory, "logged")
         if update >= self.args.fresh_updates:
             return UpdateRow(trajectory, "reused")
-        if self._pool is None or trajectory.first_policy_step is None:
+        first, last = trajectory.first_policy_step, trajectory.policy_step
+        if self._pool is None and self._followed is None:
             return UpdateRow(trajectory, "fresh")
-        staleness = self.state.global_step - update - trajectory.first_policy_step
-        return UpdateRow(trajectory, "ahead" if staleness else "fresh", staleness=staleness)
+        if first is None:  # nobody said
+            return UpdateRow(trajectory, "ahead" if self._followed is not None else "fresh")
+        step = self.state.global_step
+        # A run that is resumed may come to a step again, with another policy than the one that drew these rows.
+        versions = {trajectory.first_policy_version, self._window_version} - {None}
+        is_fresh = first == last == step - update and len(versions) < 2
+        return UpdateRow(trajectory, "fresh" if is_fresh else "ahead", staleness=max(step - first, 0))
 
     def _new_window(self, rows: list[dict[str, Any]]) -> list[Trajectory]:
         logged = [row for row in rows if self._plan.mix.logged and row["completion_ids"] is not None]
@@ -738,7 +785,10 @@ class TBRMTrainer(ExactResume, GRPOTrainer):
         if not isinstance(self.train_dataset, Sized) and any(map(is_logged, fresh)):
             raise logged_stream()
         with temporarily(self, _drawn=[] if self._pool is not None else None):
-            rollouts = self._roll_out(fresh) if fresh else []
+            rollouts = self._roll_out(fresh) if fresh and self._followed is None else []
+        if fresh and self._followed is not None:
+            rollouts = self._follow(self._followed)
+            fresh = list(self._rewards.rows)  # these are the rows that the rollouts are of
         if self.log_completions and rollouts:
             self._advantages.add(rollouts, "train")
         rewards = self._rewards if rollouts else None  # kept here, since logged rows are rewarded next
@@ -763,6 +813,65 @@ class TBRMTrainer(ExactResume, GRPOTrainer):
                     self._replay.add(group)
         return [window[i] for i in random_order(len(window), group_size)]
 
+    def _follow(self, folder: RecordFolder) -> list[Trajectory]:
+        """The next rollouts that others drew. TRL is given them in place of a generation, and logs them as its own."""
+        taken, records = self._take_records(folder)
+        trajectories = [record.trajectory for record in records]
+        prompts, completions = zip(*(completion_of(record.row, self._tokenizer) for record in records), strict=True)
+        given = {
+            "prompt_ids": [one.prompt_ids.tolist() for one in trajectories],
+            "completion_ids": [one.completion_ids.tolist() for one in trajectories],
+            "env_mask": [one.loss_mask.int().tolist() for one in trajectories],
+            "logprobs": None,
+        }
+        names, by_row = folder.rewards_of(trajectories, taken.functions)
+        rewards = torch.tensor(by_row, dtype=torch.float32, device=self.accelerator.device)  # (B, F)
+        weights, total = torch.eye(len(names))[0].to(rewards), rewards[:, 0]  # (F,), (B,)
+        if names == folder.functions:
+            weights = self.reward_weights.to(rewards)
+            check_magnitude(rewards, weights, names, self.args.beta)
+            total = total_reward(rewards, weights, self.args.reward_pessimism)
+        drawing = dict(rollout_func=lambda *_: given, tools=[], environments=None, environment_factories=None)
+        with temporarily(
+            self, use_vllm=False, reward_func_names=names, reward_weights=weights, _given_rewards=rewards, **drawing
+        ):
+            self._generate_and_score_completions([{"prompt": prompt} for prompt in prompts])
+        rows = [record.columns for record in records]
+        self._rewards = Rewards(total, [one.rewards for one in trajectories], [], rows, prompts, completions)
+        group_ids = self._group_ids(len(records))
+        for trajectory, reward, group_id in zip(trajectories, total.tolist(), group_ids, strict=True):
+            trajectory.reward, trajectory.group_id = reward, group_id
+        self._window_version = self._policy_version
+        metrics = self._metrics["train"]
+        metrics["rollouts/queue"].append(taken.rows // self._plan.mix.rollouts)
+        metrics["rollouts/learner_wait_time"].append(taken.seconds)
+        metrics["rollouts/versions"].append(taken.versions)
+        return trajectories
+
+    def _take_records(self, folder: RecordFolder) -> tuple[Taken, list[Record]]:
+        """This process's share of the next rows. The main process waits for all of them, and says which they are."""
+        rows, process = self._plan.mix.rollouts, self.accelerator.process_index
+        share = rows // self.args.world_size
+        outcome: list[Any] = [None]
+        records: list[Record] = []
+        if process == 0:
+            try:
+                outcome[0], records = folder.take(rows)
+            except Exception as error:  # every process ends by it
+                outcome[0] = error
+        (found,) = broadcast_object_list(outcome)
+        if isinstance(found, Exception):
+            raise found
+        if process == 0:
+            return found, records[:share]
+        return found, folder.read(found.share(process * share, (process + 1) * share))
+
+    def _group_ids(self, rows: int) -> list[int]:
+        """A number for each row that this process draws, equal for rollouts of one prompt."""
+        per_prompt = self.num_generations_eval if self.evaluating else self.num_generations
+        first, of_step = self.accelerator.process_index * rows, self.state.global_step * self.args.generation_batch_size
+        return [of_step + (first + i) // per_prompt for i in range(rows)]
+
     def _roll_out(self, rows: Sequence[Mapping[str, Any]]) -> list[Trajectory]:
         """Generate a completion for every row, and reward it. TRL's dictionary is read in `trajectories_from_trl`."""
         given = columns_for_rewards(rows, some_logged=bool(self._plan.mix.logged) and not self.evaluating)
@@ -776,10 +885,7 @@ class TBRMTrainer(ExactResume, GRPOTrainer):
             self._streams_may_double_bos = not warn_of_double_bos([drawn], self._tokenizer)
         with temporarily(self, _prompts_are_rolled_out=True), self._timed("generation"):
             output = self._generate_and_score_completions(given)
-        per_prompt = self.num_generations_eval if self.evaluating else self.num_generations
-        first = self.accelerator.process_index * len(rows)
-        step = self.state.global_step
-        group_ids = [step * self.args.generation_batch_size + (first + i) // per_prompt for i in range(len(rows))]
+        step, group_ids = self.state.global_step, self._group_ids(len(rows))
         steps = [(row.steps[0], row.steps[-1]) for row in self._drawn or ()] or [(step, step)] * len(rows)
         return trajectories_from_trl(output, self._rewards, self._end_token_ids(), group_ids, steps)
 
@@ -837,6 +943,8 @@ class TBRMTrainer(ExactResume, GRPOTrainer):
         return prompt_ids, images, multimodal_fields
 
     def _calculate_rewards(self, inputs, prompts, completions, completion_ids_list):
+        if self._given_rewards is not None:
+            return self.accelerator.gather(self._given_rewards)
         self.model.train(not self.evaluating)  # TRL's continuous batching leaves a model that it evaluates in training
         guarded = [
             function if isinstance(function, nn.Module) else self._reward_calls.guarded(function, name)
@@ -1232,7 +1340,7 @@ class TBRMTrainer(ExactResume, GRPOTrainer):
             base_model=base if base and not Path(base).is_dir() else None,
             adapter=is_peft_model(self.model),
             dataset=dataset_name,
-            rewards=self.reward_func_names if self._plan.mix.rollouts else [],
+            rewards=self.reward_func_names if self._plan.mix.rollouts and _no_reward not in self.reward_funcs else [],
             updates=self.state.global_step,
             settings=self.args.settings(),
             log=self.state.log_history,
@@ -1333,6 +1441,7 @@ class TBRMTrainer(ExactResume, GRPOTrainer):
             **({"soft_value_offset": True} if args.soft_value_offset else {}),
             "truncation": args.truncation,
             **({"rollout_pool": args.rollout_pool} if args.rollout_pool else {}),
+            **({"rollouts": "followed"} if self._followed is not None else {}),
             "the reference's weights": self._initial_reference_weights,
             "the tokenizer": tokenizer_digest(self._tokenizer),
         }
@@ -1364,11 +1473,15 @@ class TBRMTrainer(ExactResume, GRPOTrainer):
                 'it. `resume_from_checkpoint="auto"` starts that run anew and drops them. To keep them, move them, or '
                 "give the new run another output_dir."
             )
+        if self._actor is not None and self._actor.starts:
+            self._actor.require_own_folder(self.args.followed_folder, anew)
 
     def forget(self) -> None:
         self._step, self._window, self._rows_drawn, self._rows_trained = 0, [], 0, 0
         self._recorder.clear()
         self._baselines.clear()
+        if self._followed is not None:
+            self._followed.restore({})
         self._skipped, self._skipped_before = SkippedUpdates(self.args.max_skipped_updates), 0
         if self._replay is not None:
             self._replay.clear()
@@ -1376,6 +1489,10 @@ class TBRMTrainer(ExactResume, GRPOTrainer):
     def before_training(self) -> None:
         step = read_mark(Path(self._resumed_from))["step"] if self._resumed_from else 0
         go_back(Path(self.args.output_dir), self.accelerator.process_index, step)
+        if self._actor is not None and self._actor.starts and self._resumed_from is None:
+            if self.accelerator.is_main_process:
+                self._actor.start_anew(self.args.followed_folder)
+            self.accelerator.wait_for_everyone()
         if self.args.save_rollouts:
             if self.accelerator.is_main_process:
                 rewind_rollouts(Path(self.args.output_dir) / "rollouts", step)
@@ -1402,6 +1519,8 @@ class TBRMTrainer(ExactResume, GRPOTrainer):
             "baselines": self._baselines.state(),
             "advantages": self._advantages.state(self._window),
             **({"pool": self._pool.state()} if self._pool is not None else {}),
+            **({"followed": self._followed.state()} if self._followed is not None else {}),
+            "window_version": self._window_version,
         }
         arrays: dict[str, np.ndarray] = {}
         if self._replay is not None:
@@ -1443,6 +1562,9 @@ class TBRMTrainer(ExactResume, GRPOTrainer):
             self._baselines.restore(own["baselines"])
         if self._pool is not None:
             self._pool.restore(own.get("pool", []))
+        if self._followed is not None:
+            self._followed.restore(own["followed"])
+        self._window_version = own.get("window_version")
         if self._logged_rows is not None:
             self._logged_rows.restore(own["logged_rows"], trajectories["logged"])
         if self._replay is not None:

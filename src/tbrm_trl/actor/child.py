@@ -9,6 +9,7 @@ from pathlib import Path
 from accelerate.logging import get_logger
 from transformers import TrainerCallback
 
+from .ledger import UNFINISHED
 from .plan import FOLDER, Plan
 
 logger = get_logger(__name__)
@@ -50,6 +51,25 @@ class ActorProcess(TrainerCallback):
             logger.warning(f"No plan for an actor is written: {error}")
         if self.starts:
             self.start()
+
+    def require_own_folder(self, records: Path, anew: bool) -> None:
+        """Refuse to start a run where the windows of another one are.
+
+        Args:
+            records: folder of the windows.
+            anew: whether the user knows that the run may start again, after an end before its first checkpoint.
+        """
+        if not anew and any(records.glob("*.parquet")):
+            raise ValueError(
+                f"{records} holds rollouts of another run, and no checkpoint to go on from is beside it. "
+                '`resume_from_checkpoint="auto"` starts that run anew and drops them. To train on them, name the folder '
+                "by follow_rollouts, or `load_rollouts` it as a data set; or give the new run another output_dir."
+            )
+
+    def start_anew(self, records: Path) -> None:
+        """Drop what an actor has drawn for a run that ended before its first checkpoint."""
+        for file in [*records.glob("window-*.parquet"), *(self.log.parent / UNFINISHED).glob("*.jsonl")]:
+            file.unlink()
 
     def start(self) -> None:
         self.log.parent.mkdir(parents=True, exist_ok=True)

@@ -12,6 +12,7 @@ from transformers import GenerationConfig, PreTrainedTokenizerBase
 
 from ..options import HARMLESS, TBRMOptions
 from ..sources.sampler import WindowMix, WindowSampler
+from .options import drawn_ahead
 
 # (response length, β) as published, arXiv 2603.23355: in between, β follows the power law through both.
 BETA_BY_LENGTH = ((600, 0.02), (5000, 0.002))
@@ -140,14 +141,14 @@ def warn_of_shipped_sampling(shipped: GenerationConfig, chosen: GenerationConfig
         )
 
 
-def warn_of_pool(args: TBRMOptions) -> None:
+def warn_of_drawing_ahead(args: TBRMOptions) -> None:
     """Warn of a constant that is right on the policy's own data alone, which rollouts that run ahead are not."""
     another = args.soft_value == "optimal" and args.soft_value_beta not in (None, args.beta)
-    if args.rollout_pool and (another or args.soft_value in ("zero", "log_mean_exp")):
+    if drawn_ahead(args) and (another or args.soft_value in ("zero", "log_mean_exp")):
         warnings.warn(
-            f"`rollout_pool={args.rollout_pool}` with `soft_value={args.soft_value!r}`: rollouts that run ahead are "
-            "drawn by earlier policies. This value is a constant, and the optimum is its target on the policy's own "
-            "rollouts alone (docs/theory.md). Use policy, calibrated or group, or no pool.",
+            f"`{drawn_ahead(args)}` with `soft_value={args.soft_value!r}`: rollouts that run ahead are drawn by "
+            "earlier policies. This value is a constant, and the optimum is its target on the policy's own rollouts "
+            "alone (docs/theory.md). Use policy, calibrated or group, or draw each window by itself.",
             stacklevel=4,
         )
 

@@ -305,8 +305,9 @@ def check_sources(mix: WindowMix, args: TBRMOptions, group_size: int, rewarded: 
         raise ValueError(
             "`remove_unused_columns=True` would drop the columns of the logged trajectories. Leave it at False."
         )
-    if (mix.rollouts or evaluated) and not rewarded:
-        rows = "Prompts" if mix.rollouts else "The prompts of `eval_dataset`"
+    drawn = mix.rollouts and args.draws_prompts
+    if (drawn or evaluated) and not rewarded:
+        rows = "Prompts" if drawn else "The prompts of `eval_dataset`"
         raise ValueError(f"{rows} are to be rolled out, but no `reward_funcs` are given to reward the completions.")
     if not mix.rollouts and args.replay_buffer_size:
         raise ValueError(
@@ -336,6 +337,23 @@ def check_sources(mix: WindowMix, args: TBRMOptions, group_size: int, rewarded: 
             "`precompute_ref_log_probs=True` is for a training set in which every row has a completion, with "
             '`reference="initial"`: rollouts cannot be scored before they exist. Leave it at None.'
         )
+
+
+def check_followed(args: TBRMOptions, has_vision: bool, dataset: Any, mix: WindowMix) -> None:
+    """Refuse to follow rollouts where they could not be taken, or not be drawn."""
+    problem = problem_of_coming_windows(dataset if args.rollouts == "async" else (), mix)
+    if has_vision:
+        problem = "records hold text alone, and this model reads images"
+    if problem is not None:
+        option = "rollouts='async'" if args.rollouts == "async" else "follow_rollouts"
+        raise ValueError(f"`{option}` is refused: {problem}. Leave it at its default.")
+
+
+def problem_of_coming_windows(dataset: Any, mix: WindowMix) -> str | None:
+    """Why the rollouts of coming windows are not known; None if they are."""
+    if not isinstance(dataset, Sized):
+        return "a stream does not tell the rows of coming windows. Load the training set without streaming"
+    return None if mix.rollouts else "every row of the training set is logged, and nothing is drawn"
 
 
 def check_sources_of_vision(args: TBRMOptions, mix: WindowMix) -> None:
@@ -379,7 +397,7 @@ def check_logged_rows(dataset: Dataset, logged: np.ndarray, rewarded: bool, scor
     rows = dataset.select_columns(known).with_format(None)
     for index in np.flatnonzero(logged).tolist():
         row = rows[index]
-        problem = _problem(row, rewarded, largest) or (_problem_of_scores(row) if scored else None)
+        problem = problem_of_logged_row(row, rewarded, largest) or (_problem_of_scores(row) if scored else None)
         if problem:
             raise ValueError(f"Row {index} of the training set: {problem}")
 
@@ -402,7 +420,8 @@ def _check_ids(dataset: Dataset, name: str) -> None:
             raise ValueError(f"Row {first + row} of the training set: `{name}` holds None among its token ids.")
 
 
-def _problem(row: Mapping[str, Any], rewarded: bool, largest: float) -> str | None:
+def problem_of_logged_row(row: Mapping[str, Any], rewarded: bool, largest: float) -> str | None:
+    """What is wrong with a row that has a completion, as far as it shows before a model is there."""
     reward, mask = row.get("reward"), row.get("loss_mask")
     if row.get("completion_ids") is not None:
         if not row["completion_ids"]:

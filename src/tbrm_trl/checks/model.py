@@ -3,7 +3,7 @@
 import copy
 import math
 import warnings
-from collections.abc import Mapping, Sized
+from collections.abc import Mapping
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -19,6 +19,7 @@ from ..model.decoding import can_select_rows, draws_one_token, empty_cache
 from ..model.reference import ADAPTER as REFERENCE_ADAPTER
 from ..options import TBRMOptions
 from ..sources.sampler import WindowMix
+from .data import problem_of_coming_windows
 
 ADAPTER_CONFIG = "adapter_config.json"  # PEFT's name for it
 # Architectures whose image inputs are tested to survive unpadding and re-batching.
@@ -402,15 +403,12 @@ def check_pool(
         generators: arguments of the trainer that take part in a generation, by name; None where they are not given.
     """
     given = [name for name, one in generators.items() if one]
-    problem = _problem_of_places(policy, policy._prepare_generation_config(config)[0])
+    problem = problem_of_coming_windows(dataset, mix)
+    problem = problem or _problem_of_places(policy, policy._prepare_generation_config(config)[0])
     if given:
         problem = f"a completion with `{given[0]}` is not drawn in one go"
     elif has_vision:
         problem = "images belong to the rows that a batch began with"
-    elif not isinstance(dataset, Sized):
-        problem = "a stream does not tell the rows of coming windows. Load the training set without streaming"
-    elif not mix.rollouts:
-        problem = "every row of the training set is logged, and nothing is drawn"
     if problem is not None:
         raise ValueError(f"`rollout_pool` is refused: {problem}. Set rollout_pool=0.")
 

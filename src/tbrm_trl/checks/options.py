@@ -12,6 +12,7 @@ from typing import Any, get_args
 from transformers import GenerationConfig
 
 from ..loss.soft_value import SoftValue
+from ..loss.soft_value.sampled import SampledValue
 from ..options import HARMLESS, TBRMOptions
 from ..sources.bounds import Bounds
 from .trl_options import REFUSED
@@ -411,7 +412,7 @@ def check_rollout_pool(args: TBRMOptions) -> Iterator[str]:
 
 def check_drawing_ahead(args: TBRMOptions) -> Iterator[str]:
     """Refuse what needs to know the one policy that drew a rollout, where several may have."""
-    given = f"rollout_pool={args.rollout_pool}" if args.rollout_pool else _following(args)
+    given = drawn_ahead(args)
     if given is None:
         return
     for name, wanted, reason in (
@@ -448,16 +449,36 @@ def check_following(args: TBRMOptions) -> Iterator[str]:
             f"`{given}` needs `max_steps`: rollouts come as long as others draw them, so that an epoch has no "
             "end. Set max_steps to the number of updates; the schedule of the learning rate runs over them."
         )
+    if args.rollouts == "async" and args.async_server is None:
+        yield (
+            "`rollouts='async'` needs `async_server`, the address of the server that rollouts are drawn from, such as "
+            "http://localhost:8000. docs/asynchronous.md says how it is started."
+        )
+    if args.rollouts == "async" and args.use_vllm:
+        yield (
+            "`rollouts='async'` with `use_vllm=True` is refused: the actor asks the server of `async_server`, and TRL "
+            "would set up another. Set use_vllm=False."
+        )
     if args.rollout_pool:
         yield (
             f"`{given}` with `rollout_pool={args.rollout_pool}` is refused: either this run draws rollouts "
             "ahead, or others do. Use one of the two."
+        )
+    if issubclass(SoftValue.registry[args.soft_value], SampledValue):
+        yield (
+            f"`{given}` with `soft_value={args.soft_value!r}` is refused: its constant belongs to a row of the "
+            "training set, and a followed rollout does not name one. Use policy, calibrated or group."
         )
     if args.world_size > 1 and args.follow_timeout >= args.ddp_timeout:
         yield (
             f"`follow_timeout={args.follow_timeout}` is not below `ddp_timeout={args.ddp_timeout}`: the other "
             "processes would give up waiting before it is reached. Raise ddp_timeout, or lower follow_timeout."
         )
+
+
+def drawn_ahead(args: TBRMOptions) -> str | None:
+    """The option by which earlier policies draw rollouts, as it was given; None if the present one draws all."""
+    return f"rollout_pool={args.rollout_pool}" if args.rollout_pool else _following(args)
 
 
 def _following(args: TBRMOptions) -> str | None:

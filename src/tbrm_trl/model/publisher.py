@@ -86,6 +86,7 @@ class Publisher(TrainerCallback):
     ):
         self.folder, self.model, self.accelerator, self.kept = folder, model, accelerator, kept
         self.probe_ids = tuple(probe_ids)
+        self.latest: Version | None = None
 
     def on_train_begin(self, args, state, control, **kwargs):
         self.publish(state.global_step)
@@ -116,6 +117,7 @@ class Publisher(TrainerCallback):
         ((version, error), *_) = gather_object([(version, error)])
         if error is not None:
             raise error
+        self.latest = version
         return version
 
     def _write(self, version: Version, policy: Any, tensors: dict[str, Tensor]) -> None:

@@ -326,7 +326,7 @@ def tokenize_logged_rows(
         if not logged[index]:
             return dict.fromkeys(_FEATURES)
         try:
-            return {_INDEX: index, **_trajectory_columns(row, tokenize, vocabulary, context)}
+            return {_INDEX: index, **trajectory_columns(row, tokenize, vocabulary, context)}
         except ValueError as error:
             raise ValueError(f"Row {index} of the training set: {error}") from error
 
@@ -341,9 +341,10 @@ def tokenize_logged_rows(
     )
 
 
-def _trajectory_columns(
+def trajectory_columns(
     row: Mapping[str, Any], tokenize: CompletionTokenizer, vocabulary: int, context: int | None
 ) -> dict[str, Any]:
+    """The columns of `_FEATURES` for a row with a completion. The arguments are those of `tokenize_logged_rows`."""
     given_end = End(row["end"]) if row.get("end") is not None else None
     if row.get("completion_ids") is not None:
         prompt_ids, ids = list(row["prompt_ids"]), list(row["completion_ids"])

@@ -27,6 +27,7 @@ _VERSION = "tbrm_trl.rollouts.version"  # in the metadata of a file of rollouts
 _PARTS = b"tbrm_trl.rollouts.parts"  # in that of a merged file: the files that it was made of, a row group each
 MERGED = 32
 _NAME = re.compile(r"step-(\d+)-(?:process-\d+|to-(\d+))\.parquet")
+_RECORD = re.compile(r"(?!step-)([^-]+)-(\d+)\.parquet")
 _DESCRIPTIVE = frozenset(("source", "group", "value", "baseline", "priority"))
 
 
@@ -73,6 +74,21 @@ def rollout_files(folder: Path) -> list[Path]:
             other != file and first <= _steps(file)[0] and _steps(file)[1] <= last for other, first, last in merged
         )
     ]
+
+
+def record_files(folder: Path) -> list[Path]:
+    """The files of a folder of records (`sources.records`), in the order of their numbers."""
+    return sorted(folder.glob("*.parquet"), key=lambda file: record_name(file)[::-1])
+
+
+def record_name(file: Path) -> tuple[str, int]:
+    """Writer and number of a record."""
+    if (name := _RECORD.fullmatch(file.name)) is None:
+        raise ValueError(
+            f"{file} is not named as records are, <writer>-<number>.parquet with a writer without a hyphen. Move it "
+            "away."
+        )
+    return name[1], int(name[2])
 
 
 def merge_rollouts(folder: Path, before: int) -> None:
@@ -207,7 +223,7 @@ def _is_nested(value: Any) -> bool:
 
 
 def load_rollouts(folder: str | Path | Iterable[str | Path], unrewarded: bool = False) -> Dataset:
-    """Read the rollouts that runs with `save_rollouts=True` wrote, as a data set of logged trajectories.
+    """Read the rollouts that runs with `save_rollouts=True` wrote, or records, as a data set of logged trajectories.
 
     Pass it, or a selection of its rows, as `train_dataset`. Nothing is generated again. To have other reward functions
     score the rollouts, drop the column `reward`: the functions get prompts and completions in the form that they had,
@@ -216,7 +232,8 @@ def load_rollouts(folder: str | Path | Iterable[str | Path], unrewarded: bool = 
     else as `row/<name>`.
 
     Args:
-        folder: an output directory, its `rollouts` folder, or several of either.
+        folder: an output directory, its `rollouts` or `records` folder, or several of these. Of an output directory
+            with both the `rollouts` are read: what was trained on.
         unrewarded: whether to keep rollouts that no reward function scored.
 
     Raises:
@@ -224,9 +241,7 @@ def load_rollouts(folder: str | Path | Iterable[str | Path], unrewarded: bool = 
         ValueError: for files of a later version of this library.
     """
     folders = [Path(folder)] if isinstance(folder, (str, Path)) else [Path(one) for one in folder]
-    tables = [
-        table for one in folders for table in _tables_in(one / "rollouts" if (one / "rollouts").is_dir() else one)
-    ]
+    tables = [table for one in folders for table in _tables_in(_folder_in(one))]
     as_json = _json_columns([table.schema for table in tables])
     tables = [_with_json(table, as_json) for table in tables]
     rollouts = Dataset(pa.concat_tables(tables, promote_options="permissive"))
@@ -240,18 +255,29 @@ def load_rollouts(folder: str | Path | Iterable[str | Path], unrewarded: bool = 
     return rollouts.select(rewarded)
 
 
+def _folder_in(folder: Path) -> Path:
+    return next((folder / name for name in ("rollouts", "records") if (folder / name).is_dir()), folder)
+
+
 def _tables_in(folder: Path) -> list[pa.Table]:
     """The rollouts of each file of a folder. A run that is under way may merge files while they are read."""
     while files := rollout_files(folder):
         try:
-            return [_read_rollouts(file) for file in files]
+            return [_as_logged(read_rollouts(file)) for file in files]
         except FileNotFoundError:
             if rollout_files(folder) == files:
                 raise
+    if files := record_files(folder):
+        return [_as_logged(read_rollouts(file)) for file in files]
     raise FileNotFoundError(f"No saved rollouts (step-*.parquet) in {folder}. Were they saved: save_rollouts=True?")
 
 
-def _read_rollouts(file: Path) -> pa.Table:
+def read_rollouts(file: Path) -> pa.Table:
+    """The table of a file, without metadata.
+
+    Raises:
+        ValueError: for a file of a later version of this library, or a damaged one.
+    """
     table = read_table(file)
     version = int((table.schema.metadata or {}).get(_VERSION.encode(), 1))
     if version > ROLLOUTS_VERSION:
@@ -259,7 +285,11 @@ def _read_rollouts(file: Path) -> pa.Table:
             f"{file} was written by a later version of tbrm-trl (rollouts of version {version}, known up to "
             f"{ROLLOUTS_VERSION}). Update tbrm-trl."
         )
-    table = table.replace_schema_metadata(None)
+    return table.replace_schema_metadata(None)
+
+
+def _as_logged(table: pa.Table) -> pa.Table:
+    """Columns of the data set that had to give way to a trajectory's take their names back."""
     for name in [name for name in table.column_names if name.startswith(ROW_PREFIX)]:
         own = name.removeprefix(ROW_PREFIX)
         if own in _DESCRIPTIVE or own.startswith(REWARD_PREFIX):  # a logged row is read without these
