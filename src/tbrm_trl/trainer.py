@@ -41,6 +41,7 @@ from transformers.trainer_utils import has_length
 from transformers.utils import is_rich_available
 from trl import GRPOTrainer
 from trl.models import prepare_deepspeed, prepare_fsdp
+from trl.trainer import grpo_trainer
 from trl.trainer.grpo_trainer import RolloutFunc
 from trl.trainer.utils import (
     add_fused_lm_head,
@@ -115,7 +116,7 @@ from .loss.trajectory_loss import TrajectoryLoss
 from .model import publisher
 from .model.decoding import Slots, draws_one_token, sample
 from .model.head import add_trajectory_head
-from .model.publisher import Publisher, write_base
+from .model.publisher import Publisher, Version, say_base, write_base
 from .model.randomness import disable_randomness, keep_weights_unpacked
 from .model.reference import (
     ADAPTER,
@@ -338,7 +339,7 @@ class TBRMTrainer(ExactResume, GRPOTrainer):
             # A callback may evaluate by itself, on benchmarks. The Trainer would want a set beside it.
             eval_strategy="no" if eval_dataset is None and _evaluates(callbacks) else args.eval_strategy,
         )
-        with trls_view:
+        with trls_view, self._adapter_served(model, peft_config, args):
             super().__init__(
                 model=model,
                 reward_funcs=reward_funcs if generates else reward_funcs or _no_reward,
@@ -390,7 +391,8 @@ class TBRMTrainer(ExactResume, GRPOTrainer):
         self._drawn: list[PoolRow] | None = None  # by the pool, where it draws the rollouts that are asked for
         self._followed = self._make_followed(policy) if args.followed_folder is not None else None
         self._given_rewards: Tensor | None = None  # of followed rollouts: (B, F)
-        self._publisher: Publisher | None = None
+        served = args.publishes_policy or (args.use_vllm and args.vllm_mode == "server" and is_peft_model(self.model))
+        self._publisher = self._make_publisher() if served else None
         self._window_version: str | None = None  # the same when the window was taken
 
         self._window: list[Trajectory] = []  # of the current generation window, on this process
@@ -419,19 +421,45 @@ class TBRMTrainer(ExactResume, GRPOTrainer):
             tools=tools,
             environment_factory=environment_factory,
         )
-        self._actor = self._make_actor(policy, given_functions) if args.publishes_policy else None
+        self._actor = self._make_actor(policy, given_functions)
         sampler = self._get_train_sampler() if isinstance(train_dataset, Sized) else None
         self.accelerator.print(startup_line(self._plan.mix, args, sampler))
 
+    def _adapter_served(self, model: Any, peft_config: Any, args: TBRMConfig) -> AbstractContextManager[None]:
+        """Inside, TRL makes a generation that has a vLLM server load the adapter, where the policy is one."""
+        has_adapter = peft_config is not None or (not isinstance(model, str) and is_peft_model(model))
+        if not (has_adapter and args.use_vllm and args.vllm_mode == "server"):
+            return nullcontext()
+        from .model.served_adapter import ServedAdapter  # TRL's client needs vLLM
+
+        folder = Path(args.output_dir) / publisher.FOLDER
+
+        def publish() -> Version:
+            assert self._publisher is not None
+            if args.publishes_policy and self._publisher.latest is not None:
+                return self._publisher.latest
+            return self._publisher.publish(self.state.global_step)
+
+        def write(policy: Any) -> None:
+            if getattr(policy, "is_loaded_in_4bit", False):
+                say_base(write_base(folder, policy, self.processing_class))
+
+        made = partial(ServedAdapter, publish=publish, folder=folder, before=write)
+        return replaced(grpo_trainer, "VLLMGeneration", made)
+
+    def _make_publisher(self) -> Publisher:
+        args = self.args
+        folder, kept = Path(args.output_dir) / publisher.FOLDER, args.max_staleness + 1
+        published = Publisher(folder, lambda: self.model_wrapped, self.accelerator, kept, self._probe_ids())
+        if args.publishes_policy:
+            self.add_callback(published)
+        return published
+
     def _make_actor(self, policy: PreTrainedModel, functions: Mapping[str, Any]) -> ActorProcess | None:
-        """Have the policy published, and the actor started where this run starts it."""
+        """What writes the plan of an actor, and starts it where this run does."""
         args, output_dir = self.args, Path(self.args.output_dir)
         folder = output_dir / publisher.FOLDER
-        kept = args.max_staleness + 1
-        model = lambda: self.model_wrapped  # noqa: E731
-        self._publisher = Publisher(folder, model, self.accelerator, kept, self._probe_ids())
-        self.add_callback(self._publisher)
-        if args.followed_folder is None:
+        if not (args.publishes_policy and args.followed_folder is not None):
             return None
         quantized = getattr(policy, "is_loaded_in_4bit", False)
         base = str((folder / publisher.BASE).absolute()) if quantized else get_config_model_id(policy.config)
@@ -440,7 +468,7 @@ class TBRMTrainer(ExactResume, GRPOTrainer):
             assert args.followed_folder is not None
             sampler, per_window = self._get_train_sampler(), args.fresh_updates * args.num_iterations
             if quantized:
-                write_base(folder, policy, self._tokenizer)
+                say_base(write_base(folder, policy, self._tokenizer))
             return Plan(
                 options={name: getattr(args, name) for name in OPTIONS},
                 generation_kwargs=args.generation_kwargs or {},

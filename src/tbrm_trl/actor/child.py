@@ -62,8 +62,8 @@ class ActorProcess(TrainerCallback):
         if not anew and any(records.glob("*.parquet")):
             raise ValueError(
                 f"{records} holds rollouts of another run, and no checkpoint to go on from is beside it. "
-                '`resume_from_checkpoint="auto"` starts that run anew and drops them. To train on them, name the folder '
-                "by follow_rollouts, or `load_rollouts` it as a data set; or give the new run another output_dir."
+                '`resume_from_checkpoint="auto"` starts that run anew and drops them. To keep them, name the folder by '
+                "follow_rollouts, or `load_rollouts` it as a data set; or give the new run another output_dir."
             )
 
     def start_anew(self, records: Path) -> None:

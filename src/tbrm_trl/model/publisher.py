@@ -20,6 +20,7 @@ from typing import Any
 import torch
 import xxhash
 from accelerate import Accelerator
+from accelerate.logging import get_logger
 from accelerate.utils import gather_object, is_peft_model
 from safetensors.torch import save_file
 from torch import Tensor, nn
@@ -28,6 +29,8 @@ from transformers import PreTrainedTokenizerBase, TrainerCallback
 
 from ..files import appearing_folder, write_json
 from .reference import gathering
+
+logger = get_logger(__name__)
 
 FOLDER = "policy"  # in the run's output directory
 LATEST = "latest.json"
@@ -201,6 +204,14 @@ def write_base(folder: Path, model: nn.Module, tokenizer: PreTrainedTokenizerBas
         save_file(tensors, partial / "model.safetensors", {"format": "pt"})
         (partial / "digest").write_text(digest)
     return target
+
+
+def say_base(folder: Path) -> None:
+    """Say how a server is started on the de-quantised base."""
+    logger.warning(
+        f"The base is de-quantised in {folder.absolute()}, for the server: VLLM_ALLOW_RUNTIME_LORA_UPDATING=True vllm "
+        f"serve {folder.absolute()} --enable-lora --max-loras 4 --max-lora-rank RANK"
+    )
 
 
 def _published(policy: Any) -> dict[str, Tensor]:
