@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import threading
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -37,7 +38,7 @@ class PolicyServer:
 
     def __init__(self, model: str, adapters: bool = True, delay: float = 0.0):
         self.model, self.adapters, self.delay, self.seen = model, adapters, delay, Seen()
-        self.scripted: dict[str, list[int]] = {}  # completions by what the prompt's tokens end in, as JSON
+        self.script: Callable[[list[int]], list[int]] = lambda prompt: []  # what a completion begins with
         self.port = 0
         self._lock, self._at_once = threading.Lock(), 0
         self.start()
@@ -56,6 +57,7 @@ class PolicyServer:
 
         self._server = ThreadingHTTPServer(("127.0.0.1", self.port), Handler)
         self._server.daemon_threads = True
+        self._server.handle_error = lambda *args: None  # a client that was killed
         self.port = self._server.server_port
         threading.Thread(target=self._server.serve_forever, args=(0.02,), daemon=True).start()
 
@@ -116,7 +118,7 @@ class PolicyServer:
     def _draw(self, name: str, asked: dict[str, Any]) -> tuple[list[int], list[float]]:
         generator = torch.Generator().manual_seed(asked["seed"])
         prompt, ids, log_probs = list(asked["prompt"]), [], []
-        script = self.scripted.get(json.dumps(prompt), [])
+        script = self.script(prompt)
         while len(ids) < asked["max_tokens"] and not (ids and ids[-1] in asked["stop_token_ids"]):
             scores = (self._logits(name, prompt + ids)[-1] / asked["temperature"]).log_softmax(-1)  # (V,)
             drawn = torch.multinomial(scores.exp(), 1, generator=generator).item()

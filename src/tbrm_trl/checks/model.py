@@ -132,8 +132,8 @@ def check_quantization(model: Any, peft_config: Any, quantization_config: Any, a
         )
     if "8bit" in name and (args.use_vllm or args.publishes_policy):
         raise ValueError(
-            f"`{name}` with rollouts by a server is refused: the server is to have the weights that the policy computes "
-            "with, and those of 8 bits depend on the inputs. Use load_in_4bit."
+            f"`{name}` with rollouts by a server is refused: the server is to have the weights that the policy "
+            "computes with, and those of 8 bits depend on the inputs. Use load_in_4bit."
         )
 
 

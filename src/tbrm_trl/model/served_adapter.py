@@ -27,11 +27,11 @@ class ServedAdapter(VLLMGeneration):
     """
 
     def __init__(
-        self, *args: Any, publish: Callable[[], Version], folder: Path, before: Callable[[Any], None], **kw: Any
+        self, *args: Any, publish: Callable[[], Version], folder: Path, before: Callable[[Any], None], **kwargs: Any
     ):
         self.publish, self.folder, self.before = publish, folder, before
         self._served: str | None = None
-        super().__init__(*args, **kw)
+        super().__init__(*args, **kwargs)
 
     def _init_vllm(self) -> None:
         if self.accelerator.is_main_process:
@@ -49,8 +49,8 @@ class ServedAdapter(VLLMGeneration):
         if answer.status_code != 200 and "already been loaded" not in answer.text:
             raise RuntimeError(
                 f"The vLLM server at {client.base_url} did not load the adapter {asked['lora_path']} "
-                f"({answer.status_code}: {answer.text[:300]}). Start it with --enable-lora and --max-lora-rank RANK, and "
-                "with VLLM_ALLOW_RUNTIME_LORA_UPDATING=True in its environment; it must see the same folders."
+                f"({answer.status_code}: {answer.text[:300]}). Start it with --enable-lora and --max-lora-rank RANK, "
+                "and with VLLM_ALLOW_RUNTIME_LORA_UPDATING=True in its environment; it must see the same folders."
             )
         client.model = version.name
         if self._served is not None:
