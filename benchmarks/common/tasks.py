@@ -202,9 +202,9 @@ class Measure(TrainerCallback):
             self.measure(state.global_step, model)
 
 
-def train(method: str, measure: Measure, **options: Any) -> Any:
-    """Train with a method on the measured task, on the CPU; returns the trainer."""
-    trainer_class, config_class = METHODS[method]
+def train(method: str | tuple[Any, Any], measure: Measure, **options: Any) -> Any:
+    """Train with a method, or with a trainer and its config, on the measured task, on the CPU. Returns the trainer."""
+    trainer_class, config_class = METHODS[method] if isinstance(method, str) else method
 
     def reward(**kwargs):  # TRL wants a function with a name
         return measure.reward(**kwargs)
