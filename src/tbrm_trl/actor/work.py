@@ -141,7 +141,6 @@ def _said(finished: Finished) -> dict[str, Any]:
     columns = {
         name: value.tolist() if isinstance(value, np.ndarray) else value
         for name, value in to_row(finished.trajectory).items()
-        if value is not None
     }
     said = {
         "trajectory": columns,
