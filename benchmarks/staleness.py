@@ -229,8 +229,8 @@ def page(runs: Store, setting: Setting, facts: str) -> str:
         f"The tiny model sorts letters (`benchmarks/common/tasks.py`): {setting.updates} updates on {setting.rows} "
         f"rollouts each, learning rate {setting.rate:g} for every method and lag, {seeds} seeds, means with their "
         "standard error. `policy`, `calibrated` and `group` are TBRM's soft values with β = 0.05 and no correction: "
-        "they follow a folder of rollouts. GRPO has TRL's clipped ratio to the policy that drew. The rate was not tuned "
-        "anew for any lag; a lower one would suit long lags better."
+        "they follow a folder of rollouts. GRPO has TRL's clipped ratio to the policy that drew. The rate was not "
+        "tuned anew for any lag; a lower one would suit long lags better."
     )
     tables = "\n\n".join(parts)
     return f"""# Accuracy against the age of rollouts

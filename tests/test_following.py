@@ -2,19 +2,28 @@
 
 from __future__ import annotations
 
+import json
 import math
+import random
 import shutil
+import subprocess
+import sys
 import threading
+import time
 from pathlib import Path
 from typing import Any
 
 import pyarrow.parquet as pq
 import pytest
+import torch
 from datasets import Dataset
+from helpers.launch import ROOT
+from helpers.resume_processes import printed, start
 from helpers.runs import DATA, PROMPTS, build, config, digits, kept_returns, letters, logged
 from helpers.writers import made_rows, number_of, write_record, write_slowly
 
 from tbrm_trl import load_rollouts
+from tbrm_trl.run_log import read_lines, trajectory_ids
 from tbrm_trl.sources.records import Part, RecordFolder
 from tbrm_trl.sources.saved_rollouts import rollout_files
 
@@ -389,3 +398,72 @@ def test_a_step_that_comes_again_after_a_resume_is_another_version(llama, tmp_pa
     trainer.train()
     origins = {number_of(row.trajectory.completion_ids): row.origin for row in updates[0]}
     assert origins == {0: "fresh", 1: "ahead", 2: "fresh", 3: "fresh"}
+
+
+def ids_of(row: dict) -> tuple[torch.Tensor, torch.Tensor]:
+    return torch.tensor(row["prompt_ids"]), torch.tensor(row["completion_ids"])
+
+
+# ---- kills -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.launch
+@pytest.mark.parametrize("processes", [1, 2])
+def test_kills_at_random_moments_lose_and_repeat_no_row(processes, qwen2, tmp_path):
+    """A learner and a writer, each in processes of its own, are killed by turns and started again until the end.
+
+    The history of what was trained on is `output_dir/updates`. Windows of 8 rows and two updates, 24 updates: rows 0 to
+    95, each in its window, and each once.
+    """
+    rng, rows = random.Random(processes), made_rows(110, vocabulary=60)
+    (tmp_path / "rows.json").write_text(json.dumps(rows))
+    records, out = tmp_path / "records", tmp_path / "out"
+    options = dict(
+        data=None, follow_rollouts=str(records), num_generations=1, num_iterations=1, max_steps=24,
+        per_device_train_batch_size=2 // processes,
+    )  # fmt: skip
+    write = [sys.executable, str(ROOT / "tests/helpers/writers.py"), records, tmp_path / "rows.json", "5", "7", "0.2"]
+    learners: list = []
+    writer = subprocess.Popen(write)
+
+    def made() -> int:
+        lines = read_lines(out / "log.jsonl") if (out / "log.jsonl").exists() else []
+        return max((line["step"] for line in lines), default=0)
+
+    kills = 0
+    try:
+        for _ in range(30):
+            learners = start(tmp_path, "fresh" if processes == 1 else "two, mixed", qwen2, resume="auto", **options)
+            goal = made() + rng.randint(1, 4) if kills < 5 else 24
+            while made() < goal and all(one.is_alive() for one in learners):
+                time.sleep(0.02)
+            time.sleep(rng.uniform(0, 0.3))
+            if made() >= 24:
+                break
+            victim = rng.choice(learners)
+            victim.kill()
+            kills += 1
+            if rng.random() < 0.5:
+                writer.kill()
+                writer.wait()
+                writer = subprocess.Popen(write)
+            for one in learners:
+                one.kill()
+                one.join()
+        for one in learners:
+            one.join(120)
+        assert [one.exitcode for one in learners] == [0] * processes, printed(tmp_path)
+    finally:
+        writer.kill()
+        for one in learners:
+            one.kill()
+    assert kills >= 5
+
+    numbers_of = dict(zip(trajectory_ids(list(map(ids_of, rows)))[0], range(len(rows)), strict=True))
+    trained: dict[int, list[int]] = {step: [] for step in range(1, 25)}
+    for process in range(processes):
+        for line in read_lines(out / f"updates/process-{process}.jsonl"):
+            trained[line["step"]] += [numbers_of[one] for one in line["id"]]
+    for window in range(12):
+        of_window = trained[2 * window + 1] + trained[2 * window + 2]
+        assert sorted(of_window) == list(range(8 * window, 8 * window + 8))

@@ -47,6 +47,7 @@ KILLS: dict[str, list[tuple]] = {
     ],
     "mixed": [("rollouts half-written", 4), ("all written", 6), ("weights stepped", 9), ("generating", 12)],
     "pool": [("random state written", 6), ("between micro-batches", 8), ("marked", 12)],
+    "followed": [("between micro-batches", 2), ("state half-written", 6), ("weights stepped", 8), ("marked", 12)],
     "lora": [("model written", 6), ("between micro-batches", 10), ("old one half-removed", 12)],
     "lora, reset": [("reference synced", 4), ("reference written", 6), ("reference synced", 8), ("marked", 12)],
     "reset": [("reference synced", 4), ("random state written", 9), ("reference synced", 12)],
@@ -59,6 +60,7 @@ KILLS: dict[str, list[tuple]] = {
         ("all written", 12, 0),
     ],
     "two, pool": [("random state written", 6, 1), ("between micro-batches", 8, 0)],
+    "two, followed": [("random state written", 6, 1), ("between micro-batches", 10, 0)],
 }  # fmt: skip
 
 

@@ -22,6 +22,7 @@ import tbrm_trl.resume.exact_resume
 from helpers.launch import end_process
 from helpers.runs import digits
 from helpers.scripted import QUIET
+from helpers.writers import made_rows, write_slowly
 from tbrm_trl import TBRMConfig, TBRMTrainer
 from tbrm_trl.model.reference import Reference
 from tbrm_trl.sources.parquet import to_row
@@ -51,6 +52,7 @@ CASES: dict[str, dict[str, Any]] = {
     "reset": dict(ref_model_mixup_alpha=1.0, replay_buffer_size=16, **SYNC),
     "moving average": dict(ref_model_mixup_alpha=0.6, data=MIXED, **SYNC),
     "pool": dict(rollout_pool=6, num_iterations=1, steps_per_generation=2, max_completion_length=16, logging_steps=2),
+    "followed": dict(records=7, data=None, num_generations=1, replay_buffer_size=16, num_iterations=3),
     # Checkpoints at steps that are not logged, at the end of a window, and at the end of an epoch.
     "unlogged": dict(
         reference="previous", max_steps=16, logging_steps=3, save_steps=4, replay_buffer_size=16,
@@ -64,6 +66,7 @@ CASES: dict[str, dict[str, Any]] = {
         rollout_pool=6, num_iterations=1, steps_per_generation=2, max_completion_length=16,
         per_device_train_batch_size=1,
     ),
+    "two, followed": dict(records=7, data=MIXED, num_generations=1, per_device_train_batch_size=1, num_iterations=1),
     "two, mixed": dict(
         data=MIXED, logged_fraction=0.5, ref_model_mixup_alpha=0.6, per_device_train_batch_size=1, **SYNC
     ),
@@ -80,11 +83,16 @@ def letters(completions, log_metric, log_extra, **kwargs) -> list[float]:
 def build(case: str, model: str, output_dir: Path, **changes: Any) -> TBRMTrainer:
     options = {**OPTIONS, **CASES[case], **changes}
     data, lora = options.pop("data", PROMPTS), options.pop("lora", False)
+    functions: list[Any] | None = [letters, digits]
+    if largest := options.pop("records", None):  # rows of a file, at most
+        options["follow_rollouts"] = str(output_dir.parent / "records")
+        write_slowly(output_dir.parent / "records", made_rows(120), largest, seed=1)
+        functions = functions if data else None  # some of the logged rows have no reward
     return TBRMTrainer(
         model,
-        [letters, digits],
+        functions,
         TBRMConfig(output_dir=str(output_dir), **options),
-        data if isinstance(data, Dataset) else Dataset.from_list(data),
+        data if data is None or isinstance(data, Dataset) else Dataset.from_list(data),
         Dataset.from_list(PROMPTS[:2]) if "eval_steps" in options else None,
         peft_config=LoraConfig(r=4, target_modules="all-linear", lora_dropout=0.0) if lora else None,
     )

@@ -30,8 +30,8 @@ def processes_of(case: str) -> int:
     return 2 if case.startswith("two") else 1
 
 
-def train(folder: Path, case: str, model: str, kill: tuple | None = None, **options: Any) -> list[int]:
-    """One run, in as many processes as the case has, with options of `helpers.resume.run`. Returns their exit codes."""
+def start(folder: Path, case: str, model: str, kill: tuple | None = None, **options: Any) -> list[Any]:
+    """The processes of a run, as many as the case has, with options of `helpers.resume.run`."""
     number, port = processes_of(case), free_port()
     killed = kill[2] if kill and len(kill) > 2 else 0
     processes = [
@@ -48,6 +48,12 @@ def train(folder: Path, case: str, model: str, kill: tuple | None = None, **opti
     import_once()
     for process in processes:
         process.start()
+    return processes
+
+
+def train(folder: Path, case: str, model: str, kill: tuple | None = None, **options: Any) -> list[int]:
+    """One run, in as many processes as the case has, with options of `helpers.resume.run`. Returns their exit codes."""
+    processes = start(folder, case, model, kill, **options)
     for process in processes:
         process.join(200)
         process.kill()  # where it waits for one that is no more

@@ -21,7 +21,7 @@ def write_record(
     """One record, which appears when it is whole."""
     folder.mkdir(parents=True, exist_ok=True)
     file = folder / f"{writer}-{number:06d}.parquet"
-    partial = file.with_suffix(".writing")
+    partial = file.with_suffix(f".writing-{os.getpid()}")
     pq.write_table(pa.Table.from_pylist(rows).replace_schema_metadata(metadata), partial)
     os.replace(partial, file)
     return file
@@ -51,7 +51,7 @@ def number_of(completion_ids: Any) -> int:
     return (first - 3) * 60 + second - 3
 
 
-def write_slowly(folder: Path, rows: list[dict], largest: int, seed: int, seconds: float) -> None:
+def write_slowly(folder: Path, rows: list[dict], largest: int, seed: int, seconds: float = 0.0) -> None:
     """Write rows in files of 1 to `largest`. A writer that is started again goes on after its last file."""
     rng, number, done = random.Random(seed), 0, 0
     while done < len(rows):
