@@ -15,8 +15,8 @@ from typing import Any
 import pyarrow.parquet as pq
 import pytest
 import torch
+from common.policy_server import PolicyServer
 from common.tiny import VOCABULARY, perturb, save, tokenizer
-from helpers.policy_server import PolicyServer
 from helpers.runs import CHATS, DATA, TOKENIZER, build, letters
 from peft import LoraConfig, PeftModel
 from transformers import AutoModelForCausalLM

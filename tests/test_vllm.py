@@ -76,7 +76,8 @@ def server(model: str, environment: dict[str, str]) -> Iterator[int]:
     with log.open("w") as output:
         process = subprocess.Popen(
             [
-                str(Path(sys.executable).parent / "vllm"), *line[at + 1 :],
+                str(Path(sys.executable).parent / "vllm"),
+                *line[at + 1 :],
                 "--max-model-len",
                 "128",
                 "--port",

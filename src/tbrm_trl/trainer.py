@@ -1330,6 +1330,8 @@ class TBRMTrainer(ExactResume, GRPOTrainer):
                 since_log = self._skipped.taken_since_log + self._skipped.since_log
                 times = {f"{name}_time": [seconds / since_log] for name, seconds in self._stopwatch.taken().items()}
                 self._metrics["train"].update(times)
+                if self._actor is not None and (waited := self._actor.waited()) is not None:
+                    self._metrics["train"]["rollouts/actor_wait_time"] = [waited]
                 logs["loss"] = self._skipped.mean_over_taken(logs["loss"])
                 self._skipped.logged()
             if "train_loss" in logs:  # the Trainer's mean over the updates of this call of `train`

@@ -1,5 +1,6 @@
 """The actor as a child process of the run."""
 
+import json
 import os
 import subprocess
 import sys
@@ -15,6 +16,7 @@ from .plan import FOLDER, Plan
 logger = get_logger(__name__)
 
 LOG = "log.txt"  # in the actor's folder
+STATUS = "status.json"  # beside it
 RESTARTS = 3  # of an actor that has died
 SHOWN = 15  # last lines of its log that an error shows
 PARENT = "TBRM_TRL_ACTOR_PARENT"  # environment variable: the process with which the actor ends
@@ -38,6 +40,7 @@ class ActorProcess(TrainerCallback):
         self.output_dir, self.plan, self.starts = output_dir, plan, starts
         self.log = output_dir / FOLDER / LOG
         self.restarts = 0
+        self._waited = 0.0
         self._process: subprocess.Popen[bytes] | None = None
 
     def on_train_begin(self, args, state, control, **kwargs):
@@ -102,6 +105,15 @@ class ActorProcess(TrainerCallback):
         self.restarts += 1
         logger.warning(f"{died}\nIt is started again ({self.restarts} of {RESTARTS}).")
         self.start()
+
+    def waited(self) -> float | None:
+        """Seconds that the actor has waited for the policy since this was last asked; None if it does not say."""
+        try:
+            total = json.loads((self.log.parent / STATUS).read_text())["waited"]
+        except FileNotFoundError:
+            return None
+        since, self._waited = total - self._waited, total
+        return since if since >= 0 else total  # it has started again
 
     def end(self) -> None:
         if self._process is not None:

@@ -15,12 +15,12 @@ from ..model import publisher
 from ..model.publisher import Version, read_latest
 from ..sources.parquet import from_row, to_row
 from ..sources.saved_rollouts import save_rollouts
+from .child import STATUS
 from .drawer import Finished, RowDrawer
 from .ledger import UNFINISHED, Ledger
 from .plan import FOLDER, Plan
 from .server import Places, Server, ServerError
 
-STATUS = "status.json"  # in the actor's folder
 LOG_PROBS = "sampler_log_probs"  # column of the windows' files
 PER_REQUEST = 4  # rows under way for each that is at the server: the others are in tools and rewards
 LOOK_EVERY = 0.05  # seconds
