@@ -266,7 +266,8 @@ def test_what_is_drawn_beside_training_is_of_the_version_that_it_says(kind, mode
             os.environ.setdefault(name, value)
     rows = Dataset.from_list([{"prompt": f"{i} and {j}:"} for i in range(8) for j in range(8)])
     settings = dict(
-        output_dir=str(tmp_path / "out"), beta=0.5, learning_rate=0.01 if kind == "full" else 0.05, max_steps=UPDATES,
+        output_dir=str(tmp_path / "out"), beta=2.0, soft_value="calibrated",
+        learning_rate=0.004 if kind == "full" else 0.02, max_steps=UPDATES,
         lr_scheduler_type="constant", per_device_train_batch_size=8, max_completion_length=8, use_cpu=True, bf16=False,
         rollouts="async", async_server=f"http://localhost:{server}", max_staleness=1, save_strategy="no",
         report_to="none", logging_steps=1, disable_tqdm=True, follow_timeout=240.0,
@@ -305,6 +306,14 @@ def test_what_is_drawn_beside_training_is_of_the_version_that_it_says(kind, mode
     )
     assert max(own) <= EXACT < 10 * EXACT <= min(others)
     assert len(waits) == UPDATES and max(stale) <= 1
+
+
+def test_async_setup(model, server, environment, tmp_path):
+    """Its own line; the server takes the adapter of the run's rank."""
+    serve(server, model)
+    options = ["--model_name_or_path", model, "--async_server", f"http://localhost:{server}", "--lora_r", "8"]
+    run_line(SETUPS / "vllm_async.yaml", tmp_path, *options, "--dtype", "float32", **environment)
+    logged_updates(tmp_path)
 
 
 def test_an_evaluation_by_vllm_gives_the_completions_of_transformers(model, environment, tmp_path):
