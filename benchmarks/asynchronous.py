@@ -27,6 +27,7 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 from urllib.request import urlopen
@@ -149,48 +150,56 @@ def rewarding(url: str | None) -> Any:
     def judged(completion_ids, **kwargs):
         from urllib.request import urlopen
 
-        return [float(urlopen(url).read()) for _ in completion_ids]
+        return [float(urlopen(str(url)).read()) for _ in completion_ids]
 
     return distinct if url is None else judged
 
 
-def train(
-    model: str, data: Dataset, tokens: int, rows: int, windows: int, reward: Any, grpo: bool = False, **options: Any
-) -> tuple[Clock, Any]:
+@dataclass
+class Work:
+    """What a run trains on: `rows` prompts of `data` a window, completions of at most `tokens`, so many windows."""
+
+    model: str
+    data: Dataset
+    tokens: int
+    rows: int
+    windows: int
+
+
+def train(work: Work, reward: Any, grpo: bool = False, **options: Any) -> tuple[Clock, Any]:
     """A run of one update a window, and when its updates ended."""
     clock = Clock()
-    trainer_class, config_class = (GRPOTrainer, GRPOConfig) if grpo else (TBRMTrainer, TBRMConfig)
+    trainer_class: Any = GRPOTrainer if grpo else TBRMTrainer
     settings = {
         **QUIET, **dict(
-            output_dir=tempfile.mkdtemp(), use_cpu=True, bf16=False, max_steps=windows, max_completion_length=tokens,
-            per_device_train_batch_size=rows, learning_rate=1e-5, num_generations=2 if grpo else 1,
+            output_dir=tempfile.mkdtemp(), use_cpu=True, bf16=False, max_steps=work.windows, learning_rate=1e-5,
+            max_completion_length=work.tokens, per_device_train_batch_size=work.rows,
+            num_generations=2 if grpo else 1,
         ), **options,
     }  # fmt: skip
+    args = (GRPOConfig if grpo else TBRMConfig)(**settings)
     adapter = LoraConfig(r=16, target_modules="all-linear")
     with quiet():
-        trainer = trainer_class(model, reward, config_class(**settings), data, peft_config=adapter, callbacks=[clock])
+        trainer = trainer_class(work.model, reward, args, work.data, peft_config=adapter, callbacks=[clock])
         trainer.train()
     return clock, trainer
 
 
-def alone(model: str, data: Dataset, tokens: int, rows: int, windows: int, url: str, reward: Any) -> dict[str, Any]:
-    """G and U: the actor draws every window before the run looks, then the run finds all windows there."""
-    records = Path(tempfile.mkdtemp())
-    kept = dict(rollouts="async", async_server=url, max_staleness=windows, follow_rollouts=str(records / "records"))
-    train(model, data, tokens, rows, windows, reward, **kept)
-    files = sorted((records / "records").glob("*.parquet"), key=lambda file: file.stat().st_mtime)
-    written = [file.stat().st_mtime for file in files]
-    drawn = (written[-1] - written[WARM_UP - 1]) / (len(files) - WARM_UP)
-    clock, _ = train(model, data, tokens, rows, windows, None, follow_rollouts=str(records / "records"))
-    shutil.rmtree(records)
+def alone(work: Work, url: str, reward: Any) -> dict[str, float]:
+    """G and U: the actor draws every window under the first policy, then a run finds all windows there."""
+    records = Path(tempfile.mkdtemp()) / "records"
+    train(work, reward, rollouts="async", async_server=url, max_staleness=work.windows, follow_rollouts=str(records))
+    written = sorted(file.stat().st_mtime for file in records.glob("*.parquet"))
+    drawn = (written[-1] - written[WARM_UP - 1]) / (len(written) - WARM_UP)
+    clock, _ = train(work, None, follow_rollouts=str(records))
+    shutil.rmtree(records.parent)
     return {"G": drawn, "U": clock.seconds()}
 
 
-def beside(model: str, data: Dataset, tokens: int, rows: int, windows: int, url: str, reward: Any) -> dict[str, Any]:
+def beside(work: Work, url: str, reward: Any) -> dict[str, float]:
     clock, trainer = train(
-        model, data, tokens, rows, windows, reward, rollouts="async", async_server=url, max_staleness=2,
-        logging_strategy="steps", logging_steps=1,
-    )  # fmt: skip
+        work, reward, rollouts="async", async_server=url, max_staleness=2, logging_strategy="steps", logging_steps=1
+    )
     log = [row for row in trainer.state.log_history if "rollouts/queue" in row]
     return {
         "seconds": clock.seconds(),
@@ -249,20 +258,20 @@ def main() -> None:
         for kind, url in (("", None), (", slow rewards", verdicts.url)):
             if name + kind in store or (kind and tokens != min(RATIOS.values())):
                 continue
-            size: tuple[Any, ...] = (model, data, 8 if quick else tokens, rows, windows)
+            work = Work(model, data, 8 if quick else tokens, rows, windows)
             reward = rewarding(url)
             found: dict[str, Any] = {}
             with on_core(1), serve(model, 0) as server:
-                found["alone"] = alone(*size, server, reward)
-                found["beside"] = beside(*size, server, reward)
+                found["alone"] = alone(work, server, reward)
+                found["beside"] = beside(work, server, reward)
             set_up(2)
-            found["by itself"] = train(*size, reward)[0].seconds()
+            found["by itself"] = train(work, reward)[0].seconds()
             if not quick:
                 vllm_on_cpu().in_trainer()
                 with serve(model, None) as server:
-                    taking = dict(use_vllm=True, vllm_mode="server", vllm_server_base_url=server)
-                    found["server mode"] = train(*size, reward, **taking)[0].seconds()
-                    found["GRPO"] = train(*size, reward, grpo=True, beta=0.0, **taking)[0].seconds()
+                    taking: dict[str, Any] = dict(use_vllm=True, vllm_mode="server", vllm_server_base_url=server)
+                    found["server mode"] = train(work, reward, **taking)[0].seconds()
+                    found["GRPO"] = train(work, reward, grpo=True, beta=0.0, **taking)[0].seconds()
             set_up(1)
             store[name + kind] = found
             print(name + kind, found, file=sys.stderr)

@@ -219,13 +219,13 @@ def test_a_server_that_dies_and_comes_back(llama, server, tmp_path):
 
 
 @pytest.mark.parametrize("lora", [True, False], ids=["lora", "full"])
-def test_a_server_with_another_base_is_found_out(lora, llama, server, tmp_path):
-    run = Run(llama, server, tmp_path, lora=lora, follow_timeout=1.0)
+def test_a_server_with_another_base_is_found_out(lora, llama, server, tmp_path, monkeypatch):
+    run = Run(llama, server, tmp_path, lora=lora, follow_timeout=3.0)
     other = save(tmp_path / "other", "llama", initializer_range=0.4, tie_word_embeddings=True)
     server.stop()
     server.model = other
     if not lora:  # it takes the weights that it is sent, unless it says so and keeps its own
-        server.reload = lambda asked: (200, {"results": [None]})
+        monkeypatch.setattr(server, "reload", lambda asked: (200, {"results": [None]}))
     server.start()
     with pytest.raises(
         ServerError, match=rf"serves another policy than step-00000000.* start it on {llama}.*Waited \d"

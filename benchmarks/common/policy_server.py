@@ -55,9 +55,8 @@ class PolicyServer:
         class Handler(_Handler):
             server_policy = owner
 
-        self._server = ThreadingHTTPServer(("127.0.0.1", self.port), Handler)
+        self._server = _Quiet(("127.0.0.1", self.port), Handler)
         self._server.daemon_threads = True
-        self._server.handle_error = lambda *args: None  # a client that was killed
         self.port = self._server.server_port
         threading.Thread(target=self._server.serve_forever, args=(0.02,), daemon=True).start()
 
@@ -117,7 +116,9 @@ class PolicyServer:
     @torch.no_grad()
     def _draw(self, name: str, asked: dict[str, Any]) -> tuple[list[int], list[float]]:
         generator = torch.Generator().manual_seed(asked["seed"])
-        prompt, ids, log_probs = list(asked["prompt"]), [], []
+        prompt = list(asked["prompt"])
+        ids: list[int] = []
+        log_probs: list[float] = []
         script = self.script(prompt)
         while len(ids) < asked["max_tokens"] and not (ids and ids[-1] in asked["stop_token_ids"]):
             scores = (self._logits(name, prompt + ids)[-1] / asked["temperature"]).log_softmax(-1)  # (V,)
@@ -136,6 +137,13 @@ class PolicyServer:
             if name in self._names:
                 self._policy.set_adapter(name)
             return self._policy(torch.tensor([ids])).logits[0].float()  # (T, V)
+
+
+class _Quiet(ThreadingHTTPServer):
+    """Says nothing of clients that were killed."""
+
+    def handle_error(self, *args: Any) -> None:
+        pass
 
 
 class _Handler(BaseHTTPRequestHandler):

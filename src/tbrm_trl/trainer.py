@@ -459,13 +459,13 @@ class TBRMTrainer(ExactResume, GRPOTrainer):
         """What writes the plan of an actor, and starts it where this run does."""
         args, output_dir = self.args, Path(self.args.output_dir)
         folder = output_dir / publisher.FOLDER
-        if not (args.publishes_policy and args.followed_folder is not None):
+        records = args.followed_folder
+        if not args.publishes_policy or records is None:
             return None
         quantized = getattr(policy, "is_loaded_in_4bit", False)
         base = str((folder / publisher.BASE).absolute()) if quantized else get_config_model_id(policy.config)
 
         def plan(updates: int) -> Plan:
-            assert args.followed_folder is not None
             sampler, per_window = self._get_train_sampler(), args.fresh_updates * args.num_iterations
             if quantized:
                 say_base(write_base(folder, policy, self._tokenizer))
@@ -483,13 +483,13 @@ class TBRMTrainer(ExactResume, GRPOTrainer):
                 vocabulary=policy.config.get_text_config().vocab_size,
                 context=getattr(policy.config.get_text_config(), "max_position_embeddings", None) or sys.maxsize,
                 base=base,
-                records=args.followed_folder.absolute(),
+                records=records.absolute(),
                 patience=args.follow_timeout,
                 server=args.async_server,
                 **functions,
             )
 
-        actor = ActorProcess(output_dir, plan, starts=args.rollouts == "async")
+        actor = ActorProcess(output_dir, records, plan, starts=args.rollouts == "async")
         self.add_callback(actor)
         return actor
 
@@ -1503,8 +1503,8 @@ class TBRMTrainer(ExactResume, GRPOTrainer):
                 'it. `resume_from_checkpoint="auto"` starts that run anew and drops them. To keep them, move them, or '
                 "give the new run another output_dir."
             )
-        if self._actor is not None and self._actor.starts:
-            self._actor.require_own_folder(self.args.followed_folder, anew)
+        if self._actor is not None:
+            self._actor.require_own_folder(anew)
 
     def forget(self) -> None:
         self._step, self._window, self._rows_drawn, self._rows_trained = 0, [], 0, 0
@@ -1521,7 +1521,7 @@ class TBRMTrainer(ExactResume, GRPOTrainer):
         go_back(Path(self.args.output_dir), self.accelerator.process_index, step)
         if self._actor is not None and self._actor.starts and self._resumed_from is None:
             if self.accelerator.is_main_process:
-                self._actor.start_anew(self.args.followed_folder)
+                self._actor.start_anew()
             self.accelerator.wait_for_everyone()
         if self.args.save_rollouts:
             if self.accelerator.is_main_process:

@@ -32,12 +32,13 @@ class ActorProcess(TrainerCallback):
 
     Args:
         output_dir: of the run.
+        records: folder of the windows.
         plan: makes what the actor needs to know, given the number of updates of the run.
         starts: whether to start the actor too. If not, the plan is written for one that is started by hand.
     """
 
-    def __init__(self, output_dir: Path, plan: Callable[[int], Plan], starts: bool):
-        self.output_dir, self.plan, self.starts = output_dir, plan, starts
+    def __init__(self, output_dir: Path, records: Path, plan: Callable[[int], Plan], starts: bool):
+        self.output_dir, self.records, self.plan, self.starts = output_dir, records, plan, starts
         self.log = output_dir / FOLDER / LOG
         self.restarts = 0
         self._waited = 0.0
@@ -55,23 +56,22 @@ class ActorProcess(TrainerCallback):
         if self.starts:
             self.start()
 
-    def require_own_folder(self, records: Path, anew: bool) -> None:
+    def require_own_folder(self, anew: bool) -> None:
         """Refuse to start a run where the windows of another one are.
 
         Args:
-            records: folder of the windows.
             anew: whether the user knows that the run may start again, after an end before its first checkpoint.
         """
-        if not anew and any(records.glob("*.parquet")):
+        if self.starts and not anew and any(self.records.glob("*.parquet")):
             raise ValueError(
-                f"{records} holds rollouts of another run, and no checkpoint to go on from is beside it. "
+                f"{self.records} holds rollouts of another run, and no checkpoint to go on from is beside it. "
                 '`resume_from_checkpoint="auto"` starts that run anew and drops them. To keep them, name the folder by '
                 "follow_rollouts, or `load_rollouts` it as a data set; or give the new run another output_dir."
             )
 
-    def start_anew(self, records: Path) -> None:
+    def start_anew(self) -> None:
         """Drop what an actor has drawn for a run that ended before its first checkpoint."""
-        for file in [*records.glob("window-*.parquet"), *(self.log.parent / UNFINISHED).glob("*.jsonl")]:
+        for file in [*self.records.glob("window-*.parquet"), *(self.log.parent / UNFINISHED).glob("*.jsonl")]:
             file.unlink()
 
     def start(self) -> None:

@@ -56,6 +56,8 @@ class RowDrawer(GRPOTrainer):
         workspace: a folder that the Trainer may call its own.
     """
 
+    reward_func_names: list[str]
+
     def __init__(self, plan: Plan, server: Server, places: Places, workspace: str):
         args = TBRMConfig(
             workspace, **plan.options, per_device_train_batch_size=1, use_cpu=True, bf16=False, report_to="none",

@@ -232,7 +232,8 @@ class Server:
         """
         if version.adapter:
             return
-        pool = self._session.get_adapter(self.url).poolmanager.connection_from_url(self.url)
+        adapter: Any = self._session.get_adapter(self.url)
+        pool = adapter.poolmanager.connection_from_url(self.url)
         if pool.num_connections != getattr(self._local, "connections", None):
             try:
                 self._check(version)

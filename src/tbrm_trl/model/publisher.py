@@ -62,8 +62,8 @@ def read_latest(folder: Path) -> Version | None:
         said = json.loads((folder / LATEST).read_text())
     except FileNotFoundError:
         return None
-    known = {name: said[name] for name in Version.__dataclass_fields__ if name in said}
-    return Version(**{n: tuple(v) if isinstance(v, list) else v for n, v in known.items()})
+    probe = tuple(said["probe_ids"]), tuple(said["probe_log_probs"])
+    return Version(said["name"], said["step"], said["adapter"], *probe)
 
 
 class Publisher(TrainerCallback):
@@ -168,7 +168,7 @@ def gathered(parameters: Mapping[str, Tensor], keep: bool) -> dict[str, Tensor]:
     return tensors
 
 
-def write_base(folder: Path, model: nn.Module, tokenizer: PreTrainedTokenizerBase) -> Path:
+def write_base(folder: Path, model: Any, tokenizer: PreTrainedTokenizerBase) -> Path:
     """Write what a quantised base computes with: its weights de-quantised. The model itself stays as it is.
 
     Args:
@@ -184,7 +184,7 @@ def write_base(folder: Path, model: nn.Module, tokenizer: PreTrainedTokenizerBas
     policy: Any = model.get_base_model() if is_peft_model(model) else model
     tensors: dict[str, Tensor] = {}
     for name, value in {**dict(policy.named_parameters()), **_saved_buffers(policy)}.items():
-        if "lora_" in name or (is_peft_model(model) and model.prefix in name):
+        if "lora_" in name:
             continue
         state = getattr(value, "quant_state", None)
         whole = value.detach() if state is None else dequantize_4bit(value.data, state)
