@@ -17,12 +17,13 @@ import pytest
 import torch
 from common.policy_server import PolicyServer
 from common.tiny import VOCABULARY, perturb, save, tokenizer
-from helpers.runs import CHATS, DATA, TOKENIZER, build, letters
+from helpers.runs import CHATS, DATA, TOKENIZER, before_each_update, build, kept_returns, letters, logged
 from peft import LoraConfig, PeftModel
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, TrainerCallback
 from trl.chat_template_utils import qwen3_chat_template
 
 from tbrm_trl.actor.ledger import Ledger, window_file
+from tbrm_trl.actor.plan import Plan
 from tbrm_trl.actor.server import Server, ServerError
 from tbrm_trl.actor.work import LOG_PROBS, Actor
 from tbrm_trl.model.publisher import Version, read_latest
@@ -341,3 +342,55 @@ def test_environments_and_their_tools(tmp_path):
         assert "<tool_response>\n42\n</tool_response>" in TOKENIZER.decode(drawn.completion_ids[~drawn.loss_mask])
         assert f"from {start}<" in TOKENIZER.decode(drawn.prompt_ids)
         assert [one != 0 for one in row[LOG_PROBS]] == drawn.loss_mask.tolist()
+
+
+# ---- the actor as a child of the run ---------------------------------------------------------------------------------
+
+
+def test_functions_of_the_script_go_by_value(llama, server, tmp_path):
+    """With the globals that they name, and none that they do not. What cannot be pickled is refused."""
+    script: dict[str, Any] = {"__name__": "__main__", "answers": (i for i in range(3))}
+    exec("BONUS = 3.0\ndef bonus(completions, **kwargs):\n    return [BONUS] * len(completions)", script)
+    exec("def told(completions, **kwargs):\n    return [next(answers) for _ in completions]", script)
+    run = Run(llama, server, tmp_path, script["bonus"])
+    assert Plan.read(run.output).reward_funcs(completions=["a", "b"]) == [3.0, 3.0]
+    with pytest.raises(TypeError, match=r"cannot be given what this run was.*generator"):
+        Run(llama, server, tmp_path / "told", script["told"])
+
+
+class KillActor(TrainerCallback):
+    def on_step_end(self, args, state, control, **kwargs):
+        if state.global_step == 2:
+            self.actor._process.kill()
+
+
+@pytest.mark.launch
+def test_a_run_with_its_actor(llama, server, tmp_path):
+    """Killed once, the actor is started again; the run is resumed with another one; each row is trained on once."""
+    options: dict[str, Any] = dict(
+        rollouts="async", async_server=server.url, max_staleness=1, per_device_train_batch_size=ROWS, peft_config=LORA,
+        save_strategy="steps", save_steps=3, follow_timeout=200.0,
+    )  # fmt: skip
+    kills = KillActor()
+    first = build(llama, tmp_path, max_steps=3, **options)
+    kills.actor = first._actor
+    first.add_callback(kills)
+    trained = kept_returns(first, "_new_window")
+    first.train()
+    assert first._actor.restarts == 1 and first._actor._process is None
+    policy = Path(first.args.output_dir) / "policy"
+    last = read_latest(policy)
+
+    second = build(llama, tmp_path, max_steps=UPDATES, **options)
+    seen = before_each_update(second, lambda: read_latest(policy))
+    rest = kept_returns(second, "_new_window")
+    second.train(resume_from_checkpoint=True)
+    assert last.step == 3 and seen[0] == last and second.state.global_step == UPDATES
+    prompts = [TOKENIZER.decode(one.prompt_ids) for window in trained + rest for one in window]
+    sampler = second._get_train_sampler()
+    drawn = [[DATA[index]["prompt"] for index in sampler.window(window)] for window in range(UPDATES)]
+    assert [sorted(prompts[i : i + ROWS]) for i in range(0, len(prompts), ROWS)] == list(map(sorted, drawn))
+    assert max(logged(first, "staleness/max") + logged(second, "staleness/max")) <= 1
+    assert min(logged(second, "rollouts/actor_wait_time")) >= 0
+    with pytest.raises(ValueError, match=r"holds .*of another run"):
+        build(llama, tmp_path, max_steps=UPDATES, **options).train()
