@@ -138,3 +138,21 @@ def test_counts_of_a_pool_by_hand(lengths, ahead, steps, rows, read_again, stale
     counts = pool.count(lengths, ahead)
     assert (counts.steps, counts.row_steps, counts.read_again) == (steps, rows, read_again)
     assert (counts.staleness, counts.mixed) == (staleness, mixed)
+
+
+@pytest.mark.launch
+def test_staleness(tmp_path):
+    """Every window is exactly as old as its lag, once the first ones are past; what is finished is not run again."""
+    command = [sys.executable, str(BENCHMARKS / "staleness.py"), "--quick", "--output", str(tmp_path)]
+    for again in (False, True):
+        done = subprocess.run(command, capture_output=True, text=True, timeout=600)
+        assert done.returncode == 0, done.stderr[-3000:]
+        assert (", lag 2, seed 1: " in done.stdout) is not again
+    runs = json.loads((tmp_path / "staleness.json").read_text())["runs"].values()
+    assert len(runs) == 16
+    for run in runs:
+        assert run["ages"] == [min(step, run["lag"]) for step in range(4)]
+        assert [updates for updates, _ in run["points"]] == [0, 2, 4]
+    first, second = (next(iter(run["points"])) for run in runs if run["seed"] == 0 and run["method"] == "group")
+    assert first == second  # one start for both lags
+    assert "| GRPO |" in (tmp_path / "staleness.md").read_text()

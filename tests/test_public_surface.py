@@ -97,7 +97,7 @@ OPTIONS = {
     "rollout_pool": 0,
     "rollouts": "sync",
     "follow_rollouts": None,
-    "follow_timeout": 1800.0,
+    "follow_timeout": 1200.0,
     "max_staleness": 4,
     "async_server": None,
     "publish_policy": None,

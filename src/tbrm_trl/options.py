@@ -223,7 +223,7 @@ class TBRMOptions(GRPOConfig):
             Folder of rollouts that others write, in the format of `docs/asynchronous.md`. The run takes them in order
             in place of its own, as they come. It needs `max_steps`. None follows none, or `output_dir/records` with
             `rollouts="async"`.
-        follow_timeout (`float`, *optional*, defaults to `1800.0`):
+        follow_timeout (`float`, *optional*, defaults to `1200.0`):
             Seconds that the run waits for the rollouts of a window before it stops with an error that says what is
             missing.
         max_staleness (`int`, *optional*, defaults to `4`):
@@ -330,7 +330,7 @@ class TBRMOptions(GRPOConfig):
     rollout_pool: int = 0
     rollouts: str = "sync"
     follow_rollouts: str | None = None
-    follow_timeout: float = 1800.0
+    follow_timeout: float = 1200.0
     max_staleness: int = 4
     async_server: str | None = None
     publish_policy: bool | None = None

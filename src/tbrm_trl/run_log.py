@@ -57,7 +57,8 @@ def append_update(folder: Path, process: int, step: int, beta: float, scored: It
     """Append what an update was made of on one process: a column each, by trajectory.
 
     `id` and `prompt` are digests of tokens (`trajectory_ids`), which saved rollouts have too. `age` counts the updates
-    since the policy drew the trajectory. A row that does not count has null for its residual and its soft value.
+    since the policy drew the trajectory; of a policy that a resumed run has not come to yet it is 0. A row that does
+    not count has null for its residual and its soft value.
     """
     rows, residuals, soft_values = zip(*scored, strict=True)
     counts = [row.left_out is None for row in rows]
@@ -73,7 +74,7 @@ def append_update(folder: Path, process: int, step: int, beta: float, scored: It
         "residual": [value if counted else None for value, counted in zip(residuals, counts, strict=True)],
         "soft_value": [value if counted else None for value, counted in zip(soft_values, counts, strict=True)],
         "length": [len(row.trajectory.completion_ids) for row in rows],
-        "age": [None if at is None else step - 1 - at for at in drawn],
+        "age": [None if at is None else max(step - 1 - at, 0) for at in drawn],
     }
     append_line(folder / UPDATES / f"process-{process}.jsonl", values)
 

@@ -1346,13 +1346,27 @@ class TBRMTrainer(ExactResume, GRPOTrainer):
         with temporarily(self, num_completions_to_print=0):  # TRL would print control characters
             super().log(logs, start_time)
         if self.args.should_save and (self.is_in_train or self.state.global_step):  # not of a model as it was given
-            append_line(Path(self.args.output_dir) / LOG, self.state.log_history[-1])
+            more = self._evaluated_policy() if self.evaluating and self._followed is not None else {}
+            append_line(Path(self.args.output_dir) / LOG, {**self.state.log_history[-1], **more})
         if self.log_completions and self.accelerator.is_main_process and self._logs["prompt"] and is_rich_available():
             prompts, completions, rewards, advantages, extra = (
                 printable(self._logs[name]) for name in ("prompt", "completion", "rewards", "advantages", "extra")
             )
             step, number = self.state.global_step, self.num_completions_to_print
             print_prompt_completions_sample(prompts, completions, rewards, advantages, step, number, extra)
+
+    def _evaluated_policy(self) -> dict[str, str]:
+        """Which policy an evaluation is of, and what samples it: the policy in memory, whoever draws the rollouts."""
+        samplers = {
+            "rollout_func": self.rollout_func,
+            f"vllm ({self.args.vllm_mode})": self.use_vllm,
+            "transformers, continuous batching": self.use_transformers_continuous_batching,
+            "transformers": True,
+        }
+        return {
+            "eval_policy": self._policy_version or f"step {self.state.global_step}",
+            "eval_sampler": next(name for name, used in samplers.items() if used),
+        }
 
     def create_model_card(
         self, model_name: str | None = None, dataset_name: str | None = None, tags: str | list[str] | None = None

@@ -114,7 +114,7 @@ class ReplayBuffer:
         if not drawn:
             return None
         rows = {number: stored[number] for number in set(drawn)}
-        ages = [update - stored.policy_step(number) for number in drawn]
+        ages = [max(update - stored.policy_step(number), 0) for number in drawn]
         return ReplaySample(drawn, [rows[number] for number in drawn], weights, ages)
 
     def _draw(self, size: int, gather: Callable) -> tuple[list[int], list[float]]:
