@@ -63,7 +63,7 @@ def read_latest(folder: Path) -> Version | None:
     except FileNotFoundError:
         return None
     probe = tuple(said["probe_ids"]), tuple(said["probe_log_probs"])
-    return Version(said["name"], said["step"], said["adapter"], *probe)
+    return Version(said["version"], said["step"], said["adapter"], *probe)
 
 
 class Publisher(TrainerCallback):
@@ -131,7 +131,8 @@ class Publisher(TrainerCallback):
                     _save_adapter(policy, tensors, partial)
                 else:
                     policy.save_pretrained(partial, state_dict=tensors)
-        write_json(self.folder / LATEST, asdict(version))
+        said = asdict(version)
+        write_json(self.folder / LATEST, {"version": said.pop("name"), **said})
         self._remove_old(version)
 
     def _remove_old(self, latest: Version) -> None:
