@@ -26,16 +26,23 @@ from helpers.runs import before_each_update
 from helpers.scripted import script, scripted_trainer
 from helpers.sharded import held_here, unwrapped, whole
 from peft import LoraConfig, PeftModel
+from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, PreTrainedTokenizerBase
 
 from tbrm_trl import TBRMTrainer
+from tbrm_trl.model.publisher import read_latest
 from tbrm_trl.resume.checkpoint import complete_checkpoints, damage
 
 NF4: dict[str, Any] = dict(
     load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=torch.float32
 )
 UPDATES: dict[str, Any] = dict(
-    optim="sgd", learning_rate=0.2, lr_scheduler_type="constant", num_iterations=2, max_steps=2
+    optim="sgd",
+    learning_rate=0.2,
+    lr_scheduler_type="constant",
+    num_iterations=2,
+    max_steps=2,
+    publish_policy=True,
 )
 WORDS = words_of(4)
 LEARNING: dict[str, Any] = dict(
@@ -121,17 +128,31 @@ def two_updates(
                 parameter.data = parameter.data.float()
     weights = before_each_update(trainer, lambda: trained(trainer))
     trainer.train()
+    weights.append(trained(trainer))
+    check_published(trainer, weights[-1])
     losses, steps = gather_object([trainer.losses]), trainer.args.gradient_accumulation_steps
     whole_gradients = trainer.accelerator.distributed_type.value in ("NO", "MULTI_CPU")
     return {
         "held": held(trainer),
-        "weights": [*weights, trained(trainer)],
+        "weights": weights,
         "losses": [sum(sum(mine[i : i + steps]) for mine in losses) / len(losses) for i in (0, steps)],
         "gradients": trainer.recorder.gradients if whole_gradients else None,
         "norms": [float(entry["grad_norm"]) for entry in trainer.state.log_history if "grad_norm" in entry],
         "optimizer": type(optimizer_of(trainer)).__name__,
         "accumulation": trainer.deepspeed.gradient_accumulation_steps() if trainer.is_deepspeed_enabled else None,
     }
+
+
+def check_published(trainer: TBRMTrainer, weights: dict[str, torch.Tensor]) -> None:
+    """The version that was published last holds the weights that are trained, whole, as any library loads them."""
+    policy = Path(trainer.args.output_dir) / "policy"
+    latest = read_latest(policy)
+    assert latest.step == trainer.state.global_step == 2
+    (file,) = (policy / latest.name).glob("*.safetensors")
+    saved = load_file(file)
+    trained_now = {name.replace(".default", ""): one for name, one in weights.items()}
+    assert saved.keys() == trained_now.keys()
+    assert all(torch.equal(saved[name], one.cpu()) for name, one in trained_now.items())
 
 
 def learn(

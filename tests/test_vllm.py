@@ -12,6 +12,7 @@ import re
 import shlex
 import shutil
 import signal
+import statistics
 import subprocess
 import sys
 import time
@@ -22,7 +23,9 @@ from typing import Any
 from urllib.error import URLError
 from urllib.request import urlopen
 
+import pyarrow.parquet as pq
 import pytest
+import requests
 import torch
 from common.launch import allow_fsdp_on_cpu, free_port
 from common.tiny import save
@@ -30,11 +33,12 @@ from datasets import Dataset
 from helpers.examples import HOW, SETUPS, logged_updates, run_line, sums
 from helpers.launch import ROOT, SEARCHED, launch, run
 from helpers.vllm_on_cpu import in_trainer, install
-from peft import LoraConfig
-from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedModel
+from peft import LoraConfig, PeftModel
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig, GenerationConfig, PreTrainedModel
 
 from tbrm_trl import TBRMConfig, TBRMTrainer
 from tbrm_trl.evaluation.results import read_result
+from tbrm_trl.model.publisher import write_base
 
 pytestmark = [
     pytest.mark.vllm,
@@ -42,6 +46,7 @@ pytestmark = [
 ]
 
 BFLOAT16 = 0.1  # of a token's log-probability, nats, on average: vLLM computes float32 checkpoints in it
+EXACT = 0.02  # the same for a server in float32
 AWAY = 1.0  # what the updates move it by, at least
 
 
@@ -71,8 +76,27 @@ def server(model: str, environment: dict[str, str]) -> Iterator[int]:
     log = Path(model).parent / "server.log"
     with log.open("w") as output:
         process = subprocess.Popen(
-            [str(Path(sys.executable).parent / "vllm"), *line[at + 1 :], "--max-model-len", "128", "--port", str(port)],
-            env={**os.environ, **environment, **dict(word.split("=") for word in line[:at])},
+            [
+                str(Path(sys.executable).parent / "vllm"),
+                *line[at + 1 :],
+                "--max-model-len",
+                "128",
+                "--port",
+                str(port),
+                "--dtype",
+                "float32",
+                "--enable-lora",
+                "--max-lora-rank",
+                "8",
+                "--max-loras",
+                "4",
+            ],
+            env={
+                **os.environ,
+                **environment,
+                **dict(word.split("=") for word in line[:at]),
+                "VLLM_ALLOW_RUNTIME_LORA_UPDATING": "True",
+            },
             stdout=output,
             stderr=output,
             start_new_session=True,  # with its engine
@@ -86,6 +110,13 @@ def server(model: str, environment: dict[str, str]) -> Iterator[int]:
     finally:
         os.killpg(process.pid, signal.SIGKILL)
         process.wait()
+
+
+def serve(port: int, folder: str) -> None:
+    """Give the server these weights: an earlier test may have left others."""
+    asked = {"method": "reload_weights", "kwargs": {"weights_path": folder}}
+    requests.post(f"http://localhost:{port}/collective_rpc", json=asked).raise_for_status()
+    requests.post(f"http://localhost:{port}/reset_prefix_cache").raise_for_status()
 
 
 def answers(port: int) -> bool:
@@ -202,10 +233,87 @@ def test_server_setup(model, server, environment, tmp_path):
 @pytest.mark.parametrize("lora", [False, True])
 @pytest.mark.parametrize("file", ["single", "fsdp2", "zero3"])
 def test_served_samples_are_of_the_trained_policy(file, lora, model, server, environment, tmp_path):
-    """The server takes merged adapters and gathered shards, and of one run after the other."""
+    """The server takes adapters by their names and gathered shards, and of one run after the other."""
+    serve(server, model)
     options: dict[str, Any] = {"lora": True, "learning_rate": 0.05} if lora else {}
     ports = dict(vllm_server_port=server, vllm_group_port=free_port())
     check(trained(model, tmp_path, environment, file, vllm_mode="server", **ports, **options), file)
+
+
+# ---- rollouts beside training ----------------------------------------------------------------------------------------
+
+NF4 = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.float32)
+UPDATES = 20
+
+
+def policy_of(base: Path | str, version: Path) -> PreTrainedModel:
+    """A version as anyone would load it."""
+    if not (version / "adapter_config.json").is_file():
+        return AutoModelForCausalLM.from_pretrained(version, dtype=torch.float32).eval()
+    return PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32), version).eval()
+
+
+def base_of(policy: Any) -> dict[str, torch.Tensor]:
+    return {name: one.detach().clone() for name, one in policy.named_parameters() if not one.requires_grad}
+
+
+@pytest.mark.parametrize("kind", ["lora", "qlora", "full"])
+def test_what_is_drawn_beside_training_is_of_the_version_that_it_says(kind, model, server, environment, tmp_path):
+    """20 updates that the actor and vLLM draw for. The tokens' log-probabilities are those of the version named."""
+    if kind == "qlora" and find_spec("bitsandbytes") is None:
+        pytest.skip("no bitsandbytes here")
+    for name, value in environment.items():
+        if name != "PYTHONPATH":
+            os.environ.setdefault(name, value)
+    rows = Dataset.from_list([{"prompt": f"{i} and {j}:"} for i in range(8) for j in range(8)])
+    settings = dict(
+        output_dir=str(tmp_path / "out"), beta=2.0, soft_value="calibrated",
+        learning_rate=0.004 if kind == "full" else 0.02, max_steps=UPDATES,
+        lr_scheduler_type="constant", per_device_train_batch_size=8, max_completion_length=8, use_cpu=True, bf16=False,
+        rollouts="async", async_server=f"http://localhost:{server}", max_staleness=1, save_strategy="no",
+        report_to="none", logging_steps=1, disable_tqdm=True, follow_timeout=240.0,
+    )  # fmt: skip
+    adapter = None if kind == "full" else LoraConfig(r=8, target_modules="all-linear")
+    quantized = NF4 if kind == "qlora" else None
+    args = TBRMConfig(**settings)
+    trainer = TBRMTrainer(model, reward, args, rows, peft_config=adapter, quantization_config=quantized)
+    trainer._publisher.kept = UPDATES
+    policy, base = tmp_path / "out/policy", Path(model)
+    if kind == "qlora":
+        base = write_base(policy, trainer.model, trainer.processing_class)
+    serve(server, str(base))
+    bits = base_of(trainer.model)
+    trainer.train()
+    assert all(torch.equal(one, bits[name]) for name, one in base_of(trainer.model).items())
+
+    drawn: dict[str, list[dict[str, Any]]] = {}
+    for file in sorted((tmp_path / "out/records").glob("window-*.parquet")):
+        for row in pq.read_table(file).to_pylist():
+            drawn.setdefault(row["policy_version"], []).append(row)
+    versions = [next(policy.glob(f"step-{step:08d}-*")) for step in range(UPDATES)]
+    policies = {version.name: policy_of(base, version) for version in versions}
+    assert len(drawn) >= UPDATES // 2
+    own, others = [], []
+    for name, of_version in drawn.items():
+        columns = [[row[n] for row in of_version] for n in ("prompt_ids", "completion_ids", "sampler_log_probs")]
+        columns[2] = [[[one] for one in row] for row in columns[2]]
+        neighbour = versions[[version.name for version in versions].index(name) - 1].name
+        own.append(distance(policies[name], *columns))
+        others.append(distance(policies[neighbour], *columns))
+    waits = [row["rollouts/learner_wait_time"] for row in trainer.state.log_history if "rollouts/queue" in row]
+    stale = [row["staleness/max"] for row in trainer.state.log_history if "staleness/max" in row]
+    print(kind, f"own {max(own):.2g}, neighbours {min(others):.2g} to {max(others):.2g}, waited {sum(waits):.1f} s")
+    assert max(own) <= EXACT < min(others)  # one version off would be seen, whichever it is
+    assert statistics.mean(others) >= 10 * EXACT
+    assert len(waits) == UPDATES and max(stale) <= 1
+
+
+def test_async_setup(model, server, environment, tmp_path):
+    """Its own line; the server takes the adapter of the run's rank."""
+    serve(server, model)
+    options = ["--model_name_or_path", model, "--async_server", f"http://localhost:{server}", "--lora_r", "8"]
+    run_line(SETUPS / "vllm_async.yaml", tmp_path, *options, "--dtype", "float32", **environment)
+    logged_updates(tmp_path)
 
 
 def test_an_evaluation_by_vllm_gives_the_completions_of_transformers(model, environment, tmp_path):

@@ -78,6 +78,17 @@ def appearing(path: Path, durably: bool = False) -> Iterator[Path]:
 
 
 @contextmanager
+def appearing_folder(path: Path) -> Iterator[Path]:
+    """Give the block a folder to write into; it appears as `path` when the block has ended. There must be none yet."""
+    partial = path.with_name(f"{path.name}.partial")
+    with writing(path):
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir(parents=True)
+        yield partial
+        partial.rename(path)
+
+
+@contextmanager
 def writing(path: Path) -> Iterator[None]:
     """Make an error of the disk say what was written where, and what to do.
 

@@ -17,6 +17,7 @@ One update, in order; each name is a method here, or of the object it is called 
 import copy
 import json
 import math
+import sys
 import textwrap
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence, Sized
@@ -40,6 +41,7 @@ from transformers.trainer_utils import has_length
 from transformers.utils import is_rich_available
 from trl import GRPOTrainer
 from trl.models import prepare_deepspeed, prepare_fsdp
+from trl.trainer import grpo_trainer
 from trl.trainer.grpo_trainer import RolloutFunc
 from trl.trainer.utils import (
     add_fused_lm_head,
@@ -49,6 +51,8 @@ from trl.trainer.utils import (
     use_adapter,
 )
 
+from .actor.child import ActorProcess
+from .actor.plan import OPTIONS, Plan
 from .batch import Batch, MicrobatchSize, TrajectoryScores, chunks, collate, float_tensor, random_order
 from .checks.advice import (
     startup_line,
@@ -108,8 +112,10 @@ from .loss.metrics import (
 from .loss.residual import mean_over_counted
 from .loss.soft_value import Run, SoftValue
 from .loss.trajectory_loss import TrajectoryLoss
+from .model import publisher
 from .model.decoding import Slots, draws_one_token, sample
 from .model.head import add_trajectory_head
+from .model.publisher import Publisher, Version, say_base, write_base
 from .model.randomness import disable_randomness, keep_weights_unpacked
 from .model.reference import (
     ADAPTER,
@@ -131,6 +137,7 @@ from .resume.finite import tensors_of_model
 from .run_log import LOG, Stopwatch, append_line, append_update, go_back
 from .skipped_updates import FOLDER, SkippedUpdates, write_culprits
 from .sources.baselines import Baselines
+from .sources.bounds import Bounds
 from .sources.logged import (
     CompletionTokenizer,
     LoggedRows,
@@ -144,7 +151,7 @@ from .sources.logged import (
     trajectory_columns,
 )
 from .sources.pool import PoolRow, RolloutPool
-from .sources.prompts import PromptRenderer, fitting_prompts
+from .sources.prompts import PromptRenderer, fitting_prompts, text_of
 from .sources.records import Record, RecordFolder, Taken
 from .sources.reference_scores import precompute_scores
 from .sources.replay import ReplayBuffer
@@ -331,7 +338,7 @@ class TBRMTrainer(ExactResume, GRPOTrainer):
             # A callback may evaluate by itself, on benchmarks. The Trainer would want a set beside it.
             eval_strategy="no" if eval_dataset is None and _evaluates(callbacks) else args.eval_strategy,
         )
-        with trls_view:
+        with trls_view, self._adapter_served(model, peft_config, args):
             super().__init__(
                 model=model,
                 reward_funcs=reward_funcs if generates else reward_funcs or _no_reward,
@@ -383,7 +390,8 @@ class TBRMTrainer(ExactResume, GRPOTrainer):
         self._drawn: list[PoolRow] | None = None  # by the pool, where it draws the rollouts that are asked for
         self._followed = self._make_followed(policy) if args.followed_folder is not None else None
         self._given_rewards: Tensor | None = None  # of followed rollouts: (B, F)
-        self._policy_version: str | None = None  # under which the present policy was published
+        served = args.publishes_policy or (args.use_vllm and args.vllm_mode == "server" and is_peft_model(self.model))
+        self._publisher = self._make_publisher() if served else None
         self._window_version: str | None = None  # the same when the window was taken
 
         self._window: list[Trajectory] = []  # of the current generation window, on this process
@@ -405,8 +413,90 @@ class TBRMTrainer(ExactResume, GRPOTrainer):
         if self._offset is not None:
             self.train_module(self._offset, args.soft_value_learning_rate)
         self._check_pool(policy)
+        given_functions = dict(
+            reward_funcs=reward_funcs,
+            reward_processing_classes=reward_processing_classes,
+            tools=tools,
+            environment_factory=environment_factory,
+        )
+        self._actor = self._make_actor(policy, given_functions)
         sampler = self._get_train_sampler() if isinstance(train_dataset, Sized) else None
         self.accelerator.print(startup_line(self._plan.mix, args, sampler))
+
+    def _adapter_served(self, model: Any, peft_config: Any, args: TBRMConfig) -> AbstractContextManager[None]:
+        """Inside, TRL makes a generation that has a vLLM server load the adapter, where the policy is one."""
+        has_adapter = peft_config is not None or (not isinstance(model, str) and is_peft_model(model))
+        if not (has_adapter and args.use_vllm and args.vllm_mode == "server"):
+            return nullcontext()
+        from .model.served_adapter import ServedAdapter  # TRL's client needs vLLM
+
+        folder = Path(args.output_dir) / publisher.FOLDER
+
+        def publish() -> Version:
+            assert self._publisher is not None
+            if args.publishes_policy and self._publisher.latest is not None:
+                return self._publisher.latest
+            return self._publisher.publish(self.state.global_step)
+
+        def write(policy: Any) -> None:
+            if getattr(policy, "is_loaded_in_4bit", False):
+                say_base(write_base(folder, policy, self.processing_class))
+
+        made = partial(ServedAdapter, publish=publish, folder=folder, before=write)
+        return replaced(grpo_trainer, "VLLMGeneration", made)
+
+    def _make_publisher(self) -> Publisher:
+        args = self.args
+        folder, kept = Path(args.output_dir) / publisher.FOLDER, args.max_staleness + 1
+        published = Publisher(folder, lambda: self.model_wrapped, self.accelerator, kept, self._probe_ids())
+        if args.publishes_policy:
+            self.add_callback(published)
+        return published
+
+    def _make_actor(self, policy: PreTrainedModel, functions: Mapping[str, Any]) -> ActorProcess | None:
+        """What writes the plan of an actor, and starts it where this run does."""
+        args, output_dir = self.args, Path(self.args.output_dir)
+        folder = output_dir / publisher.FOLDER
+        records = args.followed_folder
+        if not args.publishes_policy or records is None:
+            return None
+        quantized = getattr(policy, "is_loaded_in_4bit", False)
+        base = str((folder / publisher.BASE).absolute()) if quantized else get_config_model_id(policy.config)
+
+        def plan(updates: int) -> Plan:
+            sampler, per_window = self._get_train_sampler(), args.fresh_updates * args.num_iterations
+            if quantized:
+                say_base(write_base(folder, policy, self._tokenizer))
+            return Plan(
+                options={name: getattr(args, name) for name in OPTIONS},
+                generation_kwargs=args.generation_kwargs or {},
+                dataset=self.train_dataset,
+                sampler=sampler,
+                bounds=Bounds(sampler.mix.rollouts, args.fresh_updates, per_window, args.max_staleness),
+                windows=-(-updates // per_window),
+                some_logged=bool(self._plan.mix.logged),
+                processing_class=self.processing_class,
+                prompt_limit=self._prompt_limit,
+                end_token_ids=list(self.eos_token_ids),
+                vocabulary=policy.config.get_text_config().vocab_size,
+                context=getattr(policy.config.get_text_config(), "max_position_embeddings", None) or sys.maxsize,
+                base=base,
+                records=records.absolute(),
+                patience=args.follow_timeout,
+                server=args.async_server,
+                **functions,
+            )
+
+        actor = ActorProcess(output_dir, records, plan, starts=args.rollouts == "async")
+        self.add_callback(actor)
+        return actor
+
+    def _probe_ids(self) -> list[int]:
+        """A short text of this run, as tokens, by which a server that serves something else is found out."""
+        if not isinstance(self.train_dataset, Dataset) or "prompt" not in self.train_dataset.column_names:
+            return []
+        ids = self._tokenizer(text=text_of(self.train_dataset[0]["prompt"]), add_special_tokens=False)["input_ids"]
+        return ids[:32] if len(ids) > 1 else []
 
     def _with_fitting_prompts(self, dataset: Any, title: str, asked: np.ndarray, renderer: PromptRenderer) -> Any:
         """The data set without prompts that are too long, where they are dropped; those that cannot be are refused.
@@ -584,7 +674,13 @@ class TBRMTrainer(ExactResume, GRPOTrainer):
             args.num_generations,
             needs_steps=bool(args.replay_buffer_size),
             timeout=args.follow_timeout,
+            watch=lambda: self._actor.check() if self._actor is not None else None,
         )
+
+    @property
+    def _policy_version(self) -> str | None:
+        """Under which the present policy was published."""
+        return self._publisher.latest.name if self._publisher is not None and self._publisher.latest else None
 
     def _check_pool(self, policy: PreTrainedModel) -> None:
         if not self.args.rollout_pool:
@@ -867,12 +963,8 @@ class TBRMTrainer(ExactResume, GRPOTrainer):
 
     def _tokenize_prompts(self, prompts):
         prompt_ids, images, multimodal_fields = super()._tokenize_prompts(prompts)
-        limit = self._prompt_limit
-        if self._prompts_are_rolled_out and limit.tokens is not None:
-            if limit.policy == "cut":
-                prompt_ids = [ids[-limit.tokens :] for ids in prompt_ids]
-            for prompt, ids in zip(prompts, prompt_ids, strict=True):
-                limit.check(len(ids), f"The prompt {str(prompt)[:60]!r} of this window")
+        if self._prompts_are_rolled_out:
+            prompt_ids = self._prompt_limit.applied(prompts, prompt_ids)
         return prompt_ids, images, multimodal_fields
 
     def _calculate_rewards(self, inputs, prompts, completions, completion_ids_list):
@@ -890,14 +982,10 @@ class TBRMTrainer(ExactResume, GRPOTrainer):
         check_magnitude(rewards_per_func, weights, self.reward_func_names, self.args.beta)
         first = self.accelerator.process_index * len(prompts)
         local = rewards_per_func[first : first + len(prompts)]  # (B, F) NaN where a function did not apply
-        self._rewards = Rewards(
-            total_reward(local, weights, self.args.reward_pessimism),
-            [dict(zip(self.reward_func_names, row, strict=True)) for row in local.tolist()],
-            [bool(self.tools and isinstance(one, list) and one[-1].get("tool_calls")) for one in completions],
-            inputs,
-            prompts,
-            completions,
-        )
+        self._rewards = Rewards.of(
+            local, weights, self.reward_func_names, self.args.reward_pessimism, bool(self.tools),
+            inputs, prompts, completions,
+        )  # fmt: skip
         return rewards_per_func
 
     def _agree_on_failures(self, failures: Sequence[Failure], completions: int) -> None:
@@ -1259,6 +1347,8 @@ class TBRMTrainer(ExactResume, GRPOTrainer):
                 since_log = self._skipped.taken_since_log + self._skipped.since_log
                 times = {f"{name}_time": [seconds / since_log] for name, seconds in self._stopwatch.taken().items()}
                 self._metrics["train"].update(times)
+                if self._actor is not None and (waited := self._actor.waited()) is not None:
+                    self._metrics["train"]["rollouts/actor_wait_time"] = [waited]
                 logs["loss"] = self._skipped.mean_over_taken(logs["loss"])
                 self._skipped.logged()
             if "train_loss" in logs:  # the Trainer's mean over the updates of this call of `train`
@@ -1447,6 +1537,8 @@ class TBRMTrainer(ExactResume, GRPOTrainer):
                 'it. `resume_from_checkpoint="auto"` starts that run anew and drops them. To keep them, move them, or '
                 "give the new run another output_dir."
             )
+        if self._actor is not None:
+            self._actor.require_own_folder(anew)
 
     def forget(self) -> None:
         self._step, self._window, self._rows_drawn, self._rows_trained = 0, [], 0, 0
@@ -1461,6 +1553,10 @@ class TBRMTrainer(ExactResume, GRPOTrainer):
     def before_training(self) -> None:
         step = read_mark(Path(self._resumed_from))["step"] if self._resumed_from else 0
         go_back(Path(self.args.output_dir), self.accelerator.process_index, step)
+        if self._actor is not None and self._actor.starts and self._resumed_from is None:
+            if self.accelerator.is_main_process:
+                self._actor.start_anew()
+            self.accelerator.wait_for_everyone()
         if self.args.save_rollouts:
             if self.accelerator.is_main_process:
                 rewind_rollouts(Path(self.args.output_dir) / "rollouts", step)
@@ -1468,6 +1564,10 @@ class TBRMTrainer(ExactResume, GRPOTrainer):
         self._soft_value.prepare(self)
         self._stopwatch.taken()
         self._pool = self._make_pool()
+
+    def after_training(self) -> None:
+        if self._actor is not None:
+            self._actor.end()
 
     def run_state(self, folder: Path) -> RunState:
         taken, logged = self._logged_rows.state() if self._logged_rows is not None else ([], [])

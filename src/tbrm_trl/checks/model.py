@@ -123,17 +123,23 @@ def check_quantization(model: Any, peft_config: Any, quantization_config: Any, a
             f"`{name}` without an adapter is refused: quantized weights cannot be trained. Pass "
             "`peft_config=LoraConfig(lora_dropout=0.0)` (examples/train.py: --use_peft true), or do not quantize."
         )
-    if args.use_vllm:
+    if args.use_vllm and args.vllm_mode != "server":
         raise ValueError(
             f"`{name}` with `use_vllm=True` is refused: for every sync TRL merges the adapter into the quantized "
             "weights and takes it out again, and rounds both times, so base model and reference drift; and vLLM gets "
-            "the packed weights without their new scales. Use LoRA on a base that is not quantized, or no vLLM."
+            'the packed weights without their new scales. Use vllm_mode="server", which is sent the adapter alone, or '
+            "no vLLM."
+        )
+    if "8bit" in name and (args.use_vllm or args.publishes_policy):
+        raise ValueError(
+            f"`{name}` with rollouts by a server is refused: the server is to have the weights that the policy "
+            "computes with, and those of 8 bits depend on the inputs. Use load_in_4bit."
         )
 
 
 def warn_of_merging(model: nn.Module, args: TBRMOptions) -> None:
     """Warn if every sync of vLLM would round the base of an adapter, which is the reference too."""
-    if not args.use_vllm or not is_peft_model(model):
+    if not args.use_vllm or args.vllm_mode == "server" or not is_peft_model(model):
         return
     half = {p.dtype for p in model.parameters() if p.is_floating_point() and p.itemsize < 4 and not p.requires_grad}
     cast = args.deepspeed_plugin is not None and (args.bf16 or args.fp16)  # DeepSpeed casts frozen weights too
@@ -258,6 +264,9 @@ def check_backend(model: Any, args: TBRMOptions, has_reference_adapter: bool) ->
             f"casts the trained weights to {wanted} for good, and most updates are then lost to rounding. Turn mixed "
             "precision off, or generate without continuous batching."
         )
+    if is_peft_model(model) and (args.publishes_policy or (args.use_vllm and args.vllm_mode == "server")):
+        _check_served_adapter(model)
+        return
     if not (args.use_vllm and is_peft_model(model)):
         return
     # TRL merges the adapter for a sync, and sends what is not the tuner's own. It knows one name of saved modules.
@@ -277,6 +286,24 @@ def check_backend(model: Any, args: TBRMOptions, has_reference_adapter: bool) ->
             "without vLLM."
         )
     check_tied_layers(model)
+
+
+def _check_served_adapter(model: Any) -> None:
+    """Refuse an adapter that a server could not load beside others."""
+    config = model.peft_config[model.active_adapter]
+    kind = getattr(config.peft_type, "value", config.peft_type)
+    problems = {
+        f"it is of type {kind}": kind != "LORA",
+        "it has modules_to_save": bool(getattr(config, "modules_to_save", None)),
+        "it has trainable_token_indices": bool(getattr(config, "trainable_token_indices", None)),
+        "it uses DoRA (use_dora)": bool(getattr(config, "use_dora", False)),
+        "it gives modules ranks of their own (rank_pattern)": bool(getattr(config, "rank_pattern", None)),
+    }
+    if problem := next((text for text, holds in problems.items() if holds), None):
+        raise ValueError(
+            f"The adapter cannot be served: {problem}, and a server loads plain LoRA weights by their name. Use a "
+            "LoraConfig without that, train the full model, or generate without a server."
+        )
 
 
 def check_shipped_ends(shipped: GenerationConfig) -> None:

@@ -450,6 +450,16 @@ def check_following(args: TBRMOptions) -> Iterator[str]:
             f"`{given}` needs `max_steps`: rollouts come as long as others draw them, so that an epoch has no "
             "end. Set max_steps to the number of updates; the schedule of the learning rate runs over them."
         )
+    if args.rollouts == "async" and args.async_server is None:
+        yield (
+            "`rollouts='async'` needs `async_server`, the address of the server that rollouts are drawn from, such as "
+            "http://localhost:8000. docs/asynchronous.md says how it is started."
+        )
+    if args.rollouts == "async" and args.use_vllm:
+        yield (
+            "`rollouts='async'` with `use_vllm=True` is refused: the actor asks the server of `async_server`, and TRL "
+            "would set up another. Set use_vllm=False."
+        )
     if args.rollout_pool:
         yield (
             f"`{given}` with `rollout_pool={args.rollout_pool}` is refused: either this run draws rollouts "

@@ -73,7 +73,7 @@ class Reference:
         """Write what `sync` changes. The main process writes all of it, or each process its own FSDP2 shard."""
         tensors = {}
         for name, parameter in self._synced().items():
-            with _gathered(parameter):
+            with gathering(parameter):
                 if self.accelerator.is_main_process or isinstance(parameter, DTensor):
                     tensors[name] = _local_shard(parameter).detach().to("cpu", copy=True).contiguous()
         if tensors:
@@ -91,7 +91,7 @@ class Reference:
         sharded = any(isinstance(parameter, DTensor) for parameter in parameters.values())
         with safe_open(_file(folder if sharded else main_folder), framework="pt") as saved:
             for name, parameter in parameters.items():
-                with _gathered(parameter):
+                with gathering(parameter):
                     _local_shard(parameter).copy_(saved.get_tensor(name))
         self.renew_key()
 
@@ -179,7 +179,7 @@ def _local_shard(parameter: Tensor) -> Tensor:
     return parameter.to_local() if isinstance(parameter, DTensor) else parameter
 
 
-def _gathered(parameter: nn.Parameter) -> AbstractContextManager[None]:
+def gathering(parameter: Tensor) -> AbstractContextManager[None]:
     """Gather a ZeRO-3 parameter inside the block, and partition at its end what the main process wrote to it."""
     if hasattr(parameter, "ds_id"):
         import deepspeed

@@ -77,6 +77,9 @@ class ExactResume(Trainer):
     def before_training(self) -> None:
         """Do what a run needs before its first row is drawn."""
 
+    def after_training(self) -> None:
+        """End what must not outlast the run, however it ends."""
+
     def run_state(self, folder: Path) -> RunState:
         """What decides how this process goes on. What does not fit the return value goes into files of `folder`."""
         raise NotImplementedError
@@ -120,6 +123,7 @@ class ExactResume(Trainer):
             if self.args.enable_jit_checkpoint:
                 self._stop = StopRequest(self.args.stop_timeout)
                 held.enter_context(self._stop.listening())
+            held.callback(self.after_training)
             self.before_training()
             return super().train(self._resumed_from, *args, **kwargs)
 

@@ -46,6 +46,16 @@ class PromptLimit:
                 "room."
             )
 
+    def applied(self, prompts: Sequence[Any], ids: Sequence[list[int]]) -> Sequence[list[int]]:
+        """The ids of prompts that are about to be rolled out, cut on the left if long ones are, or else refused."""
+        if self.tokens is None:
+            return ids
+        if self.policy == "cut":
+            ids = [one[-self.tokens :] for one in ids]
+        for prompt, one in zip(prompts, ids, strict=True):
+            self.check(len(one), f"The prompt {str(prompt)[:60]!r} of this window")
+        return ids
+
 
 class PromptRenderer:
     """Makes token ids of prompts as generation will, before the model is loaded.
@@ -210,7 +220,7 @@ def _refuse_unknown(dataset: Dataset, title: str, asked: np.ndarray, tokenizer: 
         return
     rows = dataset.select_columns(["prompt"]).with_format(None)
     for some in chunks(np.flatnonzero(asked).tolist(), 256):
-        texts = [_text_of(prompt) for prompt in rows[some]["prompt"]]
+        texts = [text_of(prompt) for prompt in rows[some]["prompt"]]
         tokenized = tokenizer(text=texts, add_special_tokens=False)["input_ids"]
         for row, text, ids in zip(some, texts, tokenized, strict=True):
             if text.strip() and unknown.issuperset(ids):
@@ -226,7 +236,8 @@ def unknown_tokens(tokenizer: PreTrainedTokenizerBase) -> set[int] | None:
     return None if _UNUSED in tokenizer.decode(ids) else set(ids)
 
 
-def _text_of(prompt: Any) -> str:
+def text_of(prompt: Any) -> str:
+    """A prompt's text without a template around it."""
     if isinstance(prompt, str):
         return prompt
     return " ".join(message["content"] for message in prompt or () if isinstance(message.get("content"), str))

@@ -11,6 +11,7 @@ from trl.trainer.utils import split_pixel_values_by_grid
 
 from ..batch import PER_TOKEN_INPUTS
 from ..trajectory import End, Trajectory
+from .returns import total_reward
 
 VISION_INPUTS = (
     "pixel_values",
@@ -40,6 +41,28 @@ class Rewards:
     rows: Sequence[dict[str, Any]]
     prompts: Sequence[Any]
     completions: Sequence[Any]
+
+    @classmethod
+    def of(
+        cls,
+        raw: Tensor,
+        weights: Tensor,
+        names: Sequence[str],
+        pessimism: float,
+        has_tools: bool,
+        rows: Sequence[dict[str, Any]],
+        prompts: Sequence[Any],
+        completions: Sequence[Any],
+    ) -> "Rewards":
+        """The verdicts `(B, F)` of functions with these weights `(F,)` and names."""
+        return cls(
+            total_reward(raw, weights.to(raw.device), pessimism),
+            [dict(zip(names, row, strict=True)) for row in raw.tolist()],
+            [bool(has_tools and isinstance(one, list) and one[-1].get("tool_calls")) for one in completions],
+            rows,
+            prompts,
+            completions,
+        )
 
 
 def checked_rollouts(rollout_func: Callable[[list[Any], Any], dict[str, Any]]) -> Callable:

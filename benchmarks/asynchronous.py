@@ -1,0 +1,295 @@
+"""What rollouts beside training save: drawing and training at once, against drawing and training by turns.
+
+    python benchmarks/asynchronous.py          # SmolLM2-135M with vLLM for CPUs (`make vllm`), on two cores: two hours
+    python benchmarks/asynchronous.py --quick  # a tiny model and a server on the loopback, in minutes
+
+G is what the server takes for a window, U what the run takes to train on it, each measured alone on one core. Turn by
+turn a window takes G + U. At once it takes max(G, U) at best, so the bound of the speed-up is (G + U) / max(G, U). A
+run beside its actor is measured after its first windows, server on one core, trainer and actor on the other. The
+synchronous server mode, of this library and of TRL's GRPO, may use both cores in each phase.
+
+With slow rewards, each row's verdict takes half a second over HTTP: the run that draws for itself has its rows rewarded
+one after the other, as a function that is called with all of them does.
+
+Every finished measurement is kept in docs/benchmarks/asynchronous.json, and is not made again.
+"""
+
+import http.server
+import importlib
+import os
+import shutil
+import signal
+import statistics
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+from urllib.request import urlopen
+
+from common import tasks, tiny
+from common.launch import ROOT, SEARCHED, free_port
+from common.measure import QUIET, quiet, set_up
+from common.policy_server import PolicyServer
+from common.report import DOCS, Store, listed, parse, processor, table, versions, wrapped, write
+from datasets import Dataset
+from peft import LoraConfig
+from transformers import TrainerCallback
+from trl import GRPOConfig, GRPOTrainer
+
+from tbrm_trl import TBRMConfig, TBRMTrainer
+
+WARM_UP = 4  # windows at the start of a run that are not timed
+SLOW = 0.5  # seconds of a slow verdict
+RATIOS = {"short completions": 16, "long completions": 64}  # tokens at most: two ratios of G to U
+
+
+# ---- servers ---------------------------------------------------------------------------------------------------------
+
+
+@contextmanager
+def loopback(model: str, core: int | None) -> Iterator[str]:
+    """A server with real weights in this process, for `--quick`."""
+    server = PolicyServer(model)
+    try:
+        yield server.url
+    finally:
+        server.stop()
+
+
+@contextmanager
+def vllm(model: str, core: int | None) -> Iterator[str]:
+    """vLLM for CPUs, on one core or on all."""
+    port, log = free_port(), Path(tempfile.mkdtemp()) / "server.log"
+    pinned = ["taskset", "-c", str(core)] if core is not None else []
+    command = [
+        *pinned, str(Path(sys.executable).parent / "vllm"), "serve", model, "--enable-lora", "--max-lora-rank", "16",
+        "--max-loras", "4", "--max-model-len", "256", "--port", str(port),
+        "--weight-transfer-config", '{"backend": "nccl"}', "--logprobs-mode", "processed_logprobs",
+    ]  # fmt: skip
+    given = {"VLLM_ALLOW_RUNTIME_LORA_UPDATING": "True", "VLLM_SERVER_DEV_MODE": "1", "VLLM_CPU_KVCACHE_SPACE": "2",
+             "VLLM_HOST_IP": "127.0.0.1"}  # fmt: skip
+    patched = {"PYTHONPATH": f"{vllm_on_cpu().install(log.parent / 'plugin')}:{SEARCHED}:{ROOT / 'src'}"}
+    with log.open("w") as output:
+        process = subprocess.Popen(
+            command, env={**os.environ, **given, **patched}, stdout=output, stderr=output, start_new_session=True
+        )
+    try:
+        while not answers(port):
+            if process.poll() is not None:
+                raise RuntimeError(log.read_text()[-4000:])
+            time.sleep(1)
+        yield f"http://localhost:{port}"
+    finally:
+        os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+
+
+def vllm_on_cpu() -> Any:
+    """The tests' stand-in for NCCL, by which TRL sends full weights to a server on a CPU."""
+    sys.path.append(str(ROOT / "tests"))
+    return importlib.import_module("helpers.vllm_on_cpu")
+
+
+def answers(port: int) -> bool:
+    try:
+        with urlopen(f"http://localhost:{port}/health", timeout=5) as answer:
+            return answer.status == 200
+    except OSError:
+        return False
+
+
+class Verdicts:
+    """Reward functions' other side: an HTTP server that takes its time for each row."""
+
+    def __init__(self) -> None:
+        class Handler(http.server.BaseHTTPRequestHandler):
+            def do_GET(self) -> None:
+                time.sleep(SLOW)
+                self.send_response(200)
+                self.send_header("Content-Length", "3")
+                self.end_headers()
+                self.wfile.write(b"0.5")
+
+            def log_message(self, *args: Any) -> None:
+                pass
+
+        self.server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        threading.Thread(target=self.server.serve_forever, daemon=True).start()
+        self.url = f"http://127.0.0.1:{self.server.server_port}"
+
+
+# ---- runs ------------------------------------------------------------------------------------------------------------
+
+
+class Clock(TrainerCallback):
+    """When each update ended."""
+
+    def __init__(self) -> None:
+        self.ends: list[float] = []
+
+    def on_step_end(self, args, state, control, **kwargs):
+        self.ends.append(time.perf_counter())
+
+    def seconds(self) -> float:
+        """Of a window, after the warm-up."""
+        return (self.ends[-1] - self.ends[WARM_UP - 1]) / (len(self.ends) - WARM_UP)
+
+
+def rewarding(url: str | None) -> Any:
+    """How many different tokens there are; or a slow verdict of the server at this address, row by row."""
+
+    def distinct(completion_ids, **kwargs):
+        return [len(set(ids)) / len(ids) for ids in completion_ids]
+
+    def judged(completion_ids, **kwargs):
+        from urllib.request import urlopen
+
+        return [float(urlopen(str(url)).read()) for _ in completion_ids]
+
+    return distinct if url is None else judged
+
+
+@dataclass
+class Work:
+    """What a run trains on: `rows` prompts of `data` a window, completions of at most `tokens`, so many windows."""
+
+    model: str
+    data: Dataset
+    tokens: int
+    rows: int
+    windows: int
+
+
+def train(work: Work, reward: Any, grpo: bool = False, **options: Any) -> tuple[Clock, Any]:
+    """A run of one update a window, and when its updates ended."""
+    clock = Clock()
+    trainer_class: Any = GRPOTrainer if grpo else TBRMTrainer
+    settings = {
+        **QUIET, **dict(
+            output_dir=tempfile.mkdtemp(), use_cpu=True, bf16=False, max_steps=work.windows, learning_rate=1e-5,
+            max_completion_length=work.tokens, per_device_train_batch_size=work.rows,
+            num_generations=2 if grpo else 1,
+        ), **options,
+    }  # fmt: skip
+    args = (GRPOConfig if grpo else TBRMConfig)(**settings)
+    adapter = LoraConfig(r=16, target_modules="all-linear")
+    with quiet():
+        trainer = trainer_class(work.model, reward, args, work.data, peft_config=adapter, callbacks=[clock])
+        trainer.train()
+    return clock, trainer
+
+
+def alone(work: Work, url: str, reward: Any) -> dict[str, float]:
+    """G and U: the actor draws every window under the first policy, then a run finds all windows there."""
+    records = Path(tempfile.mkdtemp()) / "records"
+    train(work, reward, rollouts="async", async_server=url, max_staleness=work.windows, follow_rollouts=str(records))
+    written = sorted(file.stat().st_mtime for file in records.glob("*.parquet"))
+    drawn = (written[-1] - written[WARM_UP - 1]) / (len(written) - WARM_UP)
+    clock, _ = train(work, None, follow_rollouts=str(records))
+    shutil.rmtree(records.parent)
+    return {"G": drawn, "U": clock.seconds()}
+
+
+def beside(work: Work, url: str, reward: Any) -> dict[str, float]:
+    clock, trainer = train(
+        work, reward, rollouts="async", async_server=url, max_staleness=2, logging_strategy="steps", logging_steps=1
+    )
+    log = [row for row in trainer.state.log_history if "rollouts/queue" in row]
+    return {
+        "seconds": clock.seconds(),
+        "learner waits": statistics.mean(row["rollouts/learner_wait_time"] for row in log[WARM_UP:]),
+        "actor waits": statistics.mean(row.get("rollouts/actor_wait_time", 0.0) for row in log[WARM_UP:]),
+        "staleness": max(row["staleness/max"] for row in log),
+    }
+
+
+def report(runs: dict[str, Any], environment: dict[str, Any]) -> str:
+    rows = []
+    for name in RATIOS:
+        for kind in ("", ", slow rewards"):
+            one = runs.get(name + kind)
+            if one is None:
+                continue
+            g, u, at_once = one["alone"]["G"], one["alone"]["U"], one["beside"]["seconds"]
+            bound, reached = (g + u) / max(g, u), (g + u) / at_once
+            others = [f"{one[mode]:.2f}" if mode in one else "–" for mode in ("by itself", "server mode", "GRPO")]
+            rows.append([
+                name + kind, f"{g:.2f}", f"{u:.2f}", f"{bound:.2f}", f"{at_once:.2f}", f"{reached:.2f}",
+                f"{reached / bound:.2f}", f"{one['beside']['staleness']:.0f}", *others,
+            ])  # fmt: skip
+    header = [
+        "", "G, s", "U, s", "bound", "at once, s", "speed-up", "of the bound", "staleness", "draws for itself, s",
+        "TBRM, server mode, s", "GRPO, server mode, s",
+    ]  # fmt: skip
+    text = """Seconds of a window. G and U are measured alone, on one core each. `at once` is the run beside its actor.
+        The last three take turns, with both cores in each phase: a run that draws with `generate`, and two whose
+        rollouts vLLM draws."""
+    return f"""# Rollouts beside training
+
+Written by `python benchmarks/asynchronous.py`. Raw numbers: [asynchronous.json](asynchronous.json).
+
+{wrapped(text)}
+
+{table(header, rows)}
+
+{wrapped(listed(environment))}
+"""
+
+
+def main() -> None:
+    arguments = parse(__doc__, quick="a tiny model and a server on the loopback")
+    set_up(1)
+    quick = arguments.quick
+    environment = {"processor": processor(), **versions("torch", "transformers", "trl")}
+    store = Store(arguments.output / "asynchronous.json", **environment)
+    folder = Path(tempfile.mkdtemp())
+    model = tiny.save(folder / "tiny") if quick else tasks.smollm2()
+    texts = [f"{i} and {j}:" for i in range(16) for j in range(16)]
+    data = Dataset.from_list([{"prompt": text} for text in texts])
+    rows, windows, serve = (4, WARM_UP + 4, loopback) if quick else (16, WARM_UP + 20, vllm)
+    verdicts = Verdicts()
+    for name, tokens in RATIOS.items():
+        for kind, url in (("", None), (", slow rewards", verdicts.url)):
+            if name + kind in store or (kind and tokens != min(RATIOS.values())):
+                continue
+            work = Work(model, data, 8 if quick else tokens, rows, windows)
+            reward = rewarding(url)
+            found: dict[str, Any] = {}
+            with on_core(1), serve(model, 0) as server:
+                found["alone"] = alone(work, server, reward)
+                found["beside"] = beside(work, server, reward)
+            set_up(2)
+            found["by itself"] = train(work, reward)[0].seconds()
+            if not quick:
+                vllm_on_cpu().in_trainer()
+                with serve(model, None) as server:
+                    taking: dict[str, Any] = dict(use_vllm=True, vllm_mode="server", vllm_server_base_url=server)
+                    found["server mode"] = train(work, reward, **taking)[0].seconds()
+                    found["GRPO"] = train(work, reward, grpo=True, beta=0.0, **taking)[0].seconds()
+            set_up(1)
+            store[name + kind] = found
+            print(name + kind, found, file=sys.stderr)
+    write(arguments.output, "asynchronous", report(store, environment))
+
+
+@contextmanager
+def on_core(core: int) -> Iterator[None]:
+    """Inside, this process and those that it starts have one core, where there are several."""
+    before = os.sched_getaffinity(0)
+    if core in before:
+        os.sched_setaffinity(0, {core})
+    try:
+        yield
+    finally:
+        os.sched_setaffinity(0, before)
+
+
+if __name__ == "__main__":
+    assert DOCS.exists()
+    main()

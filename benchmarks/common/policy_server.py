@@ -1,0 +1,176 @@
+"""A server on the loopback that draws from real weights, as vLLM's does over HTTP: adapters by name, whole weights."""
+
+from __future__ import annotations
+
+import json
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import PeftModel
+from transformers import AutoModelForCausalLM
+
+
+@dataclass
+class Seen:
+    """What requests were made under, for a test to look at."""
+
+    versions: list[str] = field(default_factory=list)
+    seeds: list[int] = field(default_factory=list)
+    most_at_once: int = 0
+    loaded: list[str] = field(default_factory=list)
+    unloaded: list[str] = field(default_factory=list)
+
+
+class PolicyServer:
+    """Serves until it is stopped; `start` serves again on the same port, without what was loaded.
+
+    Args:
+        model: folder of the base.
+        adapters: whether it can load any.
+        delay: seconds that a completion takes at least.
+    """
+
+    def __init__(self, model: str, adapters: bool = True, delay: float = 0.0):
+        self.model, self.adapters, self.delay, self.seen = model, adapters, delay, Seen()
+        self.script: Callable[[list[int]], list[int]] = lambda prompt: []  # what a completion begins with
+        self.port = 0
+        self._lock, self._at_once = threading.Lock(), 0
+        self.start()
+
+    @property
+    def url(self) -> str:
+        return f"http://127.0.0.1:{self.port}"
+
+    def start(self) -> None:
+        self._policy: Any = AutoModelForCausalLM.from_pretrained(self.model, dtype=torch.float32).eval()
+        self._names: set[str] = set()
+        owner = self
+
+        class Handler(_Handler):
+            server_policy = owner
+
+        self._server = _Quiet(("127.0.0.1", self.port), Handler)
+        self._server.daemon_threads = True
+        self.port = self._server.server_port
+        threading.Thread(target=self._server.serve_forever, args=(0.02,), daemon=True).start()
+
+    def stop(self) -> None:
+        self._server.shutdown()
+        self._server.server_close()
+
+    def load(self, asked: dict[str, Any]) -> tuple[int, Any]:
+        name, path = asked["lora_name"], asked["lora_path"]
+        if not self.adapters:
+            return 404, {"detail": "Not Found"}
+        if name in self._names:
+            return 400, {"error": {"message": f"The lora adapter '{name}' has already been loaded."}}
+        if not Path(path, "adapter_config.json").is_file():
+            return 500, {"error": {"message": f"No adapter found for {path}"}}
+        with self._lock:
+            if self._names or isinstance(self._policy, PeftModel):
+                self._policy.load_adapter(path, name)
+            else:
+                self._policy = PeftModel.from_pretrained(self._policy, path, name).eval()
+            self._names.add(name)
+        self.seen.loaded.append(name)
+        return 200, "Success: loaded."
+
+    def unload(self, asked: dict[str, Any]) -> tuple[int, Any]:
+        with self._lock:
+            if asked["lora_name"] not in self._names:
+                return 404, {"error": {"message": "cannot be found"}}
+            self._names.discard(asked["lora_name"])
+        self.seen.unloaded.append(asked["lora_name"])
+        return 200, "Success: removed."
+
+    def reload(self, asked: dict[str, Any]) -> tuple[int, Any]:
+        with self._lock:
+            path = asked["kwargs"]["weights_path"]
+            self._policy = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32).eval()
+        self.seen.loaded.append(Path(path).name)
+        return 200, {"results": [None]}
+
+    def complete(self, asked: dict[str, Any]) -> tuple[int, Any]:
+        name = asked["model"]
+        if name != self.model and name not in self._names:
+            return 404, {"error": {"message": f"The model `{name}` does not exist."}}
+        if asked.get("prompt_logprobs") is not None:
+            return 200, {"choices": [{"prompt_logprobs": self._prompt_log_probs(name, asked["prompt"])}]}
+        self.seen.versions.append(name)
+        self.seen.seeds.append(asked["seed"])
+        self._at_once += 1
+        self.seen.most_at_once = max(self.seen.most_at_once, self._at_once)
+        try:
+            time.sleep(self.delay)
+            ids, log_probs = self._draw(name, asked)
+        finally:
+            self._at_once -= 1
+        return 200, {"choices": [{"token_ids": ids, "logprobs": {"token_logprobs": log_probs}}]}
+
+    @torch.no_grad()
+    def _draw(self, name: str, asked: dict[str, Any]) -> tuple[list[int], list[float]]:
+        generator = torch.Generator().manual_seed(asked["seed"])
+        prompt = list(asked["prompt"])
+        ids: list[int] = []
+        log_probs: list[float] = []
+        script = self.script(prompt)
+        while len(ids) < asked["max_tokens"] and not (ids and ids[-1] in asked["stop_token_ids"]):
+            scores = (self._logits(name, prompt + ids)[-1] / asked["temperature"]).log_softmax(-1)  # (V,)
+            drawn = torch.multinomial(scores.exp(), 1, generator=generator).item()
+            ids.append(script[len(ids)] if len(ids) < len(script) else int(drawn))
+            log_probs.append(scores[ids[-1]].item())
+        return ids, log_probs
+
+    @torch.no_grad()
+    def _prompt_log_probs(self, name: str, ids: list[int]) -> list[Any]:
+        scores = self._logits(name, ids).log_softmax(-1)
+        return [None, *({str(ids[i + 1]): {"logprob": scores[i, ids[i + 1]].item()}} for i in range(len(ids) - 1))]
+
+    def _logits(self, name: str, ids: list[int]) -> torch.Tensor:
+        with self._lock:
+            if name in self._names:
+                self._policy.set_adapter(name)
+            return self._policy(torch.tensor([ids])).logits[0].float()  # (T, V)
+
+
+class _Quiet(ThreadingHTTPServer):
+    """Says nothing of clients that were killed."""
+
+    def handle_error(self, *args: Any) -> None:
+        pass
+
+
+class _Handler(BaseHTTPRequestHandler):
+    server_policy: PolicyServer
+    protocol_version = "HTTP/1.1"
+
+    def log_message(self, *args: Any) -> None:
+        pass
+
+    def do_GET(self) -> None:
+        self._answer(200, {"data": [{"id": self.server_policy.model}]})
+
+    def do_POST(self) -> None:
+        asked = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        policy = self.server_policy
+        work = {
+            "/v1/completions": policy.complete,
+            "/v1/load_lora_adapter": policy.load,
+            "/v1/unload_lora_adapter": policy.unload,
+            "/collective_rpc": policy.reload,
+            "/reset_prefix_cache": lambda asked: (200, {"success": True}),
+        }[self.path]
+        self._answer(*work(asked))
+
+    def _answer(self, status: int, body: Any) -> None:
+        data = json.dumps(body).encode()
+        self.send_response(status)
+        self.send_header("Content-Length", str(len(data)))
+        self.end_headers()
+        self.wfile.write(data)

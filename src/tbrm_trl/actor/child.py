@@ -1,0 +1,129 @@
+"""The actor as a child process of the run."""
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+from accelerate.logging import get_logger
+from transformers import TrainerCallback
+
+from .ledger import UNFINISHED
+from .plan import FOLDER, Plan
+
+logger = get_logger(__name__)
+
+LOG = "log.txt"  # in the actor's folder
+STATUS = "status.json"  # beside it
+RESTARTS = 3  # of an actor that has died
+SHOWN = 15  # last lines of its log that an error shows
+PARENT = "TBRM_TRL_ACTOR_PARENT"  # environment variable: the process with which the actor ends
+# What tells a process that it is one of a launcher's.
+_OF_THE_LAUNCH = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "GROUP_RANK",
+                  "ROLE_RANK", "ROLE_WORLD_SIZE", "FSDP_VERSION")  # fmt: skip
+
+
+class ActorProcess(TrainerCallback):
+    """`python -m tbrm_trl.actor OUTPUT_DIR`, started, watched and ended by the run's main process.
+
+    It is a process of its own, without a GPU. It ends when this process does, however it ends.
+
+    Args:
+        output_dir: of the run.
+        records: folder of the windows.
+        plan: makes what the actor needs to know, given the number of updates of the run.
+        starts: whether to start the actor too. If not, the plan is written for one that is started by hand.
+    """
+
+    def __init__(self, output_dir: Path, records: Path, plan: Callable[[int], Plan], starts: bool):
+        self.output_dir, self.records, self.plan, self.starts = output_dir, records, plan, starts
+        self.log = output_dir / FOLDER / LOG
+        self.restarts = 0
+        self._waited = 0.0
+        self._process: subprocess.Popen[bytes] | None = None
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        if not state.is_world_process_zero:
+            return
+        try:
+            self.plan(state.max_steps).write(self.output_dir)
+        except TypeError as error:
+            if self.starts:
+                raise
+            logger.warning(f"No plan for an actor is written: {error}")
+        if self.starts:
+            self.start()
+
+    def require_own_folder(self, anew: bool) -> None:
+        """Refuse to start a run where the windows of another one are.
+
+        Args:
+            anew: whether the user knows that the run may start again, after an end before its first checkpoint.
+        """
+        if self.starts and not anew and any(self.records.glob("*.parquet")):
+            raise ValueError(
+                f"{self.records} holds rollouts of another run, and no checkpoint to go on from is beside it. "
+                '`resume_from_checkpoint="auto"` starts that run anew and drops them. To keep them, name the folder by '
+                "follow_rollouts, or `load_rollouts` it as a data set; or give the new run another output_dir."
+            )
+
+    def start_anew(self) -> None:
+        """Drop what an actor has drawn for a run that ended before its first checkpoint."""
+        for file in [*self.records.glob("window-*.parquet"), *(self.log.parent / UNFINISHED).glob("*.jsonl")]:
+            file.unlink()
+
+    def start(self) -> None:
+        self.log.parent.mkdir(parents=True, exist_ok=True)
+        taken = {name: value for name, value in os.environ.items() if not _is_of_the_launch(name)}
+        source = str(Path(__file__).parents[2])
+        path = os.pathsep.join([source, *filter(None, [os.environ.get("PYTHONPATH")])])
+        with self.log.open("ab") as log:
+            self._process = subprocess.Popen(
+                [sys.executable, "-m", "tbrm_trl.actor", str(self.output_dir)],
+                env={**taken, "CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": path, PARENT: str(os.getpid())},
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=log,
+                start_new_session=True,  # an interrupt at the terminal is for the run, which may write a checkpoint
+            )
+
+    def check(self) -> None:
+        """Start the actor again if it has died.
+
+        Raises:
+            RuntimeError: if it has died too often; with its last lines.
+        """
+        if self._process is None or not self._process.poll():
+            return
+        died = (
+            f"The actor has died (exit code {self._process.returncode}). Its last lines, of {self.log}:\n{self.tail()}"
+        )
+        if self.restarts == RESTARTS:
+            raise RuntimeError(f"{died}\nIt was started again {RESTARTS} times before.")
+        self.restarts += 1
+        logger.warning(f"{died}\nIt is started again ({self.restarts} of {RESTARTS}).")
+        self.start()
+
+    def waited(self) -> float | None:
+        """Seconds that the actor has waited for the policy since this was last asked; None if it does not say."""
+        try:
+            total = json.loads((self.log.parent / STATUS).read_text())["waited"]
+        except FileNotFoundError:
+            return None
+        since, self._waited = total - self._waited, total
+        return since if since >= 0 else total  # it has started again
+
+    def end(self) -> None:
+        if self._process is not None:
+            self._process.kill()  # what it has drawn is on disk
+            self._process.wait()
+            self._process = None
+
+    def tail(self) -> str:
+        return "\n".join(self.log.read_text(errors="replace").splitlines()[-SHOWN:])
+
+
+def _is_of_the_launch(name: str) -> bool:
+    return name in _OF_THE_LAUNCH or name.startswith(("ACCELERATE_", "TORCHELASTIC_", "FSDP_"))

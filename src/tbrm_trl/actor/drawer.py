@@ -1,0 +1,181 @@
+"""One row of a data set, rolled out and rewarded by TRL's own path, with a server in place of the model."""
+
+import copy
+from collections import defaultdict
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import xxhash
+from torch import nn
+from transformers import LlamaConfig, LlamaForCausalLM
+from trl import GRPOTrainer
+
+from ..config import TBRMConfig
+from ..context import temporarily
+from ..sources.returns import unique_names
+from ..sources.reward_calls import RewardCalls
+from ..sources.rollout import Rewards, trajectories_from_trl
+from ..trajectory import Trajectory
+from .plan import Plan
+from .server import Drawn, Places, Server
+
+
+@dataclass
+class Finished:
+    """A row that is drawn and rewarded.
+
+    Attributes:
+        trajectory: its tokens, rewards and versions.
+        log_probs: what the server said of each token of the completion; 0 for what a tool or environment inserted.
+        prompt: text or messages, as the reward functions were given it.
+        completion: text or messages, as the reward functions were given it.
+    """
+
+    trajectory: Trajectory
+    log_probs: list[float]
+    prompt: Any
+    completion: Any
+
+
+class RowDrawer(GRPOTrainer):
+    """TRL's trainer, as far as it rolls out: a row becomes a trajectory as it does in a run that draws for itself.
+
+    Nothing is trained here. A model of no size stands in for the policy, of which TRL asks only how many tokens it
+    knows and reads. The overridden methods are
+
+    - `_tokenize_prompts`: refuses prompts that are too long, or cuts them;
+    - `_generate_single_turn`: asks the server;
+    - `_calculate_rewards`: keeps the raw rewards, and fails as the run's options say;
+    - `_get_per_token_logps_and_entropies`: returns nothing, so that no model is run.
+
+    Args:
+        plan: what is known of the run.
+        server: draws the completions.
+        places: at the server.
+        workspace: a folder that the Trainer may call its own.
+    """
+
+    reward_func_names: list[str]
+
+    def __init__(self, plan: Plan, server: Server, places: Places, workspace: str):
+        args = TBRMConfig(
+            workspace, **plan.options, per_device_train_batch_size=1, use_cpu=True, bf16=False, report_to="none",
+            disable_tqdm=True, save_strategy="no",
+        )  # fmt: skip
+        with temporarily(args, beta=0.0):
+            super().__init__(
+                model=_stand_in(plan),
+                reward_funcs=plan.reward_funcs,
+                args=args,
+                train_dataset=plan.dataset,
+                processing_class=plan.processing_class,
+                reward_processing_classes=plan.reward_processing_classes,
+                tools=plan.tools,
+                environment_factory=plan.environment_factory,
+            )
+        self.reward_func_names = unique_names(self.reward_func_names)
+        self.mask_truncated_completions = False
+        self.beta = 0.0
+        self.plan, self.server, self.places = plan, server, places
+        self._drawn: list[Drawn] = []
+        self._number = 0  # of the row under way
+
+    def for_one_thread(self) -> "RowDrawer":
+        """A drawer that shares with this one what no row changes, and has its own of the rest."""
+        own = copy.copy(self)
+        own.state = copy.copy(self.state)
+        own._metrics = {"train": defaultdict(list), "eval": defaultdict(list)}
+        own._pending_metrics, own._pending_extra_logs = defaultdict(list), defaultdict(list)
+        own._logs = copy.deepcopy(self._logs)
+        own._reward_calls = RewardCalls(self.args.reward_timeout, self.args.reward_of_failure)
+        if self.environment_factories is not None:
+            own._environment_pool = {name: [] for name in self.environment_factories}
+        return own
+
+    def draw(self, number: int, row: Mapping[str, Any]) -> Finished:
+        """Roll out and reward a row.
+
+        Args:
+            number: of the row in the run.
+            row: what environments and reward functions are given of the data set's row.
+        """
+        self._drawn, self._number = [], number
+        output = self._generate_and_score_completions([dict(row)])
+        first, last = self._drawn[0].version, self._drawn[-1].version
+        (trajectory,) = trajectories_from_trl(
+            output,
+            self._rewards,
+            {*self.plan.end_token_ids, self._tokenizer.pad_token_id},
+            [number // self.plan.sampler.generations],
+            [(first.step, last.step)],
+        )
+        trajectory.first_policy_version, trajectory.policy_version = first.name, last.name
+        log_probs = output["sampling_per_token_logps"][0, : len(trajectory.completion_ids)].tolist()
+        return Finished(trajectory, log_probs, self._rewards.prompts[0], self._rewards.completions[0])
+
+    def _tokenize_prompts(self, prompts: list[Any]) -> Any:
+        prompt_ids, images, multimodal_fields = super()._tokenize_prompts(prompts)
+        return self.plan.prompt_limit.applied(prompts, prompt_ids), images, multimodal_fields
+
+    def _generate_single_turn(
+        self, prompt_ids, images, multimodal_fields, num_generations, has_tool_images=False
+    ) -> tuple[list[list[int]], list[list[float]]]:
+        args, (ids,) = self.args, prompt_ids
+        sampling = {
+            "max_tokens": args.max_completion_length,
+            "temperature": args.temperature,
+            "top_p": args.top_p,
+            "top_k": args.top_k,
+            "min_p": args.min_p or 0.0,
+            "repetition_penalty": args.repetition_penalty,
+            # One seed for each turn of each row of the run: an actor that starts again asks for what it had asked for.
+            "seed": _seed(args.seed, self._number, len(self._drawn)),
+            # The run's own ends, and no others that the model may ship with.
+            "stop_token_ids": self.plan.end_token_ids,
+            "ignore_eos": True,
+            **self.plan.generation_kwargs,
+        }
+        with self.places.held(self._number):
+            drawn = self.server.draw(ids, sampling)
+        self._drawn.append(drawn)
+        self.state.global_step = drawn.version.step
+        return [list(drawn.ids)], [list(drawn.log_probs)]
+
+    def _calculate_rewards(self, inputs, prompts, completions, completion_ids_list):
+        guarded = [
+            function if isinstance(function, nn.Module) else self._reward_calls.guarded(function, name)
+            for function, name in zip(self.reward_funcs, self.reward_func_names, strict=True)
+        ]
+        with temporarily(self, reward_funcs=guarded):
+            rewards_per_func = super()._calculate_rewards(inputs, prompts, completions, completion_ids_list)  # (1, F)
+        for failure in self._reward_calls.taken():
+            if self.args.reward_on_error == "raise" or failure.reason == "wrong":
+                raise failure.error
+        self._rewards = Rewards.of(
+            rewards_per_func, self.reward_weights, self.reward_func_names, self.args.reward_pessimism,
+            bool(self.tools), inputs, prompts, completions,
+        )  # fmt: skip
+        return rewards_per_func
+
+    def _get_per_token_logps_and_entropies(self, *args, **kwargs):
+        return None, None, None
+
+
+def _seed(*numbers: int) -> int:
+    return xxhash.xxh3_64_intdigest(str(numbers).encode()) >> 1
+
+
+def _stand_in(plan: Plan) -> LlamaForCausalLM:
+    config = LlamaConfig(
+        vocab_size=plan.vocabulary,
+        hidden_size=2,
+        intermediate_size=2,
+        num_hidden_layers=1,
+        num_attention_heads=1,
+        max_position_embeddings=plan.context,
+        tie_word_embeddings=True,
+        bos_token_id=None,
+        eos_token_id=plan.end_token_ids,
+    )
+    return LlamaForCausalLM(config)

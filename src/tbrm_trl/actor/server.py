@@ -1,0 +1,321 @@
+"""Requests to an OpenAI-compatible server, each under a named version of the policy."""
+
+import heapq
+import threading
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import requests
+
+from ..model.publisher import Version
+
+TRIES = 3  # of a request that is late
+LONGEST_PAUSE = 15.0  # seconds between two looks at a server that is down
+SAID_EVERY = 60.0  # seconds
+DISTANCE = 0.2  # of the probe's tokens, nats, on average: more than bfloat16 makes of float32
+
+
+class ServerError(RuntimeError):
+    """What no waiting mends; says what to change."""
+
+
+class _Lost(Exception):
+    """The server does not answer, or does not serve what it should. It may come back."""
+
+
+@dataclass
+class Drawn:
+    """A completion.
+
+    Attributes:
+        ids: its tokens, with the one that ended it.
+        log_probs: what the server says of each.
+        version: the policy that drew all of them.
+    """
+
+    ids: list[int]
+    log_probs: list[float]
+    version: Version
+
+
+class Places:
+    """A number of places, for which earlier rows go before later ones."""
+
+    def __init__(self, count: int):
+        self._free = count
+        self._waiting: list[int] = []
+        self._changed = threading.Condition()
+
+    @contextmanager
+    def held(self, row: int) -> Iterator[None]:
+        with self._changed:
+            heapq.heappush(self._waiting, row)
+            self._changed.wait_for(lambda: self._free and self._waiting[0] == row)
+            heapq.heappop(self._waiting)
+            self._free -= 1
+            self._changed.notify_all()
+        try:
+            yield
+        finally:
+            with self._changed:
+                self._free += 1
+                self._changed.notify_all()
+
+
+class Server:
+    """A server that has the policy's versions loaded under their names while requests need them.
+
+    An adapter is loaded by its name, so requests in flight end under the version that they began with. Whole weights
+    replace one another: new ones are loaded when the requests under the old ones have ended.
+
+    Args:
+        url: its address.
+        folder: of the versions, by a path that the server can read too.
+        latest: gives the version that requests are to be made under.
+        patience: seconds to wait for a server that is down, and at most to draw a completion, all tries together.
+        base: what the server should be started on, for errors.
+        say: prints a line.
+    """
+
+    def __init__(
+        self,
+        url: str,
+        folder: Path,
+        latest: Callable[[], Version],
+        patience: float,
+        base: str,
+        say: Callable[[str], None] = print,
+    ):
+        self.url, self.folder, self.latest, self.patience, self.base = url.rstrip("/"), folder, latest, patience, base
+        self.say = say
+        self._local = threading.local()
+        self._changed = threading.Condition()
+        self._loading = threading.Lock()
+        self._in_flight: Counter[str] = Counter()  # requests by version
+        self._loaded: set[str] = set()  # names of versions that the server has, as far as is known
+        self._waiting = threading.Lock()  # held by who waits for a server that is down
+
+    def draw(self, prompt_ids: Sequence[int], sampling: Mapping[str, Any]) -> Drawn:
+        """A completion of a prompt under the latest version. A request that fails is made again, under the latest then.
+
+        Raises:
+            ServerError: for what the server refuses, and if it is down or late for longer than `patience` allows.
+        """
+        late = 0
+        while True:
+            version = self.latest()
+            try:
+                with self._using(version) as name:
+                    asked = {"model": name, "prompt": list(prompt_ids), "n": 1, "logprobs": 0, "return_token_ids": True}
+                    said = self._post("/v1/completions", {**asked, **sampling}, self.patience / TRIES)
+                    self._check_connection(version)
+                (choice,) = said["choices"]
+                return Drawn(choice["token_ids"], choice["logprobs"]["token_logprobs"], version)
+            except requests.Timeout as error:
+                late += 1
+                if late == TRIES:
+                    raise ServerError(
+                        f"{self.url} did not end a completion of at most {sampling.get('max_tokens')} tokens within "
+                        f"{self.patience / TRIES:.0f} seconds, {TRIES} times. Raise follow_timeout, lower "
+                        "--concurrency, or look at the server."
+                    ) from error
+                self.say(f"{self.url} is late with a completion ({late} of {TRIES}); asked again.")
+            except _Lost as lost:
+                self._wait(str(lost))
+
+    @contextmanager
+    def _using(self, version: Version) -> Iterator[str]:
+        """Inside, the server has this version; gives the name to ask for."""
+        with self._changed:
+            if not version.adapter:  # requests under other weights must end before these are loaded
+                self._changed.wait_for(lambda: not any(self._in_flight[one] for one in self._others(version)))
+            self._in_flight[version.name] += 1
+        try:
+            if version.name not in self._loaded:
+                self._load(version)
+            yield version.name if version.adapter else self._base_name()
+        except _Missing:
+            self._loaded.discard(version.name)
+            self.say(f"{self.url} has no version {version.name} any more; it is loaded again.")
+            raise _Lost(f"{self.url} has no version {version.name} any more") from None
+        finally:
+            with self._changed:
+                self._in_flight[version.name] -= 1
+                self._changed.notify_all()
+            self._unload()
+
+    def _others(self, version: Version) -> list[str]:
+        return [name for name in self._in_flight if name != version.name]
+
+    def _load(self, version: Version) -> None:
+        with self._loading:
+            if version.name in self._loaded:
+                return
+            if version.adapter:
+                self._load_adapter(version)
+            else:
+                self._load_weights(version)
+            self._check(version)
+            self._loaded = (self._loaded if version.adapter else set()) | {version.name}
+
+    def _load_adapter(self, version: Version) -> None:
+        folder = (self.folder / version.name).absolute()
+        try:
+            asked = {"lora_name": version.name, "lora_path": str(folder)}
+            self._post("/v1/load_lora_adapter", asked, self.patience)
+        except _Missing as missing:
+            if not folder.is_dir():
+                raise _Lost(f"version {version.name} has gone from {self.folder}") from None
+            raise ServerError(
+                f"{self.url} does not load adapters ({missing}). Start it with VLLM_ALLOW_RUNTIME_LORA_UPDATING=True "
+                f"in its environment: vllm serve {self.base} --enable-lora --max-loras 4 --max-lora-rank RANK"
+            ) from None
+        except ServerError as error:
+            if "already been loaded" in str(error):
+                return  # a name means one set of bits
+            if not folder.is_dir():
+                raise _Lost(f"version {version.name} has gone from {self.folder}") from None
+            raise
+
+    def _load_weights(self, version: Version) -> None:
+        folder = (self.folder / version.name).absolute()
+        try:
+            asked = {"method": "reload_weights", "kwargs": {"weights_path": str(folder)}}
+            self._post("/collective_rpc", asked, self.patience)
+            self._post("/reset_prefix_cache", {}, self.patience)
+        except _Missing as missing:
+            raise ServerError(
+                f"{self.url} does not load weights ({missing}). Start it with VLLM_SERVER_DEV_MODE=1 in its "
+                f"environment: vllm serve {self.base}"
+            ) from None
+        except ServerError:
+            if not folder.is_dir():
+                raise _Lost(f"version {version.name} has gone from {self.folder}") from None
+            raise
+
+    def _check(self, version: Version) -> None:
+        """Compare what the server says of a short text with what the policy says of it.
+
+        Raises:
+            _Lost: if it serves another policy.
+        """
+        if not version.probe_ids:
+            return
+        asked = {
+            "model": version.name if version.adapter else self._base_name(),
+            "prompt": list(version.probe_ids),
+            "max_tokens": 1,
+            "prompt_logprobs": 0,
+        }
+        said = self._post("/v1/completions", asked, self.patience)["choices"][0].get("prompt_logprobs")
+        if said is None:
+            return  # not every server tells
+        tokens = zip(said[1:], version.probe_ids[1:], version.probe_log_probs, strict=True)
+        distance = sum(abs(of[str(token)]["logprob"] - own) for of, token, own in tokens) / len(said[1:])
+        if not distance <= DISTANCE:
+            raise _Lost(
+                f"{self.url} serves another policy than {version.name}: its log-probabilities of {len(said)} fixed "
+                f"tokens are {distance:.2g} nats away on average. Its model is {self._base_name()}; start it on "
+                f"{self.base}"
+            )
+
+    def _check_connection(self, version: Version) -> None:
+        """Look at what a server serves that may have been started again. An adapter it would have lost.
+
+        Raises:
+            _Lost: if it serves another policy.
+        """
+        if version.adapter:
+            return
+        adapter: Any = self._session.get_adapter(self.url)
+        pool = adapter.poolmanager.connection_from_url(self.url)
+        if pool.num_connections != getattr(self._local, "connections", None):
+            try:
+                self._check(version)
+            except _Lost:
+                self._loaded = set()
+                raise
+            self._local.connections = pool.num_connections
+
+    def _unload(self) -> None:
+        """Free the places of adapters that no request needs any more."""
+        latest = self.latest().name
+        with self._changed:
+            idle = [name for name in self._loaded if name != latest and not self._in_flight[name]]
+            self._loaded -= set(idle)
+        for name in idle:
+            # It may have gone with the server already.
+            with suppress(_Missing, _Lost, ServerError, requests.Timeout):
+                self._post("/v1/unload_lora_adapter", {"lora_name": name}, LONGEST_PAUSE)
+
+    def _base_name(self) -> str:
+        try:
+            answer = self._session.get(f"{self.url}/v1/models", timeout=LONGEST_PAUSE)
+            return answer.json()["data"][0]["id"]
+        except (requests.RequestException, ValueError, LookupError) as error:
+            raise _Lost(f"{self.url} does not answer ({type(error).__name__})") from error
+
+    def _wait(self, why: str) -> None:
+        """Wait until the server answers and serves what it should. One thread looks, the others wait for it.
+
+        Raises:
+            ServerError: if that takes longer than `patience`.
+        """
+        began, said, pause = time.monotonic(), 0.0, 0.1
+        with self._waiting:
+            while True:
+                try:
+                    version = self.latest()
+                    self._base_name()
+                    self._check_again(version)
+                    break
+                except (_Lost, requests.Timeout, _Missing) as lost:
+                    why = str(lost) or why
+                    self._loaded = set()
+                waited = time.monotonic() - began
+                if waited > self.patience:
+                    raise ServerError(f"{why}. Waited {waited:.0f} seconds (follow_timeout).")
+                if waited >= said:
+                    self.say(f"{why}. Waiting, for {self.patience - waited:.0f} more seconds at most.")
+                    said = waited + SAID_EVERY
+                time.sleep(pause)
+                pause = min(2 * pause, LONGEST_PAUSE)
+            if said:
+                self.say(f"{self.url} is back after {time.monotonic() - began:.0f} seconds.")
+
+    def _check_again(self, version: Version) -> None:
+        if version.name not in self._loaded:
+            self._load(version)
+
+    @property
+    def _session(self) -> requests.Session:
+        if not hasattr(self._local, "session"):
+            self._local.session = requests.Session()
+        return self._local.session
+
+    def _post(self, path: str, body: Mapping[str, Any], limit: float) -> Any:
+        try:
+            answer = self._session.post(self.url + path, json=body, timeout=(LONGEST_PAUSE, limit))
+        except requests.Timeout:
+            raise
+        except requests.RequestException as error:
+            raise _Lost(f"{self.url} does not answer ({type(error).__name__})") from error
+        if answer.status_code == 404:
+            raise _Missing(answer.text[:200])
+        if answer.status_code >= 500:
+            raise _Lost(f"{self.url} answers {path} with {answer.status_code}: {answer.text[:300]}")
+        if not answer.ok:
+            raise ServerError(f"{self.url} refuses {path} with {answer.status_code}: {answer.text[:500]}")
+        try:
+            return answer.json()
+        except ValueError:
+            return answer.text  # of loading and unloading, a sentence
+
+
+class _Missing(Exception):
+    """The server knows no such version, or has no such path."""

@@ -1,0 +1,396 @@
+"""The actor against a server with real weights: what it draws, under which policy, and what a fault of either does."""
+
+from __future__ import annotations
+
+import os
+import random
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pyarrow.parquet as pq
+import pytest
+import torch
+from common.policy_server import PolicyServer
+from common.tiny import VOCABULARY, perturb, save, tokenizer
+from helpers.runs import CHATS, DATA, TOKENIZER, before_each_update, build, kept_returns, letters, logged
+from peft import LoraConfig, PeftModel
+from transformers import AutoModelForCausalLM, TrainerCallback
+from trl.chat_template_utils import qwen3_chat_template
+
+from tbrm_trl.actor.ledger import Ledger, window_file
+from tbrm_trl.actor.plan import Plan
+from tbrm_trl.actor.server import Server, ServerError
+from tbrm_trl.actor.work import LOG_PROBS, Actor
+from tbrm_trl.model.publisher import Version, read_latest
+from tbrm_trl.sources.parquet import from_row
+from tbrm_trl.trajectory import End, Trajectory
+
+LORA = LoraConfig(r=4, target_modules="all-linear")
+UPDATES, ROWS = 6, 4  # of the run, and of a window
+
+
+@pytest.fixture
+def server(llama) -> Iterator[PolicyServer]:
+    served = PolicyServer(llama)
+    yield served
+    served.stop()
+
+
+class Run:
+    """A run that publishes its policy when the test says so, and the windows of its actor."""
+
+    def __init__(self, model: str, server: PolicyServer, folder: Path, reward=letters, lora=True, **options: Any):
+        options = {"max_staleness": 2, "per_device_train_batch_size": ROWS, "max_steps": UPDATES, **options}
+        self.trainer = build(
+            model, folder, reward, rollouts="async", async_server=server.url,
+            **({"peft_config": LORA} if lora else {}), **options,
+        )  # fmt: skip
+        self.output = Path(self.trainer.args.output_dir)
+        self.trainer._actor.plan(UPDATES).write(self.output)
+        self.versions: list[Version] = []
+        self.said: list[str] = []
+        self.publish()
+
+    def publish(self) -> None:
+        """Make an update that is much larger than any of training's, and publish the policy."""
+        step = len(self.versions)
+        trained = [p for p in self.trainer.model.parameters() if p.requires_grad]
+        perturb(torch.nn.ParameterList(trained), scale=0.1, seed=step)
+        self.versions.append(self.trainer._publisher.publish(step))
+
+    def actor(self, concurrency: int = 8) -> Actor:
+        return Actor(self.output, None, concurrency, self.said.append)
+
+    @contextmanager
+    def drawing(self, concurrency: int = 8) -> Iterator[threading.Thread]:
+        """Inside, an actor is at work; at the end it must have written every window."""
+        failed: list[BaseException] = []
+
+        def work() -> None:
+            try:
+                self.actor(concurrency).run()
+            except BaseException as error:
+                failed.append(error)
+
+        thread = threading.Thread(target=work, daemon=True)
+        thread.start()
+        yield thread
+        thread.join(60)
+        assert not failed, failed
+        assert not thread.is_alive(), self.said
+
+    def publish_all(self) -> None:
+        """Publish one version after the other, each when no more rows may start under the one before."""
+        while len(self.versions) < UPDATES:
+            allowed = self.bounds.last_row(len(self.versions) - 1) // ROWS
+            until(lambda: all(self.file(window).exists() for window in range(min(allowed + 1, UPDATES))))  # noqa: B023
+            self.publish()
+
+    @property
+    def bounds(self):
+        return self.trainer._actor.plan(UPDATES).bounds
+
+    def file(self, window: int) -> Path:
+        return window_file(self.output / "records", window)
+
+    def rows(self) -> list[dict[str, Any]]:
+        return [row for window in range(UPDATES) for row in pq.read_table(self.file(window)).to_pylist()]
+
+    def expected_prompts(self) -> list[str]:
+        sampler = self.trainer._get_train_sampler()
+        return [DATA[index]["prompt"] for window in range(UPDATES) for index in sampler.window(window)]
+
+
+def until(holds: Callable[[], bool], seconds: float = 60.0) -> None:
+    deadline = time.monotonic() + seconds
+    while not holds():
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+
+
+@torch.no_grad()
+def distance(policy: torch.nn.Module, rows: list[dict[str, Any]]) -> float:
+    """Mean difference, in nats, between what the server said of the tokens it drew and what a policy says of them."""
+    differences = []
+    for row in rows:
+        ids, first = torch.tensor([row["prompt_ids"] + row["completion_ids"]]), len(row["prompt_ids"])
+        own = policy(ids).logits[0, first - 1 : -1].log_softmax(-1)  # (T, V)
+        own = own.gather(1, torch.tensor(row["completion_ids"])[:, None])[:, 0]  # (T,)
+        differences.append((own - torch.tensor(row[LOG_PROBS])).abs())
+    return torch.cat(differences).mean().item()
+
+
+@pytest.mark.parametrize("lora", [True, False], ids=["lora", "full"])
+def test_every_row_is_of_the_version_that_it_says(lora, llama, server, tmp_path):
+    """In the sampler's order, each started as early as the bound allows; neighbouring versions lie far apart."""
+    run = Run(llama, server, tmp_path, lora=lora)
+    with run.drawing():
+        run.publish_all()
+    rows = run.rows()
+    assert [row["prompt"] for row in rows] == run.expected_prompts()
+    assert [row["group"] for row in rows] == list(range(UPDATES * ROWS))
+    assert len(set(server.seen.seeds)) == len(rows)
+    for number, row in enumerate(rows):
+        stale = run.bounds.staleness(number, row["first_policy_step"])
+        assert stale == min(2, number // ROWS)  # the first windows are drawn before any update
+        assert row["policy_version"] == row["first_policy_version"] == run.versions[row["policy_step"]].name
+    drawn_by = {row["policy_step"]: [r for r in rows if r["policy_step"] == row["policy_step"]] for row in rows}
+    assert sorted(drawn_by) == [0, 1, 2, 3]
+    for step, drawn in drawn_by.items():
+        folder = run.output / "policy" / run.versions[step].name
+        if not folder.exists():
+            continue  # too old to be asked for
+        assert distance(policy_of(llama, folder, lora), drawn) < 1e-4
+        if (other := run.output / "policy" / run.versions[step + 1].name).exists():
+            assert distance(policy_of(llama, other, lora), drawn) > 0.05
+    assert run.versions[-1] == read_latest(run.output / "policy")
+    kept = sorted(int(one.name.split("-")[1]) for one in (run.output / "policy").glob("step-*"))
+    assert kept == [2, 3, 4, 5]  # the latest, and max_staleness + 1 before it
+
+
+def policy_of(base: str, folder: Path, lora: bool) -> torch.nn.Module:
+    """A version as anyone would load it."""
+    if not lora:
+        return AutoModelForCausalLM.from_pretrained(folder).eval()
+    return PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), folder).eval()
+
+
+def test_kills_lose_and_repeat_no_row(llama, server, tmp_path):
+    """The actor is killed at random moments and started again, until all is drawn."""
+    run, moments, kills = Run(llama, server, tmp_path, max_staleness=UPDATES), random.Random(3), 0
+    server.delay = 0.1
+    while not all(run.file(window).exists() for window in range(UPDATES)):
+        child = os.fork()
+        if not child:
+            try:
+                run.actor(concurrency=3).run()
+            finally:
+                os._exit(0)
+        if kills < 5:
+            time.sleep(moments.uniform(0.3, 0.9))
+            os.kill(child, signal.SIGKILL)
+            kills += 1
+        os.waitpid(child, 0)
+    rows = run.rows()
+    assert kills >= 4 and [row["prompt"] for row in rows] == run.expected_prompts()
+    assert [row["group"] for row in rows] == list(range(UPDATES * ROWS))
+    # What was on disk is not asked for again: only requests under way at a kill are repeated, 3 at most.
+    assert len(set(server.seen.seeds)) == len(rows) <= len(server.seen.seeds) <= len(rows) + 3 * kills
+    assert not list((run.output / "actor/unfinished").glob("*"))
+
+
+def test_a_line_that_a_kill_has_cut_short_was_never_written(tmp_path):
+    written: list[Any] = []
+
+    def ledger() -> Ledger:
+        return Ledger(tmp_path / "unfinished", tmp_path / "records", 2, 2, lambda file, *rest: written.append(rest))
+
+    first = ledger()
+    pending = first.pending()
+    assert [next(pending), next(pending)] == [0, 1]
+    first.add(1, {"text": "b"})
+    (file,) = (tmp_path / "unfinished").iterdir()
+    with file.open("a") as opened:
+        opened.write('{"row": 0, "te')
+    second = ledger()
+    pending = second.pending()
+    assert next(pending) == 0
+    second.add(0, {"text": "a"})
+    assert written == [(0, [{"text": "a"}, {"text": "b"}])] and not file.exists()
+    assert list(pending) == [2, 3]
+
+
+def test_a_server_that_dies_and_comes_back(llama, server, tmp_path):
+    """Its adapters have gone with it: they are loaded again, the rows under way are asked for again, and it is said."""
+    run = Run(llama, server, tmp_path, max_staleness=UPDATES)
+    server.delay = 0.1
+    with run.drawing(concurrency=2):
+        until(lambda: len(server.seen.seeds) > 4)
+        server.stop()
+        time.sleep(0.5)
+        server.start()
+    assert [row["prompt"] for row in run.rows()] == run.expected_prompts()
+    assert server.seen.loaded.count(run.versions[0].name) == 2
+    assert any("does not answer" in line for line in run.said) and any("is back" in line for line in run.said)
+
+
+@pytest.mark.parametrize("lora", [True, False], ids=["lora", "full"])
+def test_a_server_with_another_base_is_found_out(lora, llama, server, tmp_path, monkeypatch):
+    run = Run(llama, server, tmp_path, lora=lora, follow_timeout=3.0)
+    other = save(tmp_path / "other", "llama", initializer_range=0.4, tie_word_embeddings=True)
+    server.stop()
+    server.model = other
+    if not lora:  # it takes the weights that it is sent, unless it says so and keeps its own
+        monkeypatch.setattr(server, "reload", lambda asked: (200, {"results": [None]}))
+    server.start()
+    with pytest.raises(
+        ServerError, match=rf"serves another policy than step-00000000.* start it on {llama}.*Waited \d"
+    ):
+        run.actor().run()
+    assert len(run.said) == 1 and "nats away" in run.said[0]
+
+
+def test_a_server_without_adapters_says_how_to_start_it(llama, server, tmp_path):
+    server.adapters = False
+    run = Run(llama, server, tmp_path)
+    with pytest.raises(ServerError, match=r"VLLM_ALLOW_RUNTIME_LORA_UPDATING=True.*--enable-lora"):
+        run.actor().run()
+
+
+def test_a_request_that_does_not_end(llama, server, tmp_path):
+    """Asked three times, each time for a third of what the run waits; then it is an error."""
+    server.delay = 5.0
+    version = Version("step-0", 0, adapter=False)
+    said: list[str] = []
+    asked = Server(server.url, tmp_path, lambda: version, 0.9, llama, said.append)
+    asked._loaded = {"step-0"}
+    began = time.monotonic()
+    with pytest.raises(ServerError, match="did not end a completion of at most 4 tokens within 0 seconds, 3 times"):
+        asked.draw([5], {"max_tokens": 4, "seed": 0, "temperature": 1.0, "stop_token_ids": [1]})
+    assert 0.9 <= time.monotonic() - began < 2 and len(said) == 2
+
+
+async def later(completions, **kwargs):
+    return [None] * len(completions)
+
+
+def test_slow_rewards_overlap(llama, server, tmp_path):
+    """Half a second a row; 24 rows by turns would take 12 seconds. They are drawn two at a time all the while."""
+
+    def slow(completions, **kwargs):
+        time.sleep(0.5)
+        return [0.25] * len(completions)
+
+    run = Run(llama, server, tmp_path, [slow, later], max_staleness=UPDATES, reward_weights=[2.0, 1.0])
+    began = time.monotonic()
+    with run.drawing(concurrency=2):
+        pass
+    assert time.monotonic() - began < 6
+    assert server.seen.most_at_once == 2
+    assert {row["reward"] for row in run.rows()} == {0.5}
+
+
+@pytest.mark.parametrize(("on_error", "reward"), [("raise", None), ("skip", None), ("-1", -1.0)])
+def test_rewards_that_fail(on_error, reward, llama, server, tmp_path):
+    """As in a run that draws for itself. A row that no function scored is unscored, and not worth 0."""
+
+    def failing(prompts, **kwargs):
+        raise KeyError("no such answer")
+
+    run = Run(llama, server, tmp_path, [failing], max_staleness=UPDATES, reward_on_error=on_error)
+    if on_error == "raise":
+        with pytest.raises(KeyError, match="no such answer"):
+            run.actor().run()
+        return
+    with run.drawing():
+        pass
+    assert {row["reward"] for row in run.rows()} == {reward}
+
+
+# ---- tools and environments ------------------------------------------------------------------------------------------
+
+CALL, CALL_ID = '<tool_call>\n{"name": "double", "arguments": {"x": 21}}\n</tool_call>', VOCABULARY
+DESCRIPTION = "Double a number.\n\nArgs:\n    x: the number."
+
+
+class Till:
+    """An environment that owns its reward: what it started with, and what its tool added."""
+
+    def reset(self, start: int, **kwargs) -> str:
+        self.total = start
+        return f" from {start}"
+
+    def double(self, x: int) -> int:
+        self.total += 2 * x
+        return 2 * x
+
+    double.__doc__ = DESCRIPTION
+
+    def get_reward(self) -> float:
+        return float(self.total)
+
+
+def test_environments_and_their_tools(tmp_path):
+    """Many at once, each row with an environment of its own; its last call is not made any more."""
+    words = tokenizer()
+    words.chat_template = qwen3_chat_template
+    words.add_tokens([CALL])
+    model = save(tmp_path / "caller", "llama", vocab_size=VOCABULARY + 1, max_position_embeddings=2048)
+    words.save_pretrained(model)
+    served = PolicyServer(model)
+    served.script = lambda prompt: [CALL_ID, 1]
+    try:
+        run = Run(
+            model, served, tmp_path, None, environment_factory=Till, train_dataset=CHATS, max_staleness=UPDATES,
+            max_completion_length=200, max_tool_calling_iterations=1,
+        )  # fmt: skip
+        with run.drawing():
+            pass
+    finally:
+        served.stop()
+    sampler = run.trainer._get_train_sampler()
+    starts = [CHATS[i]["start"] for window in range(UPDATES) for i in sampler.window(window)]
+    for row, start in zip(run.rows(), starts, strict=True):
+        drawn: Trajectory = from_row(row)
+        assert drawn.reward == start + 42 and drawn.end is End.TOOL_LIMIT
+        assert drawn.completion_ids[drawn.loss_mask].tolist() == [CALL_ID, 1, CALL_ID, 1]
+        assert "<tool_response>\n42\n</tool_response>" in TOKENIZER.decode(drawn.completion_ids[~drawn.loss_mask])
+        assert f"from {start}<" in TOKENIZER.decode(drawn.prompt_ids)
+        assert [one != 0 for one in row[LOG_PROBS]] == drawn.loss_mask.tolist()
+
+
+# ---- the actor as a child of the run ---------------------------------------------------------------------------------
+
+
+def test_functions_of_the_script_go_by_value(llama, server, tmp_path):
+    """With the globals that they name, and none that they do not. What cannot be pickled is refused."""
+    script: dict[str, Any] = {"__name__": "__main__", "answers": (i for i in range(3))}
+    exec("BONUS = 3.0\ndef bonus(completions, **kwargs):\n    return [BONUS] * len(completions)", script)
+    exec("def told(completions, **kwargs):\n    return [next(answers) for _ in completions]", script)
+    run = Run(llama, server, tmp_path, script["bonus"])
+    assert Plan.read(run.output).reward_funcs(completions=["a", "b"]) == [3.0, 3.0]
+    with pytest.raises(TypeError, match=r"cannot be given what this run was.*generator"):
+        Run(llama, server, tmp_path / "told", script["told"])
+
+
+class KillActor(TrainerCallback):
+    def on_step_end(self, args, state, control, **kwargs):
+        if state.global_step == 2:
+            self.actor._process.kill()
+
+
+@pytest.mark.launch
+def test_a_run_with_its_actor(llama, server, tmp_path):
+    """Killed once, the actor is started again; the run is resumed with another one; each row is trained on once."""
+    options: dict[str, Any] = dict(
+        rollouts="async", async_server=server.url, max_staleness=1, per_device_train_batch_size=ROWS, peft_config=LORA,
+        save_strategy="steps", save_steps=3, follow_timeout=200.0,
+    )  # fmt: skip
+    kills = KillActor()
+    first = build(llama, tmp_path, max_steps=3, **options)
+    kills.actor = first._actor
+    first.add_callback(kills)
+    trained = kept_returns(first, "_new_window")
+    first.train()
+    assert first._actor.restarts == 1 and first._actor._process is None
+    policy = Path(first.args.output_dir) / "policy"
+    last = read_latest(policy)
+
+    second = build(llama, tmp_path, max_steps=UPDATES, **options)
+    seen = before_each_update(second, lambda: read_latest(policy))
+    rest = kept_returns(second, "_new_window")
+    second.train(resume_from_checkpoint=True)
+    assert last.step == 3 and seen[0] == last and second.state.global_step == UPDATES
+    prompts = [TOKENIZER.decode(one.prompt_ids) for window in trained + rest for one in window]
+    sampler = second._get_train_sampler()
+    drawn = [[DATA[index]["prompt"] for index in sampler.window(window)] for window in range(UPDATES)]
+    assert [sorted(prompts[i : i + ROWS]) for i in range(0, len(prompts), ROWS)] == list(map(sorted, drawn))
+    assert max(logged(first, "staleness/max") + logged(second, "staleness/max")) <= 1
+    assert min(logged(second, "rollouts/actor_wait_time")) >= 0
+    with pytest.raises(ValueError, match=r"holds .*of another run"):
+        build(llama, tmp_path, max_steps=UPDATES, **options).train()
