@@ -56,7 +56,7 @@ def model(tmp_path) -> str:
 def run(program: str, model: str, scope: dict | None = None) -> dict:
     """A program word for word, but for the model, the number of steps and the machine. Returns what it defines."""
     assert MODEL in program or "TBRMTrainer" not in program
-    program = program.replace(MODEL, model)
+    program = re.sub(r"max_steps=\d+,? ?", "", program.replace(MODEL, model))
     program = program.replace("TBRMConfig(", 'TBRMConfig(max_steps=2, use_cpu=True, report_to="none", ')
     scope = {} if scope is None else scope
     exec(compile(program, "a document", "exec"), scope)
@@ -123,6 +123,26 @@ def publishing(model: str) -> None:
     assert pushed == [(8, "me/rollouts")]
 
 
+def asynchronous(model: str) -> None:
+    """The writer's program first; the learner follows what its function writes."""
+    learner, writer, bounds = blocks("docs/asynchronous.md", "python")
+    written = run(writer, model)
+    row = {"prompt_ids": [5, 6], "completion_ids": [7, 8, 1], "reward": 1.0, "policy_step": 0}
+    written["write_record"](Path("records"), "mine", [row] * 15)
+    assert "/shared/records" in learner
+    run(learner.replace("/shared/records", "records"), model)
+    assert Path("out/checkpoint-2/model.safetensors").is_file()
+    assert run(bounds, model)["bounds"].last_row(step=10) == 959
+
+
+def theory(model: str) -> None:
+    """β falls from 0.012 towards 0.004: in the second of two updates it is at their geometric mean."""
+    (program,) = blocks("docs/theory.md", "python")
+    args = TBRMConfig("out", max_steps=2, use_cpu=True, report_to="none", max_completion_length=8)
+    TBRMTrainer(model, [letters], args, PROMPTS, callbacks=[run(program, model)["FallingBeta"]()]).train()
+    assert args.beta == pytest.approx((0.012 * 0.004) ** 0.5)
+
+
 def letters(completions, **columns):
     return [float(sum(map(str.isalpha, completion))) for completion in completions]
 
@@ -134,6 +154,8 @@ RUN: dict[str, Callable[[str], None]] = {
     "docs/rewards.md": rewards,
     "docs/launching.md": launching,
     "docs/publishing.md": publishing,
+    "docs/asynchronous.md": asynchronous,
+    "docs/theory.md": theory,
 }
 # Those that other tests run: of each page by a test of its own.
 RUN_ELSEWHERE = {
