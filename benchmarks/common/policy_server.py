@@ -48,6 +48,7 @@ class PolicyServer:
         return f"http://127.0.0.1:{self.port}"
 
     def start(self) -> None:
+        self._is_up = True
         self._policy: Any = AutoModelForCausalLM.from_pretrained(self.model, dtype=torch.float32).eval()
         self._names: set[str] = set()
         owner = self
@@ -63,6 +64,8 @@ class PolicyServer:
     def stop(self) -> None:
         self._server.shutdown()
         self._server.server_close()
+        with self._lock:  # what a request is loading; transformers loads one model at a time
+            self._is_up = False
 
     def load(self, asked: dict[str, Any]) -> tuple[int, Any]:
         name, path = asked["lora_name"], asked["lora_path"]
@@ -73,6 +76,8 @@ class PolicyServer:
         if not Path(path, "adapter_config.json").is_file():
             return 500, {"error": {"message": f"No adapter found for {path}"}}
         with self._lock:
+            if not self._is_up:
+                return 503, {}
             if self._names or isinstance(self._policy, PeftModel):
                 self._policy.load_adapter(path, name)
             else:
@@ -91,6 +96,8 @@ class PolicyServer:
 
     def reload(self, asked: dict[str, Any]) -> tuple[int, Any]:
         with self._lock:
+            if not self._is_up:
+                return 503, {}
             path = asked["kwargs"]["weights_path"]
             self._policy = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32).eval()
         self.seen.loaded.append(Path(path).name)
