@@ -66,6 +66,8 @@ _SAME_RESULT: dict[str, tuple[str, ...]] = {
     "A tensor of one dimension: its first one is its last.": (
         "loss/soft_value/partition.py PartitionValue._value: 0 → -1",
         "loss/soft_value/partition.py PartitionValue._value: 0 → -1 (2)",
+        "loss/soft_value/quantile.py log_partition: 0 → -1",
+        "loss/soft_value/quantile.py log_partition: 0 → -1 (2)",
     ),
     "Rows that do not count are masked once more, in `mean_over_counted`.": (
         "loss/residual.py squared_residual_loss: 0.0 → 1.0",
@@ -138,6 +140,14 @@ _SAME_RESULT: dict[str, tuple[str, ...]] = {
         "loss/terms.py random_prefix: 1 → 2 (6)",
         "loss/terms.py random_prefix: 1 → 0 (6)",
     ),
+    "All rows are new then, and weigh alike.": (
+        "sources/replay.py ReplayBuffer._draw_prioritized: 1.0 → 0.0",
+        "sources/replay.py ReplayBuffer._draw_prioritized: 1.0 → 2.0",
+    ),
+    "Rewards and samples are compared in float32.": (
+        "loss/soft_value/quantile.py QuantileValue.on_window: torch.tensor(given, dtype=torch.float64) → "
+        "torch.tensor(given)",
+    ),
     "Any number that is not NaN.": (
         "loss/trajectory_loss.py TrajectoryLoss.left_out: 0.0 → 1.0",
         "loss/trajectory_loss.py TrajectoryLoss.left_out: 0.0 → -1.0",
@@ -155,6 +165,7 @@ _SAME_RESULT: dict[str, tuple[str, ...]] = {
         "sources/replay.py : 1024 → 1025",
         "loss/soft_value/model.py ModelValue.on_window: groupby(sorted(set(states), key=len), key=len) → "
         "groupby(sorted(set(states), key=len))",
+        "loss/soft_value/model.py ModelValue.on_window: sorted(set(states), key=len) → sorted(set(states))",
     ),
     "No trajectory without an action enters the buffer.": ("sources/store.py TrajectoryStore.__getitem__: 1 → 0",),
     "Any number that is not whole.": (
