@@ -562,7 +562,7 @@ def refuse_processes() -> None:
     BaseProcess.start = start  # type: ignore[assignment,method-assign]
 
 
-def measure(runner: Runner, file: Path) -> None:
+def measure(runner: Runner, file: Path) -> dict[str, Any]:
     """Note of each test how long it takes and which functions it enters. One that starts processes enters none."""
     refuse_processes()
     codes = {code: f"{changed} {name}" for changed in files_changed() for code, name in _codes(changed)}
@@ -586,10 +586,11 @@ def measure(runner: Runner, file: Path) -> None:
             sys.settrace(on_call)
             failed = runner.failing([name])
             sys.settrace(None)
-            threading.settrace(None)  # type: ignore[arg-type]
+            threading.settrace(None)
         enters = [] if failed else sorted(entered)
         entered.clear()
         measured[name] = {"digest": digest, "seconds": round(seconds, 2), "enters": enters}
+    return {"tests": len(measured)}
 
 
 def _codes(file: str) -> Iterator[tuple[CodeType, str]]:
@@ -688,7 +689,7 @@ def measured_tests(runner: Runner, folder: Path) -> dict[str, Any]:
     for fixture in ("llama", "qwen2"):
         runner.failing([next(name for name, one in runner.items.items() if fixture in one.fixturenames)])  # type: ignore[attr-defined]
     gc.freeze()  # a collection, as at the beginning of a training, need not go over what is here for good
-    child = wait_for([Child(lambda: measure(runner, file) or {}, folder, 3600)])
+    child = wait_for([Child(partial(measure, runner, file), folder, 3600)])
     assert child.said() is not None, "the tests could not be measured"
     print("measured", file=sys.stderr, flush=True)
     return {name: test for name, test in Store(file).items() if name in runner.items}
