@@ -66,6 +66,8 @@ _SAME_RESULT: dict[str, tuple[str, ...]] = {
     "A tensor of one dimension: its first one is its last.": (
         "loss/soft_value/partition.py PartitionValue._value: 0 → -1",
         "loss/soft_value/partition.py PartitionValue._value: 0 → -1 (2)",
+        "loss/soft_value/quantile.py log_partition: 0 → -1",
+        "loss/soft_value/quantile.py log_partition: 0 → -1 (2)",
     ),
     "Rows that do not count are masked once more, in `mean_over_counted`.": (
         "loss/residual.py squared_residual_loss: 0.0 → 1.0",
@@ -138,6 +140,14 @@ _SAME_RESULT: dict[str, tuple[str, ...]] = {
         "loss/terms.py random_prefix: 1 → 2 (6)",
         "loss/terms.py random_prefix: 1 → 0 (6)",
     ),
+    "All rows are new then, and weigh alike.": (
+        "sources/replay.py ReplayBuffer._draw_prioritized: 1.0 → 0.0",
+        "sources/replay.py ReplayBuffer._draw_prioritized: 1.0 → 2.0",
+    ),
+    "Rewards and samples are compared in float32.": (
+        "loss/soft_value/quantile.py QuantileValue.on_window: torch.tensor(given, dtype=torch.float64) → "
+        "torch.tensor(given)",
+    ),
     "Any number that is not NaN.": (
         "loss/trajectory_loss.py TrajectoryLoss.left_out: 0.0 → 1.0",
         "loss/trajectory_loss.py TrajectoryLoss.left_out: 0.0 → -1.0",
@@ -155,6 +165,7 @@ _SAME_RESULT: dict[str, tuple[str, ...]] = {
         "sources/replay.py : 1024 → 1025",
         "loss/soft_value/model.py ModelValue.on_window: groupby(sorted(set(states), key=len), key=len) → "
         "groupby(sorted(set(states), key=len))",
+        "loss/soft_value/model.py ModelValue.on_window: sorted(set(states), key=len) → sorted(set(states))",
     ),
     "No trajectory without an action enters the buffer.": ("sources/store.py TrajectoryStore.__getitem__: 1 → 0",),
     "Any number that is not whole.": (
@@ -579,7 +590,7 @@ def measure(runner: Runner, file: Path) -> dict[str, Any]:
         enters = [] if failed else sorted(entered)
         entered.clear()
         measured[name] = {"digest": digest, "seconds": round(seconds, 2), "enters": enters}
-    return measured
+    return {"tests": len(measured)}
 
 
 def _codes(file: str) -> Iterator[tuple[CodeType, str]]:
@@ -678,7 +689,7 @@ def measured_tests(runner: Runner, folder: Path) -> dict[str, Any]:
     for fixture in ("llama", "qwen2"):
         runner.failing([next(name for name, one in runner.items.items() if fixture in one.fixturenames)])  # type: ignore[attr-defined]
     gc.freeze()  # a collection, as at the beginning of a training, need not go over what is here for good
-    child = wait_for([Child(lambda: measure(runner, file), folder, 3600)])
+    child = wait_for([Child(partial(measure, runner, file), folder, 3600)])
     assert child.said() is not None, "the tests could not be measured"
     print("measured", file=sys.stderr, flush=True)
     return {name: test for name, test in Store(file).items() if name in runner.items}
