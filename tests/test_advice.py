@@ -202,6 +202,7 @@ def test_what_is_off_is_said_with_its_reason(seen, options, said):
         (window(HALF, updates=1000), {"soft_value": "zero", "num_iterations": 2, "soft_value_offset": True}),
         (window(HALF, size=134_515_008), {"learning_rate": 1e-3, "optim": "sgd"}),
         (window(HALF, cut=range(8)), {}),  # what is cut may be right
+        (window([1.0]), {}),  # one trajectory differs from no other
         (window([0.0] * 4 + [1.0] * 4, cut=range(4)), {}),  # no more than half
         (window([0.0] * 6 + [1.0] * 2, cut=range(6), drawn=False), {}),  # a log: no option of this run cut it
     ],

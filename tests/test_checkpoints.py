@@ -642,13 +642,13 @@ def test_rollouts_are_read_while_a_run_merges_them(monkeypatch, tmp_path):
     monkeypatch.setattr(saved_rollouts, "MERGED", 2)
     for step in range(2):
         write_window(tmp_path, step, step)
-    read = saved_rollouts._read_rollouts
+    read = saved_rollouts.read_rollouts
 
     def merged_meanwhile(file):
         saved_rollouts.merge_rollouts(tmp_path, 2)
         return read(file)
 
-    monkeypatch.setattr(saved_rollouts, "_read_rollouts", merged_meanwhile)
+    monkeypatch.setattr(saved_rollouts, "read_rollouts", merged_meanwhile)
     assert load_rollouts(tmp_path)["answer"][:] == [0, 1] and len(list(tmp_path.iterdir())) == 1
 
 

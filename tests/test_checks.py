@@ -78,7 +78,7 @@ NF4 = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_
         ({"model_init_kwargs": {"quantization_config": {"load_in_4bit": True}}}, "`load_in_4bit` without an adapter"),
         (
             {"quantization_config": NF4, "peft_config": LoraConfig(lora_dropout=0.0), "use_vllm": True},
-            "`load_in_4bit` with `use_vllm=True` is refused.*a base that is not quantized",
+            "`load_in_4bit` with `use_vllm=True` is refused.*merges the adapter into the quantized weights",
         ),
         (
             {
@@ -87,7 +87,7 @@ NF4 = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_
                 "use_vllm": True,
                 "vllm_mode": "server",
             },
-            "`load_in_8bit` with `use_vllm=True` is refused",
+            "`load_in_8bit` with rollouts by a server is refused",
         ),
     ],
 )
@@ -134,7 +134,10 @@ def test_half_precision_bases_under_vllm(dtype, deepspeed, warned, no_vllm, tmp_
         model_init_kwargs={"dtype": dtype},
     )  # fmt: skip
     if deepspeed:
-        warn_of_merging(trainer.model, SimpleNamespace(use_vllm=True, deepspeed_plugin=object(), bf16=True, fp16=False))
+        warn_of_merging(
+            trainer.model,
+            SimpleNamespace(use_vllm=True, vllm_mode="colocate", deepspeed_plugin=object(), bf16=True, fp16=False),
+        )
     warn_of_merging(trainer.model.get_base_model(), trainer.args)  # nothing to merge
     said = [str(w.message) for w in recwarn if "the base drifts" in str(w.message)]
     assert len(said) == warned and all('"dtype": "float32"' in text for text in said)

@@ -20,6 +20,7 @@ from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM
 
 from tbrm_trl import TBRMConfig, TBRMTrainer
+from tbrm_trl.actor.__main__ import command_line as actor_command_line
 from tbrm_trl.cli import COMMANDS, main
 
 PAGES = [*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md")]
@@ -181,7 +182,7 @@ STUB = """#!/bin/bash
 printf '%s\\0' "${0##*/}" "$@" $'\\n' >> "$COMMANDS"
 [ "${0##*/} $1" != "git clone" ] || /bin/mkdir "${@: -1}"
 """
-PROGRAMS = "tbrm accelerate torchrun make pip python pytest git pre-commit .ci/run".split()
+PROGRAMS = "tbrm accelerate torchrun make pip python pytest git pre-commit inspect .ci/run".split()
 
 
 def commands_of(page: str, folder: Path) -> list[list[str]]:
@@ -225,6 +226,10 @@ def parsed(command: list[str], known: set[str], monkeypatch) -> None:
     elif program == "pip":
         extras = {extra for word in words for one in re.findall(r"\[(.+)\]", word) for extra in one.split(",")}
         assert words[0] == "install" and extras <= set(project["optional-dependencies"]), command
+    elif program == "python" and words[:2] == ["-m", "tbrm_trl.actor"]:
+        actor_command_line().parse_args(words[2:])
+    elif program == "inspect":  # it asks for older packages than the rest: `make tools` runs it
+        assert words[0] == "eval", command
     elif program in ("python", "pytest"):
         script = words[0]
         assert script in known or (ROOT / script).is_file(), command

@@ -120,7 +120,7 @@ def test_a_tracker_forgets_as_the_policy_moves(kl, kept):
     after_window(estimator, row(1, 1.0))
     after_window(estimator, row(1, 0.0))
     number, total = 1.96, 0.96 / 1.96 + 1  # it began with the mean of all, 1/1.96
-    estimator.after_update({} if kl is None else {"kl": kl, "entropy": 1.0})
+    estimator.after_update({} if kl is None else {"kl": kl, "entropy": 1.0}, [])
     number, total = kept * number + 1, kept * total
     assert after_window(estimator, row(1, 0.0)) == pytest.approx([total / number])
     # The same distance once more is no movement.
@@ -130,7 +130,7 @@ def test_a_tracker_forgets_as_the_policy_moves(kl, kept):
 def test_a_tracker_begins_anew_with_training():
     estimator, run = tracker()
     after_window(estimator, row(1, 1.0))
-    estimator.after_update({"kl": 0.1})
+    estimator.after_update({"kl": 0.1}, [])
     estimator.prepare(run)
     assert estimator.state() == {"counts": {}, "earned": [], "distance": 0.0}
 

@@ -334,7 +334,15 @@ def test_a_replay_buffer_asks_for_ages(tmp_path):
         (dict(follow_timeout=0), "positive number of seconds"),
         (dict(follow_rollouts=None, max_staleness=2), "`max_staleness=2` has no effect"),
         (dict(train_dataset=LOGGED), "every row of the training set is logged"),
-        (dict(follow_rollouts=None, rollouts="async", train_dataset=DATA.to_iterable_dataset()), "without streaming"),
+        (
+            dict(
+                follow_rollouts=None,
+                rollouts="async",
+                async_server="http://localhost:1",
+                train_dataset=DATA.to_iterable_dataset(),
+            ),
+            "without streaming",
+        ),
     ],
 )
 def test_what_cannot_follow_is_refused(options, message, llama, tmp_path):
@@ -430,13 +438,13 @@ def test_staleness_counts_from_the_first_token_to_the_use(llama, tmp_path):
     assert logged(trainer, "rollouts/versions") == [1, 5] and logged(trainer, "rollouts/queue") == [1, 0]
 
 
-def test_a_step_that_comes_again_after_a_resume_is_another_version(llama, tmp_path):
+def test_a_step_that_comes_again_after_a_resume_is_another_version(llama, tmp_path, monkeypatch):
     rows = [
         {**row, "policy_version": name} for row, name in zip(made_rows(4), ["now", "then", "now", None], strict=True)
     ]
     write_record(tmp_path / "records", "other", 0, rows)
     trainer = follow(llama, tmp_path, tmp_path / "records", max_steps=1)
-    trainer._policy_version = "now"
+    monkeypatch.setattr(type(trainer), "_policy_version", "now")
     updates = kept_returns(trainer, "_collect")
     trainer.train()
     origins = {number_of(row.trajectory.completion_ids): row.origin for row in updates[0]}

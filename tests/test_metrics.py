@@ -10,8 +10,8 @@ import pytest
 import torch
 
 from tbrm_trl.batch import TrajectoryScores, collate
+from tbrm_trl.completions_table import CompletionsTable
 from tbrm_trl.loss.metrics import (
-    AdvantageColumn,
     Recorder,
     Totals,
     evaluated_numbers,
@@ -146,42 +146,47 @@ def test_the_numbers_of_an_evaluations_rows():
     assert numbers[1, 3:].isnan().all()
 
 
-def column(of: AdvantageColumn) -> list[float | None]:
-    return [None if math.isnan(value) else value for value in of.over_processes()]
+def column(of: CompletionsTable) -> list[float | None]:
+    values = [cells["advantage"] for generation in of.generations for cells in generation]
+    return [None if math.isnan(value) else value for value in values]
+
+
+def set_advantages(table: CompletionsTable, rows: list[UpdateRow], values: list[float], mode: str) -> None:
+    table.set(rows, values, [0.0] * len(rows), mode)
 
 
 def test_the_column_of_advantages():
     """A table of four rows, of generations of two: as many as it shows are kept, each with its value if trained on."""
-    table, rows = AdvantageColumn(4), [row() for _ in range(6)]
+    table, rows = CompletionsTable(4), [row() for _ in range(6)]
     for generation in (rows[:2], rows[2:4]):
         table.add([one.trajectory for one in generation], "train")
     assert column(table) == [None] * 4
     rows[2].left_out = "unscored"
-    table.set(rows[:4], torch.tensor([1.0, 2.0, 3.0, 4.0]), "train")
+    set_advantages(table, rows[:4], [1.0, 2.0, 3.0, 4.0], "train")
     assert column(table) == [None, None, None, 4.0]  # the first two are of an earlier window
     table.add([rows[4].trajectory], "eval")
-    table.set(rows[3:5], torch.tensor([7.0, 5.0]), "eval")
+    set_advantages(table, rows[3:5], [7.0, 5.0], "eval")
     assert column(table) == [None, None, None, 4.0, 5.0]  # the last four and the rest of the generation of their first
     table.add([rows[5].trajectory], "eval")
-    table.set(rows[2:4], torch.tensor([8.0, 9.0]), "train")
+    set_advantages(table, rows[2:4], [8.0, 9.0], "train")
     assert column(table) == [None, 9.0, 5.0, None]
 
 
 def test_the_column_goes_on_after_a_resume():
     """Rows of the window are known again; those of an evaluation, or of another window, are not."""
     rows, other = [row() for _ in range(3)], row()
-    table = AdvantageColumn(3)
+    table = CompletionsTable(3)
     table.add([one.trajectory for one in rows], "train")
-    table.set(rows[:1], torch.tensor([1.0]), "train")
+    set_advantages(table, rows[:1], [1.0], "train")
     window = [other.trajectory, *(one.trajectory for one in rows)]
     state = json.loads(json.dumps(table.state(window)))
-    again, later = AdvantageColumn(3), [row() for _ in range(4)]
+    again, later = CompletionsTable(3), [row() for _ in range(4)]
     again.restore(state, [one.trajectory for one in later])
-    again.set(later, torch.tensor([9.0, 1.0, 2.0, 3.0]), "train")
+    set_advantages(again, later, [9.0, 1.0, 2.0, 3.0], "train")
     assert column(again) == [1.0, 2.0, 3.0]
     table.add([row().trajectory for _ in range(3)], "eval")  # the window's rows leave the table
     again.restore(json.loads(json.dumps(table.state(window))), [one.trajectory for one in later])
-    again.set(later, torch.tensor([9.0, 1.0, 2.0, 3.0]), "train")
+    set_advantages(again, later, [9.0, 1.0, 2.0, 3.0], "train")
     assert column(again) == [None, None, None]
 
 

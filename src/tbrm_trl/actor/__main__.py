@@ -8,11 +8,16 @@ import time
 from pathlib import Path
 
 
-def main(arguments: list[str] | None = None) -> int:
+def command_line() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m tbrm_trl.actor", description="Draw rollouts beside a run.")
     parser.add_argument("output_dir", type=Path, help="Output directory of the run.")
     parser.add_argument("--server", help="Address of the server; by default the run's async_server.")
     parser.add_argument("--concurrency", type=int, default=64, help="Requests at the server at once.")
+    return parser
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = command_line()
     given = parser.parse_args(arguments)
     if given.concurrency < 1:
         parser.error(f"--concurrency {given.concurrency}: it must be 1 or more.")

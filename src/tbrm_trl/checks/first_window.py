@@ -93,11 +93,12 @@ def _of_rewards(window: FirstWindow, args: TBRMOptions) -> Iterator[str]:
     """The gradient of a policy whose trajectories all have one δ is δ E ∇log π = 0."""
     (common, count), *_ = Counter(window.rewards.tolist()).most_common(1)
     share, rows = 1 - count / len(window.rewards), args.rows_per_update
-    if not share and len(window.rewards) > 1:
-        yield (
-            f"Consider other prompts or another reward, because all {count} rewards are {common:g}: nothing says which "
-            "completion is better."
-        )
+    if not share:
+        if count > 1:
+            yield (
+                f"Consider other prompts or another reward, because all {count} rewards are {common:g}: nothing says "
+                "which completion is better."
+            )
     elif (empty := (1 - share) ** rows) > 0.5:
         needed = math.ceil(math.log(0.1) / math.log1p(-share))
         yield (

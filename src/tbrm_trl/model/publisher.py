@@ -24,6 +24,7 @@ from accelerate.logging import get_logger
 from accelerate.utils import gather_object, is_peft_model
 from safetensors.torch import save_file
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 from transformers import PreTrainedTokenizerBase, TrainerCallback
 
@@ -149,6 +150,9 @@ class Publisher(TrainerCallback):
         ids = torch.tensor([self.probe_ids], device=self.accelerator.device)  # (1, T)
         with self.accelerator.autocast():
             logits = self.model()(input_ids=ids, use_cache=False).logits  # (1, T, V)
+        for module in self.model().modules():
+            if isinstance(module, FSDPModule):  # its root would stay whole until a backward pass, which none follows
+                module.reshard()
         log_probs = logits[0, :-1].float().log_softmax(-1)  # (T − 1, V)
         return tuple(log_probs.gather(1, ids[0, 1:, None])[:, 0].tolist())
 
