@@ -74,7 +74,7 @@ class Actor:
             self.folder / UNFINISHED, self.plan.records, self.plan.per_window, self.plan.windows, self._write
         )
         self._pending = self._ledger.pending()
-        self._taking = threading.Lock()
+        self._taking, self._saying = threading.Lock(), threading.Lock()
         self._window: tuple[int, list[dict[str, Any]]] = (-1, [])
         self._error: BaseException | None = None
         self._ended = threading.Event()
@@ -124,6 +124,7 @@ class Actor:
             return number, self._window[1][place]
 
     def _write(self, file: Path, window: int, done: list[dict[str, Any]]) -> None:
+        self._write_status()  # before the run sees the window
         rows = [{**row, LOG_PROBS: said["log_probs"]} for row, said in zip(self.plan.rows(window), done, strict=True)]
         trajectories = [from_row(said["trajectory"]) for said in done]
         save_rollouts(
@@ -132,8 +133,9 @@ class Actor:
 
     def _write_status(self) -> None:
         """What the run says of the actor among its metrics."""
-        status = {"drawn": self._drawn, "waited": self._waited, "running": time.monotonic() - self._began}
-        write_json(self.folder / STATUS, status)
+        with self._saying:
+            status = {"drawn": self._drawn, "waited": self._waited, "running": time.monotonic() - self._began}
+            write_json(self.folder / STATUS, status)
 
 
 def _said(finished: Finished) -> dict[str, Any]:
