@@ -464,10 +464,10 @@ def test_kills_at_random_moments_lose_and_repeat_no_row(processes, qwen2, tmp_pa
     """A learner and a writer, each in processes of its own, are killed by turns and started again until the end.
 
     The history of what was trained on is `output_dir/updates`. Windows of 8 rows and two updates, 16 updates: rows 0 to
-    63, each in its window, and each once.
+    63, each in its window, and each once. After each kill there are more rows, so that no learner gets to the end
+    before its time.
     """
     rng, rows = random.Random(processes), made_rows(70, vocabulary=60)
-    (tmp_path / "rows.json").write_text(json.dumps(rows))
     records, out = tmp_path / "records", tmp_path / "out"
     options = dict(
         records=None, data=None, follow_rollouts=str(records), replay_buffer_size=0, num_iterations=1, max_steps=16,
@@ -476,29 +476,28 @@ def test_kills_at_random_moments_lose_and_repeat_no_row(processes, qwen2, tmp_pa
     case = "followed" if processes == 1 else "two, followed"
     write = [sys.executable, str(ROOT / "tests/helpers/writers.py"), records, tmp_path / "rows.json", "5", "7", "0.2"]
     learners: list = []
-    writer = subprocess.Popen(write)
 
     def made() -> int:
         lines = read_lines(out / "log.jsonl") if (out / "log.jsonl").exists() else []
         return max((line["step"] for line in lines), default=0)
 
-    kills = 0
     try:
-        for _ in range(30):
+        for there in (24, 40, 56, 70):
+            (tmp_path / "rows.json").write_text(json.dumps(rows[:there]))
+            writer = subprocess.Popen(write)
+            time.sleep(rng.uniform(0.5, 1.5))
+            writer.kill()
+            writer.wait()
+            writer = subprocess.Popen(write)
             learners = start(tmp_path, case, qwen2, resume="auto", **options)
-            goal = made() + rng.randint(2, 5) if kills < 4 else 16
-            while made() < goal and all(one.is_alive() for one in learners):
+            if there == len(rows):
+                break
+            goal = min(made() + rng.randint(2, 5), (there - 4) // 8 * 2)
+            while made() < goal:
+                assert all(one.is_alive() for one in learners), printed(tmp_path)
                 time.sleep(0.02)
             time.sleep(rng.uniform(0, 0.3))
-            if made() >= 16:
-                break
-            victim = rng.choice(learners)
-            victim.kill()
-            kills += 1
-            if rng.random() < 0.5:
-                writer.kill()
-                writer.wait()
-                writer = subprocess.Popen(write)
+            rng.choice(learners).kill()
             for one in learners:
                 one.kill()
                 one.join()
@@ -506,10 +505,8 @@ def test_kills_at_random_moments_lose_and_repeat_no_row(processes, qwen2, tmp_pa
             one.join(120)
         assert [one.exitcode for one in learners] == [0] * processes, printed(tmp_path)
     finally:
-        writer.kill()
-        for one in learners:
+        for one in [writer, *learners]:
             one.kill()
-    assert kills >= 3
 
     numbers_of = dict(zip(trajectory_ids(list(map(ids_of, rows)))[0], range(len(rows)), strict=True))
     trained: dict[int, list[int]] = {step: [] for step in range(1, 17)}

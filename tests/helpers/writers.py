@@ -51,11 +51,18 @@ def number_of(completion_ids: Any) -> int:
     return (first - 3) * 60 + second - 3
 
 
-def write_slowly(folder: Path, rows: list[dict], largest: int, seed: int, seconds: float = 0.0) -> None:
-    """Write rows in files of 1 to `largest`. A writer that is started again goes on after its last file."""
+def write_slowly(
+    folder: Path, rows: list[dict], largest: int, seed: int, seconds: float = 0.0, whole: bool = False
+) -> None:
+    """Write rows in files of 1 to `largest`. A writer that is started again goes on after its last file.
+
+    `whole` keeps back rows that do not fill their file: there will be more.
+    """
     rng, number, done = random.Random(seed), 0, 0
     while done < len(rows):
         size = rng.randint(1, largest)
+        if whole and done + size > len(rows):
+            return
         if not (folder / f"other-{number:06d}.parquet").exists():
             write_record(folder, "other", number, rows[done : done + size])
             time.sleep(seconds)
@@ -64,4 +71,4 @@ def write_slowly(folder: Path, rows: list[dict], largest: int, seed: int, second
 
 if __name__ == "__main__":
     given = json.loads(Path(sys.argv[2]).read_text())
-    write_slowly(Path(sys.argv[1]), given, int(sys.argv[3]), int(sys.argv[4]), float(sys.argv[5]))
+    write_slowly(Path(sys.argv[1]), given, int(sys.argv[3]), int(sys.argv[4]), float(sys.argv[5]), whole=True)
