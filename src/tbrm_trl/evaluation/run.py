@@ -49,7 +49,7 @@ class ModelPolicy:
 
     @classmethod
     def load(cls, name: str, *, batch_size: int = 64, use_cpu: bool = False, **options: Any) -> "ModelPolicy":
-        """A checkpoint, or the folder of an adapter, on the GPU if there is one.
+        """A checkpoint, or an adapter on its base, on the GPU if there is one.
 
         Args:
             name: id on the Hub, or a folder.
@@ -64,12 +64,9 @@ class ModelPolicy:
             tokenizer = AutoTokenizer.from_pretrained(name, revision=options.get("revision"))
             if tokenizer.pad_token is None:
                 tokenizer.pad_token = tokenizer.eos_token
-            of: Any = AutoModelForCausalLM
-            if (Path(name) / "adapter_config.json").is_file():
-                from peft import AutoPeftModelForCausalLM
-
-                of = AutoPeftModelForCausalLM
-            model = of.from_pretrained(name, **{"dtype": "auto", **options})
+            # It loads an adapter too, on its base. PEFT's own would give the base an embedding for each token of the
+            # tokenizer, and new ones at random.
+            model: Any = AutoModelForCausalLM.from_pretrained(name, **{"dtype": "auto", **options})
         except (OSError, ValueError) as error:
             raise ValueError(f"{name} cannot be loaded: {str(error).splitlines()[0]}") from error
         if torch.cuda.is_available() and not use_cpu and options.get("quantization_config") is None:
