@@ -211,6 +211,11 @@ def test_a_rule_knows_where_it_ends(seen, options):
     assert advice(seen, config(**SOUND | options)) == []
 
 
+def test_equal_rewards_say_nothing_of_beta():
+    (said,) = advice(window([0.0] * 8), config(**SOUND | {"beta": 0.5}))
+    assert "all 8 rewards are 0" in said
+
+
 # ---- in a run --------------------------------------------------------------------------------------------------------
 
 

@@ -128,8 +128,8 @@ def _of_groups(window: FirstWindow, args: TBRMOptions) -> Iterator[str]:
 
 def _of_beta(window: FirstWindow, args: TBRMOptions) -> Iterator[str]:
     """The target depends on R/β, so rewards that span more want a larger β."""
-    if args.length_normalized:
-        return  # β is then in reward units per nat and token
+    if args.length_normalized or not np.ptp(window.rewards):
+        return  # β is then in reward units per nat and token; or nothing is known of what the rewards span
     length = float(np.mean([row.length for row in window.rows]))
     span = 1.0 if args.soft_value == "quantile" else window.span  # quantiles lie between 0 and 1
     beta = span * power_law(BETA_BY_LENGTH, length)
