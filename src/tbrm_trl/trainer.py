@@ -971,10 +971,7 @@ class TBRMTrainer(ExactResume, GRPOTrainer):
         if self._given_rewards is not None:
             return self.accelerator.gather(self._given_rewards)
         self.model.train(not self.evaluating)  # TRL's continuous batching leaves a model that it evaluates in training
-        guarded = [
-            function if isinstance(function, nn.Module) else self._reward_calls.guarded(function, name)
-            for function, name in zip(self.reward_funcs, self.reward_func_names, strict=True)
-        ]
+        guarded = list(map(self._reward_calls.guarded, self.reward_funcs, self.reward_func_names))
         with temporarily(self, reward_funcs=guarded), self._timed("rewards"):
             rewards_per_func = super()._calculate_rewards(inputs, prompts, completions, completion_ids_list)  # (N, F)
         self._agree_on_failures(self._reward_calls.taken(), len(prompts))

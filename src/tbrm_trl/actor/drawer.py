@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import xxhash
-from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
 from trl import GRPOTrainer
 
@@ -143,10 +142,7 @@ class RowDrawer(GRPOTrainer):
         return [list(drawn.ids)], [list(drawn.log_probs)]
 
     def _calculate_rewards(self, inputs, prompts, completions, completion_ids_list):
-        guarded = [
-            function if isinstance(function, nn.Module) else self._reward_calls.guarded(function, name)
-            for function, name in zip(self.reward_funcs, self.reward_func_names, strict=True)
-        ]
+        guarded = list(map(self._reward_calls.guarded, self.reward_funcs, self.reward_func_names))
         with temporarily(self, reward_funcs=guarded):
             rewards_per_func = super()._calculate_rewards(inputs, prompts, completions, completion_ids_list)  # (1, F)
         for failure in self._reward_calls.taken():

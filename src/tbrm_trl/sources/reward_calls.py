@@ -63,7 +63,12 @@ class RewardCalls:
     _shown: int = 0
 
     def guarded(self, function: Callable[..., Any], name: str) -> Callable[..., Any]:
-        """The function, which gives a list of one number or None per completion, whatever happens inside."""
+        """The function, which gives a list of one number or None per completion, whatever happens inside.
+
+        A reward model is given back as it is: TRL runs it.
+        """
+        if isinstance(function, torch.nn.Module):
+            return function
         if is_async_callable(function):
 
             @functools.wraps(function)
