@@ -247,6 +247,16 @@ def test_evaluated_compared_and_evaluated_again(llama, qwen2, tmp_path, capsys):
     assert "paired over 4 problems" in shown
 
 
+def test_a_reward_that_raises_ends_an_evaluation(llama, tmp_path, capsys):
+    """With what it raised and where, not with a score of nothing."""
+    (line,) = said(
+        capsys, "eval", "--model_name_or_path", llama, "--benchmarks", sums(tmp_path / "sums.json"), "--limit", "1",
+        "--max_new_tokens", "4", "--reward_funcs", "helpers.reward_functions.value_below_six", "--use_cpu", "true",
+        "--output_dir", tmp_path / "out",
+    )  # fmt: skip
+    assert "The reward value_below_six raised ValueError: could not convert string to float" in line
+
+
 def test_a_plain_template(bare, tmp_path):
     """Without a chat template the question is asked as the template says."""
     file = sums(tmp_path / "sums.json")

@@ -115,6 +115,20 @@ def test_rows_of_the_data(train_script, tmp_path):
     ]
 
 
+def test_only_rows_that_math_judges_need_an_answer(train_script, tmp_path):
+    """A logged row with its reward needs none, and no other reward has the answers read."""
+    logged = {"completion": "so 2", "reward": 1.0, "answer": ""}
+    rows = [{"prompt": "1+1=", **logged}, {"prompt": "2+2=", "answer": "4"}, {"prompt": "3+3=", "answer": "?!"}]
+    data = tmp_path / "mixed.jsonl"
+    data.write_text("\n".join(map(json.dumps, rows)))
+    with pytest.raises(ValueError, match=r"1 of 2 answers in the column 'answer' .* Rows without: 2 \("):
+        train_script.load(train_script.DataArguments(str(data)))
+    kept = train_script.load(train_script.DataArguments(str(data), unreadable_answers="leave_out"))
+    assert kept["solution"][:] == [None, "4"] and kept["reward"][:] == [1.0, None]
+    own = train_script.load(train_script.DataArguments(str(data), reward_funcs=["helpers.reward_functions.length"]))
+    assert own["answer"][:] == ["", "4", "?!"] and "solution" not in own.column_names
+
+
 def test_answers_that_cannot_be_read(train_script, tmp_path):
     """They stand in the column where most answers are, and are refused or left out."""
     rows = [{"question": "½?", "solution": ["A long way. " * 30], "final_answer": [text]} for text in ("0.5", "", "1")]

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from helpers import reward_functions
 
-from tbrm_trl.rewards import InWorkers, load, mathematics
+from tbrm_trl.rewards import InWorkers, RewardError, load, mathematics
 
 
 @pytest.fixture(scope="module")
@@ -67,6 +67,20 @@ def test_columns_and_failed_rewards():
     nothing.close()
     assert nothing(["abc"]) == [3.0]  # starts again
     nothing.close()
+
+
+def test_a_row_that_raises_ends_the_call_where_that_is_asked():
+    """With the exception, its place and its completion; what hangs still costs itself alone, and workers go on."""
+    workers = InWorkers(reward_functions.misbehaving, time_limit=0.5, workers=1, raises=True)
+    with pytest.raises(RewardError, match=r"misbehaving raised ValueError: raise, .*functions.py:\d+.*'raise'"):
+        workers(["a", "raise", "recurse"])
+    assert workers(["bb", "hang", "ccc"]) == [2.0, None, 3.0]
+    assert workers.counts == {"raised": 1, "late": 1}
+    workers.close()
+    infinite = InWorkers(reward_functions.weighted_column, workers=1, raises=True)
+    with pytest.raises(RewardError, match="the reward is inf, not a finite number"):
+        infinite(["a"], weight=["inf"])
+    infinite.close()
 
 
 def test_what_cannot_run_in_workers():
@@ -139,6 +153,8 @@ def test_by_name():
     assert functions[1](["abc", "x" * 7, "x" * 20]) == [0.0, -0.5, -1.0]
     assert functions[1](["abc"], completion_ids=[[0] * 10]) == [-1.0]
     assert isinstance(functions[2], InWorkers) and functions[2](["abc"]) == [3.0]
+    assert functions[2].raises and not functions[0].raises  # an error in the user's own code is not to be passed over
+    assert not load("helpers.reward_functions.length", raises=False)[0][0].raises
     functions[2].close()
     assert load(["format", reward_functions.length])[0][1] is reward_functions.length
     assert load("format")[0][0](["\\boxed{1}", "\\boxed{}", "\\boxed{1", "1"]) == [1.0, 0.0, 0.0, 0.0]

@@ -308,7 +308,11 @@ def check_sources(mix: WindowMix, args: TBRMOptions, group_size: int, rewarded: 
     drawn = mix.rollouts and args.draws_prompts
     if (drawn or evaluated) and not rewarded:
         rows = "Prompts" if drawn else "The prompts of `eval_dataset`"
-        raise ValueError(f"{rows} are to be rolled out, but no `reward_funcs` are given to reward the completions.")
+        raise ValueError(
+            f"{rows} are to be rolled out, but no `reward_funcs` are given to reward the completions. Rows that are "
+            "logged trajectories have the columns `completion` (or `completion_ids`) and `reward`: rename those that "
+            "are called otherwise."
+        )
     if not mix.rollouts and args.replay_buffer_size:
         raise ValueError(
             "`replay_buffer_size` keeps rollouts, but every row of the training set has a completion: nothing is "
@@ -446,7 +450,10 @@ def problem_of_logged_row(row: Mapping[str, Any], rewarded: bool, largest: float
     if row.get("end") not in (None, *(end.value for end in End)):
         return f"`end` is {row['end']!r}. It may be {', '.join(end.value for end in End)} or None."
     if reward is None and not rewarded:
-        return "it has no `reward`, and there is no reward function to give it one. Add the column, or `reward_funcs`."
+        return (
+            "it has no `reward`, and there is no reward function to give it one. Add the column (or rename the one "
+            "that holds it), or `reward_funcs`."
+        )
     if reward is not None and not isinstance(reward, Real):
         return (
             f"`reward` is {reward!r}, a {type(reward).__name__}. It must be a number: convert the column, for example "

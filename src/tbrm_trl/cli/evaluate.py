@@ -36,6 +36,7 @@ from tbrm_trl.evaluation.run import Judge, ModelPolicy, Policy, Settings, evalua
 from tbrm_trl.evaluation.sampling import Sampling, prompt_ids_of  # noqa: E402
 from tbrm_trl.evaluation.statistics import compare  # noqa: E402
 from tbrm_trl.evaluation.vllm import VllmPolicy  # noqa: E402
+from tbrm_trl.rewards import RewardError  # noqa: E402
 
 from .parsing import Parser, Refused, leave, sorted_words  # noqa: E402
 
@@ -210,7 +211,7 @@ def main(arguments: list[str] | None = None) -> None:
                 show_comparison(*asked.compare)
             else:
                 run(asked, model)
-        except ValueError as error:
+        except (ValueError, RewardError) as error:
             raise Refused([str(error)]) from error
     except Refused as refused:
         leave(PROG, refused)

@@ -33,6 +33,7 @@ from tbrm_trl.evaluation.sampling import Sampling  # noqa: E402
 from tbrm_trl.files import ROW_FILES, rows_of_file, rows_of_hub  # noqa: E402
 from tbrm_trl.rewards import find_column, read_golds  # noqa: E402
 from tbrm_trl.rewards import load as load_rewards  # noqa: E402
+from tbrm_trl.sources.logged import logged_rows, rewarded_rows  # noqa: E402
 
 from .parsing import Parser, Refused, Words, leave, sorted_words  # noqa: E402
 
@@ -58,8 +59,9 @@ class DataArguments:
     answer_column: str | None = field(
         default=None,
         metadata={
-            "help": "Column of the answers; `reward_model.ground_truth` is a key in a column. By default it is the "
-            "column whose cells can best be read as answers."
+            "help": "Column of the answers that `math` reads; `reward_model.ground_truth` is a key in a column. By "
+            "default it is the column whose cells can best be read as answers. Other rewards get all columns as they "
+            "are."
         },
     )
     unreadable_answers: str = field(
@@ -98,7 +100,7 @@ def load(arguments: DataArguments) -> Dataset:
     else:
         dataset = rows_of_hub(arguments.dataset_name, arguments.dataset_config, arguments.dataset_train_split)
 
-    column = arguments.answer_column or find_column(dataset)
+    column = arguments.answer_column or (find_column(dataset) if "math" in arguments.reward_funcs else None)
     if column is not None:
         dataset = with_answers(dataset, column, arguments.unreadable_answers)
     elif arguments.reward_funcs == ["math"] and not {"completion", "completion_ids"} & set(dataset.column_names):
@@ -114,14 +116,15 @@ def load(arguments: DataArguments) -> Dataset:
 
 
 def with_answers(dataset: Dataset, column: str, unreadable: str) -> Dataset:
-    """The rows with an answer that can be read, and that answer as text in the column `solution`."""
-    golds = read_golds(dataset, column, unreadable)
+    """The rows with an answer that can be read or with a reward; the answer as text in the column `solution`."""
+    rewarded = rewarded_rows(dataset, logged_rows(dataset))
+    golds = read_golds(dataset, column, unreadable, needed=(~rewarded).tolist())
     if golds.unreadable:
         print(f"{golds} They are left out.")
     if "solution" in dataset.column_names:
         dataset = dataset.remove_columns("solution")
     dataset = dataset.add_column("solution", golds.texts)
-    return dataset.select([row for row, text in enumerate(golds.texts) if text is not None])
+    return dataset.select([row for row in range(len(dataset)) if row not in golds.unreadable])
 
 
 def parser() -> Parser:
@@ -161,7 +164,10 @@ def run(data: DataArguments, config: TBRMConfig, model: ModelConfig) -> None:
         **(config.model_init_kwargs or {}),
     }
     try:
-        rewards, _ = load_rewards(data.reward_funcs)
+        # Workers know the row that raised, so that row alone is passed over.
+        passed_over = config.reward_on_error != "raise"
+        of_rows: dict[str, Any] = dict(raises=False, failed=config.reward_of_failure) if passed_over else {}
+        rewards, _ = load_rewards(data.reward_funcs, **of_rows)
         callbacks = evaluations(data, config)
         dataset = load(data)
         # A log without answers has its rewards already.

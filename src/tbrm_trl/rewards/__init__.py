@@ -18,7 +18,7 @@ from typing import Any
 from . import form, gym, mathematics
 from .golds import Golds, find_column, read_golds
 from .mathematics import correct, verdict
-from .workers import InWorkers
+from .workers import InWorkers, RewardError
 
 Reward = Callable[..., Any]
 
@@ -35,6 +35,7 @@ __all__ = [
     "NAMES",
     "Golds",
     "InWorkers",
+    "RewardError",
     "correct",
     "find_column",
     "load",
@@ -52,7 +53,7 @@ def load(
 
     Args:
         rewards: one name, dotted path or function; several in a list; or names with their weights in a mapping.
-        worker_options: of `InWorkers`, such as `time_limit`, for those that run in workers.
+        worker_options: of `InWorkers`, such as `time_limit` and `raises`, for those that run in workers.
 
     Returns:
         The functions, and their weights if weights were given, else None.
@@ -69,7 +70,8 @@ def reward_function(reward: str | Reward, **worker_options: Any) -> Reward:
     """The reward function of a name ("math", "length(limit=2048)") or of a dotted path ("my_module.my_reward").
 
     `math`, `reasoning_gym` and what a dotted path names run in worker processes (`InWorkers`), unless it is a coroutine
-    function. A function that is passed as such is given back as it is.
+    function. What a dotted path names is the user's own, so an exception in it is raised, unless `raises=False` is
+    among the options. A function that is passed as such is given back as it is.
     """
     if not isinstance(reward, str):
         return reward
@@ -91,7 +93,7 @@ def reward_function(reward: str | Reward, **worker_options: Any) -> Reward:
             function = function(**arguments)
     if not in_workers or inspect.iscoroutinefunction(function):
         return function
-    return InWorkers(function, **worker_options)
+    return InWorkers(function, **{"raises": name not in NAMES, **worker_options})
 
 
 def with_arguments(text: str, example: str) -> tuple[str, dict[str, Any]]:

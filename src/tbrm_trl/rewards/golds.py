@@ -21,15 +21,16 @@ _SHOWN = 10
 
 @dataclass(frozen=True)
 class Golds:
-    """The golds of a data set: where they stand, their text for each row, and the rows that hold none."""
+    """The golds of a data set: where they stand, their text for each row, and the rows that need one and hold none."""
 
     column: str
     texts: list[str | None]
     unreadable: dict[int, Any]  # row: what stands there
+    needed: int  # rows that need one
 
     def __str__(self) -> str:
-        readable = len(self.texts) - len(self.unreadable)
-        said = f"{readable} of {len(self.texts)} answers in the column {self.column!r} can be read."
+        readable = self.needed - len(self.unreadable)
+        said = f"{readable} of {self.needed} answers in the column {self.column!r} can be read."
         if self.unreadable:
             some = list(self.unreadable.items())[:_SHOWN]
             more = len(self.unreadable) - len(some)
@@ -38,7 +39,9 @@ class Golds:
         return said
 
 
-def read_golds(rows: Any, column: str | None = None, unreadable: str = "refuse") -> Golds:
+def read_golds(
+    rows: Any, column: str | None = None, unreadable: str = "refuse", needed: Sequence[bool] | None = None
+) -> Golds:
     """Read the golds of a data set.
 
     Args:
@@ -47,6 +50,7 @@ def read_golds(rows: Any, column: str | None = None, unreadable: str = "refuse")
             whose cells can best be read as answers, among those with a name that answers have.
         unreadable: what becomes of rows whose answer cannot be read: "refuse" raises an error that names them,
             "leave_out" leaves that to the caller, who finds them in `unreadable`.
+        needed: which rows need one; by default all. Logged rows that bring their reward need none.
 
     Returns:
         The golds, with the text of each, which `mathematics.verdict` takes.
@@ -61,7 +65,9 @@ def read_golds(rows: Any, column: str | None = None, unreadable: str = "refuse")
         raise ValueError(f"There is no column {column!r}. Columns: {', '.join(_columns(rows))}.")
     cells = list(cells_of(rows, column))
     texts = [reading.gold_text(cell) if read_gold(cell) is not None else None for cell in cells]
-    golds = Golds(column, texts, {row: cells[row] for row, text in enumerate(texts) if text is None})
+    needs = [True] * len(texts) if needed is None else list(needed)
+    without = {row: cells[row] for row, text in enumerate(texts) if text is None and needs[row]}
+    golds = Golds(column, texts, without, sum(needs))
     if golds.unreadable and unreadable == "refuse":
         raise ValueError(f"{golds} Leave them out, or correct them.")
     return golds

@@ -14,6 +14,7 @@ import signal
 import sys
 import threading
 import time
+import traceback
 import types
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -29,7 +30,8 @@ def main() -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent's to handle; it closes the connection
     threading.Thread(target=_end_with, args=(os.getppid(),), daemon=True).start()
     try:
-        function = _prepare(connection.recv())
+        job = connection.recv()
+        function, stops = _prepare(job), job["raises"]
     except BaseException as error:
         connection.send(f"{type(error).__name__}: {error}")
         return
@@ -37,7 +39,7 @@ def main() -> None:
     with contextlib.suppress(EOFError, OSError):
         while True:
             completions, columns = connection.recv()
-            connection.send(_score(function, completions, columns, page))
+            connection.send(_score(function, completions, columns, page, stops))
 
 
 def _prepare(job: dict):
@@ -59,8 +61,13 @@ def _prepare(job: dict):
     return function
 
 
-def _score(function, completions: list, columns: dict[str, list], page: Any) -> tuple[dict, dict]:
-    """Score rows, each on its own. Returns what the function logged: columns, with None where it did not; metrics."""
+def _score(
+    function, completions: list, columns: dict[str, list], page: Any, stops: bool
+) -> tuple[dict, dict, str | None]:
+    """Score rows, each on its own, up to the first that raises if it `stops` there.
+
+    Returns what the function logged, columns with None where it did not, and metrics; and where it stopped, and why.
+    """
     page[DONE] = 0
     extra: dict[str, list] = {}
     metrics: dict[str, list] = {}
@@ -76,12 +83,23 @@ def _score(function, completions: list, columns: dict[str, list], page: Any) -> 
         row = {name: [values[at]] for name, values in columns.items()}
         try:
             (value,) = function([completion], **row, log_extra=log_extra, log_metric=log_metric)
-            value = LEFT_OUT if value is None else float(value)
-            page[VALUES + at] = FAILED if math.isinf(value) else value
-        except BaseException:
+            page[VALUES + at] = LEFT_OUT if value is None else float(value)
+            if math.isinf(page[VALUES + at]):
+                raise ValueError(f"the reward is {value}, not a finite number")
+        except BaseException as error:
             page[VALUES + at] = FAILED
+            if stops:
+                page[DONE] = at + 1
+                return extra, metrics, _described(error, completion)
         page[DONE] = at + 1
-    return extra, metrics
+    return extra, metrics, None
+
+
+def _described(error: BaseException, completion: Any) -> str:
+    """What was raised, where, and at which completion."""
+    places = traceback.extract_tb(error.__traceback__)[1:]  # without the line above that called the function
+    where = f", {places[-1].filename}:{places[-1].lineno}" if places else ""
+    return f"{type(error).__name__}: {error}{where}. The completion: {str(completion)[:400]!r}"
 
 
 def _end_with(parent: int) -> None:

@@ -27,7 +27,11 @@ ROWS_AT_ONCE = 2048  # rows that a worker is given in one message, at most
 SMALLEST = 4  # rows below which a message costs more than it evens out
 STARTUP_LIMIT = 300.0  # seconds for a worker's imports
 PROGRAM = Path(__file__).with_name("worker_process.py")
-_Logged = tuple[dict[str, list], dict[str, list]]  # columns and metrics
+_Logged = tuple[dict[str, list], dict[str, list], str | None]  # columns, metrics, and what was raised
+
+
+class RewardError(RuntimeError):
+    """A reward function raised at a completion."""
 
 
 class InWorkers:
@@ -47,6 +51,8 @@ class InWorkers:
         failed: reward of a row that was late, crashed or raised. None leaves it out of the loss: a verdict that is not
             known is not a wrong one.
         memory_limit: bytes that a worker may allocate; 0 for no limit.
+        raises: whether a call ends with `RewardError` where the function raises at a row, as a call of the function
+            itself would. If not, that row gets `failed`.
     """
 
     def __init__(
@@ -56,6 +62,7 @@ class InWorkers:
         workers: int | None = None,
         failed: float | None = None,
         memory_limit: int = 8 << 30,
+        raises: bool = False,
     ) -> None:
         if inspect.iscoroutinefunction(function):
             raise TypeError("A coroutine function does not run in workers: pass it to the trainer as it is.")
@@ -67,6 +74,7 @@ class InWorkers:
         self.workers = workers or _cores()
         self.failed = failed
         self.memory_limit = memory_limit
+        self.raises = raises
         self.counts: Counter[str] = Counter()
         self._lock = threading.Lock()
         self._pool: list[_Worker] = []
@@ -80,7 +88,7 @@ class InWorkers:
             batch = _Batch(list(completions), rows)
             try:
                 self._score(batch)
-            except BaseException:  # an interrupt: no worker may answer the next call with rows of this one
+            except BaseException:  # no worker may answer the next call with rows of this one
                 self._end()
                 raise
             new = self.counts - before
@@ -139,6 +147,9 @@ class InWorkers:
         if not answered and worker.time_left(self.time_limit) > 0:
             return False
         logged = worker.answer() if answered else None
+        if logged is not None and logged[2] is not None:
+            self.counts["raised"] += 1
+            raise RewardError(f"The reward {self.__name__} raised {logged[2]}")
         done = int(worker.page[DONE])
         values = list(map(float, worker.page[VALUES : VALUES + done]))
         raised = batch.write(worker.rows[:done], values, self.failed, logged)
@@ -161,7 +172,16 @@ class InWorkers:
             ) from None
         main = getattr(sys.modules["__main__"], "__file__", None) if module == "__main__" else None
         ours = module.startswith(__package__ or "tbrm_trl.rewards")
-        return _Worker(dict(function=function, main=main, ours=ours, path=sys.path, memory_limit=self.memory_limit))
+        return _Worker(
+            dict(
+                function=function,
+                main=main,
+                ours=ours,
+                path=sys.path,
+                memory_limit=self.memory_limit,
+                raises=self.raises,
+            )
+        )
 
 
 class _Batch:
@@ -188,7 +208,7 @@ class _Batch:
         """Write down values and what was logged; the number of rows at which the function raised."""
         for row, value in zip(rows, values, strict=True):
             self.rewards[row] = failed if value == FAILED else None if math.isnan(value) else value
-        extra, metrics = logged or ({}, {})
+        extra, metrics, _ = logged or ({}, {}, None)
         for name, column in extra.items():
             for row, one in zip(rows, column, strict=True):
                 self.extra.setdefault(name, [None] * len(self.rewards))[row] = one

@@ -427,12 +427,17 @@ def columns_for_rewards(rows: Sequence[Mapping[str, Any]], some_logged: bool) ->
     ]
 
 
+def rewarded_rows(dataset: Dataset, logged: np.ndarray) -> np.ndarray:
+    """`(N,)` bool: which of the logged rows bring their reward."""
+    if "reward" not in dataset.column_names:
+        return np.zeros_like(logged)
+    column = dataset.select_columns(["reward"]).with_format("arrow")[:]["reward"]
+    return logged & column.is_valid().to_numpy()
+
+
 def some_unrewarded(dataset: Dataset, logged: np.ndarray) -> bool:
     """Whether a logged row brings no reward."""
-    if "reward" not in dataset.column_names:
-        return bool(logged.any())
-    column = dataset.select_columns(["reward"]).with_format("arrow")[:]["reward"]
-    return bool((logged & ~column.is_valid().to_numpy()).any())
+    return bool((logged & ~rewarded_rows(dataset, logged)).any())
 
 
 RewardRows = Callable[[Sequence[Mapping[str, Any]], Sequence[Trajectory]], Sequence[float]]
