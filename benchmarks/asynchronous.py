@@ -8,8 +8,8 @@ turn a window takes G + U. At once it takes max(G, U) at best, so the bound of t
 run beside its actor is measured after its first windows, server on one core, trainer and actor on the other. The
 synchronous server mode, of this library and of TRL's GRPO, may use both cores in each phase.
 
-With slow rewards, each row's verdict takes half a second over HTTP: the run that draws for itself has its rows rewarded
-one after the other, as a function that is called with all of them does.
+With slow rewards, each row's verdict takes half a second over HTTP, and with a slow environment each row's start does:
+the run that draws for itself has its rows rewarded, or begun, one after the other, as TRL does.
 
 Every finished measurement is kept in docs/benchmarks/asynchronous.json, and is not made again.
 """
@@ -46,7 +46,13 @@ from tbrm_trl import TBRMConfig, TBRMTrainer
 
 WARM_UP = 4  # windows at the start of a run that are not timed
 SLOW = 0.5  # seconds of a slow verdict
-RATIOS = {"short completions": 16, "long completions": 64}  # tokens at most: two ratios of G to U
+# Tokens at most, which give two ratios of G to U, and what is slow.
+COMPARED = {
+    "short completions": (16, ""),
+    "long completions": (64, ""),
+    "slow rewards": (16, "slow rewards"),
+    "slow environment": (16, "slow environment"),
+}
 
 
 # ---- servers ---------------------------------------------------------------------------------------------------------
@@ -141,18 +147,27 @@ class Clock(TrainerCallback):
         return (self.ends[-1] - self.ends[WARM_UP - 1]) / (len(self.ends) - WARM_UP)
 
 
-def rewarding(url: str | None) -> Any:
-    """How many different tokens there are; or a slow verdict of the server at this address, row by row."""
+def rewarding(kind: str, url: str) -> dict[str, Any]:
+    """Of a trainer: how many different tokens there are; or rewards, or an environment, that wait for this address."""
 
     def distinct(completion_ids, **kwargs):
         return [len(set(ids)) / len(ids) for ids in completion_ids]
 
     def judged(completion_ids, **kwargs):
-        from urllib.request import urlopen
+        return [waited(url) for _ in completion_ids]
 
-        return [float(urlopen(str(url)).read()) for _ in completion_ids]
+    class Slow:
+        def reset(self, **kwargs: Any) -> None:
+            waited(url)
 
-    return distinct if url is None else judged
+    if kind == "slow rewards":
+        return dict(reward_funcs=judged)
+    return dict(reward_funcs=distinct, **(dict(environment_factory=Slow) if kind == "slow environment" else {}))
+
+
+def waited(url: str) -> float:
+    with urlopen(url) as answer:
+        return float(answer.read())
 
 
 @dataclass
@@ -166,7 +181,7 @@ class Work:
     windows: int
 
 
-def train(work: Work, reward: Any, grpo: bool = False, **options: Any) -> tuple[Clock, Any]:
+def train(work: Work, rewards: dict[str, Any], grpo: bool = False, **options: Any) -> tuple[Clock, Any]:
     """A run of one update a window, and when its updates ended."""
     clock = Clock()
     trainer_class: Any = GRPOTrainer if grpo else TBRMTrainer
@@ -180,25 +195,27 @@ def train(work: Work, reward: Any, grpo: bool = False, **options: Any) -> tuple[
     args = (GRPOConfig if grpo else TBRMConfig)(**settings)
     adapter = LoraConfig(r=16, target_modules="all-linear")
     with quiet():
-        trainer = trainer_class(work.model, reward, args, work.data, peft_config=adapter, callbacks=[clock])
+        trainer = trainer_class(
+            model=work.model, args=args, train_dataset=work.data, peft_config=adapter, callbacks=[clock], **rewards
+        )
         trainer.train()
     return clock, trainer
 
 
-def alone(work: Work, url: str, reward: Any) -> dict[str, float]:
+def alone(work: Work, url: str, rewards: dict[str, Any]) -> dict[str, float]:
     """G and U: the actor draws every window under the first policy, then a run finds all windows there."""
     records = Path(tempfile.mkdtemp()) / "records"
-    train(work, reward, rollouts="async", async_server=url, max_staleness=work.windows, follow_rollouts=str(records))
+    train(work, rewards, rollouts="async", async_server=url, max_staleness=work.windows, follow_rollouts=str(records))
     written = sorted(file.stat().st_mtime for file in records.glob("*.parquet"))
     drawn = (written[-1] - written[WARM_UP - 1]) / (len(written) - WARM_UP)
-    clock, _ = train(work, None, follow_rollouts=str(records))
+    clock, _ = train(work, dict(reward_funcs=None), follow_rollouts=str(records))
     shutil.rmtree(records.parent)
     return {"G": drawn, "U": clock.seconds()}
 
 
-def beside(work: Work, url: str, reward: Any) -> dict[str, float]:
+def beside(work: Work, url: str, rewards: dict[str, Any]) -> dict[str, float]:
     clock, trainer = train(
-        work, reward, rollouts="async", async_server=url, max_staleness=2, logging_strategy="steps", logging_steps=1
+        work, rewards, rollouts="async", async_server=url, max_staleness=2, logging_strategy="steps", logging_steps=1
     )
     log = [row for row in trainer.state.log_history if "rollouts/queue" in row]
     return {
@@ -211,18 +228,14 @@ def beside(work: Work, url: str, reward: Any) -> dict[str, float]:
 
 def report(runs: dict[str, Any], environment: dict[str, Any]) -> str:
     rows = []
-    for name in RATIOS:
-        for kind in ("", ", slow rewards"):
-            one = runs.get(name + kind)
-            if one is None:
-                continue
-            g, u, at_once = one["alone"]["G"], one["alone"]["U"], one["beside"]["seconds"]
-            bound, reached = (g + u) / max(g, u), (g + u) / at_once
-            others = [f"{one[mode]:.2f}" if mode in one else "–" for mode in ("by itself", "server mode", "GRPO")]
-            rows.append([
-                name + kind, f"{g:.2f}", f"{u:.2f}", f"{bound:.2f}", f"{at_once:.2f}", f"{reached:.2f}",
-                f"{reached / bound:.2f}", f"{one['beside']['staleness']:.0f}", *others,
-            ])  # fmt: skip
+    for name, one in runs.items():
+        g, u, at_once = one["alone"]["G"], one["alone"]["U"], one["beside"]["seconds"]
+        bound, reached = (g + u) / max(g, u), (g + u) / at_once
+        others = [f"{one[mode]:.2f}" if mode in one else "–" for mode in ("by itself", "server mode", "GRPO")]
+        rows.append([
+            name, f"{g:.2f}", f"{u:.2f}", f"{bound:.2f}", f"{at_once:.2f}", f"{reached:.2f}",
+            f"{reached / bound:.2f}", f"{one['beside']['staleness']:.0f}", *others,
+        ])  # fmt: skip
     header = [
         "", "G, s", "U, s", "bound", "at once, s", "speed-up", "of the bound", "staleness", "draws for itself, s",
         "TBRM, server mode, s", "GRPO, server mode, s",
@@ -251,30 +264,29 @@ def main() -> None:
     folder = Path(tempfile.mkdtemp())
     model = tiny.save(folder / "tiny") if quick else tasks.smollm2()
     texts = [f"{i} and {j}:" for i in range(16) for j in range(16)]
-    data = Dataset.from_list([{"prompt": text} for text in texts])
+    data = Dataset.from_list([{"prompt": [{"role": "user", "content": text}]} for text in texts])
     rows, windows, serve = (4, WARM_UP + 4, loopback) if quick else (16, WARM_UP + 20, vllm)
     verdicts = Verdicts()
-    for name, tokens in RATIOS.items():
-        for kind, url in (("", None), (", slow rewards", verdicts.url)):
-            if name + kind in store or (kind and tokens != min(RATIOS.values())):
-                continue
-            work = Work(model, data, 8 if quick else tokens, rows, windows)
-            reward = rewarding(url)
-            found: dict[str, Any] = {}
-            with on_core(1), serve(model, 0) as server:
-                found["alone"] = alone(work, server, reward)
-                found["beside"] = beside(work, server, reward)
-            set_up(2)
-            found["by itself"] = train(work, reward)[0].seconds()
-            if not quick:
-                vllm_on_cpu().in_trainer()
-                with serve(model, None) as server:
-                    taking: dict[str, Any] = dict(use_vllm=True, vllm_mode="server", vllm_server_base_url=server)
-                    found["server mode"] = train(work, reward, **taking)[0].seconds()
-                    found["GRPO"] = train(work, reward, grpo=True, beta=0.0, **taking)[0].seconds()
-            set_up(1)
-            store[name + kind] = found
-            print(name + kind, found, file=sys.stderr)
+    for name, (tokens, kind) in COMPARED.items():
+        if name in store:
+            continue
+        work = Work(model, data, 8 if quick else tokens, rows, windows)
+        rewards = rewarding(kind, verdicts.url)
+        found: dict[str, Any] = {}
+        with on_core(1), serve(model, 0) as server:
+            found["alone"] = alone(work, server, rewards)
+            found["beside"] = beside(work, server, rewards)
+        set_up(2)
+        found["by itself"] = train(work, rewards)[0].seconds()
+        if not quick:
+            vllm_on_cpu().in_trainer()
+            with serve(model, None) as server:
+                taking: dict[str, Any] = dict(use_vllm=True, vllm_mode="server", vllm_server_base_url=server)
+                found["server mode"] = train(work, rewards, **taking)[0].seconds()
+                found["GRPO"] = train(work, rewards, grpo=True, beta=0.0, **taking)[0].seconds()
+        set_up(1)
+        store[name] = found
+        print(name, found, file=sys.stderr)
     write(arguments.output, "asynchronous", report(store, environment))
 
 

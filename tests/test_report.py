@@ -222,7 +222,8 @@ def write_run(folder: Path, updates: int, rows: int, completion: str) -> Path:
         }  # fmt: skip
         append_line(folder / "updates/process-0.jsonl", line)
         metrics = {"reward": rewards.mean(), "residual/mean": 0.1, "kl": 0.1, "entropy": 1.0, "step_time": 2.0}
-        append_line(folder / "log.jsonl", {"step": step, **metrics, "eval_<b>set</b>_reward": 0.5})
+        advised = {"advice": ["Consider a <b>larger</b> beta."]} if step == 1 else {}
+        append_line(folder / "log.jsonl", {"step": step, **metrics, "eval_<b>set</b>_reward": 0.5, **advised})
         columns = {
             "prompt": [f"{NASTY} {one}" for one in prompts], "completion": [f"{completion}{i}" for i in range(rows)],
             "prompt_ids": [one for one, _ in tokens], "completion_ids": [one for _, one in tokens],
@@ -323,6 +324,7 @@ def test_in_a_browser_controls_work(opened, tmp_path):
     page = opened(write_report([write_run(tmp_path / "<i>run", 30, 8, NASTY)]))
     assert page.title() == "<i>run" and page.locator("h1").inner_text() == "<i>run"
     assert page.locator("main img, main script").count() == 0
+    assert page.locator("#advice li").all_inner_texts() == ["Consider a <b>larger</b> beta."]
     charts, texts = pixels(page), page.locator("article")
     assert len(charts) == 9 and texts.count() == 40
     assert page.locator("article pre").nth(1).evaluate("e => e.textContent").startswith(NASTY)
@@ -351,6 +353,7 @@ def test_in_a_browser_two_runs_are_laid_over_each_other_on_a_phone(opened, tmp_p
         write_report(runs, tmp_path / "both.html"), viewport={"width": 390, "height": 844}, color_scheme="dark"
     )
     assert page.evaluate("document.documentElement.scrollWidth") <= 390
+    assert page.locator("#advice h3").all_inner_texts() == ["one", "two"]
     assert page.evaluate("getComputedStyle(document.body).backgroundColor") == "rgb(22, 24, 28)"
     labels = page.locator("[data-title=Reward] .u-label")
     assert labels.all_inner_texts() == ["update", "one reward", "two reward"]

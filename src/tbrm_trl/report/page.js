@@ -35,6 +35,14 @@
     })
     .join(". ") + `. Written by tbrm-trl ${data.version}.`;
 
+  const advised = runs.filter((run) => run.advice.length);
+  at("advice").hidden = !advised.length;
+  advised.forEach((run) => {
+    if (runs.length > 1) at("advice").append(make("h3", run.name));
+    const list = at("advice").appendChild(make("ul"));
+    run.advice.forEach((sentence) => list.append(make("li", sentence)));
+  });
+
   const settings = [...new Set(runs.flatMap((run) => Object.keys(run.settings)))];
   at("settings").hidden = !settings.length;
   const table = at("settings").querySelector("table");

@@ -64,6 +64,7 @@ def _data(run: RunFolder, name: str, characters: int) -> dict[str, Any]:
         "trajectories": len(run.updates),
         "rollouts": 0 if rollouts is None else len(rollouts),
         "skipped": run.skipped,
+        "advice": [sentence for line in run.log for sentence in line.get("advice", ())],
         "settings": settings,
         "charts": charts_of(run),
         "calibration": calibration(run.updates),
