@@ -341,7 +341,7 @@ def section(comparison: Comparison) -> str:
     text += f"\n\n{table(header, rows)}\n\n"
     text += wrapped(
         f"Medians over seeds of what it takes to gain {GAIN} over the untrained model, and to reach {PEER}'s mean "
-        f"final accuracy, {target:.3f}. Seconds are of training on one core, without the measurements."
+        f"final accuracy, {target:.3f}. Seconds are of a processor, in one thread, without the measurements."
     )
     header = ["", f"rollouts to gain {GAIN}", f"rollouts to {target:.3f}", f"seconds to {target:.3f}", "seconds in all"]
     return f"{text}\n\n{table(header, costs)}\n\n{selection(comparison)}"

@@ -1,7 +1,8 @@
 """Accuracy against the age of the rollouts: every window is trained on exactly so many updates after it was drawn.
 
-    python benchmarks/staleness.py            # the tiny model, a quarter of an hour on one core
-    python benchmarks/staleness.py --quick    # two short runs of each method, to a temporary folder
+    python benchmarks/staleness.py                 # the tiny model, a quarter of an hour on one core
+    python benchmarks/staleness.py --tasks sums    # SmolLM2-135M, an hour on one core
+    python benchmarks/staleness.py --quick         # two short runs of each method, to a temporary folder
 
 TBRM follows a folder (`follow_rollouts`) into which a writer in the same process puts windows: after v updates it draws
 window v + lag. GRPO keeps its own generations in a queue of that length, with the log-probabilities that they were
@@ -17,9 +18,9 @@ import tempfile
 import time
 from collections import deque
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
-from itertools import islice
+from itertools import islice, product
 from pathlib import Path
 from typing import Any
 
@@ -43,33 +44,40 @@ from common.report import (
     wrapped,
     write,
 )
-from transformers import PreTrainedModel, TrainerCallback
+from transformers import AutoTokenizer, PreTrainedModel, TrainerCallback
 from trl import GRPOConfig, GRPOTrainer
 
 from tbrm_trl import TBRMConfig, TBRMTrainer
+from tbrm_trl.evaluation.sampling import prompt_ids_of
 from tbrm_trl.files import appearing
 
-METHODS: dict[str, dict[str, Any]] = {
+
+@dataclass(frozen=True)
+class Setting:
+    """Sizes of the runs on one task."""
+
+    title: str
+    methods: dict[str, dict[str, Any]]
+    updates: int
+    rows: int  # trajectories per update
+    every: int  # updates between two measurements
+    rate: float
+    lags: tuple[int, ...]
+    seeds: tuple[int, ...]
+
+
+SORTING: dict[str, dict[str, Any]] = {
     "policy": dict(soft_value="policy", beta=0.05),
     "calibrated": dict(soft_value="calibrated", beta=0.05),
     "group": dict(soft_value="group", beta=0.05, num_generations=4),
     "GRPO": dict(beta=0.0, num_generations=4),
 }
-
-
-@dataclass(frozen=True)
-class Setting:
-    """Sizes of the runs."""
-
-    updates: int = 128
-    rows: int = 64  # trajectories per update
-    every: int = 16  # updates between two measurements
-    rate: float = 1e-3
-    lags: tuple[int, ...] = (0, 1, 2, 4, 8, 16)
-    seeds: tuple[int, ...] = (0, 1, 2, 3, 4)
-
-
-QUICK = Setting(updates=4, rows=8, every=2, lags=(0, 2), seeds=(0, 1))
+SUMS: dict[str, dict[str, Any]] = {"calibrated": dict(soft_value="calibrated", beta=0.02)}
+SETTINGS = {
+    "sorting": Setting("Tiny model, sorting letters", SORTING, 128, 64, 16, 1e-3, (0, 1, 2, 4, 8, 16), (0, 1, 2, 3, 4)),
+    "sums": Setting("SmolLM2-135M, one-digit sums", SUMS, 40, 16, 8, 2e-5, (0, 4, 16), (0, 1, 2)),
+}
+QUICK = replace(SETTINGS["sorting"], updates=4, rows=8, every=2, lags=(0, 2), seeds=(0, 1))
 
 
 # ---- windows of an exact age -----------------------------------------------------------------------------------------
@@ -82,12 +90,12 @@ class Writer(TrainerCallback):
         self.folder, self.measure, self.tokenizer = folder, measure, tokenizer
         self.lag, self.rows, self.each = lag, rows, each
         self.longest = measure.task.options["max_completion_length"]
-        self.prompts = self._in_turn(measure.task.train["prompt"][:])
+        self.prompts = self._in_turn(measure.task.train.to_list())
         self.number = 0
 
-    def _in_turn(self, prompts: Sequence[str]) -> Iterator[str]:
+    def _in_turn(self, rows: Sequence[dict[str, Any]]) -> Iterator[dict[str, Any]]:
         while True:
-            yield from random.sample(prompts, len(prompts))
+            yield from random.sample(rows, len(rows))
 
     def on_train_begin(self, args, state, control, model=None, **kwargs):
         for _ in range(self.lag + 1):
@@ -99,16 +107,25 @@ class Writer(TrainerCallback):
 
     @torch.no_grad()
     def write(self, model: PreTrainedModel, step: int) -> None:
-        prompts = [prompt for prompt in islice(self.prompts, self.rows // self.each) for _ in range(self.each)]
-        asked = self.tokenizer(prompts, return_tensors="pt")["input_ids"]  # (B, P), all of one length
+        rows = [row for row in islice(self.prompts, self.rows // self.each) for _ in range(self.each)]
+        asked = [prompt_ids_of(self.tokenizer, row["prompt"]) for row in rows]
+        padded = self.tokenizer.pad({"input_ids": asked}, padding_side="left", return_tensors="pt")  # (B, P)
         model.eval()
-        drawn = model.generate(asked, do_sample=True, top_k=0, max_new_tokens=self.longest)[:, asked.shape[1] :]
+        drawn = model.generate(
+            **padded, do_sample=True, temperature=1.0, top_k=0, top_p=1.0, max_new_tokens=self.longest
+        )[:, padded["input_ids"].shape[1] :]  # (B, C)
         model.train()
         end = self.tokenizer.eos_token_id
-        completions = [ids[: ids.index(end) + 1] if end in ids else ids for ids in drawn.tolist()]
-        rewards = self.measure.reward(prompts=prompts, completion_ids=completions)
-        columns = dict(prompt_ids=asked.tolist(), completion_ids=completions, reward=rewards)
-        records = pa.table({**columns, "policy_step": [step] * len(prompts)})
+        ids = [one[: one.index(end) + 1] if end in one else one for one in drawn.tolist()]
+        texts = self.tokenizer.batch_decode(ids, skip_special_tokens=True)
+        columns = {name: [row[name] for row in rows] for name in rows[0] if name != "prompt"}
+        rewards = self.measure.reward(
+            prompts=[row["prompt"] for row in rows],
+            completions=[[{"role": "assistant", "content": text}] for text in texts],
+            completion_ids=ids,
+            **columns,
+        )
+        records = pa.table(dict(prompt_ids=asked, completion_ids=ids, reward=rewards, policy_step=[step] * len(rows)))
         with appearing(self.folder / f"window-{self.number:08d}.parquet") as partial_file:
             pq.write_table(records, partial_file)
         self.number += 1
@@ -144,28 +161,28 @@ class DelayedGRPO(GRPOTrainer):
 # ---- a run -----------------------------------------------------------------------------------------------------------
 
 
-def result(method: str, lag: int, seed: int, setting: Setting) -> dict[str, Any]:
+def result(task_name: str, setting: Setting, method: str, lag: int, seed: int) -> dict[str, Any]:
     """The accuracies of one run, and the ages of what it was trained on."""
     random.seed(seed)
     options = dict(
-        METHODS[method], learning_rate=setting.rate, max_steps=setting.updates, seed=seed,
+        setting.methods[method], learning_rate=setting.rate, max_steps=setting.updates, seed=seed,
         per_device_train_batch_size=setting.rows, logging_strategy="steps", logging_steps=1,
     )  # fmt: skip
     with tempfile.TemporaryDirectory() as folder:
-        task = tasks.named("sorting", seed, Path(folder) / "model")
+        task = tasks.named(task_name, seed, Path(folder) / "model")
         measure = tasks.Measure(task, range(0, setting.updates + 1, setting.every))
         if method == "GRPO":
             trainer = tasks.train((partial(DelayedGRPO, lag=lag), GRPOConfig), measure, **options)
             ages = trainer.ages
         else:
-            tokenizer = tasks.tiny.tokenizer(alphabet=tasks.LETTERS)
+            tokenizer = AutoTokenizer.from_pretrained(task.model)
             records = Path(folder) / "records"
             writer = Writer(records, measure, tokenizer, lag, setting.rows, options.get("num_generations", 1))
             following = dict(follow_rollouts=str(records), max_staleness=lag)
             trainer = tasks.train((partial(_follower, writer), TBRMConfig), measure, **options, **following)
             ages = [int(row["staleness/max"]) for row in trainer.state.log_history if "staleness/max" in row]
     return {
-        "method": method, "lag": lag, "seed": seed, "ages": ages,
+        "task": task_name, "method": method, "lag": lag, "seed": seed, "ages": ages,
         "points": [[point[0], point[2]] for point in measure.points], "seconds": measure.seconds,
     }  # fmt: skip
 
@@ -185,20 +202,26 @@ def area(points: Sequence[Sequence[float]]) -> float:
     return float(np.trapezoid(accuracies) / (len(accuracies) - 1))
 
 
-def finished(runs: Store, setting: Setting, method: str, lag: int) -> list[dict[str, Any]]:
-    return [runs[key] for seed in setting.seeds if (key := name(method, lag, seed)) in runs]
+class Runs:
+    """The finished runs on one task."""
+
+    def __init__(self, store: Store, task: str, setting: Setting):
+        self.store, self.task, self.setting = store, task, setting
+
+    def name(self, method: str, lag: int, seed: int) -> str:
+        return f"{self.task}: {method}, lag {lag}, seed {seed}"
+
+    def of(self, method: str, lag: int) -> list[dict[str, Any]]:
+        names = [self.name(method, lag, seed) for seed in self.setting.seeds]
+        return [self.store[name] for name in names if name in self.store]
 
 
-def name(method: str, lag: int, seed: int) -> str:
-    return f"{method}, lag {lag}, seed {seed}"
-
-
-def differences(runs: Store, setting: Setting, method: str, lag: int) -> str:
+def differences(runs: Runs, method: str, lag: int) -> str:
     """Final accuracy less that without a lag, paired by seed."""
-    without = {run["seed"]: run for run in finished(runs, setting, method, setting.lags[0])}
+    without = {run["seed"]: run for run in runs.of(method, 0)}
     pairs = [
         run["points"][-1][1] - without[run["seed"]]["points"][-1][1]
-        for run in finished(runs, setting, method, lag)
+        for run in runs.of(method, lag)
         if run["seed"] in without
     ]
     if not pairs:
@@ -211,29 +234,37 @@ def shown(values: Sequence[float]) -> str:
     return show(values) if values else ""
 
 
-def page(runs: Store, setting: Setting, facts: str) -> str:
-    parts = []
+def section(runs: Runs) -> str:
+    setting, parts = runs.setting, []
     for title, number in (
         ("Final accuracy", lambda run: run["points"][-1][1]),
         ("Mean accuracy along the curve", lambda run: area(run["points"])),
     ):
         rows = [
-            [method, *(shown(list(map(number, finished(runs, setting, method, lag)))) for lag in setting.lags)]
-            for method in METHODS
+            [method, *(shown(list(map(number, runs.of(method, lag)))) for lag in setting.lags)]
+            for method in setting.methods
         ]
         parts.append(f"{title}:\n\n{table(['', *(f'lag {lag}' for lag in setting.lags)], rows)}")
-    rows = [[method, *(differences(runs, setting, method, lag) for lag in setting.lags[1:])] for method in METHODS]
+    rows = [[method, *(differences(runs, method, lag) for lag in setting.lags[1:])] for method in setting.methods]
     header = ["", *(f"lag {lag}" for lag in setting.lags[1:])]
-    parts.append(f"Final accuracy less that at lag {setting.lags[0]}, paired by seed:\n\n{table(header, rows)}")
-    seeds = len(finished(runs, setting, next(iter(METHODS)), setting.lags[-1]))
+    parts.append(f"Final accuracy less that at lag 0, paired by seed:\n\n{table(header, rows)}")
+    seeds = min(len(runs.of(method, lag)) for method in setting.methods for lag in setting.lags)
     text = wrapped(
-        f"The tiny model sorts letters (`benchmarks/common/tasks.py`): {setting.updates} updates on {setting.rows} "
-        f"rollouts each, learning rate {setting.rate:g} for every method and lag, {seeds} seeds, means with their "
-        "standard error. `policy`, `calibrated` and `group` are TBRM's soft values with β = 0.05 and no correction: "
-        "they follow a folder of rollouts. GRPO has TRL's clipped ratio to the policy that drew. The rate was not "
-        "tuned anew for any lag; a lower one would suit long lags better."
+        f"{setting.updates} updates on {setting.rows} rollouts each, learning rate {setting.rate:g} for every method "
+        f"and lag, {seeds} seeds, means with their standard error."
     )
     tables = "\n\n".join(parts)
+    return f"## {setting.title}\n\n{text}\n\n{tables}\n"
+
+
+def page(of_tasks: Sequence[Runs], facts: str) -> str:
+    text = wrapped(
+        "Every window is trained on exactly so many updates after it was drawn. `policy`, `calibrated` and `group` are "
+        "TBRM's soft values, with β = 0.05 on the tiny model and 0.02 on SmolLM2 and with no correction: they follow a "
+        "folder of rollouts. GRPO has TRL's clipped ratio to the policy that drew. The rate was not tuned anew for any "
+        "lag; a lower one would suit long lags better."
+    )
+    sections = "\n".join(map(section, of_tasks))
     return f"""# Accuracy against the age of rollouts
 
 Written by `python benchmarks/staleness.py`. {facts}. Every run: [staleness.json](staleness.json).
@@ -242,19 +273,24 @@ Written by `python benchmarks/staleness.py`. {facts}. Every run: [staleness.json
 
 ![accuracy against lag](staleness.png)
 
-{tables}
-"""
+{sections}"""
 
 
-def draw(runs: Store, setting: Setting) -> Any:
-    figure, axes = plt.subplots(figsize=(6, 3.6), layout="constrained")
-    for number, method in enumerate(METHODS):
-        lags = [lag for lag in setting.lags if finished(runs, setting, method, lag)]
-        ends = [[run["points"][-1][1] for run in finished(runs, setting, method, lag)] for lag in lags]
-        if lags:
-            band(axes, lags, ends, color=f"C{number}", label=method)
-    axes.set(xlabel="updates between drawing and training", ylabel="final accuracy", ylim=(0, None))
-    axes.legend()
+def draw(of_tasks: Sequence[Runs]) -> Any:
+    figure, axes = plt.subplots(
+        1, len(of_tasks), figsize=(5.5 * len(of_tasks), 3.6), layout="constrained", squeeze=False
+    )
+    for axis, runs in zip(axes[0], of_tasks, strict=True):
+        for number, method in enumerate(runs.setting.methods):
+            lags = [lag for lag in runs.setting.lags if runs.of(method, lag)]
+            ends = [[run["points"][-1][1] for run in runs.of(method, lag)] for lag in lags]
+            if lags:
+                band(axis, lags, ends, color=f"C{number}", label=method)
+        axis.set(
+            title=runs.setting.title, xlabel="updates between drawing and training", ylabel="final accuracy",
+            ylim=(0, None),
+        )  # fmt: skip
+        axis.legend()
     return figure
 
 
@@ -262,21 +298,25 @@ def main() -> None:
     arguments = parse(
         __doc__,
         "two short runs of each method",
+        tasks=dict(nargs="+", default=["sorting"], choices=list(SETTINGS)),
         minutes=dict(type=float, default=math.inf, help="begin no further run after these"),
     )
-    setting = QUICK if arguments.quick else Setting()
+    settings = {"sorting": QUICK} if arguments.quick else SETTINGS
     set_up(1)
     facts = f"{processor()}; {listed(versions('torch', 'transformers', 'trl', 'tbrm-trl'))}"
-    runs = Store(arguments.output / "staleness.json", facts=facts)
+    store = Store(arguments.output / "staleness.json", facts=facts)
     until = time.monotonic() + 60 * arguments.minutes
-    wanted = [(method, lag, seed) for seed in setting.seeds for lag in setting.lags for method in METHODS]
-    for method, lag, seed in wanted:
-        if name(method, lag, seed) in runs or time.monotonic() > until:
-            continue
-        run = result(method, lag, seed, setting)
-        runs[name(method, lag, seed)] = run
-        print(f"{name(method, lag, seed)}: {run['points'][-1][1]:.2f}, {run['seconds']:.0f} s", flush=True)
-    write(arguments.output, "staleness", page(runs, setting, facts), figure=draw(runs, setting))
+    of_tasks = {task: Runs(store, task, setting) for task, setting in settings.items()}
+    for task in settings if arguments.quick else arguments.tasks:
+        setting = settings[task]
+        for seed, lag, method in product(setting.seeds, setting.lags, setting.methods):
+            name = of_tasks[task].name(method, lag, seed)
+            if name in store or time.monotonic() > until:
+                continue
+            store[name] = run = result(task, setting, method, lag, seed)
+            print(f"{name}: {run['points'][-1][1]:.2f}, {run['seconds']:.0f} s", flush=True)
+    begun = [runs for task, runs in of_tasks.items() if any(name.startswith(f"{task}: ") for name in store)]
+    write(arguments.output, "staleness", page(begun, facts), figure=draw(begun))
 
 
 if __name__ == "__main__":

@@ -193,13 +193,16 @@ def named(name: str, seed: int, folder: Path, selection: bool = False) -> Task:
 
 
 class Measure(TrainerCallback):
-    """Measures the accuracy after some numbers of updates, 0 among them or not, and what it took to get there."""
+    """Measures the accuracy after some numbers of updates, 0 among them or not, and what it took to get there.
+
+    The cost of a point is in seconds of the processor, which other processes on the machine do not change.
+    """
 
     def __init__(self, task: Task, evaluations: Iterable[int]) -> None:
         self.task, self.evaluations = task, set(evaluations)
         self.rollouts = self.tokens = 0
         self.started = self.seconds = self.cpu_seconds = 0.0  # seconds of training, its measurements included
-        self.points: list[list[float]] = []  # [updates, rollouts, accuracy, tokens, seconds without measuring]
+        self.points: list[list[float]] = []  # [updates, rollouts, accuracy, tokens, CPU seconds without measuring]
 
     def reward(self, prompts, completion_ids, **kwargs) -> list[float]:
         self.rollouts += len(prompts)
@@ -207,14 +210,14 @@ class Measure(TrainerCallback):
         return self.task.reward(prompts=prompts, completion_ids=completion_ids, **kwargs)
 
     def measure(self, updates: int, model: PreTrainedModel) -> None:
-        began = time.perf_counter()
+        began = time.process_time()
         accuracy = round(self.task.accuracy(model), 5)
         seconds = round(began - self.started, 2) if updates else 0.0
         self.points.append([updates, self.rollouts, accuracy, self.tokens, seconds])
-        self.started += time.perf_counter() - began
+        self.started += time.process_time() - began
 
     def on_train_begin(self, args, state, control, **kwargs):
-        self.started = time.perf_counter()
+        self.started = time.process_time()
 
     def on_step_end(self, args, state, control, model=None, **kwargs):
         if state.global_step in self.evaluations:

@@ -825,10 +825,8 @@ class TBRMTrainer(ExactResume, GRPOTrainer):
         self._give_values(window, fresh + logged, self.num_generations)
         if self.args.save_rollouts and rewards is not None:
             folder, process = Path(self.args.output_dir) / "rollouts", self.accelerator.process_index
-            if self.accelerator.is_main_process:
-                merge_rollouts(
-                    folder, self.state.global_step
-                )  # of earlier windows, which every process has written by now
+            if self.accelerator.is_main_process:  # every process has written its earlier windows by now
+                merge_rollouts(folder, self.state.global_step)
             file = rollouts_file(folder, self.state.global_step, process)
             save_rollouts(file, rollouts, rewards.rows, rewards.prompts, rewards.completions)
         group_size = self.args.update_group_size
