@@ -97,7 +97,8 @@ class Setting:
     title: str
     updates: int
     rows: int  # trajectories per update
-    every: int  # updates between two measurements
+    every: int  # updates between two measurements of a final run
+    of_selection: int  # the same of a run of the search
     rates: tuple[float, ...]  # to begin with
     beta: float  # TBRM's and A*-PO's
     buffer: int
@@ -107,17 +108,24 @@ class Setting:
 
 SETTINGS = {
     "sorting": Setting(
-        "Tiny model, sorting letters", 384, 64, 16, (5e-4, 1e-3, 2e-3), 0.05, 256, (100, 101), (0, 1, 2, 3, 4)
+        "Tiny model, sorting letters", 384, 64, 16, 16, (5e-4, 1e-3, 2e-3), 0.05, 256, (100, 101), (0, 1, 2, 3, 4)
     ),
     "sums": Setting(
-        "SmolLM2-135M, one-digit sums", 32, 16, 2, (1e-5, 2e-5, 4e-5), 0.02, 64, (100,), (0, 1, 2, 3, 4)
+        "SmolLM2-135M, one-digit sums", 32, 16, 2, 4, (1e-5, 2e-5, 4e-5), 0.02, 64, (100,), (0, 1, 2, 3, 4)
     ),
     "divisors": Setting(
-        "SmolLM2-135M, greatest common divisors", 32, 16, 2, (1e-5, 2e-5, 4e-5), 0.02, 64, (100,), (0, 1, 2, 3, 4)
+        "SmolLM2-135M, greatest common divisors", 32, 16, 2, 4, (1e-5, 2e-5, 4e-5), 0.02, 64, (100,), (0, 1, 2, 3, 4)
     ),
 }  # fmt: skip
 QUICK = replace(
-    SETTINGS["sorting"], updates=4, every=2, rates=(1e-3,), selection_seeds=(100,), final_seeds=(0, 1), rows=16
+    SETTINGS["sorting"],
+    updates=4,
+    every=2,
+    of_selection=2,
+    rates=(1e-3,),
+    selection_seeds=(100,),
+    final_seeds=(0, 1),
+    rows=16,
 )
 
 
@@ -149,9 +157,10 @@ def result(run: Run, setting: Setting) -> dict[str, Any]:
     if "replay" in run.method:
         options["replay_buffer_size"] = setting.buffer
     uses = options.get("num_iterations", 1)
-    updates, every = uses * setting.updates, uses * setting.every
+    selection = run.seed in setting.selection_seeds
+    updates, every = uses * setting.updates, uses * (setting.of_selection if selection else setting.every)
     with tempfile.TemporaryDirectory() as folder:
-        task = tasks.named(run.task, run.seed, Path(folder), selection=run.seed in setting.selection_seeds)
+        task = tasks.named(run.task, run.seed, Path(folder), selection)
         measure = tasks.Measure(task, range(0, updates + 1, every))
         trainer = tasks.train(
             method.trainer, measure, learning_rate=run.rate, max_steps=updates, seed=run.seed,

@@ -4,27 +4,33 @@
     python benchmarks/paired_steps.py --quick      # a tiny model, to a temporary folder
 
 Every step generates its rollouts, of lengths that are planned. `benchmarks/step.py` has the parts of a step, and
-`benchmarks/pool.py` counts what a pool saves. Writes docs/benchmarks/paired_steps.{json,md}.
+`benchmarks/pool.py` counts what a pool saves. What is finished is kept in docs/benchmarks/paired_steps.json, and is not
+measured again. Delete it to start over.
 """
 
 import itertools
 import json
 import os
+import random
+import statistics
 import sys
 import tempfile
+import time
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import pool
 import step
 import torch
 from common import tasks, tiny
 from common.measure import quiet, set_up
-from common.report import parse, table, wrapped, write
+from common.report import Store, parse, table, wrapped, write
 from common.turns import Process, Turns, interval, interval_of_totals, take_turns
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
-from transformers import LogitsProcessor
+from transformers import AutoModelForCausalLM, DynamicCache, LogitsProcessor
 
 POOL = 48
 # The methods by kind of lengths, and the rows that may run ahead.
@@ -104,9 +110,50 @@ def measure(work: step.Work, methods: dict[str, int], updates: int) -> dict[str,
             process.end()
 
 
-def report(measured: dict[str, Any], environment: dict[str, Any], works: dict[str, step.Work]) -> str:
+# ---- the least that a step with a pool takes -------------------------------------------------------------------------
+
+ROWS = (1, 2, 4, 8, 16)
+REPEATS = 9
+
+
+@torch.no_grad()
+def decoding(work: step.Work) -> dict[str, Any]:
+    """Seconds of a decode step, by the rows in it, and of each token that is read; medians."""
+    model = AutoModelForCausalLM.from_pretrained(work.model).eval()
+    context = work.prompt + sum(work.lengths) // len(work.lengths)
+    steps: dict[str, float] = {}
+    read = 0.0
+    for rows in ROWS:
+        cache, ids = DynamicCache(config=model.config), torch.full((rows, context), 7)
+        took = []
+        for again in range(REPEATS + 1):
+            began = time.perf_counter()
+            model(ids if not again else ids[:, :1], past_key_values=cache, logits_to_keep=1)
+            took.append(time.perf_counter() - began)
+        read, steps[str(rows)] = took[0] / (rows * context), statistics.median(took[1:])
+    return {"steps": steps, "read": read}
+
+
+def floor(work: step.Work, seconds: dict[str, list[float]], decoding: dict[str, Any]) -> float:
+    """A step with full batches and with prefixes read again, as a multiple of the peer's.
+
+    It is the step without a pool, whose decoding is replaced by the same tokens in steps of all rows.
+    """
+    xs, ys = zip(*((int(rows), took) for rows, took in decoding["steps"].items()), strict=True)
+    alive = [sum(length >= at for length in work.lengths) for at in range(1, max(work.lengths) + 1)]
+    now = float(np.interp(alive, xs, ys).sum())
+    windows = [random.Random(window).sample(work.lengths, len(work.lengths)) for window in range(200)]
+    read_again = pool.count(windows, POOL).read_again / len(windows)
+    full = sum(work.lengths) / len(work.lengths) * float(np.interp(len(work.lengths), xs, ys))
+    least = full + read_again * decoding["read"]
+    peer, alone = statistics.median(seconds[step.PEER]), statistics.median(seconds["TBRM"])
+    return (alone - now + least) / peer
+
+
+def report(runs: dict[str, Any], environment: dict[str, Any], works: dict[str, step.Work]) -> str:
     rows = []
-    for kind, found in measured.items():
+    for kind in COMPARED:
+        found = runs[kind]
         peer, operations = found["seconds"][step.PEER], found["operations"]
         for name, took in found["seconds"].items():
             if name == step.PEER:
@@ -133,6 +180,16 @@ def report(measured: dict[str, Any], environment: dict[str, Any], works: dict[st
         interval is judged. On the long tail it is that of the sums, since a step with a pool (`rollout_pool={POOL}`)
         decodes more than its window or less. Intervals are over resampled pairs. Operations are the floating-point
         operations of matrix products in one step, as a multiple of {step.PEER}'s."""
+    steps, read = runs["decoding"]["steps"], runs["decoding"]["read"]
+    least = floor(tail, runs["long_tail"]["seconds"], runs["decoding"])
+    reached = interval_of_totals(
+        runs["long_tail"]["seconds"]["TBRM with a pool"], runs["long_tail"]["seconds"][step.PEER]
+    )
+    of_floor = f"""The least that a step with a pool can take on the long tail here is **{least:.3f}** of
+        {step.PEER}'s: the step without one, if the same tokens came from decode steps of all {len(tail.lengths)} rows,
+        and what goes on under a new policy were read again. The pool's is {reached[0] - least:+.3f} from it. A decode
+        step takes {", ".join(f"{1000 * took:.0f} ms with {n}" for n, took in steps.items())} rows in it, and reading
+        {1000 * read:.1f} ms a token."""
     return f"""# Steps in turn
 
 {step.introduction("paired_steps", environment)}
@@ -140,6 +197,8 @@ def report(measured: dict[str, Any], environment: dict[str, Any], works: dict[st
 {wrapped(text)}
 
 {table(header, rows)}
+
+{wrapped(of_floor)}
 """
 
 
@@ -158,10 +217,15 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         model = arguments.model or (tiny.save(Path(folder) / "tiny", "llama") if quick else tasks.smollm2())
         works = step.works(model, 16, 4, 8 if quick else 32, 16 if quick else 64, None)
-        measured = {kind: measure(works[kind], methods, pairs[kind]) for kind, methods in COMPARED.items()}
-    environment = step.environment(threads)
-    raw = {"environment": environment, "measured": measured}
-    write(arguments.output, "paired_steps", report(measured, environment, works), raw)
+        environment = step.environment(threads)
+        runs = Store(arguments.output / "paired_steps.json", environment=environment)
+        for kind, methods in COMPARED.items():
+            if kind not in runs:
+                runs[kind] = measure(works[kind], methods, pairs[kind])
+        if "decoding" not in runs:
+            set_up(threads)
+            runs["decoding"] = decoding(works["long_tail"])
+    write(arguments.output, "paired_steps", report(runs, environment, works))
 
 
 if __name__ == "__main__":

@@ -130,7 +130,7 @@ def test_paired_steps(tmp_path):
     """Every method takes its turns, on the planned lengths; TBRM multiplies no more than GRPO."""
     command = [sys.executable, str(BENCHMARKS / "paired_steps.py"), "--quick", "--output", str(tmp_path)]
     subprocess.run(command, check=True, capture_output=True, timeout=600)
-    measured = json.loads((tmp_path / "paired_steps.json").read_text())["measured"]
+    measured = json.loads((tmp_path / "paired_steps.json").read_text())["runs"]
     for kind, methods in paired_steps.COMPARED.items():
         assert {name: len(seconds) for name, seconds in measured[kind]["seconds"].items()} == dict.fromkeys(methods, 2)
         operations = measured[kind]["operations"]
