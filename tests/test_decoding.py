@@ -14,7 +14,9 @@ import torch
 from common.tiny import model
 from torch import Tensor
 from transformers import GenerationConfig, PreTrainedModel
+from transformers.cache_utils import DynamicLayer
 
+from tbrm_trl.model.caches import ROOM, RoomyLayer
 from tbrm_trl.model.decoding import Slots, sample
 
 ENDS = [1, *range(5, 16)]  # a tiny model meets one of them now and then
@@ -54,6 +56,32 @@ def prepared(policy: PreTrainedModel, given: GenerationConfig) -> GenerationConf
 def prompts(count: int, longest: int = 12, seed: int = 0) -> list[list[int]]:
     rng = random.Random(seed)
     return [[rng.randint(16, 90) for _ in range(rng.randint(1, longest))] for _ in range(count)]
+
+
+def test_a_cache_with_room_holds_what_any_other_does():
+    """After any tokens, selections of rows, repetitions and cuts; and a token more does not copy those before it."""
+    rng = random.Random(0)
+    for _ in range(50):
+        ours, theirs = RoomyLayer(), DynamicLayer()
+        rows = rng.randint(1, 4)
+        for _ in range(12):
+            new = torch.randn(2, rows, 2, rng.choice([1, 1, 1, 5, ROOM + 3]), 3)  # keys and values
+            for layer in (ours, theirs):
+                assert all(map(torch.equal, layer.update(*new), (layer.keys, layer.values)))
+            change = rng.randrange(8)
+            kept = torch.tensor(rng.choices(range(rows), k=rng.randint(1, 4)))
+            for layer in (ours, theirs):
+                if change == 0:
+                    layer.batch_select_indices(kept)
+                if change == 1:
+                    layer.crop(-1)
+                if change == 2:
+                    layer.keys, layer.values = layer.keys[:, :, 1:], layer.values[:, :, 1:]
+            rows = len(ours.keys)
+            assert torch.equal(ours.keys, theirs.keys) and torch.equal(ours.values, theirs.values)
+    ours = RoomyLayer()
+    places = {ours.update(*torch.randn(2, 1, 2, 1, 3))[0].data_ptr() for _ in range(ROOM + 1)}
+    assert len(places) == 1
 
 
 def positions_read(policy: PreTrainedModel) -> list[int]:

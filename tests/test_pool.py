@@ -12,7 +12,7 @@ from datasets import Dataset
 from helpers.runs import DATA, PROMPTS, before_each_update, build, config, kept_returns, logged, prompt
 from transformers import AutoModelForCausalLM, PreTrainedModel, StaticCache
 
-from tbrm_trl.model.decoding import can_select_rows, empty_cache
+from tbrm_trl.model.caches import can_select_rows, empty_cache
 from tbrm_trl.trajectory import Trajectory
 
 # Windows of 4 rows, two a prompt; an epoch has 4 of them.

@@ -15,7 +15,8 @@ from torch.distributed.tensor import DTensor
 from transformers import GenerationConfig, PreTrainedModel
 from transformers.utils.generic import is_flash_attention_requested
 
-from ..model.decoding import can_select_rows, draws_one_token, empty_cache
+from ..model.caches import can_select_rows, empty_cache
+from ..model.decoding import draws_one_token
 from ..model.reference import ADAPTER as REFERENCE_ADAPTER
 from ..options import TBRMOptions
 from ..sources.sampler import WindowMix

@@ -17,7 +17,8 @@ from torch import Tensor
 from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList, PreTrainedTokenizerBase
 
 from ..context import in_evaluation, temporarily
-from ..model.decoding import Slots, can_select_rows, empty_cache
+from ..model.caches import can_select_rows, empty_cache
+from ..model.decoding import Slots
 
 REFILL = 1 / 8  # share of the places that must be free before prompts are read into them
 

@@ -13,24 +13,12 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor
-from torch.nn.functional import pad
 from transformers import Cache, GenerationConfig, LogitsProcessorList, PreTrainedModel
-from transformers.cache_utils import DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
 from transformers.generation import GenerationMode, StoppingCriteriaList
 
-# Layers whose state is one key and one value per row and token. Others share state between rows, or hide it.
-_PLAIN_LAYERS = (DynamicLayer, DynamicSlidingWindowLayer)
+from .caches import can_select_rows, empty_cache, equally_wide, give_room, joined, trim
+
 _BY_ROW = ("attention_mask", "position_ids", "token_type_ids")  # arguments of a forward with one row per row, (B, W)
-
-
-def can_select_rows(cache: Any) -> bool:
-    """Whether rows can be taken out of a cache, by what its layers are."""
-    return isinstance(cache, Cache) and all(type(layer) in _PLAIN_LAYERS for layer in cache.layers)
-
-
-def empty_cache(model: PreTrainedModel) -> DynamicCache:
-    """A cache of no row, with the layers that the model wants."""
-    return DynamicCache(config=model.config.get_text_config(decoder=True))
 
 
 def draws_one_token(model: PreTrainedModel, config: GenerationConfig) -> bool:
@@ -73,6 +61,7 @@ def sample(
         return type(model)._sample(
             model, input_ids, logits_processor, stopping_criteria, generation_config, synced_gpus, **model_kwargs
         )
+    give_room(cache)
     device, filler = input_ids.device, generation_config._pad_token_tensor
     is_live = torch.ones(len(input_ids), dtype=torch.bool, device=device)  # (B,)
     live = is_live.nonzero().squeeze(1)  # (n,) rows of the cache
@@ -169,8 +158,8 @@ class Slots:
             cache.batch_select_indices(of_row)
             mask, logits = mask[of_row], logits[of_row]
         free = [place for place in range(self.size) if place not in self.places]
-        self.cache = _joined(self.cache, cache) if self.rows else cache
-        self.mask = torch.cat(_equally_wide(self.mask, mask)) if self.rows else mask
+        self.cache = joined(self.cache, cache) if self.rows else cache
+        self.mask = torch.cat(equally_wide(self.mask, mask)) if self.rows else mask
         self.logits = torch.cat([self.logits, logits]) if self.rows else logits
         self.rows += rows
         self.places += free[: len(rows)]
@@ -201,10 +190,8 @@ class Slots:
         """Cut off the columns that no row under way has read: the longest rows have left."""
         used = self.mask.any(dim=0).nonzero()  # (W', 1)
         first = int(used[0]) if len(used) else 0
-        if first and all(type(layer) is DynamicLayer for layer in self.cache.layers):
+        if first and trim(self.cache, first):
             self.mask = self.mask[:, first:]
-            for layer in self.cache.layers:
-                layer.keys, layer.values = layer.keys[:, :, first:], layer.values[:, :, first:]
 
     def _advance(self) -> None:
         """Read the token that was drawn last for every row."""
@@ -245,21 +232,3 @@ class Slots:
 def _at(places: Tensor, logits: Tensor, size: int) -> Tensor:
     """The logits at their rows' places of a batch, `(n, V)` → `(size, V)`: rows elsewhere draw a token of no use."""
     return logits.new_zeros(size, logits.shape[1]).index_copy(0, places, logits)
-
-
-def _equally_wide(*tensors: Tensor, dim: int = -1) -> list[Tensor]:
-    """Each with zeros before it in one dimension, counted from the last, up to the widest."""
-    width = max(tensor.shape[dim] for tensor in tensors)
-    return [pad(tensor, (0, 0) * (-1 - dim) + (width - tensor.shape[dim], 0)) for tensor in tensors]
-
-
-def _joined(first: Cache, second: Cache) -> Cache:
-    """The rows of two caches as those of one, which is the first. Both end at the same column."""
-    for layer, other in zip(first.layers, second.layers, strict=True):
-        if not other.is_initialized:  # it reads another layer's keys
-            continue
-        layer.keys = torch.cat(_equally_wide(layer.keys, other.keys, dim=-2))
-        layer.values = torch.cat(_equally_wide(layer.values, other.values, dim=-2))
-        if isinstance(layer, DynamicSlidingWindowLayer):
-            layer.cumulative_length = max(layer.cumulative_length, other.cumulative_length)
-    return first
