@@ -14,6 +14,7 @@ import sys
 import tempfile
 from pathlib import Path
 
+from common.report import printed
 from common.tiny import save
 from helpers.hub_server import TOKEN, HubServer
 
@@ -32,15 +33,6 @@ COMMANDS = [
 ]
 # What a machine of one's own does not need: this one has no GPU, and half precision is slow on it.
 HERE = {"tbrm train": " --use_cpu true --bf16 false", "tbrm eval": " --use_cpu true"}
-BARS = ("it/s", "s/it", "B/s", "%|", "WARNING", "completion/s", "examples/s", "ba/s", "Warning", "warn")
-
-
-def shown(output: str) -> list[str]:
-    """What a command printed, without progress bars, warnings and the metrics of each step."""
-    lines = [line.rpartition("\r")[2].rstrip() for line in output.splitlines()]
-    return [
-        one for one in lines if one and not one.startswith(("{'", '{"', " ")) and not any(bar in one for bar in BARS)
-    ]
 
 
 def main() -> None:
@@ -65,7 +57,7 @@ def main() -> None:
             done = subprocess.run(
                 words, cwd=folder, env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
             )
-            print("\n".join(shown(done.stdout.replace(folder, ""))) + "\n", flush=True)
+            print("\n".join(printed(done.stdout.replace(folder, ""))) + "\n", flush=True)
             if done.returncode:
                 sys.exit(done.stdout)
         for name, repo in hub.repos.items():

@@ -100,6 +100,19 @@ class Store(dict[str, Any]):
 T_95 = {2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776, 6: 2.571, 7: 2.447, 8: 2.365, 9: 2.306, 10: 2.262}
 
 
+# ---- what commands print ---------------------------------------------------------------------------------------------
+
+_BARS = ("it/s", "s/it", "B/s", "%|", "WARNING", "completion/s", "examples/s", "ba/s", "Warning", "warn")
+
+
+def printed(output: str) -> list[str]:
+    """What a command printed, without progress bars, warnings and the metrics of each step."""
+    lines = [line.rpartition("\r")[2].rstrip() for line in output.splitlines()]
+    return [
+        one for one in lines if one and not one.startswith(("{'", '{"', " ")) and not any(bar in one for bar in _BARS)
+    ]
+
+
 # ---- numbers and text ------------------------------------------------------------------------------------------------
 
 
