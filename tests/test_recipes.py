@@ -115,7 +115,7 @@ def test_rows_of_the_data(train_script, tmp_path):
     ]
 
 
-def test_only_rows_that_math_judges_need_an_answer(train_script, tmp_path):
+def test_only_rows_that_math_judges_need_an_answer(train_script, tmp_path, capsys):
     """A logged row with its reward needs none, and no other reward has the answers read."""
     logged = {"completion": "so 2", "reward": 1.0, "answer": ""}
     rows = [{"prompt": "1+1=", **logged}, {"prompt": "2+2=", "answer": "4"}, {"prompt": "3+3=", "answer": "?!"}]
@@ -125,6 +125,8 @@ def test_only_rows_that_math_judges_need_an_answer(train_script, tmp_path):
         train_script.load(train_script.DataArguments(str(data)))
     kept = train_script.load(train_script.DataArguments(str(data), unreadable_answers="leave_out"))
     assert kept["solution"][:] == [None, "4"] and kept["reward"][:] == [1.0, None]
+    assert kept["prompt"][:] == ["1+1=", "2+2="]
+    assert "1 of 2 rows are to be rolled out. Their prompts are text" in capsys.readouterr().out
     own = train_script.load(train_script.DataArguments(str(data), reward_funcs=["helpers.reward_functions.length"]))
     assert own["answer"][:] == ["", "4", "?!"] and "solution" not in own.column_names
 

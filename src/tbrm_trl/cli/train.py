@@ -103,15 +103,21 @@ def load(arguments: DataArguments) -> Dataset:
     column = arguments.answer_column or (find_column(dataset) if "math" in arguments.reward_funcs else None)
     if column is not None:
         dataset = with_answers(dataset, column, arguments.unreadable_answers)
-    elif arguments.reward_funcs == ["math"] and not {"completion", "completion_ids"} & set(dataset.column_names):
+    elif arguments.reward_funcs == ["math"] and not logged_rows(dataset).any():
         raise ValueError(
             f"{arguments.dataset_name}: no column holds answers that can be read. Columns: "
             f"{', '.join(dataset.column_names)}. Name one by --answer_column, or give rewards of your own by "
             "--reward_funcs."
         )
-    prompt = next((name for name in PROMPT_COLUMNS if name in dataset.column_names), None)
-    if prompt is not None and not {"completion", "completion_ids"} & set(dataset.column_names):
-        dataset = dataset.map(lambda row: {"prompt": messages(row[prompt], arguments.system_prompt)}, desc="Prompts")
+    prompt, logged = next((name for name in PROMPT_COLUMNS if name in dataset.column_names), None), logged_rows(dataset)
+    if prompt is not None and not logged.any():
+        return dataset.map(lambda row: {"prompt": messages(row[prompt], arguments.system_prompt)}, desc="Prompts")
+    if prompt is not None and not logged.all() and isinstance(dataset[int(logged.argmin())][prompt], str):
+        print(
+            f"{(~logged).sum()} of {len(dataset)} rows are to be rolled out. Their prompts are text beside those of "
+            "logged rows, and stay so: no system prompt is put before them, and no chat template is applied. Write all "
+            "prompts and completions as messages where that is not meant."
+        )
     return dataset
 
 
