@@ -23,6 +23,7 @@ from helpers.launch import ROOT, launch
 from helpers.oracle import distance
 from helpers.resume import build, flat, outcome
 from helpers.runs import before_each_update
+from helpers.runs import build as build_run
 from helpers.scripted import script, scripted_trainer
 from helpers.sharded import held_here, unwrapped, whole
 from peft import LoraConfig, PeftModel
@@ -175,6 +176,57 @@ def learn(
     return learned
 
 
+def ahead(folder: str, out: str) -> dict[str, Any]:
+    """A greedy run whose rows run ahead, on both processes differently long.
+
+    Returns:
+        `weights` of each version of the policy; `rows` that each process drew, with the step of each token; the
+        `prompts` of its windows as the sampler has them.
+    """
+    options = dict(soft_value="calibrated", num_generations=1, per_device_train_batch_size=4, max_completion_length=12,
+                   max_steps=4, learning_rate=0.05, generation_kwargs={"do_sample": False})  # fmt: skip
+    trainer = build_run(folder, Path(out), rollout_pool=6, **options)
+    made, rows = trainer._make_pool, []
+
+    def make_pool() -> Any:
+        pool = made()
+        draw = pool.draw
+        pool.draw = lambda *given: rows.append(draw(*given)) or rows[-1]
+        return pool
+
+    trainer._make_pool = make_pool
+    weights = before_each_update(trainer, lambda: trained(trainer))
+    trainer.train()
+    assert trainer._pool is not None and trainer._pool.rows == []
+    drawn = [[(row.prompt_ids, row.completion_ids, row.steps) for row in window] for window in rows]
+    sampler, process = trainer._get_train_sampler(), trainer.accelerator.process_index
+    texts = trainer.train_dataset["prompt"][:]
+    prompts = [[texts[i] for i in sampler.rollouts(window, process)] for window in range(4)]
+    return {
+        "held": held(trainer),
+        "weights": weights,
+        "rows": gather_object([drawn]),
+        "prompts": gather_object([prompts]),
+    }
+
+
+@torch.no_grad()
+def check_ahead(folder: str, seen: dict[str, Any]) -> None:
+    """Windows are the sampler's on each process; each token is what its policy says; some rows have two policies."""
+    tokenizer, plain = AutoTokenizer.from_pretrained(folder), AutoModelForCausalLM.from_pretrained(folder)
+    rows = [row for windows in seen["rows"] for window in windows for row in window]
+    prompts = [text for windows in seen["prompts"] for window in windows for text in window]
+    assert [ids for ids, *_ in rows] == [tokenizer(text)["input_ids"] for text in prompts] and len(rows) == 32
+    mixed = 0
+    for version, weights in enumerate(seen["weights"]):
+        plain.load_state_dict(weights, strict=False)  # embeddings are tied
+        for prompt, completion, steps in rows:
+            chosen = plain(torch.tensor([prompt + completion])).logits[0, len(prompt) - 1 : -1].argmax(dim=-1)  # (C,)
+            assert all(c == t for c, t, step in zip(chosen, completion, steps, strict=True) if step == version)
+            mixed += steps[0] == version and steps[-1] > version
+    assert mixed
+
+
 @torch.no_grad()
 def answers(model: torch.nn.Module, tokenizer: PreTrainedTokenizerBase) -> torch.Tensor:
     """Log-probability of the right letter and of stopping after it, of every word. `(256, 2)`"""
@@ -237,8 +289,12 @@ def check_how(file: str, held: dict[str, Any], quantised: bool = False, adam: bo
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory) -> dict[str, str]:
     folder = tmp_path_factory.mktemp("models")
+    short = AutoModelForCausalLM.from_pretrained(save(folder / "short"))
+    short.generation_config.eos_token_id = [1, *range(3, 28)]  # so that some completions are short
+    short.save_pretrained(folder / "short")
     return {
         "tiny": save(folder / "tiny"),
+        "short": str(folder / "short"),
         "value": save_value_model(folder / "value"),
         "task": save_start(folder / "task"),
         "task, wide": save_start(folder / "task, wide", **WIDE),
@@ -392,7 +448,11 @@ def test_learning_saving_and_resuming(file, folders, of_one_process, tmp_path):
     if file == "fsdp2":  # with this one, the Trainer itself would save nothing
         jobs["LoRA"]["state_dict_type"] = "SHARDED_STATE_DICT"
     jobs |= {case: dict(job="resumable", folder=folders["tiny"], case=case) for case in cases}
+    jobs |= {"ahead": dict(job="ahead", folder=folders["short"])} if cases else {}
     seen = run(file, tmp_path, jobs)
+    if cases:
+        check_how(file, seen["ahead"]["held"])
+        check_ahead(folders["short"], seen["ahead"])
 
     for kind in kinds:
         check_how(file, seen[kind]["held"], quantised=kind == "QLoRA")
