@@ -617,7 +617,12 @@ def test_4_2_predict_and_streams_count_each_row_once(folder, tmp_path):
 
 
 def test_3_4_evaluation_by_continuous_batching_reaches_neither_window_nor_metrics(folder, tmp_path):
-    batching = dict(use_transformers_continuous_batching=True, per_device_eval_batch_size=2, max_steps=2)
+    # By default it takes most of the memory there is for its cache, and fills it with zeros each time.
+    small = dict(max_batch_tokens=256, num_blocks=64)
+    batching = dict(
+        use_transformers_continuous_batching=True, transformers_continuous_batching_config=small,
+        per_device_eval_batch_size=2, max_steps=2,
+    )  # fmt: skip
     trainer = evaluated(
         folder, tmp_path, NUMBERED, **batching, num_iterations=2, replay_buffer_size=8, logging_steps=1,
         eval_strategy="steps", eval_steps=1,
