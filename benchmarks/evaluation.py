@@ -5,6 +5,8 @@
 
 Questions whose answers are short and questions whose answers are long give lengths with a long tail. The plain loop
 sorts its prompts by length and draws batch after batch; each batch waits for its longest row.
+
+Every finished repetition is kept in docs/benchmarks/evaluation.json, and is not made again. Delete it to start over.
 """
 
 import os
@@ -17,7 +19,7 @@ from typing import Any
 
 import torch
 from common import tasks, tiny
-from common.report import listed, mean_and_error, parse, processor, ratios, show, table, versions, write
+from common.report import Store, listed, mean_and_error, parse, processor, ratios, show, table, versions, write
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 from tbrm_trl.evaluation.sampling import Request, Sampling, end_ids_of, generate, prompt_ids_of, seed_of
@@ -62,49 +64,42 @@ def evaluation(model: Any, tokenizer: Any, requests: list[Request], sampling: Sa
     return [len(one.ids) for one in generate(model, tokenizer, requests, sampling, batch)]
 
 
-def measure(folder: str, batch: int, samples: int, limit: int, repetitions: int) -> dict[str, Any]:
-    """Tokens per second and lengths of both, alternating."""
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    model = AutoModelForCausalLM.from_pretrained(folder).to(device).eval()
-    model.generation_config = GenerationConfig(eos_token_id=model.generation_config.eos_token_id)
-    tokenizer = AutoTokenizer.from_pretrained(folder)
+def measure(model: Any, tokenizer: Any, repetition: int, batch: int, samples: int, limit: int) -> dict[str, Any]:
+    """Seconds and lengths of both, one after the other."""
     prompts = [prompt_ids_of(tokenizer, [{"role": "user", "content": text}]) for text in SHORT + LONG]
-    found: dict[str, Any] = {"plain loop": [], "evaluation": []}
-    for repetition in range(repetitions):
-        requests = [
-            Request(ids, seed_of(repetition, prompt, sample))
-            for sample in range(samples)
-            for prompt, ids in enumerate(prompts)
-        ]
-        for name, draw in (("plain loop", plain_loop), ("evaluation", evaluation)):
-            torch.manual_seed(repetition)
-            start = time.perf_counter()
-            lengths = draw(model, tokenizer, requests, Sampling(max_new_tokens=limit), batch)
-            seconds = time.perf_counter() - start
-            found[name].append({"seconds": seconds, "lengths": lengths})
-            rate = f"{sum(lengths) / seconds:.1f} tokens per second, {sum(lengths) / len(lengths):.0f} a completion"
-            print(f"{repetition} {name}: {rate}", file=sys.stderr)
+    requests = [
+        Request(ids, seed_of(repetition, prompt, sample))
+        for sample in range(samples)
+        for prompt, ids in enumerate(prompts)
+    ]
+    found: dict[str, Any] = {}
+    for name, draw in (("plain loop", plain_loop), ("evaluation", evaluation)):
+        torch.manual_seed(repetition)
+        start = time.perf_counter()
+        lengths = draw(model, tokenizer, requests, Sampling(max_new_tokens=limit), batch)
+        seconds = time.perf_counter() - start
+        found[name] = {"seconds": seconds, "lengths": lengths}
+        rate = f"{sum(lengths) / seconds:.1f} tokens per second, {sum(lengths) / len(lengths):.0f} a completion"
+        print(f"{repetition} {name}: {rate}", file=sys.stderr)
     return found
 
 
-def report(results: dict[str, Any]) -> str:
-    rates = {
-        name: [sum(run["lengths"]) / run["seconds"] for run in runs] for name, runs in results["measurements"].items()
-    }
+def report(store: Store, model: str, settings: dict[str, int]) -> str:
+    measured = {name: [one[name] for one in store.values()] for name in ("plain loop", "evaluation")}
+    rates = {name: [sum(run["lengths"]) / run["seconds"] for run in runs] for name, runs in measured.items()}
     rows = []
-    for name, runs in results["measurements"].items():
+    for name, runs in measured.items():
         lengths = sorted(length for run in runs for length in run["lengths"])
         mean, error = mean_and_error(lengths)
         quantiles = [lengths[int(share * (len(lengths) - 1))] for share in (0.5, 0.9, 1)]
         rows.append([name, f"{statistics.median(rates[name]):.1f}", f"{mean:.1f} ± {error:.1f}", *map(str, quantiles)])
     ratio = ratios(rates["evaluation"], rates["plain loop"])
-    settings = results["settings"]
     return f"""# Throughput of an evaluation
 
-Written by `python benchmarks/evaluation.py`. {results["hardware"]}; {listed(results["versions"])}.
+Written by `python benchmarks/evaluation.py`. {processor()}; {listed(versions(*PACKAGES))}.
 Raw numbers: [evaluation.json](evaluation.json).
 
-{results["model"]}, batches of {settings["batch"]}, {settings["samples"]} completions at T = 1 of each of
+{model}, batches of {settings["batch"]}, {settings["samples"]} completions at T = 1 of each of
 {len(SHORT)} questions with short answers and {len(LONG)} with long ones, at most {settings["limit"]} tokens. Lengths
 are of all repetitions; their means agree if both draw from the same distribution. `tests/test_evaluation_results.py`
 tests the draws themselves.
@@ -119,17 +114,18 @@ def main() -> None:
     arguments = parse(__doc__, quick="a tiny model and few rows", repetitions=dict(type=int, default=3))
     settings = dict(batch=4, samples=1, limit=32) if arguments.quick else dict(batch=16, samples=4, limit=384)
     torch.set_num_threads(len(os.sched_getaffinity(0)))
+    store = Store(arguments.output / "evaluation.json", settings=settings)
     with TemporaryDirectory() as folder:
-        model = tiny.save(Path(folder)) if arguments.quick else tasks.smollm2()
-        found = measure(model, repetitions=arguments.repetitions, **settings)
-    results = {
-        "model": "A tiny model" if arguments.quick else "SmolLM2-135M-Instruct",
-        "settings": settings,
-        "measurements": found,
-        "hardware": processor(),
-        "versions": versions(*PACKAGES),
-    }
-    write(arguments.output, "evaluation", report(results), results)
+        name = tiny.save(Path(folder)) if arguments.quick else tasks.smollm2()
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+        model = AutoModelForCausalLM.from_pretrained(name).to(device).eval()
+        tokenizer = AutoTokenizer.from_pretrained(name)
+    model.generation_config = GenerationConfig(eos_token_id=model.generation_config.eos_token_id)
+    for repetition in range(arguments.repetitions):
+        if str(repetition) not in store:
+            store[str(repetition)] = measure(model, tokenizer, repetition, **settings)
+    described = "A tiny model" if arguments.quick else "SmolLM2-135M-Instruct"
+    write(arguments.output, "evaluation", report(store, described, settings))
 
 
 if __name__ == "__main__":

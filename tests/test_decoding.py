@@ -16,7 +16,7 @@ from torch import Tensor
 from transformers import GenerationConfig, PreTrainedModel
 from transformers.cache_utils import DynamicLayer
 
-from tbrm_trl.model.caches import ROOM, RoomyLayer
+from tbrm_trl.model.caches import ROOM, RoomyLayer, closed_up, equally_wide
 from tbrm_trl.model.decoding import Slots, sample
 
 ENDS = [1, *range(5, 16)]  # a tiny model meets one of them now and then
@@ -62,26 +62,47 @@ def test_a_cache_with_room_holds_what_any_other_does():
     """After any tokens, selections of rows, repetitions and cuts; and a token more does not copy those before it."""
     rng = random.Random(0)
     for _ in range(50):
-        ours, theirs = RoomyLayer(), DynamicLayer()
+        ours, theirs = RoomyLayer(rng.choice([0, 6])), DynamicLayer()
         rows = rng.randint(1, 4)
-        for _ in range(12):
+        for _ in range(16):
             new = torch.randn(2, rows, 2, rng.choice([1, 1, 1, 5, ROOM + 3]), 3)  # keys and values
             for layer in (ours, theirs):
                 assert all(map(torch.equal, layer.update(*new), (layer.keys, layer.values)))
             change = rng.randrange(8)
-            kept = torch.tensor(rng.choices(range(rows), k=rng.randint(1, 4)))
+            if change == 0:
+                kept = torch.tensor(rng.choices(range(rows), k=rng.randint(1, 4)))
+            if change == 1:
+                kept = torch.tensor(closed_up(sorted(rng.sample(range(rows), rng.randint(1, rows)))))
+            added = torch.randn(2, rng.randint(1, 2), 2, rng.randint(1, 9), 3)
             for layer in (ours, theirs):
-                if change == 0:
+                if change < 2:
                     layer.batch_select_indices(kept)
-                if change == 1:
-                    layer.crop(-1)
                 if change == 2:
+                    layer.crop(-1)
+                if change == 3 and layer is ours:
+                    layer.cut(1)
+                elif change == 3:
                     layer.keys, layer.values = layer.keys[:, :, 1:], layer.values[:, :, 1:]
+                if change == 4 and layer is ours:
+                    layer.append(*added)
+                elif change == 4:
+                    layer.keys = torch.cat(equally_wide(layer.keys, added[0], dim=-2))
+                    layer.values = torch.cat(equally_wide(layer.values, added[1], dim=-2))
             rows = len(ours.keys)
             assert torch.equal(ours.keys, theirs.keys) and torch.equal(ours.values, theirs.values)
-    ours = RoomyLayer()
-    places = {ours.update(*torch.randn(2, 1, 2, 1, 3))[0].data_ptr() for _ in range(ROOM + 1)}
+    ours, places = RoomyLayer(4), set()
+    for rows in (3, 2, 4):  # rows leave, and others come
+        if rows == 2:
+            ours.batch_select_indices(torch.tensor(closed_up([1, 2])))
+        if rows == 4:
+            ours.append(*torch.randn(2, 2, 2, 3, 3))
+        places |= {ours.update(*torch.randn(2, rows, 2, 1, 3))[0].data_ptr() for _ in range(ROOM // 3)}
     assert len(places) == 1
+
+
+def test_rows_close_up():
+    assert closed_up([0, 1, 2]) == [0, 1, 2] and closed_up([]) == []
+    assert closed_up([1, 2, 3]) == [3, 1, 2] and closed_up([0, 3, 5]) == [0, 5, 3]
 
 
 def positions_read(policy: PreTrainedModel) -> list[int]:

@@ -1,5 +1,6 @@
 """Key-value caches whose rows can be taken out and put together, and which do not copy themselves for each token."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -12,47 +13,87 @@ ROOM = 64  # tokens
 
 
 class RoomyLayer(DynamicLayer):
-    """Keys and values `(B, H, W, D)` with room for tokens to come.
+    """Keys and values `(B, H, W, D)` with room for tokens and rows to come.
 
     transformers' own layer copies all keys and values for every token, which takes longer than the attention to them.
+
+    Args:
+        rows: for how many rows there is to be room; 0 for those that come first.
     """
 
     keys: Any
     values: Any
-    _views: tuple[Tensor, ...] = ()  # what `update` gave last: parts of the tensors below
-    _whole: tuple[Tensor, ...] = ()  # each (B, H, W + room, D)
+
+    def __init__(self, rows: int = 0):
+        super().__init__()
+        self.rows = rows
+        self._whole: tuple[Tensor, ...] = ()  # keys and values, each (B + room, H, W + room, D)
+        self._views: tuple[Tensor, ...] = ()  # the parts of them that hold something
+        self._first = 0  # column at which these begin
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
-        new = key_states, value_states
-        width = self.get_seq_length()
-        after = width + key_states.shape[-2]
-        now = self.keys, self.values
-        is_ours = len(self._views) == 2 and all(map(_same, now, self._views))  # not if rows were taken out since
-        if not (is_ours and after <= self._whole[0].shape[-2]):
-            self._whole = tuple(_with_room(*pair, width) for pair in zip(now, new, strict=True))
+        new, width, more = (key_states, value_states), self.get_seq_length(), key_states.shape[-2]
+        if not (self._is_ours() and self._first + width + more <= self._whole[0].shape[-2]):
+            held = self.keys, self.values
+            self._whole = tuple(self._with_room(*pair, width) for pair in zip(held, new, strict=True))
+            self._first = 0
+        last = self._first + width + more
         for whole, states in zip(self._whole, new, strict=True):
-            whole[:, :, width:after] = states
-        self.keys, self.values = self._views = tuple(whole[:, :, :after] for whole in self._whole)
+            whole[: len(states), :, last - more : last] = states
+        self._show(len(key_states), self._first, last)
         return self.keys, self.values
 
+    def batch_select_indices(self, indices: Tensor) -> None:
+        sources = indices.tolist()
+        if not (self._is_ours() and all(source >= place for place, source in enumerate(sources))):
+            return super().batch_select_indices(indices)
+        held = slice(self._first, self._first + self.get_seq_length())
+        for place, source in enumerate(sources):
+            if place != source:
+                for whole in self._whole:
+                    whole[place, :, held] = whole[source, :, held]
+        self._show(len(sources), held.start, held.stop)
 
-def _same(one: Any, other: Any) -> bool:
-    return one is other
+    def cut(self, columns: int) -> None:
+        """Leave out the first columns."""
+        if self._is_ours():
+            self._show(len(self.keys), self._first + columns, self._first + self.get_seq_length())
+        else:
+            self.keys, self.values = self.keys[:, :, columns:], self.values[:, :, columns:]
 
+    def append(self, keys: Tensor, values: Tensor) -> None:
+        """Add the rows of another cache. Both end at the same column, and the shorter ones have zeros before them."""
+        rows, width, more, wide = len(self.keys), self.get_seq_length(), len(keys), keys.shape[-2]
+        if not (self._is_ours() and rows + more <= len(self._whole[0]) and wide <= width):
+            self.keys = torch.cat(equally_wide(self.keys, keys, dim=-2))
+            self.values = torch.cat(equally_wide(self.values, values, dim=-2))
+            return
+        last = self._first + width
+        for whole, states in zip(self._whole, (keys, values), strict=True):
+            whole[rows : rows + more, :, self._first : last - wide] = 0
+            whole[rows : rows + more, :, last - wide : last] = states
+        self._show(rows + more, self._first, last)
 
-def _with_room(old: Tensor, new: Tensor, width: int) -> Tensor:
-    rows, heads, more, size = new.shape
-    whole = new.new_empty(rows, heads, width + more + ROOM, size)
-    if width:
-        whole[:, :, :width] = old
-    return whole
+    def _is_ours(self) -> bool:
+        """Whether what is held is where this class has put it: others may have set keys and values meanwhile."""
+        return bool(self._views) and self.keys is self._views[0] and self.values is self._views[1]
+
+    def _show(self, rows: int, first: int, last: int) -> None:
+        self._first = first
+        self.keys, self.values = self._views = tuple(whole[:rows, :, first:last] for whole in self._whole)
+
+    def _with_room(self, held: Tensor, new: Tensor, width: int) -> Tensor:
+        rows, heads, more, size = new.shape
+        whole = new.new_empty(max(rows, self.rows), heads, width + more + ROOM, size)
+        if width:
+            whole[:rows, :, :width] = held
+        return whole
 
 
 # Layers whose state is one key and one value per row and token. Others share state between rows, or hide it.
-_GROWING = (DynamicLayer, RoomyLayer)
-_PLAIN_LAYERS = (*_GROWING, DynamicSlidingWindowLayer)
+_PLAIN_LAYERS = (DynamicLayer, RoomyLayer, DynamicSlidingWindowLayer)
 
 
 def can_select_rows(cache: Any) -> bool:
@@ -60,28 +101,29 @@ def can_select_rows(cache: Any) -> bool:
     return isinstance(cache, Cache) and all(type(layer) in _PLAIN_LAYERS for layer in cache.layers)
 
 
-def empty_cache(model: PreTrainedModel) -> DynamicCache:
-    """A cache of no row, with the layers that the model wants."""
+def empty_cache(model: PreTrainedModel, rows: int = 0) -> DynamicCache:
+    """A cache of no row, with the layers that the model wants, and with room for so many rows."""
     cache = DynamicCache(config=model.config.get_text_config(decoder=True))
-    give_room(cache)
+    give_room(cache, rows)
     return cache
 
 
-def give_room(cache: Cache) -> None:
-    """Let the layers of a cache that hold nothing yet have room for tokens to come."""
+def give_room(cache: Cache, rows: int = 0) -> None:
+    """Let the layers of a cache that hold nothing yet have room for tokens, and for so many rows, to come."""
     if cache.layer_class_to_replicate is DynamicLayer:
         cache.layer_class_to_replicate = RoomyLayer
     cache.layers = [
-        RoomyLayer() if type(layer) is DynamicLayer and not layer.is_initialized else layer for layer in cache.layers
+        RoomyLayer(rows) if type(layer) is DynamicLayer and not layer.is_initialized else layer
+        for layer in cache.layers
     ]
 
 
-def trim(cache: Cache, first: int) -> bool:
-    """Cut off the columns before the first that is used. Whether the layers could be cut."""
-    if not all(type(layer) in _GROWING for layer in cache.layers):
+def trim(cache: Cache, columns: int) -> bool:
+    """Leave out the first columns. Whether the layers can do so."""
+    if not all(isinstance(layer, RoomyLayer) for layer in cache.layers):
         return False
     for layer in cache.layers:
-        layer.keys, layer.values = layer.keys[:, :, first:], layer.values[:, :, first:]
+        layer.cut(columns)
     return True
 
 
@@ -90,11 +132,20 @@ def joined(first: Cache, second: Cache) -> Cache:
     for layer, other in zip(first.layers, second.layers, strict=True):
         if not other.is_initialized:  # it reads another layer's keys
             continue
+        if isinstance(layer, RoomyLayer):
+            layer.append(other.keys, other.values)
+            continue
         layer.keys = torch.cat(equally_wide(layer.keys, other.keys, dim=-2))
         layer.values = torch.cat(equally_wide(layer.values, other.values, dim=-2))
-        if isinstance(layer, DynamicSlidingWindowLayer):
-            layer.cumulative_length = max(layer.cumulative_length, other.cumulative_length)
+        layer.cumulative_length = max(layer.cumulative_length, other.cumulative_length)
     return first
+
+
+def closed_up(kept: Sequence[int]) -> list[int]:
+    """The same rows, in an order in which the last ones fill the gaps and all others stay where they are."""
+    moved = [row for row in kept if row >= len(kept)]
+    staying = set(kept)
+    return [place if place in staying else moved.pop() for place in range(len(kept))]
 
 
 def equally_wide(*tensors: Tensor, dim: int = -1) -> list[Tensor]:

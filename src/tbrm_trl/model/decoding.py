@@ -16,7 +16,7 @@ from torch import Tensor
 from transformers import Cache, GenerationConfig, LogitsProcessorList, PreTrainedModel
 from transformers.generation import GenerationMode, StoppingCriteriaList
 
-from .caches import can_select_rows, empty_cache, equally_wide, give_room, joined, trim
+from .caches import can_select_rows, closed_up, empty_cache, equally_wide, give_room, joined, trim
 
 _BY_ROW = ("attention_mask", "position_ids", "token_type_ids")  # arguments of a forward with one row per row, (B, W)
 
@@ -119,7 +119,7 @@ class Slots:
         self.rows: list[Row] = []  # under way, in the order of the cache
         self.places: list[int] = []  # of each of them
         self.processors: list[LogitsProcessorList] = []  # of each of them
-        self.cache = empty_cache(model)
+        self.cache = empty_cache(model, size)
         self.mask = torch.zeros(0, 0, dtype=torch.long, device=model.device)  # (n, W)
         self.logits = torch.zeros(0, 0, device=model.device)  # (n, V)
         self._takes_positions = "position_ids" in inspect.signature(model.forward).parameters
@@ -151,7 +151,7 @@ class Slots:
         width, device = max(map(len, known)), self.mask.device
         ids = torch.tensor([[0] * (width - len(one)) + [*one] for one in distinct], device=device)  # (d, L)
         mask = torch.tensor([[0] * (width - len(one)) + [1] * len(one) for one in distinct], device=device)
-        cache = empty_cache(self.model)
+        cache = empty_cache(self.model, 0 if self.rows else self.size)
         logits = self._forward(ids, mask, cache)
         if len(distinct) < len(rows):
             of_row = torch.tensor([distinct[one] for one in known], device=device)  # (k,)
@@ -171,7 +171,7 @@ class Slots:
             return
         for row, token in zip(self.rows, self.tokens(), strict=True):
             row.completion_ids.append(token)
-        kept = [number for number, row in enumerate(self.rows) if not self.has_ended(row)]
+        kept = closed_up([number for number, row in enumerate(self.rows) if not self.has_ended(row)])
         if len(kept) < len(self.rows):
             self.rows, self.places = [self.rows[n] for n in kept], [self.places[n] for n in kept]
             self.processors = [self.processors[n] for n in kept]
