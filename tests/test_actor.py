@@ -51,7 +51,7 @@ class Run:
             **({"peft_config": LORA} if lora else {}), **options,
         )  # fmt: skip
         self.output = Path(self.trainer.args.output_dir)
-        self.trainer._actor.plan(UPDATES).write(self.output)
+        self.trainer._actor.plan(UPDATES, 0).write(self.output)
         self.versions: list[Version] = []
         self.said: list[str] = []
         self.publish()
@@ -93,7 +93,7 @@ class Run:
 
     @property
     def bounds(self):
-        return self.trainer._actor.plan(UPDATES).bounds
+        return self.trainer._actor.plan(UPDATES, 0).bounds
 
     def file(self, window: int) -> Path:
         return window_file(self.output / "records", window)
@@ -188,7 +188,9 @@ def test_a_line_that_a_kill_has_cut_short_was_never_written(tmp_path):
     written: list[Any] = []
 
     def ledger() -> Ledger:
-        return Ledger(tmp_path / "unfinished", tmp_path / "records", 2, 2, lambda file, *rest: written.append(rest))
+        return Ledger(
+            tmp_path / "unfinished", tmp_path / "records", 2, range(2), lambda file, *rest: written.append(rest)
+        )
 
     first = ledger()
     pending = first.pending()
@@ -289,7 +291,33 @@ def test_rewards_that_fail(on_error, reward, llama, server, tmp_path):
         return
     with run.drawing():
         pass
-    assert {row["reward"] for row in run.rows()} == {reward}
+    rows = run.rows()
+    assert {row["reward"] for row in rows} == {reward}
+    assert {(row["metrics/rewards/failing/raised"], row["metrics/rewards/failing/late"]) for row in rows} == {(1, 0)}
+
+
+def test_what_rewards_log_and_know(llama, server, tmp_path):
+    """A row's record has what was logged of it, and the length of the run is known."""
+
+    def telling(completion_ids, log_metric, log_extra, trainer_state, **kwargs):
+        log_metric("tokens", float(len(completion_ids[0])))
+        log_extra("first", [completion_ids[0][0]])
+        return [float(trainer_state.max_steps)]
+
+    run = Run(llama, server, tmp_path, [telling], max_staleness=UPDATES)
+    with run.drawing():
+        pass
+    for row in run.rows():
+        drawn = row["completion_ids"]
+        assert (row["metrics/tokens"], row["extra/first"], row["reward"]) == (len(drawn), drawn[0], UPDATES)
+
+
+def test_a_resumed_run_is_drawn_for_from_its_next_window_on(llama, server, tmp_path):
+    """In a new folder, earlier windows would be read by nobody."""
+    run = Run(llama, server, tmp_path, max_staleness=UPDATES)
+    run.trainer._actor.plan(UPDATES, 2).write(run.output)
+    run.actor().run()
+    assert [run.file(window).exists() for window in range(UPDATES)] == [window >= 2 for window in range(UPDATES)]
 
 
 # ---- tools and environments ------------------------------------------------------------------------------------------

@@ -390,6 +390,25 @@ def test_without_functions_the_writers_sum_counts_and_its_parts_are_logged(llama
     assert (entry["rewards/letters/mean"], entry["rewards/digits/mean"]) == (1.0, 3.0)  # of what is scored
 
 
+def test_what_writers_logged_is_logged(llama, tmp_path):
+    """A metric as the mean over the rows that have it, a column of the completions for all of them."""
+    records = tmp_path / "records"
+    rows = made_rows(4)
+    for number, row in enumerate(rows):
+        row |= {
+            "metrics/seconds": float(number),
+            "metrics/rare": 7.0 if number == 2 else None,
+            "extra/judge": f"j{number}",
+        }
+    write_record(records, "other", 0, rows)
+    trainer = follow(llama, tmp_path, records, max_steps=1, log_completions=True, save_rollouts=True, logging_steps=1)
+    trainer.train()
+    (entry,) = [one for one in trainer.state.log_history if "loss" in one]
+    assert (entry["seconds"], entry["rare"]) == (1.5, 7.0)
+    assert sorted(trainer._logs["extra"]["judge"]) == ["j0", "j1", "j2", "j3"]
+    assert not [name for name in load_rollouts(trainer.args.output_dir).column_names if "seconds" in name]
+
+
 def test_other_functions_than_the_learners_or_those_before_are_refused(tmp_path):
     rows = [named(row, 1.0, 1.0) for row in made_rows(8)]
     write_record(tmp_path, "other", 0, rows[:4])

@@ -47,6 +47,24 @@ def test_from_threads(misbehaving):
     assert results == {0: [0.0, 1.0], 1: [1.0, None], 2: [2.0, 1.0], 3: [3.0, 1.0]}
 
 
+def test_threads_share_the_workers(tmp_path):
+    """Two rows of two threads are judged at once: each waits until the other one is there, too."""
+    workers = InWorkers(reward_functions.both_there, time_limit=20, workers=2)
+    rewards: dict[str, list] = {}
+
+    def call(name: str) -> None:
+        rewards[name] = workers([name], folder=[str(tmp_path)])
+
+    threads = [threading.Thread(target=call, args=(name,)) for name in "ab"]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert rewards == {"a": [1.0], "b": [1.0]} and not workers.counts
+    assert workers(["a", "b"], folder=[str(tmp_path)] * 2) == [1.0, 1.0]
+    workers.close()
+
+
 def test_what_is_logged(misbehaving):
     extra, metrics = {}, {}
     rewards = misbehaving(["a b", "raise", "c"], log_extra=extra.__setitem__, log_metric=metrics.__setitem__)
@@ -115,7 +133,7 @@ def test_a_worker_does_not_load_torch():
     """It takes the memory of sympy, not that of a trainer."""
     workers = InWorkers(mathematics.correct, workers=1)
     assert workers(["\\boxed{1+x}"], solution=["x+1"]) == [1.0]
-    (worker,) = workers._pool
+    (worker,) = workers._idle
     assert "libtorch" not in Path(f"/proc/{worker.process.pid}/maps").read_text()
     workers.close()
 
@@ -124,7 +142,7 @@ def test_a_worker_ends_by_itself_once_nothing_asks_it():
     """Also if a kill left no time to end it: a process that waits for ever would keep its memory."""
     workers = InWorkers(reward_functions.length, workers=1)
     assert workers(["abc"]) == [3.0]
-    (worker,) = workers._pool
+    (worker,) = workers._idle
     worker.connection.close()
     assert worker.process.wait(timeout=60) == 0
 

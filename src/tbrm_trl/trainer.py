@@ -152,7 +152,7 @@ from .sources.logged import (
 )
 from .sources.pool import PoolRow, RolloutPool
 from .sources.prompts import PromptRenderer, fitting_prompts, text_of
-from .sources.records import Record, RecordFolder, Taken
+from .sources.records import EXTRA_PREFIX, METRIC_PREFIX, Record, RecordFolder, Taken
 from .sources.reference_scores import precompute_scores
 from .sources.replay import ReplayBuffer
 from .sources.returns import check_magnitude, largest_return, total_reward, unique_names
@@ -463,7 +463,7 @@ class TBRMTrainer(ExactResume, GRPOTrainer):
         quantized = getattr(policy, "is_loaded_in_4bit", False)
         base = str((folder / publisher.BASE).absolute()) if quantized else get_config_model_id(policy.config)
 
-        def plan(updates: int) -> Plan:
+        def plan(updates: int, made: int) -> Plan:
             sampler, per_window = self._get_train_sampler(), args.fresh_updates * args.num_iterations
             if quantized:
                 say_base(write_base(folder, policy, self._tokenizer))
@@ -473,7 +473,8 @@ class TBRMTrainer(ExactResume, GRPOTrainer):
                 dataset=self.train_dataset,
                 sampler=sampler,
                 bounds=Bounds(sampler.mix.rollouts, args.fresh_updates, per_window, args.max_staleness),
-                windows=-(-updates // per_window),
+                windows=range(-(-made // per_window), -(-updates // per_window)),
+                updates=updates,
                 some_logged=bool(self._plan.mix.logged),
                 processing_class=self.processing_class,
                 prompt_limit=self._prompt_limit,
@@ -819,7 +820,7 @@ class TBRMTrainer(ExactResume, GRPOTrainer):
             self._completions.add(rollouts, "train")
         rewards = self._rewards if rollouts else None  # kept here, since logged rows are rewarded next
         window = rollouts + (self._logged_rows.take(logged) if self._logged_rows is not None and logged else [])
-        check_length(max(map(len, window)), self._rotary_limit)
+        check_length(int(self._gather([max(map(len, window))]).max()), self._rotary_limit)
         self._rows_drawn += len(window)
         self._score_stale(window)
         self._give_values(window, fresh + logged, self.num_generations)
@@ -852,8 +853,9 @@ class TBRMTrainer(ExactResume, GRPOTrainer):
         weights, total = torch.eye(len(names))[0].to(rewards), rewards[:, 0]  # (F,), (B,)
         if names == folder.functions:
             weights = self.reward_weights.to(rewards)
-            check_magnitude(rewards, weights, names, self.args.beta)
+            check_magnitude(self.accelerator.gather(rewards), weights, names, self.args.beta)
             total = total_reward(rewards, weights, self.args.reward_pessimism)
+        self._pend_logged(records)
         drawing = dict(rollout_func=lambda *_: given, tools=[], environments=None, environment_factories=None)
         with temporarily(
             self, use_vllm=False, reward_func_names=names, reward_weights=weights, _given_rewards=rewards, **drawing
@@ -871,23 +873,39 @@ class TBRMTrainer(ExactResume, GRPOTrainer):
         metrics["rollouts/versions"].append(taken.versions)
         return trajectories
 
+    def _pend_logged(self, records: Sequence[Record]) -> None:
+        """Hand TRL what is logged of rollouts, to be logged with them."""
+        for record in records:
+            for name, value in record.logged(METRIC_PREFIX).items():
+                if value is not None:
+                    self._pending_metrics[name].append(value)
+        extras = [record.logged(EXTRA_PREFIX) for record in records]
+        for name in {name: None for one in extras for name in one}:
+            self._pending_extra_logs[name] = [one.get(name) for one in extras]
+
     def _take_records(self, folder: RecordFolder) -> tuple[Taken, list[Record]]:
         """This process's share of the next rows. The main process waits for all of them, and says which they are."""
         rows, process = self._plan.mix.rollouts, self.accelerator.process_index
         share = rows // self.args.world_size
-        outcome: list[Any] = [None]
+        taken: list[Taken | None] = [None]
         records: list[Record] = []
+        failure: Exception | None = None
         if process == 0:
             try:
-                outcome[0], records = folder.take(rows)
-            except Exception as error:  # every process ends by it
-                outcome[0] = error
-        (found,) = broadcast_object_list(outcome)
-        if isinstance(found, Exception):
-            raise found
-        if process == 0:
-            return found, records[:share]
-        return found, folder.read(found.share(process * share, (process + 1) * share))
+                taken[0], records = folder.take(rows)
+            except Exception as error:
+                failure = error
+        (found,) = broadcast_object_list(taken)
+        if process and found is not None:
+            try:
+                records = folder.read(found.share(process * share, (process + 1) * share))
+            except Exception as error:
+                failure = error
+        for failed in gather_object([failure]):  # every process ends by it
+            if failed is not None:
+                raise failed
+        assert found is not None
+        return found, records[:share]
 
     def _group_ids(self, rows: int) -> list[int]:
         """A number for each row that this process draws, equal for rollouts of one prompt."""

@@ -3,6 +3,7 @@
 import math
 import os
 import time
+from pathlib import Path
 
 
 def length(completions, **columns):
@@ -32,6 +33,14 @@ def misbehaving(completions, log_extra=None, log_metric=None, **columns):
         log_extra("first letter", [one[:1] for one in completions])
         log_metric("words", sum(len(one.split()) for one in completions) / len(completions))
     return rewards
+
+
+def both_there(completions, folder, **columns):
+    """1, once files of the names a and b are in the folder. Writes that of the completion."""
+    (Path(folder[0]) / completions[0]).touch()
+    while len(os.listdir(folder[0])) < 2:
+        time.sleep(0.01)
+    return [1.0]
 
 
 def weighted_column(completions, weight, **columns):

@@ -8,6 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from accelerate.logging import get_logger
+from accelerate.utils import broadcast_object_list
 from transformers import TrainerCallback
 
 from .ledger import UNFINISHED
@@ -23,6 +24,8 @@ PARENT = "TBRM_TRL_ACTOR_PARENT"  # environment variable: the process with which
 # What tells a process that it is one of a launcher's.
 _OF_THE_LAUNCH = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "GROUP_RANK",
                   "ROLE_RANK", "ROLE_WORLD_SIZE", "FSDP_VERSION")  # fmt: skip
+_PREFIXES_OF_THE_LAUNCH = ("ACCELERATE_", "TORCHELASTIC_", "FSDP_", "PMI_", "PMIX_", "OMPI_COMM_WORLD_",
+                           "MV2_COMM_WORLD_", "MPI_LOCAL")  # fmt: skip
 
 
 class ActorProcess(TrainerCallback):
@@ -33,11 +36,11 @@ class ActorProcess(TrainerCallback):
     Args:
         output_dir: of the run.
         records: folder of the windows.
-        plan: makes what the actor needs to know, given the number of updates of the run.
+        plan: makes what the actor needs to know, given the number of updates of the run, and of those it has made.
         starts: whether to start the actor too. If not, the plan is written for one that is started by hand.
     """
 
-    def __init__(self, output_dir: Path, records: Path, plan: Callable[[int], Plan], starts: bool):
+    def __init__(self, output_dir: Path, records: Path, plan: Callable[[int, int], Plan], starts: bool):
         self.output_dir, self.records, self.plan, self.starts = output_dir, records, plan, starts
         self.log = output_dir / FOLDER / LOG
         self.restarts = 0
@@ -45,15 +48,22 @@ class ActorProcess(TrainerCallback):
         self._process: subprocess.Popen[bytes] | None = None
 
     def on_train_begin(self, args, state, control, **kwargs):
-        if not state.is_world_process_zero:
-            return
-        try:
-            self.plan(state.max_steps).write(self.output_dir)
-        except TypeError as error:
-            if self.starts:
-                raise
-            logger.warning(f"No plan for an actor is written: {error}")
-        if self.starts:
+        outcome: list[Exception | None] = [None]
+        if state.is_world_process_zero:
+            try:
+                self.plan(state.max_steps, state.global_step).write(self.output_dir)
+            except TypeError as error:
+                if self.starts:
+                    outcome = [error]
+                else:
+                    logger.warning(f"No plan for an actor is written: {error}")
+            except Exception as error:
+                outcome = [error]
+        (failure,) = broadcast_object_list(outcome)
+        if failure is not None:  # every process ends by it
+            raise failure
+        if self.starts and state.is_world_process_zero:
+            (self.log.parent / STATUS).unlink(missing_ok=True)  # of an earlier actor
             self.start()
 
     def require_own_folder(self, anew: bool) -> None:
@@ -126,4 +136,4 @@ class ActorProcess(TrainerCallback):
 
 
 def _is_of_the_launch(name: str) -> bool:
-    return name in _OF_THE_LAUNCH or name.startswith(("ACCELERATE_", "TORCHELASTIC_", "FSDP_"))
+    return name in _OF_THE_LAUNCH or name.startswith(_PREFIXES_OF_THE_LAUNCH)

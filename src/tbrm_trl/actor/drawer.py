@@ -4,6 +4,8 @@ import copy
 from collections import defaultdict
 from collections.abc import Mapping
 from dataclasses import dataclass
+from itertools import product
+from statistics import mean
 from typing import Any
 
 import xxhash
@@ -12,8 +14,9 @@ from trl import GRPOTrainer
 
 from ..config import TBRMConfig
 from ..context import temporarily
+from ..sources.records import EXTRA_PREFIX, METRIC_PREFIX
 from ..sources.returns import unique_names
-from ..sources.reward_calls import RewardCalls
+from ..sources.reward_calls import REASONS, RewardCalls
 from ..sources.rollout import Rewards, trajectories_from_trl
 from ..trajectory import Trajectory
 from .plan import Plan
@@ -29,12 +32,14 @@ class Finished:
         log_probs: what the server said of each token of the completion; 0 for what a tool or environment inserted.
         prompt: text or messages, as the reward functions were given it.
         completion: text or messages, as the reward functions were given it.
+        logged: what was logged of it, by column of a record: metrics, and columns of the table of completions.
     """
 
     trajectory: Trajectory
     log_probs: list[float]
     prompt: Any
     completion: Any
+    logged: dict[str, Any]
 
 
 class RowDrawer(GRPOTrainer):
@@ -45,7 +50,7 @@ class RowDrawer(GRPOTrainer):
 
     - `_tokenize_prompts`: refuses prompts that are too long, or cuts them;
     - `_generate_single_turn`: asks the server;
-    - `_calculate_rewards`: keeps the raw rewards, and fails as the run's options say;
+    - `_calculate_rewards`: keeps the raw rewards and what was logged, and fails as the run's options say;
     - `_get_per_token_logps_and_entropies`: returns nothing, so that no model is run.
 
     Args:
@@ -79,6 +84,8 @@ class RowDrawer(GRPOTrainer):
         self.plan, self.server, self.places = plan, server, places
         self._drawn: list[Drawn] = []
         self._number = 0  # of the row under way
+        self._logged: dict[str, Any] = {}
+        self.state.max_steps = plan.updates
 
     def for_one_thread(self) -> "RowDrawer":
         """A drawer that shares with this one what no row changes, and has its own of the rest."""
@@ -100,6 +107,7 @@ class RowDrawer(GRPOTrainer):
             row: what environments and reward functions are given of the data set's row.
         """
         self._drawn, self._number = [], number
+        self._metrics["train"].clear()
         output = self._generate_and_score_completions([dict(row)])
         first, last = self._drawn[0].version, self._drawn[-1].version
         (trajectory,) = trajectories_from_trl(
@@ -111,7 +119,7 @@ class RowDrawer(GRPOTrainer):
         )
         trajectory.first_policy_version, trajectory.policy_version = first.name, last.name
         log_probs = output["sampling_per_token_logps"][0, : len(trajectory.completion_ids)].tolist()
-        return Finished(trajectory, log_probs, self._rewards.prompts[0], self._rewards.completions[0])
+        return Finished(trajectory, log_probs, self._rewards.prompts[0], self._rewards.completions[0], self._logged)
 
     def _tokenize_prompts(self, prompts: list[Any]) -> Any:
         prompt_ids, images, multimodal_fields = super()._tokenize_prompts(prompts)
@@ -145,9 +153,17 @@ class RowDrawer(GRPOTrainer):
         guarded = list(map(self._reward_calls.guarded, self.reward_funcs, self.reward_func_names))
         with temporarily(self, reward_funcs=guarded):
             rewards_per_func = super()._calculate_rewards(inputs, prompts, completions, completion_ids_list)  # (1, F)
-        for failure in self._reward_calls.taken():
+        failures = self._reward_calls.taken()
+        for failure in failures:
             if self.args.reward_on_error == "raise" or failure.reason == "wrong":
                 raise failure.error
+        failed = {(failure.function, failure.reason) for failure in failures}
+        if self.args.reward_on_error != "raise":
+            for name, reason in product(self.reward_func_names, REASONS):
+                self._pending_metrics[f"rewards/{name}/{reason}"].append(float((name, reason) in failed))
+        metrics = {METRIC_PREFIX + name: mean(values) for name, values in self._pending_metrics.items()}
+        extra = {EXTRA_PREFIX + name: values[0] for name, values in self._pending_extra_logs.items() if values}
+        self._logged = {**metrics, **extra}
         self._rewards = Rewards.of(
             rewards_per_func, self.reward_weights, self.reward_func_names, self.args.reward_pessimism,
             bool(self.tools), inputs, prompts, completions,

@@ -21,7 +21,7 @@ class Ledger:
         folder: of the unfinished windows.
         records: of the files of whole windows.
         rows: in a window.
-        windows: of the run.
+        windows: numbers of those that are to be written, in order.
         finish: writes the file of a window, given its number and its rows in order.
     """
 
@@ -30,7 +30,7 @@ class Ledger:
         folder: Path,
         records: Path,
         rows: int,
-        windows: int,
+        windows: range,
         finish: Callable[[Path, int, list[dict[str, Any]]], None],
     ):
         self.folder, self.records, self.rows, self.windows, self.finish = folder, records, rows, windows, finish
@@ -39,7 +39,7 @@ class Ledger:
 
     def pending(self) -> Iterator[int]:
         """The rows that are to be drawn, by their number in the run, in order."""
-        for window in range(self.windows):
+        for window in self.windows:
             if window_file(self.records, window).is_file():
                 self._file(window).unlink(missing_ok=True)
                 continue

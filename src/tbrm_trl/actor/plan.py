@@ -34,7 +34,8 @@ class Plan:
         dataset: the training set, as windows are drawn from it.
         sampler: says which rows of it make up a window.
         bounds: which rows may start under which policy.
-        windows: how many the run trains on.
+        windows: numbers of those that the run has yet to take.
+        updates: of the whole run.
         some_logged: whether the data set has logged rows too.
         reward_funcs, reward_processing_classes, tools, environment_factory: as in the trainer.
         processing_class: the tokenizer.
@@ -54,7 +55,8 @@ class Plan:
     dataset: Any
     sampler: WindowSampler
     bounds: Bounds
-    windows: int
+    windows: range
+    updates: int
     some_logged: bool
     reward_funcs: Any
     reward_processing_classes: Any

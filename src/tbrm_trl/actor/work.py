@@ -31,14 +31,15 @@ class LatestPolicy:
 
     def __init__(self, folder: Path, patience: float):
         self.folder, self.patience = folder, patience
-        self._read: tuple[int, Version] | None = None
+        self._read: tuple[tuple[int, int], Version] | None = None
 
     def __call__(self) -> Version:
         """Raises `ServerError` if none comes for longer than `patience` allows."""
         file, began = self.folder / publisher.LATEST, time.monotonic()
         while True:
             try:
-                changed = file.stat().st_mtime_ns
+                status = file.stat()
+                changed = status.st_mtime_ns, status.st_ino  # coarse clocks give two files one time
                 if self._read is None or self._read[0] != changed:
                     version = read_latest(self.folder)
                     assert version is not None
@@ -86,7 +87,7 @@ class Actor:
         Raises:
             Exception: what a worker could not go on from.
         """
-        count = min(PER_REQUEST * self.concurrency, self.plan.windows * self.plan.per_window)
+        count = min(PER_REQUEST * self.concurrency, len(self.plan.windows) * self.plan.per_window)
         workers = [threading.Thread(target=self._work, daemon=True) for _ in range(count)]
         for worker in workers:
             worker.start()
@@ -95,7 +96,7 @@ class Actor:
         self._write_status()
         if self._error is not None:
             raise self._error
-        self.say(f"All {self.plan.windows} windows are written.")
+        self.say(f"All {len(self.plan.windows)} windows are written.")
 
     def _work(self) -> None:
         try:
@@ -125,7 +126,12 @@ class Actor:
 
     def _write(self, file: Path, window: int, done: list[dict[str, Any]]) -> None:
         self._write_status()  # before the run sees the window
-        rows = [{**row, LOG_PROBS: said["log_probs"]} for row, said in zip(self.plan.rows(window), done, strict=True)]
+        logged = [said.get("logged", {}) for said in done]
+        columns = dict.fromkeys(name for one in logged for name in one)
+        rows = [
+            {**row, **columns, **one, LOG_PROBS: said["log_probs"]}
+            for row, one, said in zip(self.plan.rows(window), logged, done, strict=True)
+        ]
         trajectories = [from_row(said["trajectory"]) for said in done]
         save_rollouts(
             file, trajectories, rows, [said["prompt"] for said in done], [said["completion"] for said in done]
@@ -149,6 +155,7 @@ def _said(finished: Finished) -> dict[str, Any]:
         "log_probs": finished.log_probs,
         "prompt": finished.prompt,
         "completion": finished.completion,
+        "logged": finished.logged,
     }
     return json.loads(json.dumps(said, default=plain_value))
 

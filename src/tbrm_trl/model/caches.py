@@ -48,7 +48,8 @@ class RoomyLayer(DynamicLayer):
     def batch_select_indices(self, indices: Tensor) -> None:
         sources = indices.tolist()
         if not (self._is_ours() and all(source >= place for place, source in enumerate(sources))):
-            return super().batch_select_indices(indices)
+            super().batch_select_indices(indices)
+            return self._let_go()
         held = slice(self._first, self._first + self.get_seq_length())
         for place, source in enumerate(sources):
             if place != source:
@@ -69,7 +70,7 @@ class RoomyLayer(DynamicLayer):
         if not (self._is_ours() and rows + more <= len(self._whole[0]) and wide <= width):
             self.keys = torch.cat(equally_wide(self.keys, keys, dim=-2))
             self.values = torch.cat(equally_wide(self.values, values, dim=-2))
-            return
+            return self._let_go()
         last = self._first + width
         for whole, states in zip(self._whole, (keys, values), strict=True):
             whole[rows : rows + more, :, self._first : last - wide] = 0
@@ -79,6 +80,9 @@ class RoomyLayer(DynamicLayer):
     def _is_ours(self) -> bool:
         """Whether what is held is where this class has put it: others may have set keys and values meanwhile."""
         return bool(self._views) and self.keys is self._views[0] and self.values is self._views[1]
+
+    def _let_go(self) -> None:
+        self._whole = self._views = ()
 
     def _show(self, rows: int, first: int, last: int) -> None:
         self._first = first

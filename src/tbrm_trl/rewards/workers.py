@@ -16,7 +16,7 @@ import tempfile
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from multiprocessing.connection import Pipe, wait
 from pathlib import Path
 from typing import Any
@@ -35,7 +35,9 @@ class RewardError(RuntimeError):
 
 
 class InWorkers:
-    """A reward function, with each row scored in a worker process under a time limit. It can be called from any thread.
+    """A reward function, with each row scored in a worker process under a time limit.
+
+    It can be called from several threads at once: they share the workers, each has one at least or waits for one.
 
     The function is called with one completion at a time, and with the columns that are lists with a value for each
     completion. It must be importable: at the top level of a module, or of the script that is run. It gets `log_extra`
@@ -76,22 +78,22 @@ class InWorkers:
         self.memory_limit = memory_limit
         self.raises = raises
         self.counts: Counter[str] = Counter()
-        self._lock = threading.Lock()
-        self._pool: list[_Worker] = []
+        self._returned = threading.Condition()
+        self._idle: list[_Worker] = []
+        self._lent = 0  # places for workers that calls have
         self._process = os.getpid()
 
     def __call__(self, completions: Sequence[Any], **columns: Any) -> list[float | None]:
         log_extra, log_metric = columns.get("log_extra"), columns.get("log_metric")
         rows = {name: list(values) for name, values in columns.items() if _is_column(values, len(completions))}
-        with self._lock:
-            before = self.counts.copy()
-            batch = _Batch(list(completions), rows)
-            try:
-                self._score(batch)
-            except BaseException:  # no worker may answer the next call with rows of this one
-                self._end()
-                raise
-            new = self.counts - before
+        batch = _Batch(list(completions), rows)
+        if completions:
+            with self._borrowed(len(completions)) as pool:
+                try:
+                    self._score(batch, pool)
+                finally:
+                    with self._returned:
+                        self.counts.update(batch.counts)
         if log_extra is not None:
             for name, values in batch.extra.items():
                 log_extra(name, values)
@@ -99,45 +101,58 @@ class InWorkers:
             for name, values in batch.metrics.items():
                 log_metric(name, sum(values) / len(values))
             for kind in ("late", "crashed", "raised"):  # each time, so that all processes log the same metrics
-                log_metric(f"{self.__name__}/{kind}", new[kind] / len(completions))
+                log_metric(f"{self.__name__}/{kind}", batch.counts[kind] / len(completions))
         return batch.rewards
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_pool": [], "_lock": None}
+        return {**self.__dict__, "_idle": [], "_lent": 0, "_returned": None}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__dict__.update(state, _lock=threading.Lock(), _process=os.getpid())
+        self.__dict__.update(state, _returned=threading.Condition(), _process=os.getpid())
 
     def close(self) -> None:
-        """End the workers. A later call starts new ones."""
-        with self._lock:
-            self._end()
+        """End the workers that no call is using. A later call starts new ones."""
+        with self._returned:
+            _end(self._idle)
 
-    def _end(self) -> None:
-        for worker in self._pool:
-            worker.end()
-        self._pool = []
+    @contextlib.contextmanager
+    def _borrowed(self, rows: int) -> Iterator["list[_Worker]"]:
+        """Workers for so many rows: as many as are to be had, one at least."""
+        with self._returned:
+            if os.getpid() != self._process:  # forked: the workers are the parent's
+                self._idle, self._lent, self._process = [], 0, os.getpid()
+            self._returned.wait_for(lambda: self._lent < self.workers)
+            count = min(rows, self.workers - self._lent)
+            self._lent += count
+            pool = [self._idle.pop() for _ in range(min(count, len(self._idle)))]
+        try:
+            pool[:] = [worker for worker in pool if worker.process.poll() is None]
+            pool += [self._new_worker() for _ in range(count - len(pool))]
+            yield pool
+        except BaseException:  # no worker may answer the next call with rows of this one
+            _end(pool)
+            raise
+        finally:
+            with self._returned:
+                self._lent -= count
+                self._idle += pool
+                self._returned.notify_all()
 
-    def _score(self, batch: "_Batch") -> None:
+    def _score(self, batch: "_Batch", pool: "list[_Worker]") -> None:
         """Score all rows: a worker that is free gets the next ones, a row that ends its worker is written off."""
-        if os.getpid() != self._process:  # forked: the workers are the parent's
-            self._pool, self._process = [], os.getpid()
-        self._pool = [worker for worker in self._pool if worker.process.poll() is None]
-        count = min(self.workers, len(batch.completions))
-        self._pool += [self._new_worker() for _ in range(count - len(self._pool))]
         while True:
-            for worker in self._pool[:count]:
-                if worker.ready and not worker.rows and (rows := batch.next_rows(count)):
+            for worker in pool:
+                if worker.ready and not worker.rows and (rows := batch.next_rows(len(pool))):
                     worker.send(rows, batch)
-            if not batch.waiting and not any(worker.rows for worker in self._pool[:count]):
+            if not batch.waiting and not any(worker.rows for worker in pool):
                 return
-            active = [worker for worker in self._pool[:count] if worker.rows or not worker.ready]
+            active = [worker for worker in pool if worker.rows or not worker.ready]
             first = min(worker.time_left(self.time_limit) for worker in active)
             answered = wait([worker.connection for worker in active], timeout=max(0.0, first))
-            for at, worker in enumerate(self._pool[:count]):
+            for at, worker in enumerate(pool):
                 if worker in active and self._has_ended(worker, worker.connection in answered, batch):
                     worker.end()
-                    self._pool[at] = self._new_worker()
+                    pool[at] = self._new_worker()
 
     def _has_ended(self, worker: "_Worker", answered: bool, batch: "_Batch") -> bool:
         """Write down what a worker has done, if it is done; whether it must be replaced."""
@@ -148,15 +163,15 @@ class InWorkers:
             return False
         logged = worker.answer() if answered else None
         if logged is not None and logged[2] is not None:
-            self.counts["raised"] += 1
+            batch.counts["raised"] += 1
             raise RewardError(f"The reward {self.__name__} raised {logged[2]}")
         done = int(worker.page[DONE])
         values = list(map(float, worker.page[VALUES : VALUES + done]))
         raised = batch.write(worker.rows[:done], values, self.failed, logged)
         rest, worker.rows = worker.rows[done:], []
-        self.counts.update({"raised": raised} if raised else {})
+        batch.counts.update({"raised": raised} if raised else {})
         if logged is None and rest:
-            self.counts["crashed" if answered else "late"] += 1
+            batch.counts["crashed" if answered else "late"] += 1
             batch.rewards[rest.pop(0)] = self.failed
         batch.waiting = rest + batch.waiting
         return logged is None
@@ -193,6 +208,7 @@ class _Batch:
         self.rewards: list[float | None] = [None] * len(completions)
         self.extra: dict[str, list] = {}
         self.metrics: dict[str, list] = {}
+        self.counts: Counter[str] = Counter()
 
     def next_rows(self, workers: int) -> list[int]:
         """Rows for a worker: half of its share of what is left, so that all workers end together.
@@ -279,6 +295,12 @@ class _Worker:
     def __del__(self) -> None:
         with contextlib.suppress(Exception):
             self.end()
+
+
+def _end(workers: list[_Worker]) -> None:
+    for worker in workers:
+        worker.end()
+    workers.clear()
 
 
 def _is_column(values: Any, rows: int) -> bool:

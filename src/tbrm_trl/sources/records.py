@@ -29,6 +29,9 @@ _READ = (
     "first_policy_version",
 )  # fmt: skip
 
+# Columns of what is logged of a rollout: numbers, and what the table of completions shows.
+METRIC_PREFIX, EXTRA_PREFIX = "metrics/", "extra/"
+
 ColumnsOf = Callable[[Mapping[str, Any]], Mapping[str, Any]]
 
 
@@ -62,8 +65,13 @@ class Record:
         return {
             name.removeprefix(ROW_PREFIX): value
             for name, value in self.row.items()
-            if name not in known and not name.startswith(REWARD_PREFIX)
+            if name not in known and not name.startswith((REWARD_PREFIX, METRIC_PREFIX, EXTRA_PREFIX))
         }
+
+    def logged(self, prefix: str) -> dict[str, Any]:
+        """What is logged of it, by name."""
+        given = {name.removeprefix(ROW_PREFIX): value for name, value in self.row.items()}
+        return {name.removeprefix(prefix): value for name, value in given.items() if name.startswith(prefix)}
 
 
 @dataclass(frozen=True)
