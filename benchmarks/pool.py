@@ -106,7 +106,7 @@ def report(counts: dict[int, Counts], work: step.Work) -> str:
     return f"""# What a pool of rollouts saves
 
 Written by `python benchmarks/pool.py`. Raw numbers: [pool.json](pool.json). Seconds of a step:
-`benchmarks/paired_steps.py`.
+[paired_steps.md](paired_steps.md).
 
 ![occupancy by the size of the pool](pool.png)
 
