@@ -13,6 +13,8 @@ from helpers.hub_server import TOKEN, HubServer
 from helpers.launch import ROOT
 from huggingface_hub import ModelCard
 
+from tbrm_trl.actor import plan
+from tbrm_trl.model import publisher
 from tbrm_trl.publishing import CardFacts, escaped, keep_at_home, last_evaluation, model_card, snippet
 
 NASTY = "](http://x) <script>|`\n---\nname: *x*"
@@ -55,10 +57,15 @@ def test_the_card_tells_of_the_run():
 def test_the_last_evaluation_of_each_set_counts():
     log = [
         {"eval_reward": 1.0, "eval_rewards/f/mean": 0.5},
-        {"eval_a_b_avg@8": 0.1},
+        {"eval_a_b_avg@8": 0.1, "eval_math500/avg@1": 0.3},
         {"eval_reward": 2.0, "eval_kl": 9},
     ]
-    assert last_evaluation(log) == [("", "reward", 2.0), ("", "rewards/f/mean", 0.5), ("a_b", "avg@8", 0.1)]
+    assert last_evaluation(log) == [
+        ("", "reward", 2.0),
+        ("", "rewards/f/mean", 0.5),
+        ("a_b", "avg@8", 0.1),
+        ("math500", "avg@1", 0.3),
+    ]
 
 
 def test_names_in_the_card_are_text():
@@ -75,6 +82,8 @@ def test_what_stays_at_home_is_added_to_what_a_user_ignores(tmp_path):
     keep_at_home(tmp_path)
     lines = (tmp_path / ".gitignore").read_text().splitlines()
     assert lines[:2] == ["mine", "rollouts/"] and lines.count("rollouts/") == 1 and "updates/" in lines
+    # What rows, functions and policies of the run are in.
+    assert {f"{name}/" for name in ("evaluations", "records", plan.FOLDER, publisher.FOLDER)} <= set(lines)
 
 
 # ---- a push and a pull -----------------------------------------------------------------------------------------------

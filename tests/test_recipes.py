@@ -131,6 +131,15 @@ def test_only_rows_that_math_judges_need_an_answer(train_script, tmp_path, capsy
     assert own["answer"][:] == ["", "4", "?!"] and "solution" not in own.column_names
 
 
+def test_an_answer_that_takes_the_place_of_a_solution_is_said(train_script, tmp_path, capsys):
+    data = tmp_path / "worked.jsonl"
+    data.write_text(json.dumps({"problem": "1+1=", "solution": "A long way. " * 30, "answer": "2"}))
+    both = ["math", "helpers.reward_functions.length"]
+    asked = train_script.load(train_script.DataArguments(str(data), reward_funcs=both))
+    assert asked["solution"][:] == ["2"]
+    assert "'solution' becomes the answer in 'answer'" in capsys.readouterr().out
+
+
 def test_answers_that_cannot_be_read(train_script, tmp_path):
     """They stand in the column where most answers are, and are refused or left out."""
     rows = [{"question": "½?", "solution": ["A long way. " * 30], "final_answer": [text]} for text in ("0.5", "", "1")]

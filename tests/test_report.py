@@ -138,6 +138,18 @@ def test_a_run_without_its_own_log_is_read_from_its_checkpoint(trained, tmp_path
     assert {one["title"] for one in charts_of(run)} >= {"Reward", "Residual", "Time"}
 
 
+def test_skips_that_count(tmp_path):
+    """Two processes; a line under way; and a resumed run, which has gone back behind one of them."""
+    file = tmp_path / "skipped_updates/process-0.jsonl"
+    for line in ({"update": 2}, {"update": 5}, {"step": 4}, {"update": 6}):
+        append_line(file, line)
+    append_line(file.with_name("process-1.jsonl"), {"update": 3})
+    with file.open("a") as lines:
+        lines.write('\n{"update": 7, "prompt_ids": [1, ')
+    append_line(tmp_path / "log.jsonl", {"step": 6, "loss": 0.0})
+    assert read_run(tmp_path).skipped == [2, 3, 6]
+
+
 def test_a_folder_that_holds_no_run_is_named(tmp_path, capsys):
     with pytest.raises(FileNotFoundError, match=r"holds no log of a run.*output_dir"):
         write_report([tmp_path])

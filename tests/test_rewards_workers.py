@@ -1,5 +1,6 @@
 """Rewards in worker processes: hangs, crashes and exceptions cost one row, from any thread."""
 
+import pickle
 import subprocess
 import sys
 import textwrap
@@ -10,6 +11,7 @@ from pathlib import Path
 import pytest
 from helpers import reward_functions
 
+from tbrm_trl.checks.rewards import check_reward_arguments
 from tbrm_trl.rewards import InWorkers, RewardError, load, mathematics
 
 
@@ -99,6 +101,13 @@ def test_a_row_that_raises_ends_the_call_where_that_is_asked():
     with pytest.raises(RewardError, match="the reward is inf, not a finite number"):
         infinite(["a"], weight=["inf"])
     infinite.close()
+
+
+def test_a_column_that_is_missing_is_found_before_training():
+    """Workers take what their function takes, also after they were sent to another process."""
+    for workers in load(["math", "reasoning_gym"])[0]:
+        with pytest.raises(ValueError, match=r"needs '(solution|gym)', but the training set has no such column"):
+            check_reward_arguments([pickle.loads(pickle.dumps(workers))], "the training set", ["prompt"], more=False)
 
 
 def test_what_cannot_run_in_workers():

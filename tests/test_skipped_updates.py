@@ -77,7 +77,8 @@ def equal(some: dict[str, torch.Tensor], others: dict[str, torch.Tensor]) -> boo
 
 def culprits(output_dir: Path) -> list[dict[str, Any]]:
     files = sorted((output_dir / FOLDER).glob("process-*.jsonl"))
-    return [json.loads(line) for file in files for line in file.read_text().splitlines()]
+    lines = [json.loads(line) for file in files for line in file.read_text().splitlines() if line]
+    return [line for line in lines if "update" in line]  # others say to which step a resumed run has gone back
 
 
 KINDS: dict[str, dict[str, Any]] = {

@@ -10,11 +10,16 @@ from typing import Any
 
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
+from .actor.plan import FOLDER as ACTOR
+from .model.publisher import FOLDER as POLICY
 from .run_log import LOG, UPDATES
 from .skipped_updates import FOLDER as SKIPPED
 
 # Prompts, completions and numbers of the run, in its output directory. A hub leaves out what `.gitignore` names.
-AT_HOME = ("rollouts/", f"{UPDATES}/", "completions/", f"{SKIPPED}/", "reference_scores/", "runs/", LOG, "report.html")
+AT_HOME = (
+    "rollouts/", f"{UPDATES}/", "completions/", f"{SKIPPED}/", "reference_scores/", "runs/", "evaluations/", "records/",
+    f"{ACTOR}/", f"{POLICY}/", LOG, "report.html",
+)  # fmt: skip
 _RECIPE = (
     """
     beta soft_value loss_units reference truncation reward_baseline num_generations temperature learning_rate
@@ -22,7 +27,7 @@ _RECIPE = (
     steps_per_generation num_iterations replay_buffer_size max_completion_length sft_coef entropy_advantage_coef
     """
 ).split()
-_EVALUATED = re.compile(r"eval_(?:(?P<set>.+)_)?(?P<metric>reward|rewards/[^/]+/mean|(?:mean|avg|pass|maj)@\d+)")
+_EVALUATED = re.compile(r"eval_(?:(?P<set>.+)[_/])?(?P<metric>reward|rewards/[^/]+/mean|(?:mean|avg|pass|maj)@\d+)")
 _POINTS = 10  # of the curve
 
 

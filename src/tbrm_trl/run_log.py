@@ -15,6 +15,7 @@ import numpy as np
 import xxhash
 
 from .files import plain
+from .skipped_updates import FOLDER as SKIPPED
 from .trajectory import UpdateRow
 
 LOG = "log.jsonl"  # in the output directory
@@ -35,7 +36,8 @@ def append_line(file: Path, values: dict[str, Any]) -> None:
 
 def go_back(output_dir: Path, process: int, step: int) -> None:
     """Before training: let lines that an earlier run wrote after this step count no more."""
-    for file in (output_dir / LOG, output_dir / UPDATES / f"process-{process}.jsonl"):
+    of_process = [output_dir / folder / f"process-{process}.jsonl" for folder in (UPDATES, SKIPPED)]
+    for file in (output_dir / LOG, *of_process):
         if file.exists() and (process == 0 or file.name != LOG):
             append_line(file, {"step": step})
 

@@ -80,4 +80,5 @@ def write_culprits(file: Path, update: int, cause: str, culprits: Iterable[tuple
                 "prompt_ids": one.prompt_ids.tolist(),
                 "completion_ids": one.completion_ids.tolist(),
             }
-            lines.write(json.dumps(plain(values)) + "\n")
+            # The line break comes first: what a kill cut short stays on a line by itself.
+            lines.write("\n" + json.dumps(plain(values)))

@@ -47,6 +47,12 @@ class Parser(TrlParser):
     def error(self, message: str) -> NoReturn:
         raise Refused([message])
 
+    def set_defaults_with_config(self, **fields: Any) -> list[str]:
+        """Of a YAML file. A field that takes several values may be given one of them alone."""
+        several = [name for name, action in self.fields.items() if action.nargs in ("+", "*")]
+        alone = {name: [fields[name]] for name in several if isinstance(fields.get(name), (str, int, float))}
+        return super().set_defaults_with_config(**{**fields, **alone})
+
     def parse(self, words: "Words") -> tuple[Any, ...]:
         """The dataclasses of words that were found in order. Raises `Refused` with all refusals of theirs."""
         try:
@@ -85,7 +91,8 @@ def sorted_words(parser: Parser, arguments: Sequence[str], launcher: Sequence[st
         name = option.partition("=")[0]
         whole = [option, *values]
         if name == "--config":
-            words.own += whole
+            values = option.split("=", 1)[1:] + values
+            words.own += ["--config", *values]
             problems += _check_config(parser, values, launcher, words, given)
         elif name in parser.options:
             words.own += whole

@@ -12,6 +12,7 @@ multi_gpu, zero1, zero2, zero3, fsdp2).
 
 import os
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -31,7 +32,7 @@ from tbrm_trl.evaluation.callback import EvaluationCallback  # noqa: E402
 from tbrm_trl.evaluation.run import Settings  # noqa: E402
 from tbrm_trl.evaluation.sampling import Sampling  # noqa: E402
 from tbrm_trl.files import ROW_FILES, rows_of_file, rows_of_hub  # noqa: E402
-from tbrm_trl.rewards import find_column, read_golds  # noqa: E402
+from tbrm_trl.rewards import NAMES, find_column, read_golds  # noqa: E402
 from tbrm_trl.rewards import load as load_rewards  # noqa: E402
 from tbrm_trl.sources.logged import logged_rows, rewarded_rows  # noqa: E402
 
@@ -102,8 +103,9 @@ def load(arguments: DataArguments) -> Dataset:
 
     column = arguments.answer_column or (find_column(dataset) if "math" in arguments.reward_funcs else None)
     if column is not None:
-        dataset = with_answers(dataset, column, arguments.unreadable_answers)
-    elif arguments.reward_funcs == ["math"] and not logged_rows(dataset).any():
+        others = [name for name in arguments.reward_funcs if name not in NAMES]
+        dataset = with_answers(dataset, column, arguments.unreadable_answers, others)
+    elif "math" in arguments.reward_funcs and not logged_rows(dataset).any():
         raise ValueError(
             f"{arguments.dataset_name}: no column holds answers that can be read. Columns: "
             f"{', '.join(dataset.column_names)}. Name one by --answer_column, or give rewards of your own by "
@@ -121,13 +123,18 @@ def load(arguments: DataArguments) -> Dataset:
     return dataset
 
 
-def with_answers(dataset: Dataset, column: str, unreadable: str) -> Dataset:
+def with_answers(dataset: Dataset, column: str, unreadable: str, others: Sequence[str] = ()) -> Dataset:
     """The rows with an answer that can be read or with a reward; the answer as text in the column `solution`."""
     rewarded = rewarded_rows(dataset, logged_rows(dataset))
     golds = read_golds(dataset, column, unreadable, needed=(~rewarded).tolist())
     if golds.unreadable:
         print(f"{golds} They are left out.")
     if "solution" in dataset.column_names:
+        if others and column != "solution":
+            print(
+                f"The column 'solution' becomes the answer in {column!r}, which math compares with. That is what "
+                f"{', '.join(others)} will be given, too: rename the column if they need what stands in it."
+            )
         dataset = dataset.remove_columns("solution")
     dataset = dataset.add_column("solution", golds.texts)
     return dataset.select([row for row in range(len(dataset)) if row not in golds.unreadable])

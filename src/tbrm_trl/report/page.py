@@ -97,6 +97,6 @@ def main(arguments: Sequence[str] | None = None) -> None:
     given = parser.parse_args(arguments)
     try:
         file = write_report([run for run in (given.run, given.other) if run], given.output)
-    except (FileNotFoundError, ValueError) as error:
+    except (OSError, ValueError) as error:
         parser.exit(1, f"{error}\n")
     print(file)

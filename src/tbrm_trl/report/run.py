@@ -1,6 +1,7 @@
 """What a run's folder holds, read for its report."""
 
 import json
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -116,5 +117,16 @@ def _updates(folder: Path) -> Updates:
 
 
 def _skipped(folder: Path) -> list[int]:
-    files = sorted(folder.glob("process-*.jsonl"))
-    return sorted({json.loads(line)["update"] for file in files for line in file.read_text().splitlines()})
+    """Numbers of the updates that were skipped, without those that a resumed run has gone back behind."""
+    skipped: set[int] = set()
+    for file in folder.glob("process-*.jsonl"):
+        of_process: list[int] = []
+        for line in file.read_text(encoding="utf-8").splitlines():
+            with suppress(ValueError):  # cut by a kill, or under way
+                values = json.loads(line)
+                if "update" in values:
+                    of_process.append(values["update"])
+                else:
+                    of_process = [one for one in of_process if one <= values["step"]]
+        skipped.update(of_process)
+    return sorted(skipped)

@@ -74,8 +74,8 @@ def _score(
     for at, completion in enumerate(completions):
         page[STARTED] = time.monotonic()
 
-        def log_extra(name, values, at=at):
-            extra.setdefault(name, [None] * len(completions))[at] = values[0]
+        def log_extra(column, values, at=at):  # TRL's names of the arguments
+            extra.setdefault(column, [None] * len(completions))[at] = values[0]
 
         def log_metric(name, value):
             metrics.setdefault(name, []).append(value)

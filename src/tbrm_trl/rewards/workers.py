@@ -71,6 +71,7 @@ class InWorkers:
         if time_limit <= 0:
             raise ValueError(f"time_limit must be positive, not {time_limit}.")
         self.function = function
+        self._take_signature()
         self.__name__ = getattr(function, "__name__", type(function).__name__)
         self.time_limit = time_limit
         self.workers = workers or _cores()
@@ -105,10 +106,17 @@ class InWorkers:
         return batch.rewards
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_idle": [], "_lent": 0, "_returned": None}
+        return {**self.__dict__, "_idle": [], "_lent": 0, "_returned": None, "__signature__": None}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state, _returned=threading.Condition(), _process=os.getpid())
+        self._take_signature()
+
+    def _take_signature(self) -> None:
+        """Show the function's own arguments, so that what it needs and is not given is found before training."""
+        self.__signature__: inspect.Signature | None = None
+        with contextlib.suppress(TypeError, ValueError):  # a built-in may have none
+            self.__signature__ = inspect.signature(self.function)
 
     def close(self) -> None:
         """End the workers that no call is using. A later call starts new ones."""

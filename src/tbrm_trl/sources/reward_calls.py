@@ -131,7 +131,7 @@ def _within(limit: float, run: Callable[..., Any], kwargs: dict[str, Any]) -> An
     given_up = threading.Event()
 
     def in_time(log: Callable[..., Any]) -> Callable[..., Any]:
-        return lambda *args: None if given_up.is_set() else log(*args)
+        return lambda *args, **named: None if given_up.is_set() else log(*args, **named)
 
     kwargs = {n: in_time(value) if n in ("log_extra", "log_metric") else value for n, value in kwargs.items()}
 
