@@ -11,11 +11,12 @@ from pathlib import Path
 from typing import Any
 
 import requests
+from requests.adapters import HTTPAdapter
 
 from ..model.publisher import Version
 
 TRIES = 3  # of a request that is late
-LONGEST_PAUSE = 15.0  # seconds between two looks at a server that is down
+SHORTEST_PAUSE, LONGEST_PAUSE = 0.1, 15.0  # seconds between two tries of what is lost; each is twice the one before
 SAID_EVERY = 60.0  # seconds
 DISTANCE = 0.2  # of the probe's tokens, nats, on average: more than bfloat16 makes of float32
 
@@ -71,13 +72,14 @@ class Server:
     """A server that has the policy's versions loaded under their names while requests need them.
 
     An adapter is loaded by its name, so requests in flight end under the version that they began with. Whole weights
-    replace one another: new ones are loaded when the requests under the old ones have ended.
+    replace one another: they are loaded when no request is in flight.
 
     Args:
         url: its address.
         folder: of the versions, by a path that the server can read too.
         latest: gives the version that requests are to be made under.
-        patience: seconds to wait for a server that is down, and at most to draw a completion, all tries together.
+        patience: seconds to wait for a server that is down or fails a request, and at most to draw a completion, all
+            tries together.
         base: what the server should be started on, for errors.
         say: prints a line.
     """
@@ -99,14 +101,16 @@ class Server:
         self._in_flight: Counter[str] = Counter()  # requests by version
         self._loaded: set[str] = set()  # names of versions that the server has, as far as is known
         self._waiting = threading.Lock()  # held by who waits for a server that is down
+        self._quiet_until = 0.0  # when it may be said again what is waited for
 
     def draw(self, prompt_ids: Sequence[int], sampling: Mapping[str, Any]) -> Drawn:
         """A completion of a prompt under the latest version. A request that fails is made again, under the latest then.
 
         Raises:
-            ServerError: for what the server refuses, and if it is down or late for longer than `patience` allows.
+            ServerError: for what the server refuses, and if it is down, late or failing for longer than `patience`
+                allows.
         """
-        late = 0
+        late, lost_at, pause = 0, 0.0, SHORTEST_PAUSE
         while True:
             version = self.latest()
             try:
@@ -126,31 +130,40 @@ class Server:
                     ) from error
                 self.say(f"{self.url} is late with a completion ({late} of {TRIES}); asked again.")
             except _Lost as lost:
-                self._wait(str(lost))
+                if lost_at:  # it is not enough that the server looks well
+                    pause = self._pause(str(lost), lost_at, pause)
+                lost_at = lost_at or time.monotonic()
+                self._wait(str(lost), lost_at)
 
     @contextmanager
     def _using(self, version: Version) -> Iterator[str]:
         """Inside, the server has this version; gives the name to ask for."""
         with self._changed:
-            if not version.adapter:  # requests under other weights must end before these are loaded
-                self._changed.wait_for(lambda: not any(self._in_flight[one] for one in self._others(version)))
+            if not version.adapter:  # who finds other weights waits until it is alone, and loads these
+                self._changed.wait_for(lambda: version.name in self._loaded or not self._in_flight)
+                self._loaded = self._loaded & {version.name}
+            is_loaded = version.name in self._loaded
             self._in_flight[version.name] += 1
         try:
-            if version.name not in self._loaded:
+            if not is_loaded:
                 self._load(version)
-            yield version.name if version.adapter else self._base_name()
+            name = version.name if version.adapter else self._base_name()
+            self._check_connection(version)
+            yield name
         except _Missing:
-            self._loaded.discard(version.name)
+            self._forget({version.name})
             self.say(f"{self.url} has no version {version.name} any more; it is loaded again.")
             raise _Lost(f"{self.url} has no version {version.name} any more") from None
         finally:
             with self._changed:
-                self._in_flight[version.name] -= 1
+                self._in_flight -= Counter([version.name])  # this drops a key that comes to 0
                 self._changed.notify_all()
             self._unload()
 
-    def _others(self, version: Version) -> list[str]:
-        return [name for name in self._in_flight if name != version.name]
+    def _forget(self, names: set[str]) -> None:
+        """Have these loaded again before the next request for them. Others may be reading the set: it is replaced."""
+        with self._changed:
+            self._loaded = self._loaded - names
 
     def _load(self, version: Version) -> None:
         with self._loading:
@@ -161,7 +174,9 @@ class Server:
             else:
                 self._load_weights(version)
             self._check(version)
-            self._loaded = (self._loaded if version.adapter else set()) | {version.name}
+            with self._changed:
+                self._loaded = self._loaded | {version.name}
+                self._changed.notify_all()
 
     def _load_adapter(self, version: Version) -> None:
         folder = (self.folder / version.name).absolute()
@@ -225,29 +240,30 @@ class Server:
             )
 
     def _check_connection(self, version: Version) -> None:
-        """Look at what a server serves that may have been started again. An adapter it would have lost.
+        """Look at what the server serves if this thread has a new connection to it: it may have been started again.
+        It would then refuse an adapter, which it has lost, so only whole weights need this.
+
+        It is done before and after a request. No one loads weights meanwhile, so what the server has afterwards is what
+        it drew with.
 
         Raises:
             _Lost: if it serves another policy.
         """
-        if version.adapter:
+        if version.adapter or self._local.checked == self._local.connections.made:
             return
-        adapter: Any = self._session.get_adapter(self.url)
-        pool = adapter.poolmanager.connection_from_url(self.url)
-        if pool.num_connections != getattr(self._local, "connections", None):
-            try:
-                self._check(version)
-            except _Lost:
-                self._loaded = set()
-                raise
-            self._local.connections = pool.num_connections
+        try:
+            self._check(version)
+        except _Lost:
+            self._forget({version.name})
+            raise
+        self._local.checked = self._local.connections.made
 
     def _unload(self) -> None:
         """Free the places of adapters that no request needs any more."""
         latest = self.latest().name
         with self._changed:
             idle = [name for name in self._loaded if name != latest and not self._in_flight[name]]
-            self._loaded -= set(idle)
+            self._forget(set(idle))
         for name in idle:
             # It may have gone with the server already.
             with suppress(_Missing, _Lost, ServerError, requests.Timeout):
@@ -260,48 +276,57 @@ class Server:
         except (requests.RequestException, ValueError, LookupError) as error:
             raise _Lost(f"{self.url} does not answer ({type(error).__name__})") from error
 
-    def _wait(self, why: str) -> None:
+    def _wait(self, why: str, lost_at: float) -> None:
         """Wait until the server answers and serves what it should. One thread looks, the others wait for it.
 
         Raises:
-            ServerError: if that takes longer than `patience`.
+            ServerError: if `patience` has passed since the request was lost, and it does not yet.
         """
-        began, said, pause = time.monotonic(), 0.0, 0.1
+        was_down, pause = False, SHORTEST_PAUSE
         with self._waiting:
             while True:
                 try:
-                    version = self.latest()
                     self._base_name()
-                    self._check_again(version)
-                    break
-                except (_Lost, requests.Timeout, _Missing) as lost:
-                    why = str(lost) or why
-                    self._loaded = set()
-                waited = time.monotonic() - began
-                if waited > self.patience:
-                    raise ServerError(f"{why}. Waited {waited:.0f} seconds (follow_timeout).")
-                if waited >= said:
-                    self.say(f"{why}. Waiting, for {self.patience - waited:.0f} more seconds at most.")
-                    said = waited + SAID_EVERY
-                time.sleep(pause)
-                pause = min(2 * pause, LONGEST_PAUSE)
-            if said:
-                self.say(f"{self.url} is back after {time.monotonic() - began:.0f} seconds.")
+                    with self._using(self.latest()):
+                        break
+                except (_Lost, requests.Timeout) as lost:
+                    why, was_down = str(lost) or why, True
+                    self._forget(self._loaded)
+                pause = self._pause(why, lost_at, pause)
+            if was_down:
+                self.say(f"{self.url} is back after {time.monotonic() - lost_at:.0f} seconds.")
+                self._quiet_until = 0.0
 
-    def _check_again(self, version: Version) -> None:
-        if version.name not in self._loaded:
-            self._load(version)
+    def _pause(self, why: str, lost_at: float, pause: float) -> float:
+        """Pause before another try, and say why, once a minute for all threads together. Gives the next pause.
+
+        Raises:
+            ServerError: if `patience` has passed since the request was lost.
+        """
+        now = time.monotonic()
+        waited = now - lost_at
+        if waited > self.patience:
+            raise ServerError(f"{why}. Waited {waited:.0f} seconds (follow_timeout).")
+        with self._changed:
+            if now >= self._quiet_until:
+                self.say(f"{why}. Waiting, for {self.patience - waited:.0f} more seconds at most.")
+                self._quiet_until = now + SAID_EVERY
+        time.sleep(pause)
+        return min(2 * pause, LONGEST_PAUSE)
 
     @property
     def _session(self) -> requests.Session:
+        """This thread's."""
         if not hasattr(self._local, "session"):
-            self._local.session = requests.Session()
+            self._local.session, self._local.connections, self._local.checked = requests.Session(), _Connections(), 0
+            for scheme in ("http://", "https://"):
+                self._local.session.mount(scheme, self._local.connections)
         return self._local.session
 
     def _post(self, path: str, body: Mapping[str, Any], limit: float) -> Any:
         try:
             answer = self._session.post(self.url + path, json=body, timeout=(LONGEST_PAUSE, limit))
-        except requests.Timeout:
+        except requests.ReadTimeout:
             raise
         except requests.RequestException as error:
             raise _Lost(f"{self.url} does not answer ({type(error).__name__})") from error
@@ -315,6 +340,28 @@ class Server:
             return answer.json()
         except ValueError:
             return answer.text  # of loading and unloading, a sentence
+
+
+class _Connections(HTTPAdapter):
+    """Counts the connections that it makes: also again, of one that was closed, which urllib3 does not count."""
+
+    made = 0
+
+    def init_poolmanager(self, *args: Any, **kwargs: Any) -> None:
+        super().init_poolmanager(*args, **kwargs)
+        pools = self.poolmanager.pool_classes_by_scheme
+        self.poolmanager.pool_classes_by_scheme = {scheme: self._counted(pool) for scheme, pool in pools.items()}
+
+    def _counted(self, pool: Any) -> Any:
+        adapter = self
+        connection: Any = pool.ConnectionCls
+
+        class Counted(connection):
+            def connect(self) -> None:
+                super().connect()
+                adapter.made += 1
+
+        return type(pool.__name__, (pool,), {"ConnectionCls": Counted})
 
 
 class _Missing(Exception):

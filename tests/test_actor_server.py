@@ -1,0 +1,249 @@
+"""Requests to a server of whole weights that is lost, fails or is started again: what it draws, under which version.
+
+The server draws no text. The tokens of a completion are the steps of the weights that it began and ended with.
+"""
+
+from __future__ import annotations
+
+import json
+import socket
+import threading
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tbrm_trl.actor.server import Drawn, Server, ServerError
+from tbrm_trl.model.publisher import Version
+
+BASE = 99  # the step of the weights that the server is started with
+SOON = 0.3  # seconds in which what must not happen would have happened
+
+
+class WeightsServer(ThreadingHTTPServer):
+    """What vLLM answers, with a number for weights."""
+
+    daemon_threads = True
+
+    def __init__(self) -> None:
+        super().__init__(("127.0.0.1", 0), Handler)
+        self.weights, self.loaded, self.drawn_with, self.probes = BASE, list[str](), list[int](), 0
+        self.during: Callable[[int], int] = lambda seed: 200  # called in the middle of a completion, gives its status
+        self.on_load: Callable[[str], int] = lambda name: 200
+        self.restarts_after_look = False
+        self.connections: list[socket.socket] = []
+        threading.Thread(target=self.serve_forever, args=(0.02,), daemon=True).start()
+
+    @property
+    def url(self) -> str:
+        return f"http://127.0.0.1:{self.server_port}"
+
+    def handle_error(self, *args: Any) -> None:
+        pass
+
+    def drop(self) -> None:
+        """Close the connections, as a server does with those that are not used for some seconds."""
+        for one in self.connections:
+            one.shutdown(socket.SHUT_RDWR)
+        self.connections = []
+
+    def restart(self) -> None:
+        self.weights = BASE
+        self.drop()
+
+    def answer(self, path: str, asked: dict[str, Any]) -> tuple[int, Any]:
+        if path == "/collective_rpc":
+            name = Path(asked["kwargs"]["weights_path"]).name
+            self.weights = int(name.split("-")[1])
+            self.loaded.append(name)
+            return self.on_load(name), {}
+        if path == "/reset_prefix_cache":
+            return 200, {}
+        if path != "/v1/completions":
+            return 404, {}
+        if "prompt_logprobs" in asked:
+            self.probes += 1
+            said = [{str(token): {"logprob": -self.weights}} for token in asked["prompt"][1:]]
+            return 200, {"choices": [{"prompt_logprobs": [None, *said]}]}
+        began_with = self.weights
+        self.drawn_with.append(began_with)
+        status = self.during(asked["seed"])
+        ids = [began_with, self.weights]
+        return status, {"choices": [{"token_ids": ids, "logprobs": {"token_logprobs": [0.0, 0.0]}}]}
+
+
+class Handler(BaseHTTPRequestHandler):
+    server: WeightsServer
+    protocol_version = "HTTP/1.1"
+    disable_nagle_algorithm = True  # headers and body are written one after the other
+
+    def setup(self) -> None:
+        super().setup()
+        self.server.connections.append(self.connection)
+
+    def log_message(self, *args: Any) -> None:
+        pass
+
+    def do_GET(self) -> None:
+        restarts, self.server.restarts_after_look = self.server.restarts_after_look, False
+        if restarts:
+            self.server.weights = BASE
+        self._say(200, {"data": [{"id": "base"}]}, closes=restarts)
+
+    def do_POST(self) -> None:
+        asked = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        self._say(*self.server.answer(self.path, asked))
+
+    def _say(self, status: int, body: Any, closes: bool = False) -> None:
+        data = json.dumps(body).encode()
+        self.send_response(status)
+        self.send_header("Content-Length", str(len(data)))
+        if closes:
+            self.send_header("Connection", "close")
+        self.end_headers()
+        self.wfile.write(data)
+
+
+class Client:
+    """A server's client, in a run that publishes when the test says so."""
+
+    def __init__(self, server: WeightsServer, folder: Path, patience: float = 10.0):
+        self.said: list[str] = []
+        self.publish(0)
+        self.server = Server(server.url, folder, lambda: self.latest, patience, "base", self.said.append)
+
+    def publish(self, step: int) -> None:
+        self.latest = Version(f"step-{step}", step, adapter=False, probe_ids=(7, 8), probe_log_probs=(float(-step),))
+
+    def draw(self, seed: int = 0) -> Drawn:
+        return self.server.draw([5], {"max_tokens": 2, "seed": seed})
+
+
+@pytest.fixture
+def served() -> Iterator[WeightsServer]:
+    server = WeightsServer()
+    yield server
+    server.shutdown()
+    server.server_close()
+
+
+def test_a_request_that_is_lost_loads_no_weights_under_others(served, tmp_path):
+    """Two requests are in flight when a version is published and one of them is lost: the other ends as it began."""
+    client, both, reloaded = Client(served, tmp_path), threading.Barrier(2), threading.Event()
+    lost: list[int] = []
+
+    def during(seed: int) -> int:
+        if lost:  # made again
+            return 200
+        both.wait(5)
+        if seed == 0:
+            reloaded.wait(SOON)
+            return 200
+        lost.append(seed)
+        client.publish(1)
+        return 500
+
+    def on_load(name: str) -> int:
+        if name == "step-1":
+            reloaded.set()
+        return 200
+
+    served.during, served.on_load = during, on_load
+    with ThreadPoolExecutor(2) as threads:
+        kept, again = threads.map(client.draw, [0, 1])
+    assert (kept.version.step, kept.ids) == (0, [0, 0])
+    assert (again.version.step, again.ids) == (1, [1, 1])
+    assert served.loaded == ["step-0", "step-1"]
+
+
+def test_weights_that_were_loaded_in_part_are_not_taken_for_the_old_ones(served, tmp_path):
+    """A run that is resumed goes back to an earlier version, whose weights the server has no more."""
+    client = Client(served, tmp_path)
+    assert client.draw().ids == [0, 0]
+
+    def fails(name: str) -> int:
+        served.on_load = lambda name: 200
+        client.publish(0)
+        return 500
+
+    served.on_load = fails
+    client.publish(1)
+    drawn = client.draw()
+    assert (drawn.version.step, drawn.ids) == (0, [0, 0])
+    assert served.loaded == ["step-0", "step-1", "step-0"]
+
+
+def test_a_request_that_always_fails_is_an_error(served, tmp_path):
+    """The server looks well meanwhile. The first 5 tries have pauses of 0, 0.1, 0.2 and 0.4 seconds between them."""
+    client = Client(served, tmp_path, patience=0.5)
+    served.during = lambda seed: 500 if len(served.drawn_with) < 50 else 200
+    with pytest.raises(ServerError, match=r"answers /v1/completions with 500.* Waited \d seconds \(follow_timeout\)"):
+        client.draw()
+    assert 2 <= len(served.drawn_with) <= 5
+
+
+def test_a_request_that_fails_some_times_says_so_once(served, tmp_path):
+    client = Client(served, tmp_path)
+    served.during = lambda seed: 500 if len(served.drawn_with) < 4 else 200
+    assert client.draw().ids == [0, 0]
+    (line,) = client.said
+    assert "answers /v1/completions with 500" in line and "Waiting" in line
+
+
+@pytest.mark.parametrize("looked", [False, True], ids=["between requests", "between a look at it and a request"])
+def test_a_server_that_was_started_again_gets_its_weights_again(looked, served, tmp_path):
+    """It answers every request; by its connections alone it is found out."""
+    client = Client(served, tmp_path)
+    assert client.draw().ids == [0, 0]
+    if looked:
+        served.restarts_after_look = True
+    else:
+        served.restart()
+    assert client.draw().ids == [0, 0]
+    assert served.loaded == ["step-0", "step-0"]
+    assert served.drawn_with == ([0, BASE, 0] if looked else [0, 0])
+
+
+def test_weights_are_not_loaded_under_a_request_that_has_yet_to_be_looked_at(served, tmp_path):
+    """It began on a server that was started again. Weights loaded before it ends would make it look well."""
+    client, begun, reloaded = Client(served, tmp_path), threading.Event(), threading.Event()
+
+    def during(seed: int) -> int:
+        if seed == 1 and not begun.is_set():
+            begun.set()
+            reloaded.wait(SOON)
+        return 200
+
+    def on_load(name: str) -> int:
+        reloaded.set()
+        return 200
+
+    with ThreadPoolExecutor(1) as thread:
+        thread.submit(client.draw).result()
+        served.during, served.on_load, served.restarts_after_look = during, on_load, True
+        early = thread.submit(client.draw, 1)
+        assert begun.wait(5)
+        assert client.draw(2).ids == [0, 0]
+        assert early.result().ids == [0, 0]
+    assert served.loaded == ["step-0", "step-0"]
+
+
+def test_a_connection_that_was_closed_costs_a_look_and_no_weights(served, tmp_path):
+    client = Client(served, tmp_path)
+    client.draw()
+    client.draw()
+    probes = served.probes
+    served.drop()
+    assert client.draw().ids == [0, 0]
+    assert served.loaded == ["step-0"] and served.probes == probes + 1
+
+
+def test_versions_that_no_request_is_under_are_forgotten(served, tmp_path):
+    client = Client(served, tmp_path)
+    for step in range(3):
+        client.publish(step)
+        assert client.draw().ids == [step, step]
+    assert len(client.server._in_flight) == 0
