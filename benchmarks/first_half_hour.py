@@ -77,7 +77,7 @@ def main() -> None:
             lines = [f"[{len(lines) - LAST} lines]", *lines[-LAST:]] if len(lines) > LAST else lines
             parts.append("\n".join([f"$ {text}", *(line[:160] for line in lines), f"[{seconds:.0f} s]"]))
     text = wrapped(
-        f"[The first half hour](../first-run.md) in an empty folder, on {processor()}, without other work: "
+        f"[The first half hour](../first-run.md) in an empty folder, on {processor()}, whose cores other work shared: "
         f"{total / 60:.0f} minutes for all of it, {trained / 60:.0f} until the first trained model, with the "
         "installation. Bars, warnings and the metrics of single steps are left out."
     )

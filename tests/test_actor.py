@@ -179,7 +179,7 @@ def test_kills_lose_and_repeat_no_row(llama, server, tmp_path):
     rows = run.rows()
     assert kills >= 4 and [row["prompt"] for row in rows] == run.expected_prompts()
     assert [row["group"] for row in rows] == list(range(UPDATES * ROWS))
-    # What was on disk is not asked for again: only rows under way at a kill are, four for each of three requests at most.
+    # Only rows under way at a kill are asked for again: four for each of three requests at most.
     assert len(set(server.seen.seeds)) == len(rows) <= len(server.seen.seeds) <= len(rows) + 12 * kills
     assert not list((run.output / "actor/unfinished").glob("*"))
 
