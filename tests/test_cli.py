@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 import pytest
@@ -13,7 +14,7 @@ from common.tiny import save
 from helpers.examples import RECIPES, sums
 from helpers.launch import run
 
-from tbrm_trl.cli import COMMANDS, main
+from tbrm_trl.cli import COMMANDS, main, train
 from tbrm_trl.cli.parsing import Refused
 from tbrm_trl.evaluation.results import read_result
 
@@ -60,6 +61,14 @@ def test_a_reward_beside_the_recipe(tmp_path, monkeypatch):
 
 
 # ---- what is wrong, all of it at once --------------------------------------------------------------------------------
+
+
+def test_one_value_where_several_may_stand(tmp_path):
+    """In a recipe, as on the command line; and the recipe's file after an equals sign."""
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text("dataset_name: d\nreward_funcs: my_rewards.math_score\nreward_weights: 0.5\noutput_dir: o\n")
+    data, config, _ = train.parse([f"--config={recipe}", "--use_cpu", "true", "--bf16", "false"])
+    assert data.reward_funcs == ["my_rewards.math_score"] and config.reward_weights == [0.5]
 
 
 def test_every_wrong_field_is_named(tmp_path, capsys):
@@ -122,6 +131,7 @@ ALMOST = ("train", "--model_name_or_path", "m", "--use_cpu", "true", "--bf16", "
         (["--dataset_name", "EMPTY.jsonl"], "EMPTY.jsonl cannot be read (it is empty)."),
         (["--dataset_name", "CUT.jsonl"], "CUT.jsonl cannot be read (JSON parse error"),
         (["--dataset_name", "NOTES.jsonl"], "no column holds answers that can be read. Columns: prompt, note."),
+        (["--dataset_name", "NOTES.jsonl", "--reward_funcs", "math", "format"], "no column holds answers"),
         (["--dataset_name", "FOLDER"], "No saved rollouts (step-*.parquet) in FOLDER"),
         ([], "We couldn't connect to"),  # m is no model
     ],
@@ -142,6 +152,13 @@ def test_what_training_cannot_use(options, expected, tmp_path, capsys, monkeypat
         ("MODEL", "--benchmarks is missing"),
         ("MODEL --suite paper", "there is no suite 'paper'. Names: tbrm-paper"),
         ("MODEL --suite tbrm-paper --samples 2", "--suite sets samples"),
+        ("MODEL --suite tbrm-paper --benchmarks math500 gsm8k", "--benchmarks gsm8k is not of --suite tbrm-paper"),
+        ("MODEL --suite tbrm-paper --benchmarks aime42=a.csv", "aime42=a.csv is not of --suite tbrm-paper, which has"),
+        ("MODEL --suite tbrm-paper --benchmarks amc23=a.csv amc23=b.csv", "--benchmarks names amc23 2 times"),
+        ("--model_name_or_path none TWO_SUMS", "Several benchmarks are called sums"),
+        ("--model_name_or_path none SUMS --output_dir FILE", "Cannot write to --output_dir, "),
+        ("--model_name_or_path none SUMS --output_dir FILE/out", "Cannot write to the folder of --output_dir, "),
+        ("MODEL SUMS --attn_implementation flash_attention_2", "cannot be loaded: "),
         ("MODEL --benchmarks aime24", "aime24: HuggingFaceH4/aime_2024 cannot be loaded from the Hub"),
         ("--model_name_or_path none SUMS", "none cannot be loaded: "),
         ("MODEL SUMS --temperature 0 --samples 2", "2 greedy samples of a prompt are all the same"),
@@ -161,11 +178,42 @@ def test_what_cannot_be_evaluated(options, expected, llama, bare, tmp_path, caps
         "MODEL": ["--model_name_or_path", llama],
         "BARE": ["--model_name_or_path", bare],
         "SUMS": ["--benchmarks", str(sums(tmp_path / "sums.json"))],
+        "TWO_SUMS": ["--benchmarks", str(sums(tmp_path / "sums.json")), str(sums(tmp_path / "sums.jsonl"))],
+        "FILE": [str(tmp_path / "sums.json")],
+        "FILE/out": [str(tmp_path / "sums.json" / "out")],
     }
     words = [word for name in options.split() for word in names.get(name, [name])]
     (line,) = said(capsys, "eval", "--output_dir", tmp_path / "out", *words)
     assert line.startswith("tbrm eval: ") and expected in line
     assert not (tmp_path / "out").exists()
+
+
+def test_what_vllm_does_not_take(capsys):
+    """Options of transformers alone, which would change nothing."""
+    given = "--load_in_4bit true --attn_implementation eager --use_cpu true --batch_size 8".split()
+    lines = said(capsys, "eval", "--model_name_or_path", "m", "--benchmarks", "math500", "--backend", "vllm", *given)
+    assert lines == [f"tbrm eval: {name} is for --backend transformers: leave it out." for name in given[::2]]
+
+
+@pytest.mark.parametrize(
+    ("where", "absent", "expected"),
+    [
+        ("tbrm_trl.evaluation.run.version", "math-verify", 'needs math-verify: pip install "tbrm-trl[math]"'),
+        ("tbrm_trl.cli.evaluate.get_quantization_config", "bitsandbytes", "none cannot be loaded: No package metadata"),
+        ("tbrm_trl.evaluation.run.AutoTokenizer.from_pretrained", "bitsandbytes", "none cannot be loaded: No package"),
+    ],
+)  # fmt: skip
+def test_a_package_that_is_not_installed(where, absent, expected, tmp_path, capsys, monkeypatch):
+    """Of the judge it is said before there is a model; of the model by the name of the model."""
+
+    def raises(name, **options):
+        if name == absent or absent == "bitsandbytes":
+            raise PackageNotFoundError(absent)
+        return version(name)
+
+    monkeypatch.setattr(where, raises)
+    (line,) = said(capsys, "eval", "--model_name_or_path", "none", "--benchmarks", sums(tmp_path / "sums.json"))
+    assert expected in line
 
 
 def test_an_evaluation_is_one_process(capsys, monkeypatch):
@@ -257,15 +305,19 @@ def test_a_reward_that_raises_ends_an_evaluation(llama, tmp_path, capsys):
     assert "The reward value_below_six raised ValueError: could not convert string to float" in line
 
 
-def test_a_plain_template(bare, tmp_path):
-    """Without a chat template the question is asked as the template says."""
+@pytest.mark.parametrize(
+    ("template", "asked"),
+    [(r"Q: {question}\nA:", "Q: 0+0=\nA:"), ("2\n\\neq {question} A:", "2\n\\neq 0+0= A:")],
+)
+def test_a_plain_template(template, asked, bare, tmp_path):
+    r"""Without a chat template the question is asked as the template says; \n on one line is a line break."""
     file = sums(tmp_path / "sums.json")
     main([
         "eval", "--model_name_or_path", bare, "--benchmarks", str(file), "--limit", "1", "--temperature", "0",
-        "--max_new_tokens", "4", "--prompt_template", "Q: {question} A:", "--output_dir", str(tmp_path / "out"),
+        "--max_new_tokens", "4", "--prompt_template", template, "--output_dir", str(tmp_path / "out"),
         "--use_cpu", "true",
     ])  # fmt: skip
-    assert read_result(tmp_path / "out/sums-first1-greedy.jsonl").header["template"] == "Q: 0+0= A:"
+    assert read_result(tmp_path / "out/sums-first1-greedy.jsonl").header["template"] == asked
 
 
 @pytest.mark.launch

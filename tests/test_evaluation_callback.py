@@ -67,6 +67,12 @@ def test_an_evaluation_reads_the_weights_once(llama, tmp_path, monkeypatch):
     assert [header["weights"] for header in headers] == [read[0], read[0], read[1], read[1]]
 
 
+def test_two_benchmarks_of_one_name_are_refused():
+    """One would be judged by the answers of the other."""
+    with pytest.raises(ValueError, match=f"Several benchmarks are called {LETTERS.name}"):
+        EvaluationCallback([LETTERS, LETTERS.first(2), LETTERS], SETTINGS)
+
+
 @pytest.mark.launch
 @pytest.mark.parametrize("lora", [False, True])
 def test_in_two_processes(llama, tmp_path, lora):

@@ -4,17 +4,23 @@ from __future__ import annotations
 
 import json
 import math
+import sys
+from importlib.metadata import version
+from types import ModuleType, SimpleNamespace
 
 import pytest
 import torch
 from common.tiny import model, tokenizer
 from datasets import Dataset
+from transformers import BitsAndBytesConfig
 
 from tbrm_trl.evaluation import benchmarks
 from tbrm_trl.evaluation.benchmarks import BENCHMARKS, SUITES, Benchmark, load_benchmark
-from tbrm_trl.evaluation.results import compare_results, read_result
+from tbrm_trl.evaluation.results import Row, append, compare_results, open_result, read_result
 from tbrm_trl.evaluation.run import Judge, ModelPolicy, Settings, evaluate
-from tbrm_trl.evaluation.sampling import Completion, Request, Sampling, draw, generate
+from tbrm_trl.evaluation.sampling import Completion, Request, Sampling, draw, generate, prompt_ids_of
+from tbrm_trl.evaluation.vllm import VllmPolicy, digest_of_files
+from tbrm_trl.rewards import RewardError, gym
 
 # ---- sampling --------------------------------------------------------------------------------------------------------
 
@@ -84,6 +90,17 @@ def test_draws_follow_the_distribution():
         assert ((drawn - expected)[kept] ** 2 / expected[kept]).sum() < 18.5  # p = 0.001 at four degrees of freedom
 
 
+def test_a_template_that_refuses_a_role_is_one_line():
+    words = tokenizer()
+    refusal = "{% if messages[0].role == 'system' %}{{ raise_exception('No system\\nhere') }}{% endif %}"
+    words.chat_template = refusal + "{{ messages[0].content }}"
+    user = {"role": "user", "content": "ab"}
+    with pytest.raises(ValueError, match=r"refuses the prompt \(No system\)\. .* give --system_prompt ''") as error:
+        prompt_ids_of(words, [{"role": "system", "content": "s"}, user])
+    assert "\n" not in str(error.value)
+    assert prompt_ids_of(words, [user]) == words("ab", add_special_tokens=False)["input_ids"]
+
+
 # ---- results ---------------------------------------------------------------------------------------------------------
 
 SUMS = Benchmark("sums", ["1+1=", "2+2=", "3+3="], {"solution": ["2", "4", "6"]}, "math")
@@ -100,6 +117,9 @@ class Scripted:
 
     def weights(self) -> str:
         return "w"
+
+    def loaded(self) -> dict:
+        return {"revision": None, "dtype": "float32", "quantization": None}
 
     def generate(self, requests, how):
         for number, request in enumerate(requests):
@@ -163,6 +183,67 @@ def test_another_evaluation_is_not_mixed_in(tmp_path, judge):
         evaluate(Scripted(["", "", ""]), SUMS, other, tmp_path / "a.jsonl", judge)
 
 
+def test_completions_hold_any_character(tmp_path):
+    """Some that JSON leaves as they are end a line for `str.splitlines`."""
+    row = Row(
+        0, 0, seed=1, ids=[1], completion="é\u2028\u2029\x85\x0b\x0c\x1c", truncated=False, answer=None, score=0.0
+    )
+    append(open_result(tmp_path / "a.jsonl", {"problems": 1, "samples": 1, "template": "\u2028"}), [row])
+    read = read_result(tmp_path / "a.jsonl")
+    assert list(read.rows.values()) == [row] and read.header["template"] == "\u2028"
+
+
+def without(path, *fields: str) -> None:
+    """Take fields out of a result's header: results that were written before do not have them."""
+    first, *lines = path.read_text().split("\n")
+    header = {name: value for name, value in json.loads(first).items() if name not in fields}
+    path.write_text("\n".join([json.dumps(header), *lines]))
+
+
+def test_a_judge_that_changed_is_noticed(tmp_path, monkeypatch):
+    """A function of one's own by what it would do; where a result is opened again, and where two are compared."""
+    own = ModuleType("own_judge")
+    code = "RIGHT = 1.0\nasync def judge(completions, **columns):\n    return [RIGHT] * len(completions)\n"
+    exec(compile(code, "own_judge.py", "exec"), own.__dict__)
+    monkeypatch.setitem(sys.modules, "own_judge", own)
+    problems = Benchmark("sums", SUMS.prompts, {}, "own_judge.judge")
+    paths, answers = (tmp_path / "a.jsonl", tmp_path / "b.jsonl"), ["", "", ""]
+    evaluate(Scripted(answers), problems, SETTINGS, paths[0])
+    evaluate(Scripted(answers, interrupted_after=0), problems, SETTINGS, paths[0])  # it is complete
+    monkeypatch.setattr(own, "RIGHT", 0.5)
+    with pytest.raises(ValueError, match="differs in judge"):
+        evaluate(Scripted(answers), problems, SETTINGS, paths[0])
+    evaluate(Scripted(answers), problems, SETTINGS, paths[1])
+    with pytest.raises(ValueError, match="differ in their judge"):
+        compare_results(*paths)
+    without(paths[0], "judge")
+    evaluate(Scripted(answers, interrupted_after=0), problems, SETTINGS, paths[0])
+    (comparison,) = compare_results(*paths).values()
+    assert comparison.difference == -0.5
+
+
+def test_a_judge_that_ships_is_known_by_versions(judge):
+    ours = {"tbrm-trl": version("tbrm-trl")}
+    assert judge.identity == {**ours, "math-verify": version("math-verify")}
+    by_length = Judge(Benchmark("sums", SUMS.prompts, {}, "length(limit=8)"))
+    assert by_length.identity == ours
+
+
+def test_a_worker_that_cannot_start_says_why():
+    judge = Judge(Benchmark("sums", SUMS.prompts, {}, "helpers.reward_functions.Unloadable"))
+    with pytest.raises(RewardError, match=r"Unloadable' cannot judge\. A reward worker could not start: .*not here"):
+        judge.verdicts(["1+1="], ["2"], [[1]], [0])
+
+
+@pytest.mark.parametrize("text", ["10^{5000}", "1e5000", "1e-5000", "-1e5000"])
+def test_numbers_that_python_does_not_write_out(text, judge):
+    """Of 5000 digits, and beyond a float: answers as they are given, which are not 0."""
+    assert judge.answer(rf"\boxed{{{text}}}", 0) == text
+    for stored in ("4", "0"):
+        task = Benchmark("task", [""], {"gym": [gym.encode("chain_sum", {"answer": stored})]}, "reasoning_gym")
+        assert Judge(task).answer(rf"\boxed{{{text}}}", 0) == text
+
+
 def test_results_are_compared_problem_by_problem(tmp_path, judge):
     """One of three becomes three of three: +2/3, and of four sign flips of two problems two are as far: p = ½."""
     evaluate(Scripted(["\\boxed{2}", "", ""]), SUMS, SETTINGS, tmp_path / "before.jsonl", judge)
@@ -188,6 +269,44 @@ def test_weights_are_known_by_their_bits():
     with torch.no_grad():
         same.model.model.norm.weight[3] = math.nextafter(1.0, 2.0) + 1e-6
     assert one.weights() != same.weights()
+
+
+def test_how_weights_were_loaded_is_said():
+    policy = ModelPolicy("m", model().bfloat16(), tokenizer(), revision="r")
+    assert policy.loaded() == {"revision": "r", "dtype": "bfloat16", "quantization": None}
+    policy.model.config.quantization_config = BitsAndBytesConfig(load_in_4bit=True)
+    loaded = policy.loaded()
+    assert loaded["quantization"]["load_in_4bit"] and json.loads(json.dumps(loaded)) == loaded
+
+
+def test_vllm_knows_weights_by_their_files(tmp_path, judge, monkeypatch):
+    """After more training into the folder its result is another model's. Files beside the weights change nothing."""
+    monkeypatch.setitem(sys.modules, "vllm", SimpleNamespace(LLM=lambda **options: None))
+    monkeypatch.setattr("tbrm_trl.evaluation.vllm.AutoTokenizer.from_pretrained", lambda name, **options: tokenizer())
+    monkeypatch.setattr(VllmPolicy, "generate", lambda self, asked, how: Scripted(["2", "4", "6"]).generate(asked, how))
+    folder, path = tmp_path / "model", tmp_path / "a.jsonl"
+    folder.mkdir()
+
+    def run() -> dict:
+        policy = VllmPolicy.load(str(folder), revision="main", dtype="auto")
+        return evaluate(policy, SUMS, SETTINGS, path, judge).header
+
+    with pytest.raises(ValueError, match="holds no weights"):
+        run()
+    for name in ("model.safetensors", "training_args.bin"):
+        (folder / name).write_bytes(b"one")
+    header = run()
+    assert (header["revision"], header["dtype"], header["quantization"]) == ("main", "auto", None)
+    for name in ("training_args.bin", "optimizer.pt"):
+        (folder / name).write_bytes(b"two")
+    assert run() == header
+    without(path, "revision", "dtype", "quantization")
+    run()
+    (folder / "model.safetensors").write_bytes(b"two")
+    with pytest.raises(ValueError, match="differs in weights"):
+        run()
+    monkeypatch.setattr("tbrm_trl.evaluation.vllm.snapshot_download", lambda name, **options: str(folder))
+    assert digest_of_files("an/id") == digest_of_files(str(folder))
 
 
 # ---- benchmarks ------------------------------------------------------------------------------------------------------

@@ -1,10 +1,14 @@
 """inspect-ai beside `tbrm eval`: the same problems and checkpoint, the same completions and the same numbers."""
 
+from concurrent.futures import Future
+from types import SimpleNamespace
+
 import pytest
 from helpers.examples import sums
 
 from tbrm_trl.cli import main
 from tbrm_trl.evaluation.results import read_result
+from tbrm_trl.evaluation.sampling import Completion, Request, Sampling
 
 inspect_ai = pytest.importorskip("inspect_ai")
 LETTERS = "helpers.reward_functions.letters"  # which the untrained model differs in
@@ -62,3 +66,24 @@ def test_what_the_sampler_has_not_is_refused(given, said, llama, tmp_path):
         log_dir=str(tmp_path), **given,
     )  # fmt: skip
     assert log.status == "error" and said in log.error.message
+
+
+def test_a_cancelled_sample_leaves_the_others_alone(monkeypatch):
+    """Cancelled before it is drawn, or while it is; those that wait beside it get their completions."""
+    from tbrm_trl.evaluation.inspect_adapter import ModelPolicy
+
+    futures: list[Future] = [Future() for _ in range(3)]
+    drawn = []
+
+    def generate(requests, sampling):
+        drawn.extend(request.seed for request in requests)
+        futures[1].cancel()
+        yield from (Completion(number, [request.seed], False) for number, request in enumerate(requests))
+
+    monkeypatch.setattr(ModelPolicy, "load", lambda name, **options: SimpleNamespace(generate=generate))
+    model = inspect_ai.model.get_model("tbrm/m").api
+    futures[0].cancel()
+    for seed, future in enumerate(futures):
+        model.waiting.put((Request([], seed), Sampling(), future))
+    assert futures[2].result(timeout=10).ids == [2]
+    assert drawn == [1, 2] and futures[0].cancelled()

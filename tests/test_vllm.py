@@ -320,13 +320,13 @@ def test_an_evaluation_by_vllm_gives_the_completions_of_transformers(model, envi
     """Greedy completions of each, of a model whose logits lie far apart: bfloat16 turns few tokens."""
     file = sums(tmp_path / "sums.json")
     rows = {}
-    for backend in ("transformers", "vllm"):
+    for backend, on_cpu in (("transformers", ["--use_cpu", "true"]), ("vllm", [])):
         run(
             [
                 sys.executable, "-m", "tbrm_trl.cli", "eval", "--model_name_or_path", model, "--benchmarks", file,
                 "--limit", "12", "--samples", "1", "--temperature", "0", "--max_new_tokens", "6", "--backend", backend,
                 "--reward_funcs", "helpers.reward_functions.letters", "--output_dir", tmp_path / backend,
-                "--use_cpu", "true",
+                *on_cpu,
             ],
             **environment,
         )  # fmt: skip

@@ -12,6 +12,8 @@ command finishes an evaluation that was interrupted.
 
 import os
 import sys
+from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -20,7 +22,6 @@ from .quiet import silence
 
 silence()
 
-from transformers import AutoTokenizer  # noqa: E402
 from trl import ModelConfig, get_quantization_config  # noqa: E402
 
 from tbrm_trl.evaluation.benchmarks import (  # noqa: E402
@@ -30,12 +31,14 @@ from tbrm_trl.evaluation.benchmarks import (  # noqa: E402
     Benchmark,
     Setting,
     load_benchmark,
+    require_distinct_names,
 )
 from tbrm_trl.evaluation.results import differing_settings, paired_results  # noqa: E402
 from tbrm_trl.evaluation.run import Judge, ModelPolicy, Policy, Settings, evaluate  # noqa: E402
 from tbrm_trl.evaluation.sampling import Sampling, prompt_ids_of  # noqa: E402
 from tbrm_trl.evaluation.statistics import compare  # noqa: E402
 from tbrm_trl.evaluation.vllm import VllmPolicy  # noqa: E402
+from tbrm_trl.files import first_line, require_writable  # noqa: E402
 from tbrm_trl.rewards import RewardError  # noqa: E402
 
 from .parsing import Parser, Refused, leave, sorted_words  # noqa: E402
@@ -73,14 +76,19 @@ class EvaluationArguments:
     system_prompt: str = field(default=BOXED, metadata={"help": "Put before questions that are text."})
     prompt_template: str | None = field(
         default=None,
-        metadata={"help": "Text with {question} in it, asked as it is: for models without a chat template."},
+        metadata={
+            "help": "Text with {question} in it, asked as it is: for models without a chat template. In a text "
+            "on one line, \\n is a line break."
+        },
     )
     reward_funcs: str | None = field(
         default=None, metadata={"help": "What judges, by name or dotted path, in place of the benchmark's own reward."}
     )
     answer_column: str | None = field(default=None, metadata={"help": "Column of the answers, of a file."})
     limit: int | None = field(default=None, metadata={"help": "Evaluate on the first so many problems alone."})
-    batch_size: int = field(default=64, metadata={"help": "Completions generated at once."})
+    batch_size: int | None = field(
+        default=None, metadata={"help": "Completions generated at once, by default 64. vLLM chooses it itself."}
+    )
     backend: str = field(
         default="transformers", metadata={"help": "What generates.", "choices": ["transformers", "vllm"]}
     )
@@ -105,6 +113,8 @@ def problems_of(arguments: EvaluationArguments, model: ModelConfig) -> list[str]
         problems.append("--model_name_or_path is missing: the id of a model on the Hub, or a folder.")
     if a.suite is not None and a.suite not in SUITES:
         problems.append(f"there is no suite {a.suite!r}. Names: {', '.join(SUITES)}.")
+    elif a.suite:
+        problems += _beside_suite(a.suite, a.benchmarks)
     if a.suite and (a.samples is not None or a.temperature != 1.0):
         problems.append("--suite sets samples and temperature: leave --samples and --temperature out.")
     if not (a.benchmarks or a.suite):
@@ -112,7 +122,28 @@ def problems_of(arguments: EvaluationArguments, model: ModelConfig) -> list[str]
     for name in ("limit", "samples", "batch_size"):
         if (value := getattr(a, name)) is not None and value < 1:
             problems.append(f"--{name} {value} must be at least 1.")
+    if a.backend == "vllm":
+        given = {
+            "load_in_4bit": model.load_in_4bit,
+            "load_in_8bit": model.load_in_8bit,
+            "attn_implementation": model.attn_implementation is not None,
+            "use_cpu": a.use_cpu,
+            "batch_size": a.batch_size is not None,
+        }
+        problems += [f"--{name} is for --backend transformers: leave it out." for name, one in given.items() if one]
     return problems
+
+
+def _beside_suite(suite: str, benchmarks: Sequence[str]) -> list[str]:
+    """What is wrong with the benchmarks beside a suite, which may give local copies of the suite's own."""
+    own = [line.benchmark for line in SUITES[suite]]
+    names = Counter(one.partition("=")[0] for one in benchmarks)
+    problems = [
+        f"--benchmarks {one} is not of --suite {suite}, which has {', '.join(own)}. Evaluate on it without --suite."
+        for one in benchmarks
+        if one.partition("=")[0] not in own
+    ]
+    return problems + [f"--benchmarks names {name} {count} times." for name, count in names.items() if count > 1]
 
 
 def lines_of(arguments: EvaluationArguments) -> list[Setting]:
@@ -136,19 +167,28 @@ def policy_of(arguments: EvaluationArguments, model: ModelConfig) -> Policy:
     name: Any = model.model_name_or_path
     options = {"revision": model.model_revision, "dtype": model.dtype}
     if arguments.backend == "vllm":
-        try:
-            tokenizer = AutoTokenizer.from_pretrained(name, revision=model.model_revision)
-        except (OSError, ValueError) as error:
-            raise ValueError(f"{name} cannot be loaded: {str(error).splitlines()[0]}") from error
-        return VllmPolicy.load(name, tokenizer, seed=arguments.seed, **options)
+        return VllmPolicy.load(name, seed=arguments.seed, **options)
+    try:
+        quantization = get_quantization_config(model)
+    except ImportError as error:  # without bitsandbytes
+        raise ValueError(f"{name} cannot be loaded: {first_line(error)}") from error
     return ModelPolicy.load(
         name,
-        batch_size=arguments.batch_size,
+        batch_size=arguments.batch_size or 64,
         use_cpu=arguments.use_cpu,
         attn_implementation=model.attn_implementation,
-        quantization_config=get_quantization_config(model),
+        quantization_config=quantization,
         **options,
     )
+
+
+def check_writable(folder: Path) -> None:
+    """Refuse a folder that cannot be written. It is not made before there is a result to write."""
+    there = next(one for one in (folder, *folder.absolute().parents) if one.exists())
+    try:
+        require_writable(there, "--output_dir" if there == folder else "the folder of --output_dir")
+    except OSError as error:
+        raise ValueError(error.strerror) from error
 
 
 def check_length(policy: Policy, benchmark: Benchmark, settings: Settings) -> None:
@@ -168,17 +208,22 @@ def check_length(policy: Policy, benchmark: Benchmark, settings: Settings) -> No
 def run(arguments: EvaluationArguments, model: ModelConfig) -> None:
     """Evaluate on everything that was asked for. All of it is checked before the first completion."""
     a = arguments
+    template = a.prompt_template
+    if template is not None and "\n" not in template:  # a shell passes a line break as a backslash and an n
+        template = template.replace("\\n", "\n")
     planned = []
     for line in lines_of(a):
         benchmark = loaded(line.benchmark, a)
         samples = line.samples or (1 if line.temperature == 0 else benchmark.samples)
         sampling = Sampling(line.temperature, a.top_p, a.top_k, a.max_new_tokens)
-        settings = Settings(samples, sampling, a.seed, a.system_prompt, a.prompt_template)
+        settings = Settings(samples, sampling, a.seed, a.system_prompt, template)
         planned.append((benchmark, settings, Judge(benchmark)))
+    require_distinct_names([benchmark for benchmark, _, _ in planned])
+    folder = Path(a.output_dir or Path("evaluations") / Path(str(model.model_name_or_path)).name)
+    check_writable(folder)
     policy = policy_of(a, model)
     for benchmark, settings, _ in planned:
         check_length(policy, benchmark, settings)
-    folder = Path(a.output_dir or Path("evaluations") / Path(policy.name).name)
     if a.prompt_template is None:
         print(f"System prompt: {a.system_prompt!r}")
     for benchmark, settings, judge in planned:

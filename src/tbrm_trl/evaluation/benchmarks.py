@@ -2,6 +2,8 @@
 
 import difflib
 import json
+from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -120,6 +122,16 @@ def load_benchmark(name: str, *, reward: str | None = None, answer_column: str |
     else:
         raise ValueError(_unknown(name))
     return benchmark if reward is None else Benchmark(**{**vars(benchmark), "reward": reward})
+
+
+def require_distinct_names(benchmarks: Sequence[Benchmark]) -> None:
+    """Refuse benchmarks of one name. It names results and metrics, so one would be taken for the other."""
+    counts = Counter(one.name for one in benchmarks)
+    if several := [name for name, count in counts.items() if count > 1]:
+        raise ValueError(
+            f"Several benchmarks are called {', '.join(several)}, and so would their results. Name each once. A file's "
+            "benchmark has the name of the file, without folders and ending: rename the file."
+        )
 
 
 def of_rows(name: str, rows: Any, reward: str | None = None, answer_column: str | None = None) -> Benchmark:

@@ -8,7 +8,7 @@ from accelerate.utils import gather_object
 from tqdm.auto import tqdm
 from transformers import TrainerCallback
 
-from .benchmarks import Benchmark
+from .benchmarks import Benchmark, require_distinct_names
 from .results import append, open_result
 from .run import Judge, ModelPolicy, Settings, drawn, header
 
@@ -23,11 +23,15 @@ class EvaluationCallback(TrainerCallback):
         benchmarks: what to evaluate on.
         settings: how the problems are asked, and completions drawn.
         batch_size: completions generated at once, on each process.
+
+    Raises:
+        ValueError: in one line, for benchmarks of one name, or a judge that needs what is not installed.
     """
 
     evaluates = True  # without an evaluation set too
 
     def __init__(self, benchmarks: Sequence[Benchmark], settings: Settings, batch_size: int = 64) -> None:
+        require_distinct_names(benchmarks)
         self.benchmarks = list(benchmarks)
         self.settings = settings
         self.batch_size = batch_size
@@ -63,10 +67,10 @@ class EvaluationCallback(TrainerCallback):
         process, processes = args.process_index, args.world_size
         places = [(p, s) for p in range(len(benchmark)) for s in range(self.settings.samples)]
         mine = places[process::processes]
-        rows = []
+        rows, judge = [], self.judges[benchmark.name]
         silent = args.disable_tqdm or process != 0
         with tqdm(total=len(mine), desc=benchmark.name, unit="completion", disable=silent, leave=False) as bar:
-            for some in drawn(policy, benchmark, self.settings, mine, self.judges[benchmark.name]):
+            for some in drawn(policy, benchmark, self.settings, mine, judge):
                 rows += some
                 bar.update(len(some))
         everywhere = gather_object(rows)
@@ -74,7 +78,7 @@ class EvaluationCallback(TrainerCallback):
         values: list[Any] = [None]
         if args.should_save:
             path.unlink(missing_ok=True)  # of the same step, before a resume
-            result = open_result(path, header(policy, benchmark, self.settings, weights))
+            result = open_result(path, header(policy, benchmark, self.settings, weights, judge))
             append(result, everywhere)
             values = [result.metrics()]
         return next(one for one in gather_object(values) if one is not None)

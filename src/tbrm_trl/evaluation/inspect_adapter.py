@@ -105,6 +105,8 @@ class TBRMModel(ModelAPI):
                     some.append(self.waiting.get(timeout=0.05))  # until no more come
             except Empty:
                 pass
+            # A request that was cancelled while it waited is not drawn. One that is under way can be cancelled no more.
+            some = [one for one in some if one[2].set_running_or_notify_cancel()]
             for sampling in {how for _, how, _ in some}:
                 futures = [future for _, how, future in some if how == sampling]
                 try:

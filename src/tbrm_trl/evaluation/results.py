@@ -127,13 +127,14 @@ def open_result(path: Path, header: Mapping[str, Any]) -> Result:
     """
     if not path.exists():
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps({"format": FORMAT, **header}, ensure_ascii=False) + "\n")
+        path.write_text(json.dumps({"format": FORMAT, **header}, ensure_ascii=False) + "\n", encoding="utf-8")
         return Result(path, dict(header))
     found = _read(path, mend=True)
+    # A field that the file does not have, such as `judge`, is not compared: the file is older than the field.
     differing = [
-        f"{name} (there {_short(found.header.get(name))}, here {_short(header.get(name))})"
-        for name in {**found.header, **header}
-        if name not in INCIDENTAL and found.header.get(name) != header.get(name)
+        f"{name} (there {_short(there)}, here {_short(header.get(name))})"
+        for name, there in found.header.items()
+        if name not in INCIDENTAL and there != header.get(name)
     ]
     if differing:
         raise ValueError(
@@ -146,7 +147,7 @@ def open_result(path: Path, header: Mapping[str, Any]) -> Result:
 def append(result: Result, rows: Iterable[Row]) -> None:
     """Add rows, in memory and in the file."""
     rows = list(rows)
-    with result.path.open("a") as file:
+    with result.path.open("a", encoding="utf-8") as file:
         file.writelines(json.dumps(vars(row), ensure_ascii=False) + "\n" for row in rows)
     result.rows.update(((row.problem, row.sample), row) for row in rows)
 
@@ -164,7 +165,8 @@ def _read(path: Path, mend: bool = False) -> Result:
     """What a file holds. A last line that an interrupt cut is left out, and cut off where the file is mended."""
     try:
         whole, newline, tail = path.read_bytes().rpartition(b"\n")
-        first, *lines = (whole + newline).decode().splitlines()
+        # Not `splitlines`: it also ends a line at U+2028, U+2029 and U+0085, which a completion may hold.
+        first, *lines = whole.decode("utf-8").split("\n")
         header = json.loads(first)
         if header.pop("format") != FORMAT:
             raise ValueError
@@ -200,7 +202,7 @@ def paired_results(first: str | Path, second: str | Path) -> dict[str, tuple[Res
     """The results that two files, or two folders of them, have of the same benchmarks.
 
     Raises:
-        ValueError: if they share no benchmark, or a benchmark's problems are not the same.
+        ValueError: if they share no benchmark, or a benchmark's problems or what judged them are not the same.
     """
     before, after = results_of(first), results_of(second)
     shared = [name for name in before if name in after]
@@ -209,9 +211,13 @@ def paired_results(first: str | Path, second: str | Path) -> dict[str, tuple[Res
             f"{first} and {second} share no benchmark: {', '.join(before)} there, {', '.join(after)} here."
         )
     for name in shared:
-        for what in ("data", "reward"):
-            if before[name].header[what] != after[name].header[what]:
-                raise ValueError(f"{name}: the two results differ in their {what}, so they cannot be paired.")
+        for what in ("data", "reward", "judge"):
+            there, here = before[name].header, after[name].header
+            if what in there and what in here and there[what] != here[what]:  # old results do not say their judge
+                raise ValueError(
+                    f"{name}: the two results differ in their {what} ({_short(there[what])} and {_short(here[what])}), "
+                    "so they cannot be paired."
+                )
     return {name: (before[name], after[name]) for name in shared}
 
 

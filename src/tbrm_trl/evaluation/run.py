@@ -2,10 +2,11 @@
 
 import asyncio
 import inspect
+import json
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -13,16 +14,20 @@ import torch
 import xxhash
 from tqdm.auto import tqdm
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
+from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from ..rewards import NAMES, gym, reading, reward_function
+from ..files import first_line, plain, plain_value, source_of
+from ..rewards import NAMES, InWorkers, RewardError, gym, reading, reward_function, with_arguments
 from ..rewards.notation import normal, squeezed
 from ..rewards.quantities import number
 from . import sampling
 from .benchmarks import BOXED, Benchmark, messages
 from .results import Result, Row, append, open_result
-from .sampling import Completion, Request, Sampling, prompt_ids_of, seed_of
+from .sampling import Completion, Request, Sampling, prompt_ids_of, rendered, seed_of
 
 AT_ONCE = 64  # completions that are judged together, and written
+# The package that a reward has its verdicts from, and the extra that installs it.
+VERIFIERS = {"math": ("math-verify", "math"), "reasoning_gym": ("reasoning-gym", "gym")}
 
 
 class Policy(Protocol):
@@ -34,7 +39,13 @@ class Policy(Protocol):
 
     def generate(self, requests: Sequence[Request], how: Sampling) -> Iterator[Completion]: ...
 
-    def weights(self) -> str | None: ...
+    def weights(self) -> str:
+        """A digest of the weights."""
+        ...
+
+    def loaded(self) -> dict[str, Any]:
+        """How the weights were loaded: `revision`, `dtype` and `quantization`, as values of JSON."""
+        ...
 
 
 @dataclass
@@ -46,6 +57,7 @@ class ModelPolicy:
     tokenizer: PreTrainedTokenizerBase
     batch_size: int = 64
     backend: str = "transformers"
+    revision: str | None = None
 
     @classmethod
     def load(cls, name: str, *, batch_size: int = 64, use_cpu: bool = False, **options: Any) -> "ModelPolicy":
@@ -67,11 +79,11 @@ class ModelPolicy:
             # It loads an adapter too, on its base. PEFT's own would give the base an embedding for each token of the
             # tokenizer, and new ones at random.
             model: Any = AutoModelForCausalLM.from_pretrained(name, **{"dtype": "auto", **options})
-        except (OSError, ValueError) as error:
-            raise ValueError(f"{name} cannot be loaded: {str(error).splitlines()[0]}") from error
+        except (OSError, ValueError, ImportError) as error:  # ImportError: of bitsandbytes or a kernel of attention
+            raise ValueError(f"{name} cannot be loaded: {first_line(error)}") from error
         if torch.cuda.is_available() and not use_cpu and options.get("quantization_config") is None:
             model.to("cuda")
-        return cls(name, model.eval(), tokenizer, batch_size)
+        return cls(name, model.eval(), tokenizer, batch_size, revision=options.get("revision"))
 
     def generate(self, requests: Sequence[Request], how: Sampling) -> Iterator[Completion]:
         return sampling.generate(self.model, self.tokenizer, requests, how, self.batch_size)
@@ -84,6 +96,16 @@ class ModelPolicy:
             for name, one in self.model.named_parameters()
         ]
         return xxhash.xxh3_64_hexdigest("\n".join(parts).encode())
+
+    def loaded(self) -> dict[str, Any]:
+        quantization = getattr(self.model.config, "quantization_config", None)
+        if isinstance(quantization, QuantizationConfigMixin):
+            quantization = quantization.to_dict()
+        return {
+            "revision": self.revision,
+            "dtype": str(self.model.dtype).removeprefix("torch."),
+            "quantization": plain(quantization),
+        }
 
 
 @dataclass(frozen=True)
@@ -138,11 +160,12 @@ def evaluate(
     Raises:
         ValueError: if the policy has no chat template and no template is given, or the file holds something else.
     """
-    result = open_result(path, header(policy, benchmark, settings, policy.weights()))
+    judge = judge or Judge(benchmark)
+    result = open_result(path, header(policy, benchmark, settings, policy.weights(), judge))
     places = result.missing
     total = len(places) + len(result.rows)
     with tqdm(total=total, initial=len(result.rows), desc=benchmark.name, unit="completion") as bar:
-        for rows in drawn(policy, benchmark, settings, places, judge or Judge(benchmark)):
+        for rows in drawn(policy, benchmark, settings, places, judge):
             append(result, rows)
             bar.update(len(rows))
     return result
@@ -170,11 +193,16 @@ def drawn(
 
 
 class Judge:
-    """The reward of a benchmark, and the answers that it reads."""
+    """The reward of a benchmark, and the answers that it reads.
+
+    Raises:
+        ValueError: in one line, if there is no such reward, or it needs a package that is not installed.
+    """
 
     def __init__(self, benchmark: Benchmark) -> None:
         self.benchmark = benchmark
         self.reward = reward_function(benchmark.reward)
+        self.identity = _identity(benchmark.reward, self.reward)
 
     def rows(
         self,
@@ -208,13 +236,24 @@ class Judge:
     def verdicts(
         self, prompts: Sequence[Any], texts: Sequence[str], ids: Sequence[list[int]], problems: Sequence[int]
     ) -> list[float | None]:
-        """The score of each completion; None without a verdict, which NaN is too."""
-        found: Any = self.reward(
-            prompts=list(prompts),
-            completions=[[{"role": "assistant", "content": text}] for text in texts],
-            completion_ids=list(ids),
-            **{name: [values[p] for p in problems] for name, values in self.benchmark.columns.items()},
-        )
+        """The score of each completion; None without a verdict, which NaN is too.
+
+        Raises:
+            RewardError: if the reward is the user's own and raises, or its worker cannot start.
+        """
+        try:
+            found: Any = self.reward(
+                prompts=list(prompts),
+                completions=[[{"role": "assistant", "content": text}] for text in texts],
+                completion_ids=list(ids),
+                **{name: [values[p] for p in problems] for name, values in self.benchmark.columns.items()},
+            )
+        except (RuntimeError, TypeError) as error:
+            # What the function itself raises comes from a worker as a RewardError: this is the worker that cannot
+            # start, or the function that cannot be sent to it.
+            if isinstance(error, RewardError) or not isinstance(self.reward, InWorkers):
+                raise
+            raise RewardError(f"The reward {self.benchmark.reward!r} cannot judge. {error}") from error
         if inspect.isawaitable(found):
             found = asyncio.run(_awaited(found))
         return [None if one is None or math.isnan(one) else float(one) for one in found]
@@ -229,6 +268,22 @@ class Judge:
         return text.strip() or None
 
 
+def _identity(name: str, reward: Any) -> Any:
+    """What the verdicts of a reward depend on: of a user's own a digest of its source, else versions of packages."""
+    known = with_arguments(name, "length(limit=2048)")[0]
+    if known not in NAMES:
+        function = reward.function if isinstance(reward, InWorkers) else reward
+        return xxhash.xxh3_64_hexdigest(json.dumps(source_of(function), default=plain_value).encode())
+    versions = {"tbrm-trl": version("tbrm-trl")}
+    if known in VERIFIERS:
+        package, extra = VERIFIERS[known]
+        try:
+            versions[package] = version(package)
+        except PackageNotFoundError:
+            raise ValueError(f'The reward {known} needs {package}: pip install "tbrm-trl[{extra}]"') from None
+    return versions
+
+
 async def _awaited(verdicts: Any) -> Any:
     return await verdicts
 
@@ -239,27 +294,28 @@ def spelled(answer: str | None) -> str | None:
         return None
     text = normal(answer[:2000])
     value = number(text)
-    return squeezed(text) if value is None else str(value.value)
+    try:
+        return squeezed(text) if value is None else str(value.value)
+    except ValueError:  # Python writes out no number of more than 4300 digits
+        return squeezed(text)
 
 
-def header(policy: Policy, benchmark: Benchmark, settings: Settings, weights: str | None) -> dict[str, Any]:
+def header(policy: Policy, benchmark: Benchmark, settings: Settings, weights: str, judge: "Judge") -> dict[str, Any]:
     """What is evaluated, and how: two runs of the same header are one evaluation. `weights` is the policy's digest."""
-    first = settings.prompts(benchmark, policy)[0]
-    template = first
-    if not isinstance(first, str):
-        template = policy.tokenizer.apply_chat_template(first, tokenize=False, add_generation_prompt=True)
     return {
         "benchmark": benchmark.name,
         "model": policy.name,
         "weights": weights,
+        **policy.loaded(),
         "problems": len(benchmark),
         "samples": settings.samples,
         "sampling": asdict(settings.sampling),
         "seed": settings.seed,
         "system_prompt": settings.system_prompt,
-        "template": template,
+        "template": rendered(policy.tokenizer, settings.prompts(benchmark, policy)[0]),
         "data": benchmark.digest,
         "reward": benchmark.reward,
+        "judge": judge.identity,
         "backend": policy.backend,
         "versions": {name: version(name) for name in ("tbrm-trl", "transformers", "torch")},
     }

@@ -13,10 +13,12 @@ from typing import Any, NamedTuple
 import torch
 import xxhash
 from accelerate.utils import is_peft_model
+from jinja2 import TemplateError
 from torch import Tensor
 from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList, PreTrainedTokenizerBase
 
 from ..context import in_evaluation, temporarily
+from ..files import first_line
 from ..model.caches import can_select_rows, empty_cache
 from ..model.decoding import Slots
 
@@ -82,8 +84,24 @@ def prompt_ids_of(tokenizer: PreTrainedTokenizerBase, prompt: Any) -> list[int]:
     """The ids of a prompt: text as it is, messages by the chat template."""
     if isinstance(prompt, str):
         return tokenizer(prompt)["input_ids"]
-    text = tokenizer.apply_chat_template(prompt, tokenize=False, add_generation_prompt=True)
-    return tokenizer(text, add_special_tokens=False)["input_ids"]  # a chat template writes its own
+    return tokenizer(rendered(tokenizer, prompt), add_special_tokens=False)["input_ids"]  # the template writes its own
+
+
+def rendered(tokenizer: PreTrainedTokenizerBase, prompt: Any) -> str:
+    """A prompt as text: messages by the chat template.
+
+    Raises:
+        ValueError: in one line, if the template refuses the messages.
+    """
+    if isinstance(prompt, str):
+        return prompt
+    try:
+        return tokenizer.apply_chat_template(prompt, tokenize=False, add_generation_prompt=True)
+    except TemplateError as error:
+        raise ValueError(
+            f"The chat template refuses the prompt ({first_line(error)}). If it takes no system prompt, give "
+            "--system_prompt ''."
+        ) from error
 
 
 def end_ids_of(model: Any, tokenizer: PreTrainedTokenizerBase) -> set[int]:

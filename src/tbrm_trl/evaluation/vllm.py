@@ -1,35 +1,80 @@
 """Completions by vLLM, where it is installed."""
 
+import hashlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
-from transformers import PreTrainedTokenizerBase
+import xxhash
+from huggingface_hub import snapshot_download
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
+from ..files import first_line
 from .sampling import Completion, Request, Sampling
 
 AT_ONCE = 1024  # requests handed over together; an interrupted evaluation loses at most these
+# Endings of weight files in the order in which vLLM looks for them, and files beside them that hold no weights.
+WEIGHTS = (".safetensors", ".bin", ".pt", ".gguf")
+NO_WEIGHTS = ("training_args.bin", "optimizer.bin", "scheduler.bin", "optimizer.pt", "scheduler.pt", "scaler.pt")
 
 
 @dataclass
 class VllmPolicy:
-    """A model in vLLM's engine, with nothing of the sampling that it ships with."""
+    """A model in vLLM's engine, with nothing of the sampling that it ships with.
+
+    Attributes:
+        digest: of the files that the weights were read from.
+        revision: as it was asked for.
+        dtype: as it was asked for. "auto" is that of the files.
+    """
 
     name: str
     engine: Any
     tokenizer: PreTrainedTokenizerBase
+    digest: str
+    revision: str | None = None
+    dtype: str | None = None
     backend: str = "vllm"
 
     @classmethod
-    def load(cls, name: str, tokenizer: PreTrainedTokenizerBase, **options: Any) -> "VllmPolicy":
+    def load(
+        cls,
+        name: str,
+        *,
+        revision: str | None = None,
+        dtype: str | None = "auto",
+        **options: Any,
+    ) -> "VllmPolicy":
+        """A checkpoint of the Hub or of a folder.
+
+        Args:
+            name: id on the Hub, or a folder.
+            revision: of the Hub's.
+            dtype: to compute in. "auto" is that of the files.
+            options: of vLLM's `LLM`.
+
+        Raises:
+            ValueError: in one line, if vLLM is not installed, or the tokenizer or the files of weights are not found.
+        """
         try:
             from vllm import LLM
         except ImportError as error:
             raise ValueError(f'--backend vllm needs vLLM ({error}): pip install "tbrm-trl[vllm]"') from None
-        return cls(name, LLM(model=name, generation_config="vllm", **options), tokenizer)
+        try:
+            tokenizer = AutoTokenizer.from_pretrained(name, revision=revision)
+        except (OSError, ValueError, ImportError) as error:
+            raise ValueError(f"{name} cannot be loaded: {first_line(error)}") from error
+        engine = LLM(model=name, generation_config="vllm", revision=revision, dtype=dtype, **options)
+        return cls(name, engine, tokenizer, digest_of_files(name, revision), revision, dtype)
 
-    def weights(self) -> None:
-        """Not known: vLLM lays weights out in its own way."""
+    def weights(self) -> str:
+        """A digest of their files: in its engine vLLM lays weights out in its own way."""
+        return self.digest
+
+    def loaded(self) -> dict[str, Any]:
+        # vLLM is asked for no quantization. A checkpoint that is quantized has it in its weights.
+        return {"revision": self.revision, "dtype": self.dtype, "quantization": None}
 
     def generate(self, requests: Sequence[Request], how: Sampling) -> Iterator[Completion]:
         from vllm import SamplingParams
@@ -50,3 +95,31 @@ class VllmPolicy:
             for number, output in enumerate(self.engine.generate(prompts, asked, use_tqdm=False), start=first):
                 given = output.outputs[0]
                 yield Completion(number, list(given.token_ids), given.finish_reason == "length")
+
+
+def digest_of_files(name: str, revision: str | None = None) -> str:
+    """A digest of the files of a model's weights: of each the name, the size and the content.
+
+    Args:
+        name: a folder, a file, or an id on the Hub whose snapshot is on this machine.
+        revision: of the snapshot.
+
+    Raises:
+        ValueError: in one line, if there are none.
+    """
+    place = Path(name)
+    if not place.exists():
+        try:
+            place = Path(snapshot_download(name, revision=revision, local_files_only=True))
+        except (OSError, ValueError) as error:
+            raise ValueError(f"The files of {name} are not found: {first_line(error)}") from error
+    by_ending = ([one for one in sorted(place.glob(f"*{end}")) if one.name not in NO_WEIGHTS] for end in WEIGHTS)
+    files = [place] if place.is_file() else next(filter(None, by_ending), [])
+    if not files:
+        raise ValueError(f"{place} holds no weights ({', '.join(WEIGHTS)}), so a result could not say what it is of.")
+    digest = xxhash.xxh3_64()
+    for file in files:
+        with file.open("rb") as opened:
+            content = hashlib.file_digest(opened, xxhash.xxh3_64).hexdigest()
+        digest.update(f"{file.name} {file.stat().st_size} {content}\n".encode())
+    return digest.hexdigest()

@@ -116,15 +116,27 @@ def readings(completion: str, stored: str | None) -> list[str]:
 
 
 def _as_stored(answer: str, stored: str) -> str:
-    """An answer to a task of numbers: the stored one if it has its value, else its own number."""
+    """An answer to a task of numbers: the stored one if it has its value, else its own number.
+
+    A number with more digits than Python writes out, or beyond what a float can be, stays as it was given.
+    """
     given = number(normal(answer)) or number(reading.last_number(answer) or "")
     if given is None:
         return answer
-    return stored if given == number(stored) or given.value == Fraction(stored) else _plain(given.value)
+    if given == number(stored) or given.value == Fraction(stored):
+        return stored
+    try:
+        return _plain(given.value)
+    except (ValueError, OverflowError):
+        return answer
 
 
 def _plain(value: Fraction) -> str:
-    return str(value.numerator) if value.denominator == 1 else repr(float(value))
+    if value.denominator == 1:
+        return str(value.numerator)
+    if not float(value):
+        raise OverflowError(f"a fraction of {value.denominator.bit_length()} bits is no 0, but its float is")
+    return repr(float(value))
 
 
 # --- what some verifiers of reasoning-gym 0.1.25 do not check ---
