@@ -92,7 +92,9 @@ def data(model: str) -> None:
 
 
 def rewards(model: str) -> None:
-    Path("my_module.py").write_text("def my_reward(completion, **columns):\n    return float(len(completion))\n")
+    Path("my_module.py").write_text(
+        "def my_reward(completions, **columns):\n    return [float(len(one)) for one in completions]\n"
+    )
     sys.path.insert(0, os.getcwd())
     try:
         load, problems = (run(program, model) for program in blocks("docs/rewards.md", "python"))
