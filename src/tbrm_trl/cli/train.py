@@ -210,6 +210,7 @@ def run(data: DataArguments, config: TBRMConfig, model: ModelConfig) -> None:
     trainer.accelerator.print(f"Saved to {config.output_dir}.")
     if config.push_to_hub:
         trainer.push_to_hub(dataset_name=data.dataset_name)
+    trainer.accelerator.wait_for_everyone()  # the main process saves alone, and the others would leave its group
     trainer.end()
 
 
