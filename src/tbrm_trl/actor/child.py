@@ -52,13 +52,11 @@ class ActorProcess(TrainerCallback):
         if state.is_world_process_zero:
             try:
                 self.plan(state.max_steps, state.global_step).write(self.output_dir)
-            except TypeError as error:
-                if self.starts:
-                    outcome = [error]
-                else:
-                    logger.warning(f"No plan for an actor is written: {error}")
             except Exception as error:
-                outcome = [error]
+                if self.starts or not isinstance(error, TypeError):
+                    outcome = [error]
+                else:  # nobody may want an actor
+                    logger.warning(f"No plan for an actor is written: {error}")
         (failure,) = broadcast_object_list(outcome)
         if failure is not None:  # every process ends by it
             raise failure
