@@ -1,6 +1,5 @@
 """Completions by vLLM, where it is installed."""
 
-import hashlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,7 +9,7 @@ import xxhash
 from huggingface_hub import snapshot_download
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-from ..files import first_line
+from ..files import first_line, sizes_and_digests
 from .sampling import Completion, Request, Sampling
 
 AT_ONCE = 1024  # requests handed over together; an interrupted evaluation loses at most these
@@ -118,8 +117,7 @@ def digest_of_files(name: str, revision: str | None = None) -> str:
     if not files:
         raise ValueError(f"{place} holds no weights ({', '.join(WEIGHTS)}), so a result could not say what it is of.")
     digest = xxhash.xxh3_64()
-    for file in files:
-        with file.open("rb") as opened:
-            content = hashlib.file_digest(opened, xxhash.xxh3_64).hexdigest()
-        digest.update(f"{file.name} {file.stat().st_size} {content}\n".encode())
+    names = [file.name for file in files]
+    for name_of_file, (size, content) in zip(names, sizes_and_digests(files[0].parent, names), strict=True):
+        digest.update(f"{name_of_file} {size} {content}\n".encode())
     return digest.hexdigest()

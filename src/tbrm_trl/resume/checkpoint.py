@@ -16,10 +16,8 @@ with a digest of itself.
 """
 
 import json
-import os
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +28,7 @@ from safetensors.numpy import save_file as save_arrays
 from safetensors.torch import load_file, save_file
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, sort_checkpoints
 
-from ..files import plain, plain_value, write_json
+from ..files import plain, plain_value, sizes_and_digests, write_json
 from ..sources.parquet import read_trajectories, write_trajectories
 from ..trajectory import Trajectory
 
@@ -41,7 +39,6 @@ _VERSION = 2  # 1: what a run must share, and no more
 # What version 1 checked of the reference; the key is now said among the settings.
 _OLD_REFERENCE = "the reference's weights, tokenizer, temperature and precision"
 _REFERENCE = "reference key"
-_CHUNK = 1 << 20  # bytes read at once: a core's cache holds them until they are digested
 
 
 def process_folder(checkpoint: str | Path, process: int) -> Path:
@@ -117,22 +114,7 @@ def digests(folder: Path) -> dict[str, list[Any]]:
         for file in folder.rglob("*")
         if file.is_file() and file.parent != folder / _FOLDER
     )
-    return {name: [size, digest] for name, (size, digest) in zip(names, _read(folder, names), strict=True)}
-
-
-def _read(folder: Path, names: Sequence[str]) -> Iterator[tuple[int, str]]:
-    """Size and digest of each of these files; files are read side by side."""
-    with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
-        yield from pool.map(lambda name: _digest_of_file(folder / name), names)
-
-
-def _digest_of_file(file: Path) -> tuple[int, str]:
-    digest, buffer, size = xxhash.xxh3_128(), memoryview(bytearray(_CHUNK)), 0
-    with file.open("rb", buffering=0) as opened:
-        while count := opened.readinto(buffer):
-            digest.update(buffer[:count])
-            size += count
-    return size, digest.hexdigest()
+    return {name: [size, digest] for name, (size, digest) in zip(names, sizes_and_digests(folder, names), strict=True)}
 
 
 def damage(checkpoint: Path) -> str | None:
@@ -155,7 +137,8 @@ def damage(checkpoint: Path) -> str | None:
                 "written)"
             )
     try:
-        for (name, (_, written)), (_, found) in zip(files.items(), _read(checkpoint, list(files)), strict=True):
+        read = sizes_and_digests(checkpoint, list(files))
+        for (name, (_, written)), (_, found) in zip(files.items(), read, strict=True):
             if found != written:
                 return f"file {name} of {checkpoint.name} is damaged (it is not what was written: its digest differs)"
     except OSError as error:
