@@ -265,7 +265,7 @@ def main() -> None:
     model = tiny.save(folder / "tiny") if quick else tasks.smollm2()
     texts = [f"{i} and {j}:" for i in range(16) for j in range(16)]
     data = Dataset.from_list([{"prompt": [{"role": "user", "content": text}]} for text in texts])
-    rows, windows, serve = (4, WARM_UP + 4, loopback) if quick else (16, WARM_UP + 20, vllm)
+    rows, windows, serve = (4, WARM_UP + 4, loopback) if quick else (16, WARM_UP + 12, vllm)
     verdicts = Verdicts()
     for name, (tokens, kind) in COMPARED.items():
         if name in store:

@@ -6,12 +6,16 @@ Adapters, DeepSpeed and FSDP2 are in test_distributed.py.
 from __future__ import annotations
 
 import pytest
+from accelerate import PartialState
 from common.tiny import perturb, save
+from helpers.launch import launch
 from helpers.oracle import TOLERANCE, distance, plain, solve
 from helpers.scripted import script, scripted_trainer
 from helpers.sharded import unwrapped
 from helpers.two_processes import on_two_processes, one_sided
 from transformers import AutoModelForCausalLM
+
+from tbrm_trl.processes import failing_together
 
 
 @pytest.mark.parametrize("accumulation", [1, 2])
@@ -40,3 +44,31 @@ def test_fsdp_that_became_ddp_is_refused(tmp_path):
     """As accelerate makes of it on CPUs, without a word."""
     with pytest.raises(AssertionError, match="FSDP was asked for, and accelerate made MULTI_CPU of it"):
         on_two_processes(save(tmp_path / "model"), script(), tmp_path, "fsdp2", per_device_train_batch_size=4)
+
+
+class Unsendable(Exception):
+    """Cannot be built again from its arguments, as a process that is sent it would do."""
+
+    def __init__(self, where: str, why: str):
+        super().__init__(f"{why} at {where}")
+
+
+def errors_of_this_process() -> list[str]:
+    """What each of three blocks raises: no process fails in the first, the second in the second, both in the third."""
+    process, seen = PartialState(cpu=True).process_index, []
+    for failing in ((), (1,), (0, 1)):
+        try:
+            with failing_together():
+                if process in failing:
+                    raise Unsendable("the end", f"process {process} failed")
+            seen.append("")
+        except Exception as error:
+            seen.append(f"{type(error).__name__}: {error}")
+    return seen
+
+
+def test_an_error_on_one_process_is_raised_on_every_one():
+    first, second = launch("test_two_processes:errors_of_this_process")
+    of_second = "Unsendable: process 1 failed at the end"
+    assert first == ["", f"RuntimeError: {of_second}", "Unsendable: process 0 failed at the end"]
+    assert second == ["", of_second, of_second]

@@ -130,6 +130,7 @@ from .model.replicated import ReplicatedModules
 from .model.scoring import score
 from .model.value_head import Offset, ValueHead
 from .printing import printable
+from .processes import failing_together
 from .publishing import CardFacts, keep_at_home, model_card
 from .resume import ExactResume, RunState, complete_checkpoints
 from .resume.checkpoint import read_mark
@@ -887,24 +888,15 @@ class TBRMTrainer(ExactResume, GRPOTrainer):
         """This process's share of the next rows. The main process waits for all of them, and says which they are."""
         rows, process = self._plan.mix.rollouts, self.accelerator.process_index
         share = rows // self.args.world_size
-        taken: list[Taken | None] = [None]
+        taken: list[Any] = [None]
         records: list[Record] = []
-        failure: Exception | None = None
-        if process == 0:
-            try:
+        with failing_together():
+            if process == 0:
                 taken[0], records = folder.take(rows)
-            except Exception as error:
-                failure = error
         (found,) = broadcast_object_list(taken)
-        if process and found is not None:
-            try:
+        with failing_together():
+            if process:
                 records = folder.read(found.share(process * share, (process + 1) * share))
-            except Exception as error:
-                failure = error
-        for failed in gather_object([failure]):  # every process ends by it
-            if failed is not None:
-                raise failed
-        assert found is not None
         return found, records[:share]
 
     def _group_ids(self, rows: int) -> list[int]:

@@ -8,9 +8,9 @@ from collections.abc import Callable
 from pathlib import Path
 
 from accelerate.logging import get_logger
-from accelerate.utils import broadcast_object_list
-from transformers import TrainerCallback
+from transformers import TrainerCallback, TrainerState
 
+from ..processes import failing_together
 from .ledger import UNFINISHED
 from .plan import FOLDER, Plan
 
@@ -48,21 +48,20 @@ class ActorProcess(TrainerCallback):
         self._process: subprocess.Popen[bytes] | None = None
 
     def on_train_begin(self, args, state, control, **kwargs):
-        outcome: list[Exception | None] = [None]
-        if state.is_world_process_zero:
-            try:
-                self.plan(state.max_steps, state.global_step).write(self.output_dir)
-            except Exception as error:
-                if self.starts or not isinstance(error, TypeError):
-                    outcome = [error]
-                else:  # nobody may want an actor
-                    logger.warning(f"No plan for an actor is written: {error}")
-        (failure,) = broadcast_object_list(outcome)
-        if failure is not None:  # every process ends by it
-            raise failure
+        with failing_together():
+            if state.is_world_process_zero:
+                self._write_plan(state)
         if self.starts and state.is_world_process_zero:
             (self.log.parent / STATUS).unlink(missing_ok=True)  # of an earlier actor
             self.start()
+
+    def _write_plan(self, state: TrainerState) -> None:
+        try:
+            self.plan(state.max_steps, state.global_step).write(self.output_dir)
+        except TypeError as error:
+            if self.starts:
+                raise
+            logger.warning(f"No plan for an actor is written: {error}")  # nobody may want one
 
     def require_own_folder(self, anew: bool) -> None:
         """Refuse to start a run where the windows of another one are.

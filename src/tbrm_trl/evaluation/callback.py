@@ -8,6 +8,7 @@ from accelerate.utils import gather_object
 from tqdm.auto import tqdm
 from transformers import TrainerCallback
 
+from ..processes import failing_together
 from .benchmarks import Benchmark, require_distinct_names
 from .results import append, open_result
 from .run import Judge, ModelPolicy, Settings, drawn, header
@@ -76,9 +77,10 @@ class EvaluationCallback(TrainerCallback):
         everywhere = gather_object(rows)
         path = folder / f"{benchmark.name}.jsonl"
         values: list[Any] = [None]
-        if args.should_save:
-            path.unlink(missing_ok=True)  # of the same step, before a resume
-            result = open_result(path, header(policy, benchmark, self.settings, weights, judge))
-            append(result, everywhere)
-            values = [result.metrics()]
+        with failing_together():
+            if args.should_save:
+                path.unlink(missing_ok=True)  # of the same step, before a resume
+                result = open_result(path, header(policy, benchmark, self.settings, weights, judge))
+                append(result, everywhere)
+                values = [result.metrics()]
         return next(one for one in gather_object(values) if one is not None)

@@ -29,6 +29,7 @@ from torch.distributed.tensor import DTensor
 from transformers import PreTrainedTokenizerBase, TrainerCallback
 
 from ..files import appearing_folder, write_json
+from ..processes import failing_together
 from .reference import gathering
 
 logger = get_logger(__name__)
@@ -109,18 +110,13 @@ class Publisher(TrainerCallback):
         writes = self.accelerator.is_main_process
         tensors = gathered(_published(policy), writes)
         probe = self._probe()
-        version, error = None, None
-        if writes:
-            version = Version(
-                f"step-{step:08d}-{_digest(tensors)[:8]}", step, is_peft_model(policy), self.probe_ids, probe
-            )
-            try:
+        version = None
+        with failing_together():
+            if writes:
+                name = f"step-{step:08d}-{_digest(tensors)[:8]}"
+                version = Version(name, step, is_peft_model(policy), self.probe_ids, probe)
                 self._write(version, policy, tensors)
-            except OSError as raised:
-                error = raised
-        ((version, error), *_) = gather_object([(version, error)])
-        if error is not None:
-            raise error
+        (version, *_) = gather_object([version])
         self.latest = version
         return version
 

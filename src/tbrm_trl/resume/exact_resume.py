@@ -15,6 +15,7 @@ from transformers import Trainer
 
 from ..context import temporarily
 from ..files import require_writable, writing
+from ..processes import failing_together
 from ..trajectory import Trajectory
 from .checkpoint import (
     AUTO,
@@ -189,17 +190,11 @@ class ExactResume(Trainer):
     def _on_writers(self, work: Callable[[], Result]) -> Result:
         """Do it where files are written, and return its result, or raise its error, on every process."""
         result: Any = None
-        error: Exception | None = None
-        if self.args.should_save:
-            try:
+        with failing_together():
+            if self.args.should_save:
                 result = work()
-            except Exception as raised:
-                error = raised
-        everywhere = gather_object([(self.args.should_save, result, error)])
-        errors = [one for _, _, one in everywhere if one is not None]
-        if errors:
-            raise error or errors[0]
-        results = [one for writes, one, _ in everywhere if writes]
+        everywhere = gather_object([(self.args.should_save, result)])
+        results = [one for writes, one in everywhere if writes]
         if any(one != results[0] for one in results):
             raise RuntimeError(
                 f"The machines found different things in output_dir: {results}. Give them the same files."
