@@ -67,7 +67,9 @@ def options_of(arguments: type) -> str:
     for field in fields(arguments):
         default = field.default_factory() if field.default_factory is not MISSING else field.default
         shown = "needed" if default is MISSING else "" if default in (None, []) else f"`{_plain(default)}`"
-        rows.append(f"| `--{field.name}` | {shown} | {field.metadata['help']} |")
+        choices = " or ".join(f"`{one}`" for one in field.metadata.get("choices", ()))
+        says = f"{field.metadata['help']} {choices and f'It is {choices}.'}".strip()
+        rows.append(f"| `--{field.name}` | {shown} | {says} |")
     return "\n".join(rows)
 
 

@@ -184,3 +184,25 @@ def test_what_vllm_could_not_be_sent(tied, given, name, changes, message, monkey
     else:
         with pytest.raises(ValueError, match=message):
             make()
+
+
+@pytest.mark.parametrize(
+    ("changes", "problem"),
+    [
+        (dict(modules_to_save=["lm_head"]), "it has modules_to_save"),
+        (dict(trainable_token_indices=[5]), "it has trainable_token_indices"),
+        (dict(use_dora=True), r"it uses DoRA \(use_dora\)"),
+        (dict(rank_pattern={"q_proj": 4}), r"it gives modules ranks of their own \(rank_pattern\)"),
+        ({}, None),
+    ],
+)
+def test_what_a_server_could_not_load_is_refused(changes, problem, tmp_path: Path):
+    folder = save(tmp_path / "model", "llama", tie_word_embeddings=False)
+    make = functools.partial(
+        build, folder, tmp_path, peft_config=LoraConfig(**{**LORA, **changes}), publish_policy=True
+    )
+    if problem is None:
+        make()
+    else:
+        with pytest.raises(ValueError, match=f"The adapter cannot be served: {problem}, and a server loads plain LoRA"):
+            make()

@@ -24,7 +24,7 @@ from helpers.resume import LOGGED, build
 from helpers.resume_processes import PROCESSES, differing, import_once, printed, train
 from helpers.runs import config
 
-from tbrm_trl import TBRMConfig, load_rollouts
+from tbrm_trl import TBRMConfig, load_rollouts, processes
 from tbrm_trl.files import require_writable, write_json
 from tbrm_trl.resume import exact_resume
 from tbrm_trl.resume.checkpoint import checkpoint_to_resume, complete_checkpoints, damage, read_mark
@@ -174,6 +174,13 @@ def test_another_tokenizer_is_refused(qwen2, out, tmp_path):
         again(str(other), out).train(resume_from_checkpoint=True)
 
 
+def test_another_adapter_on_the_same_weights_is_refused(qwen2, tmp_path):
+    """PEFT would load the weights and scale them by the new numbers."""
+    build("lora", qwen2, tmp_path / "out", max_steps=2, save_steps=2).train()
+    with pytest.raises(ValueError, match="belongs to another run: the adapter's lora_alpha was 8 and is 16"):
+        build("lora", qwen2, tmp_path / "out", lora=dict(lora_alpha=16)).train(resume_from_checkpoint=True)
+
+
 def test_other_settings_are_said_once(qwen2, out):
     """β, temperature, units, lengths and rewards apply; optimizer's numbers do not."""
 
@@ -185,12 +192,13 @@ def test_other_settings_are_said_once(qwen2, out):
         weight_decay=0.3,
     )  # fmt: skip
     trainer.reward_funcs[0] = letters
+    trainer.processing_class.chat_template = "{{ messages }}"
     with pytest.warns(UserWarning) as said:
         trainer.train(resume_from_checkpoint=str(out / "checkpoint-12"))
     [text] = [str(one.message) for one in said if "settings have changed" in str(one.message)]
     applies, without = text.split("This applies from here on")
     for part in ("beta was 0.1 and is 0.2", "temperature was 1.0 and is 0.9", "loss_units was 'reward' and is 'logits'",
-                 "max_completion_length was 6 and is 5", "reward functions/letters was"):  # fmt: skip
+                 "max_completion_length was 6 and is 5", "reward functions/letters was", "template was"):  # fmt: skip
         assert part in applies
     assert "learning_rate was 0.01 and is 0.5; weight_decay was 0.0 and is 0.3. This has no effect" in without
     assert "digits" not in text and "versions" not in text
@@ -301,7 +309,8 @@ def test_a_lock_is_released_by_a_run_that_fails(qwen2, tmp_path):
 
 def answers(monkeypatch, writes: bool, *others: tuple) -> Any:
     """A trainer among processes whose answers are given: whether they write, what they found, and their error."""
-    monkeypatch.setattr(exact_resume, "gather_object", lambda mine: [*mine, *others])
+    monkeypatch.setattr(processes, "gather_object", lambda mine: [*mine, *(error for *_, error in others)])
+    monkeypatch.setattr(exact_resume, "gather_object", lambda mine: [*mine, *(found for *found, _ in others)])
     trainer = object.__new__(ExactResume)
     trainer.args = SimpleNamespace(should_save=writes)
     return trainer

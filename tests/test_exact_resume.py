@@ -165,6 +165,47 @@ def test_from_its_last_update_a_run_ends_at_once(whole, tmp_path):
     assert same(tmp_path, again, whole)
 
 
+def test_the_summary_is_of_the_updates_after_the_checkpoint(tmp_path):
+    """Though what was not logged before it comes into the next log."""
+    fit(tmp_path, max_steps=3).train()
+    resumed = fit(tmp_path)
+    summary = resumed.train(resume_from_checkpoint=True).metrics
+    assert len(resumed.losses) == 7 and summary["train_loss"] == pytest.approx(sum(resumed.losses) / 7)
+    assert fit(tmp_path).train(resume_from_checkpoint=True).metrics["train_loss"] == 0
+
+
+def test_what_the_end_of_an_epoch_does_is_in_its_checkpoint(tmp_path):
+    """An epoch has four updates. What is saved at its end is saved after what is logged there."""
+    options: dict[str, Any] = dict(logging_strategy="epoch", save_steps=4)
+    whole = fit(tmp_path / "whole", **options)
+    whole.train()
+    with pytest.raises(KeyboardInterrupt):
+        fit(tmp_path / "out", Act(5, interrupt), **options).train()
+    resumed = fit(tmp_path / "out", **options)
+    resumed.train(resume_from_checkpoint=True)
+    assert [step for step, _ in losses(whole)] == [4, 8, 10] and losses(resumed) == losses(whole)
+    assert steps(tmp_path / "whole") == steps(tmp_path / "out") == [4, 8, 10]
+
+
+def test_how_often_a_resumed_run_saves_and_logs_is_its_own(tmp_path):
+    fit(tmp_path, max_steps=3).train()
+    resumed = fit(tmp_path, save_steps=2, logging_steps=5)
+    resumed.train(resume_from_checkpoint=True)
+    assert steps(tmp_path) == [3, 4, 6, 8, 10] and [step for step, _ in losses(resumed)] == [5, 10]
+
+
+def test_checkpoints_of_a_branch_that_was_left_count_no_more(tmp_path):
+    """A run that goes on from an earlier one says so, and a restart goes on from its own."""
+    fit(tmp_path).train()
+    assert steps(tmp_path) == [3, 6, 9, 10]
+    with (
+        pytest.warns(UserWarning, match="checkpoint-6, checkpoint-9, checkpoint-10 came after checkpoint-3, from"),
+        pytest.raises(KeyboardInterrupt),
+    ):
+        fit(tmp_path, Act(4, interrupt)).train(resume_from_checkpoint=str(tmp_path / "checkpoint-3"))
+    assert steps(tmp_path) == [3] and (tmp_path / "checkpoint-9/model.safetensors").exists()
+
+
 def test_one_trainer_trains_twice(whole, tmp_path):
     """The second call forgets what the first left behind."""
     trainer = fit(tmp_path, Act(4, interrupt))

@@ -333,6 +333,7 @@ def test_a_replay_buffer_asks_for_ages(tmp_path):
         (dict(steps_per_generation=4, max_staleness=2), "Set it to 3 or more"),
         (dict(follow_timeout=0), "positive number of seconds"),
         (dict(follow_rollouts=None, max_staleness=2), "`max_staleness=2` has no effect"),
+        (dict(rollout_func=lambda prompts, trainer: {}), "`follow_rollouts` with a `rollout_func` is refused"),
         (dict(train_dataset=LOGGED), "every row of the training set is logged"),
         (
             dict(

@@ -7,6 +7,7 @@ import re
 from pathlib import Path
 
 import pytest
+import yaml
 from common.tiny import save
 from helpers.launch import ROOT
 
@@ -111,16 +112,18 @@ def test_options_without_a_meaning_are_named_at_once(run):
 # ---- the table -------------------------------------------------------------------------------------------------------
 
 PAGE = ROOT / "docs/from-grpo.md"
+TESTS = ROOT / "tests/data/from_grpo.yaml"
 STATES = {"supported", "warned of", "refused", "other"}
 
 
-def test_every_line_of_the_tables_names_tests_that_exist():
+def test_every_line_of_the_tables_is_held_by_tests_that_exist():
     rows = [line.strip("|").split(" | ") for line in PAGE.read_text().splitlines() if line.startswith("| ")]
     lines = [[cell.strip() for cell in row] for row in rows if row[0].strip() != "GRPO"]
-    assert len(lines) > 50 and all(len(line) == 4 and line[1] in STATES for line in lines)
-    for what, state, how, tests in lines:
-        assert state == "supported" or how != "–", what
-        named = re.findall(r"`(tests/\w+\.py)::(\w+)`", tests)
-        assert named and len(named) == tests.count("`") / 2, what
-        for file, name in named:
-            assert f"\ndef {name}(" in (ROOT / file).read_text(), (what, file, name)
+    assert len(lines) > 50 and all(len(line) == 3 and line[1] in STATES for line in lines)
+    assert all(state == "supported" or how != "–" for _, state, how in lines)
+    tests = yaml.safe_load(TESTS.read_text())
+    assert list(tests) == [what for what, _, _ in lines]
+    for what, named in tests.items():
+        assert named, what
+        for file, name in (one.split("::") for one in named):
+            assert f"\ndef {name}(" in (ROOT / "tests" / file).read_text(), (what, file, name)

@@ -7,6 +7,7 @@ import fcntl
 import os
 import signal
 import socket
+import sys
 import time
 from collections.abc import Callable
 from datetime import UTC, datetime
@@ -148,6 +149,20 @@ def test_a_signal_is_a_request_until_the_time_is_over(signum, monkeypatch, capsy
     said = capsys.readouterr().err
     assert f"{name}: the run stops, with a checkpoint, after this update, or within 0.3 s without one." in said
     assert f"The update did not end within 0.3 s of {name} and is dropped. The run can go on from its last" in said
+
+
+def test_a_stop_that_nobody_reads_of_is_one():
+    """The other side of stderr has gone, as that of a pipe does on Ctrl-C."""
+
+    def work() -> None:
+        reads, writes = os.pipe()
+        os.close(reads)
+        sys.stderr = os.fdopen(writes, "w")
+        with StopRequest(timeout=0.2).listening():
+            os.kill(os.getpid(), signal.SIGTERM)
+            time.sleep(5)
+
+    assert status_of(work) == 143
 
 
 def test_one_that_stops_in_time_is_not_ended():

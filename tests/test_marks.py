@@ -91,6 +91,15 @@ def test_what_is_passed_over_is_said(tmp_path):
     assert str(error.value).endswith(taken)
 
 
+def test_what_a_mark_does_not_name_had_its_default(tmp_path):
+    """A run without a pool does not go on with one, or the other way round."""
+    write(tmp_path, 2)
+    assert resume(True, tmp_path, IDENTITY | {"rollout_pool": 0, "rollouts": "drawn"})[1] == []
+    for name, value, was in (("rollout_pool", 6, "0"), ("rollouts", "followed", "'drawn'")):
+        with pytest.raises(ValueError, match=f"belongs to another run: {name} was {was} and is {value!r}"):
+            resume(True, tmp_path, IDENTITY | {name: value})
+
+
 def test_where_none_is_sound(tmp_path):
     anew = "The run starts anew, since no checkpoint is sound."
     assert resume("auto", tmp_path) == (None, [])

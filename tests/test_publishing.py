@@ -11,10 +11,9 @@ import pytest
 import yaml
 from helpers.hub_server import TOKEN, HubServer
 from helpers.launch import ROOT
+from helpers.runs import build
 from huggingface_hub import ModelCard
 
-from tbrm_trl.actor import plan
-from tbrm_trl.model import publisher
 from tbrm_trl.publishing import CardFacts, escaped, keep_at_home, last_evaluation, model_card, snippet
 
 NASTY = "](http://x) <script>|`\n---\nname: *x*"
@@ -82,8 +81,20 @@ def test_what_stays_at_home_is_added_to_what_a_user_ignores(tmp_path):
     keep_at_home(tmp_path)
     lines = (tmp_path / ".gitignore").read_text().splitlines()
     assert lines[:2] == ["mine", "rollouts/"] and lines.count("rollouts/") == 1 and "updates/" in lines
-    # What rows, functions and policies of the run are in.
-    assert {f"{name}/" for name in ("evaluations", "records", plan.FOLDER, publisher.FOLDER)} <= set(lines)
+    assert {"evaluations/", "records/"} <= set(lines)
+
+
+def test_every_folder_that_a_run_makes_stays_at_home(llama, tmp_path):
+    """But for checkpoints, which transformers leaves out by itself."""
+    trainer = build(
+        llama, tmp_path, soft_value="optimal", soft_value_samples=2, save_rollouts=True, log_completions=True,
+        publish_policy=True, save_strategy="steps", save_steps=1,
+    )  # fmt: skip
+    trainer.train()
+    out = Path(trainer.args.output_dir)
+    keep_at_home(out)
+    made = {f"{one.name}/" for one in out.iterdir() if one.is_dir() and not one.name.startswith("checkpoint-")}
+    assert len(made) >= 5 and made <= set((out / ".gitignore").read_text().splitlines())
 
 
 # ---- a push and a pull -----------------------------------------------------------------------------------------------

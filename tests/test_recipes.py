@@ -103,6 +103,11 @@ def test_rows_of_the_data(train_script, tmp_path):
     assert asked["prompt"][0] == [{"role": "system", "content": "Think."}, {"role": "user", "content": "√18?"}]
     assert asked["solution"][:] == ["3\\sqrt{2}", "0"]
 
+    as_text = train_script.DataArguments(str(tmp_path / "math.jsonl"), prompt_template=r"Q: {question}\nA:")
+    assert train_script.load(as_text)["prompt"][:] == ["Q: √18?\nA:", "Q: 0?\nA:"]
+    with pytest.raises(ValueError, match=r"prompt_template='Solve:' has no \{question\} in it"):
+        train_script.load(train_script.DataArguments(str(tmp_path / "math.jsonl"), prompt_template="Solve:"))
+
     Dataset.from_list([{"question": [{"role": "user", "content": "6·7?"}], "answer": "6 · 7\n#### 42"}]).to_parquet(
         tmp_path / "gsm8k.parquet"
     )
@@ -212,7 +217,7 @@ def test_every_recipe_trains(name, train_script, tmp_path, monkeypatch):
         rewarded.extend(completions)
         return [len(set(completion[0]["content"])) / 4 for completion in completions]
 
-    monkeypatch.setattr(train_script, "load_rewards", lambda names: ([variety], None))
+    monkeypatch.setattr(train_script, "load_rewards", lambda names, **_: ([variety], None))
     published = yaml.safe_load((RECIPES / f"{name}.yaml").read_text())
     if "steps_per_generation" in published:
         options["steps_per_generation"] = published["steps_per_generation"] // published["gradient_accumulation_steps"]

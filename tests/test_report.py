@@ -73,12 +73,14 @@ def test_lines_of_a_run_that_was_in_the_folder_before_are_dropped(tmp_path):
     for folder, name in ((tmp_path, "log.jsonl"), (tmp_path / "updates", "process-1.jsonl")):
         for step in (1, 2, 3):
             append_line(folder / name, {"step": step, "loss": 0.0})
-    go_back(tmp_path, process=0, step=0)
-    go_back(tmp_path, process=1, step=2)
+    go_back(tmp_path, process=0, processes=2, step=0)
+    go_back(tmp_path, process=1, processes=2, step=2)
     append_line(tmp_path / "log.jsonl", {"step": 10, "loss": 1.0})
     assert read_lines(tmp_path / "log.jsonl") == [{"step": 10, "loss": 1.0}]
     assert [line["step"] for line in read_lines(tmp_path / "updates/process-1.jsonl")] == [1, 2]
     assert not (tmp_path / "updates/process-0.jsonl").exists()
+    go_back(tmp_path, process=0, processes=1, step=1)  # started again as one process
+    assert [line["step"] for line in read_lines(tmp_path / "updates/process-1.jsonl")] == [1]
 
 
 def test_a_stopwatch_counts_each_second_once(monkeypatch):

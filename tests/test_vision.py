@@ -257,6 +257,7 @@ def test_untested_models_are_refused(tmp_path):
     [
         ({"replay_buffer_size": 8, "num_iterations": 2}, WindowMix(8, 0), "`replay_buffer_size` stores text alone"),
         ({"save_rollouts": True}, WindowMix(8, 0), "`save_rollouts` stores text alone"),
+        ({"follow_rollouts": "records", "max_steps": 1}, WindowMix(8, 0), "`follow_rollouts` stores text alone"),
         ({}, WindowMix(4, 4), "Logged trajectories hold text alone"),
     ],
 )

@@ -216,14 +216,14 @@ class TBRMOptions(GRPOConfig):
         precompute_ref_log_probs (`bool` or `None`, *optional*):
             If every training row is logged, score them all with the reference before training, keep the scores in
             `output_dir` for the next run, and free the reference. None does so where it is possible.
+
+        > Parameters that control rollouts ahead of training, or beside it
+
         rollout_pool (`int`, *optional*, defaults to `0`):
             Rollouts of coming windows that may be under way or done, over all processes. They are drawn in the places
             of a generation whose rows have ended, in the order of the data, so that a window waits for its own rows
             alone. A rollout that is under way when the policy moves goes on under the new one. 0 draws each window by
             itself.
-
-        > Parameters that control rollouts beside training
-
         rollouts (`"sync"` or `"async"`, *optional*, defaults to `"sync"`):
             `"sync"` draws a window, then trains on it. `"async"` starts an actor as a child process, which draws coming
             windows from a server while the run trains: `docs/asynchronous.md`. It needs `max_steps`.

@@ -11,6 +11,7 @@ from typing import Any
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from .actor.plan import FOLDER as ACTOR
+from .loss.soft_value.sampled import FOLDER as SAMPLES
 from .model.publisher import FOLDER as POLICY
 from .run_log import LOG, UPDATES
 from .skipped_updates import FOLDER as SKIPPED
@@ -18,7 +19,7 @@ from .skipped_updates import FOLDER as SKIPPED
 # Prompts, completions and numbers of the run, in its output directory. A hub leaves out what `.gitignore` names.
 AT_HOME = (
     "rollouts/", f"{UPDATES}/", "completions/", f"{SKIPPED}/", "reference_scores/", "runs/", "evaluations/", "records/",
-    f"{ACTOR}/", f"{POLICY}/", LOG, "report.html",
+    f"{ACTOR}/", f"{POLICY}/", f"{SAMPLES}/", LOG, "report.html",
 )  # fmt: skip
 _RECIPE = (
     """

@@ -34,12 +34,17 @@ def append_line(file: Path, values: dict[str, Any]) -> None:
         lines.write("\n" + json.dumps(plain(values, DIGITS)))
 
 
-def go_back(output_dir: Path, process: int, step: int) -> None:
-    """Before training: let lines that an earlier run wrote after this step count no more."""
-    of_process = [output_dir / folder / f"process-{process}.jsonl" for folder in (UPDATES, SKIPPED)]
-    for file in (output_dir / LOG, *of_process):
-        if file.exists() and (process == 0 or file.name != LOG):
-            append_line(file, {"step": step})
+def go_back(output_dir: Path, process: int, processes: int, step: int) -> None:
+    """Before training: let lines that an earlier run wrote after this step count no more.
+
+    The main process sees to the log, and to the files of processes that this run does not have.
+    """
+    files = [file for folder in (UPDATES, SKIPPED) for file in (output_dir / folder).glob("process-*.jsonl")]
+    numbers = [int(file.stem.removeprefix("process-")) for file in files]
+    mine = [f for f, number in zip(files, numbers, strict=True) if (number if number < processes else 0) == process]
+    log = output_dir / LOG
+    for file in [log, *mine] if process == 0 and log.exists() else mine:
+        append_line(file, {"step": step})
 
 
 def read_lines(file: Path) -> list[dict[str, Any]]:

@@ -122,6 +122,7 @@ from .model.reference import (
     PreviousPolicy,
     Reference,
     SyncReference,
+    adapter_settings,
     add_reference_adapter,
     score_reference,
     tokenizer_digest,
@@ -301,6 +302,8 @@ class TBRMTrainer(ExactResume, GRPOTrainer):
         check_evaluation_sets(eval_dataset, needs_prompts=environment_factory is None)
         more = rollout_func or environment_factory
         self._check_reward_functions(reward_funcs, train_dataset, eval_dataset, more, args.draws_prompts)
+        if args.followed_folder is not None:
+            check_followed(args, train_dataset, self._plan.mix, rollout_func)
         if isinstance(train_dataset, Dataset) and self._plan.mix.logged:
             train_dataset = train_dataset.with_format(None)  # rows are read as plain values, not as tensors
         self._soft_value = SoftValue.registry[args.soft_value](args)
@@ -548,8 +551,6 @@ class TBRMTrainer(ExactResume, GRPOTrainer):
         check_vision(policy, self._is_vlm)
         if self._is_vlm:
             check_sources_of_vision(args, self._plan.mix)
-        if args.followed_folder is not None:
-            check_followed(args, self._is_vlm, self.train_dataset, self._plan.mix)
         if args.padding_free:
             check_packing(policy)
         if not args.use_vllm:
@@ -1494,7 +1495,7 @@ class TBRMTrainer(ExactResume, GRPOTrainer):
         return dataset_digest(self._given_dataset)
 
     def run_identity(self) -> dict[str, Any]:
-        args = self.args
+        args, policy = self.args, self.accelerator.unwrap_model(self.model, keep_torch_compile=False)
         return {
             "processes": args.world_size,
             "data set": self._dataset_digest,
@@ -1507,22 +1508,26 @@ class TBRMTrainer(ExactResume, GRPOTrainer):
             "seed of the data order": args.seed if self.shuffle_dataset else None,
             "reference": "synced" if args.sync_ref_model else args.reference,
             "soft_value": [args.soft_value, *(getattr(args, name) for name in sorted(self._soft_value.options))],
-            **({"soft_value_offset": True} if args.soft_value_offset else {}),
+            "soft_value_offset": args.soft_value_offset,
             "truncation": args.truncation,
-            **({"rollout_pool": args.rollout_pool} if args.rollout_pool else {}),
-            **({"rollouts": "followed"} if self._followed is not None else {}),
+            "rollout_pool": args.rollout_pool,
+            "rollouts": "drawn" if self._followed is None else "followed",
             "the reference's weights": self._initial_reference_weights,
             "the tokenizer": tokenizer_digest(self._tokenizer),
+            **{f"the adapter's {name}": value for name, value in adapter_settings(policy).items()},
         }
 
     def run_settings(self) -> dict[str, Any]:
-        sources = zip(self.reward_func_names, map(source_of, self.reward_funcs), strict=True)
+        def digests(sources: Mapping[str, Any]) -> dict[str, str]:
+            texts = {name: json.dumps(source, default=str) for name, source in sources.items()}
+            return {name: xxhash.xxh3_64_hexdigest(text.encode()) for name, text in texts.items()}
+
+        rewards = dict(zip(self.reward_func_names, map(source_of, self.reward_funcs), strict=True))
         return {
             "reference key": self._initial_reference_key,
             "precision": self.accelerator.mixed_precision,
-            "reward functions": {
-                name: xxhash.xxh3_64_hexdigest(json.dumps(source, default=str).encode()) for name, source in sources
-            },
+            "reward functions": digests(rewards),
+            **digests({name: given for name, given in self.rollout_settings.items() if name != "rewards"}),
             **self.args.settings(),
             "versions": {name: version(name) for name in ("tbrm-trl", "trl", "transformers", "accelerate", "torch")},
         }
@@ -1557,15 +1562,13 @@ class TBRMTrainer(ExactResume, GRPOTrainer):
 
     def before_training(self) -> None:
         step = read_mark(Path(self._resumed_from))["step"] if self._resumed_from else 0
-        go_back(Path(self.args.output_dir), self.accelerator.process_index, step)
-        if self._actor is not None and self._actor.starts and self._resumed_from is None:
-            if self.accelerator.is_main_process:
+        output_dir, process = Path(self.args.output_dir), self.accelerator.process_index
+        with failing_together():
+            go_back(output_dir, process, self.args.world_size, step)
+            if process == 0 and self._actor is not None and self._actor.starts and self._resumed_from is None:
                 self._actor.start_anew()
-            self.accelerator.wait_for_everyone()
-        if self.args.save_rollouts:
-            if self.accelerator.is_main_process:
-                rewind_rollouts(Path(self.args.output_dir) / "rollouts", step)
-            self.accelerator.wait_for_everyone()
+            if process == 0 and self.args.save_rollouts:
+                rewind_rollouts(output_dir / "rollouts", step)
         self._soft_value.prepare(self)
         self._stopwatch.taken()
         self._pool = self._make_pool()

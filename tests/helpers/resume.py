@@ -47,8 +47,8 @@ CASES: dict[str, dict[str, Any]] = {
     "prioritized": dict(replay_buffer_size=20, replay_max_age=9, replay_sampling="prioritized"),
     "logged": dict(data=LOGGED[:17], save_rollouts=False),
     "mixed": dict(data=MIXED, logged_fraction=0.5, replay_buffer_size=8),
-    "lora": dict(lora=True),
-    "lora, reset": dict(lora=True, ref_model_mixup_alpha=1.0, replay_buffer_size=16, **SYNC),
+    "lora": dict(lora=dict()),
+    "lora, reset": dict(lora=dict(), ref_model_mixup_alpha=1.0, replay_buffer_size=16, **SYNC),
     "reset": dict(ref_model_mixup_alpha=1.0, replay_buffer_size=16, **SYNC),
     "moving average": dict(ref_model_mixup_alpha=0.6, data=MIXED, **SYNC),
     "pool": dict(rollout_pool=6, num_iterations=1, steps_per_generation=2, max_completion_length=16, logging_steps=2),
@@ -82,7 +82,7 @@ def letters(completions, log_metric, log_extra, **kwargs) -> list[float]:
 
 def build(case: str, model: str, output_dir: Path, **changes: Any) -> TBRMTrainer:
     options = {**OPTIONS, **CASES[case], **changes}
-    data, lora = options.pop("data", PROMPTS), options.pop("lora", False)
+    data, lora = options.pop("data", PROMPTS), options.pop("lora", None)
     functions: list[Any] | None = [letters, digits]
     if largest := options.pop("records", None):  # rows of a file, at most
         options["follow_rollouts"] = str(output_dir.parent / "records")
@@ -94,7 +94,7 @@ def build(case: str, model: str, output_dir: Path, **changes: Any) -> TBRMTraine
         TBRMConfig(output_dir=str(output_dir), **options),
         data if data is None or isinstance(data, Dataset) else Dataset.from_list(data),
         Dataset.from_list(PROMPTS[:2]) if "eval_steps" in options else None,
-        peft_config=LoraConfig(r=4, target_modules="all-linear", lora_dropout=0.0) if lora else None,
+        peft_config=None if lora is None else LoraConfig(r=4, target_modules="all-linear", lora_dropout=0.0, **lora),
     )
 
 

@@ -227,7 +227,8 @@ def check_chat_template(dataset: Any, title: str, template: Any) -> None:
     if len(dataset) and not isinstance(dataset[0]["prompt"], (str, type(None))):
         raise ValueError(
             f"The prompts of {title} are messages, and the tokenizer has no chat template to write them by. Give it "
-            "one (`tokenizer.chat_template`), or give the prompts as text."
+            "one (`tokenizer.chat_template`), or give the prompts as text (tbrm train: --prompt_template 'Question: "
+            "{question}\\nAnswer:')."
         )
 
 
@@ -343,14 +344,16 @@ def check_sources(mix: WindowMix, args: TBRMOptions, group_size: int, rewarded: 
         )
 
 
-def check_followed(args: TBRMOptions, has_vision: bool, dataset: Any, mix: WindowMix) -> None:
-    """Refuse to follow rollouts where they could not be taken, or not be drawn."""
-    problem = problem_of_coming_windows(dataset if args.rollouts == "async" else (), mix)
-    if has_vision:
-        problem = "records hold text alone, and this model reads images"
-    if problem is not None:
-        option = "rollouts='async'" if args.rollouts == "async" else "follow_rollouts"
+def check_followed(args: TBRMOptions, dataset: Any, mix: WindowMix, rollout_func: Any) -> None:
+    """Refuse to follow rollouts that could not be drawn."""
+    option = "rollouts='async'" if args.rollouts == "async" else "follow_rollouts"
+    if problem := problem_of_coming_windows(dataset if args.rollouts == "async" else (), mix):
         raise ValueError(f"`{option}` is refused: {problem}. Leave it at its default.")
+    if rollout_func is not None:
+        raise ValueError(
+            f"`{option}` with a `rollout_func` is refused: this run draws nothing, and an actor draws from its server. "
+            "Leave one of the two out; what the function draws may be written as records (docs/asynchronous.md)."
+        )
 
 
 def problem_of_coming_windows(dataset: Any, mix: WindowMix) -> str | None:
@@ -362,8 +365,8 @@ def problem_of_coming_windows(dataset: Any, mix: WindowMix) -> str | None:
 
 def check_sources_of_vision(args: TBRMOptions, mix: WindowMix) -> None:
     """Refuse sources of trajectories that cannot carry images, for a model that reads images."""
-    for name, asked in (("replay_buffer_size", args.replay_buffer_size), ("save_rollouts", args.save_rollouts)):
-        if asked:
+    for name in ("replay_buffer_size", "save_rollouts", "follow_rollouts", "rollouts"):
+        if not args.is_default(name):
             raise ValueError(f"`{name}` stores text alone, and this model reads images. Leave it at its default.")
     if args.soft_value == "model":
         raise ValueError('`soft_value="model"` scores text alone, and this model reads images. Use another.')

@@ -41,7 +41,7 @@ from tbrm_trl.evaluation.vllm import VllmPolicy  # noqa: E402
 from tbrm_trl.files import first_line, require_writable  # noqa: E402
 from tbrm_trl.rewards import RewardError  # noqa: E402
 
-from .parsing import Parser, Refused, leave, sorted_words  # noqa: E402
+from .parsing import Parser, Refused, leave, sorted_words, with_line_breaks  # noqa: E402
 
 PROG = "tbrm eval"
 
@@ -84,6 +84,7 @@ class EvaluationArguments:
     reward_funcs: str | None = field(
         default=None, metadata={"help": "What judges, by name or dotted path, in place of the benchmark's own reward."}
     )
+    reward_time_limit: float = field(default=5.0, metadata={"help": "Seconds that it may take for one completion."})
     answer_column: str | None = field(default=None, metadata={"help": "Column of the answers, of a file."})
     limit: int | None = field(default=None, metadata={"help": "Evaluate on the first so many problems alone."})
     batch_size: int | None = field(
@@ -208,16 +209,14 @@ def check_length(policy: Policy, benchmark: Benchmark, settings: Settings) -> No
 def run(arguments: EvaluationArguments, model: ModelConfig) -> None:
     """Evaluate on everything that was asked for. All of it is checked before the first completion."""
     a = arguments
-    template = a.prompt_template
-    if template is not None and "\n" not in template:  # a shell passes a line break as a backslash and an n
-        template = template.replace("\\n", "\n")
+    template = with_line_breaks(a.prompt_template)
     planned = []
     for line in lines_of(a):
         benchmark = loaded(line.benchmark, a)
         samples = line.samples or (1 if line.temperature == 0 else benchmark.samples)
         sampling = Sampling(line.temperature, a.top_p, a.top_k, a.max_new_tokens)
         settings = Settings(samples, sampling, a.seed, a.system_prompt, template)
-        planned.append((benchmark, settings, Judge(benchmark)))
+        planned.append((benchmark, settings, Judge(benchmark, a.reward_time_limit)))
     require_distinct_names([benchmark for benchmark, _, _ in planned])
     folder = Path(a.output_dir or Path("evaluations") / Path(str(model.model_name_or_path)).name)
     check_writable(folder)

@@ -29,6 +29,11 @@ def leave(prog: str, refused: Refused) -> NoReturn:
     sys.exit(2)
 
 
+def with_line_breaks(template: str | None) -> str | None:
+    """A template on one line as it is meant: a shell passes a line break as a backslash and an n."""
+    return template if template is None or "\n" in template else template.replace("\\n", "\n")
+
+
 class Parser(TrlParser):
     """TRL's parser: dataclasses, and a YAML file whose fields can be overridden. What is wrong is raised."""
 

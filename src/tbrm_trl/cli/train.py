@@ -27,7 +27,14 @@ from torch.distributed.elastic.multiprocessing.errors import ChildFailedError  #
 from trl import ModelConfig, get_peft_config, get_quantization_config  # noqa: E402
 
 from tbrm_trl import TBRMConfig, TBRMTrainer, load_rollouts  # noqa: E402
-from tbrm_trl.evaluation.benchmarks import BOXED, PROMPT_COLUMNS, load_benchmark, messages  # noqa: E402
+from tbrm_trl.evaluation.benchmarks import (  # noqa: E402
+    BOXED,
+    PROMPT_COLUMNS,
+    in_template,
+    load_benchmark,
+    messages,
+    require_question,
+)
 from tbrm_trl.evaluation.callback import EvaluationCallback  # noqa: E402
 from tbrm_trl.evaluation.run import Settings  # noqa: E402
 from tbrm_trl.evaluation.sampling import Sampling  # noqa: E402
@@ -36,7 +43,7 @@ from tbrm_trl.rewards import NAMES, find_column, read_golds  # noqa: E402
 from tbrm_trl.rewards import load as load_rewards  # noqa: E402
 from tbrm_trl.sources.logged import logged_rows, rewarded_rows  # noqa: E402
 
-from .parsing import Parser, Refused, Words, leave, sorted_words  # noqa: E402
+from .parsing import Parser, Refused, Words, leave, sorted_words, with_line_breaks  # noqa: E402
 
 PROG = "tbrm train"
 LAUNCHED = "TBRM_LAUNCHED"  # set in the processes that the launcher starts
@@ -57,6 +64,13 @@ class DataArguments:
         default=BOXED,
         metadata={"help": "Put before prompts that are text. Messages, and rows with a completion, stay as they are."},
     )
+    prompt_template: str | None = field(
+        default=None,
+        metadata={
+            "help": "Text with {question} in it, for models without a chat template: prompts become that text, and no "
+            "messages. Rows with a completion stay as they are. In a text on one line, \\n is a line break."
+        },
+    )
     answer_column: str | None = field(
         default=None,
         metadata={
@@ -68,7 +82,7 @@ class DataArguments:
     unreadable_answers: str = field(
         default="refuse",
         metadata={
-            "help": 'What becomes of rows whose answer cannot be read: "refuse" stops and names them, "leave_out" '
+            "help": "What becomes of rows whose answer cannot be read: to refuse stops and names them, to leave_out "
             "trains on the others.",
             "choices": ["refuse", "leave_out"],
         },
@@ -78,6 +92,10 @@ class DataArguments:
         metadata={
             "help": "Rewards, by name (math, format, thinking, length(limit=2048), reasoning_gym) or dotted path."
         },
+    )
+    reward_time_limit: float = field(
+        default=5.0,
+        metadata={"help": "Seconds that math, reasoning_gym or a reward of yours may take for one completion."},
     )
     eval_benchmarks: list[str] = field(
         default_factory=list,
@@ -112,8 +130,15 @@ def load(arguments: DataArguments) -> Dataset:
             "--reward_funcs."
         )
     prompt, logged = next((name for name in PROMPT_COLUMNS if name in dataset.column_names), None), logged_rows(dataset)
+    template = with_line_breaks(arguments.prompt_template)
+    require_question(template)
     if prompt is not None and not logged.any():
-        return dataset.map(lambda row: {"prompt": messages(row[prompt], arguments.system_prompt)}, desc="Prompts")
+
+        def asked(row: dict[str, Any]) -> dict[str, Any]:
+            one = row[prompt]
+            return {"prompt": in_template(template, one) if template else messages(one, arguments.system_prompt)}
+
+        return dataset.map(asked, desc="Prompts")
     if prompt is not None and not logged.all() and isinstance(dataset[int(logged.argmin())][prompt], str):
         print(
             f"{(~logged).sum()} of {len(dataset)} rows are to be rolled out. Their prompts are text beside those of "
@@ -180,7 +205,7 @@ def run(data: DataArguments, config: TBRMConfig, model: ModelConfig) -> None:
         # Workers know the row that raised, so that row alone is passed over.
         passed_over = config.reward_on_error != "raise"
         of_rows: dict[str, Any] = dict(raises=False, failed=config.reward_of_failure) if passed_over else {}
-        rewards, _ = load_rewards(data.reward_funcs, **of_rows)
+        rewards, _ = load_rewards(data.reward_funcs, time_limit=data.reward_time_limit, **of_rows)
         callbacks = evaluations(data, config)
         dataset = load(data)
         # A log without answers has its rewards already.
@@ -225,7 +250,8 @@ def evaluations(data: DataArguments, config: TBRMConfig) -> list[Any]:
     sampling = Sampling(
         temperature=data.eval_temperature, max_new_tokens=data.eval_max_new_tokens or config.max_completion_length
     )
-    settings = Settings(data.eval_samples, sampling, config.seed, data.system_prompt)
+    template = with_line_breaks(data.prompt_template)
+    settings = Settings(data.eval_samples, sampling, config.seed, data.system_prompt, template)
     return [EvaluationCallback([load_benchmark(name) for name in data.eval_benchmarks], settings)]
 
 

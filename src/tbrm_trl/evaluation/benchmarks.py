@@ -209,6 +209,18 @@ def _unknown(name: str) -> str:
     )
 
 
+def in_template(template: str, prompt: Any) -> str:
+    """A question as text: what the template says, with it in the place of `{question}`."""
+    text = prompt if isinstance(prompt, str) else "\n".join(message["content"] for message in prompt)
+    return template.replace("{question}", text)
+
+
+def require_question(template: str | None) -> None:
+    """Raises ValueError for a template that has no place for the question."""
+    if template is not None and "{question}" not in template:
+        raise ValueError(f"prompt_template={template!r} has no {{question}} in it.")
+
+
 def messages(prompt: Any, system_prompt: str) -> Any:
     """A question as messages, after a system prompt if there is one. Messages stay as they are."""
     if not isinstance(prompt, str):

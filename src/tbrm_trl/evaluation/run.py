@@ -21,7 +21,7 @@ from ..rewards import NAMES, InWorkers, RewardError, gym, reading, reward_functi
 from ..rewards.notation import normal, squeezed
 from ..rewards.quantities import number
 from . import sampling
-from .benchmarks import BOXED, Benchmark, messages
+from .benchmarks import BOXED, Benchmark, in_template, messages, require_question
 from .results import Result, Row, append, open_result
 from .sampling import Completion, Request, Sampling, prompt_ids_of, rendered, seed_of
 
@@ -130,13 +130,12 @@ class Settings:
         if self.samples < 1:
             raise ValueError(f"samples={self.samples} must be at least 1.")
         self.sampling.require_distinct(self.samples)
-        if self.prompt_template is not None and "{question}" not in self.prompt_template:
-            raise ValueError(f"prompt_template={self.prompt_template!r} has no {{question}} in it.")
+        require_question(self.prompt_template)
 
     def prompts(self, benchmark: Benchmark, policy: Policy) -> list[Any]:
         """The prompts of a benchmark as they are asked."""
         if self.prompt_template is not None:
-            return [self.prompt_template.replace("{question}", _text(prompt)) for prompt in benchmark.prompts]
+            return [in_template(self.prompt_template, prompt) for prompt in benchmark.prompts]
         if policy.tokenizer.chat_template is None:
             raise ValueError(
                 f"{policy.name} has no chat template. Ask in plain text, such as "
@@ -195,13 +194,17 @@ def drawn(
 class Judge:
     """The reward of a benchmark, and the answers that it reads.
 
+    Args:
+        benchmark: whose completions are judged.
+        time_limit: seconds that a reward in workers may take for one completion.
+
     Raises:
         ValueError: in one line, if there is no such reward, or it needs a package that is not installed.
     """
 
-    def __init__(self, benchmark: Benchmark) -> None:
+    def __init__(self, benchmark: Benchmark, time_limit: float = 5.0) -> None:
         self.benchmark = benchmark
-        self.reward = reward_function(benchmark.reward)
+        self.reward = reward_function(benchmark.reward, time_limit=time_limit)
         self.identity = _identity(benchmark.reward, self.reward)
 
     def rows(
@@ -319,7 +322,3 @@ def header(policy: Policy, benchmark: Benchmark, settings: Settings, weights: st
         "backend": policy.backend,
         "versions": {name: version(name) for name in ("tbrm-trl", "transformers", "torch")},
     }
-
-
-def _text(prompt: Any) -> str:
-    return prompt if isinstance(prompt, str) else "\n".join(message["content"] for message in prompt)

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 import xxhash
 from accelerate import Accelerator
-from accelerate.utils import gather_object
+from accelerate.utils import gather_object, is_peft_model
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
@@ -24,6 +24,9 @@ from ..context import temporarily
 from ..trajectory import PREVIOUS, Trajectory
 
 ADAPTER = "ref"  # TRL's name for it
+_OF_AN_ADAPTERS_ORIGIN = frozenset(
+    ("task_type", "auto_mapping", "peft_version", "base_model_name_or_path", "revision", "inference_mode")
+)
 
 
 class Reference:
@@ -258,6 +261,18 @@ def score_reference(
             trajectory.ref_log_probs = row[len(trajectory.prompt_ids) : len(trajectory)].clone()
             trajectory.ref_soft_value, trajectory.ref_end_value = soft_value, end_value
             trajectory.ref_key = key
+
+
+def adapter_settings(policy: nn.Module) -> dict[str, Any]:
+    """What decides, besides its weights, what a trained adapter computes; nothing for a full model."""
+    if not is_peft_model(policy):
+        return {}
+    settings = policy.peft_config[policy.active_adapter].to_dict()  # type: ignore[index, union-attr]
+    return {
+        name: sorted(value) if isinstance(value, set) else value
+        for name, value in settings.items()
+        if name not in _OF_AN_ADAPTERS_ORIGIN and not name.startswith("init_") and not name.endswith("_config")
+    }
 
 
 def tokenizer_digest(tokenizer: PreTrainedTokenizerBase) -> str:

@@ -65,7 +65,10 @@ class ReplicatedModules(TrainerCallback):
         torch.save({"modules": self.modules.state_dict(), "optimizer": self.optimizer.state_dict()}, path)
 
     def load(self, path: Path) -> None:
-        """Read back what `save` wrote."""
+        """Read back what `save` wrote. The learning rates are those of this run."""
+        rates = [group["lr"] for group in self.optimizer.param_groups]
         saved = torch.load(path, map_location=self.accelerator.device, weights_only=True)
         self.modules.load_state_dict(saved["modules"])
         self.optimizer.load_state_dict(saved["optimizer"])
+        for group, rate in zip(self.optimizer.param_groups, rates, strict=True):
+            group["lr"] = rate

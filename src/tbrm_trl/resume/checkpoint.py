@@ -39,6 +39,8 @@ _VERSION = 2  # 1: what a run must share, and no more
 # What version 1 checked of the reference; the key is now said among the settings.
 _OLD_REFERENCE = "the reference's weights, tokenizer, temperature and precision"
 _REFERENCE = "reference key"
+# Of these a mark says nothing where they have their default.
+_IF_GIVEN = {"soft_value_offset": False, "rollout_pool": 0, "rollouts": "drawn"}
 
 
 def process_folder(checkpoint: str | Path, process: int) -> Path:
@@ -274,7 +276,7 @@ def checkpoint_to_resume(
     else:  # of version 1, which says less
         shared, before = said, {}
         now = {**identity, _OLD_REFERENCE: (settings or {}).get(_REFERENCE)}
-    shared, now = plain(shared), plain(now)
+    shared, now = {**_IF_GIVEN, **plain(shared)}, plain(now)
     differing = [name for name in now if name in shared and shared[name] != now[name]]
     if differing:
         raise ValueError(
@@ -284,6 +286,25 @@ def checkpoint_to_resume(
         )
     changes = [] if settings is None else _changes(checkpoint, before, settings, no_effect)
     return str(checkpoint), notes + changes
+
+
+def leave_later(checkpoint: str | None, output_dir: str) -> list[str]:
+    """Have checkpoints after the one that a run goes on from count no more, and say so: their updates will be others.
+
+    The last sound checkpoint has none after it; a user may name an earlier one.
+    """
+    if checkpoint is None or Path(checkpoint).resolve().parent != Path(output_dir).resolve():
+        return []
+    step = step_of(Path(checkpoint))
+    later = [one for one in complete_checkpoints(output_dir) if step_of(one) > step and damage(one) is None]
+    for one in later:
+        mark_incomplete(one)
+    if not later:
+        return []
+    return [
+        f"{', '.join(one.name for one in later)} came after {Path(checkpoint).name}, from which the run goes on, and "
+        "count no more as checkpoints to resume from. Their weights stay until others take their place."
+    ]
 
 
 def _changes(checkpoint: Path, before: Any, now: Mapping[str, Any], no_effect: Sequence[str]) -> list[str]:
@@ -359,9 +380,12 @@ def checkpoints_of_others(output_dir: str | Path) -> list[Path]:
     return [
         folder
         for folder in numbered_checkpoints(output_dir)
-        if any((folder / _FOLDER / name).is_file() for name in (_MARKER, _MODEL_ONLY))
-        or ((folder / "trainer_state.json").is_file() and not (folder / _FOLDER).is_dir())
+        if _counts(folder) or ((folder / "trainer_state.json").is_file() and not (folder / _FOLDER).is_dir())
     ]
+
+
+def _counts(folder: str | Path) -> bool:
+    return any((Path(folder) / _FOLDER / name).is_file() for name in (_MARKER, _MODEL_ONLY))
 
 
 def remove_old_checkpoints(written: Path, limit: int | None, best: str | None) -> None:
@@ -373,6 +397,7 @@ def remove_old_checkpoints(written: Path, limit: int | None, best: str | None) -
         return
     kept = {str(written), str(Path(best or written))}
     others = [folder for folder in sort_checkpoints(str(written.parent), use_mtime=True) if folder not in kept]
+    others.sort(key=_counts)  # those of no use go first
     for folder in others[: max(len(others) - max(limit - len(kept), 0), 0)]:
         mark_incomplete(folder)
         shutil.rmtree(folder, ignore_errors=True)

@@ -22,6 +22,7 @@ from .checkpoint import (
     checkpoint_to_resume,
     checkpoints_of_others,
     complete_checkpoints,
+    leave_later,
     load_state,
     mark_complete,
     mark_incomplete,
@@ -51,7 +52,9 @@ class ExactResume(Trainer):
     - `train`: resumes only from a sound checkpoint of this run, and holds its folder alone;
     - `_save_checkpoint`: marks a checkpoint as complete, and removes old ones only after that;
     - `_save_rng_state`, `_load_rng_state`: called on every process where its own part is due;
-    - `_maybe_log_save_evaluate`: called after every update, where a run that was told to stop may do so;
+    - `_init_training_state`: how often a resumed run saves, evaluates and logs is said by its options;
+    - `_maybe_log_save_evaluate`: called after every update, where a run that was told to stop may do so, and once more
+      at an epoch's end, where a checkpoint that is due is then written;
     - `save_model`: writes the weights of a model that FSDP shards, also where its checkpoints stay sharded;
     - `_run_epoch`, `_finalize_training`: from the checkpoint of its last update, a run ends without another one.
     """
@@ -151,6 +154,7 @@ class ExactResume(Trainer):
             notes: list[str] = []
             if resume_from:
                 found, notes = checkpoint_to_resume(resume_from, output_dir, **self._described, no_effect=_NO_EFFECT)
+                notes += leave_later(found, output_dir)
             damaged = set(complete_checkpoints(output_dir)) if resume_from == AUTO and found is None else set()
             if found is None or Path(found).resolve().parent != Path(output_dir).resolve():
                 self.require_own_folder(
@@ -211,17 +215,29 @@ class ExactResume(Trainer):
             self._load_rng_state(self._resumed_from)
         return super()._finalize_training(*args, **kwargs)
 
+    def _init_training_state(self, max_steps: int, *args: Any) -> tuple[int, int]:
+        begun = super()._init_training_state(max_steps, *args)
+        self.state.compute_steps(self.args, max_steps)  # how often it saves and evaluates is not the checkpoint's
+        return begun
+
     def _maybe_log_save_evaluate(self, tr_loss: Any, grad_norm: Any, model: Any, trial: Any, *args: Any, **kwargs: Any):
-        self._last_saved = None
+        # The last update of an epoch is followed by the epoch's end, which may evaluate, log and save once more. What
+        # is saved before that would be resumed after it.
+        ends = self.control.should_training_stop or self.control.should_epoch_stop
+        ends = ends or float(self.state.epoch or 0.5).is_integer()
+        before_epochs_end = ends and self._last_update != self.state.global_step  # it will be called a second time
+        self._last_update, self._last_saved = self.state.global_step, None
+        saves_at_the_end = before_epochs_end and self.control.should_save
+        if saves_at_the_end:
+            self.control.should_save = False
         super()._maybe_log_save_evaluate(tr_loss, grad_norm, model, trial, *args, **kwargs)
+        if saves_at_the_end:
+            self.control.should_save = True
         if self._stop is None or self.state.global_step >= self.state.max_steps:
             return
-        is_epochs_end = self._last_update == self.state.global_step  # called a second time
-        self._last_update = self.state.global_step
         requested = torch.tensor([self._stop.signum], device=self.accelerator.device)
         signum = int(self.accelerator.gather(requested).max())  # all processes stop at the same update
-        # The last update of an epoch is followed by the epoch's end, which may evaluate, log and save once more.
-        if not signum or (float(self.state.epoch or 0.5).is_integer() and not is_epochs_end):
+        if not signum or before_epochs_end:
             return
         if self._last_saved != self.state.global_step:
             self._save_checkpoint(model, trial)
@@ -257,11 +273,12 @@ class ExactResume(Trainer):
         with temporarily(self.args, save_total_limit=None, push_to_hub=False):
             super()._save_checkpoint(model, trial)
         self.accelerator.wait_for_everyone()
-        if self.args.should_save:
-            torch.save(self.args, folder / "training_args.bin")  # again, with these two as they were given
-            run = {**self._described, "step": self.state.global_step}
-            mark_complete(folder, run, model_only=self.args.save_only_model)
-            remove_old_checkpoints(folder, self.args.save_total_limit, self.state.best_model_checkpoint)
+        with failing_together():
+            if self.args.should_save:
+                torch.save(self.args, folder / "training_args.bin")  # again, with these two as they were given
+                run = {**self._described, "step": self.state.global_step}
+                mark_complete(folder, run, model_only=self.args.save_only_model)
+                remove_old_checkpoints(folder, self.args.save_total_limit, self.state.best_model_checkpoint)
 
     def _require_finite(self, folder: Path) -> None:
         """No checkpoint of a policy that can only answer NaN may take the place of a sound one."""
@@ -282,7 +299,8 @@ class ExactResume(Trainer):
         folder.mkdir(parents=True, exist_ok=True)
         values, trajectories, arrays = self.run_state(folder)
         values["trainer"] |= {"loss": self._tr_loss.item(), "last_logged": self._globalstep_last_logged}
-        save_state(folder, values, trajectories, arrays)
+        with failing_together():
+            save_state(folder, values, trajectories, arrays)
 
     def _load_rng_state(self, checkpoint: str | None) -> None:
         super()._load_rng_state(checkpoint)
@@ -291,6 +309,8 @@ class ExactResume(Trainer):
         folder = process_folder(checkpoint, self.accelerator.process_index)
         state = load_state(folder)
         self._tr_loss.fill_(state[0]["trainer"]["loss"])
+        before = self.accelerator.gather(self._tr_loss).mean() if self._has_trained else self._tr_loss
+        self._total_loss_scalar = -before.item()  # the summary is of the updates after the checkpoint
         self._globalstep_last_logged = state[0]["trainer"]["last_logged"]
         self.restore_run_state(state, folder, process_folder(checkpoint, 0))
 

@@ -5,7 +5,7 @@ import signal
 import sys
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from types import FrameType
 from typing import Any
 
@@ -80,4 +80,5 @@ class StopRequest:
 
 
 def _say(text: str) -> None:
-    print(text, file=sys.stderr, flush=True)
+    with suppress(OSError, RuntimeError, ValueError):  # nobody may read it any more; the run stops all the same
+        print(text, file=sys.stderr, flush=True)
