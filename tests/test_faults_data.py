@@ -594,6 +594,16 @@ def test_6_an_empty_prompt_that_is_rolled_out(folder, tmp_path):
         build(folder, tmp_path, train_dataset=Dataset.from_list([{"prompt": "a"}, {"prompt": ""}]))
 
 
+def test_6_an_empty_prompt_beside_logged_rows(folder, tmp_path):
+    """Only rows that are drawn need one: the ids of a logged row stand for its text."""
+    ids = {"prompt_ids": [5], "completion_ids": [7, EOS], "reward": 1.0}
+    none = {"prompt_ids": None, "completion_ids": None, "reward": None}
+    rows = [{"prompt": "", **ids}, {"prompt": "a", **none}, {"prompt": "", **ids}, {"prompt": "", **none}]
+    with pytest.raises(ValueError, match="Row 3 of the training set: its prompt is empty"):
+        build(folder, tmp_path, letters, train_dataset=Dataset.from_list(rows))
+    build(folder, tmp_path, letters, train_dataset=Dataset.from_list([*rows[:3], {"prompt": "b", **none}]))
+
+
 @pytest.mark.parametrize("kind", ["torch", "numpy", "pandas"])
 def test_6_formatted_data_sets(kind, folder, tmp_path):
     rows = [{"prompt_ids": [5, 6], "completion_ids": [7 + i, EOS], "loss_mask": [1, 1]} for i in range(2)]

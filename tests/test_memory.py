@@ -6,6 +6,7 @@ import importlib
 import json
 import re
 from pathlib import Path
+from typing import Any
 
 import memory_estimate
 import pytest
@@ -154,6 +155,15 @@ def test_cache_grows_with_rows_and_length():
     assert estimate_memory(TINY, **LENGTHS, generated_rows=0).phases["generation"]["generation"] == 0
 
 
+def test_a_sharded_policy_is_whole_only_where_it_generates():
+    def gathered(**options: Any) -> int:
+        estimate = estimate_memory(TINY, **LENGTHS, processes=4, zero_stage=3, **options)
+        return estimate.phases["generation"]["communication"]
+
+    assert gathered(generated_rows=2) - gathered(generated_rows=0) == 2 * N  # in bfloat16
+    assert gathered(generated_rows=0, gathered_to_generate=True) == gathered(generated_rows=2)
+
+
 def test_a_measured_peak(monkeypatch):
     """A real run's, within 15%; more of them in docs/benchmarks/memory_estimate.md."""
     sizes = dict(
@@ -206,10 +216,16 @@ def test_batches_are_those_of_the_processes_asked_for(tmp_path, capsys, monkeypa
     assert "'generated_rows': 2," in capsys.readouterr().out
     main([*words, "--generation_batch_size", "512", "--processes", "4"])
     assert "'generated_rows': 128," in capsys.readouterr().out
+    main([*words, "--follow_rollouts", "records", "--max_steps", "4"])
+    assert "'generated_rows': 0, 'gathered_to_generate': False" in capsys.readouterr().out
     monkeypatch.undo()
     with pytest.raises(SystemExit):
         main([*words, "--processes", "0", "--generation_batch_size", "512"])
     assert "`processes=0` must be at least 1" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        main(["--help"])
+    said = capsys.readouterr().out
+    assert all(option in said for option in ("--zero_stage", "--beta", "--load_in_4bit"))  # of all three
 
 
 def test_the_documents_tables_are_what_the_command_prints(tmp_path, capsys):

@@ -221,6 +221,17 @@ def _digest_of_file(file: Path) -> tuple[int, str]:
     return size, digest.hexdigest()
 
 
+def column_parts(dataset: Dataset, name: str) -> Iterator[tuple[int, pa.Array]]:
+    """A column in parts of a thousand rows, each with the number of its first row. Nothing is read row by row."""
+    arrow = dataset.select_columns([name]).with_format("arrow")
+    for first in range(0, len(dataset), 1000):
+        yield first, arrow[first : first + 1000][name].combine_chunks()
+
+
+def is_text(column: pa.Array) -> bool:
+    return pa.types.is_string(column.type) or pa.types.is_large_string(column.type)
+
+
 def dataset_digest(dataset: Any) -> str | None:
     """Digest of a data set's rows in their order; None for a stream, which cannot be read twice."""
     if not isinstance(dataset, Dataset):

@@ -511,8 +511,8 @@ class TBRMTrainer(ExactResume, GRPOTrainer):
         if not isinstance(dataset, Dataset) or "prompt" not in dataset.column_names:
             return dataset
         check_chat_template(dataset, title, getattr(renderer.processing_class, "chat_template", None))
-        if asked.all():  # logged rows are looked at when they are tokenized
-            check_empty_prompts(dataset, title, renderer.tokenizer)
+        asked = np.broadcast_to(asked, len(dataset))  # logged rows are looked at when they are tokenized
+        check_empty_prompts(dataset, title, asked, renderer.tokenizer)
         if not renderer.is_exact:
             return dataset
         return fitting_prompts(dataset, title, asked, self._prompt_limit, renderer)

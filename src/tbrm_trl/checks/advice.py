@@ -5,11 +5,11 @@ import warnings
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
-import pyarrow as pa
 import pyarrow.compute as pc
 from datasets import Dataset
 from transformers import GenerationConfig, PreTrainedTokenizerBase
 
+from ..files import column_parts, is_text
 from ..options import HARMLESS, TBRMOptions
 from ..sources.sampler import WindowMix, WindowSampler
 from .options import drawn_ahead
@@ -73,10 +73,10 @@ def warn_of_double_bos(given: Sequence[Any], tokenizer: PreTrainedTokenizerBase)
         for dataset in one.values() if isinstance(one, Mapping) else [one]:
             if not isinstance(dataset, Dataset) or "prompt" not in dataset.column_names:
                 continue
-            for table in dataset.select_columns(["prompt"]).with_format("arrow").iter(batch_size=1000):
-                if pa.types.is_string(table["prompt"].type) or pa.types.is_large_string(table["prompt"].type):
-                    double += pc.sum(pc.starts_with(table["prompt"], bos)).as_py() or 0
-                    total += len(table)
+            for _, prompts in column_parts(dataset, "prompt"):
+                if is_text(prompts):
+                    double += pc.sum(pc.starts_with(prompts, bos)).as_py() or 0
+                    total += len(prompts)
     if double:
         warnings.warn(
             f"{double} of {total} prompts begin with {bos!r}, and the tokenizer writes one before every text: the "

@@ -11,6 +11,7 @@ import pyarrow.compute as pc
 from datasets import Dataset, IterableDataset
 from transformers import PreTrainedTokenizerBase
 
+from ..files import column_parts, is_text
 from ..options import TBRMOptions
 from ..sources.logged import OWN_COLUMNS, logged_rows, prompt_numbers
 from ..sources.returns import largest_return
@@ -178,15 +179,13 @@ def check_prompts(dataset: Any, title: str, needed: np.ndarray, rendered: np.nda
 
 def _problems_of_prompts(dataset: Dataset, needed: np.ndarray, rendered: np.ndarray) -> Iterator[tuple[int, str]]:
     kind = None  # of the first prompt
-    plain = dataset.select_columns(["prompt"])
-    arrow, rows = plain.with_format("arrow"), plain.with_format(None)
-    for first in range(0, len(dataset), 1000):
-        column = arrow[first : first + 1000]["prompt"].combine_chunks()
+    rows = dataset.select_columns(["prompt"]).with_format(None)
+    for first, column in column_parts(dataset, "prompt"):
         given = column.is_valid().to_numpy(zero_copy_only=False)
         for place in np.flatnonzero(needed[first : first + 1000] & ~given).tolist():
             yield first + place, "it has no `prompt`, and is to be rolled out. Drop the row, or give it one."
         suspects = given & rendered[first : first + 1000]
-        if pa.types.is_string(column.type) or pa.types.is_large_string(column.type):
+        if is_text(column):
             continue
         if pa.types.is_list(column.type) and pa.types.is_struct(column.type.value_type):  # most are cleared at once
             fields = [column.type.value_type.field(i).name for i in range(column.type.value_type.num_fields)]
@@ -207,17 +206,16 @@ def _problems_of_prompts(dataset: Dataset, needed: np.ndarray, rendered: np.ndar
                 )
 
 
-def check_empty_prompts(dataset: Any, title: str, tokenizer: PreTrainedTokenizerBase) -> None:
-    """Refuse empty text as a prompt, by row, if the tokenizer makes no token of it."""
-    if not isinstance(dataset, Dataset) or "prompt" not in dataset.column_names or tokenizer(text="")["input_ids"]:
+def check_empty_prompts(dataset: Dataset, title: str, asked: np.ndarray, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Refuse empty text as a prompt, by row, if the tokenizer makes no token of it. `asked`, `(N,)`: rows to draw."""
+    if tokenizer(text="")["input_ids"]:
         return
-    arrow = dataset.select_columns(["prompt"]).with_format("arrow")
-    for first in range(0, len(dataset), 1000):
-        column = arrow[first : first + 1000]["prompt"]
-        if not (pa.types.is_string(column.type) or pa.types.is_large_string(column.type)):
+    for first, column in column_parts(dataset, "prompt"):
+        if not is_text(column):
             return
-        if (place := pc.index(column, pa.scalar("", column.type)).as_py()) >= 0:
-            raise ValueError(f"Row {first + place} of {title}: {_EMPTY}")
+        empty = pc.equal(column, "").fill_null(False).to_numpy(zero_copy_only=False) & asked[first : first + 1000]
+        if empty.any():
+            raise ValueError(f"Row {first + empty.argmax()} of {title}: {_EMPTY}")
 
 
 def check_chat_template(dataset: Any, title: str, template: Any) -> None:
@@ -411,9 +409,7 @@ def check_logged_rows(dataset: Dataset, logged: np.ndarray, rewarded: bool, scor
 
 def _check_ids(dataset: Dataset, name: str) -> None:
     """Refuse a column of token ids that holds anything but lists of integers. No row is read for that."""
-    arrow = dataset.select_columns([name]).with_format("arrow")
-    for first in range(0, len(dataset), 1000):
-        column = arrow[first : first + 1000][name].combine_chunks()
+    for first, column in column_parts(dataset, name):
         if pa.types.is_null(column.type):
             continue
         inner = column.type.value_type if pa.types.is_list(column.type) or pa.types.is_large_list(column.type) else None

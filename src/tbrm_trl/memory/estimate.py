@@ -92,6 +92,7 @@ def estimate_memory(
     prompt_length: int,
     completion_length: int,
     generated_rows: int | None = None,
+    gathered_to_generate: bool | None = None,
     accumulation: int = 1,
     dtype: str = "float32",
     mixed_precision: str | None = "bfloat16",
@@ -115,6 +116,8 @@ def estimate_memory(
         rows: of a micro-batch, on one process. More than one are taken to differ in length where they are rolled out.
         prompt_length, completion_length: of the longest rows, in tokens.
         generated_rows: rolled out at a time on one process; 0 where no model here generates. By default `rows`.
+        gathered_to_generate: whether a sharded policy is whole on each process where rollouts are drawn. By default it
+            is if rows are generated.
         accumulation: micro-batches per optimizer step.
         dtype: that the weights are loaded in; "auto" is the configuration's.
         mixed_precision: "bfloat16", "float16" or None: of autocast, or of the weights themselves under DeepSpeed.
@@ -159,7 +162,8 @@ def estimate_memory(
             policy.enable_input_require_grads()
     try:
         update = trace.update(policy)
-        rollout = trace.generation(policy, rows if generated_rows is None else generated_rows)
+        generated = rows if generated_rows is None else generated_rows
+        rollout = trace.generation(policy, generated)
     except RuntimeError as error:
         raise ValueError(
             f"{config.model_type!r} cannot be run without values ({str(error).splitlines()[0]}), as where "
@@ -201,12 +205,13 @@ def estimate_memory(
         others = elements - sum(blocks)
         all_gathered = (others + 2 * max(blocks)) * computed.itemsize  # the next block while one is worked with
         gathered = all_gathered + (max(blocks) if peft_config is None else 0) * computed.itemsize  # its gradients
+    gathers = generated > 0 if gathered_to_generate is None else gathered_to_generate
     foreach = gradients if optimizer == "adamw_torch" and device != "cpu" and not zero_stage else 0
     if zero_stage:  # float32 gradients of the partition (of ZeRO-3 for a sub-group of 1e9 elements)
         foreach = 4 * min(count // processes, LIVE_PARAMETERS if zero_stage == 3 else count)
     phases = {
         "generation": {
-            "communication": all_gathered + (bucket if zero_stage in (0, 3) else 0),
+            "communication": (all_gathered if gathers else 0) + (bucket if zero_stage in (0, 3) else 0),
             "gradients": reduced if zero_stage == 3 else 0,
             "generation": rollout,
         },
@@ -302,6 +307,8 @@ def estimate_of_run(config: TBRMConfig, model: ModelConfig, machine: Machine) ->
     values = {"token": config.max_completion_length}.get(config.residual, 2 if config.truncation == "bootstrap" else 1)
     rows, accumulation = config.per_device_train_batch_size, config.gradient_accumulation_steps
     generated = rows * config.steps_per_generation
+    generates = not (config.use_vllm or machine.only_logs or config.followed_folder is not None)
+    merges = config.use_vllm and config.vllm_mode == "colocate" and get_peft_config(model) is not None
     if tokens := config.max_tokens_per_microbatch:
         held = min(rows, max(1, tokens // (machine.prompt_length + config.max_completion_length)))
         rows, accumulation = held, math.ceil(rows / held)
@@ -310,7 +317,9 @@ def estimate_of_run(config: TBRMConfig, model: ModelConfig, machine: Machine) ->
         rows=rows,
         prompt_length=machine.prompt_length,
         completion_length=config.max_completion_length,
-        generated_rows=0 if config.use_vllm or machine.only_logs else generated,
+        generated_rows=generated if generates else 0,
+        # For colocated vLLM TRL merges the adapter into the whole policy; all else goes one parameter at a time.
+        gathered_to_generate=generates or (merges and not machine.only_logs),
         accumulation=accumulation,
         dtype=model.dtype,
         mixed_precision="bfloat16" if config.bf16 else "float16" if config.fp16 else None,
@@ -331,7 +340,7 @@ def estimate_of_run(config: TBRMConfig, model: ModelConfig, machine: Machine) ->
 
 def main(arguments: list[str] | None = None) -> None:
     given = sys.argv[1:] if arguments is None else arguments
-    machine, *_ = TrlParser((Machine,)).parse_args_and_config(given, return_remaining_strings=True)
+    machine, *_ = TrlParser((Machine,), add_help=False).parse_args_and_config(given, return_remaining_strings=True)
 
     class Planned(TBRMConfig):  # checks its batches for those processes, instead of the one that runs here
         world_size = property(lambda self: max(1, machine.processes))

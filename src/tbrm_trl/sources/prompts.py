@@ -13,6 +13,7 @@ from transformers import AutoConfig, AutoProcessor, PreTrainedTokenizerBase
 from trl.trainer.utils import get_config_model_id
 
 from ..batch import chunks
+from ..files import column_parts, is_text
 from ..options import TBRMOptions
 
 BYTES_PER_MESSAGE = 64  # more than templates put around a message
@@ -143,7 +144,7 @@ def fitting_prompts(
     Args:
         dataset: rows with a column `prompt`.
         title: what errors call it.
-        asked: `(N,)` bool, the rows that are to be rolled out, or `(1,)` for all.
+        asked: `(N,)` bool, the rows that are to be rolled out.
         limit: how long they may be.
         renderer: prompts → ids, as for generation.
 
@@ -151,7 +152,6 @@ def fitting_prompts(
         ValueError: for a prompt of nothing but unknown characters, and for one that is too long if that is refused. It
             names the row.
     """
-    asked = np.broadcast_to(asked, len(dataset))
     _refuse_unknown(dataset, title, asked, renderer.tokenizer)
     if limit.tokens is None or limit.policy == "cut":
         return dataset
@@ -179,12 +179,11 @@ def _lengths_of_suspects(
     dataset: Dataset, asked: np.ndarray, limit: int, renderer: PromptRenderer
 ) -> Iterator[tuple[int, int]]:
     """Rows that may be too long, with their tokens. A token has at least one byte, so most rows are cleared unread."""
-    plain = dataset.select_columns(["prompt"])
-    arrow, rows = plain.with_format("arrow"), plain.with_format(None)
+    rows = dataset.select_columns(["prompt"]).with_format(None)
     around: int | None = None  # tokens that the template puts around the first prompt
-    for first in range(0, len(dataset), 1000):
-        suspects = asked[first : first + 1000].copy()
-        size = _bytes_of(arrow[first : first + 1000]["prompt"].combine_chunks())  # (n,)
+    for first, column in column_parts(dataset, "prompt"):
+        suspects = asked[first : first + len(column)].copy()
+        size = _bytes_of(column)  # (n,)
         if size is not None and suspects.any():
             if around is None:
                 one = rows[first + int(np.flatnonzero(suspects)[0])]["prompt"]
@@ -197,7 +196,7 @@ def _lengths_of_suspects(
 
 def _bytes_of(column: pa.Array) -> np.ndarray | None:
     """`(n,)` bytes of text in each prompt, at least; None if they cannot be counted in bulk."""
-    if pa.types.is_string(column.type) or pa.types.is_large_string(column.type):
+    if is_text(column):
         return _text_bytes(column)
     inner = column.type.value_type if pa.types.is_list(column.type) else None
     if inner is None or not pa.types.is_struct(inner) or inner.get_field_index("content") < 0:
