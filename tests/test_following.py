@@ -84,7 +84,7 @@ def test_following_what_a_run_drew_is_that_run(llama, tmp_path):
         new = {name for name in ours if name not in theirs}
         assert new == {
             "staleness/mean", "staleness/max", "staleness/mixed", "rollouts/queue", "rollouts/learner_wait_time",
-            "rollouts/versions",
+            "rollouts/versions", "rollouts_time",
         }  # fmt: skip
         for name in set(theirs) - {"step_time", "generation_time", "rewards_time", "reference_time", "epoch"}:
             expected = theirs[name] if theirs[name] is None else pytest.approx(theirs[name], rel=1e-4, abs=1e-6)

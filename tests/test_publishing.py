@@ -11,8 +11,9 @@ import pytest
 import yaml
 from helpers.hub_server import TOKEN, HubServer
 from helpers.launch import ROOT
-from helpers.runs import build
+from helpers.runs import DATA, build, config
 from huggingface_hub import ModelCard
+from transformers.training_args import OptimizerNames
 
 from tbrm_trl.publishing import CardFacts, escaped, keep_at_home, last_evaluation, model_card, snippet
 
@@ -48,9 +49,37 @@ def test_the_card_tells_of_the_run():
     (model,) = said["model-index"]
     found = [(r["dataset"]["name"], m["type"], m["value"]) for r in model["results"] for m in r["metrics"]]
     assert found == [("evaluation set", "reward", 0.5), ("hard", "reward", 0.125)]
+    assert {r["dataset"]["type"] for r in model["results"]} == {"custom"}  # not the one that it was trained on
     for part in ("arxiv.org/abs/2505.15311", "| beta | 0.02 |", "| 2 | 0.25 | 0.5 | – | – | – |", "| trl | 1.16 |"):
         assert part in text
     assert 'name = "me/tiny"' in text and "@x{y}" in text
+
+
+def test_values_of_options_are_as_they_are_given():
+    assert r"| optim | adamw\_torch |" in str(model_card(facts(settings={"optim": OptimizerNames.ADAMW_TORCH})))
+
+
+def test_the_card_is_of_the_weights_that_are_pushed(llama, tmp_path):
+    """The best checkpoint's, after training; and it names no file of this machine as its data."""
+    data = tmp_path / "sums.jsonl"
+    data.touch()
+    trainer = build(
+        llama, tmp_path, load_best_model_at_end=True, eval_dataset=DATA, eval_strategy="steps", save_strategy="steps"
+    )
+    trainer.state.log_history = [{"step": 2, "eval_reward": 0.9}, {"step": 4, "eval_reward": 0.5}]
+    trainer.state.best_global_step, trainer.state.global_step = 2, 4
+    card = trainer.args.output_dir + "/README.md"
+    for in_train, value, updates in ((False, 0.9, 2), (True, 0.5, 4)):
+        trainer.is_in_train = in_train
+        trainer.create_model_card(dataset_name=str(data))
+        said = ModelCard.load(card)
+        assert said.data.eval_results[0].metric_value == value and f"trained by {updates} updates" in str(said)
+        assert said.data.datasets is None and "sums" not in str(said)
+
+
+def test_a_push_of_whole_checkpoints_is_warned_of():
+    with pytest.warns(UserWarning, match=r"`hub_strategy='checkpoint'` pushes whole checkpoints.*`hub_private_repo=Tr"):
+        config(push_to_hub=True, hub_strategy="checkpoint")
 
 
 def test_the_last_evaluation_of_each_set_counts():

@@ -197,9 +197,11 @@ def test_quantiles_by_hand():
 
 def test_times_add_up_to_the_update():
     entry = {"step": 1, "step_time": 10.0, "generation_time": 6.0, "rewards_time": 1.0, "reference_time": 0.5}
-    lines = chart(RunFolder("r", [entry, {"step": 2, "step_time": 2.0}], NONE), "Time")["lines"]
+    followed = {"step": 2, "step_time": 2.0, "rollouts_time": 1.5}
+    lines = chart(RunFolder("r", [entry, followed], NONE), "Time")["lines"]
     assert lines == {
-        "generation": [6.0, None], "rewards": [1.0, None], "reference": [0.5, None], "policy": [2.5, 2.0],
+        "generation": [6.0, None], "rollouts": [None, 1.5], "rewards": [1.0, None], "reference": [0.5, None],
+        "policy": [2.5, 0.5],
     }  # fmt: skip
 
 
@@ -362,7 +364,7 @@ def test_in_a_browser_controls_work(opened, tmp_path):
 
 
 def test_in_a_browser_two_runs_are_laid_over_each_other_on_a_phone(opened, tmp_path):
-    runs = [write_run(tmp_path / name, 20, 8, "x") for name in ("one", "two")]
+    runs = [write_run(tmp_path / name, updates, 8, "x") for name, updates in (("one", 20), ("two", 40))]
     page = opened(
         write_report(runs, tmp_path / "both.html"), viewport={"width": 390, "height": 844}, color_scheme="dark"
     )
@@ -371,7 +373,11 @@ def test_in_a_browser_two_runs_are_laid_over_each_other_on_a_phone(opened, tmp_p
     assert page.evaluate("getComputedStyle(document.body).backgroundColor") == "rgb(22, 24, 28)"
     labels = page.locator("[data-title=Reward] .u-label")
     assert labels.all_inner_texts() == ["update", "one reward", "two reward"]
+    said = page.locator("#calibration-text").inner_text()
+    assert "one, updates 20 to 20: " in said and "two, updates 38 to 40: " in said
+    assert page.locator("#period-value").inner_text() == ""  # there is none for both
     page.locator("#runs input").nth(0).uncheck()
+    assert page.locator("#period-value").inner_text() == "updates 38 to 40"
     assert labels.all_inner_texts() == ["update", "two reward"]
 
 

@@ -11,6 +11,7 @@ import pytest
 import torch
 from datasets import Dataset
 from helpers import runs
+from helpers.writers import made_rows, write_record
 from transformers import AutoModelForCausalLM
 from transformers.integrations.integration_utils import rewrite_logs
 
@@ -185,6 +186,41 @@ def test_the_table_has_logged_rows_and_its_cells_stay_with_their_rows(llama, tmp
 def digits_of_some(completions, log_extra, **kwargs) -> list[float | None]:
     log_extra("origin", ["own"] * len(completions))
     return [None, *[3.0] * (len(completions) - 1)]
+
+
+def test_columns_stay_beside_their_rows_where_a_function_failed(llama, tmp_path):
+    """It logs of the windows in which it is called to its end; TRL alone would put the last cells beside new rows."""
+    called = []
+
+    def noted(completions, log_extra, **kwargs):
+        called.append(len(completions))
+        if len(called) != 2:
+            log_extra("note", [f"call {len(called)}"] * len(completions))
+        if len(called) == 2:
+            raise ZeroDivisionError
+        return [0.0] * len(completions)
+
+    trainer = runs.build(
+        llama, tmp_path, [runs.letters, noted], reward_on_error="skip", max_steps=3, **AT_THE_REFERENCE
+    )
+    notes = []
+    log = trainer.log
+    trainer.log = lambda *args: (log(*args), notes.append(list(trainer._logs["extra"]["note"])))
+    trainer.train()
+    rows = table(trainer, 2)
+    assert rows["note"].isna().all() and len(rows) == len(trainer._logs["prompt"]) and rows["noted"].isna().all()
+    assert notes[-1] == ["call 3"] * len(notes[-1])
+
+
+def test_evaluation_and_followed_rollouts_may_have_other_functions(llama, tmp_path):
+    """The rollouts bring their reward alone, and the evaluation calls a function: NaN in the other's column."""
+    write_record(tmp_path / "records", "other", 0, made_rows(8))
+    trainer = runs.build(
+        llama, tmp_path, runs.letters, eval_dataset=runs.DATA, eval_strategy="steps", eval_steps=1, max_steps=1,
+        follow_rollouts=str(tmp_path / "records"), train_dataset=None, **AT_THE_REFERENCE,
+    )  # fmt: skip
+    trainer.train()
+    table(trainer, 1)
 
 
 def test_replayed_conversations_are_messages_as_the_rollouts_are(qwen2, tmp_path):

@@ -3,6 +3,7 @@
 import math
 from collections import deque
 from collections.abc import Iterable, Sequence
+from itertools import chain
 from typing import Any
 
 from accelerate.utils import gather_object
@@ -29,7 +30,7 @@ class CompletionsTable:
 
     def add(self, trajectories: Sequence[Trajectory], mode: str) -> None:
         """Add the rollouts of a generation, in the order in which TRL returned them. `mode`: "train" or "eval"."""
-        cells = [UNKNOWN | {"reward": one.reward} for one in trajectories]
+        cells = [UNKNOWN | {"reward": one.reward, "rewards": one.rewards} for one in trajectories]
         self.generations.append(cells)
         self.places[mode] = {id(one): of_one for one, of_one in zip(trajectories, cells, strict=True)}
         while sum(map(len, self.generations)) - len(self.generations[0]) >= self.size:
@@ -60,22 +61,24 @@ class CompletionsTable:
             (row.trajectory, _cells(row, *values)) for row, *values in scored if row.origin in ("replayed", "logged")
         ]
         texts = [[tokenizer.decode(ids) for ids in (one.prompt_ids, one.completion_ids)] for one, _ in others]
-        added = gather_object([(*text, one.rewards, cells) for text, (one, cells) in zip(texts, others, strict=True)])
-        prompts, completions, rewards, cells = zip(*added, strict=True) if added else ((), (), (), ())
+        added = gather_object([(*text, cells) for text, (_, cells) in zip(texts, others, strict=True)])
+        prompts, completions, cells = zip(*added, strict=True) if added else ((), (), ())
         if count and not isinstance(logs["prompt"][0], str):
             prompts, completions = _messages("user", prompts), _messages("assistant", completions)
         columns = {name: [one[name] for one in (*rollouts, *cells)] for name in UNKNOWN}
-        given = {*logs["rewards"], *logs["extra"]}
+        rewards = [one.get("rewards", {}) for one in (*rollouts, *cells)]
+        by_function = {name: [one.get(name, math.nan) for one in rewards] for name in dict.fromkeys(chain(*rewards))}
+        given = {*by_function, *logs["extra"]}
         return {
             "images": [*logs["images"], *([None] * len(added) if logs["images"] else ())],
             "prompt": [*logs["prompt"], *prompts],
             "completion": [*logs["completion"], *completions],
-            "rewards": {
-                name: [*values, *(one.get(name, math.nan) for one in rewards)]
-                for name, values in logs["rewards"].items()
-            },
+            "rewards": by_function,
             "advantages": columns.pop("advantage"),
-            "extra": {name: [*values, *[None] * len(added)] for name, values in logs["extra"].items()}
+            "extra": {
+                name: [*[None] * (count - len(values)), *values, *[None] * len(added)]  # a function may begin late
+                for name, values in logs["extra"].items()
+            }
             | {name: values for name, values in columns.items() if name not in given},
         }
 
@@ -96,7 +99,8 @@ class CompletionsTable:
 def _cells(row: UpdateRow, residual: float, soft_value: float) -> Cells:
     """A row that does not count has no residual and no soft value."""
     numbers = {"advantage": residual, "soft_value": soft_value} if row.left_out is None else {}
-    return UNKNOWN | numbers | {"reward": row.trajectory.reward, "origin": row.origin}
+    of_trajectory = {"reward": row.trajectory.reward, "rewards": row.trajectory.rewards}
+    return UNKNOWN | numbers | of_trajectory | {"origin": row.origin}
 
 
 def _messages(role: str, texts: Iterable[str]) -> Any:

@@ -7,7 +7,7 @@ import torch
 from torch.distributed.distributed_c10d import _set_pg_timeout
 
 from .checks import launch, options
-from .checks.advice import warn_of_drawing_ahead, warn_of_sampling_filters
+from .checks.advice import warn_of_drawing_ahead, warn_of_pushed_state, warn_of_sampling_filters
 from .loss.soft_value import SoftValue
 from .options import TBRMOptions, refuse
 
@@ -48,6 +48,7 @@ class TBRMConfig(TBRMOptions):
         refuse(problems)
         self._keep_time_limit()
         warn_of_sampling_filters(self)
+        warn_of_pushed_state(self)
         warn_of_drawing_ahead(self)
 
     def _derive(self) -> Iterator[str]:

@@ -100,7 +100,7 @@ def model_card(facts: CardFacts) -> ModelCard:
         parts += ["## Training", curve]
     parts += [
         "## Recipe",
-        _table(["option", "value"], [[name, str(value)] for name, value in recipe.items()]),
+        _table(["option", "value"], [[name, str(getattr(value, "value", value))] for name, value in recipe.items()]),
         "## Versions",
         _table(["library", "version"], [list(row) for row in facts.versions.items()]),
         "## Citation",
@@ -136,9 +136,9 @@ def _results(facts: CardFacts) -> list[EvalResult] | None:
     return [
         EvalResult(
             task_type="text-generation",
-            dataset_type=_on_one_line(facts.dataset or "custom"),
-            dataset_name=where or "evaluation set",
-            dataset_split=where or None,  # by which the client tells sets apart
+            dataset_type="custom",
+            dataset_name=_on_one_line(where) or "evaluation set",
+            dataset_split=_on_one_line(where) or None,  # by which the client tells sets apart
             metric_type=metric,
             metric_name=metric,
             metric_value=value,
@@ -149,7 +149,7 @@ def _results(facts: CardFacts) -> list[EvalResult] | None:
 
 def _curve(log: Sequence[Mapping[str, Any]]) -> str | None:
     """Ten points of training, from the first logged update to the last."""
-    entries = [entry for entry in log if isinstance(entry.get("reward"), (int, float))]
+    entries = [entry for entry in log if isinstance(entry.get("residual/rms"), (int, float))]
     if not entries:
         return None
     places = dict.fromkeys(round(i * (len(entries) - 1) / (_POINTS - 1)) for i in range(_POINTS))

@@ -841,7 +841,8 @@ class TBRMTrainer(ExactResume, GRPOTrainer):
 
     def _follow(self, folder: RecordFolder) -> list[Trajectory]:
         """The next rollouts that others drew. TRL is given them in place of a generation, and logs them as its own."""
-        taken, records = self._take_records(folder)
+        with self._timed("rollouts"):
+            taken, records = self._take_records(folder)
         trajectories = [record.trajectory for record in records]
         prompts, completions = zip(*(completion_of(record.row, self._tokenizer) for record in records), strict=True)
         given = {
@@ -978,12 +979,14 @@ class TBRMTrainer(ExactResume, GRPOTrainer):
 
     def _calculate_rewards(self, inputs, prompts, completions, completion_ids_list):
         if self._given_rewards is not None:
+            self._fill_extra_logs(len(prompts))
             return self.accelerator.gather(self._given_rewards)
         self.model.train(not self.evaluating)  # TRL's continuous batching leaves a model that it evaluates in training
         guarded = list(map(self._reward_calls.guarded, self.reward_funcs, self.reward_func_names))
         with temporarily(self, reward_funcs=guarded), self._timed("rewards"):
             rewards_per_func = super()._calculate_rewards(inputs, prompts, completions, completion_ids_list)  # (N, F)
         self._agree_on_failures(self._reward_calls.taken(), len(prompts))
+        self._fill_extra_logs(len(prompts))
         weights = self.reward_weights.to(rewards_per_func.device)  # (F,)
         check_magnitude(rewards_per_func, weights, self.reward_func_names, self.args.beta)
         first = self.accelerator.process_index * len(prompts)
@@ -993,6 +996,11 @@ class TBRMTrainer(ExactResume, GRPOTrainer):
             inputs, prompts, completions,
         )  # fmt: skip
         return rewards_per_func
+
+    def _fill_extra_logs(self, rows: int) -> None:
+        """What functions log of rows has a cell for each row, also where they logged nothing this time."""
+        for column in self._logs["extra"]:
+            self._pending_extra_logs.setdefault(column, [None] * rows)
 
     def _agree_on_failures(self, failures: Sequence[Failure], completions: int) -> None:
         """Raise on every process what a reward function raised on one, or count it where `reward_on_error` says so."""
@@ -1401,6 +1409,10 @@ class TBRMTrainer(ExactResume, GRPOTrainer):
         if not self.is_world_process_zero():
             return
         folder, repo = Path(self.args.output_dir), getattr(self, "hub_model_id", None)
+        # After training the Trainer puts the best checkpoint's weights back, where that was asked for.
+        best = self.state.best_global_step if self.args.load_best_model_at_end and not self.is_in_train else None
+        updates = best or self.state.global_step
+        rewarded = self._plan.mix.rollouts or some_unrewarded(self.train_dataset, self._plan.logged)
         base = get_config_model_id(self.model.config)
         given = [tags] if isinstance(tags, str) else tags or []
         libraries = ("tbrm-trl", "trl", "transformers", "datasets", "torch", *(["peft"] * is_peft_model(self.model)))
@@ -1409,11 +1421,11 @@ class TBRMTrainer(ExactResume, GRPOTrainer):
             repo=repo,
             base_model=base if base and not Path(base).is_dir() else None,
             adapter=is_peft_model(self.model),
-            dataset=dataset_name,
-            rewards=self.reward_func_names if self._plan.mix.rollouts and _no_reward not in self.reward_funcs else [],
-            updates=self.state.global_step,
+            dataset=dataset_name if dataset_name and not Path(dataset_name).exists() else None,
+            rewards=self.reward_func_names if rewarded and _no_reward not in self.reward_funcs else [],
+            updates=updates,
             settings=self.args.settings(),
-            log=self.state.log_history,
+            log=[entry for entry in self.state.log_history if entry["step"] <= updates],
             versions={name: version(name) for name in libraries},
             tags=[*dict.fromkeys([*self._tag_names, *given])],
             method=self._paper,
@@ -1581,6 +1593,7 @@ class TBRMTrainer(ExactResume, GRPOTrainer):
         taken, logged = self._logged_rows.state() if self._logged_rows is not None else ([], [])
         own = {
             "totals": self._recorder.since_log["train"].state(),
+            "seconds": dict(self._stopwatch.seconds),
             "skipped_updates": self._skipped.state(),
             "rows_drawn": self._rows_drawn,
             "rows_trained": self._rows_trained,
@@ -1620,6 +1633,7 @@ class TBRMTrainer(ExactResume, GRPOTrainer):
             for column, cells in saved.items():
                 self._logs[name][column].extend(cells)
         self._recorder.clear(Totals.from_state(own["totals"], self.accelerator.device))
+        self._stopwatch.seconds |= own.get("seconds", {})
         counts = {**own.get("skipped_updates", {}), "limit": self.args.max_skipped_updates}
         self._skipped = SkippedUpdates(**counts)
         self._skipped_before = self._skipped.total

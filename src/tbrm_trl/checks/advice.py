@@ -97,6 +97,18 @@ def warn_of_sampling_filters(args: TBRMOptions) -> None:
         )
 
 
+def warn_of_pushed_state(args: TBRMOptions) -> None:
+    """Warn of a push that takes a checkpoint's state along, with prompts, completions and rewards in it."""
+    strategy = getattr(args.hub_strategy, "value", args.hub_strategy)
+    if args.push_to_hub and strategy in ("checkpoint", "all_checkpoints"):
+        warnings.warn(
+            f"`hub_strategy={strategy!r}` pushes whole checkpoints, and what a run goes on from holds prompts, "
+            "completions and rewards. Make the repository private (`hub_private_repo=True`) if they are not to be "
+            "read, or push models alone (`hub_strategy='every_save'`).",
+            stacklevel=2,
+        )
+
+
 def warn_of_shipped_sampling(shipped: GenerationConfig, chosen: GenerationConfig) -> None:
     """Warn of sampling fields of the model's own generation_config.json that apply because no option sets them."""
     harmless = {*HARMLESS, *HARMLESS_IN_FILES}

@@ -90,7 +90,7 @@ CHARTS: tuple[tuple[str, str, str, str], ...] = (
         r"skipped_updates",
     ),
 )
-TIMES = ("generation_time", "rewards_time", "reference_time")
+TIMES = ("generation_time", "rollouts_time", "rewards_time", "reference_time")
 
 
 def charts_of(run: RunFolder) -> list[dict[str, Any]]:

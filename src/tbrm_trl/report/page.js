@@ -158,10 +158,10 @@
     const place = at("calibration-chart");
     const [across, up] = axes("predicted, reward");
     put({ width: place.clientWidth, height: Math.min(440, place.clientWidth * 0.8), series, axes: [{ ...across, label: "realised, reward", labelSize: 18, labelFont: "12px system-ui", size: 36, values: (u, ticks) => ticks.map((t) => number(t)) }, up], scales: { x: { time: false, range: () => range }, y: { range: () => range } }, cursor: { drag: { x: false, y: false } } }, uPlot.join(tables), place);
-    const steps = chosen.find(Boolean);
-    at("period-value").textContent = steps ? `updates ${steps.first} to ${steps.last}` : "";
+    const said = [...new Set(chosen.filter(Boolean).map((one) => `updates ${one.first} to ${one.last}`))];
+    at("period-value").textContent = said.length === 1 ? said[0] : "";  // else each run has its own, said below
     at("calibration-text").textContent = chosen
-      .flatMap((one, i) => (one ? [`${runs[i].name}: predicted less realised is ${number(one.mean_gap)} in the mean, ${number(one.rms_gap)} in root mean square, over ${whole(one.prompts)} prompts${one.prompts > one.realised.length ? `, of which ${one.realised.length} are shown` : ""}`] : []))
+      .flatMap((one, i) => (one ? [`${runs[i].name}, updates ${one.first} to ${one.last}: predicted less realised is ${number(one.mean_gap)} in the mean, ${number(one.rms_gap)} in root mean square, over ${whole(one.prompts)} prompts${one.prompts > one.realised.length ? `, of which ${one.realised.length} are shown` : ""}`] : []))
       .join(". ") + ".";
   }
 
