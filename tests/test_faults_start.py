@@ -199,6 +199,9 @@ def test_1_4_a_named_reference_beside_adapters_is_refused(folder, tmp_path):
         build(folder, tmp_path, letters, PROMPTS, peft_config=LoraConfig(**ADAPTER), reference_model=folder)
     with pytest.raises(ValueError, match='`reference_model` with `reference="previous"` is refused'):
         build(folder, tmp_path, letters, PROMPTS, reference_model=folder, reference="previous")
+    for soft_value in ("optimal", "quantile"):
+        with pytest.raises(ValueError, match="samples before training are drawn from the model that is trained"):
+            build(folder, tmp_path, letters, PROMPTS, reference_model=folder, soft_value=soft_value)
 
 
 ROPES = {

@@ -14,7 +14,7 @@ from helpers.oracle import TOLERANCE, distance, plain, solve
 from helpers.runs import CHATS, DATA, TOKENIZER, build, completion, differ, kept_returns, letters, logged, prompt, train
 from transformers import AutoTokenizer
 
-from tbrm_trl import load_rollouts
+from tbrm_trl import TBRMTrainer, load_rollouts
 from tbrm_trl.trajectory import End, Source
 
 IDS = [{"prompt_ids": [5, 6 + i], "completion_ids": [20 + i, 30, 1], "reward": i / 8} for i in range(8)]
@@ -315,6 +315,9 @@ def test_given_scores_of_the_producing_policy_are_kept(llama, tmp_path):
     assert len(windows) == 2
     for window in windows:
         assert all(t.ref_log_probs.tolist() == [-1, -2, -3] and t.ref_soft_value == 4 for t in window)
+    trained = build(llama, tmp_path, None, Dataset.from_list(rows), reference="previous", trainer_class=TBRMTrainer)
+    trained.train()  # it is not asked whether the policy is these scores' reference
+    assert trained.state.global_step == 2
     with pytest.raises(ValueError, match=r"Row 0 .*these are another reference's"):
         rows = [{**row, "ref_key": "0123"} for row in rows]
         build(llama, tmp_path, None, Dataset.from_list(rows), reference="previous")

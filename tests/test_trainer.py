@@ -31,7 +31,7 @@ from trl import GRPOConfig
 from trl.chat_template_utils import qwen3_chat_template
 
 from tbrm_trl import TBRMConfig, TBRMTrainer
-from tbrm_trl.trajectory import End, Trajectory
+from tbrm_trl.trajectory import End, Source, Trajectory
 
 ZERO = pytest.approx(0, abs=1e-5)
 
@@ -394,6 +394,29 @@ def test_environment_owns_the_reward(caller, tmp_path):
     for row in trajectories(trainer):
         start = next(i for i, p in enumerate(PROMPTS) if f"{p} from {i}<" in prompt(row))
         assert row.reward == start + 42
+
+
+@pytest.mark.parametrize(
+    ("logged_row", "problem"),
+    [
+        ({"prompt_ids": [5], "completion_ids": [6, 1]}, "it has no `reward`, and an environment rewards its own"),
+        ({"completion": CHATS[0]["prompt"], "reward": 1.0}, "its messages would be written with the tools of another"),
+        ({"prompt_ids": [5], "completion_ids": [6, 1], "reward": 0.25}, None),
+    ],
+)
+def test_logged_rows_beside_environments(logged_row, problem, caller, tmp_path):
+    """TRL would reward a logged row by the environment of the rollout that has its place."""
+    names = ("prompt_ids", "completion_ids", "completion", "reward")
+    rows = [{**row, **dict.fromkeys(names)} for row in CHATS.select(range(4))]
+    data = Dataset.from_list(rows + [{**row, **logged_row} for row in rows])
+    options = {**CALLING, "train_dataset": data, "logged_fraction": 0.5, "environment_factory": Till, "max_steps": 1}
+    if problem is not None:
+        with pytest.raises(ValueError, match=f"Row 4 of the training set: {problem}"):
+            build(caller, tmp_path, None, **options)
+        return
+    trainer = train(caller, tmp_path, None, **options)
+    drawn = trajectories(trainer)
+    assert sorted(one.reward for one in drawn if one.source is Source.LOGGED) == [0.25] * (len(drawn) // 2)
 
 
 def test_environments_by_name(caller, tmp_path):

@@ -60,9 +60,13 @@ def test_accumulation_changes_nothing(truncation, accumulation, qwen2, tmp_path)
     assert len(answer.residuals) == {"bootstrap": 7, "mask": 5}[truncation]
 
 
+@pytest.mark.parametrize("reward_baseline", ["none", "batch_mean"])
 @pytest.mark.parametrize("soft_value", ["policy", "calibrated"])
-def test_a_trajectory_is_the_sum_of_its_parts(soft_value, qwen2, tmp_path, monkeypatch):
-    """`V(s_1) − V(s_m) + Σ_{h<m}` of the first part and `V(s_m) + Σ_{h≥m} − R/β` of the rest make up the whole's δ."""
+def test_a_trajectory_is_the_sum_of_its_parts(soft_value, reward_baseline, qwen2, tmp_path, monkeypatch):
+    """`V(s_1) − V(s_m) + Σ_{h<m}` of the first part and `V(s_m) + Σ_{h≥m} − R/β` of the rest make up the whole's δ.
+
+    A baseline makes V* − b/β of every V: it is taken off once, where R is.
+    """
     prompt, first, rest = [2, 10, 11, 12], [20, 21, 22], [30, 31, 1]
     rows = [
         {"prompt_ids": prompt, "completion_ids": [*first, *rest], "end": "eos", "reward": 0.7},
@@ -76,8 +80,9 @@ def test_a_trajectory_is_the_sum_of_its_parts(soft_value, qwen2, tmp_path, monke
         lambda *args: seen.append(original(*args).tolist()) or original(*args),
     )
     update = one_update(
-        qwen2, tmp_path, rows, soft_value=soft_value, truncation="bootstrap", per_device_train_batch_size=3
-    )
+        qwen2, tmp_path, rows, soft_value=soft_value, truncation="bootstrap", per_device_train_batch_size=3,
+        reward_baseline=reward_baseline,
+    )  # fmt: skip
     in_order = [row.trajectory for row in sorted(update.rows, key=len, reverse=True)]  # of the micro-batch
     by_length = dict(zip([len(t.completion_ids) for t in in_order], seen[0], strict=True))
     residuals = {(t.end, len(t.prompt_ids)): r for t, r in zip(in_order, seen[0], strict=True)}

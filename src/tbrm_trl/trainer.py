@@ -111,6 +111,7 @@ from .loss.metrics import (
 )
 from .loss.residual import mean_over_counted
 from .loss.soft_value import Run, SoftValue
+from .loss.soft_value.sampled import SampledValue
 from .loss.trajectory_loss import TrajectoryLoss
 from .model import publisher
 from .model.decoding import Slots, draws_one_token, sample
@@ -296,7 +297,7 @@ class TBRMTrainer(ExactResume, GRPOTrainer):
             group_size=args.window_group_size,
             rewarded=bool(reward_funcs or environment_factory),
             evaluated=eval_dataset is not None,
-            needs_prompts=environment_factory is None,
+            environment=environment_factory is not None,
         )
         self._plan = planned(train_dataset)
         check_evaluation_sets(eval_dataset, needs_prompts=environment_factory is None)
@@ -310,7 +311,8 @@ class TBRMTrainer(ExactResume, GRPOTrainer):
         self._soft_value.check_data(train_dataset, self._plan.logged)
         check_adapters(model, peft_config, args)
         check_quantization(model, peft_config, quantization_config, args)
-        check_reference_model(reference_model, model, peft_config, args)
+        samples = isinstance(self._soft_value, SampledValue) and self._soft_value.samples(train_dataset)
+        check_reference_model(reference_model, model, peft_config, args, samples)
         if args.should_save:
             require_writable(Path(args.output_dir), "`output_dir`")
         if isinstance(train_dataset, Dataset) and self._plan.mix.logged:
@@ -410,7 +412,8 @@ class TBRMTrainer(ExactResume, GRPOTrainer):
         self._was_advised = False
         given = (train_dataset, *titled_sets(eval_dataset).values())
         self._streams_may_double_bos = any(isinstance(one, IterableDataset) for one in given)
-        self._starts_at_reference = reference_model is None  # until the first update has shown it
+        # Until the first update has shown it. What logged rows bring of a previous policy is not this one's.
+        self._starts_at_reference = reference_model is None and args.reference == "initial"
 
         run: Run = self
         self._soft_value.attach(run)

@@ -133,7 +133,7 @@ def solve(
         elif soft_value == "zero":
             value = torch.zeros_like(value)
         if truncation == "bootstrap" and trajectory.end.value == "length":
-            value = value - after
+            value, baseline = value - after, 0.0  # the value after the cut has it taken off
         delta = value + sum(ours.log_probs) - sum(theirs.log_probs) - (reward - baseline) / beta
         residuals.append(delta.item())
 

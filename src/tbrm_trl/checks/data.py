@@ -20,7 +20,7 @@ from ..trajectory import PREVIOUS, End
 
 
 def check_training_set(
-    dataset: Any, args: TBRMOptions, group_size: int, rewarded: bool, evaluated: bool, needs_prompts: bool = True
+    dataset: Any, args: TBRMOptions, group_size: int, rewarded: bool, evaluated: bool, environment: bool = False
 ) -> DataPlan:
     """Check the training set before any model is loaded, and say how windows are made of it.
 
@@ -30,7 +30,7 @@ def check_training_set(
         group_size: trajectories of one prompt that are compared within a window; 1 if none are.
         rewarded: whether there is something to reward completions with.
         evaluated: whether there is an evaluation set.
-        needs_prompts: whether a row without a prompt cannot be rolled out. Environments may give prompts themselves.
+        environment: whether rollouts are of environments, which may give prompts themselves, and reward them alone.
 
     Raises:
         ValueError: for a set that fills no window, a row that cannot be trained on (by its number), and options that
@@ -39,8 +39,10 @@ def check_training_set(
     check_kind(dataset)
     logged, mix = check_dataset(dataset, args, group_size)
     check_sources(mix, args, group_size, rewarded, evaluated)
-    check_prompts(dataset, "the training set", ~logged & needs_prompts, ~logged | _given_as_text(dataset, logged))
+    check_prompts(dataset, "the training set", ~logged & (not environment), ~logged | _given_as_text(dataset, logged))
     if mix.logged:
+        if environment:
+            check_logged_beside_environments(dataset, logged)
         check_logged_rows(dataset, logged, rewarded, args.reference == "previous", largest_return(args.beta))
     return DataPlan(logged, mix, check_logged_groups(dataset, logged, mix, args, group_size))
 
@@ -375,6 +377,20 @@ def check_sources_of_vision(args: TBRMOptions, mix: WindowMix) -> None:
             "Logged trajectories hold text alone, and this model reads images. For text-only training pass the "
             "tokenizer as `processing_class`; else drop the column of completions."
         )
+
+
+def check_logged_beside_environments(dataset: Dataset, logged: np.ndarray) -> None:
+    """Refuse logged rows that TRL would take for rollouts of an environment that is under way."""
+    known = [name for name in dataset.column_names if name in OWN_COLUMNS or name == "prompt"]
+    rows = dataset.select_columns(known).with_format(None)
+    for index in np.flatnonzero(logged).tolist():
+        row, problem = rows[index], None
+        if row.get("reward") is None:
+            problem = "it has no `reward`, and an environment rewards its own rollouts alone. Add the column."
+        elif row.get("completion_ids") is None and not isinstance(row["prompt"], str):
+            problem = "its messages would be written with the tools of another row's environment. Give token ids."
+        if problem:
+            raise ValueError(f"Row {index} of the training set: {problem}")
 
 
 def check_logged_rows(dataset: Dataset, logged: np.ndarray, rewarded: bool, scored: bool, largest: float) -> None:

@@ -207,8 +207,10 @@ def require_equal_weights(policy: nn.Module, reference: nn.Module) -> None:
             )
 
 
-def check_reference_model(reference_model: Any, model: Any, peft_config: Any, args: TBRMOptions) -> None:
-    """Refuse a reference of the user's choice where another policy is the reference."""
+def check_reference_model(
+    reference_model: Any, model: Any, peft_config: Any, args: TBRMOptions, samples_reference: bool
+) -> None:
+    """Refuse a reference of the user's choice where another policy is the reference, or stands in for it."""
     if reference_model is None:
         return
     if peft_config is not None or (not isinstance(model, str) and is_peft_model(model)):
@@ -220,6 +222,12 @@ def check_reference_model(reference_model: Any, model: Any, peft_config: Any, ar
         raise ValueError(
             '`reference_model` with `reference="previous"` is refused: each trajectory has the policy that produced it '
             'as its reference. Use `reference="initial"`, or leave `reference_model` out.'
+        )
+    if samples_reference:
+        raise ValueError(
+            f"`reference_model` with `soft_value={args.soft_value!r}` is refused: samples before training are drawn "
+            "from the model that is trained, and would be taken for the reference's. Let the training set bring them "
+            "as a column (docs/theory.md), or leave `reference_model` out."
         )
 
 

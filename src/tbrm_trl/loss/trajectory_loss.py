@@ -141,12 +141,17 @@ class TrajectoryLoss:
             ref_value=batch.ref_soft_value,
             hidden=scores.hidden,
             log_ratio=log_ratio,
-            reward=float_tensor([reward_of(row.trajectory) - row.trajectory.baseline for row in rows], device),
+            reward=float_tensor([reward_of(t) - self._baseline(t) for t in (row.trajectory for row in rows)], device),
             value=float_tensor([row.trajectory.value for row in rows], device),
             group=torch.tensor([row.group for row in rows], device=device),
             counted=torch.tensor([row.left_out is None for row in rows], device=device),
             beta=self.args.beta,
         )
+
+    def _baseline(self, trajectory: Trajectory) -> float:
+        """What is taken off R. V of the state in which a trajectory was cut is lower by it already."""
+        is_cut = self.args.truncation == "bootstrap" and trajectory.end is End.LENGTH
+        return 0.0 if is_cut else trajectory.baseline
 
     def _value(self, inputs: ValueInputs) -> Tensor:
         """`(B,)` V of a state, nats, with the constant that is added to it."""

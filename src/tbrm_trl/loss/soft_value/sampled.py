@@ -70,7 +70,7 @@ class SampledValue(ConstantValue):
                 f'`soft_value="{self.name}"` samples every prompt before training, which a stream does not allow. Load '
                 "the training set without streaming."
             )
-        if self.column in dataset.column_names:
+        if not self.samples(dataset):
             for index, cell in enumerate(dataset[self.column]):
                 if problem := self.problem_of_cell(cell):
                     raise ValueError(f"Row {index} of the training set: `{self.column}` is {cell}. {problem}")
@@ -93,8 +93,12 @@ class SampledValue(ConstantValue):
                 f"`{self.column}` ({self.content}) to the training set."
             )
 
+    def samples(self, dataset: Dataset) -> bool:
+        """Whether the reference is sampled before training: the training set brings nothing of it."""
+        return self.column not in dataset.column_names
+
     def prepare(self, run: Run) -> None:
-        if self.column in run.train_dataset.column_names:
+        if not self.samples(run.train_dataset):
             return
         rewards = self._sampled_rewards(run)  # (prompts, N)
         dataset = run.train_dataset.add_column(self.column, self.cells([row[~row.isnan()] for row in rewards]))
