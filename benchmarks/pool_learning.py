@@ -4,8 +4,8 @@
     python benchmarks/pool_learning.py --tasks sums         # SmolLM2-135M: an hour
     python benchmarks/pool_learning.py --quick              # two short pairs, to a temporary folder
 
-The pool holds three windows' rows. Rates and β are those of `benchmarks/comparison.py`; the tiny model sorts words of 3
-to 6 letters, so that its completions are of several lengths. Every finished run is kept in
+The pool holds three windows' rows. Rates and β are those of `benchmarks/comparison.py`; the tiny model sorts words of 4
+and 5 letters, so that its completions are of several lengths. Every finished run is kept in
 docs/benchmarks/pool_learning.json, and is not made again. Delete it to start over.
 """
 
@@ -22,7 +22,7 @@ from common.measure import set_up
 from common.report import Store, interval, listed, parse, processor, show, table, versions, wrapped, write
 
 AT_LEAST = -0.05
-LENGTHS = (3, 4, 5, 6)
+LENGTHS = (4, 5)
 
 
 @dataclass(frozen=True)
@@ -49,7 +49,7 @@ def accuracies(task: str, setting: Setting, soft_value: str, windows_ahead: int,
     with tempfile.TemporaryDirectory() as folder:
         every = setting.updates // setting.measurements
         chosen = (
-            tasks.sorting(Path(folder), seed, 300, lengths=LENGTHS) if task == "sorting" else tasks.of_gym(task, seed)
+            tasks.sorting(Path(folder), seed, 600, lengths=LENGTHS) if task == "sorting" else tasks.of_gym(task, seed)
         )
         measure = tasks.Measure(chosen, range(0, setting.updates + 1, every))
         trainer = tasks.train(

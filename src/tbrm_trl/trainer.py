@@ -831,10 +831,11 @@ class TBRMTrainer(ExactResume, GRPOTrainer):
         self._give_values(window, fresh + logged, self.num_generations)
         if self.args.save_rollouts and rewards is not None:
             folder, process = Path(self.args.output_dir) / "rollouts", self.accelerator.process_index
-            if self.accelerator.is_main_process:  # every process has written its earlier windows by now
-                merge_rollouts(folder, self.state.global_step)
-            file = rollouts_file(folder, self.state.global_step, process)
-            save_rollouts(file, rollouts, rewards.rows, rewards.prompts, rewards.completions)
+            with failing_together():
+                if self.accelerator.is_main_process:  # every process has written its earlier windows by now
+                    merge_rollouts(folder, self.state.global_step)
+                file = rollouts_file(folder, self.state.global_step, process)
+                save_rollouts(file, rollouts, rewards.rows, rewards.prompts, rewards.completions)
         group_size = self.args.update_group_size
         if self._replay is not None:
             for group in chunks(rollouts, group_size):
@@ -914,9 +915,11 @@ class TBRMTrainer(ExactResume, GRPOTrainer):
         """Generate a completion for every row, and reward it. TRL's dictionary is read in `trajectories_from_trl`."""
         given = columns_for_rewards(rows, some_logged=bool(self._plan.mix.logged) and not self.evaluating)
         was_checked = isinstance(self.train_dataset, Sized) and not self.evaluating  # `evaluate` may be given any
-        for row in [] if was_checked or self.environment_factories is not None else given:
-            if problem := problem_of_prompt(row.get("prompt"), self._tokenizer):
-                raise ValueError(f"A prompt of this window, {str(row.get('prompt'))[:60]!r}: {problem}")
+        if not was_checked and self.environment_factories is None:
+            with failing_together():
+                for prompt in (row.get("prompt") for row in given):
+                    if problem := problem_of_prompt(prompt, self._tokenizer):
+                        raise ValueError(f"A prompt of this window, {str(prompt)[:60]!r}: {problem}")
         if self._streams_may_double_bos:
             texts = [row["prompt"] for row in given if isinstance(row.get("prompt"), str)]
             drawn = Dataset.from_dict({"prompt": texts})
@@ -1118,7 +1121,8 @@ class TBRMTrainer(ExactResume, GRPOTrainer):
                 filler or trajectories[0],
             )
         if filler is None:  # otherwise the caller knows what they are called
-            check_scores(stale, ["a trajectory of this window"] * len(stale))
+            with failing_together():
+                check_scores(stale, ["a trajectory of this window"] * len(stale))
 
     @torch.no_grad()
     def _check_new_adapter(self, rows: Sequence[UpdateRow]) -> None:
@@ -1221,17 +1225,19 @@ class TBRMTrainer(ExactResume, GRPOTrainer):
     def _take_update(self) -> None:
         self._skipped.took()
         self._recorder.keep(self._totals, "train")
-        if self._replay is not None and self._replay.prioritized:
-            for row, _, residual, _ in self._scored_rows():
+        replay = self._replay if self._replay is not None and self._replay.prioritized else None
+        follows = type(self._soft_value).after_update is not SoftValue.after_update
+        scored = list(self._scored_rows()) if replay is not None or follows or self.args.save_rollouts else []
+        if replay is not None:
+            for row, _, residual, _ in scored:
                 if row.number is not None:
-                    self._replay.set_priority(row.number, abs(residual))
+                    replay.set_priority(row.number, abs(residual))
         if self.args.save_rollouts:
-            scored = [(row, residual, soft_value) for row, _, residual, soft_value in self._scored_rows()]
             folder, process = Path(self.args.output_dir), self.accelerator.process_index
-            append_update(folder, process, self.state.global_step + 1, self.args.beta, scored)
-        if type(self._soft_value).after_update is not SoftValue.after_update:
-            rows = self._scored_rows()
-            counted = ((row.trajectory, residual) for row, _, residual, _ in rows if row.left_out is None)
+            written = [(row, residual, soft_value) for row, _, residual, soft_value in scored]
+            append_update(folder, process, self.state.global_step + 1, self.args.beta, written)
+        if follows:
+            counted = ((row.trajectory, residual) for row, _, residual, _ in scored if row.left_out is None)
             self._soft_value.after_update(self._totals.means(), counted)
         if not self._was_advised and "soft_value" in (means := self._totals.means()):  # one trajectory counts
             self._was_advised = True

@@ -130,7 +130,7 @@ class UpdateRow:
         weight: factor on its squared residual.
         age: updates since it was generated, if it is replayed.
         number: its number in the replay buffer, if it is replayed.
-        staleness: updates between its first token and its window, if it was drawn for this window by a pool.
+        staleness: updates between its first token and this one, if a pool or others drew it.
         group: number that is equal for trajectories of the update that are compared with one another.
         left_out: why it does not count in the loss; None if it counts.
         value: V in nats, if it had to be known before the loss.

@@ -101,8 +101,8 @@ _PLAIN_LAYERS = (DynamicLayer, RoomyLayer, DynamicSlidingWindowLayer)
 
 
 def can_select_rows(cache: Any) -> bool:
-    """Whether rows can be taken out of a cache, by what its layers are."""
-    return isinstance(cache, Cache) and all(type(layer) in _PLAIN_LAYERS for layer in cache.layers)
+    """Whether rows can be taken out of a cache, by what its layers are, and by whether they stay where they are."""
+    return isinstance(cache, Cache) and not cache.offloading and all(type(one) in _PLAIN_LAYERS for one in cache.layers)
 
 
 def empty_cache(model: PreTrainedModel, rows: int = 0) -> DynamicCache:

@@ -77,7 +77,7 @@ def sample(
             is_live = is_live & ~stopping_criteria(input_ids, None)
             kept = is_live[live]  # (n,)
             if kept.any() and not kept.all():
-                places = kept.nonzero().squeeze(1)
+                places = torch.tensor(closed_up(kept.nonzero().squeeze(1).tolist()), device=device)
                 live = live[places]
                 cache.batch_select_indices(places)
                 model_kwargs |= {name: model_kwargs[name][places] for name in given}

@@ -1,8 +1,10 @@
 """The reference scores of a log, computed once for all runs on it and kept on disk."""
 
+import shutil
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import xxhash
@@ -11,10 +13,11 @@ from accelerate.utils import gather_object
 from datasets import Dataset, concatenate_datasets
 from tqdm.auto import tqdm
 
-from ..files import read_table
+from ..files import read_table, write_table
+from ..processes import failing_together
 from ..trajectory import Trajectory, check_scores
 from .logged import logged_trajectory
-from .parquet import read_trajectories, write_trajectories
+from .parquet import write_trajectories
 
 _SCORES = ("ref_log_probs", "ref_soft_value", "ref_end_value", "ref_key")  # columns of a scored log
 
@@ -31,7 +34,8 @@ def precompute_scores(
     """Give every row of a data set of logged trajectories its reference scores.
 
     The scores are kept in `folder` under a digest of the reference and of the trajectories, so that another run on the
-    same ones reads them back. All processes must see the same folder.
+    same ones reads them back, and one that was interrupted goes on with the next block. All processes must see the same
+    folder.
 
     Args:
         dataset: rows as `logged.logged_trajectory` reads them.
@@ -53,24 +57,26 @@ def precompute_scores(
     file = folder / f"{digest.hexdigest()}.parquet"
     process, processes = accelerator.process_index, accelerator.num_processes
     if not all(gather_object([file.exists()])):
-        mine: list[Trajectory] = []
+        size = block * processes
+        parts = {
+            first: [file.with_suffix("") / f"{first:09d}-{size}-process-{one}.parquet" for one in range(processes)]
+            for first in range(0, len(dataset), size)
+        }
         silent = not (show_progress and accelerator.is_main_process)
         with tqdm(total=len(dataset), desc="Scoring logged trajectories by the reference", disable=silent) as bar:
-            for first in range(0, len(dataset), block * processes):  # the same number of blocks on every process
-                rows = range(first + process, min(first + block * processes, len(dataset)), processes)
-                trajectories = [logged_trajectory(dataset[row]) for row in rows]
-                score(trajectories, trajectories[0] if trajectories else logged_trajectory(dataset[0]))
-                check_scores(trajectories, [f"row {row} of the training set" for row in rows])
-                mine += trajectories
-                bar.update(min(block * processes, len(dataset) - first))
-        write_trajectories(_part(file, process), mine)
-        accelerator.wait_for_everyone()
-        if accelerator.is_main_process:
-            parts = [read_trajectories(_part(file, one)) for one in range(processes)]
-            write_trajectories(file, [parts[row % processes][row // processes] for row in range(len(dataset))])
-            for one in range(processes):
-                _part(file, one).unlink()
-        accelerator.wait_for_everyone()
+            for first, of_process in parts.items():
+                if not all(gather_object([of_process[process].exists()])):
+                    rows = range(first + process, min(first + size, len(dataset)), processes)
+                    trajectories = [logged_trajectory(dataset[row]) for row in rows]
+                    score(trajectories, trajectories[0] if trajectories else logged_trajectory(dataset[0]))
+                    with failing_together():
+                        check_scores(trajectories, [f"row {row} of the training set" for row in rows])
+                        write_trajectories(of_process[process], trajectories)
+                bar.update(min(size, len(dataset) - first))
+        with failing_together():
+            if accelerator.is_main_process:
+                write_table(file, pa.concat_tables(map(_in_turn, parts.values())))
+                shutil.rmtree(file.with_suffix(""))
     scores = Dataset(read_table(file, list(_SCORES)))
     _check_stored(scores, file)
     kept = dataset.remove_columns([name for name in _SCORES if name in dataset.column_names])
@@ -87,5 +93,9 @@ def _check_stored(scores: Dataset, file: Path) -> None:
                 raise ValueError(f"{file} holds reference scores (`{name}`) that are not finite. Delete it.")
 
 
-def _part(file: Path, process: int) -> Path:
-    return file.with_name(f"{file.stem}-process-{process}.parquet")
+def _in_turn(files: Sequence[Path]) -> pa.Table:
+    """Scores of a block, of which each process has written every so-manieth row."""
+    tables = [read_table(file, list(_SCORES)) for file in files]
+    before = np.cumsum([0, *map(len, tables)])
+    rows = np.arange(before[-1])
+    return pa.concat_tables(tables).take(before[rows % len(tables)] + rows // len(tables))

@@ -6,6 +6,7 @@ files after any number of windows, and a resumed run can take apart the one that
 """
 
 import json
+import math
 import re
 import warnings
 from collections.abc import Iterable, Mapping, Sequence, Set
@@ -245,7 +246,10 @@ def load_rollouts(folder: str | Path | Iterable[str | Path], unrewarded: bool = 
     as_json = _json_columns([table.schema for table in tables])
     tables = [_with_json(table, as_json) for table in tables]
     rollouts = Dataset(pa.concat_tables(tables, promote_options="permissive"))
-    rewarded = [index for index, reward in enumerate(rollouts["reward"][:]) if reward is not None]
+    if "reward" not in rollouts.column_names:  # of a writer that gives rewards by function
+        return rollouts
+    rewards = enumerate(rollouts["reward"][:])
+    rewarded = [index for index, reward in rewards if reward is not None and not math.isnan(reward)]
     if unrewarded or len(rewarded) == len(rollouts):
         return rollouts
     warnings.warn(

@@ -194,12 +194,13 @@ class TrajectoryStore:
         words = [self._words(number, self._records[number % self.capacity]) for number in range(self.first, self.end)]
         records = self._records[np.arange(self.first, self.end) % self.capacity]  # (N,)
         records["first_word"] = 0  # `restore` lays them out anew
+        used, records["ref_key"] = np.unique(records["ref_key"], return_inverse=True)  # a key a window may have come
         arrays = {
             "words": np.concatenate([np.empty(0, np.int32), *words]),
             "words_of": np.array([len(one) for one in words], np.int64),
             "records": records.view(np.uint8),
         }
-        return {"first": self.first, "keys": self._keys}, arrays
+        return {"first": self.first, "keys": [self._keys[key] for key in used]}, arrays
 
     def restore(self, state: dict[str, Any], arrays: dict[str, np.ndarray]) -> None:
         """The inverse of `state`."""

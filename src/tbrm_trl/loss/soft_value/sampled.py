@@ -14,6 +14,7 @@ from accelerate.utils import gather_object
 from datasets import Dataset
 from tqdm.auto import tqdm
 
+from ...batch import chunks
 from ...files import dataset_digest, read_table, write_table
 from ...options import TBRMOptions
 from .base import ConstantValue
@@ -116,6 +117,7 @@ class SampledValue(ConstantValue):
             process, processes = accelerator.process_index, accelerator.num_processes
             rollouts = args.per_device_train_batch_size * args.steps_per_generation
             size = max(1, rollouts // args.soft_value_samples)  # prompts of a block, on each process
+            most = max(1, rollouts // args.num_generations) * args.num_generations  # whole groups, as in training
             parts = []
             blocks = range(0, len(prompts), size * processes)
             silent = args.disable_tqdm or not accelerator.is_main_process
@@ -127,7 +129,7 @@ class SampledValue(ConstantValue):
                 mine = [min(first + process * size + i, len(prompts) - 1) for i in range(size)]  # filled up
                 rows = [prompts[index] for index in mine for _ in range(args.soft_value_samples)]
                 with _random_state_of(args.seed, first + process):
-                    sampled = [t.reward for t in run.sample(rows)]
+                    sampled = [t.reward for some in chunks(rows, most) for t in run.sample(some)]
                 by_prompt = np.array(sampled).reshape(size, -1).tolist()
                 gathered = gather_object(by_prompt)[: len(prompts) - first]
                 if accelerator.is_main_process:
