@@ -14,9 +14,9 @@ import torch
 from common.tiny import model
 from torch import Tensor
 from transformers import GenerationConfig, PreTrainedModel
-from transformers.cache_utils import DynamicLayer
+from transformers.cache_utils import DynamicCache, DynamicLayer
 
-from tbrm_trl.model.caches import ROOM, RoomyLayer, closed_up, equally_wide
+from tbrm_trl.model.caches import ROOM, RoomyLayer, can_select_rows, closed_up, equally_wide
 from tbrm_trl.model.decoding import Slots, sample
 
 ENDS = [1, *range(5, 16)]  # a tiny model meets one of them now and then
@@ -148,6 +148,29 @@ def test_a_cache_that_gives_no_rows_out_is_left_to_generate():
             torch.manual_seed(1)
             results.append(policy.generate(ids, generation_config=config(**options), **more))
         assert results[0].equal(results[1])
+
+
+def test_a_row_that_ends_moves_no_more_rows_than_end(monkeypatch):
+    """The last rows fill the gaps. Moving all that come after costs two copies a row and layer."""
+    moved: list[tuple[int, int]] = []
+    select = DynamicCache.batch_select_indices
+
+    def counted(cache: DynamicCache, indices: Tensor) -> None:
+        kept = indices.tolist()
+        moved.append((sum(place != row for place, row in enumerate(kept)), len(cache.layers[0].keys) - len(kept)))
+        select(cache, indices)
+
+    monkeypatch.setattr(DynamicCache, "batch_select_indices", counted)
+    policy, ids = built("llama"), torch.tensor(prompts(1, 4) * 12)
+    policy.generate(ids, generation_config=config(), custom_generate=sample)
+    assert len(moved) > 2 and all(rows <= ended for rows, ended in moved)
+
+
+def test_rows_that_do_not_stay_where_they_are_are_not_taken_out():
+    cache = DynamicCache()
+    assert can_select_rows(cache)
+    cache.offloading = True  # keys and values go to the host and back, layer by layer
+    assert not can_select_rows(cache)
 
 
 # ---- places that are filled again ------------------------------------------------------------------------------------

@@ -410,6 +410,16 @@ def test_what_writers_logged_is_logged(llama, tmp_path):
     assert not [name for name in load_rollouts(trainer.args.output_dir).column_names if "seconds" in name]
 
 
+def test_records_are_read_back_as_data(tmp_path):
+    """Of a writer that gives rewards by function alone, and of one that could not judge a row."""
+    rows = [named(row, 1.0, 0.5) for row in made_rows(4)]
+    write_record(tmp_path / "by_function", "other", 0, [{k: v for k, v in r.items() if k != "reward"} for r in rows])
+    assert load_rollouts(tmp_path / "by_function")["rewards/letters"][:] == [1.0] * 4
+    write_record(tmp_path / "unjudged", "other", 0, [{**row, "reward": math.nan} for row in rows[:1]] + rows[1:])
+    with pytest.warns(UserWarning, match="1 of 4 saved rollouts have no reward"):
+        assert len(load_rollouts(tmp_path / "unjudged")) == 3
+
+
 def test_other_functions_than_the_learners_or_those_before_are_refused(tmp_path):
     rows = [named(row, 1.0, 1.0) for row in made_rows(8)]
     write_record(tmp_path, "other", 0, rows[:4])

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter
+from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
+from accelerate import Accelerator
 from common.tiny import VOCABULARY, perturb, save
 from datasets import Dataset
 from helpers.launch import launch
@@ -15,6 +18,7 @@ from helpers.runs import CHATS, DATA, TOKENIZER, build, completion, differ, kept
 from transformers import AutoTokenizer
 
 from tbrm_trl import TBRMTrainer, load_rollouts
+from tbrm_trl.sources.reference_scores import precompute_scores
 from tbrm_trl.trajectory import End, Source
 
 IDS = [{"prompt_ids": [5, 6 + i], "completion_ids": [20 + i, 30, 1], "reward": i / 8} for i in range(8)]
@@ -321,6 +325,32 @@ def test_given_scores_of_the_producing_policy_are_kept(llama, tmp_path):
     with pytest.raises(ValueError, match=r"Row 0 .*these are another reference's"):
         rows = [{**row, "ref_key": "0123"} for row in rows]
         build(llama, tmp_path, None, Dataset.from_list(rows), reference="previous")
+
+
+def test_scores_of_a_log_are_kept_block_by_block(tmp_path):
+    """Interrupted in the third of four blocks, the next run scores two. Each row has its own score."""
+    scored: list[int] = []
+
+    def score(trajectories, filler, last=math.inf) -> None:
+        for one in trajectories:
+            if len(scored) == last:
+                raise KeyboardInterrupt
+            scored.append(int(one.prompt_ids[1]))
+            one.ref_log_probs, one.ref_soft_value = -0.1 * one.completion_ids, float(one.prompt_ids[1])
+            one.ref_key = "key"
+
+    def scores(score) -> Dataset:
+        data = Dataset.from_list([{**row, "loss_mask": [1, 1, 1], "end": "eos"} for row in IDS])
+        return precompute_scores(data, tmp_path, "key", Accelerator(cpu=True), score, block=2)
+
+    with pytest.raises(KeyboardInterrupt):
+        scores(partial(score, last=5))
+    del scored[:]
+    result = scores(score)
+    assert scored == [10, 11, 12, 13]
+    assert result["ref_soft_value"][:] == [row["prompt_ids"][1] for row in IDS]
+    assert [path.suffix for path in tmp_path.iterdir()] == [".parquet"]  # the blocks are gone
+    assert scores(score)["ref_soft_value"][:] == result["ref_soft_value"][:] and scored == [10, 11, 12, 13]
 
 
 def test_streams_cannot_be_divided(tmp_path):

@@ -87,6 +87,7 @@ def test_it_is_restored_as_it_was():
         assert len(one) == 50 and same(one[130], more)
     words = [len(one) + -(-len(one.completion_ids) // 32) * (not one.loss_mask.all()) for one in store]
     assert store.state()[1]["words_of"].tolist() == words
+    assert len(store.state()[0]["keys"]) <= 50 < len(store._keys)  # those that came and went are not kept
     empty = TrajectoryStore(50)
     empty.restore(*TrajectoryStore(50).state())
     assert len(empty) == 0
