@@ -19,9 +19,7 @@ import statistics
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass, field, replace
-from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +28,7 @@ from common import tasks
 from common.measure import set_up
 from common.report import (
     Store,
+    area,
     band,
     interval,
     listed,
@@ -42,6 +41,7 @@ from common.report import (
     wrapped,
     write,
 )
+from common.runs import carry_out
 
 PEER, GAIN = "GRPO", 0.1
 
@@ -180,11 +180,10 @@ class Comparison:
         task: a key of SETTINGS.
         setting: its sizes.
         runs: the results by run.
-        until: the moment, of `time.monotonic`, from which on no further run is begun.
     """
 
-    def __init__(self, task: str, setting: Setting, runs: Store, until: float):
-        self.task, self.setting, self.runs, self.until = task, setting, runs, until
+    def __init__(self, task: str, setting: Setting, runs: Store):
+        self.task, self.setting, self.runs = task, setting, runs
 
     # -- what is selected
 
@@ -275,25 +274,19 @@ class Comparison:
         missing = ([run for run in runs if str(run) not in self.runs] for runs in self.stages())
         return next(filter(None, missing), [])
 
-    def execute(self, pool: ProcessPoolExecutor, processes: int) -> None:
-        pending: dict[Any, Run] = {}
-        while True:
-            for run in self.wanted() if time.monotonic() < self.until else []:
-                if len(pending) < processes and run not in pending.values():
-                    pending[pool.submit(result, run, self.setting)] = run
-            if not pending:
-                return
-            done = next(as_completed(pending))
-            run = pending.pop(done)
-            self.runs[str(run)] = done.result()
-            print(f"{run}: {' '.join(f'{accuracy:.2f}' for accuracy in self.curve(run))}", flush=True)
+    def execute(self, processes: int, until: float) -> None:
+        """Go on until all is made, or until that moment of `time.monotonic`."""
+        carry_out(
+            lambda: {str(run): (run, self.setting) for run in self.wanted()},
+            result,
+            self.runs,
+            processes,
+            until,
+            lambda name: " ".join(f"{point[2]:.2f}" for point in self.runs[name]["points"]),
+        )
 
 
 # ---- the page --------------------------------------------------------------------------------------------------------
-
-
-def area(accuracies: np.ndarray) -> float:
-    return float(np.trapezoid(accuracies) / (len(accuracies) - 1))
 
 
 def first_at(points: Sequence[Sequence[float]], target: float, place: int) -> float:
@@ -418,10 +411,9 @@ def main() -> None:
     facts = f"{processor()}; {listed(versions('torch', 'transformers', 'trl', 'tbrm-trl', 'reasoning-gym'))}"
     runs = Store(arguments.output / "comparison.json", facts=facts)
     until = time.monotonic() + 60 * arguments.minutes
-    comparisons = {task: Comparison(task, setting, runs, until) for task, setting in settings.items()}
-    with ProcessPoolExecutor(arguments.processes, get_context("spawn")) as pool:
-        for task in arguments.tasks if not arguments.quick else settings:
-            comparisons[task].execute(pool, arguments.processes)
+    comparisons = {task: Comparison(task, setting, runs) for task, setting in settings.items()}
+    for task in arguments.tasks if not arguments.quick else settings:
+        comparisons[task].execute(arguments.processes, until)
     begun = [one for one in comparisons.values() if any(key.startswith(f"{one.task}: ") for key in runs)]
     write(arguments.output, "comparison", report(begun, facts), figure=draw(begun))
 

@@ -20,7 +20,7 @@ from typing import Any
 
 import torch
 from common import fault_runs
-from common.report import Store, bullets, listed, parse, processor, table, versions, wrapped
+from common.report import Store, bullets, listed, parse, processor, table, versions, wrapped, write
 from common.tiny import save
 
 from tbrm_trl.resume.checkpoint import damage, mark_complete
@@ -286,9 +286,7 @@ def main() -> None:
                     bench.damaged(method, kind)
     differing = [name for name, one in store.items() if name.startswith("twice/") and one["outcome"] != "exact"]
     assert not differing, f"Undisturbed runs differ, so the comparison says nothing: {differing}"
-    text = page(store, facts)
-    (arguments.output / "faults.md").write_text(text)
-    print(text)
+    write(arguments.output, "faults", page(store, facts))
 
 
 if __name__ == "__main__":

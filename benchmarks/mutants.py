@@ -37,7 +37,7 @@ from typing import Any
 
 import pytest
 import xxhash
-from common.report import ROOT, Store, bullets, listed, parse, processor, table, versions, wrapped
+from common.report import ROOT, Store, bullets, listed, parse, processor, table, versions, wrapped, write
 
 SOURCE = ROOT / "src/tbrm_trl"
 CHANGED = (
@@ -107,20 +107,6 @@ _SAME_RESULT: dict[str, tuple[str, ...]] = {
         "loss/soft_value/tracked.py TrackedValue._value: 1.0 → 2.0",
         "loss/soft_value/tracked.py TrackedValue._value: 0.0 → 1.0 (2)",
         "loss/soft_value/tracked.py TrackedValue._value: 0.0 → -1.0 (2)",
-    ),
-    "How many threads read, how many bytes at once, and through which buffer, changes no digest.": (
-        "resume/checkpoint.py : 1 → 2",
-        "resume/checkpoint.py : 20 → 21",
-        "resume/checkpoint.py : 20 → 19",
-        "resume/checkpoint.py _read: min → max",
-        "resume/checkpoint.py _read: 8 → 9",
-        "resume/checkpoint.py _read: 8 → 7",
-        "resume/checkpoint.py _read: os.cpu_count() or 1 → os.cpu_count() and 1",
-        "resume/checkpoint.py _read: 1 → 2",
-        "resume/checkpoint.py _read: 1 → 0",
-        "resume/checkpoint.py _digest_of_file: file.open('rb', buffering=0) → file.open('rb')",
-        "resume/checkpoint.py _digest_of_file: 0 → 1 (2)",
-        "resume/checkpoint.py _digest_of_file: 0 → -1 (2)",
     ),
     "A model, and a trial that is None without a search for hyperparameters: transformers reads neither there.": (
         "resume/exact_resume.py ExactResume._maybe_log_save_evaluate: super()._maybe_log_save_evaluate(tr_loss, "
@@ -678,9 +664,7 @@ def main() -> None:
         options = ["-p", "no:cacheprovider", "--capture", "no", *chosen, "--basetemp", f"{folder}/tests", "--rootdir"]
         tests = [str(ROOT / f"tests/test_{name}.py") for name in TESTS]
         pytest.main([*options, str(ROOT), *tests], plugins=[Runner(work)])
-    text = page(store)
-    (arguments.output / "mutants.md").write_text(text)
-    print(text)
+    write(arguments.output, "mutants", page(store))
 
 
 def measured_tests(runner: Runner, folder: Path) -> dict[str, Any]:

@@ -11,15 +11,14 @@ docs/benchmarks/pool_learning.json, and is not made again. Delete it to start ov
 
 import tempfile
 import time
-from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass, replace
-from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
 from common import tasks
 from common.measure import set_up
 from common.report import Store, interval, listed, parse, processor, show, table, versions, wrapped, write
+from common.runs import carry_out
 
 AT_LEAST = -0.05
 LENGTHS = (4, 5)
@@ -128,19 +127,11 @@ def main() -> None:
         for seed in range(settings[task].seeds)
         for ahead in (0, 3)
     }
-    left = {name: run for name, run in wanted.items() if name not in runs}
-    with ProcessPoolExecutor(arguments.processes, mp_context=get_context("spawn")) as pool:
-        pending: dict[Any, str] = {}
-        while True:
-            while left and len(pending) < arguments.processes and time.monotonic() < until:
-                name = next(iter(left))
-                pending[pool.submit(accuracies, *left.pop(name))] = name
-            if not pending:
-                break
-            done = next(as_completed(pending))
-            name = pending.pop(done)
-            runs[name] = done.result()
-            print(f"{name}: {' '.join(f'{one:.2f}' for one in runs[name]['accuracies'])}", flush=True)
+
+    def say(name: str) -> str:
+        return " ".join(f"{one:.2f}" for one in runs[name]["accuracies"])
+
+    carry_out(lambda: wanted, accuracies, runs, arguments.processes, until, say)
     write(arguments.output, "pool_learning", report(settings, runs, facts))
 
 

@@ -32,6 +32,7 @@ from common import tasks
 from common.measure import set_up
 from common.report import (
     Store,
+    area,
     band,
     listed,
     mean_and_error,
@@ -196,12 +197,6 @@ def _follower(writer: Writer, **given: Any) -> TBRMTrainer:
 # ---- the page --------------------------------------------------------------------------------------------------------
 
 
-def area(points: Sequence[Sequence[float]]) -> float:
-    """The mean accuracy along the curve."""
-    accuracies = np.array(points)[:, 1]
-    return float(np.trapezoid(accuracies) / (len(accuracies) - 1))
-
-
 class Runs:
     """The finished runs on one task."""
 
@@ -238,7 +233,7 @@ def section(runs: Runs) -> str:
     setting, parts = runs.setting, []
     for title, number in (
         ("Final accuracy", lambda run: run["points"][-1][1]),
-        ("Mean accuracy along the curve", lambda run: area(run["points"])),
+        ("Mean accuracy along the curve", lambda run: area(np.array(run["points"])[:, 1])),
     ):
         rows = [
             [method, *(shown(list(map(number, runs.of(method, lag)))) for lag in setting.lags)]

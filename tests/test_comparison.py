@@ -13,7 +13,7 @@ RATES = SETTINGS["sorting"].rates  # 5e-4, 1e-3, 2e-3
 
 def searched(tmp_path, best_rate):
     """A search over results that are as good as their rate is near to the best one of the method."""
-    search = Comparison("sorting", SETTINGS["sorting"], Store(tmp_path / "runs.json"), math.inf)
+    search = Comparison("sorting", SETTINGS["sorting"], Store(tmp_path / "runs.json"))
     while wanted := search.wanted():
         for run in wanted:
             accuracy = 1 - abs(math.log(run.rate / best_rate.get(run.method, 1e-3))) / 10

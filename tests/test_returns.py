@@ -8,7 +8,6 @@ import statistics
 import pytest
 import torch
 
-from tbrm_trl.sources.baselines import mean_reward
 from tbrm_trl.sources.returns import total_reward
 
 NAN = math.nan
@@ -42,7 +41,3 @@ def test_pessimism_is_standard_errors_of_the_sum():
     for row, value in zip(rewards.tolist(), lower.tolist(), strict=True):
         standard_error = 3 * statistics.stdev(row) / math.sqrt(3)
         assert value == pytest.approx(sum(row) - 1.7 * standard_error, abs=1e-14)
-
-
-def test_mean_reward():
-    assert mean_reward([1.0, NAN, 0.0]) == 0.5 and mean_reward([NAN]) == mean_reward([]) == 0.0

@@ -80,6 +80,11 @@ def write(folder: Path, name: str, text: str, raw: Any = None, figure: Figure | 
     print(text, flush=True)
 
 
+def area(accuracies: np.ndarray) -> float:
+    """The mean along a curve, of points at equal distances."""
+    return float(np.trapezoid(accuracies) / (len(accuracies) - 1))
+
+
 class Store(dict[str, Any]):
     """Results by the name of their run. The JSON file is rewritten after each, one line a run."""
 

@@ -179,38 +179,34 @@ class Server:
                 self._changed.notify_all()
 
     def _load_adapter(self, version: Version) -> None:
-        folder = (self.folder / version.name).absolute()
-        try:
-            asked = {"lora_name": version.name, "lora_path": str(folder)}
-            self._post("/v1/load_lora_adapter", asked, self.patience)
-        except _Missing as missing:
-            if not folder.is_dir():
-                raise _Lost(f"version {version.name} has gone from {self.folder}") from None
-            raise ServerError(
-                f"{self.url} does not load adapters ({missing}). Start it with VLLM_ALLOW_RUNTIME_LORA_UPDATING=True "
-                f"in its environment: vllm serve {self.base} --enable-lora --max-loras 4 --max-lora-rank RANK"
-            ) from None
-        except ServerError as error:
-            if "already been loaded" in str(error):
-                return  # a name means one set of bits
-            if not folder.is_dir():
-                raise _Lost(f"version {version.name} has gone from {self.folder}") from None
-            raise
+        asked = {"lora_name": version.name, "lora_path": str((self.folder / version.name).absolute())}
+        self._have_loaded(
+            version,
+            {"/v1/load_lora_adapter": asked},
+            "adapters",
+            f"VLLM_ALLOW_RUNTIME_LORA_UPDATING=True in its environment: vllm serve {self.base} --enable-lora "
+            "--max-loras 4 --max-lora-rank RANK",
+        )
 
     def _load_weights(self, version: Version) -> None:
-        folder = (self.folder / version.name).absolute()
+        weights = {"weights_path": str((self.folder / version.name).absolute())}
+        requests = {"/collective_rpc": {"method": "reload_weights", "kwargs": weights}, "/reset_prefix_cache": {}}
+        self._have_loaded(
+            version, requests, "weights", f"VLLM_SERVER_DEV_MODE=1 in its environment: vllm serve {self.base}"
+        )
+
+    def _have_loaded(self, version: Version, requests: Mapping[str, Any], what: str, how: str) -> None:
+        """Send what loads a version. `what` it is, and `how` a server is started that knows of it, are for errors."""
         try:
-            asked = {"method": "reload_weights", "kwargs": {"weights_path": str(folder)}}
-            self._post("/collective_rpc", asked, self.patience)
-            self._post("/reset_prefix_cache", {}, self.patience)
-        except _Missing as missing:
-            raise ServerError(
-                f"{self.url} does not load weights ({missing}). Start it with VLLM_SERVER_DEV_MODE=1 in its "
-                f"environment: vllm serve {self.base}"
-            ) from None
-        except ServerError:
-            if not folder.is_dir():
+            for path, asked in requests.items():
+                self._post(path, asked, self.patience)
+        except (_Missing, ServerError) as error:
+            if "already been loaded" in str(error):
+                return  # a name means one set of bits
+            if not (self.folder / version.name).is_dir():
                 raise _Lost(f"version {version.name} has gone from {self.folder}") from None
+            if isinstance(error, _Missing):
+                raise ServerError(f"{self.url} does not load {what} ({error}). Start it with {how}") from None
             raise
 
     def _check(self, version: Version) -> None:

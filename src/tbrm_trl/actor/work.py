@@ -8,8 +8,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from ..files import plain_value, write_json
 from ..model import publisher
 from ..model.publisher import Version, read_latest
@@ -146,12 +144,8 @@ class Actor:
 
 def _said(finished: Finished) -> dict[str, Any]:
     """A row that is done, as what JSON can hold."""
-    columns = {
-        name: value.tolist() if isinstance(value, np.ndarray) else value
-        for name, value in to_row(finished.trajectory).items()
-    }
     said = {
-        "trajectory": columns,
+        "trajectory": to_row(finished.trajectory),
         "log_probs": finished.log_probs,
         "prompt": finished.prompt,
         "completion": finished.completion,

@@ -1,7 +1,6 @@
 """What is refused or warned of in models: adapters, quantization, architectures, a reference that is not the policy."""
 
 import copy
-import math
 import warnings
 from collections.abc import Mapping
 from pathlib import Path
@@ -400,9 +399,7 @@ def check_start(difference: float, dtype_is_half: bool, of_adapter: bool) -> Non
         of_adapter: which of the two π is.
     """
     tolerance = 0.1 if dtype_is_half else 1e-3
-    if difference <= tolerance:  # NaN is another fault's
-        return
-    if math.isnan(difference):
+    if not difference > tolerance:  # NaN is another fault's
         return
     if of_adapter:
         raise ValueError(

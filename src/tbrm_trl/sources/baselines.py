@@ -11,12 +11,6 @@ from ..batch import chunks
 from ..trajectory import Trajectory
 
 
-def mean_reward(rewards: Sequence[float]) -> float:
-    """Mean of the rewards that are not NaN; 0 if there are none."""
-    given = [reward for reward in rewards if not math.isnan(reward)]
-    return sum(given) / len(given) if given else 0.0
-
-
 class Baselines:
     """The baselines of the latest windows: those of a prompt's trajectories are equal whenever they are trained on.
 
@@ -61,12 +55,11 @@ class Baselines:
         elif self.kind == "group_mean":
             means: list[tuple[str, float]] = []
             for group in chunks(window, group_size):
-                rewards = [self.reward_of(trajectory) for trajectory in group]
-                alone = sum(not math.isnan(reward) for reward in rewards) < 2  # its own reward would be its baseline
-                mean = math.nan if alone else mean_reward(rewards)
+                given = [reward for t in group if not math.isnan(reward := self.reward_of(t))]
+                mean = sum(given) / len(given) if len(given) > 1 else math.nan  # one would be its own baseline
                 for trajectory in group:
                     trajectory.baseline = mean
-                if not alone:
+                if len(given) > 1:
                     means.append((group[0].prompt_key, mean))
             if learn and self.remembered:
                 for prompt, mean in gather_object(means):
