@@ -75,7 +75,7 @@ def vllm(model: str, core: int | None) -> Iterator[str]:
     pinned = ["taskset", "-c", str(core)] if core is not None else []
     command = [
         *pinned, str(Path(sys.executable).parent / "vllm"), "serve", model, "--enable-lora", "--max-lora-rank", "16",
-        "--max-loras", "4", "--max-model-len", "256", "--port", str(port),
+        "--max-loras", "4", "--max-model-len", "256", "--no-enable-chunked-prefill", "--port", str(port),
         "--weight-transfer-config", '{"backend": "nccl"}', "--logprobs-mode", "processed_logprobs",
     ]  # fmt: skip
     given = {"VLLM_ALLOW_RUNTIME_LORA_UPDATING": "True", "VLLM_SERVER_DEV_MODE": "1", "VLLM_CPU_KVCACHE_SPACE": "2",
