@@ -64,10 +64,10 @@ class WeightsServer(ThreadingHTTPServer):
             return 200, {}
         if path != "/v1/completions":
             return 404, {}
-        if "prompt_logprobs" in asked:
+        if isinstance(asked["prompt"][0], list):
             self.probes += 1
-            said = [{str(token): {"logprob": -self.weights}} for token in asked["prompt"][1:]]
-            return 200, {"choices": [{"prompt_logprobs": [None, *said]}]}
+            said = {"top_logprobs": [{"token_id:9": -self.weights}]}
+            return 200, {"choices": [{"index": i, "logprobs": said} for i in (1, 0)]}
         began_with = self.weights
         self.drawn_with.append(began_with)
         status = self.during(asked["seed"])
@@ -116,7 +116,8 @@ class Client:
         self.server = Server(server.url, folder, lambda: self.latest, patience, "base", self.said.append)
 
     def publish(self, step: int) -> None:
-        self.latest = Version(f"step-{step}", step, adapter=False, probe_ids=(7, 8), probe_log_probs=(float(-step),))
+        likeliest = {1: {9: float(-step)}, 2: {9: float(-step)}}
+        self.latest = Version(f"step-{step}", step, adapter=False, probe_ids=(7, 8), likeliest=likeliest)
 
     def draw(self, seed: int = 0) -> Drawn:
         return self.server.draw([5], {"max_tokens": 2, "seed": seed})

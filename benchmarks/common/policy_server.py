@@ -107,8 +107,9 @@ class PolicyServer:
         name = asked["model"]
         if name != self.model and name not in self._names:
             return 404, {"error": {"message": f"The model `{name}` does not exist."}}
-        if asked.get("prompt_logprobs") is not None:
-            return 200, {"choices": [{"prompt_logprobs": self._prompt_log_probs(name, asked["prompt"])}]}
+        if isinstance(asked["prompt"][0], list):
+            said = [self._likeliest(name, prompt, asked["logprobs"]) for prompt in asked["prompt"]]
+            return 200, {"choices": [{"index": i, "logprobs": {"top_logprobs": [one]}} for i, one in enumerate(said)]}
         self.seen.versions.append(name)
         self.seen.seeds.append(asked["seed"])
         self._at_once += 1
@@ -135,9 +136,11 @@ class PolicyServer:
         return ids, log_probs
 
     @torch.no_grad()
-    def _prompt_log_probs(self, name: str, ids: list[int]) -> list[Any]:
-        scores = self._logits(name, ids).log_softmax(-1)
-        return [None, *({str(ids[i + 1]): {"logprob": scores[i, ids[i + 1]].item()}} for i in range(len(ids) - 1))]
+    def _likeliest(self, name: str, ids: list[int], count: int) -> dict[str, float]:
+        top = self._logits(name, ids)[-1].log_softmax(-1).topk(count)
+        return {
+            f"token_id:{token}": value for token, value in zip(top.indices.tolist(), top.values.tolist(), strict=True)
+        }
 
     def _logits(self, name: str, ids: list[int]) -> torch.Tensor:
         with self._lock:

@@ -19,6 +19,8 @@ TRIES = 3  # of a request that is late
 SHORTEST_PAUSE, LONGEST_PAUSE = 0.1, 15.0  # seconds between two tries of what is lost; each is twice the one before
 SAID_EVERY = 60.0  # seconds
 DISTANCE = 0.2  # of the probe's tokens, nats, on average: more than bfloat16 makes of float32
+TOLD = 5  # likeliest tokens that the server is asked for
+_UNFILTERED = {"temperature": 1.0, "top_p": 1.0, "top_k": 0, "min_p": 0.0, "repetition_penalty": 1.0}
 
 
 class ServerError(RuntimeError):
@@ -215,24 +217,33 @@ class Server:
         Raises:
             _Lost: if it serves another policy.
         """
-        if not version.probe_ids:
+        if not version.likeliest:
             return
+        # vLLM mixes up what it says of a prompt (`prompt_logprobs`) and the adapters of other requests in its batch. So
+        # it is asked for one more token after each of several beginnings, and says which it finds likeliest.
         asked = {
             "model": version.name if version.adapter else self._base_name(),
-            "prompt": list(version.probe_ids),
+            "prompt": [list(version.probe_ids[:place]) for place in version.likeliest],
             "max_tokens": 1,
-            "prompt_logprobs": 0,
+            "logprobs": TOLD,
+            "return_tokens_as_token_ids": True,
+            **_UNFILTERED,
         }
-        said = self._post("/v1/completions", asked, self.patience)["choices"][0].get("prompt_logprobs")
-        if said is None:
-            return  # not every server tells
-        tokens = zip(said[1:], version.probe_ids[1:], version.probe_log_probs, strict=True)
-        distance = sum(abs(of[str(token)]["logprob"] - own) for of, token, own in tokens) / len(said[1:])
+        choices = self._post("/v1/completions", asked, self.patience)["choices"]
+        choices.sort(key=lambda choice: choice["index"])
+        differences: list[float] = []
+        for choice, own in zip(choices, version.likeliest.values(), strict=True):
+            if not (said := (choice.get("logprobs") or {}).get("top_logprobs")):
+                return  # not every server tells
+            theirs = {int(token.removeprefix("token_id:")): value for token, value in said[0].items()}
+            for token in sorted(theirs, key=theirs.__getitem__)[-TOLD:]:  # without one that was drawn, and is unlikely
+                differences.append(abs(theirs[token] - own.get(token, min(own.values()))))
+        distance = sum(differences) / len(differences)
         if not distance <= DISTANCE:
             raise _Lost(
-                f"{self.url} serves another policy than {version.name}: its log-probabilities of {len(said)} fixed "
-                f"tokens are {distance:.2g} nats away on average. Its model is {self._base_name()}; start it on "
-                f"{self.base}"
+                f"{self.url} serves another policy than {version.name}: what it says of the likeliest next tokens of "
+                f"{len(choices)} short texts is {distance:.2g} nats away on average. Its model is "
+                f"{self._base_name()}; start it on {self.base}"
             )
 
     def _check_connection(self, version: Version) -> None:

@@ -13,7 +13,7 @@ import copy
 import json
 import shutil
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +37,7 @@ logger = get_logger(__name__)
 FOLDER = "policy"  # in the run's output directory
 LATEST = "latest.json"
 BASE = "base"
+PLACES, LIKELIEST = 8, 20  # of the probe: after how many tokens something is said, and of how many tokens each time
 
 
 @dataclass(frozen=True)
@@ -48,14 +49,15 @@ class Version:
         step: updates that it had made.
         adapter: whether its folder holds an adapter, or a whole model.
         probe_ids: a short text, as tokens.
-        probe_log_probs: what the policy says of all tokens of it but the first, at temperature 1.
+        likeliest: after some first tokens of it, by their number, the tokens that the policy finds likeliest there,
+            each with its log-probability at temperature 1.
     """
 
     name: str
     step: int
     adapter: bool = True
     probe_ids: tuple[int, ...] = ()
-    probe_log_probs: tuple[float, ...] = ()
+    likeliest: Mapping[int, Mapping[int, float]] = field(default_factory=dict)
 
 
 def read_latest(folder: Path) -> Version | None:
@@ -64,8 +66,8 @@ def read_latest(folder: Path) -> Version | None:
         said = json.loads((folder / LATEST).read_text())
     except FileNotFoundError:
         return None
-    probe = tuple(said["probe_ids"]), tuple(said["probe_log_probs"])
-    return Version(said["version"], said["step"], said["adapter"], *probe)
+    after = {int(n): {int(token): one for token, one in of.items()} for n, of in said.get("likeliest", {}).items()}
+    return Version(said["version"], said["step"], said["adapter"], tuple(said["probe_ids"]), after)
 
 
 class Publisher(TrainerCallback):
@@ -139,18 +141,22 @@ class Publisher(TrainerCallback):
             if folder.name != latest.name and not latest.step - self.kept <= step <= latest.step:
                 shutil.rmtree(folder, ignore_errors=True)
 
-    def _probe(self) -> tuple[float, ...]:
-        """What the policy says of the tokens of the probe but the first. Every process runs this forward pass."""
+    def _probe(self) -> dict[int, dict[int, float]]:
+        """What the policy finds likeliest after the probe's first tokens. Every process runs this forward pass."""
         if not self.probe_ids:
-            return ()
+            return {}
         ids = torch.tensor([self.probe_ids], device=self.accelerator.device)  # (1, T)
         with self.accelerator.autocast():
             logits = self.model()(input_ids=ids, use_cache=False).logits  # (1, T, V)
         for module in self.model().modules():
             if isinstance(module, FSDPModule):  # its root would stay whole until a backward pass, which none follows
                 module.reshard()
-        log_probs = logits[0, :-1].float().log_softmax(-1)  # (T − 1, V)
-        return tuple(log_probs.gather(1, ids[0, 1:, None])[:, 0].tolist())
+        places = sorted({round(len(self.probe_ids) * (i + 1) / PLACES) or 1 for i in range(PLACES)})
+        top = (
+            logits[0, [place - 1 for place in places]].float().log_softmax(-1).topk(min(LIKELIEST, logits.shape[-1]))
+        )  # (places, k)
+        of_places = zip(places, top.indices.tolist(), top.values.tolist(), strict=True)
+        return {place: dict(zip(tokens, values, strict=True)) for place, tokens, values in of_places}
 
 
 def gathered(parameters: Mapping[str, Tensor], keep: bool) -> dict[str, Tensor]:
