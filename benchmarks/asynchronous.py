@@ -3,10 +3,11 @@
     python benchmarks/asynchronous.py          # SmolLM2-135M with vLLM for CPUs (`make vllm`), on two cores: two hours
     python benchmarks/asynchronous.py --quick  # a tiny model and a server on the loopback, in minutes
 
-G is what the server takes for a window, U what the run takes to train on it, each measured alone on one core. Turn by
-turn a window takes G + U. At once it takes max(G, U) at best, so the bound of the speed-up is (G + U) / max(G, U). A
-run beside its actor is measured after its first windows, server on one core, trainer and actor on the other. The
-synchronous server mode, of this library and of TRL's GRPO, may use both cores in each phase.
+G is what the server takes for a window where nothing holds its actor back, on one core, while the run trains on the
+other. U is what the run takes to train on a window that is there. Turn by turn a window takes G + U. At once it takes
+max(G, U) at best, so the bound of the speed-up is (G + U) / max(G, U). A run beside its actor is measured after its
+first windows, server on one core, trainer and actor on the other. The synchronous server mode, of this library and of
+TRL's GRPO, may use both cores in each phase.
 
 With slow rewards, each row's verdict takes half a second over HTTP, and with a slow environment each row's start does:
 the run that draws for itself has its rows rewarded, or begun, one after the other, as TRL does.
@@ -203,7 +204,7 @@ def train(work: Work, rewards: dict[str, Any], grpo: bool = False, **options: An
 
 
 def alone(work: Work, url: str, rewards: dict[str, Any]) -> dict[str, float]:
-    """G and U: the actor draws every window under the first policy, then a run finds all windows there."""
+    """G and U: an actor that never waits for a policy, then a run that finds all windows there."""
     records = Path(tempfile.mkdtemp()) / "records"
     train(work, rewards, rollouts="async", async_server=url, max_staleness=work.windows, follow_rollouts=str(records))
     written = sorted(file.stat().st_mtime for file in records.glob("*.parquet"))
@@ -240,9 +241,12 @@ def report(runs: dict[str, Any], environment: dict[str, Any]) -> str:
         "", "G, s", "U, s", "bound", "at once, s", "speed-up", "of the bound", "staleness", "draws for itself, s",
         "TBRM, server mode, s", "GRPO, server mode, s",
     ]  # fmt: skip
-    text = """Seconds of a window. G and U are measured alone, on one core each. `at once` is the run beside its actor.
-        The last three take turns, with both cores in each phase: a run that draws with `generate`, and two whose
-        rollouts vLLM draws."""
+    text = """Seconds of a window, each measured once, over the windows after the first four. G is drawing with nothing
+        that holds the actor back, U is training on windows that are there, on one core each. `at once` is the run
+        beside its actor, which starts no row that could be more than two updates old. The last three take turns, with
+        both cores in each phase: a run that draws with `generate`, and two whose rollouts vLLM draws. vLLM's build for
+        CPUs takes longer for a model of this size than `generate` does, so none of this says which sampler to use;
+        it says how much of drawing and training overlaps."""
     return f"""# Rollouts beside training
 
 Written by `python benchmarks/asynchronous.py`. Raw numbers: [asynchronous.json](asynchronous.json).
