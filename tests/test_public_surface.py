@@ -43,10 +43,11 @@ NAMES = {
     memory: {
         "MemoryEstimate": "(phases, parameters, trained, paged=0)",
         "estimate_memory": (
-            "(model, *, rows, prompt_length, completion_length, generated_rows=None, accumulation=1, dtype='float32', "
-            "mixed_precision='bfloat16', attn_implementation=None, gradient_checkpointing=True, "
-            "optimizer='adamw_torch_fused', peft_config=None, quantization=None, double_quantization=False, "
-            "reference=True, values_per_row=1, processes=1, zero_stage=0, fsdp=False, device='cuda')"
+            "(model, *, rows, prompt_length, completion_length, generated_rows=None, gathered_to_generate=None, "
+            "accumulation=1, dtype='float32', mixed_precision='bfloat16', attn_implementation=None, "
+            "gradient_checkpointing=True, optimizer='adamw_torch_fused', peft_config=None, quantization=None, "
+            "double_quantization=False, reference=True, values_per_row=1, processes=1, zero_stage=0, fsdp=False, "
+            "device='cuda')"
         ),
     },
     report: {"write_report": "(runs, output=None)"},

@@ -42,6 +42,9 @@ OVERRIDDEN = {
     ),
     "predict": "(self, test_dataset, ignore_keys=None, metric_key_prefix='test')",
     "train": "(self, resume_from_checkpoint=None, trial=None, ignore_keys_for_eval=None)",
+    "_init_training_state": (
+        "(self, max_steps, num_update_steps_per_epoch, num_train_epochs, resume_from_checkpoint, trial)"
+    ),
     "save_model": "(self, output_dir=None, _internal_call=False)",
     "_save_checkpoint": "(self, model, trial)",
     "_save_rng_state": "(self, output_dir)",

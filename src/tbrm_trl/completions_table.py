@@ -67,7 +67,9 @@ class CompletionsTable:
             prompts, completions = _messages("user", prompts), _messages("assistant", completions)
         columns = {name: [one[name] for one in (*rollouts, *cells)] for name in UNKNOWN}
         rewards = [one.get("rewards", {}) for one in (*rollouts, *cells)]
-        by_function = {name: [one.get(name, math.nan) for one in rewards] for name in dict.fromkeys(chain(*rewards))}
+        found = set(chain(*rewards))
+        names = [*(name for name in logs["rewards"] if name in found), *sorted(found - {*logs["rewards"]})]
+        by_function = {name: [one.get(name, math.nan) for one in rewards] for name in names}
         given = {*by_function, *logs["extra"]}
         return {
             "images": [*logs["images"], *([None] * len(added) if logs["images"] else ())],
