@@ -137,10 +137,8 @@ class PolicyServer:
 
     @torch.no_grad()
     def _likeliest(self, name: str, ids: list[int], count: int) -> dict[str, float]:
-        top = self._logits(name, ids)[-1].log_softmax(-1).topk(count)
-        return {
-            f"token_id:{token}": value for token, value in zip(top.indices.tolist(), top.values.tolist(), strict=True)
-        }
+        values, tokens = self._logits(name, ids)[-1].log_softmax(-1).topk(count)
+        return {f"token_id:{token}": value for token, value in zip(tokens.tolist(), values.tolist(), strict=True)}
 
     def _logits(self, name: str, ids: list[int]) -> torch.Tensor:
         with self._lock:

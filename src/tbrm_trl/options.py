@@ -401,9 +401,11 @@ class TBRMOptions(GRPOConfig):
 
     def reward_of(self, trajectory: Trajectory) -> float:
         """R(τ) before a baseline: what was earned. Under `truncation="bootstrap"` no verdict on a fragment counts."""
-        if self.truncation == "bootstrap" and trajectory.end is End.LENGTH:
-            return self.truncated_reward
-        return trajectory.reward
+        return self.truncated_reward if self.is_bootstrapped(trajectory) else trajectory.reward
+
+    def is_bootstrapped(self, trajectory: Trajectory) -> bool:
+        """Whether V of the state in which a trajectory was cut stands for what it would have earned."""
+        return self.truncation == "bootstrap" and trajectory.end is End.LENGTH
 
     @property
     def reward_of_failure(self) -> float | None:

@@ -41,9 +41,8 @@ def check_training_set(
     check_sources(mix, args, group_size, rewarded, evaluated)
     check_prompts(dataset, "the training set", ~logged & (not environment), ~logged | _given_as_text(dataset, logged))
     if mix.logged:
-        if environment:
-            check_logged_beside_environments(dataset, logged)
-        check_logged_rows(dataset, logged, rewarded, args.reference == "previous", largest_return(args.beta))
+        largest = largest_return(args.beta)
+        check_logged_rows(dataset, logged, rewarded, args.reference == "previous", largest, environment)
     return DataPlan(logged, mix, check_logged_groups(dataset, logged, mix, args, group_size))
 
 
@@ -379,21 +378,9 @@ def check_sources_of_vision(args: TBRMOptions, mix: WindowMix) -> None:
         )
 
 
-def check_logged_beside_environments(dataset: Dataset, logged: np.ndarray) -> None:
-    """Refuse logged rows that TRL would take for rollouts of an environment that is under way."""
-    known = [name for name in dataset.column_names if name in OWN_COLUMNS or name == "prompt"]
-    rows = dataset.select_columns(known).with_format(None)
-    for index in np.flatnonzero(logged).tolist():
-        row, problem = rows[index], None
-        if row.get("reward") is None:
-            problem = "it has no `reward`, and an environment rewards its own rollouts alone. Add the column."
-        elif row.get("completion_ids") is None and not isinstance(row["prompt"], str):
-            problem = "its messages would be written with the tools of another row's environment. Give token ids."
-        if problem:
-            raise ValueError(f"Row {index} of the training set: {problem}")
-
-
-def check_logged_rows(dataset: Dataset, logged: np.ndarray, rewarded: bool, scored: bool, largest: float) -> None:
+def check_logged_rows(
+    dataset: Dataset, logged: np.ndarray, rewarded: bool, scored: bool, largest: float, environment: bool
+) -> None:
     """Refuse logged rows that cannot be trained on, before any model is loaded. Each error names the row.
 
     Args:
@@ -402,6 +389,7 @@ def check_logged_rows(dataset: Dataset, logged: np.ndarray, rewarded: bool, scor
         rewarded: whether there are reward functions for rows without a reward.
         scored: whether each row must bring the scores of the policy that produced it.
         largest: |R| that float32 can square, in reward units.
+        environment: whether rollouts are of environments, for which TRL would take the rows.
 
     Raises:
         ValueError: for an empty completion, ids without prompt ids, a mask of the wrong length or content, an unknown
@@ -418,9 +406,19 @@ def check_logged_rows(dataset: Dataset, logged: np.ndarray, rewarded: bool, scor
     rows = dataset.select_columns(known).with_format(None)
     for index in np.flatnonzero(logged).tolist():
         row = rows[index]
-        problem = problem_of_logged_row(row, rewarded, largest) or (_problem_of_scores(row) if scored else None)
-        if problem:
+        problem = _problem_beside_environments(row) if environment else None
+        problem = problem or problem_of_logged_row(row, rewarded, largest)
+        if problem := problem or (_problem_of_scores(row) if scored else None):
             raise ValueError(f"Row {index} of the training set: {problem}")
+
+
+def _problem_beside_environments(row: Mapping[str, Any]) -> str | None:
+    """Why TRL would take a logged row for a rollout of an environment that is under way."""
+    if row.get("reward") is None:
+        return "it has no `reward`, and an environment rewards its own rollouts alone. Add the column."
+    if row.get("completion_ids") is None and not isinstance(row["prompt"], str):
+        return "its messages would be written with the tools of another row's environment. Give token ids."
+    return None
 
 
 def _check_ids(dataset: Dataset, name: str) -> None:

@@ -150,8 +150,7 @@ class TrajectoryLoss:
 
     def _baseline(self, trajectory: Trajectory) -> float:
         """What is taken off R. V of the state in which a trajectory was cut is lower by it already."""
-        is_cut = self.args.truncation == "bootstrap" and trajectory.end is End.LENGTH
-        return 0.0 if is_cut else trajectory.baseline
+        return 0.0 if self.args.is_bootstrapped(trajectory) else trajectory.baseline
 
     def _value(self, inputs: ValueInputs) -> Tensor:
         """`(B,)` V of a state, nats, with the constant that is added to it."""
@@ -169,7 +168,7 @@ class TrajectoryLoss:
         if self.args.truncation != "bootstrap":
             return value, torch.zeros_like(value)
         assert scores.end_value is not None, "the scorer gives it where truncation is bootstrapped"
-        is_cut = torch.tensor([row.trajectory.end is End.LENGTH for row in rows], device=value.device)
+        is_cut = torch.tensor([self.args.is_bootstrapped(row.trajectory) for row in rows], device=value.device)
         there = replace(inputs, policy_value=scores.end_value, ref_value=batch.ref_end_value)
         return value, torch.where(is_cut, self._value(there), 0.0)
 

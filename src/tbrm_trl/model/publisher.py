@@ -152,9 +152,8 @@ class Publisher(TrainerCallback):
             if isinstance(module, FSDPModule):  # its root would stay whole until a backward pass, which none follows
                 module.reshard()
         places = sorted({round(len(self.probe_ids) * (i + 1) / PLACES) or 1 for i in range(PLACES)})
-        top = (
-            logits[0, [place - 1 for place in places]].float().log_softmax(-1).topk(min(LIKELIEST, logits.shape[-1]))
-        )  # (places, k)
+        log_probs = logits[0, [place - 1 for place in places]].float().log_softmax(-1)  # (places, V)
+        top = log_probs.topk(min(LIKELIEST, log_probs.shape[1]))
         of_places = zip(places, top.indices.tolist(), top.values.tolist(), strict=True)
         return {place: dict(zip(tokens, values, strict=True)) for place, tokens, values in of_places}
 

@@ -289,14 +289,11 @@ def checkpoint_to_resume(
 
 
 def leave_later(checkpoint: str | None, output_dir: str) -> list[str]:
-    """Have checkpoints after the one that a run goes on from count no more, and say so: their updates will be others.
-
-    The last sound checkpoint has none after it; a user may name an earlier one.
-    """
+    """Have checkpoints after the one that a user names count no more, and say so: their updates will be others."""
     if checkpoint is None or Path(checkpoint).resolve().parent != Path(output_dir).resolve():
         return []
     step = step_of(Path(checkpoint))
-    later = [one for one in complete_checkpoints(output_dir) if step_of(one) > step and damage(one) is None]
+    later = [one for one in complete_checkpoints(output_dir) if step_of(one) > step]
     for one in later:
         mark_incomplete(one)
     if not later:

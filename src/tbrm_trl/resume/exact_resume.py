@@ -154,7 +154,8 @@ class ExactResume(Trainer):
             notes: list[str] = []
             if resume_from:
                 found, notes = checkpoint_to_resume(resume_from, output_dir, **self._described, no_effect=_NO_EFFECT)
-                notes += leave_later(found, output_dir)
+                if resume_from is not True and resume_from != AUTO:  # the last sound one has only damaged ones after it
+                    notes += leave_later(found, output_dir)
             damaged = set(complete_checkpoints(output_dir)) if resume_from == AUTO and found is None else set()
             if found is None or Path(found).resolve().parent != Path(output_dir).resolve():
                 self.require_own_folder(

@@ -13,7 +13,7 @@ from accelerate.utils import gather_object
 from datasets import Dataset, concatenate_datasets
 from tqdm.auto import tqdm
 
-from ..files import read_table, write_table
+from ..files import column_parts, read_table, write_table
 from ..processes import failing_together
 from ..trajectory import Trajectory, check_scores
 from .logged import logged_trajectory
@@ -85,9 +85,8 @@ def precompute_scores(
 
 def _check_stored(scores: Dataset, file: Path) -> None:
     """Refuse stored scores that are not finite, from an earlier version or a damaged disk. No row is read for that."""
-    for batch in scores.with_format("arrow").iter(batch_size=10_000):
-        for name in ("ref_log_probs", "ref_soft_value"):
-            column = batch[name].combine_chunks()
+    for name in ("ref_log_probs", "ref_soft_value"):
+        for _, column in column_parts(scores, name):
             values = column.flatten() if pa.types.is_list(column.type) else column
             if pc.any(pc.invert(pc.is_finite(values))).as_py():  # None if there is none
                 raise ValueError(f"{file} holds reference scores (`{name}`) that are not finite. Delete it.")
