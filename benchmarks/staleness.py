@@ -1,7 +1,7 @@
 """Accuracy against the age of the rollouts: every window is trained on exactly so many updates after it was drawn.
 
-    python benchmarks/staleness.py                 # the tiny model, a quarter of an hour on one core
-    python benchmarks/staleness.py --tasks sums    # SmolLM2-135M, an hour on one core
+    python benchmarks/staleness.py                 # the tiny model, a quarter of an hour of one core
+    python benchmarks/staleness.py --tasks sums    # SmolLM2-135M, an hour of one core
     python benchmarks/staleness.py --quick         # two short runs of each method, to a temporary folder
 
 TBRM follows a folder (`follow_rollouts`) into which a writer in the same process puts windows: after v updates it draws
@@ -13,6 +13,7 @@ Every finished run is kept in docs/benchmarks/staleness.json, and is not made ag
 """
 
 import math
+import os
 import random
 import tempfile
 import time
@@ -45,6 +46,7 @@ from common.report import (
     wrapped,
     write,
 )
+from common.runs import carry_out
 from transformers import AutoTokenizer, PreTrainedModel, TrainerCallback
 from trl import GRPOConfig, GRPOTrainer
 
@@ -163,7 +165,8 @@ class DelayedGRPO(GRPOTrainer):
 
 
 def result(task_name: str, setting: Setting, method: str, lag: int, seed: int) -> dict[str, Any]:
-    """The accuracies of one run, and the ages of what it was trained on."""
+    """The accuracies of one run, in the process of a worker, and the ages of what it was trained on."""
+    set_up(1)
     random.seed(seed)
     options = dict(
         setting.methods[method], learning_rate=setting.rate, max_steps=setting.updates, seed=seed,
@@ -295,21 +298,21 @@ def main() -> None:
         "two short runs of each method",
         tasks=dict(nargs="+", default=["sorting"], choices=list(SETTINGS)),
         minutes=dict(type=float, default=math.inf, help="begin no further run after these"),
+        processes=dict(type=int, default=os.cpu_count() or 1, help="runs at a time, of one thread each"),
     )
     settings = {"sorting": QUICK} if arguments.quick else SETTINGS
-    set_up(1)
     facts = f"{processor()}; {listed(versions('torch', 'transformers', 'trl', 'tbrm-trl'))}"
     store = Store(arguments.output / "staleness.json", facts=facts)
-    until = time.monotonic() + 60 * arguments.minutes
     of_tasks = {task: Runs(store, task, setting) for task, setting in settings.items()}
-    for task in settings if arguments.quick else arguments.tasks:
-        setting = settings[task]
-        for seed, lag, method in product(setting.seeds, setting.lags, setting.methods):
-            name = of_tasks[task].name(method, lag, seed)
-            if name in store or time.monotonic() > until:
-                continue
-            store[name] = run = result(task, setting, method, lag, seed)
-            print(f"{name}: {run['points'][-1][1]:.2f}, {run['seconds']:.0f} s", flush=True)
+    wanted = {
+        of_tasks[task].name(method, lag, seed): (task, settings[task], method, lag, seed)
+        for task in (settings if arguments.quick else arguments.tasks)
+        for seed, lag, method in product(settings[task].seeds, settings[task].lags, settings[task].methods)
+    }
+    carry_out(
+        lambda: wanted, result, store, arguments.processes, time.monotonic() + 60 * arguments.minutes,
+        lambda name: f"{store[name]['points'][-1][1]:.2f}, {store[name]['seconds']:.0f} s",
+    )  # fmt: skip
     begun = [runs for task, runs in of_tasks.items() if any(name.startswith(f"{task}: ") for name in store)]
     write(arguments.output, "staleness", page(begun, facts), figure=draw(begun))
 

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import random
 import signal
+import subprocess
+import sys
+import textwrap
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -17,7 +21,7 @@ import pytest
 import torch
 from common.policy_server import PolicyServer
 from common.tiny import VOCABULARY, perturb, save, tokenizer
-from helpers.runs import CHATS, DATA, TOKENIZER, before_each_update, build, kept_returns, letters, logged
+from helpers.runs import CHATS, DATA, TOKENIZER, before_each_update, build, digits, kept_returns, letters, logged
 from peft import LoraConfig, PeftModel
 from transformers import AutoModelForCausalLM, TrainerCallback
 from trl.chat_template_utils import qwen3_chat_template
@@ -25,7 +29,7 @@ from trl.chat_template_utils import qwen3_chat_template
 from tbrm_trl.actor.ledger import Ledger, window_file
 from tbrm_trl.actor.plan import Plan
 from tbrm_trl.actor.server import Server, ServerError
-from tbrm_trl.actor.work import LOG_PROBS, Actor
+from tbrm_trl.actor.work import LOG_PROBS, Actor, describe
 from tbrm_trl.model.publisher import Version, read_latest
 from tbrm_trl.sources.parquet import from_row
 from tbrm_trl.trajectory import End, Trajectory
@@ -327,11 +331,13 @@ DESCRIPTION = "Double a number.\n\nArgs:\n    x: the number."
 
 
 class Till:
-    """An environment that owns its reward: what it started with, and what its tool added."""
+    """An environment that owns its reward: what it started with, and what its tool added. No two begin alike."""
+
+    numbers = itertools.count()
 
     def reset(self, start: int, **kwargs) -> str:
         self.total = start
-        return f" from {start}"
+        return f" from {start}, {next(self.numbers)}"
 
     def double(self, x: int) -> int:
         self.total += 2 * x
@@ -344,31 +350,43 @@ class Till:
 
 
 def test_environments_and_their_tools(tmp_path):
-    """Many at once, each row with an environment of its own; its last call is not made any more."""
+    """Many at once, each row with an environment of its own; its last call is not made any more.
+
+    The server has room for a prompt and a completion, and none for what a later turn may not write any more. The
+    environment's reward stands beside that of a list of functions, which stays the user's.
+    """
     words = tokenizer()
     words.chat_template = qwen3_chat_template
     words.add_tokens([CALL])
     model = save(tmp_path / "caller", "llama", vocab_size=VOCABULARY + 1, max_position_embeddings=2048)
     words.save_pretrained(model)
     served = PolicyServer(model)
-    served.script = lambda prompt: [CALL_ID, 1]
+    functions = [letters]
+
+    def call(prompt: list[int]) -> list[int]:
+        served.context = served.context or len(prompt) + 230  # prompts differ by up to 25 tokens
+        return [CALL_ID, 1]
+
+    served.script = call
     try:
         run = Run(
-            model, served, tmp_path, None, environment_factory=Till, train_dataset=CHATS, max_staleness=UPDATES,
-            max_completion_length=200, max_tool_calling_iterations=1,
+            model, served, tmp_path, functions, environment_factory=Till, train_dataset=CHATS, max_staleness=UPDATES,
+            max_completion_length=200, max_tool_calling_iterations=1, num_generations=2,
         )  # fmt: skip
         with run.drawing():
             pass
     finally:
         served.stop()
+    assert functions == [letters] and len(run.trainer._followed.take(ROWS)[1]) == ROWS
     sampler = run.trainer._get_train_sampler()
     starts = [CHATS[i]["start"] for window in range(UPDATES) for i in sampler.window(window)]
     for row, start in zip(run.rows(), starts, strict=True):
         drawn: Trajectory = from_row(row)
-        assert drawn.reward == start + 42 and drawn.end is End.TOOL_LIMIT
+        assert drawn.rewards.keys() == {"letters", "Till"} and drawn.rewards["Till"] == start + 42
+        assert drawn.end is End.TOOL_LIMIT
         assert drawn.completion_ids[drawn.loss_mask].tolist() == [CALL_ID, 1, CALL_ID, 1]
         assert "<tool_response>\n42\n</tool_response>" in TOKENIZER.decode(drawn.completion_ids[~drawn.loss_mask])
-        assert f"from {start}<" in TOKENIZER.decode(drawn.prompt_ids)
+        assert f"from {start}, " in TOKENIZER.decode(drawn.prompt_ids)
         assert [one != 0 for one in row[LOG_PROBS]] == drawn.loss_mask.tolist()
 
 
@@ -384,6 +402,51 @@ def test_functions_of_the_script_go_by_value(llama, server, tmp_path):
     assert Plan.read(run.output).reward_funcs(completions=["a", "b"]) == [3.0, 3.0]
     with pytest.raises(TypeError, match=r"cannot be given what this run was.*generator"):
         Run(llama, server, tmp_path / "told", script["told"])
+
+
+def test_a_function_of_the_script_is_sent_on_to_workers(tmp_path):
+    """From the actor, whose own script is another. So it goes from a notebook, which is no script."""
+    plan, program = tmp_path / "plan", "import sys, dill; print(dill.load(open(sys.argv[1], 'rb'))(['ab', 'abc']))"
+    written = f"""
+        import dill
+        from tbrm_trl.rewards import InWorkers
+
+        FACTOR = 2
+
+        def doubled(completions, **columns):
+            return [FACTOR * len(text) for text in completions]
+
+        dill.dump(InWorkers(doubled, workers=1), open({str(plan)!r}, "wb"), recurse=True)
+    """
+    script = tmp_path / "script.py"
+    script.write_text(textwrap.dedent(written))
+    subprocess.run([sys.executable, str(script)], check=True)
+    ran = subprocess.run([sys.executable, "-c", program, str(plan)], capture_output=True, text=True, check=True)
+    assert ran.stdout == "[4.0, 6.0]\n"
+
+
+def test_what_the_actor_said_last_is_in_the_error_of_who_waits_for_it(llama, server, tmp_path):
+    run = Run(llama, server, tmp_path, follow_timeout=0.1)
+    run.trainer._actor.log.write_text("12:00:00 Began.\n12:00:01 http://localhost:1 does not answer. Waiting.\n")
+    with pytest.raises(TimeoutError, match=r"of the 4 rows.*The actor said last.*12:00:01 http://localhost:1 does not"):
+        run.trainer._followed.take(ROWS)
+
+
+def test_an_error_of_the_users_shows_where_it_is():
+    def reset() -> None:
+        raise TypeError("unsupported operand")
+
+    with pytest.raises(TypeError) as raised:
+        reset()
+    assert "in reset" in describe(raised.value, draws=True)
+    assert describe(raised.value, draws=False).startswith("The actor stops: unsupported operand")
+
+
+def test_lines_that_a_full_disk_has_joined_are_drawn_again(tmp_path):
+    whole, cut = '{"row": 5, "a": 1}\n', '{"row": 4, "a'
+    (tmp_path / "00000001.jsonl").write_text(whole + cut + whole)
+    ledger = Ledger(tmp_path, tmp_path / "records", ROWS, range(1, 2), lambda *given: None)
+    assert list(ledger.pending()) == [4, 6, 7]
 
 
 class KillActor(TrainerCallback):
@@ -418,6 +481,9 @@ def test_a_run_with_its_actor(llama, server, tmp_path):
     sampler = second._get_train_sampler()
     drawn = [[DATA[index]["prompt"] for index in sampler.window(window)] for window in range(UPDATES)]
     assert [sorted(prompts[i : i + ROWS]) for i in range(0, len(prompts), ROWS)] == list(map(sorted, drawn))
+    rewarded_anew = build(llama, tmp_path, digits, max_steps=UPDATES, **options)
+    rewarded_anew.train(resume_from_checkpoint=str(Path(first.args.output_dir) / "checkpoint-3"))
+    assert logged(rewarded_anew, "rewards/digits/mean") and rewarded_anew.state.global_step == UPDATES
     assert max(logged(first, "staleness/max") + logged(second, "staleness/max")) <= 1
     assert min(logged(second, "rollouts/actor_wait_time")) >= 0
     with pytest.raises(ValueError, match=r"holds .*of another run"):

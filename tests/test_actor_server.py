@@ -34,6 +34,7 @@ class WeightsServer(ThreadingHTTPServer):
         self.during: Callable[[int], int] = lambda seed: 200  # called in the middle of a completion, gives its status
         self.on_load: Callable[[str], int] = lambda name: 200
         self.restarts_after_look = False
+        self.models_status, self.reasons, self.told = 200, list[str](), {}  # of completions: how they end, what is said
         self.connections: list[socket.socket] = []
         threading.Thread(target=self.serve_forever, args=(0.02,), daemon=True).start()
 
@@ -71,8 +72,9 @@ class WeightsServer(ThreadingHTTPServer):
         began_with = self.weights
         self.drawn_with.append(began_with)
         status = self.during(asked["seed"])
-        ids = [began_with, self.weights]
-        return status, {"choices": [{"token_ids": ids, "logprobs": {"token_logprobs": [0.0, 0.0]}}]}
+        reason = self.reasons.pop(0) if self.reasons else "stop"
+        said = {"token_ids": [began_with, self.weights], "logprobs": {"token_logprobs": [0.0, 0.0]}}
+        return status, {"choices": [{**said, "finish_reason": reason, **self.told}]}
 
 
 class Handler(BaseHTTPRequestHandler):
@@ -91,7 +93,7 @@ class Handler(BaseHTTPRequestHandler):
         restarts, self.server.restarts_after_look = self.server.restarts_after_look, False
         if restarts:
             self.server.weights = BASE
-        self._say(200, {"data": [{"id": "base"}]}, closes=restarts)
+        self._say(self.server.models_status, {"data": [{"id": "base"}]}, closes=restarts)
 
     def do_POST(self) -> None:
         asked = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
@@ -192,6 +194,34 @@ def test_a_request_that_fails_some_times_says_so_once(served, tmp_path):
     assert client.draw().ids == [0, 0]
     (line,) = client.said
     assert "answers /v1/completions with 500" in line and "Waiting" in line
+
+
+@pytest.mark.parametrize("reason", ["abort", "error"])
+def test_a_completion_that_is_broken_off_is_asked_for_again(reason, served, tmp_path):
+    """A server that is shut down answers with what there is of it: no rollout that was cut at the length limit."""
+    client = Client(served, tmp_path)
+    served.reasons = [reason, "length"]
+    assert client.draw().ids == [0, 0] and len(served.drawn_with) == 2 and not served.reasons
+
+
+@pytest.mark.parametrize("status", [408, 429])
+def test_a_server_that_is_busy_is_waited_for(status, served, tmp_path):
+    client = Client(served, tmp_path)
+    served.during = lambda seed: status if len(served.drawn_with) < 2 else 200
+    assert client.draw().ids == [0, 0]
+
+
+def test_what_no_waiting_mends_is_said_at_once(served, tmp_path):
+    client = Client(served, tmp_path, patience=1000.0)
+    for told in ({"token_ids": None}, {"logprobs": None}):
+        served.told = told
+        with pytest.raises(ServerError, match=r"tells no tokens of its completions.*Use a server that does"):
+            client.draw()
+    served.models_status = 401
+    with pytest.raises(ServerError, match="refuses /v1/models with 401"):
+        client.draw()
+    with pytest.raises(ValueError, match="must begin with http:// or https://, not 'localhost:8000'"):
+        Server("localhost:8000", tmp_path, lambda: client.latest, 1.0, "base")
 
 
 @pytest.mark.parametrize("looked", [False, True], ids=["between requests", "between a look at it and a request"])

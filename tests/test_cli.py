@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from importlib.metadata import PackageNotFoundError, version
@@ -15,7 +16,7 @@ from helpers.examples import RECIPES, sums
 from helpers.launch import run
 
 from tbrm_trl.cli import COMMANDS, main, train
-from tbrm_trl.cli.parsing import Refused
+from tbrm_trl.cli.parsing import Refused, Words, sorted_words
 from tbrm_trl.evaluation.results import read_result
 
 TBRM = [sys.executable, "-m", "tbrm_trl.cli"]
@@ -69,6 +70,73 @@ def test_one_value_where_several_may_stand(tmp_path):
     recipe.write_text("dataset_name: d\nreward_funcs: my_rewards.math_score\nreward_weights: 0.5\noutput_dir: o\n")
     data, config, _ = train.parse([f"--config={recipe}", "--use_cpu", "true", "--bf16", "false"])
     assert data.reward_funcs == ["my_rewards.math_score"] and config.reward_weights == [0.5]
+
+
+def test_rewards_with_their_weights_in_a_recipe(llama, tmp_path, monkeypatch):
+    """A mapping, as `rewards.load` takes one. The weights of the command line go before."""
+    path, file, built = tmp_path / "recipe.yaml", sums(tmp_path / "sums.json"), []
+    path.write_text(json.dumps({"reward_funcs": {"math": 1.0, "format": 0.1}}))
+    monkeypatch.setattr(train, "TBRMTrainer", lambda args, **given: built.append((args.reward_weights, given)) or 1 / 0)
+    for options, expected in (([], [1.0, 0.1]), (["--reward_weights", "2", "3"], [2.0, 3.0])):
+        given = ["--config", str(path), "--model_name_or_path", llama, "--dataset_name", str(file), *options]
+        with pytest.raises(ZeroDivisionError):
+            main(["train", *given, "--output_dir", str(tmp_path / "out"), "--use_cpu", "true"])
+        weights, others = built.pop()
+        assert weights == expected and len(others["reward_funcs"]) == 2
+
+
+def test_switches_of_the_launcher_take_a_word(tmp_path):
+    """On the command line and in a recipe. Accelerate's take none."""
+    path = tmp_path / "recipe.yaml"
+    for given, recipe, expected in (
+        (["--multi_gpu", "true"], {}, ["--multi_gpu"]),
+        (["--multi_gpu", "--num_processes=2"], {}, ["--multi_gpu", "--num_processes", "2"]),
+        (["--use_deepspeed", "false"], {"multi_gpu": True, "cpu": False}, ["--multi_gpu"]),
+    ):
+        path.write_text(json.dumps({"dataset_name": "d", **recipe}))
+        words = sorted_words(train.parser(), ["--config", str(path), *given], train.launcher_options())
+        assert sorted(words.launcher) == sorted(expected)
+    with pytest.raises(Refused, match="--multi_gpu takes true or false, not 'both'"):
+        sorted_words(train.parser(), ["--dataset_name", "d", "--multi_gpu", "both"], train.launcher_options())
+
+
+@pytest.mark.parametrize(
+    ("environment", "options", "launches"),
+    [
+        ({}, [], True),
+        ({}, ["--num_processes", "1"], True),
+        ({"ACCELERATE_MIXED_PRECISION": "no"}, [], False),  # by accelerate's launch of one process
+        ({"LOCAL_RANK": "0"}, [], False),
+        ({train.LAUNCHED: "1"}, [], False),
+    ],
+)
+def test_who_starts_the_launcher_on_a_machine_of_several_gpus(environment, options, launches, monkeypatch):
+    """Who was launched alone sees one GPU: the Trainer would copy the model to all."""
+    for name in ("LOCAL_RANK", "ACCELERATE_MIXED_PRECISION", "CUDA_VISIBLE_DEVICES", train.LAUNCHED):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in {"CUDA_VISIBLE_DEVICES": "2,3", **environment}.items():
+        monkeypatch.setenv(name, value)
+    called: list[str] = []
+    monkeypatch.setattr(train.torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(train.Parser, "parse", lambda self, words: ())
+    monkeypatch.setattr(train, "launch", lambda words: called.append("launch"))
+    monkeypatch.setattr(train, "run", lambda *given: called.append(os.environ["CUDA_VISIBLE_DEVICES"]))
+    train.main(["--dataset_name", "d", *options])
+    assert called == ["launch"] if launches else ["2,3" if "LOCAL_RANK" in environment else "2"]
+
+
+@pytest.mark.parametrize("code", [2, 143])
+def test_the_exit_code_of_a_single_launched_process_is_the_commands(code, monkeypatch):
+    """Accelerate waits for it itself, and raises; the process has said why it ended."""
+
+    def ended(options):
+        raise subprocess.CalledProcessError(code, "python")
+
+    monkeypatch.setenv(train.LAUNCHED, "")
+    monkeypatch.setattr("accelerate.commands.launch.launch_command", ended)
+    with pytest.raises(SystemExit) as left:
+        train.launch(Words(["--dataset_name", "d"], ["--num_processes", "1"]))
+    assert left.value.code == code
 
 
 def test_every_wrong_field_is_named(tmp_path, capsys):

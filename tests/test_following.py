@@ -332,6 +332,8 @@ def test_a_replay_buffer_asks_for_ages(tmp_path):
         (dict(soft_value="optimal"), "belongs to a row of the training set"),
         (dict(steps_per_generation=4, max_staleness=2), "Set it to 3 or more"),
         (dict(follow_timeout=0), "positive number of seconds"),
+        (dict(async_server="localhost:8000"), "must begin with http:// or https://"),
+        (dict(publish_policy=True, generation_kwargs={"min_new_tokens": 2}), "which does not know transformers' names"),
         (dict(follow_rollouts=None, max_staleness=2), "`max_staleness=2` has no effect"),
         (dict(rollout_func=lambda prompts, trainer: {}), "`follow_rollouts` with a `rollout_func` is refused"),
         (dict(train_dataset=LOGGED), "every row of the training set is logged"),

@@ -22,8 +22,9 @@ NASTY = "](http://x) <script>|`\n---\nname: *x*"
 
 def facts(**changed) -> CardFacts:
     given = dict(
-        name="tiny", repo="me/tiny", base_model="org/base", adapter=False, dataset="org/data", rewards=["accuracy"],
-        updates=4, settings={"beta": 0.02, "soft_value": "calibrated"}, tags=["trl", "tbrm"], versions={"trl": "1.16"},
+        name="tiny", repo="me/tiny", base_model="org/base", adapter=False, vision=False, dataset="org/data",
+        rewards=["accuracy"], updates=4,
+        settings={"beta": 0.02, "soft_value": "calibrated"}, tags=["trl", "tbrm"], versions={"trl": "1.16"},
         method={"id": "2505.15311", "title": "TBRM", "citation": "@x{y}"},
         log=[
             {"step": 2, "reward": 0.25, "residual/rms": 0.5}, {"step": 2, "eval_reward": 0.2},

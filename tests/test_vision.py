@@ -26,6 +26,7 @@ from tbrm_trl import TBRMConfig
 from tbrm_trl.batch import PER_TOKEN_INPUTS
 from tbrm_trl.checks.data import check_sources_of_vision
 from tbrm_trl.checks.model import VISION_MODEL_TYPES, check_vision
+from tbrm_trl.publishing import snippet
 from tbrm_trl.sources.sampler import WindowMix
 from tbrm_trl.trajectory import Trajectory
 
@@ -242,6 +243,14 @@ def test_loss_and_gradient(model_type, counts, rollout_func, tmp_path):
     assert sum(trainer.losses) == pytest.approx(answer.loss, rel=TOLERANCE)
     assert distance(actual, expected) <= TOLERANCE
     assert any("vis" in name for name in expected) == any(counts)  # the images matter
+
+
+@pytest.mark.parametrize("model_type", ["llava", "gemma3"])
+def test_the_program_of_a_models_card_runs(model_type, tmp_path, capsys):
+    config, processor = MODELS[model_type]
+    assert save(model_type, config, processor(), tmp_path) is None
+    exec(snippet(str(tmp_path), adapter=False, vision=True), {})
+    assert "2 + 2 =" in capsys.readouterr().out
 
 
 def test_untested_models_are_refused(tmp_path):

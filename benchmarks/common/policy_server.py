@@ -39,6 +39,7 @@ class PolicyServer:
     def __init__(self, model: str, adapters: bool = True, delay: float = 0.0):
         self.model, self.adapters, self.delay, self.seen = model, adapters, delay, Seen()
         self.script: Callable[[list[int]], list[int]] = lambda prompt: []  # what a completion begins with
+        self.context: int | None = None  # tokens of a prompt and its completion, at most
         self.port = 0
         self._lock, self._at_once = threading.Lock(), 0
         self.start()
@@ -110,6 +111,8 @@ class PolicyServer:
         if isinstance(asked["prompt"][0], list):
             said = [self._likeliest(name, prompt, asked["logprobs"]) for prompt in asked["prompt"]]
             return 200, {"choices": [{"index": i, "logprobs": {"top_logprobs": [one]}} for i, one in enumerate(said)]}
+        if self.context is not None and len(asked["prompt"]) + asked["max_tokens"] > self.context:
+            return 400, {"error": {"message": f"max_tokens is too large, the context is {self.context} tokens."}}
         self.seen.versions.append(name)
         self.seen.seeds.append(asked["seed"])
         self._at_once += 1

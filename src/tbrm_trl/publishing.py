@@ -41,6 +41,7 @@ class CardFacts:
         repo: its id on the hub; None before it has one.
         base_model: id of the model that was trained; None if it came from a folder.
         adapter: whether only an adapter was trained.
+        vision: whether the model reads images.
         dataset: id of the training data on the hub, if it has one.
         rewards: names of the reward functions.
         updates: how many there were.
@@ -55,6 +56,7 @@ class CardFacts:
     repo: str | None
     base_model: str | None
     adapter: bool
+    vision: bool
     dataset: str | None
     rewards: Sequence[str]
     updates: int
@@ -71,7 +73,7 @@ def model_card(facts: CardFacts) -> ModelCard:
         base_model=facts.base_model,
         datasets=_on_one_line(facts.dataset) if facts.dataset else None,
         library_name="peft" if facts.adapter else "transformers",
-        pipeline_tag="text-generation",
+        pipeline_tag="image-text-to-text" if facts.vision else "text-generation",
         model_name=_on_one_line(facts.name),
         tags=["generated_from_trainer", *facts.tags],
         eval_results=_results(facts),
@@ -87,7 +89,7 @@ def model_card(facts: CardFacts) -> ModelCard:
         f"[arXiv {facts.method['id']}](https://arxiv.org/abs/{facts.method['id']})) with tbrm-trl. "
         f"Rewards: {', '.join(map(escaped, facts.rewards)) or 'those of the logged data'}.",
         "## Use",
-        f"```python\n{snippet(facts.repo or facts.name, facts.adapter)}```",
+        f"```python\n{snippet(facts.repo or facts.name, facts.adapter, facts.vision)}```",
     ]
     if evaluation:
         rows = [[f"{where or 'evaluation set'}", metric, f"{value:.4g}"] for where, metric, value in evaluation]
@@ -109,8 +111,18 @@ def model_card(facts: CardFacts) -> ModelCard:
     return ModelCard(f"---\n{data.to_yaml()}\n---\n\n" + "\n\n".join(parts) + "\n")
 
 
-def snippet(repo: str, adapter: bool) -> str:
+def snippet(repo: str, adapter: bool, vision: bool = False) -> str:
     """A program that loads the model and has it answer."""
+    if vision:  # this loader reads an adapter too, and PEFT has none of the kind
+        return (
+            "from transformers import AutoModelForImageTextToText, AutoProcessor\n\n"
+            f"name = {json.dumps(repo)}\nprocessor = AutoProcessor.from_pretrained(name)\n"
+            "model = AutoModelForImageTextToText.from_pretrained(name)\n"
+            'messages = [{"role": "user", "content": [{"type": "text", "text": "2 + 2 ="}]}]\n'
+            "inputs = processor.apply_chat_template(\n"
+            '    messages, add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt"\n)\n'
+            "print(processor.decode(model.generate(**inputs, max_new_tokens=32)[0], skip_special_tokens=True))\n"
+        )
     module, loader = ("peft", "AutoPeftModelForCausalLM") if adapter else ("transformers", "AutoModelForCausalLM")
     imports = sorted([f"from {module} import {loader}", "from transformers import AutoTokenizer"])
     return (

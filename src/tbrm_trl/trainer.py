@@ -168,6 +168,7 @@ from .trajectory import End, Source, Trajectory, UpdateRow, check_scores
 logger = get_logger(__name__)
 
 # What TRL keeps in order to log completions; images are not saved.
+_SHORT_TEXT = "The sum of 12 and 30 is 42, and what is left of it after 2 is taken away is 40."  # of no prompt
 _COMPLETIONS = ("prompt", "completion", "rewards", "extra")
 
 
@@ -286,6 +287,7 @@ class TBRMTrainer(ExactResume, GRPOTrainer):
             args = TBRMConfig(f"{name.split('/')[-1]}-TBRM")
         if not isinstance(args, TBRMConfig):
             raise TypeError(f"`args` must be a TBRMConfig, got {type(args).__name__}.")
+        self._has_prompts = isinstance(train_dataset, Dataset)
         if train_dataset is None and not args.draws_prompts:
             # TRL's loader counts windows by it. What it gives is not looked at.
             train_dataset = Dataset.from_dict({"prompt": ["followed"] * args.generation_batch_size})
@@ -347,12 +349,12 @@ class TBRMTrainer(ExactResume, GRPOTrainer):
         with trls_view, self._adapter_served(model, peft_config, args):
             super().__init__(
                 model=model,
-                reward_funcs=reward_funcs if generates else reward_funcs or _no_reward,
+                reward_funcs=_own(reward_funcs) if generates else reward_funcs or _no_reward,
                 args=args,
                 train_dataset=train_dataset,
                 eval_dataset=eval_dataset,
                 processing_class=renderer.processing_class,
-                reward_processing_classes=reward_processing_classes,
+                reward_processing_classes=_own(reward_processing_classes),
                 callbacks=callbacks,
                 optimizers=optimizers,
                 quantization_config=quantization_config,
@@ -460,20 +462,34 @@ class TBRMTrainer(ExactResume, GRPOTrainer):
             self.add_callback(published)
         return published
 
+    def _leave_rewards_of(self, functions: list[str] | None, folder: RecordFolder) -> None:
+        """Have drawn anew what was drawn ahead, if the run's own actor rewarded it by functions that are no longer."""
+        starts = self._actor is not None and self._actor.starts and self.accelerator.is_main_process
+        if not starts or set(functions or ()) == set(folder.functions):
+            return
+        assert self._actor is not None
+        windows = folder.untaken()
+        logger.warning(
+            f"The reward functions were {', '.join(functions or ())} and are {', '.join(folder.functions)}: the "
+            f"{len(windows)} windows that were drawn ahead, and rows of others, are dropped and drawn anew."
+        )
+        self._actor.drop(windows)
+
     def _make_actor(self, policy: PreTrainedModel, functions: Mapping[str, Any]) -> ActorProcess | None:
         """What writes the plan of an actor, and starts it where this run does."""
         args, output_dir = self.args, Path(self.args.output_dir)
         folder = output_dir / publisher.FOLDER
         records = args.followed_folder
-        if not args.publishes_policy or records is None:
+        if not args.publishes_policy or records is None or not self._has_prompts:
             return None
         quantized = getattr(policy, "is_loaded_in_4bit", False)
         base = str((folder / publisher.BASE).absolute()) if quantized else get_config_model_id(policy.config)
+        with failing_together():
+            if quantized and self.accelerator.is_main_process:  # now, while no process shards the policy
+                say_base(write_base(folder, policy, self._tokenizer))
 
         def plan(updates: int, made: int) -> Plan:
             sampler, per_window = self._get_train_sampler(), args.fresh_updates * args.num_iterations
-            if quantized:
-                say_base(write_base(folder, policy, self._tokenizer))
             return Plan(
                 options={name: getattr(args, name) for name in OPTIONS},
                 generation_kwargs=args.generation_kwargs or {},
@@ -500,11 +516,12 @@ class TBRMTrainer(ExactResume, GRPOTrainer):
         return actor
 
     def _probe_ids(self) -> list[int]:
-        """A short text of this run, as tokens, by which a server that serves something else is found out."""
-        if not isinstance(self.train_dataset, Dataset) or "prompt" not in self.train_dataset.column_names:
-            return []
-        ids = self._tokenizer(text=text_of(self.train_dataset[0]["prompt"]), add_special_tokens=False)["input_ids"]
-        return ids[:32] if len(ids) > 1 else []
+        """A short text as tokens, of this run if it has one, by which a server of something else is found out."""
+        texts = [_SHORT_TEXT]
+        if isinstance(self.train_dataset, Dataset) and "prompt" in self.train_dataset.column_names:
+            texts = [text_of(self.train_dataset[0]["prompt"]), *texts]
+        some = (self._tokenizer(text=text, add_special_tokens=False)["input_ids"][:32] for text in texts)
+        return next((ids for ids in some if len(ids) > 1), [])
 
     def _with_fitting_prompts(self, dataset: Any, title: str, asked: np.ndarray, renderer: PromptRenderer) -> Any:
         """The data set without prompts that are too long, where they are dropped; those that cannot be are refused.
@@ -677,10 +694,11 @@ class TBRMTrainer(ExactResume, GRPOTrainer):
             args.followed_folder,
             columns_of,
             [] if _no_reward in self.reward_funcs else self.reward_func_names,
-            args.num_generations,
+            1 if self.environment_factories is not None else args.num_generations,  # a reset may be random
             needs_steps=bool(args.replay_buffer_size),
             timeout=args.follow_timeout,
             watch=lambda: self._actor.check() if self._actor is not None else None,
+            last_words=lambda: self._actor.last_words() if self._actor is not None else "",
         )
 
     @property
@@ -858,7 +876,7 @@ class TBRMTrainer(ExactResume, GRPOTrainer):
         names, by_row = folder.rewards_of(trajectories, taken.functions)
         rewards = torch.tensor(by_row, dtype=torch.float32, device=self.accelerator.device)  # (B, F)
         weights, total = torch.eye(len(names))[0].to(rewards), rewards[:, 0]  # (F,), (B,)
-        if names == folder.functions:
+        if taken.functions and folder.functions:
             weights = self.reward_weights.to(rewards)
             check_magnitude(self.accelerator.gather(rewards), weights, names, self.args.beta)
             total = total_reward(rewards, weights, self.args.reward_pessimism)
@@ -1430,6 +1448,7 @@ class TBRMTrainer(ExactResume, GRPOTrainer):
             repo=repo,
             base_model=base if base and not Path(base).is_dir() else None,
             adapter=is_peft_model(self.model),
+            vision=self._is_vlm,
             dataset=dataset_name if dataset_name and not Path(dataset_name).exists() else None,
             rewards=self.reward_func_names if rewarded and _no_reward not in self.reward_funcs else [],
             updates=updates,
@@ -1586,8 +1605,8 @@ class TBRMTrainer(ExactResume, GRPOTrainer):
         output_dir, process = Path(self.args.output_dir), self.accelerator.process_index
         with failing_together():
             go_back(output_dir, process, self.args.world_size, step)
-            if process == 0 and self._actor is not None and self._actor.starts and self._resumed_from is None:
-                self._actor.start_anew()
+            if process == 0 and self._actor is not None and self._resumed_from is None:
+                self._actor.drop(self._actor.records.glob("window-*.parquet") if self._actor.starts else ())
             if process == 0 and self.args.save_rollouts:
                 rewind_rollouts(output_dir / "rollouts", step)
         self._soft_value.prepare(self)
@@ -1658,6 +1677,7 @@ class TBRMTrainer(ExactResume, GRPOTrainer):
             self._pool.restore(own.get("pool", []))
         if self._followed is not None:
             self._followed.restore(own["followed"])
+            self._leave_rewards_of(own["followed"]["functions"], self._followed)
         self._window_version = own.get("window_version")
         if self._logged_rows is not None:
             self._logged_rows.restore(own["logged_rows"], trajectories["logged"])
@@ -1678,6 +1698,11 @@ def _mean(values: Sequence[float]) -> float | None:
 def _evaluates(callbacks: Sequence[Any] | None) -> bool:
     """Whether a callback brings an evaluation of its own."""
     return any(getattr(one, "evaluates", False) for one in callbacks or ())
+
+
+def _own(given: Any) -> Any:
+    """A list to which TRL may add: the actor adds to the user's anew."""
+    return list(given) if isinstance(given, list) else given
 
 
 def _no_reward(**kwargs: Any) -> list[float]:

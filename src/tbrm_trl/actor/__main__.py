@@ -2,6 +2,7 @@
 
 import argparse
 import os
+import signal
 import sys
 import threading
 import time
@@ -33,11 +34,13 @@ def main(arguments: list[str] | None = None) -> int:
 
     torch.set_num_threads(1)
     lock = FolderLock(given.output_dir / FOLDER)
+    actor = None
     try:
         lock.acquire()
-        Actor(given.output_dir, given.server, given.concurrency, say).run()
+        actor = Actor(given.output_dir, given.server, given.concurrency, say)
+        actor.run()
     except Exception as error:
-        say(describe(error))
+        say(describe(error, draws=actor is not None))
         return 1
     finally:
         lock.release()
@@ -49,10 +52,10 @@ def say(line: str) -> None:
 
 
 def end_with(parent: int) -> None:
-    """End this process as soon as that one is no longer its parent."""
+    """End this process, and those that it has started, as soon as that one is no longer its parent."""
     while os.getppid() == parent:
         time.sleep(0.2)
-    os._exit(1)
+    os.killpg(0, signal.SIGKILL)  # the run has made it the leader of a group
 
 
 if __name__ == "__main__":

@@ -2,9 +2,11 @@
 
 import json
 import os
+import signal
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from contextlib import suppress
 from pathlib import Path
 
 from accelerate.logging import get_logger
@@ -51,9 +53,9 @@ class ActorProcess(TrainerCallback):
         with failing_together():
             if state.is_world_process_zero:
                 self._write_plan(state)
-        if self.starts and state.is_world_process_zero:
-            (self.log.parent / STATUS).unlink(missing_ok=True)  # of an earlier actor
-            self.start()
+                if self.starts:
+                    (self.log.parent / STATUS).unlink(missing_ok=True)  # of an earlier actor
+                    self.start()
 
     def _write_plan(self, state: TrainerState) -> None:
         try:
@@ -76,9 +78,9 @@ class ActorProcess(TrainerCallback):
                 "follow_rollouts, or `load_rollouts` it as a data set; or give the new run another output_dir."
             )
 
-    def start_anew(self) -> None:
-        """Drop what an actor has drawn for a run that ended before its first checkpoint."""
-        for file in [*self.records.glob("window-*.parquet"), *(self.log.parent / UNFINISHED).glob("*.jsonl")]:
+    def drop(self, windows: Iterable[Path]) -> None:
+        """Remove what was drawn ahead: these windows, and what there is of others."""
+        for file in [*windows, *(self.log.parent / UNFINISHED).glob("*.jsonl")]:
             file.unlink()
 
     def start(self) -> None:
@@ -93,7 +95,9 @@ class ActorProcess(TrainerCallback):
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=log,
-                start_new_session=True,  # an interrupt at the terminal is for the run, which may write a checkpoint
+                # An interrupt at the terminal is for the run, which may write a checkpoint. What tools and environments
+                # start is in the actor's group, and ends with it.
+                start_new_session=True,
             )
 
     def check(self) -> None:
@@ -104,6 +108,7 @@ class ActorProcess(TrainerCallback):
         """
         if self._process is None or not self._process.poll():
             return
+        self._end_group()
         died = (
             f"The actor has died (exit code {self._process.returncode}). Its last lines, of {self.log}:\n{self.tail()}"
         )
@@ -124,9 +129,20 @@ class ActorProcess(TrainerCallback):
 
     def end(self) -> None:
         if self._process is not None:
-            self._process.kill()  # what it has drawn is on disk
+            if self._process.poll() is None:
+                self._end_group()  # what it has drawn is on disk
             self._process.wait()
             self._process = None
+
+    def _end_group(self) -> None:
+        assert self._process is not None
+        with suppress(ProcessLookupError):
+            os.killpg(self._process.pid, signal.SIGKILL)
+
+    def last_words(self) -> str:
+        """What the actor said last, for errors of who waits for it."""
+        said = self.tail().splitlines() if self.starts and self.log.is_file() else []
+        return f" The actor said last, in {self.log}: {said[-1]}" if said else ""
 
     def tail(self) -> str:
         return "\n".join(self.log.read_text(errors="replace").splitlines()[-SHOWN:])

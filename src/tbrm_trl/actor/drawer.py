@@ -5,7 +5,6 @@ from collections import defaultdict
 from collections.abc import Mapping
 from dataclasses import dataclass
 from itertools import product
-from statistics import mean
 from typing import Any
 
 import xxhash
@@ -83,7 +82,7 @@ class RowDrawer(GRPOTrainer):
         self.beta = 0.0
         self.plan, self.server, self.places = plan, server, places
         self._drawn: list[Drawn] = []
-        self._number = 0  # of the row under way
+        self._number = self._prompt_length = 0  # of the row under way
         self._logged: dict[str, Any] = {}
         self.state.max_steps = plan.updates
 
@@ -129,19 +128,24 @@ class RowDrawer(GRPOTrainer):
         self, prompt_ids, images, multimodal_fields, num_generations, has_tool_images=False
     ) -> tuple[list[list[int]], list[list[float]]]:
         args, (ids,) = self.args, prompt_ids
+        if not self._drawn:
+            self._prompt_length = len(ids)
+        room = args.max_completion_length - (len(ids) - self._prompt_length)  # earlier turns and tools count as well
+        if not room:
+            return [[]], [[]]
         sampling = {
-            "max_tokens": args.max_completion_length,
+            "max_tokens": room,
             "temperature": args.temperature,
             "top_p": args.top_p,
             "top_k": args.top_k,
             "min_p": args.min_p or 0.0,
             "repetition_penalty": args.repetition_penalty,
-            # One seed for each turn of each row of the run: an actor that starts again asks for what it had asked for.
-            "seed": _seed(args.seed, self._number, len(self._drawn)),
             # The run's own ends, and no others that the model may ship with.
             "stop_token_ids": self.plan.end_token_ids,
             "ignore_eos": True,
             **self.plan.generation_kwargs,
+            # One seed for each turn of each row of the run: an actor that starts again asks for what it had asked for.
+            "seed": _seed(args.seed, self._number, len(self._drawn)),
         }
         with self.places.held(self._number):
             drawn = self.server.draw(ids, sampling)
@@ -161,7 +165,9 @@ class RowDrawer(GRPOTrainer):
         if self.args.reward_on_error != "raise":
             for name, reason in product(self.reward_func_names, REASONS):
                 self._pending_metrics[f"rewards/{name}/{reason}"].append(float((name, reason) in failed))
-        metrics = {METRIC_PREFIX + name: mean(values) for name, values in self._pending_metrics.items()}
+        metrics = {
+            METRIC_PREFIX + name: float(sum(values)) / len(values) for name, values in self._pending_metrics.items()
+        }
         extra = {EXTRA_PREFIX + name: values[0] for name, values in self._pending_extra_logs.items() if values}
         self._logged = {**metrics, **extra}
         self._rewards = Rewards.of(

@@ -3,10 +3,11 @@
 import json
 import threading
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from ..files import writing
+from ..files import plain_value, writing
 
 UNFINISHED = "unfinished"  # folder, of a file for each window that is under way
 
@@ -51,16 +52,17 @@ class Ledger:
             yield from (window * self.rows + place for place in range(self.rows) if place not in done)
 
     def add(self, row: int, said: dict[str, Any]) -> None:
-        """Keep a row that is done, and write its window if it was the last one."""
+        """Keep a row that is done, as JSON holds it, and write its window if it was the last one."""
         window, place = divmod(row, self.rows)
-        line = json.dumps({"row": row, **said}) + "\n"
+        content = json.dumps(said, default=plain_value)
+        line = f'{{"row": {row}, {content[1:]}\n'
         with self._lock:
             with writing(self._file(window)):
                 self.folder.mkdir(parents=True, exist_ok=True)
                 with self._file(window).open("a") as file:
                     file.write(line)
             done = self._done[window]
-            done[place] = said
+            done[place] = json.loads(content)
             whole = len(done) == self.rows
         if whole:
             self._finish(window)
@@ -81,8 +83,12 @@ class Ledger:
         if len(whole) < len(content):
             with file.open("rb+") as opened:
                 opened.truncate(len(whole))
-        rows = [json.loads(line) for line in whole.splitlines()]
-        return {row.pop("row") % self.rows: row for row in rows}
+        rows = {}
+        for line in whole.splitlines():
+            with suppress(ValueError):  # two lines in one, since a full disk cut the first short: both are drawn again
+                row = json.loads(line)
+                rows[row.pop("row") % self.rows] = row
+        return rows
 
     def _file(self, window: int) -> Path:
         return self.folder / f"{window:08d}.jsonl"

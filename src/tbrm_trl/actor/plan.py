@@ -1,13 +1,16 @@
 """What the actor needs to know of a run, in a file that the run writes."""
 
 import copy
+import io
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import dill
+import torch
 
+from ..context import replaced
 from ..files import appearing
 from ..sources.bounds import Bounds
 from ..sources.logged import columns_for_rewards
@@ -113,8 +116,13 @@ class Plan:
         if not file.is_file():
             raise FileNotFoundError(
                 f"There is no {file}. A run with rollouts='async' (or publish_policy=True and follow_rollouts) writes "
-                "it when it begins to train: start the run first."
+                "it when it begins to train, if it has a training set: start the run first."
             )
         with file.open("rb") as opened:
             sys.path += [one for one in dill.load(opened) if one not in sys.path]
-            return dill.load(opened)
+            with replaced(torch.storage, "_load_from_bytes", _load_on_cpu):  # the actor has no GPU
+                return dill.load(opened)
+
+
+def _load_on_cpu(content: bytes) -> Any:
+    return torch.load(io.BytesIO(content), map_location="cpu", weights_only=False)

@@ -13,12 +13,15 @@ from typing import Any
 import requests
 from requests.adapters import HTTPAdapter
 
+from ..checks.options import problem_of_address
 from ..model.publisher import Version
 
 TRIES = 3  # of a request that is late
 SHORTEST_PAUSE, LONGEST_PAUSE = 0.1, 15.0  # seconds between two tries of what is lost; each is twice the one before
 SAID_EVERY = 60.0  # seconds
 DISTANCE = 0.2  # of the probe's tokens, nats, on average: more than bfloat16 makes of float32
+_ENDS = (None, "stop", "length")  # reasons for which a completion is whole
+_LATER = (408, 429)  # answers of a server that may do it another time
 TOLD = 5  # likeliest tokens that the server is asked for
 _UNFILTERED = {"temperature": 1.0, "top_p": 1.0, "top_k": 0, "min_p": 0.0, "repetition_penalty": 1.0}
 
@@ -95,6 +98,8 @@ class Server:
         base: str,
         say: Callable[[str], None] = print,
     ):
+        if problem := problem_of_address(url):
+            raise ValueError(f"The server's address {problem}")
         self.url, self.folder, self.latest, self.patience, self.base = url.rstrip("/"), folder, latest, patience, base
         self.say = say
         self._local = threading.local()
@@ -121,7 +126,7 @@ class Server:
                     said = self._post("/v1/completions", {**asked, **sampling}, self.patience / TRIES)
                     self._check_connection(version)
                 (choice,) = said["choices"]
-                return Drawn(choice["token_ids"], choice["logprobs"]["token_logprobs"], version)
+                return Drawn(*self._completion(choice), version)
             except requests.Timeout as error:
                 late += 1
                 if late == TRIES:
@@ -136,6 +141,23 @@ class Server:
                     pause = self._pause(str(lost), lost_at, pause)
                 lost_at = lost_at or time.monotonic()
                 self._wait(str(lost), lost_at)
+
+    def _completion(self, choice: Mapping[str, Any]) -> tuple[list[int], list[float]]:
+        """The tokens of a completion, and what the server says of each.
+
+        Raises:
+            ServerError: if it does not give them.
+            _Lost: if it has ended the completion before the policy did, as a server does that is shut down.
+        """
+        ids, log_probs = choice.get("token_ids"), (choice.get("logprobs") or {}).get("token_logprobs")
+        if ids is None or log_probs is None:
+            raise ServerError(
+                f"{self.url} tells no tokens of its completions (`return_token_ids`, `logprobs`), and a rollout is "
+                "made of them. Use a server that does, such as vLLM."
+            )
+        if not ids or choice.get("finish_reason") not in _ENDS:
+            raise _Lost(f"{self.url} broke a completion off ({choice.get('finish_reason')})")
+        return ids, log_probs
 
     @contextmanager
     def _using(self, version: Version) -> Iterator[str]:
@@ -267,21 +289,20 @@ class Server:
 
     def _unload(self) -> None:
         """Free the places of adapters that no request needs any more."""
-        latest = self.latest().name
+        latest = self.latest()
         with self._changed:
-            idle = [name for name in self._loaded if name != latest and not self._in_flight[name]]
+            idle = [name for name in self._loaded if name != latest.name and not self._in_flight[name]]
             self._forget(set(idle))
-        for name in idle:
+        for name in idle if latest.adapter else ():
             # It may have gone with the server already.
             with suppress(_Missing, _Lost, ServerError, requests.Timeout):
                 self._post("/v1/unload_lora_adapter", {"lora_name": name}, LONGEST_PAUSE)
 
     def _base_name(self) -> str:
         try:
-            answer = self._session.get(f"{self.url}/v1/models", timeout=LONGEST_PAUSE)
-            return answer.json()["data"][0]["id"]
-        except (requests.RequestException, ValueError, LookupError) as error:
-            raise _Lost(f"{self.url} does not answer ({type(error).__name__})") from error
+            return self._ask("GET", "/v1/models", LONGEST_PAUSE)["data"][0]["id"]
+        except (requests.Timeout, _Missing, LookupError, TypeError) as error:
+            raise _Lost(f"{self.url} does not say what it serves ({type(error).__name__})") from error
 
     def _wait(self, why: str, lost_at: float) -> None:
         """Wait until the server answers and serves what it should. One thread looks, the others wait for it.
@@ -331,15 +352,18 @@ class Server:
         return self._local.session
 
     def _post(self, path: str, body: Mapping[str, Any], limit: float) -> Any:
+        return self._ask("POST", path, limit, body)
+
+    def _ask(self, method: str, path: str, limit: float, body: Mapping[str, Any] | None = None) -> Any:
         try:
-            answer = self._session.post(self.url + path, json=body, timeout=(LONGEST_PAUSE, limit))
+            answer = self._session.request(method, self.url + path, json=body, timeout=(LONGEST_PAUSE, limit))
         except requests.ReadTimeout:
             raise
         except requests.RequestException as error:
             raise _Lost(f"{self.url} does not answer ({type(error).__name__})") from error
         if answer.status_code == 404:
             raise _Missing(answer.text[:200])
-        if answer.status_code >= 500:
+        if answer.status_code >= 500 or answer.status_code in _LATER:
             raise _Lost(f"{self.url} answers {path} with {answer.status_code}: {answer.text[:300]}")
         if not answer.ok:
             raise ServerError(f"{self.url} refuses {path} with {answer.status_code}: {answer.text[:500]}")

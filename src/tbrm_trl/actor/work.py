@@ -1,6 +1,5 @@
 """Many rows at once, within the bounds: from the plan to files of windows."""
 
-import json
 import threading
 import time
 import traceback
@@ -8,7 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from ..files import plain_value, write_json
+from ..files import write_json
 from ..model import publisher
 from ..model.publisher import Version, read_latest
 from ..sources.parquet import from_row, to_row
@@ -39,9 +38,7 @@ class LatestPolicy:
                 status = file.stat()
                 changed = status.st_mtime_ns, status.st_ino  # coarse clocks give two files one time
                 if self._read is None or self._read[0] != changed:
-                    version = read_latest(self.folder)
-                    assert version is not None
-                    self._read = (changed, version)
+                    self._read = (changed, read_latest(self.folder))
                 return self._read[1]
             except FileNotFoundError:
                 if time.monotonic() - began > self.patience:
@@ -101,7 +98,7 @@ class Actor:
             drawer = self._drawer.for_one_thread()
             while (taken := self._next()) is not None:
                 number, row = taken
-                self._ledger.add(number, _said(drawer.draw(number, row)))
+                self._ledger.add(number, _by_name(drawer.draw(number, row)))
                 self._drawn += 1
         except BaseException as error:
             self._error = self._error or error
@@ -142,20 +139,24 @@ class Actor:
             write_json(self.folder / STATUS, status)
 
 
-def _said(finished: Finished) -> dict[str, Any]:
-    """A row that is done, as what JSON can hold."""
-    said = {
+def _by_name(finished: Finished) -> dict[str, Any]:
+    """What the ledger keeps of a row that is done."""
+    return {
         "trajectory": to_row(finished.trajectory),
         "log_probs": finished.log_probs,
         "prompt": finished.prompt,
         "completion": finished.completion,
         "logged": finished.logged,
     }
-    return json.loads(json.dumps(said, default=plain_value))
 
 
-def describe(error: BaseException) -> str:
-    """An error in one line, after its traceback where it is not one that says what to change."""
-    if isinstance(error, (ServerError, OSError, ValueError, TypeError)):
+def describe(error: BaseException, draws: bool) -> str:
+    """An error in one line, after its traceback where it is not one that says what to change.
+
+    Args:
+        error: what ended the actor.
+        draws: whether it had begun to draw. What is raised then may come from the user's functions.
+    """
+    if isinstance(error, ServerError) or (not draws and isinstance(error, (OSError, ValueError, TypeError))):
         return f"The actor stops: {error}"
     return "".join(traceback.format_exception(error)) + f"The actor stops: {type(error).__name__}: {error}"

@@ -30,6 +30,9 @@ CHOICES = {
     "truncation": ("terminal", "mask", "bootstrap"),
 }
 
+# Fields of a generation that transformers and vLLM's server both know.
+_OF_BOTH = frozenset(("length_penalty", "min_p", "repetition_penalty", "temperature", "top_k", "top_p"))
+
 
 def check_types(args: TBRMOptions) -> Iterator[str]:
     """Refuse values of another type than their options have. A recipe may hold anything, and its parser lets it pass.
@@ -106,7 +109,14 @@ def check_generation(args: TBRMOptions) -> Iterator[str]:
             f"`generation_kwargs` with {', '.join(returned)} is refused: each prompt of a window gets one completion. "
             "Use `num_generations` for several, and leave these out."
         )
-    if not args.use_vllm and (unknown := [name for name in given if not hasattr(GenerationConfig(), name)]):
+    if args.publishes_policy:
+        if foreign := [name for name in given if hasattr(GenerationConfig(), name) and name not in _OF_BOTH]:
+            yield (
+                f"`generation_kwargs` with {', '.join(foreign)} is refused: rollouts are drawn by a server, which does "
+                "not know transformers' names and would ignore them. Give its own (vLLM: `min_tokens` for "
+                "`min_new_tokens`), or leave them out."
+            )
+    elif not args.use_vllm and (unknown := [name for name in given if not hasattr(GenerationConfig(), name)]):
         yield (
             f"`generation_kwargs` with {', '.join(unknown)} is refused: transformers' GenerationConfig has no such "
             "field, and would ignore it. Correct the name, or leave it out."
@@ -455,6 +465,8 @@ def check_following(args: TBRMOptions) -> Iterator[str]:
             "`rollouts='async'` needs `async_server`, the address of the server that rollouts are drawn from, such as "
             "http://localhost:8000. docs/asynchronous.md says how it is started."
         )
+    if args.async_server is not None and (problem := problem_of_address(args.async_server)):
+        yield f"`async_server={args.async_server!r}` {problem}"
     if args.rollouts == "async" and args.use_vllm:
         yield (
             "`rollouts='async'` with `use_vllm=True` is refused: the actor asks the server of `async_server`, and TRL "
@@ -475,6 +487,11 @@ def check_following(args: TBRMOptions) -> Iterator[str]:
             f"`follow_timeout={args.follow_timeout}` is not below `ddp_timeout={args.ddp_timeout}`: the other "
             "processes would give up waiting before it is reached. Raise ddp_timeout, or lower follow_timeout."
         )
+
+
+def problem_of_address(url: str) -> str | None:
+    """What is wrong with the address of a server; None if nothing is."""
+    return None if url.startswith(("http://", "https://")) else f"must begin with http:// or https://, not {url!r}."
 
 
 def drawn_ahead(args: TBRMOptions) -> str | None:

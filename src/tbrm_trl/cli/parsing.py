@@ -4,9 +4,10 @@ import argparse
 import difflib
 import os
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, NoReturn
 
 import yaml
@@ -22,8 +23,8 @@ class Refused(Exception):
 
 
 def leave(prog: str, refused: Refused) -> NoReturn:
-    """End with what was wrong, said by one process."""
-    if os.environ.get("RANK", "0") == "0":
+    """End with what was wrong, said by one process of each machine: a file may be missing on one of them."""
+    if os.environ.get("LOCAL_RANK", "0") == "0":
         for problem in refused.problems:
             print(f"{prog}: {problem}", file=sys.stderr)
     sys.exit(2)
@@ -79,13 +80,15 @@ class Words:
     launcher: list[str] = field(default_factory=list)
 
 
-def sorted_words(parser: Parser, arguments: Sequence[str], launcher: Sequence[str] = ()) -> Words:
+def sorted_words(
+    parser: Parser, arguments: Sequence[str], launcher: Mapping[str, bool] = MappingProxyType({})
+) -> Words:
     """Say of each word who reads it. Raises `Refused` with all that is wrong with them.
 
     Args:
         parser: of the command.
         arguments: the command's.
-        launcher: options that are accelerate's.
+        launcher: options that are accelerate's, each with whether it is a switch.
     """
     if "-h" in arguments or "--help" in arguments:
         parser.print_help()
@@ -104,7 +107,7 @@ def sorted_words(parser: Parser, arguments: Sequence[str], launcher: Sequence[st
             given.add(parser.options[name].dest)
             problems += _check_values(name, parser.options[name], option.split("=", 1)[1:] + values)
         elif name in launcher:
-            words.launcher += whole
+            problems += _add_for_launcher(words, name, option.split("=", 1)[1:] + values, launcher[name])
         elif name.startswith("-"):
             problems.append(f"there is no option {name}.{_meant(name, names)}")
         else:
@@ -130,8 +133,20 @@ def _by_option(arguments: Sequence[str]) -> list[tuple[str, list[str]]]:
     return found
 
 
+def _add_for_launcher(words: Words, name: str, values: Sequence[str], is_switch: bool) -> list[str]:
+    """Add an option of the launcher, whose switches take no word: one that is false is left out."""
+    if not is_switch:
+        words.launcher += [name, *values]
+        return []
+    said = " ".join(values).lower()
+    if said not in ("", "true", "false"):
+        return [f"{name} takes true or false, not {' '.join(values)!r}."]
+    words.launcher += [name] if said != "false" else []
+    return []
+
+
 def _check_config(
-    parser: Parser, values: list[str], launcher: Sequence[str], words: Words, given: set[str]
+    parser: Parser, values: list[str], launcher: Mapping[str, bool], words: Words, given: set[str]
 ) -> list[str]:
     """What is wrong with a YAML file. Its fields that are the launcher's become words of it."""
     if len(values) != 1:
@@ -152,7 +167,7 @@ def _check_config(
             texts = [one for one in (value if isinstance(value, list) else [value]) if isinstance(one, str)]
             problems += _check_values(f"{path}: {name}", parser.fields[name], texts, whole=False)
         elif f"--{name}" in launcher:
-            words.launcher += [f"--{name}", str(value)]
+            problems += _add_for_launcher(words, f"--{name}", [str(value)], launcher[f"--{name}"])
         elif name != "env":
             problems.append(f"{path}: there is no field {name}.{_meant(str(name), parser.fields)}")
     return problems

@@ -11,6 +11,7 @@ multi_gpu, zero1, zero2, zero3, fsdp2).
 """
 
 import os
+import subprocess
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -39,6 +40,7 @@ from tbrm_trl.evaluation.callback import EvaluationCallback  # noqa: E402
 from tbrm_trl.evaluation.run import Settings  # noqa: E402
 from tbrm_trl.evaluation.sampling import Sampling  # noqa: E402
 from tbrm_trl.files import ROW_FILES, rows_of_file, rows_of_hub  # noqa: E402
+from tbrm_trl.processes import see_one_gpu  # noqa: E402
 from tbrm_trl.rewards import NAMES, find_column, read_golds  # noqa: E402
 from tbrm_trl.rewards import load as load_rewards  # noqa: E402
 from tbrm_trl.sources.logged import logged_rows, rewarded_rows  # noqa: E402
@@ -205,11 +207,12 @@ def run(data: DataArguments, config: TBRMConfig, model: ModelConfig) -> None:
         # Workers know the row that raised, so that row alone is passed over.
         passed_over = config.reward_on_error != "raise"
         of_rows: dict[str, Any] = dict(raises=False, failed=config.reward_of_failure) if passed_over else {}
-        rewards, _ = load_rewards(data.reward_funcs, time_limit=data.reward_time_limit, **of_rows)
+        rewards, weights = load_rewards(data.reward_funcs, time_limit=data.reward_time_limit, **of_rows)
+        config.reward_weights = config.reward_weights or weights
         callbacks = evaluations(data, config)
         dataset = load(data)
         # A log without answers has its rewards already.
-        answered = "solution" in dataset.column_names or data.reward_funcs != ["math"]
+        answered = "solution" in dataset.column_names or list(data.reward_funcs) != ["math"]
         trainer = (DryRun if data.dry_run else TBRMTrainer)(
             model=model.model_name_or_path,
             reward_funcs=rewards if answered else None,
@@ -260,21 +263,23 @@ def main(arguments: list[str] | None = None) -> None:
     try:
         reader = parser()
         words = sorted_words(reader, given, launcher_options())
-        launched = LAUNCHED in os.environ or "LOCAL_RANK" in os.environ
+        launched = any(name in os.environ for name in (LAUNCHED, "LOCAL_RANK", "ACCELERATE_MIXED_PRECISION"))
         if not launched and (words.launcher or torch.cuda.device_count() > 1):
             launch(words)
         else:
+            see_one_gpu()
             run(*reader.parse(words))
     except Refused as refused:
         leave(PROG, refused)
 
 
-def launcher_options() -> list[str]:
-    """What `accelerate launch` takes, and `--accelerate_config`."""
+def launcher_options() -> dict[str, bool]:
+    """What `accelerate launch` takes, and `--accelerate_config`; of each, whether it is a switch."""
     from accelerate.commands.launch import launch_command_parser
 
-    options = {option for action in launch_command_parser()._actions for option in action.option_strings}
-    return [*sorted(options - {"-h", "--help"}), "--accelerate_config"]
+    actions = [action for action in launch_command_parser()._actions if action.dest != "help"]
+    options = {option: action.nargs == 0 for action in actions for option in action.option_strings}
+    return {**dict(sorted(options.items())), "--accelerate_config": False}
 
 
 def launch(words: Words) -> None:
@@ -290,6 +295,8 @@ def launch(words: Words) -> None:
         raise Refused([f"accelerate: {error}"]) from error
     except ChildFailedError as error:  # the process has said why
         sys.exit(error.get_first_failure()[1].exitcode)
+    except subprocess.CalledProcessError as error:  # of a launch of one process
+        sys.exit(error.returncode)
 
 
 if __name__ == "__main__":

@@ -60,12 +60,9 @@ class Version:
     likeliest: Mapping[int, Mapping[int, float]] = field(default_factory=dict)
 
 
-def read_latest(folder: Path) -> Version | None:
-    """The version that is served now; None before the first."""
-    try:
-        said = json.loads((folder / LATEST).read_text())
-    except FileNotFoundError:
-        return None
+def read_latest(folder: Path) -> Version:
+    """The version that is served now. Raises FileNotFoundError before the first."""
+    said = json.loads((folder / LATEST).read_text())
     after = {int(n): {int(token): one for token, one in of.items()} for n, of in said.get("likeliest", {}).items()}
     return Version(said["version"], said["step"], said["adapter"], tuple(said["probe_ids"]), after)
 

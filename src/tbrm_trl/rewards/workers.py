@@ -21,6 +21,8 @@ from multiprocessing.connection import Pipe, wait
 from pathlib import Path
 from typing import Any
 
+import dill
+
 from .worker_process import DONE, FAILED, STARTED, VALUES
 
 ROWS_AT_ONCE = 2048  # rows that a worker is given in one message, at most
@@ -40,8 +42,8 @@ class InWorkers:
     It can be called from several threads at once: they share the workers, each has one at least or waits for one.
 
     The function is called with one completion at a time, and with the columns that are lists with a value for each
-    completion. It must be importable: at the top level of a module, or of the script that is run. It gets `log_extra`
-    and `log_metric` as from TRL, but no `trainer_state`.
+    completion. It must be importable, at the top level of a module or of the script that is run, or stand in a
+    notebook. It gets `log_extra` and `log_metric` as from TRL, but no `trainer_state`.
 
     `counts` has the rows that were `late`, that `crashed` their worker and that `raised`; their shares are logged as
     metrics.
@@ -186,14 +188,17 @@ class InWorkers:
 
     def _new_worker(self) -> "_Worker":
         module = getattr(self.function, "__module__", None) or type(self.function).__module__
+        main = getattr(sys.modules["__main__"], "__file__", None) if module == "__main__" else None
         try:
-            function = pickle.dumps(self.function)
+            if module == "__main__" and not _is_in_script(self.function):
+                function, main = dill.dumps(self.function, recurse=True), None
+            else:
+                function = pickle.dumps(self.function)
         except (pickle.PicklingError, AttributeError, TypeError) as error:
             raise TypeError(
                 f"{self.__name__} cannot be sent to a worker ({error}). Define it at the top level of a module, or "
                 "pass it to the trainer without workers."
             ) from None
-        main = getattr(sys.modules["__main__"], "__file__", None) if module == "__main__" else None
         ours = module.startswith(__package__ or "tbrm_trl.rewards")
         return _Worker(
             dict(
@@ -205,6 +210,12 @@ class InWorkers:
                 raises=self.raises,
             )
         )
+
+
+def _is_in_script(function: Any) -> bool:
+    """Whether a worker that runs the script finds the function there. It does not for a notebook, or in an actor."""
+    main, named = sys.modules["__main__"], function if hasattr(function, "__qualname__") else type(function)
+    return hasattr(main, "__file__") and getattr(main, named.__qualname__, None) is named
 
 
 class _Batch:

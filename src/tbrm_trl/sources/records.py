@@ -126,6 +126,7 @@ class RecordFolder:
         needs_steps: whether each row must say when its policy was made, as a replay buffer needs it.
         timeout: seconds after which waiting for a window is given up.
         watch: called while it waits; it may raise, when it knows that nothing will come.
+        last_words: what is known of the writer, for errors.
         say: takes a line for the terminal.
     """
 
@@ -138,11 +139,12 @@ class RecordFolder:
         needs_steps: bool = False,
         timeout: float = math.inf,
         watch: Callable[[], None] = lambda: None,
+        last_words: Callable[[], str] = str,
         say: Callable[[str], None] = print,
     ):
         self.folder, self.columns_of, self.functions = folder, columns_of, list(functions)
         self.group_size, self.needs_steps, self.timeout = group_size, needs_steps, timeout
-        self.watch, self.say = watch, say
+        self.watch, self.last_words, self.say = watch, last_words, say
         self._rows: dict[str, int] = {}  # by file, of those that are not taken
         self.restore({})
 
@@ -156,7 +158,15 @@ class RecordFolder:
         """Go on from what `state` returned; from nothing, begin with the first file."""
         self._next: dict[str, int] = dict(state.get("next", {}))  # by writer, number of the file that is read next
         self._open: list[Any] | None = state.get("open")  # writer of the file that is taken in part, and how many rows
-        self._functions: list[str] | None = state.get("functions")  # what the first file named
+        # What the first file named. In a resumed run the learner's functions may be others, and then the files' are.
+        self._functions: list[str] | None = None if self.functions else state.get("functions")
+
+    def untaken(self) -> list[Path]:
+        """The files of which no row is taken."""
+        begun = self._open[0] if self._open is not None else None
+        cursor = {writer: number + (writer == begun) for writer, number in self._next.items()}
+        named = ((file, *record_name(file)) for file in record_files(self.folder))
+        return [file for file, writer, number in named if number >= cursor.get(writer, 0)]
 
     # ---- waiting
 
@@ -179,11 +189,12 @@ class RecordFolder:
                 raise TimeoutError(
                     f"Waited {waited:.0f} s for rollouts (`follow_timeout`): {self._missing(found, rows)} Does the "
                     "writer still run, and does it write there? Start it again, or raise follow_timeout; the run goes "
-                    "on from its last checkpoint."
+                    f"on from its last checkpoint.{self.last_words()}"
                 )
             if time.monotonic() - said > _SAY:
                 said = time.monotonic()
-                self.say(f"Waiting for rollouts since {waited:.0f} s: {self._missing(found, rows)}")
+                missing = self._missing(found, rows)
+                self.say(f"Waiting for rollouts since {waited:.0f} s: {missing}{self.last_words()}")
             time.sleep(_POLL)
 
         following, opened, parts, left = dict(self._next), None, [], rows

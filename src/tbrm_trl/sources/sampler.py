@@ -149,10 +149,12 @@ class WindowSampler(Sampler[int]):
 
     def _prompts_of(self, epoch: int) -> np.ndarray:
         """The prompts of an epoch in order, each as often as it is drawn. The last two that were asked for are kept."""
-        if epoch not in self._prompts:
+        prompts = self._prompts.get(epoch)
+        if prompts is None:
             order = self._order(self.prompts, epoch) if self.mix.rollouts else self.prompts
-            self._prompts = {**dict(list(self._prompts.items())[-1:]), epoch: order.repeat(self.generations)}
-        return self._prompts[epoch]
+            prompts = order.repeat(self.generations)
+            self._prompts = {**dict(list(self._prompts.items())[-1:]), epoch: prompts}  # threads may be reading it
+        return prompts
 
     def _order(self, rows: np.ndarray, number: int) -> np.ndarray:
         """The order of the pass with this number: the same draws as TRL's sampler makes one after the other."""
