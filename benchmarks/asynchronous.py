@@ -15,7 +15,6 @@ the run that draws for itself has its rows rewarded, or begun, one after the oth
 Every finished measurement is kept in docs/benchmarks/asynchronous.json, and is not made again.
 """
 
-import http.server
 import importlib
 import os
 import shutil
@@ -24,7 +23,6 @@ import statistics
 import subprocess
 import sys
 import tempfile
-import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -35,6 +33,7 @@ from urllib.request import urlopen
 
 from common import tasks, tiny
 from common.launch import ROOT, SEARCHED, free_port
+from common.loopback import Answering, Loopback
 from common.measure import QUIET, quiet, set_up
 from common.policy_server import PolicyServer
 from common.report import DOCS, Store, listed, parse, processor, table, versions, wrapped, write
@@ -111,24 +110,12 @@ def answers(port: int) -> bool:
         return False
 
 
-class Verdicts:
-    """Reward functions' other side: an HTTP server that takes its time for each row."""
+class Verdict(Answering):
+    """The other side of a reward function, which takes its time for each row."""
 
-    def __init__(self) -> None:
-        class Handler(http.server.BaseHTTPRequestHandler):
-            def do_GET(self) -> None:
-                time.sleep(SLOW)
-                self.send_response(200)
-                self.send_header("Content-Length", "3")
-                self.end_headers()
-                self.wfile.write(b"0.5")
-
-            def log_message(self, *args: Any) -> None:
-                pass
-
-        self.server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-        threading.Thread(target=self.server.serve_forever, daemon=True).start()
-        self.url = f"http://127.0.0.1:{self.server.server_port}"
+    def do_GET(self) -> None:
+        time.sleep(SLOW)
+        self.answer(b"0.5")
 
 
 # ---- runs ------------------------------------------------------------------------------------------------------------
@@ -270,7 +257,7 @@ def main() -> None:
     texts = [f"{i} and {j}:" for i in range(16) for j in range(16)]
     data = Dataset.from_list([{"prompt": [{"role": "user", "content": text}]} for text in texts])
     rows, windows, serve = (4, WARM_UP + 4, loopback) if quick else (16, WARM_UP + 12, vllm)
-    verdicts = Verdicts()
+    verdicts = Loopback(Verdict)
     for name, (tokens, kind) in COMPARED.items():
         if name in store:
             continue

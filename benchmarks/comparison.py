@@ -191,10 +191,8 @@ class Comparison:
         """`(M,)` accuracies at equally many rollouts for every method."""
         return np.array([point[2] for point in self.runs[str(run)]["points"]])
 
-    def area(self, runs: Sequence[Run]) -> float | None:
-        """Mean area under the curves, as a mean accuracy over the rollouts; None if a run is missing."""
-        if any(str(run) not in self.runs for run in runs):
-            return None
+    def area(self, runs: Sequence[Run]) -> float:
+        """Mean area under the curves, as a mean accuracy over the rollouts. Raises KeyError while a run is missing."""
         return statistics.mean(area(self.curve(run)) for run in runs)
 
     def candidates(self, method: str, knob: str, rates: Sequence[float]) -> dict[tuple[str, float], list[Run]]:
@@ -206,9 +204,7 @@ class Comparison:
     def best(self, of: dict[tuple[str, float], list[Run]]) -> tuple[str, float]:
         """The candidate of the largest area. Raises KeyError while a run is missing."""
         areas = {choice: self.area(runs) for choice, runs in of.items()}
-        if None in areas.values():
-            raise KeyError("a run is missing")
-        return max(areas, key=lambda choice: areas[choice] or 0.0)
+        return max(areas, key=areas.__getitem__)
 
     def rates(self, method: str, count: int = 0) -> list[float]:
         """The learning rates of a method: widened until the best is inside, then up to `count` of them."""
@@ -355,8 +351,8 @@ def selection(comparison: Comparison) -> str:
     areas: dict[str, set[tuple[str, float, float]]] = {method: set() for method in METHODS}
     for run in made:
         of_seeds = [replace(run, seed=seed) for seed in comparison.setting.selection_seeds]
-        if run in of_seeds and (found := comparison.area(of_seeds)) is not None:
-            areas[run.method].add((run.knob, run.rate, found))
+        if run in of_seeds and all(str(one) in comparison.runs for one in of_seeds):
+            areas[run.method].add((run.knob, run.rate, comparison.area(of_seeds)))
     rows = [
         [method, "; ".join(f"{knob}, {rate:g}: {found:.3f}" for knob, rate, found in sorted(of))]
         for method, of in areas.items()

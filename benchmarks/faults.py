@@ -8,6 +8,7 @@ has the kind, by TRL's GRPOTrainer. A run survives a fault if, started once more
 of a run that nothing disturbed: weights, optimizer, schedule, random states.
 """
 
+import itertools
 import os
 import random
 import shutil
@@ -20,6 +21,7 @@ from typing import Any
 
 import torch
 from common import fault_runs
+from common.launch import import_once
 from common.report import Store, bullets, listed, parse, processor, table, versions, wrapped, write
 from common.tiny import save
 
@@ -184,25 +186,15 @@ def cell(outcomes: Counter, good: tuple[str, ...]) -> str:
 
 
 def page(runs: dict[str, Any], facts: str) -> str:
-    def count(*parts: str) -> Counter:
-        return Counter(one["outcome"] for name, one in runs.items() if name.startswith("/".join(parts) + "/"))
+    def count(begin: str, end: str = "") -> Counter:
+        return Counter(one["outcome"] for name, one in runs.items() if name.startswith(begin) and name.endswith(end))
 
     kills = [
-        [kind, signum.name, *(cell(count("kill", method, kind, signum.name), ("exact",)) for method in METHODS)]
+        [kind, signum.name, *(cell(count(f"kill/{one}/{kind}/{signum.name}/"), ("exact",)) for one in METHODS)]
         for signum in SIGNALS
         for kind in fault_runs.KINDS
     ]
-    files = []
-    for how in FAULTS:
-        counts = []
-        for method in METHODS:
-            outcomes = Counter(
-                one["outcome"]
-                for name, one in runs.items()
-                if name.startswith(f"file/{method}/") and name.endswith(f"/{how}")
-            )
-            counts.append(cell(outcomes, ("found",)))
-        files.append([how, *counts])
+    files = [[how, *(cell(count(f"file/{one}/", f"/{how}"), ("found",)) for one in METHODS)] for how in FAULTS]
     lost = sorted(
         f"`{name}`: {one['outcome']}"
         for name, one in runs.items()
@@ -269,21 +261,18 @@ def main() -> None:
         kinds, kills, damaged = ["fresh"], 1, []
     facts = f"{processor()}; {listed(versions('tbrm-trl', 'trl', 'transformers', 'torch'))}"
     store = Store(arguments.output / "faults.json", facts=facts)
-    fault_runs.import_once()
+    import_once("common.fault_runs")
     with tempfile.TemporaryDirectory() as root:
         bench = Bench(Path(root), store, time.monotonic() + 60 * arguments.minutes)
         if not arguments.quick:
             bench.speed()
-        for number in range(kills):  # a stop leaves equally many of every kind
-            for kind in kinds:
-                for signum in SIGNALS:
-                    for method in METHODS:
-                        if has(method, kind):
-                            bench.kill(method, kind, signum, number)
-        for kind in damaged:
-            for method in METHODS:
-                if has(method, kind):
-                    bench.damaged(method, kind)
+        # A stop leaves equally many of every kind.
+        for number, kind, signum, method in itertools.product(range(kills), kinds, SIGNALS, METHODS):
+            if has(method, kind):
+                bench.kill(method, kind, signum, number)
+        for kind, method in itertools.product(damaged, METHODS):
+            if has(method, kind):
+                bench.damaged(method, kind)
     differing = [name for name, one in store.items() if name.startswith("twice/") and one["outcome"] != "exact"]
     assert not differing, f"Undisturbed runs differ, so the comparison says nothing: {differing}"
     write(arguments.output, "faults", page(store, facts))

@@ -19,7 +19,7 @@ import numpy as np
 import psutil
 from common.measure import QUIET, quiet, set_up
 from common.report import listed, parse, plt, processor, table, versions, write
-from common.tiny import save
+from common.tiny import letters, save
 from datasets import Dataset
 from transformers import TrainerCallback
 
@@ -27,10 +27,6 @@ from tbrm_trl import TBRMConfig, TBRMTrainer
 
 UPDATES, EVERY = 5000, 25
 PROMPTS = [f"{a}+{b}=" for a in range(10) for b in range(10)]
-
-
-def letters(completions: list[str], **kwargs: Any) -> list[float]:
-    return [sum(map(str.islower, text)) / 8 for text in completions]
 
 
 @dataclass

@@ -27,7 +27,7 @@ import torch
 from common import tasks, tiny
 from common.measure import quiet, set_up
 from common.report import Store, parse, table, wrapped, write
-from common.turns import Process, Turns, interval, interval_of_totals, take_turns
+from common.turns import Process, Turns, interval, take_turns
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoModelForCausalLM, DynamicCache, LogitsProcessor
@@ -99,15 +99,8 @@ def measure(work: step.Work, methods: dict[str, int], updates: int) -> dict[str,
         )
         for name, ahead in methods.items()
     }
-    try:
-        for process in processes.values():
-            for _ in range(WARMED_UP):
-                process.update()
-        operations = {name: process.update("count")["counts"] for name, process in processes.items()}
-        return {"seconds": take_turns(processes, updates), "operations": operations}
-    finally:
-        for process in processes.values():
-            process.end()
+    seconds, operations = take_turns(processes, WARMED_UP, updates)
+    return {"seconds": seconds, "operations": operations}
 
 
 # ---- the least that a step with a pool takes -------------------------------------------------------------------------
@@ -159,7 +152,7 @@ def report(runs: dict[str, Any], environment: dict[str, Any], works: dict[str, s
             if name == step.PEER:
                 continue
             # A step with a pool decodes more than its window or less, so that only sums are comparable.
-            ratio, low, high = (interval if kind == "equal" else interval_of_totals)(took, peer)
+            ratio, low, high = interval(took, peer, totals=kind != "equal")
             limit = ASKED[kind, name]
             bound = high if kind == "equal" else ratio
             rows.append(
@@ -182,9 +175,8 @@ def report(runs: dict[str, Any], environment: dict[str, Any], works: dict[str, s
         operations of matrix products in one step, as a multiple of {step.PEER}'s."""
     steps, read = runs["decoding"]["steps"], runs["decoding"]["read"]
     least = floor(tail, runs["long_tail"]["seconds"], runs["decoding"])
-    reached = interval_of_totals(
-        runs["long_tail"]["seconds"]["TBRM with a pool"], runs["long_tail"]["seconds"][step.PEER]
-    )
+    seconds = runs["long_tail"]["seconds"]
+    reached = interval(seconds["TBRM with a pool"], seconds[step.PEER], totals=True)
     of_floor = f"""The least that a step with a pool can take on the long tail here is **{least:.3f}** of
         {step.PEER}'s: the step without one, if the same tokens came from decode steps of all {len(tail.lengths)} rows,
         and what goes on under a new policy were read again. The pool's is {reached[0] - least:+.3f} from it. A decode

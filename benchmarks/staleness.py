@@ -36,7 +36,6 @@ from common.report import (
     area,
     band,
     listed,
-    mean_and_error,
     parse,
     plt,
     processor,
@@ -222,14 +221,7 @@ def differences(runs: Runs, method: str, lag: int) -> str:
         for run in runs.of(method, lag)
         if run["seed"] in without
     ]
-    if not pairs:
-        return ""
-    mean, error = mean_and_error(pairs)
-    return f"{mean:+.3f}" if math.isnan(error) else f"{mean:+.3f} ± {error:.3f}"
-
-
-def shown(values: Sequence[float]) -> str:
-    return show(values) if values else ""
+    return show(pairs, "+")
 
 
 def section(runs: Runs) -> str:
@@ -239,7 +231,7 @@ def section(runs: Runs) -> str:
         ("Mean accuracy along the curve", lambda run: area(np.array(run["points"])[:, 1])),
     ):
         rows = [
-            [method, *(shown(list(map(number, runs.of(method, lag)))) for lag in setting.lags)]
+            [method, *(show(list(map(number, runs.of(method, lag)))) for lag in setting.lags)]
             for method in setting.methods
         ]
         parts.append(f"{title}:\n\n{table(['', *(f'lag {lag}' for lag in setting.lags)], rows)}")

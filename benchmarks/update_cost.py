@@ -82,15 +82,7 @@ def measure(before: Path, pairs: int) -> dict[str, Any]:
             )
             for name, source in (("before", before), ("now", ROOT))
         }
-        try:
-            for version in versions_.values():
-                for _ in range(WARMED_UP):
-                    version.update()
-            operations = {name: version.update("count")["counts"] for name, version in versions_.items()}
-            seconds = take_turns(versions_, pairs)
-        finally:
-            for version in versions_.values():
-                version.end()
+        seconds, operations = take_turns(versions_, WARMED_UP, pairs)
     return {"ms": {name: [1000 * one for one in took] for name, took in seconds.items()}, "operations": operations}
 
 

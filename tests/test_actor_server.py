@@ -5,16 +5,15 @@ The server draws no text. The tokens of a completion are the steps of the weight
 
 from __future__ import annotations
 
-import json
 import socket
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
 import pytest
+from common.loopback import Answering, Loopback
 
 from tbrm_trl.actor.server import Drawn, Server, ServerError
 from tbrm_trl.model.publisher import Version
@@ -23,27 +22,17 @@ BASE = 99  # the step of the weights that the server is started with
 SOON = 0.3  # seconds in which what must not happen would have happened
 
 
-class WeightsServer(ThreadingHTTPServer):
+class WeightsServer(Loopback):
     """What vLLM answers, with a number for weights."""
 
-    daemon_threads = True
-
     def __init__(self) -> None:
-        super().__init__(("127.0.0.1", 0), Handler)
         self.weights, self.loaded, self.drawn_with, self.probes = BASE, list[str](), list[int](), 0
         self.during: Callable[[int], int] = lambda seed: 200  # called in the middle of a completion, gives its status
         self.on_load: Callable[[str], int] = lambda name: 200
         self.restarts_after_look = False
         self.models_status, self.reasons, self.told = 200, list[str](), {}  # of completions: how they end, what is said
         self.connections: list[socket.socket] = []
-        threading.Thread(target=self.serve_forever, args=(0.02,), daemon=True).start()
-
-    @property
-    def url(self) -> str:
-        return f"http://127.0.0.1:{self.server_port}"
-
-    def handle_error(self, *args: Any) -> None:
-        pass
+        super().__init__(Handler)
 
     def drop(self) -> None:
         """Close the connections, as a server does with those that are not used for some seconds."""
@@ -55,7 +44,7 @@ class WeightsServer(ThreadingHTTPServer):
         self.weights = BASE
         self.drop()
 
-    def answer(self, path: str, asked: dict[str, Any]) -> tuple[int, Any]:
+    def reply(self, path: str, asked: dict[str, Any]) -> tuple[int, Any]:
         if path == "/collective_rpc":
             name = Path(asked["kwargs"]["weights_path"]).name
             self.weights = int(name.split("-")[1])
@@ -77,36 +66,23 @@ class WeightsServer(ThreadingHTTPServer):
         return status, {"choices": [{**said, "finish_reason": reason, **self.told}]}
 
 
-class Handler(BaseHTTPRequestHandler):
+class Handler(Answering):
     server: WeightsServer
-    protocol_version = "HTTP/1.1"
-    disable_nagle_algorithm = True  # headers and body are written one after the other
 
     def setup(self) -> None:
         super().setup()
         self.server.connections.append(self.connection)
 
-    def log_message(self, *args: Any) -> None:
-        pass
-
     def do_GET(self) -> None:
         restarts, self.server.restarts_after_look = self.server.restarts_after_look, False
         if restarts:
             self.server.weights = BASE
-        self._say(self.server.models_status, {"data": [{"id": "base"}]}, closes=restarts)
+        closes = {"Connection": "close"} if restarts else {}
+        self.answer({"data": [{"id": "base"}]}, self.server.models_status, **closes)
 
     def do_POST(self) -> None:
-        asked = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-        self._say(*self.server.answer(self.path, asked))
-
-    def _say(self, status: int, body: Any, closes: bool = False) -> None:
-        data = json.dumps(body).encode()
-        self.send_response(status)
-        self.send_header("Content-Length", str(len(data)))
-        if closes:
-            self.send_header("Connection", "close")
-        self.end_headers()
-        self.wfile.write(data)
+        status, body = self.server.reply(self.path, self.asked())
+        self.answer(body, status)
 
 
 class Client:
@@ -129,8 +105,7 @@ class Client:
 def served() -> Iterator[WeightsServer]:
     server = WeightsServer()
     yield server
-    server.shutdown()
-    server.server_close()
+    server.close()
 
 
 def test_a_request_that_is_lost_loads_no_weights_under_others(served, tmp_path):

@@ -18,10 +18,10 @@ from typing import Any
 
 import pytest
 import torch
+from common.launch import PROCESSES, ROOT, import_once
 from datasets import Dataset, load_from_disk
-from helpers.launch import ROOT
 from helpers.resume import LOGGED, build
-from helpers.resume_processes import PROCESSES, differing, import_once, printed, train
+from helpers.resume_processes import differing, printed, train
 from helpers.runs import config
 
 from tbrm_trl import TBRMConfig, load_rollouts, processes
@@ -278,7 +278,7 @@ def hold(folder: str, started: str, fork: bool = False) -> None:
 def test_a_second_run_in_a_folder_is_told_who_holds_it(fork, qwen2, tmp_path):
     """The lock goes with the process that holds it, though a forked child of it lives on."""
     folder, started = tmp_path / "out", tmp_path / "started"
-    import_once()
+    import_once("helpers.resume")
     holder = PROCESSES.Process(target=hold, args=(str(folder), str(started), fork))
     holder.start()
     while not started.exists():

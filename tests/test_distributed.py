@@ -15,13 +15,12 @@ import pytest
 import torch
 import yaml
 from accelerate.utils import DeepSpeedPlugin, gather_object
-from common.launch import LAUNCH_FILES, allow_fsdp_on_cpu
+from common.launch import LAUNCH_FILES, ROOT, allow_fsdp_on_cpu, flat, launch
 from common.tiny import save, save_value_model
 from helpers.examples import HOW, after, command_of
 from helpers.first_letter import prompts, save_start, trainer_of, words_of
-from helpers.launch import ROOT, launch
 from helpers.oracle import distance
-from helpers.resume import build, flat, outcome
+from helpers.resume import build, outcome
 from helpers.runs import before_each_update
 from helpers.runs import build as build_run
 from helpers.scripted import script, scripted_trainer

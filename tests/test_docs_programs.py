@@ -13,9 +13,9 @@ from pathlib import Path
 
 import pytest
 import yaml
+from common.launch import ROOT
 from common.tiny import save
 from datasets import Dataset
-from helpers.launch import ROOT
 from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM
 

@@ -16,13 +16,12 @@ import pytest
 import torch
 from accelerate import Accelerator
 from accelerate.utils import gather_object
-from common.launch import allow_fsdp_on_cpu
+from common.launch import allow_fsdp_on_cpu, flat, launch
 from common.tiny import save_value_model
 from datasets import Dataset
-from helpers.launch import launch
 from helpers.oracle import TOLERANCE, distance, steps
 from helpers.resume import build as build_resumable
-from helpers.resume import flat, outcome
+from helpers.resume import outcome
 from helpers.runs import DATA, TOKENIZER, build, config, log, one_update
 from torch import nn
 from transformers import AutoTokenizer, TrainerCallback

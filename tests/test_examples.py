@@ -18,9 +18,9 @@ import nbformat
 import pytest
 import torch
 import yaml
+from common.launch import ROOT, run
 from common.tiny import save
 from helpers.examples import RECIPES, SETUPS, after, command_of, logged_updates, processes_of, run_line, small
-from helpers.launch import ROOT, run
 from nbclient import NotebookClient
 from peft import PeftModel
 from safetensors.torch import load_file

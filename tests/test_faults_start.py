@@ -10,11 +10,10 @@ from contextlib import nullcontext
 import pandas
 import pytest
 import torch
-from common.launch import allow_fsdp_on_cpu
+from common.launch import allow_fsdp_on_cpu, launch
 from common.tiny import model, perturb, save, tokenizer
 from datasets import Dataset
 from helpers import runs
-from helpers.launch import launch
 from peft import IA3Config, LoHaConfig, LoraConfig, OFTConfig, PeftModel, get_peft_model
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, TrainerCallback

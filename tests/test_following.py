@@ -18,8 +18,8 @@ from typing import Any
 import pyarrow.parquet as pq
 import pytest
 import torch
+from common.launch import ROOT
 from datasets import Dataset
-from helpers.launch import ROOT
 from helpers.resume_processes import printed, start
 from helpers.runs import DATA, PROMPTS, build, config, digits, kept_returns, letters, logged
 from helpers.writers import made_rows, number_of, write_record, write_slowly

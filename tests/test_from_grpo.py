@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 import yaml
+from common.launch import ROOT
 from common.tiny import save
-from helpers.launch import ROOT
 
 MODEL, DATA = "Qwen/Qwen2-0.5B-Instruct", "trl-lib/DeepMath-103K"
 

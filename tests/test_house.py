@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from helpers.launch import ROOT
+from common.launch import ROOT
 
 from tbrm_trl.loss.soft_value.run import Run
 

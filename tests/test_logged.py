@@ -10,9 +10,9 @@ from pathlib import Path
 import pytest
 import torch
 from accelerate import Accelerator
+from common.launch import launch
 from common.tiny import VOCABULARY, perturb, save
 from datasets import Dataset
-from helpers.launch import launch
 from helpers.oracle import TOLERANCE, distance, plain, solve
 from helpers.runs import CHATS, DATA, TOKENIZER, build, completion, differ, kept_returns, letters, logged, prompt, train
 from transformers import AutoTokenizer

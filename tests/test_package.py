@@ -11,9 +11,9 @@ import zipfile
 from pathlib import Path
 
 import pytest
+from common.launch import ROOT
 from common.tiny import save
 from helpers.examples import sums
-from helpers.launch import ROOT
 
 import tbrm_trl
 

@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 import yaml
+from common.launch import ROOT
 from helpers.hub_server import TOKEN, HubServer
-from helpers.launch import ROOT
 from helpers.runs import DATA, build, config
 from huggingface_hub import ModelCard
 from transformers.training_args import OptimizerNames

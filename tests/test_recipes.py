@@ -10,10 +10,10 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from common.launch import run
 from common.tiny import ARCHITECTURES, save
 from datasets import Dataset
 from helpers.examples import RECIPES, after, command_of, sums
-from helpers.launch import run
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 from trl import get_peft_config
 

@@ -8,9 +8,8 @@ from typing import Any
 import pytest
 import torch
 from accelerate.utils import gather_object
-from common.launch import allow_fsdp_on_cpu, free_port
+from common.launch import allow_fsdp_on_cpu, free_port, launch
 from common.tiny import perturb, save
-from helpers.launch import launch
 from helpers.oracle import TOLERANCE, plain, solve
 from helpers.runs import before_each_update
 from helpers.scripted import script, scripted_trainer

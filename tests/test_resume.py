@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from helpers.launch import launch
+from common.launch import launch
 from helpers.resume import CASES, OPTIONS, PROMPTS, build
 from helpers.resume_processes import differing, printed, train
 

@@ -27,11 +27,10 @@ import pyarrow.parquet as pq
 import pytest
 import requests
 import torch
-from common.launch import allow_fsdp_on_cpu, free_port
+from common.launch import ROOT, SEARCHED, allow_fsdp_on_cpu, free_port, launch, run
 from common.tiny import save
 from datasets import Dataset
 from helpers.examples import HOW, SETUPS, logged_updates, run_line, sums
-from helpers.launch import ROOT, SEARCHED, launch, run
 from helpers.vllm_on_cpu import in_trainer, install
 from peft import LoraConfig, PeftModel
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, GenerationConfig, PreTrainedModel

@@ -1,15 +1,12 @@
 """Tiny runs of TBRM and of TRL's GRPO, in processes that are killed from outside; and how they ended."""
 
-import gc
 import hashlib
 import json
-import multiprocessing
 import os
 import random
 import signal
 import time
 from collections.abc import Callable
-from multiprocessing import forkserver
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +19,8 @@ from transformers import TrainerCallback
 from transformers.trainer_utils import get_last_checkpoint
 from trl import GRPOConfig, GRPOTrainer
 
-from common.launch import SEARCHED, free_port
+from common.launch import PROCESSES, become, flat, free_port
+from common.tiny import letters
 from tbrm_trl import TBRMConfig, TBRMTrainer
 
 PROMPTS = [{"prompt": word} for word in ("1+1=", "Say: ab", "c", "What is it? ", "longer than the others", "x y", "0:")]
@@ -47,11 +45,6 @@ KINDS: dict[str, dict[str, Any]] = {
     "pool, two processes": dict(rollout_pool=8, max_completion_length=16, per_device_train_batch_size=1),
 }
 OF_GRPO = ("fresh", "LoRA", "two processes")
-PROCESSES = multiprocessing.get_context("forkserver")
-
-
-def letters(completions: list[str], **kwargs: Any) -> list[float]:
-    return [sum(map(str.islower, text)) / 8 for text in completions]
 
 
 class Begin(TrainerCallback):
@@ -82,42 +75,20 @@ def build(method: str, kind: str, model: str, folder: Path, **changes: Any) -> A
     return trainer
 
 
-def digest_of(value: Any, digest: Any) -> None:
-    if isinstance(value, dict):
-        for name in value:
-            digest.update(str(name).encode())
-            digest_of(value[name], digest)
-    elif isinstance(value, (list, tuple)):
-        for one in value:
-            digest_of(one, digest)
-    elif isinstance(value, (torch.Tensor, np.ndarray)):
-        digest.update(np.asarray(value).tobytes())
-    else:
-        digest.update(repr(value).encode())
-
-
 def end_of(trainer: Any) -> str:
     """Digest of weights, optimizer, schedule and random states."""
-    digest = hashlib.sha256()
     model = trainer.accelerator.unwrap_model(trainer.model)
-    for value in (model.state_dict(), trainer.optimizer.state_dict(), trainer.lr_scheduler.state_dict()):
-        digest_of(value, digest)
-    digest_of([torch.get_rng_state(), random.getstate(), np.random.get_state()], digest)
-    return digest.hexdigest()
+    made = [
+        model.state_dict(), trainer.optimizer.state_dict(), trainer.lr_scheduler.state_dict(),
+        torch.get_rng_state(), random.getstate(), np.random.get_state(),
+    ]  # fmt: skip
+    return hashlib.sha256(repr(list(flat(made))).encode()).hexdigest()
 
 
 def child(job: dict[str, Any], process: int, processes: int, port: int) -> None:
     """One process of a run. It leaves how the run ended, if it got there."""
     method, kind, folder = job["method"], job["kind"], Path(job["folder"])
-    descriptor = os.open(folder / f"log-{process}", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
-    os.dup2(descriptor, 1)
-    os.dup2(descriptor, 2)
-    if processes > 1:
-        os.environ |= {
-            "RANK": str(process), "LOCAL_RANK": str(process), "WORLD_SIZE": str(processes),
-            "LOCAL_WORLD_SIZE": str(processes), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port),
-        }  # fmt: skip
-    gc.freeze()
+    become(folder / f"log-{process}", process, processes, port)
     trainer = build(method, kind, job["model"], folder, **job["changes"])
     if method == "TBRM":
         trainer.train(resume_from_checkpoint="auto")
@@ -127,13 +98,6 @@ def child(job: dict[str, Any], process: int, processes: int, port: int) -> None:
     if trainer.state.global_step == UPDATES:
         (folder / f"end-{process}.json").write_text(json.dumps(end_of(trainer)))
     PartialState().destroy_process_group()
-
-
-def import_once() -> None:
-    """Have processes forked from one that has imported everything."""
-    os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [SEARCHED, os.environ.get("PYTHONPATH")]))
-    PROCESSES.set_forkserver_preload(["common.fault_runs"])
-    forkserver.ensure_running()
 
 
 def run(

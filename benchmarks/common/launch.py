@@ -3,20 +3,25 @@
 python -m common.launch MODULE:FUNCTION ARGUMENTS FOLDER    # in each process, under a launcher: what `launch` runs
 """
 
+import gc
 import json
+import multiprocessing
 import os
 import signal
 import socket
 import subprocess
 import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from importlib import import_module
+from multiprocessing import forkserver
 from pathlib import Path
 from typing import Any, NoReturn
+from unittest import mock
 
+import numpy as np
 import torch
 import yaml
 from accelerate.state import AcceleratorState, PartialState
@@ -25,6 +30,7 @@ from accelerate.utils import DistributedType
 ROOT = Path(__file__).resolve().parents[2]
 LAUNCH_FILES = ROOT / "examples/accelerate"
 SEARCHED = os.pathsep.join(str(ROOT / folder) for folder in ("tests", "benchmarks"))  # for the functions to be launched
+PROCESSES = multiprocessing.get_context("forkserver")
 
 
 def free_port() -> int:
@@ -51,6 +57,41 @@ def allow_fsdp_on_cpu() -> None:
             self.distributed_type = PartialState._shared_state["distributed_type"] = DistributedType.FSDP
 
     AcceleratorState.__init__ = init_with_fsdp
+
+
+def import_once(module: str) -> None:
+    """Have the processes of `PROCESSES` forked from one that has imported a module. Nothing happens if it is there."""
+    searched = os.pathsep.join(filter(None, [SEARCHED, os.environ.get("PYTHONPATH")]))
+    with mock.patch.dict(os.environ, PYTHONPATH=searched):
+        PROCESSES.set_forkserver_preload([module])
+        forkserver.ensure_running()
+
+
+def become(log: str | Path, process: int, processes: int, port: int) -> None:
+    """In a process that was forked: print into a file, and be one of a group."""
+    descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    os.dup2(descriptor, 1)
+    os.dup2(descriptor, 2)
+    if processes > 1:
+        os.environ |= {
+            "RANK": str(process), "LOCAL_RANK": str(process), "WORLD_SIZE": str(processes),
+            "LOCAL_WORLD_SIZE": str(processes), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port),
+        }  # fmt: skip
+    gc.freeze()  # what was imported: the Trainer collects garbage when it starts
+
+
+def flat(value: Any, path: str = "") -> Iterator[tuple[str, Any]]:
+    """Every value in it by its place, as something that is equal only if all bits are."""
+    if isinstance(value, dict):
+        for name, inner in value.items():
+            yield from flat(inner, f"{path}/{name}")
+    elif isinstance(value, (list, tuple)):
+        for index, inner in enumerate(value):
+            yield from flat(inner, f"{path}/{index}")
+    elif isinstance(value, (torch.Tensor, np.ndarray)):
+        yield path, (value.dtype, value.shape, np.asarray(value).tobytes())
+    else:
+        yield path, repr(value)
 
 
 def run(command: Sequence[str | Path], timeout: float = 600, **environment: str) -> str:

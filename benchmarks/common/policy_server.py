@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-import json
 import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
 import torch
 from peft import PeftModel
 from transformers import AutoModelForCausalLM
+
+from common.loopback import Answering, Loopback
 
 
 @dataclass
@@ -52,19 +52,11 @@ class PolicyServer:
         self._is_up = True
         self._policy: Any = AutoModelForCausalLM.from_pretrained(self.model, dtype=torch.float32).eval()
         self._names: set[str] = set()
-        owner = self
-
-        class Handler(_Handler):
-            server_policy = owner
-
-        self._server = _Quiet(("127.0.0.1", self.port), Handler)
-        self._server.daemon_threads = True
+        self._server = Loopback(_Handler, self, self.port)
         self.port = self._server.server_port
-        threading.Thread(target=self._server.serve_forever, args=(0.02,), daemon=True).start()
 
     def stop(self) -> None:
-        self._server.shutdown()
-        self._server.server_close()
+        self._server.close()
         with self._lock:  # what a request is loading; transformers loads one model at a time
             self._is_up = False
 
@@ -150,26 +142,12 @@ class PolicyServer:
             return self._policy(torch.tensor([ids])).logits[0].float()  # (T, V)
 
 
-class _Quiet(ThreadingHTTPServer):
-    """Says nothing of clients that were killed."""
-
-    def handle_error(self, *args: Any) -> None:
-        pass
-
-
-class _Handler(BaseHTTPRequestHandler):
-    server_policy: PolicyServer
-    protocol_version = "HTTP/1.1"
-
-    def log_message(self, *args: Any) -> None:
-        pass
-
+class _Handler(Answering):
     def do_GET(self) -> None:
-        self._answer(200, {"data": [{"id": self.server_policy.model}]})
+        self.answer({"data": [{"id": self.server.owner.model}]})
 
     def do_POST(self) -> None:
-        asked = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-        policy = self.server_policy
+        policy = self.server.owner
         work = {
             "/v1/completions": policy.complete,
             "/v1/load_lora_adapter": policy.load,
@@ -177,11 +155,5 @@ class _Handler(BaseHTTPRequestHandler):
             "/collective_rpc": policy.reload,
             "/reset_prefix_cache": lambda asked: (200, {"success": True}),
         }[self.path]
-        self._answer(*work(asked))
-
-    def _answer(self, status: int, body: Any) -> None:
-        data = json.dumps(body).encode()
-        self.send_response(status)
-        self.send_header("Content-Length", str(len(data)))
-        self.end_headers()
-        self.wfile.write(data)
+        status, body = work(self.asked())
+        self.answer(body, status)

@@ -132,9 +132,12 @@ def mean_and_error(values: Sequence[float]) -> tuple[float, float]:
     return statistics.mean(values), error
 
 
-def show(values: Sequence[float]) -> str:
+def show(values: Sequence[float], sign: str = "") -> str:
+    """The mean and its standard error; nothing for no values. A sign of "+" shows that of the mean in any case."""
+    if not values:
+        return ""
     mean, error = mean_and_error(values)
-    return f"{mean:.3f}" if math.isnan(error) else f"{mean:.3f} ± {error:.3f}"
+    return f"{mean:{sign}.3f}" if math.isnan(error) else f"{mean:{sign}.3f} ± {error:.3f}"
 
 
 def interval(differences: Sequence[float]) -> str:

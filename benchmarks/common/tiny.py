@@ -2,6 +2,7 @@
 
 import string
 from pathlib import Path
+from typing import Any
 
 import torch
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
@@ -106,3 +107,9 @@ def perturb(module: torch.nn.Module, scale: float = 0.05, seed: int = 1) -> None
     generator = torch.Generator().manual_seed(seed)
     for parameter in module.parameters():
         parameter.add_(scale * torch.randn(parameter.shape, generator=generator).to(parameter))
+
+
+def letters(completions: list[Any], **kwargs: Any) -> list[float]:
+    """A reward that differs between rollouts: the share of lower-case letters."""
+    texts = [c if isinstance(c, str) else c[0]["content"] for c in completions]
+    return [sum(map(str.islower, text)) / 8 for text in texts]

@@ -72,32 +72,34 @@ class Process:
         self.process.wait()
 
 
-def take_turns(processes: Mapping[str, Process], updates: int, seed: int = 0) -> dict[str, list[float]]:
-    """Seconds of each update of each process; who goes first changes at random."""
-    rng, seconds = random.Random(seed), {name: list[float]() for name in processes}
-    for number in range(updates):
-        for name in rng.sample(list(processes), len(processes)):
-            seconds[name].append(processes[name].update()["seconds"])
-        last = ", ".join(f"{name} {took[-1]:.3g} s" for name, took in seconds.items())
-        print(f"{number + 1} of {updates}: {last}", file=sys.stderr)
-    return seconds
+def take_turns(
+    processes: Mapping[str, Process], warm_up: int, updates: int
+) -> tuple[dict[str, list[float]], dict[str, Any]]:
+    """Seconds of each update of each process, who goes first changing at random; and what one counts. They end then."""
+    rng, seconds = random.Random(0), {name: list[float]() for name in processes}
+    try:
+        for process in processes.values():
+            for _ in range(warm_up):
+                process.update()
+        counts = {name: process.update("count")["counts"] for name, process in processes.items()}
+        for number in range(updates):
+            for name in rng.sample(list(processes), len(processes)):
+                seconds[name].append(processes[name].update()["seconds"])
+            last = ", ".join(f"{name} {took[-1]:.3g} s" for name, took in seconds.items())
+            print(f"{number + 1} of {updates}: {last}", file=sys.stderr)
+        return seconds, counts
+    finally:
+        for process in processes.values():
+            process.end()
 
 
-def interval(mine: Sequence[float], theirs: Sequence[float]) -> tuple[float, float, float]:
-    """Median of the ratios of pairs, and the 95% interval of it over resampled pairs."""
-    ratios = np.array(mine) / np.array(theirs)
-    return _interval(float(np.median(ratios)), np.median(ratios[_resampled(len(ratios))], axis=1))
+def interval(mine: Sequence[float], theirs: Sequence[float], totals: bool = False) -> tuple[float, float, float]:
+    """Median of the ratios of pairs, or the ratio of the sums, and the 95% interval of it over resampled pairs."""
+    ours, others = np.array(mine), np.array(theirs)
+    places = np.random.default_rng(0).integers(len(ours), size=(10_000, len(ours)))
 
+    def ratio(a: np.ndarray, b: np.ndarray) -> Any:
+        return a.sum(axis=-1) / b.sum(axis=-1) if totals else np.median(a / b, axis=-1)
 
-def interval_of_totals(mine: Sequence[float], theirs: Sequence[float]) -> tuple[float, float, float]:
-    """Ratio of the sums over pairs, and the 95% interval of it over resampled pairs."""
-    ours, others, places = np.array(mine), np.array(theirs), _resampled(len(mine))
-    return _interval(float(ours.sum() / others.sum()), ours[places].sum(axis=1) / others[places].sum(axis=1))
-
-
-def _resampled(pairs: int) -> np.ndarray:
-    return np.random.default_rng(0).integers(pairs, size=(10_000, pairs))
-
-
-def _interval(value: float, resampled: np.ndarray) -> tuple[float, float, float]:
-    return value, float(np.quantile(resampled, 0.025)), float(np.quantile(resampled, 0.975))
+    low, high = np.quantile(ratio(ours[places], others[places]), [0.025, 0.975])
+    return float(ratio(ours, others)), float(low), float(high)

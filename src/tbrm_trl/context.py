@@ -7,15 +7,18 @@ from typing import Any
 
 @contextmanager
 def temporarily(target: Any, **attributes: Any) -> Iterator[None]:
-    """Give `target` other values of some attributes inside the block."""
-    before = {name: getattr(target, name) for name in attributes}
+    """Give `target` other values of some attributes inside the block: its own, not those of its class."""
+    own = {name: vars(target)[name] for name in attributes if name in vars(target)}
     try:
         for name, value in attributes.items():
             setattr(target, name, value)
         yield
     finally:
-        for name, value in before.items():
-            setattr(target, name, value)
+        for name in attributes:
+            if name in own:
+                setattr(target, name, own[name])
+            else:
+                delattr(target, name)
 
 
 @contextmanager
@@ -27,17 +30,3 @@ def in_evaluation(module: Any) -> Iterator[None]:
         yield
     finally:
         module.train(was_training)
-
-
-@contextmanager
-def replaced(target: Any, name: str, method: Any) -> Iterator[None]:
-    """Give one object, and not its class, another method inside the block."""
-    own = vars(target).get(name)
-    setattr(target, name, method)
-    try:
-        yield
-    finally:
-        if own is None:
-            delattr(target, name)
-        else:
-            setattr(target, name, own)

@@ -16,7 +16,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from enum import Enum
 from pathlib import Path
-from types import BuiltinFunctionType, CodeType, FunctionType, MethodType, ModuleType
+from types import BuiltinFunctionType, CellType, CodeType, FunctionType, MethodType, ModuleType
 from typing import Any
 
 import numpy as np
@@ -309,7 +309,7 @@ def _describe_function(function: FunctionType, seen: dict[int, Any]) -> Any:
     names = f"{function.__module__}.{function.__qualname__}"
     if len(seen) > 1 and _is_installed(function.__code__.co_filename):
         return names
-    cells = [cell.cell_contents for cell in function.__closure__ or () if _is_filled(cell)]
+    cells = [cell.cell_contents for cell in function.__closure__ or () if cell != CellType()]  # not the empty ones
     named = _names_in(function.__code__)
     return {
         "source": _text_of(function.__code__),
@@ -360,14 +360,6 @@ def _text_of(code: CodeType) -> str:
     except (TypeError, OSError):  # typed in by hand: the code itself, without the addresses of functions in it
         constants = [_text_of(part) if isinstance(part, CodeType) else repr(part) for part in code.co_consts]
         return f"{code.co_code.hex()} {code.co_names} {constants}"
-
-
-def _is_filled(cell: Any) -> bool:
-    try:
-        cell.cell_contents  # noqa: B018
-    except ValueError:  # a variable that is not assigned yet
-        return False
-    return True
 
 
 def _is_installed(file: str) -> bool:

@@ -98,7 +98,7 @@ from .checks.model import (
 from .checks.rewards import check_reward_arguments
 from .completions_table import CompletionsTable
 from .config import TBRMConfig
-from .context import replaced, temporarily
+from .context import temporarily
 from .files import dataset_digest, require_writable, source_of
 from .loss.finite import voided_unless
 from .loss.metrics import (
@@ -452,7 +452,7 @@ class TBRMTrainer(ExactResume, GRPOTrainer):
                 say_base(write_base(folder, policy, self.processing_class))
 
         made = partial(ServedAdapter, publish=publish, folder=folder, before=write)
-        return replaced(grpo_trainer, "VLLMGeneration", made)
+        return temporarily(grpo_trainer, VLLMGeneration=made)
 
     def _make_publisher(self) -> Publisher:
         args = self.args
@@ -958,7 +958,7 @@ class TBRMTrainer(ExactResume, GRPOTrainer):
         loop = partial(sample, synced_gpus=synced)
         if self._drawn is not None:
             loop = partial(self._draw_from_pool, prompt_ids, synced)
-        with replaced(policy, "generate", partial(policy.generate, custom_generate=loop)):
+        with temporarily(policy, generate=partial(policy.generate, custom_generate=loop)):
             return super()._generate_single_turn(*given)
 
     def _draw_from_pool(

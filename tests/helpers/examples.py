@@ -6,10 +6,8 @@ import shlex
 from pathlib import Path
 
 import yaml
-from common.launch import free_port
+from common.launch import ROOT, free_port, run
 from common.tiny import save
-
-from helpers.launch import ROOT, run
 
 RECIPES, SETUPS = ROOT / "examples/recipes", ROOT / "examples/setups"
 # Of each file: strategy, ZeRO stage, and the share of weights and of optimizer that one of two processes holds.

@@ -4,13 +4,13 @@ import base64
 import hashlib
 import json
 import re
-import threading
 from dataclasses import dataclass, field
 from functools import partial
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import PurePosixPath
 from typing import Any
 from urllib.parse import parse_qs, unquote
+
+from common.loopback import Answering, Loopback
 
 TOKEN = "hf_of_the_test"
 LARGE = 10_000_000  # bytes from which on a file goes by LFS, as text files on the real hub
@@ -46,7 +46,7 @@ class Repo:
         return hashlib.sha1(str(len(self.commits)).encode()).hexdigest()
 
 
-class HubServer:
+class HubServer(Loopback):
     """Serves until it is closed. `drop_uploads` is how many uploads of large files it will cut off in the middle."""
 
     def __init__(self) -> None:
@@ -54,38 +54,11 @@ class HubServer:
         self.blobs: dict[str, bytes] = {}
         self.requests: list[str] = []
         self.drop_uploads = 0
-        hub = self
-
-        class Handler(_Handler):
-            server_hub = hub
-
-        self._server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-        self.url = f"http://127.0.0.1:{self._server.server_port}"
-        threading.Thread(target=self._server.serve_forever, daemon=True).start()
-
-    def close(self) -> None:
-        self._server.shutdown()
-        self._server.server_close()
+        super().__init__(_Handler)
 
 
-class _Handler(BaseHTTPRequestHandler):
-    server_hub: HubServer
-    protocol_version = "HTTP/1.1"
-
-    def log_message(self, *args: Any) -> None:
-        pass
-
-    def answer(self, body: Any = b"", status: int = 200, **headers: str) -> None:
-        data = body if isinstance(body, bytes) else json.dumps(body).encode()
-        self.send_response(status)
-        self.send_header("Content-Length", str(len(data)))
-        if not isinstance(body, bytes):
-            self.send_header("Content-Type", "application/json")
-        for name, value in headers.items():
-            self.send_header(name.replace("_", "-"), value)
-        self.end_headers()
-        if self.command != "HEAD":
-            self.wfile.write(data)
+class _Handler(Answering):
+    server: HubServer
 
     def body(self) -> bytes:
         if self.headers.get("Transfer-Encoding") == "chunked":
@@ -98,7 +71,7 @@ class _Handler(BaseHTTPRequestHandler):
         return self.rfile.read(int(self.headers.get("Content-Length", 0)))
 
     def serve(self) -> None:
-        hub, path = self.server_hub, self.path.split("?")[0]
+        hub, path = self.server, self.path.split("?")[0]
         hub.requests.append(f"{self.command} {path}")
         if path.startswith("/lfs/"):
             return self.large_file(path.removeprefix("/lfs/"))
@@ -125,7 +98,7 @@ class _Handler(BaseHTTPRequestHandler):
     do_GET = do_HEAD = do_POST = do_PUT = serve
 
     def create(self, asked: dict[str, Any]) -> None:
-        hub, kind = self.server_hub, "dataset/" if asked.get("type") == "dataset" else ""
+        hub, kind = self.server, "dataset/" if asked.get("type") == "dataset" else ""
         name = f"{asked.get('organization') or 'me'}/{asked['name']}"
         url = f"{hub.url}/{'datasets/' if kind else ''}{name}"
         exists = kind + name in hub.repos
@@ -135,7 +108,7 @@ class _Handler(BaseHTTPRequestHandler):
         self.answer({"url": url, "name": name, "id": name}, 409 if exists else 200)
 
     def of_repo(self, repo: Repo, kind: str, name: str, rest: str, sent: bytes) -> None:
-        hub, (action, *_) = self.server_hub, rest.split("/")
+        hub, (action, *_) = self.server, rest.split("/")
         if action == "preupload":
             asked = json.loads(sent)
             ignored = [line for line in asked.get("gitIgnore", "").splitlines() if line.strip()]
@@ -181,9 +154,9 @@ class _Handler(BaseHTTPRequestHandler):
         for line in lines:
             value = line["value"]
             if line["key"] == "lfsFile":
-                if value["oid"] not in self.server_hub.blobs:
+                if value["oid"] not in self.server.blobs:
                     return self.answer({"error": f"{value['path']} was not uploaded"}, 400)
-                made[value["path"]] = self.server_hub.blobs[value["oid"]]
+                made[value["path"]] = self.server.blobs[value["oid"]]
                 repo.lfs.add(value["path"])
             elif line["key"] == "file":
                 made[value["path"]] = base64.b64decode(value["content"])
@@ -191,7 +164,7 @@ class _Handler(BaseHTTPRequestHandler):
                 repo.commits.append(value["summary"])
         repo.files |= made
         self.answer(
-            {"success": True, "commitOid": repo.sha, "commitUrl": f"{self.server_hub.url}/{name}/commit/{repo.sha}"}
+            {"success": True, "commitOid": repo.sha, "commitUrl": f"{self.server.url}/{name}/commit/{repo.sha}"}
         )
 
     def resolve(self, repo: Repo, path: str) -> None:
@@ -202,7 +175,7 @@ class _Handler(BaseHTTPRequestHandler):
         self.answer(data, ETag=f'"{digest}"', X_Repo_Commit=repo.sha, Accept_Ranges="bytes")
 
     def large_file(self, oid: str) -> None:
-        hub = self.server_hub
+        hub = self.server
         if hub.drop_uploads:
             hub.drop_uploads -= 1
             self.rfile.read(1000)

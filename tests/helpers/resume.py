@@ -1,25 +1,23 @@
 """Training runs in processes of their own, which may kill themselves at a named point; and what they made."""
 
-import gc
 import os
 import random
 import shutil
 import signal
 import tempfile
 import time
-from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from common.launch import become, end_process
 from datasets import Dataset
 from peft import LoraConfig
 from transformers import TrainerCallback
 
 import tbrm_trl.resume.exact_resume
-from helpers.launch import end_process
 from helpers.runs import digits
 from helpers.scripted import QUIET
 from helpers.writers import made_rows, write_slowly
@@ -191,20 +189,6 @@ def outcome(trainer: TBRMTrainer) -> dict[str, Any]:
     }
 
 
-def flat(value: Any, path: str = "") -> Iterator[tuple[str, Any]]:
-    """Every value in it, as something that is equal only if all bits are."""
-    if isinstance(value, dict):
-        for name, inner in value.items():
-            yield from flat(inner, f"{path}/{name}")
-    elif isinstance(value, (list, tuple)):
-        for index, inner in enumerate(value):
-            yield from flat(inner, f"{path}/{index}")
-    elif isinstance(value, (torch.Tensor, np.ndarray)):
-        yield path, (value.dtype, value.shape, np.asarray(value).tobytes())
-    else:
-        yield path, repr(value)
-
-
 def run(
     case: str,
     model: str,
@@ -214,8 +198,6 @@ def run(
     interrupt: bool = False,
     signum: int = signal.SIGKILL,
     then_sleep: float = 0,
-    process: int | None = None,
-    port: int | None = None,
     **changes: Any,
 ) -> None:
     """One training run, from the start or from the last complete checkpoint.
@@ -229,15 +211,8 @@ def run(
         signum: the signal of the kill.
         then_sleep: seconds that the update takes longer after it.
         interrupt: leave `train` in the middle, and call it again.
-        process: its number among two, None where it is alone or a launcher has said so.
-        port: of the first of two processes.
         changes: to the settings.
     """
-    if process is not None:
-        os.environ |= {
-            "RANK": str(process), "LOCAL_RANK": str(process), "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2",
-            "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port),
-        }  # fmt: skip
     out = Path(output_dir)
     trainer = build(case, model, out, **changes)
     if kill is not None:
@@ -251,12 +226,9 @@ def run(
     torch.save(outcome(trainer), out.parent / f"outcome-{trainer.accelerator.process_index}.pt")
 
 
-def child(log: str, **job: Any) -> None:
-    """`run`, with what it prints in a file."""
-    descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
-    os.dup2(descriptor, 1)
-    os.dup2(descriptor, 2)
-    gc.freeze()  # what was imported: the Trainer collects garbage when it starts
+def child(log: str, process: int, processes: int, port: int, **job: Any) -> None:
+    """`run` in a process that was forked, with what it prints in a file."""
+    become(log, process, processes, port)
     run(**job)
     end_process()
 

@@ -2,28 +2,13 @@
 
 from __future__ import annotations
 
-import multiprocessing
-import os
-from multiprocessing import forkserver
 from pathlib import Path
 from typing import Any
 
-import pytest
 import torch
-from common.launch import free_port
+from common.launch import PROCESSES, flat, free_port, import_once
 
-from helpers.launch import SEARCHED
-from helpers.resume import child, flat
-
-PROCESSES = multiprocessing.get_context("forkserver")
-
-
-def import_once() -> None:
-    """Start the process that is forked. Nothing happens if it is there."""
-    with pytest.MonkeyPatch.context() as environment:
-        environment.setenv("PYTHONPATH", os.pathsep.join(filter(None, [SEARCHED, os.environ.get("PYTHONPATH")])))
-        PROCESSES.set_forkserver_preload(["helpers.resume"])
-        forkserver.ensure_running()
+from helpers.resume import child
 
 
 def processes_of(case: str) -> int:
@@ -39,13 +24,13 @@ def start(folder: Path, case: str, model: str, kill: tuple | None = None, **opti
             target=child,
             kwargs=dict(
                 log=str(folder / f"log-{process}"), case=case, model=model, output_dir=str(folder / "out"),
-                kill=kill[:2] if kill and process == killed else None, process=process if number > 1 else None,
-                port=port, **options,
+                kill=kill[:2] if kill and process == killed else None, process=process, processes=number, port=port,
+                **options,
             ),
         )
         for process in range(number)
     ]  # fmt: skip
-    import_once()
+    import_once("helpers.resume")
     for process in processes:
         process.start()
     return processes

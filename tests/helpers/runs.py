@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from common.tiny import perturb, tokenizer
+from common.tiny import letters, perturb, tokenizer
 from datasets import Dataset
 from transformers import AutoModelForCausalLM, TrainerCallback
 
@@ -25,12 +25,6 @@ TOKENIZER = tokenizer()
 
 def config(**options: Any) -> TBRMConfig:
     return TBRMConfig(**{"output_dir": "unused", "bf16": False, "use_cpu": True, "report_to": "none", **options})
-
-
-def letters(completions, **kwargs) -> list[float]:
-    """A reward that differs between rollouts: the share of lower-case letters."""
-    texts = [c if isinstance(c, str) else c[0]["content"] for c in completions]
-    return [sum(map(str.islower, text)) / 8 for text in texts]
 
 
 def digits(completions, **kwargs) -> list[float | None]:

@@ -10,7 +10,7 @@ from typing import Any
 import dill
 import torch
 
-from ..context import replaced
+from ..context import temporarily
 from ..files import appearing
 from ..sources.bounds import Bounds
 from ..sources.logged import columns_for_rewards
@@ -120,7 +120,7 @@ class Plan:
             )
         with file.open("rb") as opened:
             sys.path += [one for one in dill.load(opened) if one not in sys.path]
-            with replaced(torch.storage, "_load_from_bytes", _load_on_cpu):  # the actor has no GPU
+            with temporarily(torch.storage, _load_from_bytes=_load_on_cpu):  # the actor has no GPU
                 return dill.load(opened)
 
 

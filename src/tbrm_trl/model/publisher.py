@@ -30,7 +30,7 @@ from transformers import PreTrainedTokenizerBase, TrainerCallback
 
 from ..files import appearing_folder, write_json
 from ..processes import failing_together
-from .reference import gathering
+from .reference import digest_of, gathering
 
 logger = get_logger(__name__)
 
@@ -246,8 +246,4 @@ def _save_adapter(policy: Any, tensors: dict[str, Tensor], folder: Path) -> None
 
 
 def _digest(tensors: Mapping[str, Tensor]) -> str:
-    digest = xxhash.xxh3_64()
-    for name, tensor in tensors.items():
-        digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
-        digest.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
-    return digest.hexdigest()
+    return digest_of(tensors.items(), xxhash.xxh3_64())

@@ -2,7 +2,7 @@
 
 import copy
 import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
@@ -27,6 +27,14 @@ ADAPTER = "ref"  # TRL's name for it
 _OF_AN_ADAPTERS_ORIGIN = frozenset(
     ("task_type", "auto_mapping", "peft_version", "base_model_name_or_path", "revision", "inference_mode")
 )
+
+
+def digest_of(tensors: Iterable[tuple[str, Tensor]], digest: Any) -> str:
+    """What an xxhash digest is of tensors with their names, shapes and types."""
+    for name, tensor in tensors:
+        digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
+        digest.update(tensor.reshape(-1).view(torch.uint8).cpu().numpy().data)
+    return digest.hexdigest()
 
 
 class Reference:
@@ -115,14 +123,10 @@ class Reference:
             policy = self._unwrapped(self.policy())
             others = [f".{name}." for name in policy.peft_config if name != ADAPTER]
             weights = [(n, p) for n, p in policy.named_parameters() if not any(o in f"{n}." for o in others)]
-        digest = xxhash.xxh3_128()
-        for name, parameter in weights:
-            # A ZeRO-3 parameter is fingerprinted by this process's partition, without gathering it.
-            local = getattr(parameter, "ds_tensor", _local_shard(parameter)).detach().contiguous()
-            digest.update(f"{name} {tuple(local.shape)} {local.dtype}".encode())
-            digest.update(local.reshape(-1).view(torch.uint8).cpu().numpy().data)
+        # A ZeRO-3 parameter is fingerprinted by this process's partition, without gathering it.
+        local = ((n, getattr(p, "ds_tensor", _local_shard(p)).detach().contiguous()) for n, p in weights)
         # Processes that each hold a whole copy agree. Processes that hold shards make up one key together.
-        parts = sorted(set(gather_object([digest.hexdigest()])))
+        parts = sorted(set(gather_object([digest_of(local, xxhash.xxh3_128())])))
         self.key = xxhash.xxh3_128_hexdigest(json.dumps([parts, self.settings], sort_keys=True).encode())
         self.weights = xxhash.xxh3_128_hexdigest(json.dumps(parts).encode())
 

@@ -7,7 +7,7 @@ from typing import Any
 from trl.generation.vllm_client import VLLMClient
 from trl.generation.vllm_generation import VLLMGeneration
 
-from ..context import replaced
+from ..context import temporarily
 from .publisher import Version
 
 
@@ -36,7 +36,7 @@ class ServedAdapter(VLLMGeneration):
     def _init_vllm(self) -> None:
         if self.accelerator.is_main_process:
             self.before(self.model)
-        with replaced(VLLMClient, "init_communicator", lambda client, device: None):
+        with temporarily(VLLMClient, init_communicator=lambda client, device: None):
             super()._init_vllm()
 
     def sync_weights(self) -> None:
