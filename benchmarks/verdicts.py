@@ -8,9 +8,7 @@ itself (right: 1), against the next row's gold and against itself with one digit
 the forms that a model would write instead (right: 1). The tables of pairs in tests/data are judged too.
 """
 
-import argparse
 import ast
-import importlib.metadata
 import json
 import multiprocessing
 import platform
@@ -19,16 +17,16 @@ import re
 import statistics
 import subprocess
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any
 
+from common.report import ROOT, listed, parse, table, versions, wrapped, write
 from trl.rewards import accuracy_reward
 
 from tbrm_trl.rewards import InWorkers, correct
 
-ROOT = Path(__file__).resolve().parent.parent
 BEFORE = "f8ecbad"  # the last commit whose examples/train.py has its own reading of answers
 PACKAGES = ("math-verify", "latex2sympy2-extended", "sympy", "trl")
 TABLES = {"open": "verdicts.jsonl", "hidden": "verdicts_hidden.jsonl", "third": "verdicts_third.jsonl"}
@@ -135,8 +133,8 @@ def pairs_of(golds: list[Any]) -> dict[str, list[tuple[Any, str, float]]]:
             asked["next"].append((gold, boxed(other), 0.0))
         if (digit := changed_digit(text)) is not None:
             asked["digit"].append((gold, boxed(digit), 0.0))
-        for form, write in FORMS.items():
-            if (written := write(text, row)) is not None:
+        for form, rewritten in FORMS.items():
+            if (written := rewritten(text, row)) is not None:
                 completion = f"Adding these up.\n\nThe answer is {written}." if form == "no box" else boxed(written)
                 asked["forms"].append((gold, completion, 1.0))
     return asked
@@ -256,13 +254,13 @@ def on_tables(score_by: dict[str, InWorkers]) -> dict[str, Any]:
     """Right verdicts on the pairs that a person calls clear, by table and by kind; the verdicts now on the others."""
     found: dict[str, Any] = {}
     unclear = []
-    for table, file in TABLES.items():
+    for named, file in TABLES.items():
         everything = [json.loads(line) for line in (ROOT / "tests/data" / file).open()]
         rows = [row for row in everything if row["clear"]]
         pairs = [(r["gold"], r["completion"], None if r["verdict"] == "unreadable" else r["verdict"]) for r in rows]
         right = {judge: judged(score, pairs) for judge, score in score_by.items()}
-        for kind in [*dict.fromkeys(row["kind"] for row in rows), f"all of {table}"]:
-            at = [i for i, row in enumerate(rows) if kind in (row["kind"], f"all of {table}")]
+        for kind in [*dict.fromkeys(row["kind"] for row in rows), f"all of {named}"]:
+            at = [i for i, row in enumerate(rows) if kind in (row["kind"], f"all of {named}")]
             into = found.setdefault(kind, {"pairs": 0, **dict.fromkeys(score_by, 0)})
             into["pairs"] += len(at)
             for judge in score_by:
@@ -272,7 +270,7 @@ def on_tables(score_by: dict[str, InWorkers]) -> dict[str, Any]:
         unclear += [
             [r["kind"], str(r["gold"]), r["completion"], one, r["note"]] for r, one in zip(others, given, strict=True)
         ]
-        print(table, found.get(f"all of {table}"), flush=True)
+        print(named, found.get(f"all of {named}"), flush=True)
     return {"tables": found, "unclear": unclear}
 
 
@@ -355,7 +353,7 @@ def measure(golds_of: dict[str, list[Any]], workers: int, only: str | None, resu
             for count in (1, workers)
         }
         print(results["throughput"], flush=True)
-    results["versions"] = {name: importlib.metadata.version(name) for name in PACKAGES}
+    results["versions"] = versions(*PACKAGES)
 
 
 # --- the page ---
@@ -366,12 +364,13 @@ ASKED = {
 }  # fmt: skip
 
 
-def table(head: str, rows: list[list[Any]]) -> list[str]:
-    shown = [
-        ["–" if cell is None else f"{cell:.2f}" if isinstance(cell, float) else str(cell) for cell in row]
-        for row in rows
-    ]
-    return ["", f"| {head} |", "|---" * (head.count("|") + 1) + "|", *(f"| {' | '.join(row)} |" for row in shown)]
+def shown(head: str, rows: Iterable[Sequence[Any]]) -> str:
+    """A table, with numbers to two digits."""
+
+    def cell(value: Any) -> str:
+        return "–" if value is None else f"{value:.2f}" if isinstance(value, float) else str(value)
+
+    return table(head.split(" | "), [list(map(cell, row)) for row in rows])
 
 
 def code(text: str) -> str:
@@ -380,96 +379,81 @@ def code(text: str) -> str:
     return f"`{text if len(text) <= 60 else '… ' + text[-58:]}`"
 
 
-def write(results: dict[str, Any], folder: Path) -> None:
-    (folder / "verdicts.json").write_text(json.dumps(results, indent=1, ensure_ascii=False) + "\n")
-    versions = ", ".join(f"{name} {version}" for name, version in results["versions"].items())
-    lines = [
-        "# Verdicts on the golds of eight benchmarks",
-        "",
-        "Written by `python benchmarks/verdicts.py <folder of answers>`. "
-        f"{platform.machine()}; {versions}. Raw numbers: [verdicts.json](verdicts.json).",
-        "",
-        "Percent of right verdicts. *now*: `tbrm_trl.rewards.correct`; *before*: `correct(verifiable(gold))` of "
-        f"`examples/train.py` at {BEFORE}; *TRL*: its `accuracy_reward` on the gold as it stands. A verdict of None "
-        f"counts as wrong. The last three columns are of the same pairs, at most {MOST} drawn at random.",
-    ]
+def page(results: dict[str, Any]) -> str:
+    asked = []
     for kind, title in ASKED.items():
-        rows = []
-        for name, found in results["sets"].items():
-            one = found["asked"][kind]
-            rows.append([name, one["pairs"], one["now"], one["now, drawn"], one["before"], one["TRL"]])
-        lines += ["", f"{title}:", *table("set | pairs | now, all | now | before | TRL", rows)]
-    lines += [
-        "",
-        "Right verdicts on the tables of pairs in `tests/data`, of those that a person calls clear. *open* and "
-        "*hidden* were written before the code; *hidden* was measured once the code was done, with 412 of 421 right. "
-        "*third* was written before those nine were mended, and measured after, with 189 of 191 right; the two were "
-        "mended then.",
-        *table(
-            "kind | pairs | now | before | TRL",
-            [
-                [kind, *(row[name] for name in ("pairs", "now", "before", "TRL"))]
-                for kind, row in results["tables"].items()
-            ],
-        ),
+        names = ("pairs", "now", "now, drawn", "before", "TRL")
+        rows = [[name, *(found["asked"][kind][one] for one in names)] for name, found in results["sets"].items()]
+        asked.append(f"{title}:\n\n{shown('set | pairs | now, all | now | before | TRL', rows)}")
+    of_sets = "\n\n".join(asked)
+    tables = [[kind, *map(row.get, ("pairs", "now", "before", "TRL"))] for kind, row in results["tables"].items()]
+    throughput = [
+        [name.rpartition(",")[0], *map(row.get, ("process", "workers", "workers_used", "share")),
+         "{} to {}".format(*row["interval"])]
+        for name, row in results["throughput"].items()
+    ]  # fmt: skip
+    unclear = [
+        [kind, code(gold), code(completion), None if given is None else int(given), why.replace("|", "\\|")]
+        for kind, gold, completion, given, why in sorted(results["unclear"], key=lambda row: row[0])
     ]
     spent, one = results["time"], results["gsm8k"]
-    lines += [
-        "",
-        f"Time of one verdict, of all {spent['verdicts']} above: median {spent['median_ms']} ms, 99 of 100 within "
-        f"{spent['p99_ms']} ms, the worst {spent['worst_s']} s. In workers the time limit bounds "
-        f"it, 5 s by default. All {one['rows']} golds of gsm8k against themselves: {one['seconds']} s in one process, "
-        "from a cold start. The machine was shared: a quiet one is faster.",
-        "",
-        f"Rows a second in batches of {BATCH}: half of the answers wrong, 300 to 800 tokens of reasoning before each, "
-        f"one in {SLOW} a formula that takes a hundred times as long as a number. *share* is the time in this process "
-        f"by that in workers, on the same batch: the median of {BATCHES} in alternating order after {WARM} to warm up, "
-        "with its 95% interval. One worker shows what sending costs; more gain what cores are free, and each of them "
-        "learns by itself what math-verify and sympy remember.",
-        *table(
-            "set | in process | in workers | workers | share | interval",
-            [
-                [
-                    name.rpartition(",")[0],
-                    row["process"],
-                    row["workers"],
-                    row["workers_used"],
-                    row["share"],
-                    "{} to {}".format(*row["interval"]),
-                ]
-                for name, row in results["throughput"].items()
-            ],
-        ),
-    ]
-    lines += [
-        "",
-        "Pairs of the tables that a person would call unclear, and the verdict given (“–”: the gold is unreadable):",
-        *table(
-            "kind | gold | end of the completion | verdict | why",
-            [
-                [kind, code(gold), code(completion), None if given is None else int(given), why.replace("|", "\\|")]
-                for kind, gold, completion, given, why in sorted(results["unclear"], key=lambda row: row[0])
-            ],
-        ),
-    ]
-    (folder / "verdicts.md").write_text("\n".join(lines) + "\n")
+    meant = f"""Percent of right verdicts. *now*: `tbrm_trl.rewards.correct`; *before*: `correct(verifiable(gold))` of
+        `examples/train.py` at {BEFORE}; *TRL*: its `accuracy_reward` on the gold as it stands. A verdict of None counts
+        as wrong. The last three columns are of the same pairs, at most {MOST} drawn at random."""
+    of_tables = """Right verdicts on the tables of pairs in `tests/data`, of those that a person calls clear. *open* and
+        *hidden* were written before the code; *hidden* was measured once the code was done, with 412 of 421 right.
+        *third* was written before those nine were mended, and measured after, with 189 of 191 right; the two were
+        mended then."""
+    took = f"""Time of one verdict, of all {spent["verdicts"]} above: median {spent["median_ms"]} ms, 99 of 100 within
+        {spent["p99_ms"]} ms, the worst {spent["worst_s"]} s. In workers the time limit bounds it, 5 s by default. All
+        {one["rows"]} golds of gsm8k against themselves: {one["seconds"]} s in one process, from a cold start. The
+        machine was shared: a quiet one is faster."""
+    rate = f"""Rows a second in batches of {BATCH}: half of the answers wrong, 300 to 800 tokens of reasoning before
+        each, one in {SLOW} a formula that takes a hundred times as long as a number. *share* is the time in this
+        process by that in workers, on the same batch: the median of {BATCHES} in alternating order after {WARM} to warm
+        up, with its 95% interval. One worker shows what sending costs; more gain what cores are free, and each of them
+        learns by itself what math-verify and sympy remember."""
+    return f"""# Verdicts on the golds of eight benchmarks
+
+Written by `python benchmarks/verdicts.py <folder of answers>`. {platform.machine()}; {listed(results["versions"])}. Raw
+numbers: [verdicts.json](verdicts.json).
+
+{wrapped(meant)}
+
+{of_sets}
+
+{wrapped(of_tables)}
+
+{shown("kind | pairs | now | before | TRL", tables)}
+
+{wrapped(took)}
+
+{wrapped(rate)}
+
+{shown("set | in process | in workers | workers | share | interval", throughput)}
+
+Pairs of the tables that a person would call unclear, and the verdict given (“–”: the gold is unreadable):
+
+{shown("kind | gold | end of the completion | verdict | why", unclear)}
+"""
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("answers", type=Path, help="folder of .jsonl files with the golds")
-    parser.add_argument("--workers", type=int, default=2)
-    parser.add_argument("--only", choices=["gsm8k", "answers", "tables", "throughput"], help="keep the other figures")
-    parser.add_argument("--output", type=Path, default=ROOT / "docs/benchmarks")
-    arguments = parser.parse_args()
-    arguments.output.mkdir(parents=True, exist_ok=True)
+    arguments = parse(
+        __doc__,
+        positional={"answers": dict(type=Path, help="folder of .jsonl files with the golds")},
+        workers=dict(type=int, default=2),
+        only=dict(choices=["gsm8k", "answers", "tables", "throughput"], help="keep the other figures"),
+    )
     golds_of = {
         path.stem: [json.loads(line)["answer"] for line in path.open()]
         for path in sorted(arguments.answers.glob("*.jsonl"))
     }
-    results = json.loads((arguments.output / "verdicts.json").read_text()) if arguments.only else {}
+    raw = arguments.output / "verdicts.json"
+    results = json.loads(raw.read_text()) if arguments.only else {}
     measure(golds_of, arguments.workers, arguments.only, results)
-    write(results, arguments.output)
+    raw.write_text(json.dumps(results, indent=1, ensure_ascii=False) + "\n")
+    write(arguments.output, "verdicts", page(results))
 
 
 if __name__ == "__main__":

@@ -48,21 +48,27 @@ def processor() -> str:
 # ---- options and files -----------------------------------------------------------------------------------------------
 
 
-def parse(doc: str | None, quick: str = "", output: Path = DOCS, **options: dict[str, Any]) -> argparse.Namespace:
+def parse(
+    doc: str | None, quick: str = "", output: Path = DOCS, positional: dict[str, Any] | None = None, **options: Any
+) -> argparse.Namespace:
     """The arguments of a benchmark. The output folder is made if it is missing.
 
     Args:
         doc: what the benchmark does.
         quick: what its quick run is, if it has one. `--quick` asks for it.
         output: folder that is written to, unless `--output` names another.
+        positional: its arguments without a name, each with those of `add_argument`.
         options: the benchmark's own, each with the arguments of `add_argument`.
     """
     parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
     options |= {"output": dict(type=Path, help=f"folder (default: {output.relative_to(ROOT)})")}
     if quick:
         options |= {"quick": dict(action="store_true", help=f"{quick}, to a temporary folder")}
-    for name, settings in options.items():
-        parser.add_argument(f"--{name}", **settings)
+    for name, settings in {
+        **(positional or {}),
+        **{f"--{name}": settings for name, settings in options.items()},
+    }.items():
+        parser.add_argument(name, **settings)
     arguments = parser.parse_args()
     arguments.output = arguments.output or (Path(tempfile.mkdtemp()) if quick and arguments.quick else output)
     arguments.output.mkdir(parents=True, exist_ok=True)
