@@ -13,7 +13,7 @@ import pyarrow.parquet as pq
 import pytest
 from helpers.runs import build
 
-from tbrm_trl import TBRMTrainer, run_log
+from tbrm_trl import TBRMTrainer, load_rollouts, run_log
 from tbrm_trl.report import write_report
 from tbrm_trl.report.__main__ import main
 from tbrm_trl.report.charts import calibration, charts_of, log_mean_exp_by, quantiles_by_step
@@ -21,6 +21,7 @@ from tbrm_trl.report.completions import completions_of, shortened, text_of
 from tbrm_trl.report.page import html
 from tbrm_trl.report.run import RunFolder, Updates, read_run
 from tbrm_trl.run_log import Stopwatch, append_line, go_back, read_lines, trajectory_ids
+from tbrm_trl.sources import saved_rollouts
 
 NASTY = "</script><script>document.title='taken'</script><!-- <img src=x onerror=alert(1)> & \u2028 \x1b[31m \u202e"
 
@@ -33,10 +34,9 @@ def updates(**columns) -> Updates:
     number = len(next(iter(columns.values())))
     default = {
         "step": [1] * number, "id": [""] * number, "prompt": ["p"] * number, "origin": ["fresh"] * number,
-        **dict.fromkeys(("reward", "residual", "soft_value", "length", "age"), [0.0] * number), "beta": 0.5,
+        **dict.fromkeys(("reward", "residual", "soft_value", "length", "age"), [0.0] * number), "beta": [0.5] * number,
     }  # fmt: skip
-    beta = columns.pop("beta", default.pop("beta"))
-    return Updates(**{name: np.array(column) for name, column in (default | columns).items()}, beta=beta)
+    return Updates(**{name: np.array(column) for name, column in (default | columns).items()})
 
 
 NONE = updates(step=np.zeros(0, int))
@@ -115,7 +115,7 @@ def test_a_run_is_read_from_its_folder(trained):
     assert steps == [1, 2, 3, 4, 5, 6]
     assert run.updates.step.tolist() == [step for step in steps for _ in range(2)]
     assert run.updates.origin.tolist() == ["fresh", "fresh", "replayed", "replayed"] * 3
-    assert run.updates.beta == 0.1 == run.settings["beta"]
+    assert set(run.updates.beta) == {0.1} == {run.settings["beta"]}
     for entry in run.log:
         mine = run.updates.step == entry["step"]
         assert run.updates.residual[mine].mean() == pytest.approx(entry["residual/mean"], rel=1e-5)
@@ -123,11 +123,14 @@ def test_a_run_is_read_from_its_folder(trained):
         assert ("generation_time" in entry) == (entry["step"] % 2 == 1)
         if "replay/age" in entry:
             assert run.updates.age[mine].mean() == entry["replay/age"]
-    assert len(run.rollouts) == 6
-    ids, prompts = trajectory_ids([(r["prompt_ids"], r["completion_ids"]) for r in run.rollouts])
+    saved = load_rollouts(trained)
+    assert run.rollouts.reward.tolist() == saved["reward"][:]
+    assert run.rollouts.policy_step.tolist() == saved["policy_step"][:] == [0, 0, 2, 2, 4, 4]
+    assert run.rollouts.rows(np.array([5, 0, 3]), saved.column_names) == [saved[place] for place in (5, 0, 3)]
+    ids, prompts = trajectory_ids([(r["prompt_ids"], r["completion_ids"]) for r in saved])
     fresh = run.updates.origin == "fresh"
     assert sorted(run.updates.id[fresh]) == sorted(ids) and set(run.updates.prompt) == set(prompts)
-    by_id = dict(zip(ids, run.rollouts["reward"], strict=True))
+    by_id = dict(zip(ids, saved["reward"], strict=True))
     assert [by_id[one] for one in run.updates.id] == run.updates.reward.tolist()
 
 
@@ -152,6 +155,68 @@ def test_skips_that_count(tmp_path):
     assert read_run(tmp_path).skipped == [2, 3, 6]
 
 
+def write_windows(folder: Path, windows: int) -> None:
+    """Two rollouts a window, of rewards 0 and 1. The first window's prompts are messages."""
+    (folder / "rollouts").mkdir()
+    for step in range(windows):
+        prompt = "p" if step else [{"role": "user", "content": "p"}]
+        columns = {
+            "prompt": saved_rollouts.column_of([prompt] * 2),
+            "completion": [f"completion {2 * step + i}" for i in (0, 1)],
+            "prompt_ids": [[1], [1]], "completion_ids": [[2], [3]], "reward": [0.0, 1.0], "end": ["eos", "eos"],
+            "policy_step": [step, step], "ref_log_probs": [[-0.5], [-0.25]],
+        }  # fmt: skip
+        file = saved_rollouts.rollouts_file(folder / "rollouts", step, 0)
+        pq.write_table(pa.table(columns), file, write_page_checksum=True)
+    append_line(folder / "log.jsonl", {"step": windows, "loss": 0.0})
+
+
+def damage(file: Path, column: str, row_group: int) -> None:
+    """Change the last byte of a column in a row group. Whoever reads it there is told that its checksum is wrong."""
+    group = pq.read_metadata(file).row_group(row_group)
+    chunk = next(c for c in map(group.column, range(group.num_columns)) if c.path_in_schema.split(".")[0] == column)
+    held = bytearray(file.read_bytes())
+    held[(chunk.dictionary_page_offset or chunk.data_page_offset) + chunk.total_compressed_size - 1] ^= 1
+    file.write_bytes(held)
+
+
+def test_of_saved_rollouts_only_what_is_shown_is_read(tmp_path, monkeypatch):
+    """Of six rollouts the page has room for the first and the last. What is damaged cannot have been read.
+
+    The run merges its three windows between the two times that they are read.
+    """
+    monkeypatch.setattr(saved_rollouts, "MERGED", 3)
+    monkeypatch.setattr("tbrm_trl.report.completions.SHOWN", 2)
+    write_windows(tmp_path, 3)
+    before = read_run(tmp_path)
+    saved_rollouts.merge_rollouts(tmp_path / "rollouts", 3)
+    (file,) = (tmp_path / "rollouts").iterdir()
+    damage(file, "completion", 1)
+    for window in range(3):
+        damage(file, "ref_log_probs", window)
+    with pytest.raises(ValueError, match="damaged"):
+        load_rollouts(tmp_path)
+    shown = data_of(write_report([tmp_path]).read_text())["runs"][0]["completions"]
+    assert [(one["prompt"], one["completion"]) for one in shown] == [
+        ("[user] p", "completion 0"), ("p", "completion 5"),
+    ]  # fmt: skip
+    assert completions_of(before.rollouts, NONE, 10**6) == shown
+
+    damage(file, "completion", 2)
+    with pytest.raises(ValueError, match=r"step-00000000-to-00000002.parquet is damaged .*Remove it"):
+        write_report([tmp_path])
+
+
+def test_rollouts_that_a_resumed_run_has_dropped_are_not_shown(tmp_path):
+    """The run goes back to step 1 after the report has read how many rollouts there are."""
+    write_windows(tmp_path, 2)
+    run = read_run(tmp_path)
+    saved_rollouts.rewind_rollouts(tmp_path / "rollouts", 1)
+    assert len(run.rollouts) == 4
+    shown = completions_of(run.rollouts, NONE, 10**6)
+    assert [one["completion"] for one in shown] == ["completion 0", "completion 1"]
+
+
 def test_a_folder_that_holds_no_run_is_named(tmp_path, capsys):
     with pytest.raises(FileNotFoundError, match=r"holds no log of a run.*output_dir"):
         write_report([tmp_path])
@@ -167,7 +232,7 @@ def test_calibration_by_hand():
     """Prompt a: β V = 1 and 2, β V − β δ = 0 and ln 3 at β = 1, so log mean exp is ln((1 + 3)/2). Prompt b: 5 and 5."""
     seen = updates(
         step=[1, 1, 1], prompt=["a", "b", "a"], soft_value=[1.0, 5.0, 2.0], residual=[1.0, 0.0, 2.0 - math.log(3)],
-        beta=1.0,
+        beta=[1.0] * 3,
     )  # fmt: skip
     (period,) = calibration(seen)
     assert (period["first"], period["last"], period["prompts"]) == (1, 1, 2)
@@ -177,9 +242,35 @@ def test_calibration_by_hand():
     assert period["rms_gap"] == pytest.approx((1.5 - math.log(2)) / math.sqrt(2), rel=1e-3)
 
 
+def test_calibration_takes_the_beta_of_each_update(tmp_path, monkeypatch):
+    """The run was resumed with another β: 1, then 0.1.
+
+    In both updates β V = 0. β V − β δ is 0 and β ln 3, so β log mean exp is β ln((1 + 3)/2) = β ln 2. Where one period
+    holds both updates, the prompt is two points.
+    """
+    for step, beta in ((1, 1.0), (2, 0.1)):
+        line = {
+            "step": step, "beta": beta, "id": ["x", "y"], "prompt": ["a", "a"], "origin": ["fresh"] * 2,
+            "reward": [0.0] * 2, "residual": [0.0, -beta * math.log(3)], "soft_value": [0.0] * 2, "length": [1] * 2,
+            "age": [0] * 2,
+        }  # fmt: skip
+        append_line(tmp_path / "updates/process-0.jsonl", line)
+        append_line(tmp_path / "log.jsonl", {"step": step, "loss": 0.0})
+    seen = read_run(tmp_path).updates
+    assert seen.beta.tolist() == [1.0, 1.0, 0.1, 0.1]
+    first, second = calibration(seen)
+    assert first["realised"] == pytest.approx([math.log(2)], rel=1e-3)
+    assert second["realised"] == pytest.approx([0.1 * math.log(2)], rel=1e-3)
+    assert first["mean_gap"] == pytest.approx(-math.log(2), rel=1e-3)
+
+    monkeypatch.setattr("tbrm_trl.report.charts.PERIODS", 1)
+    (both,) = calibration(seen)
+    assert both["realised"] == pytest.approx([0.1 * math.log(2), math.log(2)], rel=1e-3)
+
+
 def test_log_mean_exp_takes_numbers_that_overflow():
     """β = 0.002: exp(1/β) is beyond float64. The mean of e^(1000/2) and e^(998/2) is e^500 (1 + 1/e)/2."""
-    (value,) = log_mean_exp_by(np.zeros(2, int), np.array([1.0, 0.998]), 0.002)
+    (value,) = log_mean_exp_by(np.zeros(2, int), np.array([1.0, 0.998]), np.full(2, 0.002))
     assert value == pytest.approx(1.0 + 0.002 * math.log((1 + math.exp(-1)) / 2))
 
 
@@ -209,7 +300,21 @@ def test_a_long_log_is_averaged_and_says_so():
     log = [{"step": step, "reward": float(step)} for step in range(1, 2501)]
     shown = chart(RunFolder("r", log, NONE), "Reward")
     assert shown["steps"][:2] == [3, 6] and shown["lines"]["reward"][:2] == [2.0, 5.0]
-    assert len(shown["steps"]) == len(shown["lines"]["reward"]) and "mean of 3 log entries" in shown["text"]
+    assert len(shown["steps"]) == len(shown["lines"]["reward"]) and shown["entries_per_point"] == 3
+
+
+def test_the_chart_of_evaluations_shows_rewards_and_accuracies_alone():
+    """Neither their errors and deviations, nor shares of failures, nor times. A set may have any name."""
+    shown = [
+        "eval_m/avg@1", "eval_low_std/pass@4", "eval_reward", "eval_set_reward", "eval_rewards/f/mean",
+        "eval_set_rewards/f/mean",
+    ]  # fmt: skip
+    others = [
+        "eval_m/avg@1_error", "eval_reward_std", "eval_rewards/f/std", "eval_frac_reward_zero_std",
+        "eval_rewards/f/raised", "eval_set_rewards/f/late", "eval_rewardbench_runtime",
+    ]  # fmt: skip
+    entry = {"step": 1, **dict.fromkeys(shown, 0.5), **dict.fromkeys(others, 0.08)}
+    assert chart(RunFolder("r", [entry], NONE), "Evaluation")["lines"] == {name: [0.5] for name in shown}
 
 
 def test_text_of_messages_and_long_texts():
@@ -272,6 +377,18 @@ def test_two_runs_have_names_that_differ(tmp_path):
     page = write_report(runs, tmp_path / "both.html").read_text()
     assert [run["name"] for run in data_of(page)["runs"]] == ["a/out", "b/out"]
     assert [run["name"] for run in data_of(html([read_run(runs[0])] * 2))["runs"]] == ["out (1)", "out (2)"]
+
+
+def test_settings_that_hold_settings_are_shown_one_by_one():
+    settings = {
+        "beta": 0.1, "lr_scheduler_kwargs": {"min_lr": 1e-6}, "generation_kwargs": {},
+        "reward functions": {"accuracy": "4f1a"}, "versions": {"torch": "2.9"},
+    }  # fmt: skip
+    (run,) = data_of(html([RunFolder("r", [], NONE, settings=settings)]))["runs"]
+    assert list(run["settings"].items()) == [
+        ("beta", "0.1"), ("generation_kwargs", "{}"), ("lr_scheduler_kwargs/min_lr", "1e-06"),
+        ("reward functions/accuracy", "4f1a"), ("versions/torch", "2.9"),
+    ]  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -379,6 +496,28 @@ def test_in_a_browser_two_runs_are_laid_over_each_other_on_a_phone(opened, tmp_p
     page.locator("#runs input").nth(0).uncheck()
     assert page.locator("#period-value").inner_text() == "updates 38 to 40"
     assert labels.all_inner_texts() == ["update", "two reward"]
+
+
+def test_in_a_browser_each_run_says_what_is_its_own(opened, tmp_path):
+    """Settings that differ are marked. Of 2,500 log entries three are a point, and a note says so. Of 10 each is."""
+    runs = [
+        RunFolder(
+            name, [{"step": step, "reward": 0.5} for step in range(1, entries + 1)], NONE,
+            settings={"seed": 1, "lr_scheduler_kwargs": {"min_lr": rate, "num_cycles": 1}},
+        )
+        for name, entries, rate in (("short", 10, 0.1), ("long", 2500, 0.2))
+    ]  # fmt: skip
+    for name, some in (("both", runs), ("one", runs[1:])):
+        (tmp_path / f"{name}.html").write_text(html(some))
+    both, one = (opened(tmp_path / f"{name}.html") for name in ("both", "one"))
+    assert both.locator(".card p").all_inner_texts() == [
+        "Mean reward of rollouts. Each point of long is a mean of 3 log entries."
+    ]
+    assert one.locator(".card p").all_inner_texts() == [
+        "Mean reward of rollouts. Each point is a mean of 3 log entries."
+    ]
+    differing = both.locator("#settings .differs td").all_text_contents()
+    assert differing == ["lr_scheduler_kwargs/min_lr", "0.1", "0.2"]
 
 
 def test_in_a_browser_a_long_run_opens_at_once(opened, long_report):

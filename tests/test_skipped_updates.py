@@ -23,7 +23,8 @@ from transformers import TrainerCallback
 
 from tbrm_trl import TBRMConfig, TBRMTrainer
 from tbrm_trl.loss.finite import voided_unless
-from tbrm_trl.skipped_updates import FOLDER, SkippedUpdates
+from tbrm_trl.run_log import SKIPPED
+from tbrm_trl.skipped_updates import SkippedUpdates
 
 UPDATES: dict[str, Any] = dict(max_steps=5, learning_rate=0.01, weight_decay=0.1, num_iterations=5)
 
@@ -75,7 +76,7 @@ def equal(some: dict[str, torch.Tensor], others: dict[str, torch.Tensor]) -> boo
 
 
 def culprits(output_dir: Path) -> list[dict[str, Any]]:
-    files = sorted((output_dir / FOLDER).glob("process-*.jsonl"))
+    files = sorted((output_dir / SKIPPED).glob("process-*.jsonl"))
     lines = [json.loads(line) for file in files for line in file.read_text().splitlines() if line]
     return [line for line in lines if "update" in line]  # others say to which step a resumed run has gone back
 

@@ -13,8 +13,7 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from .actor.plan import FOLDER as ACTOR
 from .loss.soft_value.sampled import FOLDER as SAMPLES
 from .model.publisher import FOLDER as POLICY
-from .run_log import LOG, UPDATES
-from .skipped_updates import FOLDER as SKIPPED
+from .run_log import EVALUATED, LOG, SKIPPED, UPDATES
 
 # Prompts, completions and numbers of the run, in its output directory. A hub leaves out what `.gitignore` names.
 AT_HOME = (
@@ -28,7 +27,6 @@ _RECIPE = (
     steps_per_generation num_iterations replay_buffer_size max_completion_length sft_coef entropy_advantage_coef
     """
 ).split()
-_EVALUATED = re.compile(r"eval_(?:(?P<set>.+)[_/])?(?P<metric>reward|rewards/[^/]+/mean|(?:mean|avg|pass|maj)@\d+)")
 _POINTS = 10  # of the curve
 
 
@@ -138,7 +136,7 @@ def last_evaluation(log: Sequence[Mapping[str, Any]]) -> list[tuple[str, str, fl
     found: dict[tuple[str, str], float] = {}
     for entry in log:
         for name, value in entry.items():
-            match = _EVALUATED.fullmatch(name)
+            match = EVALUATED.fullmatch(name)
             if match and isinstance(value, (int, float)):
                 found[match["set"] or "", match["metric"]] = float(value)
     return [(where, metric, value) for (where, metric), value in found.items()]

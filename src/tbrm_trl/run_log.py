@@ -5,6 +5,7 @@ whoever reads takes the last line of a step, and a line of an earlier step drops
 """
 
 import json
+import re
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -15,23 +16,25 @@ import numpy as np
 import xxhash
 
 from .files import plain
-from .skipped_updates import FOLDER as SKIPPED
 from .trajectory import UpdateRow
 
 LOG = "log.jsonl"  # in the output directory
 UPDATES = "updates"  # likewise, a file for each process
+SKIPPED = "skipped_updates"  # likewise
 DIGITS = 6  # of a number in them
+# The metrics that say how good the policy is on an evaluation set or a benchmark, by its name if it has one.
+EVALUATED = re.compile(r"eval_(?:(?P<set>.+)[_/])?(?P<metric>reward|rewards/[^/]+/mean|(?:mean|avg|pass|maj)@\d+)")
 Scored = tuple[UpdateRow, float, float]  # a row of an update with β δ and β V
 
 
-def append_line(file: Path, values: dict[str, Any]) -> None:
-    """Append one line of JSON, whose numbers have six digits. NaN becomes null.
+def append_line(file: Path, values: dict[str, Any], digits: int | None = DIGITS) -> None:
+    """Append one line of JSON, whose numbers have so many digits, or all of theirs. NaN becomes null.
 
     The line break comes first: what a kill cut short stays on a line by itself.
     """
     file.parent.mkdir(parents=True, exist_ok=True)
     with file.open("a", encoding="utf-8") as lines:
-        lines.write("\n" + json.dumps(plain(values, DIGITS)))
+        lines.write("\n" + json.dumps(plain(values, digits)))
 
 
 def go_back(output_dir: Path, process: int, processes: int, step: int) -> None:
@@ -47,14 +50,20 @@ def go_back(output_dir: Path, process: int, processes: int, step: int) -> None:
         append_line(file, {"step": step})
 
 
-def read_lines(file: Path) -> list[dict[str, Any]]:
-    """One dictionary for each `step`, in order: what is left after every resumption. Cut lines are left out."""
-    by_step: dict[int, dict[str, Any]] = {}
+def whole_lines(file: Path) -> Iterator[dict[str, Any]]:
+    """The dictionary of each line, as it was written. What a kill cut short, or is under way, is left out."""
     for line in file.read_text(encoding="utf-8").splitlines():
         try:
             values = json.loads(line)
         except ValueError:
             continue
+        yield values
+
+
+def read_lines(file: Path) -> list[dict[str, Any]]:
+    """One dictionary for each `step`, in order: what is left after every resumption."""
+    by_step: dict[int, dict[str, Any]] = {}
+    for values in whole_lines(file):
         while by_step and next(reversed(by_step)) > values["step"]:
             by_step.popitem()
         by_step[values["step"]] = by_step.get(values["step"], {}) | values

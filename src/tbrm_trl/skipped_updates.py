@@ -1,15 +1,12 @@
 """Updates that were not finite: how many, in a row and in all, and what they were made of."""
 
-import json
 import math
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from .files import plain
+from .run_log import append_line
 from .trajectory import UpdateRow
-
-FOLDER = "skipped_updates"  # in the output directory
 
 
 @dataclass
@@ -59,26 +56,23 @@ def write_culprits(file: Path, update: int, cause: str, culprits: Iterable[tuple
         cause: "loss" if the rows have a loss that is not finite, "gradient" if the sum of their gradients is not.
         culprits: rows with their loss and their residual β δ.
     """
-    file.parent.mkdir(parents=True, exist_ok=True)
-    with file.open("a") as lines:
-        for row, loss, residual in culprits:
-            one = row.trajectory
-            log_prob = None if one.ref_log_probs is None else float(one.ref_log_probs[one.loss_mask].double().sum())
-            values = {
-                "update": update,
-                "cause": cause,
-                "origin": row.origin,
-                "loss": loss,
-                "residual": residual,
-                "reward": one.reward,
-                "rewards": one.rewards,
-                "ref_log_prob": log_prob,
-                "ref_soft_value": one.ref_soft_value,
-                "policy_step": one.policy_step,
-                "first_policy_step": one.first_policy_step,
-                "end": one.end.value,
-                "prompt_ids": one.prompt_ids.tolist(),
-                "completion_ids": one.completion_ids.tolist(),
-            }
-            # The line break comes first: what a kill cut short stays on a line by itself.
-            lines.write("\n" + json.dumps(plain(values)))
+    for row, loss, residual in culprits:
+        one = row.trajectory
+        log_prob = None if one.ref_log_probs is None else float(one.ref_log_probs[one.loss_mask].double().sum())
+        values = {
+            "update": update,
+            "cause": cause,
+            "origin": row.origin,
+            "loss": loss,
+            "residual": residual,
+            "reward": one.reward,
+            "rewards": one.rewards,
+            "ref_log_prob": log_prob,
+            "ref_soft_value": one.ref_soft_value,
+            "policy_step": one.policy_step,
+            "first_policy_step": one.first_policy_step,
+            "end": one.end.value,
+            "prompt_ids": one.prompt_ids.tolist(),
+            "completion_ids": one.completion_ids.tolist(),
+        }
+        append_line(file, values, digits=None)

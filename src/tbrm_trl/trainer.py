@@ -137,8 +137,8 @@ from .publishing import CardFacts, keep_at_home, model_card
 from .resume import ExactResume, RunState, complete_checkpoints
 from .resume.checkpoint import read_mark
 from .resume.finite import tensors_of_model
-from .run_log import LOG, Stopwatch, append_line, append_update, go_back
-from .skipped_updates import FOLDER, SkippedUpdates, write_culprits
+from .run_log import LOG, SKIPPED, Stopwatch, append_line, append_update, go_back
+from .skipped_updates import SkippedUpdates, write_culprits
 from .sources.baselines import Baselines
 from .sources.bounds import Bounds
 from .sources.logged import (
@@ -1281,7 +1281,7 @@ class TBRMTrainer(ExactResume, GRPOTrainer):
         if not of_loss:
             culprits = scored  # only the sum of their gradients is known
         update, process = self.state.global_step + 1, self.accelerator.process_index
-        file = Path(self.args.output_dir) / FOLDER / f"process-{process}.jsonl"
+        file = Path(self.args.output_dir) / SKIPPED / f"process-{process}.jsonl"
         write_culprits(file, update, "loss" if of_loss else "gradient", culprits)
         if self._replay is not None:
             self._replay.drop([row.trajectory for row, _, _ in culprits])

@@ -13,7 +13,6 @@ from typing import Any
 import requests
 from requests.adapters import HTTPAdapter
 
-from ..checks.options import problem_of_address
 from ..model.publisher import Version
 
 TRIES = 3  # of a request that is late
@@ -98,8 +97,8 @@ class Server:
         base: str,
         say: Callable[[str], None] = print,
     ):
-        if problem := problem_of_address(url):
-            raise ValueError(f"The server's address {problem}")
+        if not url.startswith(("http://", "https://")):
+            raise ValueError(f"The address of the server must begin with http:// or https://, not {url!r}.")
         self.url, self.folder, self.latest, self.patience, self.base = url.rstrip("/"), folder, latest, patience, base
         self.say = say
         self._local = threading.local()
@@ -193,34 +192,24 @@ class Server:
         with self._loading:
             if version.name in self._loaded:
                 return
-            if version.adapter:
-                self._load_adapter(version)
-            else:
-                self._load_weights(version)
+            self._have_loaded(version)
             self._check(version)
             with self._changed:
                 self._loaded = self._loaded | {version.name}
                 self._changed.notify_all()
 
-    def _load_adapter(self, version: Version) -> None:
-        asked = {"lora_name": version.name, "lora_path": str((self.folder / version.name).absolute())}
-        self._have_loaded(
-            version,
-            {"/v1/load_lora_adapter": asked},
-            "adapters",
-            f"VLLM_ALLOW_RUNTIME_LORA_UPDATING=True in its environment: vllm serve {self.base} --enable-lora "
-            "--max-loras 4 --max-lora-rank RANK",
-        )
-
-    def _load_weights(self, version: Version) -> None:
-        weights = {"weights_path": str((self.folder / version.name).absolute())}
-        requests = {"/collective_rpc": {"method": "reload_weights", "kwargs": weights}, "/reset_prefix_cache": {}}
-        self._have_loaded(
-            version, requests, "weights", f"VLLM_SERVER_DEV_MODE=1 in its environment: vllm serve {self.base}"
-        )
-
-    def _have_loaded(self, version: Version, requests: Mapping[str, Any], what: str, how: str) -> None:
-        """Send what loads a version. `what` it is, and `how` a server is started that knows of it, are for errors."""
+    def _have_loaded(self, version: Version) -> None:
+        path = str((self.folder / version.name).absolute())
+        if version.adapter:
+            what, requests = "adapters", {"/v1/load_lora_adapter": {"lora_name": version.name, "lora_path": path}}
+            how = (
+                f"VLLM_ALLOW_RUNTIME_LORA_UPDATING=True in its environment: vllm serve {self.base} --enable-lora "
+                "--max-loras 4 --max-lora-rank RANK"
+            )
+        else:
+            weights: dict[str, Any] = {"method": "reload_weights", "kwargs": {"weights_path": path}}
+            what, requests = "weights", {"/collective_rpc": weights, "/reset_prefix_cache": {}}
+            how = f"VLLM_SERVER_DEV_MODE=1 in its environment: vllm serve {self.base}"
         try:
             for path, asked in requests.items():
                 self._post(path, asked, self.patience)

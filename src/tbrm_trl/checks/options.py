@@ -465,8 +465,8 @@ def check_following(args: TBRMOptions) -> Iterator[str]:
             "`rollouts='async'` needs `async_server`, the address of the server that rollouts are drawn from, such as "
             "http://localhost:8000. docs/asynchronous.md says how it is started."
         )
-    if args.async_server is not None and (problem := problem_of_address(args.async_server)):
-        yield f"`async_server={args.async_server!r}` {problem}"
+    if args.async_server is not None and not args.async_server.startswith(("http://", "https://")):
+        yield f"`async_server={args.async_server!r}` must begin with http:// or https://."
     if args.rollouts == "async" and args.use_vllm:
         yield (
             "`rollouts='async'` with `use_vllm=True` is refused: the actor asks the server of `async_server`, and TRL "
@@ -487,11 +487,6 @@ def check_following(args: TBRMOptions) -> Iterator[str]:
             f"`follow_timeout={args.follow_timeout}` is not below `ddp_timeout={args.ddp_timeout}`: the other "
             "processes would give up waiting before it is reached. Raise ddp_timeout, or lower follow_timeout."
         )
-
-
-def problem_of_address(url: str) -> str | None:
-    """What is wrong with the address of a server; None if nothing is."""
-    return None if url.startswith(("http://", "https://")) else f"must begin with http:// or https://, not {url!r}."
 
 
 def drawn_ahead(args: TBRMOptions) -> str | None:

@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 
+from ..run_log import EVALUATED
 from .run import RunFolder, Updates
 
 POINTS = 1000  # of a line: more log entries than this are averaged, several to a point
@@ -33,7 +34,7 @@ CHARTS: tuple[tuple[str, str, str, str], ...] = (
         "Evaluation",
         "On held-out prompts: rewards and accuracies.",
         "",
-        r"eval_(?!.*(_std|/std|zero_std)).*(reward|mean@|avg@|pass@|maj@|accuracy).*",
+        EVALUATED.pattern,
     ),
     (
         "Residual",
@@ -94,7 +95,10 @@ TIMES = ("generation_time", "rollouts_time", "rewards_time", "reference_time")
 
 
 def charts_of(run: RunFolder) -> list[dict[str, Any]]:
-    """Every chart of lines that the run has numbers for: title, text, unit, steps and lines by name."""
+    """Every chart of lines that the run has numbers for: title, text, unit, steps and lines by name.
+
+    Each point is a mean of `entries_per_point` log entries.
+    """
     charts, logged = [], [entry["step"] for entry in run.log]
     for title, text, unit, pattern in CHARTS:
         names = dict.fromkeys(name for entry in run.log for name in entry if re.fullmatch(pattern, name))
@@ -128,8 +132,9 @@ def _chart(title: str, text: str, unit: str, steps: Sequence[int], lines: Mappin
     return [
         {
             "title": title,
-            "text": text + (f" Each point is a mean of {per_point} log entries." if per_point > 1 else ""),
+            "text": text,
             "unit": unit,
+            "entries_per_point": per_point,
             "steps": kept[per_point - 1 :: per_point].tolist(),
             "lines": {name: plain(_thinned(values, per_point)) for name, values in columns.items()},
         }
@@ -186,19 +191,21 @@ def calibration(updates: Updates) -> list[dict[str, Any]]:
 
     A trajectory alone says `β V − β δ = R − β log π_θ/π_ref`. A prompt's say `β log mean exp` of that over β: by
     importance weights, for trajectories of the policy, an estimate of `β log E_ref exp(R/β)`. At the optimum both are
-    equal for every prompt.
+    equal for every prompt. β is that of the trajectories' update: a prompt that a period has under two β counts as two.
     """
     known = np.isfinite(updates.residual)
-    step, prompt = updates.step[known], updates.prompt[known]
+    step, beta = updates.step[known], updates.beta[known]
+    prompt = np.unique(updates.prompt[known], return_inverse=True)[1]  # (K,) its number
     predicted, implied = updates.soft_value[known], (updates.soft_value - updates.residual)[known]
     steps = np.unique(step)
     periods = []
     for part in np.array_split(steps, min(PERIODS, len(steps))) if len(steps) else []:
         mine = (step >= part[0]) & (step <= part[-1])
-        _, place = np.unique(prompt[mine], return_inverse=True)
+        by_beta = np.unique(beta[mine], return_inverse=True)[1]
+        _, place = np.unique(prompt[mine] * (by_beta.max() + 1) + by_beta, return_inverse=True)
         count = np.bincount(place)  # (Q,)
         mean = np.bincount(place, predicted[mine]) / count
-        realised = log_mean_exp_by(place, implied[mine], updates.beta)
+        realised = log_mean_exp_by(place, implied[mine], beta[mine])
         gap = mean - realised
         order = np.argsort(realised, kind="stable")
         shown = order[np.unique(np.linspace(0, len(order) - 1, min(PROMPTS, len(order))).astype(int))]
@@ -216,12 +223,14 @@ def calibration(updates: Updates) -> list[dict[str, Any]]:
     return periods
 
 
-def log_mean_exp_by(place: np.ndarray, values: np.ndarray, beta: float) -> np.ndarray:
-    """`β log mean exp(values/β)` of the values of each place: `(N,)`, `(N,)` → `(Q,)`."""
+def log_mean_exp_by(place: np.ndarray, values: np.ndarray, beta: np.ndarray) -> np.ndarray:
+    """`β log mean exp(values/β)` of the values of each place, which share one β: `(N,)`, `(N,)`, `(N,)` → `(Q,)`."""
     largest = np.full(place.max() + 1, -np.inf)
     np.maximum.at(largest, place, values)
     sums = np.bincount(place, np.exp((values - largest[place]) / beta))
-    return largest + beta * np.log(sums / np.bincount(place))
+    of_place = np.empty_like(largest)  # (Q,)
+    of_place[place] = beta
+    return largest + of_place * np.log(sums / np.bincount(place))
 
 
 def plain(values: Any) -> list[float | None]:

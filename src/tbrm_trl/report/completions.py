@@ -5,41 +5,41 @@ from collections.abc import Iterable
 from typing import Any
 
 import numpy as np
-from datasets import Dataset
 
 from ..run_log import trajectory_ids
 from .charts import plain
-from .run import Updates
+from .run import Rollouts, Updates
 
 SHOWN = 1000
 CHARACTERS = 3000  # of one text; what is longer loses its middle
 _COLUMNS = ("prompt", "completion", "prompt_ids", "completion_ids", "reward", "end", "policy_step")
 
 
-def completions_of(rollouts: Dataset, updates: Updates, characters: int) -> list[dict[str, Any]]:
+def completions_of(rollouts: Rollouts, updates: Updates, characters: int) -> list[dict[str, Any]]:
     """A sample spread evenly over updates, and over the rewards of each, with β δ, β V and origin from its last update.
 
     Args:
-        rollouts: what `load_rollouts` returns.
+        rollouts: of a run.
         updates: of the same run.
         characters: at most so many are taken in all.
     """
-    steps = np.array([-1 if step is None else step for step in rollouts["policy_step"][:]])
-    rewards = np.array([np.nan if reward is None else reward for reward in rollouts["reward"][:]], float)
-    order = np.lexsort((rewards, steps))
-    number = min(SHOWN, len(order))
+    order = np.lexsort((rollouts.reward, np.nan_to_num(rollouts.policy_step, nan=-1)))
+    read = _shown(rollouts.rows(order[_spread(len(order), SHOWN)], _COLUMNS), updates)
+    rows = read
     while True:
-        chosen = order[np.linspace(0, len(order) - 1, number).astype(int)]
-        rows = _rows(rollouts, chosen, updates)
         size = sum(len(row["prompt"]) + len(row["completion"]) + 150 for row in rows)
-        if size <= characters or number == 1:
+        if size <= characters or len(rows) == 1:
             return rows
-        number = max(1, min(number - 1, int(number * characters / size)))
+        number = max(1, min(len(rows) - 1, int(len(rows) * characters / size)))
+        rows = [read[place] for place in _spread(len(read), number)]
 
 
-def _rows(rollouts: Dataset, chosen: np.ndarray, updates: Updates) -> list[dict[str, Any]]:
-    some = rollouts.select(chosen).select_columns([c for c in _COLUMNS if c in rollouts.column_names])
-    rows = list(some)
+def _spread(number: int, most: int) -> np.ndarray:
+    """At most so many of the places 0 to `number - 1`, spread evenly."""
+    return np.linspace(0, number - 1, min(most, number)).astype(int)
+
+
+def _shown(rows: list[dict[str, Any]], updates: Updates) -> list[dict[str, Any]]:
     ids, prompts = trajectory_ids([(row["prompt_ids"], row["completion_ids"]) for row in rows])
     wanted = np.flatnonzero(np.isin(updates.id, ids))
     last = {str(updates.id[place]): place for place in wanted}  # the latest, since updates are in order

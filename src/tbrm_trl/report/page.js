@@ -123,10 +123,11 @@
 
   const places = titles.map((title) => {
     const card = make("div", undefined, "card");
-    const chart = runs.flatMap((run) => run.charts).find((one) => one.title === title);
+    const charts = runs.map((run) => run.charts.find((one) => one.title === title));
+    const notes = charts.flatMap((chart, i) => (chart && chart.entries_per_point > 1 ? [`Each point${runs.length > 1 ? ` of ${runs[i].name}` : ""} is a mean of ${chart.entries_per_point} log entries.`] : []));
     const place = make("div", undefined, "chart");
     place.dataset.title = title;
-    card.append(make("h2", title), make("p", chart.text), place);
+    card.append(make("h2", title), make("p", [charts.find(Boolean).text, ...notes].join(" ")), place);
     at("charts").append(card);
     return place;
   });

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from ..files import appearing
+from ..resume.checkpoint import flattened
 from .charts import calibration, charts_of
 from .completions import completions_of
 from .run import RunFolder, read_run
@@ -57,7 +58,6 @@ def html(runs: Sequence[RunFolder]) -> str:
 
 def _data(run: RunFolder, name: str, characters: int) -> dict[str, Any]:
     rollouts = run.rollouts
-    settings = {key: str(value) for key, value in sorted(run.settings.items()) if not isinstance(value, dict)}
     return {
         "name": name,
         "updates": run.log[-1]["step"] if run.log else 0,
@@ -65,7 +65,7 @@ def _data(run: RunFolder, name: str, characters: int) -> dict[str, Any]:
         "rollouts": 0 if rollouts is None else len(rollouts),
         "skipped": run.skipped,
         "advice": [sentence for line in run.log for sentence in line.get("advice", ())],
-        "settings": settings,
+        "settings": {name: str(value) for name, value in sorted(flattened(run.settings))},
         "charts": charts_of(run),
         "calibration": calibration(run.updates),
         "completions": [] if rollouts is None else completions_of(rollouts, run.updates, characters),

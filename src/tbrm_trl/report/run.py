@@ -1,18 +1,20 @@
 """What a run's folder holds, read for its report."""
 
 import json
-from contextlib import suppress
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 from datasets import Dataset
 
+from ..files import first_line
 from ..resume.checkpoint import complete_checkpoints, read_mark
-from ..run_log import LOG, UPDATES, read_lines
-from ..skipped_updates import FOLDER as SKIPPED
-from ..sources.saved_rollouts import load_rollouts, rollout_files
+from ..run_log import LOG, SKIPPED, UPDATES, read_lines, whole_lines
+from ..sources.saved_rollouts import read_files, read_rollouts
 
 
 @dataclass
@@ -29,7 +31,7 @@ class Updates:
         soft_value: `(N,)` β V.
         length: `(N,)` tokens of the completion.
         age: `(N,)` updates since it was drawn.
-        beta: of the last update; NaN if there is none.
+        beta: `(N,)` of the update. A run may be resumed with another one.
     """
 
     step: np.ndarray
@@ -41,10 +43,36 @@ class Updates:
     soft_value: np.ndarray
     length: np.ndarray
     age: np.ndarray
-    beta: float
+    beta: np.ndarray
 
     def __len__(self) -> int:
         return len(self.step)
+
+
+@dataclass
+class Rollouts:
+    """The rollouts that a run saved, M in all, in the order of its files. They may be far more than memory holds.
+
+    Attributes:
+        folder: of the files.
+        reward: `(M,)` R; NaN where there is none.
+        policy_step: `(M,)` updates that the policy had made when it drew them; NaN where it is not known.
+    """
+
+    folder: Path
+    reward: np.ndarray
+    policy_step: np.ndarray
+
+    def __len__(self) -> int:
+        return len(self.reward)
+
+    def rows(self, places: np.ndarray, columns: Sequence[str]) -> list[dict[str, Any]]:
+        """These columns of the rows at these places, as far as they have them, in the order of `places`.
+
+        A row that a resumed run has dropped in the meantime is left out.
+        """
+        found = dict(read_files(self.folder, lambda files: list(_rows_at(np.unique(places), files, list(columns)))))
+        return [found[place] for place in places.tolist() if place in found]
 
 
 @dataclass
@@ -63,7 +91,7 @@ class RunFolder:
     name: str
     log: list[dict[str, Any]]
     updates: Updates
-    rollouts: Dataset | None = None
+    rollouts: Rollouts | None = None
     settings: dict[str, Any] = field(default_factory=dict)
     skipped: list[int] = field(default_factory=list)
 
@@ -79,7 +107,7 @@ def read_run(folder: Path) -> RunFolder:
         str(folder),
         _log(folder, checkpoints),
         _updates(folder / UPDATES),
-        load_rollouts(folder, unrewarded=True) if rollout_files(folder / "rollouts") else None,
+        _rollouts(folder / "rollouts"),
         read_mark(checkpoints[-1]).get("settings", {}) if checkpoints else {},
         _skipped(folder / SKIPPED),
     )
@@ -108,12 +136,47 @@ def _updates(folder: Path) -> Updates:
         return np.array([value for line in lines for value in line[name]], dtype)
 
     numbers = ("reward", "residual", "soft_value", "length", "age")
+    rows = [len(line["id"]) for line in lines]
     return Updates(
-        step=np.repeat([line["step"] for line in lines], [len(line["id"]) for line in lines]).astype(int),
+        step=np.repeat([line["step"] for line in lines], rows).astype(int),
         **{name: column(name, str) for name in ("id", "prompt", "origin")},
         **{name: column(name, float) for name in numbers},
-        beta=lines[-1]["beta"] if lines else np.nan,
+        beta=np.repeat([line["beta"] for line in lines], rows).astype(float),
     )
+
+
+def _rollouts(folder: Path) -> Rollouts | None:
+    names = ["reward", "policy_step"]  # what completions are chosen by: no other column is read of all rows
+    tables = read_files(folder, lambda files: [read_rollouts(file, names) for file in files])
+    if not tables:
+        return None
+    numbers = [[table[name].cast(pa.float64()).to_numpy() for table in tables] for name in names]
+    return Rollouts(folder, *map(np.concatenate, numbers))
+
+
+def _rows_at(places: np.ndarray, files: Sequence[Path], columns: list[str]) -> Iterator[tuple[int, dict[str, Any]]]:
+    """Rows of all files with their places. A row group, which is a window on one process, is read at a time.
+
+    Args:
+        places: `(C,)` in ascending order.
+        files: of saved rollouts.
+        columns: those to read; a file may lack some.
+    """
+    first = 0  # row of a row group
+    for file in files:
+        try:
+            with pq.ParquetFile(file, page_checksum_verification=True) as opened:
+                for group in range(opened.num_row_groups):
+                    end = first + opened.metadata.row_group(group).num_rows
+                    here = places[(places >= first) & (places < end)]
+                    if len(here):
+                        table = opened.read_row_group(group, columns).take(here - first).replace_schema_metadata(None)
+                        yield from zip(here.tolist(), Dataset(table), strict=True)
+                    first = end
+        except FileNotFoundError:
+            raise
+        except (pa.ArrowException, OSError) as error:
+            raise ValueError(f"{file} is damaged ({first_line(error)}). Remove it, or restore it.") from error
 
 
 def _skipped(folder: Path) -> list[int]:
@@ -121,12 +184,10 @@ def _skipped(folder: Path) -> list[int]:
     skipped: set[int] = set()
     for file in folder.glob("process-*.jsonl"):
         of_process: list[int] = []
-        for line in file.read_text(encoding="utf-8").splitlines():
-            with suppress(ValueError):  # cut by a kill, or under way
-                values = json.loads(line)
-                if "update" in values:
-                    of_process.append(values["update"])
-                else:
-                    of_process = [one for one in of_process if one <= values["step"]]
+        for values in whole_lines(file):
+            if "update" in values:
+                of_process.append(values["update"])
+            else:
+                of_process = [one for one in of_process if one <= values["step"]]
         skipped.update(of_process)
     return sorted(skipped)

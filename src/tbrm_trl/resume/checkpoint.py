@@ -306,7 +306,7 @@ def leave_later(checkpoint: str | None, output_dir: str) -> list[str]:
 
 def _changes(checkpoint: Path, before: Any, now: Mapping[str, Any], no_effect: Sequence[str]) -> list[str]:
     """One sentence of the settings that are no longer those of the checkpoint, if any."""
-    old, new = (dict(_flat({n: v for n, v in one.items() if n != _REFERENCE})) for one in map(plain, (before, now)))
+    old, new = (dict(flattened({n: v for n, v in one.items() if n != _REFERENCE})) for one in map(plain, (before, now)))
     changed = {n: f"{n} was {old[n]!r} and is {new[n]!r}" for n in new if n in old and old[n] != new[n]}
     changed |= {n: f"{n} was {old[n]!r} and is no more" for n in old if n not in new}
     changed |= {n: f"{n} is new: {new[n]!r}" for n in new if before and n not in old}
@@ -325,10 +325,11 @@ def _changes(checkpoint: Path, before: Any, now: Mapping[str, Any], no_effect: S
     return [f"Since {checkpoint.name} was written, settings have changed. {'. '.join(parts)}."] if parts else []
 
 
-def _flat(value: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+def flattened(value: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """What is held by names inside names, by their path: `lr_scheduler_kwargs/min_lr`."""
     for name, one in value.items():
         if isinstance(one, dict) and one:
-            yield from _flat(one, f"{prefix}{name}/")
+            yield from flattened(one, f"{prefix}{name}/")
         else:
             yield f"{prefix}{name}", one
 

@@ -9,7 +9,7 @@ import json
 import math
 import re
 import warnings
-from collections.abc import Iterable, Mapping, Sequence, Set
+from collections.abc import Callable, Iterable, Mapping, Sequence, Set
 from itertools import groupby
 from pathlib import Path
 from typing import Any
@@ -142,12 +142,8 @@ def _parts(file: Path) -> list[Path]:
     return [file.with_name(name) for name in json.loads(names)] if names else [file]
 
 
-def _windows(parts: Sequence[Path]) -> int:
-    return len({_steps(part) for part in parts})
-
-
 def _merged_of_size(folder: Path, windows: int) -> list[Path]:
-    return [file for file in rollout_files(folder) if _is_merged(file) and _windows(_parts(file)) == windows]
+    return [file for file in rollout_files(folder) if _is_merged(file) and len({*map(_steps, _parts(file))}) == windows]
 
 
 def _merge(files: Sequence[Path]) -> None:
@@ -162,14 +158,11 @@ def _merge(files: Sequence[Path]) -> None:
     empty = [_with_json(schema.empty_table(), as_json) for schema in schemas]
     unified = pa.concat_tables(empty, promote_options="permissive")
     metadata = {_VERSION: str(version), _PARTS: json.dumps([part.name for part in parts])}
-    with (
-        appearing(target) as partial,
-        pq.ParquetWriter(partial, unified.schema.with_metadata(metadata), write_page_checksum=True) as writer,
-    ):
-        for opened, group in pieces:
-            table = _with_json(opened.read_row_group(group).replace_schema_metadata(None), as_json)
-            table = pa.concat_tables([unified, table], promote_options="permissive").combine_chunks()
-            writer.write_table(table.replace_schema_metadata(metadata), row_group_size=len(table))
+    tables = (
+        _with_json(opened.read_row_group(group).replace_schema_metadata(None), as_json) for opened, group in pieces
+    )
+    alike = (pa.concat_tables([unified, table], promote_options="permissive").combine_chunks() for table in tables)
+    _write(target, unified.schema, metadata, alike)
     for file in files:
         file.unlink()
 
@@ -177,31 +170,29 @@ def _merge(files: Sequence[Path]) -> None:
 def _take_apart(file: Path, parts: Sequence[Path], step: int) -> None:
     """Write again the files that a merged one was made of, as far as they lie before a step."""
     opened, place = pq.ParquetFile(file), {part: group for group, part in enumerate(_parts(file))}
-    metadata = dict(opened.schema_arrow.metadata or {})
+    metadata = {name: value for name, value in (opened.schema_arrow.metadata or {}).items() if name != _PARTS}
     windows = [list(window) for _, window in groupby(parts, _steps)]
     size = len(windows) // MERGED
     for first in range(0, len(windows), size):
         inner = [part for window in windows[first : first + size] for part in window]
         begins, ends = _steps(inner[0])[0], _steps(inner[-1])[1]
+        tables = (opened.read_row_group(place[part]) for part in inner)
         if begins < step <= ends:
             _take_apart(file, inner, step)
+        elif ends < step and size > 1:
+            named = {**metadata, _PARTS: json.dumps([part.name for part in inner])}
+            _write(file.with_name(f"step-{begins:08d}-to-{ends:08d}.parquet"), opened.schema_arrow, named, tables)
         elif ends < step:
-            target = inner[0]
-            metadata.pop(_PARTS, None)
-            if size > 1:
-                target = file.with_name(f"step-{begins:08d}-to-{ends:08d}.parquet")
-                metadata[_PARTS] = json.dumps([part.name for part in inner]).encode()
-            made = {target: inner} if size > 1 else {part: [part] for part in inner}
-            for path, held in made.items():
-                with (
-                    appearing(path) as partial,
-                    pq.ParquetWriter(
-                        partial, opened.schema_arrow.with_metadata(metadata), write_page_checksum=True
-                    ) as writer,
-                ):
-                    for part in held:
-                        table = opened.read_row_group(place[part]).replace_schema_metadata(metadata)
-                        writer.write_table(table, row_group_size=len(table))
+            for part, table in zip(inner, tables, strict=True):
+                _write(part, opened.schema_arrow, metadata, [table])
+
+
+def _write(path: Path, schema: pa.Schema, metadata: Mapping[Any, Any], tables: Iterable[pa.Table]) -> None:
+    """Write a file with a row group for each table, of which one is held at a time."""
+    whole = schema.with_metadata(metadata)
+    with appearing(path) as partial, pq.ParquetWriter(partial, whole, write_page_checksum=True) as writer:
+        for table in tables:
+            writer.write_table(table.replace_schema_metadata(metadata), row_group_size=len(table))
 
 
 def column_of(values: Sequence[Any]) -> pa.Array:
@@ -263,26 +254,40 @@ def _folder_in(folder: Path) -> Path:
     return next((folder / name for name in ("rollouts", "records") if (folder / name).is_dir()), folder)
 
 
-def _tables_in(folder: Path) -> list[pa.Table]:
-    """The rollouts of each file of a folder. A run that is under way may merge files while they are read."""
+def read_files(folder: Path, read: Callable[[list[Path]], list[Any]]) -> list[Any]:
+    """What `read` makes of the files of rollouts in a folder; an empty list if there are none.
+
+    A run that is under way may merge files while they are read. Then they are read again.
+    """
     while files := rollout_files(folder):
         try:
-            return [_as_logged(read_rollouts(file)) for file in files]
+            return read(files)
         except FileNotFoundError:
             if rollout_files(folder) == files:
                 raise
+    return []
+
+
+def _tables_in(folder: Path) -> list[pa.Table]:
+    """The rollouts of each file of a folder."""
+    if tables := read_files(folder, lambda files: [_as_logged(read_rollouts(file)) for file in files]):
+        return tables
     if files := record_files(folder):
         return [_as_logged(read_rollouts(file)) for file in files]
     raise FileNotFoundError(f"No saved rollouts (step-*.parquet) in {folder}. Were they saved: save_rollouts=True?")
 
 
-def read_rollouts(file: Path) -> pa.Table:
+def read_rollouts(file: Path, columns: list[str] | None = None) -> pa.Table:
     """The table of a file, without metadata.
+
+    Args:
+        file: of saved rollouts or of records.
+        columns: the columns to read, by default all. The file has each of them.
 
     Raises:
         ValueError: for a file of a later version of this library, or a damaged one.
     """
-    table = read_table(file)
+    table = read_table(file, columns)
     version = int((table.schema.metadata or {}).get(_VERSION.encode(), 1))
     if version > ROLLOUTS_VERSION:
         raise ValueError(
