@@ -10,12 +10,13 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 import pytest
-from common.launch import free_port
+import torch
+from common.launch import free_port, run
 from common.tiny import save
 from helpers.examples import RECIPES, sums
-from helpers.launch import run
+from trl import ModelConfig
 
-from tbrm_trl.cli import COMMANDS, main, train
+from tbrm_trl.cli import COMMANDS, evaluate, main, train
 from tbrm_trl.cli.parsing import Refused, Words, sorted_words
 from tbrm_trl.evaluation.results import read_result
 
@@ -193,6 +194,7 @@ ALMOST = ("train", "--model_name_or_path", "m", "--use_cpu", "true", "--bf16", "
         (["--eval_benchmarks", "math500"], "but eval_strategy is no"),
         (["--eval_benchmarks", "aime24", "--eval_strategy", "steps", "--eval_steps", "1"], "cannot be loaded from the"),
         (["--reward_funcs", "helpers.runs.PROMPTS"], "The reward 'helpers.runs.PROMPTS' is no function, but ["),
+        (["--eval_benchmarks", "NOTES.jsonl", "--eval_strategy", "steps", "--eval_steps", "1"], "Call the one of the"),
         (["--answer_column", "absent"], "There is no column 'absent'. Columns: "),
         (["--dataset_name", "none"], "none cannot be loaded from the Hub ("),
         (["--dataset_name", "none.csv"], "'none.csv' is no .json, .jsonl, .parquet or .csv file."),
@@ -236,6 +238,24 @@ def test_what_training_cannot_use(options, expected, tmp_path, capsys, monkeypat
         ("MODEL SUMS --answer_column absent", "sums: There is no column 'absent'. Columns: "),
         ("MODEL SUMS --samples 0", "--samples 0 must be at least 1"),
         ("MODEL SUMS --batch_size 0", "--batch_size 0 must be at least 1"),
+        ("MODEL SUMS --use_peft true --lora_r 8", "for training alone: --use_peft, --lora_r. Leave it out. To"),
+        ("MODEL SUMS --use_dora true", "for training alone: --use_dora. Leave it out"),
+        ("MODEL SUMS --load_in_8bit true --bnb_4bit_quant_type fp4", "--bnb_4bit_quant_type is for --load_in_4bit"),
+        ("MODEL SUMS --use_cpu true --load_in_4bit true", "--use_cpu does not go with --load_in_4bit"),
+        ("MODEL SUMS --use_cpu true --load_in_8bit true", "--use_cpu does not go with --load_in_8bit"),
+        (
+            "MODEL --benchmarks gym:chain_sum aime24=a.csv --answer_column answer",
+            "--answer_column is for files of your",
+        ),
+        ("MODEL --suite tbrm-paper --answer_column answer", "--answer_column is for files of your own"),
+        ("MODEL SUMS --answer_column answer --reward_funcs my.reward", "--answer_column is for math"),
+        ("MODEL SUMS --prompt_template {question} --system_prompt s", "--system_prompt changes nothing beside"),
+        (
+            'MODEL SUMS --prompt_template {question} --chat_template_kwargs {"a":1}',
+            "--chat_template_kwargs changes nothing",
+        ),
+        ("MODEL SUMS --chat_template_kwargs a", "--chat_template_kwargs takes a JSON object, such as"),
+        ("MODEL SUMS --chat_template_kwargs [1]", "not '[1]'."),
         ("BARE SUMS", "has no chat template. Ask in plain text"),
         ("--compare a", "--compare takes two results, not 1"),
         ("--compare a.jsonl b.jsonl", "There is no result at a.jsonl"),
@@ -264,10 +284,25 @@ def test_what_vllm_does_not_take(capsys):
 
 
 @pytest.mark.parametrize(
+    ("given", "computed"),
+    [([], torch.bfloat16), (["--dtype", "auto"], torch.bfloat16), (["--dtype", "float16"], torch.float16)],
+)
+def test_4_bits_compute_in_a_dtype(given, computed, monkeypatch):
+    """The command's own default is "auto", which is no dtype to compute in. The weights are still loaded as given."""
+    loaded = {}
+    monkeypatch.setattr(evaluate.ModelPolicy, "load", lambda name, **options: loaded.update(options))
+    reader = evaluate.Parser(evaluate.EvaluationArguments, ModelConfig, prog="tbrm eval", description="", dtype="auto")
+    words = sorted_words(reader, ["--model_name_or_path", "m", "--benchmarks", "b", "--load_in_4bit", "true", *given])
+    evaluate.policy_of(*reader.parse(words))
+    assert loaded["quantization_config"].bnb_4bit_compute_dtype == computed
+    assert loaded["dtype"] == (given or ["auto"])[-1] and "batch_size" not in loaded
+
+
+@pytest.mark.parametrize(
     ("where", "absent", "expected"),
     [
         ("tbrm_trl.evaluation.run.version", "math-verify", 'needs math-verify: pip install "tbrm-trl[math]"'),
-        ("tbrm_trl.cli.evaluate.get_quantization_config", "bitsandbytes", "none cannot be loaded: No package metadata"),
+        ("tbrm_trl.cli.parsing.get_quantization_config", "bitsandbytes", "none cannot be loaded: No package metadata"),
         ("tbrm_trl.evaluation.run.AutoTokenizer.from_pretrained", "bitsandbytes", "none cannot be loaded: No package"),
     ],
 )  # fmt: skip
@@ -386,6 +421,30 @@ def test_a_plain_template(template, asked, bare, tmp_path):
         "--use_cpu", "true",
     ])  # fmt: skip
     assert read_result(tmp_path / "out/sums-first1-greedy.jsonl").header["template"] == asked
+
+
+@pytest.mark.parametrize("in_a_file", [False, True])
+def test_variables_of_the_chat_template(in_a_file, tmp_path):
+    """JSON on the command line, a mapping in a file. The prompt is rendered with them."""
+    model = save(tmp_path / "model")
+    (Path(model) / "chat_template.jinja").write_text("{{ name }}:{{ messages[-1].content }}")
+    (tmp_path / "how.yaml").write_text("chat_template_kwargs:\n  name: n\n")
+    how = ["--config", str(tmp_path / "how.yaml")] if in_a_file else ["--chat_template_kwargs", '{"name": "n"}']
+    main([
+        "eval", "--model_name_or_path", model, "--benchmarks", str(sums(tmp_path / "sums.json")), "--limit", "1",
+        "--temperature", "0", "--max_new_tokens", "4", "--output_dir", str(tmp_path / "out"), "--use_cpu", "true", *how,
+    ])  # fmt: skip
+    header = read_result(tmp_path / "out/sums-first1-greedy.jsonl").header
+    assert (header["template"], header["chat_template_kwargs"]) == ("n:0+0=", {"name": "n"})
+
+
+def test_benchmarks_in_training_are_judged_in_the_runs_time(tmp_path):
+    data, config, _ = train.parse([
+        "--dataset_name", "d", "--eval_benchmarks", str(sums(tmp_path / "sums.json")), "--eval_strategy", "steps",
+        "--eval_steps", "1", "--reward_time_limit", "1.5", "--output_dir", "o", "--use_cpu", "true", "--bf16", "false",
+    ])  # fmt: skip
+    (callback,) = train.evaluations(data, config)
+    assert callback.judges["sums"].reward.time_limit == 1.5
 
 
 @pytest.mark.launch

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
-from common.tiny import tokenizer
+from common.launch import launch
+from common.tiny import model, tokenizer
 from helpers.benchmark_runs import LETTERS, NAME, SETTINGS, train
-from helpers.launch import launch
 from helpers.runs import build
 from transformers import AutoModelForCausalLM
 
 from tbrm_trl import TBRMTrainer
+from tbrm_trl.evaluation.benchmarks import Benchmark
 from tbrm_trl.evaluation.callback import EvaluationCallback
 from tbrm_trl.evaluation.results import read_result
 from tbrm_trl.evaluation.run import ModelPolicy, evaluate
@@ -71,6 +74,54 @@ def test_two_benchmarks_of_one_name_are_refused():
     """One would be judged by the answers of the other."""
     with pytest.raises(ValueError, match=f"Several benchmarks are called {LETTERS.name}"):
         EvaluationCallback([LETTERS, LETTERS.first(2), LETTERS], SETTINGS)
+
+
+@pytest.mark.parametrize(
+    ("stage", "plugin", "fsdp", "refused"),
+    [
+        (None, None, "false", False),
+        (2, None, "false", False),
+        (3, None, "false", True),  # accelerate launch --config_file zero3.yaml
+        (None, None, "true", True),  # and with fsdp2.yaml
+        (None, {"fsdp_version": 2}, "false", True),  # --fsdp of the arguments
+    ],
+)
+def test_sharded_weights_are_refused(stage, plugin, fsdp, refused, monkeypatch):
+    """Whether the arguments ask for it, or a launcher: that leaves `fsdp` and `hf_deepspeed_config` as they are."""
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", fsdp)
+    monkeypatch.setenv("FSDP_VERSION", "2")
+    deepspeed = None if stage is None else SimpleNamespace(deepspeed_config={"zero_optimization": {"stage": stage}})
+    args = SimpleNamespace(deepspeed_plugin=deepspeed, fsdp_plugin_args=plugin)
+    callback = EvaluationCallback([LETTERS], SETTINGS)
+    if not refused:
+        return callback.on_train_begin(args, None, None)
+    with pytest.raises(ValueError, match="ZeRO-3 and FSDP shard them"):
+        callback.on_train_begin(args, None, None)
+
+
+def test_the_judge_has_the_runs_time():
+    sums = Benchmark("sums", ["1+1="], {"solution": ["2"]}, "math")
+    limits = [one.judges["sums"].reward.time_limit for one in (
+        EvaluationCallback([sums], SETTINGS), EvaluationCallback([sums], SETTINGS, time_limit=1.5)
+    )]  # fmt: skip
+    assert limits == [5.0, 1.5]
+
+
+@pytest.mark.parametrize(("own", "asked"), [(None, "the run's:ab"), ({"name": "its own"}, "its own:ab")])
+def test_prompts_are_rendered_as_in_training(own, asked, tmp_path):
+    words = tokenizer()
+    words.chat_template = "{{ name }}:{{ messages[-1].content }}"
+    benchmark = Benchmark("letters", ["ab"], {}, "helpers.reward_functions.letters")
+    callback = EvaluationCallback([benchmark], replace(SETTINGS, samples=1, chat_template_kwargs=own))
+    args = SimpleNamespace(
+        output_dir=str(tmp_path), chat_template_kwargs={"name": "the run's"}, process_index=0, world_size=1,
+        disable_tqdm=True, should_save=True,
+    )  # fmt: skip
+    state = SimpleNamespace(global_step=1)
+    callback.on_evaluate(args, state, None, model=model(), processing_class=words, metrics={})
+    header = read_result(tmp_path / "evaluations/step-1/letters.jsonl").header
+    assert header["template"] == asked
+    assert header["chat_template_kwargs"] == (own or args.chat_template_kwargs)
 
 
 @pytest.mark.launch

@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import math
 import sys
+import weakref
+from dataclasses import replace
 from importlib.metadata import version
 from types import ModuleType, SimpleNamespace
 
@@ -14,11 +16,12 @@ from common.tiny import model, tokenizer
 from datasets import Dataset
 from transformers import BitsAndBytesConfig
 
-from tbrm_trl.evaluation import benchmarks
+from tbrm_trl.evaluation import benchmarks, sampling
 from tbrm_trl.evaluation.benchmarks import BENCHMARKS, SUITES, Benchmark, load_benchmark
-from tbrm_trl.evaluation.results import Row, append, compare_results, open_result, read_result
+from tbrm_trl.evaluation.results import Result, Row, append, open_result, paired_results, read_result
 from tbrm_trl.evaluation.run import Judge, ModelPolicy, Settings, evaluate
 from tbrm_trl.evaluation.sampling import Completion, Request, Sampling, draw, generate, prompt_ids_of
+from tbrm_trl.evaluation.statistics import Comparison, compare
 from tbrm_trl.evaluation.vllm import VllmPolicy, digest_of_files
 from tbrm_trl.rewards import RewardError, gym
 
@@ -72,6 +75,25 @@ def test_the_batch_stays_full():
     assert sum(waiting) / len(waiting) > 16 * 7 / 8
 
 
+def test_random_numbers_go_with_their_row(monkeypatch):
+    """There are those of rows under way, at most one for each place, and of those that have just ended."""
+    drawn: list[weakref.ref] = []
+    numbers_of = sampling._numbers
+
+    def numbers(seed, count):
+        found = numbers_of(seed, count)
+        drawn.append(weakref.ref(found))
+        return found
+
+    monkeypatch.setattr(sampling, "_numbers", numbers)
+    requests = requests_of(tokenizer()) * 4
+    there = []
+    for _ in generate(model(), tokenizer(), requests, Sampling(max_new_tokens=8), 3):
+        there.append(sum(one() is not None for one in drawn))
+    assert len(drawn) == len(there) == 24 and max(there) <= 2 * 3
+    assert not any(one() is not None for one in drawn)
+
+
 def test_draws_follow_the_distribution():
     """χ² of 20,000 draws over five tokens, at a temperature, with each filter: expected shares by hand."""
     logits = torch.tensor([0.5, 0.3, 0.1, 0.06, 0.04]).log()
@@ -101,6 +123,15 @@ def test_a_template_that_refuses_a_role_is_one_line():
     assert prompt_ids_of(words, [user]) == words("ab", add_special_tokens=False)["input_ids"]
 
 
+def test_a_chat_template_is_given_its_variables():
+    words = tokenizer()
+    words.chat_template = "{{ name }}:{{ messages[0].content }}"
+    user = [{"role": "user", "content": "ab"}]
+    assert words.decode(prompt_ids_of(words, user, {"name": "n"})) == "n:ab"
+    assert words.decode(prompt_ids_of(words, user)) == ":ab"
+    assert words.decode(prompt_ids_of(words, "ab", {"name": "n"})) == "ab"  # text is asked as it is
+
+
 # ---- results ---------------------------------------------------------------------------------------------------------
 
 SUMS = Benchmark("sums", ["1+1=", "2+2=", "3+3="], {"solution": ["2", "4", "6"]}, "math")
@@ -122,6 +153,7 @@ class Scripted:
         return {"revision": None, "dtype": "float32", "quantization": None}
 
     def generate(self, requests, how):
+        self.prompts = [self.tokenizer.decode(one.prompt_ids) for one in requests]
         for number, request in enumerate(requests):
             if self.left == 0:
                 raise KeyboardInterrupt
@@ -193,11 +225,55 @@ def test_completions_hold_any_character(tmp_path):
     assert list(read.rows.values()) == [row] and read.header["template"] == "\u2028"
 
 
+def test_variables_of_the_template_are_drawn_with_and_written(tmp_path, judge):
+    """Without them the header is as it was, so that older results are resumed. With others it is another evaluation."""
+    policy = Scripted(["2", "4", "6"])
+    policy.tokenizer = tokenizer()
+    policy.tokenizer.chat_template = "{{ name }}:{{ messages[-1].content }}"
+    plain = evaluate(policy, SUMS, SETTINGS, tmp_path / "plain.jsonl", judge)
+    assert policy.prompts[0] == ":1+1=" and "chat_template_kwargs" not in plain.header
+    given = replace(SETTINGS, chat_template_kwargs={"name": "n"})
+    result = evaluate(policy, SUMS, given, tmp_path / "given.jsonl", judge)
+    assert policy.prompts == ["n:1+1="] * 2 + ["n:2+2="] * 2 + ["n:3+3="] * 2
+    assert (result.header["template"], result.header["chat_template_kwargs"]) == ("n:1+1=", {"name": "n"})
+    unread = replace(SETTINGS, chat_template_kwargs={"other": 1})  # which the template does not print
+    with pytest.raises(ValueError, match=r"differs in chat_template_kwargs \(there None, here"):
+        evaluate(policy, SUMS, unread, tmp_path / "plain.jsonl", judge)
+    with pytest.raises(ValueError, match=r"differs in chat_template_kwargs .*, here None"):
+        evaluate(policy, SUMS, SETTINGS, tmp_path / "given.jsonl", judge)
+    as_text = replace(given, prompt_template="{question}")  # which no chat template renders
+    header = evaluate(policy, SUMS, as_text, tmp_path / "text.jsonl", judge).header
+    assert header["template"] == "1+1=" and "chat_template_kwargs" not in header
+
+
+@pytest.mark.parametrize(("template", "score"), [(None, 0.0), ("{question}", 1.0)])
+def test_a_judge_is_given_what_it_is_in_training(template, score, tmp_path, monkeypatch):
+    """Text for a prompt of text, and messages for messages."""
+    own = ModuleType("own_judge")
+    code = "async def judge(completions, **columns):\n    return [float(isinstance(one, str)) for one in completions]\n"
+    exec(compile(code, "own_judge.py", "exec"), own.__dict__)
+    monkeypatch.setitem(sys.modules, "own_judge", own)
+    problems = Benchmark("sums", SUMS.prompts, {}, "own_judge.judge")
+    result = evaluate(Scripted(["2", "4", "6"]), problems, replace(SETTINGS, prompt_template=template), tmp_path / "a")
+    assert {row.score for row in result.rows.values()} == {score}
+
+
+def test_a_length_without_token_ids_is_of_characters():
+    """Other models of inspect-ai tell none. Four characters of at most eight are −½, two tokens −¼."""
+    judge = Judge(Benchmark("sums", SUMS.prompts, {}, "length(limit=8)"))
+    assert judge.verdicts(["1+1="], ["abcd"], None, [0]) == [-0.5]
+    assert judge.verdicts(["1+1="], ["abcd"], [[7, 1]], [0]) == [-0.25]
+
+
 def without(path, *fields: str) -> None:
     """Take fields out of a result's header: results that were written before do not have them."""
     first, *lines = path.read_text().split("\n")
     header = {name: value for name, value in json.loads(first).items() if name not in fields}
     path.write_text("\n".join([json.dumps(header), *lines]))
+
+
+def compared(first, second) -> dict[str, Comparison]:
+    return {name: compare(one.scores, other.scores) for name, (one, other) in paired_results(first, second).items()}
 
 
 def test_a_judge_that_changed_is_noticed(tmp_path, monkeypatch):
@@ -215,10 +291,10 @@ def test_a_judge_that_changed_is_noticed(tmp_path, monkeypatch):
         evaluate(Scripted(answers), problems, SETTINGS, paths[0])
     evaluate(Scripted(answers), problems, SETTINGS, paths[1])
     with pytest.raises(ValueError, match="differ in their judge"):
-        compare_results(*paths)
+        compared(*paths)
     without(paths[0], "judge")
     evaluate(Scripted(answers, interrupted_after=0), problems, SETTINGS, paths[0])
-    (comparison,) = compare_results(*paths).values()
+    (comparison,) = compared(*paths).values()
     assert comparison.difference == -0.5
 
 
@@ -248,12 +324,46 @@ def test_results_are_compared_problem_by_problem(tmp_path, judge):
     """One of three becomes three of three: +2/3, and of four sign flips of two problems two are as far: p = ½."""
     evaluate(Scripted(["\\boxed{2}", "", ""]), SUMS, SETTINGS, tmp_path / "before.jsonl", judge)
     evaluate(Scripted(["2", "4", "6"]), SUMS, SETTINGS, tmp_path / "after.jsonl", judge)
-    (comparison,) = compare_results(tmp_path / "before.jsonl", tmp_path / "after.jsonl").values()
+    (comparison,) = compared(tmp_path / "before.jsonl", tmp_path / "after.jsonl").values()
     assert (comparison.difference, comparison.p_value) == (pytest.approx(2 / 3), 0.5)
     other = Benchmark("sums", ["1+1=", "2+2=", "3+3="], {"solution": ["2", "4", "7"]}, "math")
     evaluate(Scripted(["", "", ""]), other, SETTINGS, tmp_path / "other.jsonl", Judge(other))
     with pytest.raises(ValueError, match="differ in their data"):
-        compare_results(tmp_path / "before.jsonl", tmp_path / "other.jsonl")
+        compared(tmp_path / "before.jsonl", tmp_path / "other.jsonl")
+
+
+def result_at(path, benchmark="sums", samples=2, temperature=1.0) -> Result:
+    """A complete result of one problem, as `tbrm eval` or a training step would write it to a path of its choice."""
+    header = {"benchmark": benchmark, "problems": 1, "samples": samples, "sampling": {"temperature": temperature}}
+    result = open_result(path, header)
+    append(result, [Row(0, sample, 0, [1], "2", False, "2", 1.0) for sample in range(samples)])
+    return result
+
+
+def test_results_are_known_by_what_they_are_of(tmp_path):
+    """A file, a folder of `tbrm eval` and a training step's can be compared, whatever their files are called."""
+    step, evaluated, file = tmp_path / "evaluations/step-1", tmp_path / "out", tmp_path / "renamed.jsonl"
+    result_at(step / "sums.jsonl")
+    result_at(step / "other.jsonl", "other", 1, 0.0)
+    result_at(evaluated / "sums-avg2.jsonl")
+    result_at(evaluated / "other-avg4.jsonl", "other", 4)
+    result_at(file)
+
+    def pairs(first, second) -> dict:
+        return {name: [one.path, other.path] for name, (one, other) in paired_results(first, second).items()}
+
+    assert pairs(step, evaluated) == {"sums-avg2": [step / "sums.jsonl", evaluated / "sums-avg2.jsonl"]}
+    assert pairs(file, evaluated) == {"sums-avg2": [file, evaluated / "sums-avg2.jsonl"]}
+    assert pairs(step, file) == {"sums-avg2": [step / "sums.jsonl", file]}
+    single, greedy = evaluated / "other-avg4.jsonl", step / "other.jsonl"
+    assert pairs(greedy, single) == {"other": [greedy, single]}  # one each: how they were sampled is said, not refused
+    with pytest.raises(ValueError, match="alike: other-greedy, sums-avg2 there, other-avg4 here"):
+        pairs(step, single)
+    with pytest.raises(ValueError, match="alike: sums-avg2 there, other-avg4 here"):
+        pairs(file, single)
+    result_at(evaluated / "again.jsonl")
+    with pytest.raises(ValueError, match=r"again\.jsonl and .*sums-avg2\.jsonl are both sums-avg2\. Name the file"):
+        pairs(evaluated, file)
 
 
 @pytest.mark.parametrize("text", ["", "{}", "[1]\n", '{"format": "other"}\n', '{"format": "tbrm-evaluation-1"}\nx\n'])
@@ -361,6 +471,10 @@ def test_a_file_of_ones_own(tmp_path):
     file.write_text('{"task": "6·7?"}\n')
     with pytest.raises(ValueError, match="none of the columns task is called"):
         load_benchmark(str(file))
+    file.write_text('{"question": "6·7?", "gym": "{}", "answer": "42"}\n')
+    assert load_benchmark(str(file)).reward == "reasoning_gym"
+    with pytest.raises(ValueError, match=r"judged by what stands in the column gym.*Leave --answer_column out"):
+        load_benchmark(str(file), answer_column="answer")
 
 
 def test_a_task_of_reasoning_gym():

@@ -56,16 +56,64 @@ def test_majority_by_hand():
     assert majority(answers, scores) == (1 + 0.5 + 1 + 0) / 4
 
 
+def flipped(differences) -> float:
+    """The share of all signs whose sum is as far from 0, counted one by one."""
+    observed = abs(sum(differences))
+    every = itertools.product((1, -1), repeat=len(differences))
+    far = [abs(sum(s * d for s, d in zip(signs, differences, strict=True))) >= observed for signs in every]
+    return sum(far) / len(far)
+
+
 @pytest.mark.parametrize("seed", range(3))
 def test_the_sign_flip_test_counts_every_sign(seed):
     random = np.random.default_rng(seed)
     differences = [Fraction(int(c), 12) for c in random.integers(-6, 9, size=10)]
-    observed = abs(sum(differences))
-    signed = [
-        abs(sum(s * d for s, d in zip(signs, differences, strict=True))) >= observed
-        for signs in itertools.product((1, -1), repeat=10)
-    ]
-    assert sign_flip_p_value(differences) == pytest.approx(sum(signed) / len(signed))
+    assert sign_flip_p_value(differences) == pytest.approx(flipped(differences))
+
+
+@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("scale", [1, 1e-6, 12.5])
+def test_fractional_scores_are_counted_too(seed, scale):
+    """Of eighths, in units of any size: sums that are equal count as equal. The counts are of the whole eighths."""
+    random = np.random.default_rng(seed)
+    first, second = random.integers(0, 9, size=(2, 10, 3))
+    differences = [int(b.sum() - a.sum()) for a, b in zip(first, second, strict=True)]
+    found = compare(*((one * scale / 8).tolist() for one in (first, second)))
+    assert found.p_value == pytest.approx(flipped(differences))
+    assert found.difference == pytest.approx(sum(differences) / 10 / 3 * scale / 8)
+
+
+def test_tenths_are_exact():
+    """0.1 + 0.2 − 0.3 is 0, which all signs are as far from. Two signs of eight are as far as 0.1 + 0.2 + 0.3."""
+    assert compare([[0.0]] * 3, [[0.1], [0.2], [0.3]]).p_value == 2 / 8
+    assert compare([[0.0], [0.0], [0.3]], [[0.1], [0.2], [0.0]]).p_value == 1
+
+
+@pytest.mark.parametrize("shift", [0.0005, 0.001, 0.0015])
+def test_many_fractional_scores(shift):
+    """1,000 problems of 32 scores each, none whole: with so many signs the sum is normal, of variance Σ d²."""
+    random = np.random.default_rng(0)
+    first = random.random((1000, 32))
+    second = np.clip(first + random.normal(shift, 0.1, size=first.shape), 0, None)
+    differences = second.mean(axis=1) - first.mean(axis=1)
+    z = abs(differences.sum()) / math.sqrt((differences**2).sum())
+    found = compare(first.tolist(), second.tolist())
+    assert found.p_value == pytest.approx(math.erfc(z / math.sqrt(2)), rel=0.02, abs=1e-4)
+    assert found.difference == pytest.approx(differences.mean())
+
+
+def test_few_scores_of_many_digits():
+    """More steps than are counted: rounded to as many, which moves no sum of these past another."""
+    random = np.random.default_rng(2)
+    first, second = random.random((2, 9, 7))
+    found = compare(first.tolist(), second.tolist())
+    assert found.p_value == pytest.approx(flipped((second.mean(axis=1) - first.mean(axis=1)).tolist()))
+
+
+@pytest.mark.parametrize("score", [math.inf, -math.inf, math.nan])
+def test_scores_that_are_not_finite_are_refused(score):
+    with pytest.raises(ValueError, match=f"Problem 1 has a score of {score}: only finite"):
+        compare([[0.5], [0.5]], [[1.0], [0.0, score]])
 
 
 def test_a_comparison_by_hand():

@@ -1,9 +1,11 @@
 """inspect-ai beside `tbrm eval`: the same problems and checkpoint, the same completions and the same numbers."""
 
+import asyncio
 from concurrent.futures import Future
 from types import SimpleNamespace
 
 import pytest
+from common.tiny import tokenizer
 from helpers.examples import sums
 
 from tbrm_trl.cli import main
@@ -66,6 +68,39 @@ def test_what_the_sampler_has_not_is_refused(given, said, llama, tmp_path):
         log_dir=str(tmp_path), **given,
     )  # fmt: skip
     assert log.status == "error" and said in log.error.message
+
+
+def test_another_model_has_no_token_ids(tmp_path):
+    """The length of what it says is then that of its text, not 0."""
+    from tbrm_trl.evaluation.inspect_adapter import benchmark
+
+    name = str(sums(tmp_path / "sums.json"))
+    (log,) = inspect_ai.eval(
+        benchmark(name, limit=1, reward="length(limit=1000)"), model="mockllm/model", display="none",
+        log_dir=str(tmp_path),
+    )  # fmt: skip
+    assert log.status == "success", log.error
+    (sample,) = log.samples
+    assert sample.output.completion
+    assert sample.scores["verdict"].value == pytest.approx(-len(sample.output.completion) / 1000)
+
+
+def test_a_chat_template_is_given_its_variables(monkeypatch):
+    from tbrm_trl.evaluation.inspect_adapter import ModelPolicy
+
+    words, asked = tokenizer(), []
+    words.chat_template = "{{ name }}:{{ messages[-1].content }}"
+
+    def generate(requests, sampling):
+        asked.extend(words.decode(request.prompt_ids) for request in requests)
+        yield from (Completion(number, [1], False) for number in range(len(requests)))
+
+    policy = SimpleNamespace(tokenizer=words, generate=generate)
+    monkeypatch.setattr(ModelPolicy, "load", lambda name, **options: policy)
+    model = inspect_ai.model.get_model("tbrm/m", chat_template_kwargs={"name": "n"}).api
+    question = inspect_ai.model.ChatMessageUser(content="ab")
+    asyncio.run(model.generate([question], [], "none", inspect_ai.model.GenerateConfig()))
+    assert asked == ["n:ab"]
 
 
 def test_a_cancelled_sample_leaves_the_others_alone(monkeypatch):

@@ -10,6 +10,7 @@ gym:TASK of reasoning-gym; a .json, .jsonl, .parquet or .csv file. Every complet
 command finishes an evaluation that was interrupted.
 """
 
+import json
 import os
 import sys
 from collections import Counter
@@ -22,7 +23,7 @@ from .quiet import silence
 
 silence()
 
-from trl import ModelConfig, get_quantization_config  # noqa: E402
+from trl import ModelConfig  # noqa: E402
 
 from tbrm_trl.evaluation.benchmarks import (  # noqa: E402
     BENCHMARKS,
@@ -33,7 +34,7 @@ from tbrm_trl.evaluation.benchmarks import (  # noqa: E402
     load_benchmark,
     require_distinct_names,
 )
-from tbrm_trl.evaluation.results import differing_settings, paired_results  # noqa: E402
+from tbrm_trl.evaluation.results import differing_settings, name_of, paired_results  # noqa: E402
 from tbrm_trl.evaluation.run import Judge, ModelPolicy, Policy, Settings, evaluate  # noqa: E402
 from tbrm_trl.evaluation.sampling import Sampling, prompt_ids_of  # noqa: E402
 from tbrm_trl.evaluation.statistics import compare  # noqa: E402
@@ -41,7 +42,7 @@ from tbrm_trl.evaluation.vllm import VllmPolicy  # noqa: E402
 from tbrm_trl.files import first_line, require_writable  # noqa: E402
 from tbrm_trl.rewards import RewardError  # noqa: E402
 
-from .parsing import Parser, Refused, leave, sorted_words, with_line_breaks  # noqa: E402
+from .parsing import Parser, Refused, leave, quantization_of, sorted_words, with_line_breaks  # noqa: E402
 
 PROG = "tbrm eval"
 
@@ -81,6 +82,10 @@ class EvaluationArguments:
             "on one line, \\n is a line break."
         },
     )
+    chat_template_kwargs: dict[str, Any] | str | None = field(
+        default=None,
+        metadata={"help": "Variables of the chat template, as a JSON object such as '{\"enable_thinking\": false}'."},
+    )
     reward_funcs: str | None = field(
         default=None, metadata={"help": "What judges, by name or dotted path, in place of the benchmark's own reward."}
     )
@@ -94,6 +99,18 @@ class EvaluationArguments:
         default="transformers", metadata={"help": "What generates.", "choices": ["transformers", "vllm"]}
     )
     use_cpu: bool = field(default=False, metadata={"help": "Generate on the CPU, even if there is a GPU."})
+
+    def __post_init__(self) -> None:
+        given = self.chat_template_kwargs  # text on the command line, a mapping in a YAML file
+        try:
+            found = json.loads(given) if isinstance(given, str) else given
+        except ValueError:
+            found = given
+        if not isinstance(found, dict | None):
+            raise ValueError(
+                f"--chat_template_kwargs takes a JSON object, such as '{{\"enable_thinking\": false}}', not {given!r}."
+            )
+        self.chat_template_kwargs = found
 
 
 def problems_of(arguments: EvaluationArguments, model: ModelConfig) -> list[str]:
@@ -123,6 +140,18 @@ def problems_of(arguments: EvaluationArguments, model: ModelConfig) -> list[str]
     for name in ("limit", "samples", "batch_size"):
         if (value := getattr(a, name)) is not None and value < 1:
             problems.append(f"--{name} {value} must be at least 1.")
+    if a.prompt_template is not None:
+        given = {"system_prompt": a.system_prompt != BOXED, "chat_template_kwargs": bool(a.chat_template_kwargs)}
+        problems += [
+            f"--{name} changes nothing beside --prompt_template, which says all that is asked: leave it out."
+            for name, one in given.items()
+            if one
+        ]
+    if a.answer_column is not None and a.reward_funcs not in (None, "math"):
+        problems.append("--answer_column is for math, and other rewards are given all columns: leave it out.")
+    elif a.answer_column is not None and (a.benchmarks or a.suite) and all(map(_has_answers, a.benchmarks)):
+        problems.append("--answer_column is for files of your own, and these benchmarks have answers: leave it out.")
+    problems += _without_effect(model)
     if a.backend == "vllm":
         given = {
             "load_in_4bit": model.load_in_4bit,
@@ -132,6 +161,28 @@ def problems_of(arguments: EvaluationArguments, model: ModelConfig) -> list[str]
             "batch_size": a.batch_size is not None,
         }
         problems += [f"--{name} is for --backend transformers: leave it out." for name, one in given.items() if one]
+    elif a.use_cpu and (model.load_in_4bit or model.load_in_8bit):
+        bits = "4bit" if model.load_in_4bit else "8bit"
+        problems.append(f"--use_cpu does not go with --load_in_{bits}, which goes to the GPU if there is one.")
+    return problems
+
+
+def _has_answers(benchmark: str) -> bool:
+    """Whether a benchmark says where its answers stand: all do but files of one's own."""
+    return benchmark.startswith("gym:") or benchmark.partition("=")[0] in BENCHMARKS
+
+
+def _without_effect(model: ModelConfig) -> list[str]:
+    """What is wrong with options of a model that would change nothing here."""
+    changed = [name for name, default in vars(ModelConfig()).items() if getattr(model, name) != default]
+    problems = []
+    if adapter := [f"--{n}" for n in changed if n.startswith("lora_") or n in ("use_peft", "use_rslora", "use_dora")]:
+        problems.append(
+            f"for training alone: {', '.join(adapter)}. Leave it out. To evaluate an adapter, give its folder as "
+            "--model_name_or_path."
+        )
+    if not model.load_in_4bit and (bits := [f"--{name}" for name in changed if "bnb" in name]):
+        problems.append(f"{', '.join(bits)} is for --load_in_4bit: leave it out.")
     return problems
 
 
@@ -150,10 +201,10 @@ def _beside_suite(suite: str, benchmarks: Sequence[str]) -> list[str]:
 def lines_of(arguments: EvaluationArguments) -> list[Setting]:
     """Benchmark, samples and temperature of each evaluation that was asked for."""
     a = arguments
-    named = {one.partition("=")[0]: one for one in a.benchmarks}
     if a.suite:  # whose benchmarks may be given as local copies
+        named = {one.partition("=")[0]: one for one in a.benchmarks}
         return [
-            Setting(named.pop(one.benchmark, one.benchmark), one.samples, one.temperature) for one in SUITES[a.suite]
+            Setting(named.get(one.benchmark, one.benchmark), one.samples, one.temperature) for one in SUITES[a.suite]
         ]
     return [Setting(one, 0 if a.samples is None else a.samples, a.temperature) for one in a.benchmarks]
 
@@ -166,16 +217,17 @@ def loaded(name: str, arguments: EvaluationArguments) -> Benchmark:
 def policy_of(arguments: EvaluationArguments, model: ModelConfig) -> Policy:
     """The policy to evaluate."""
     name: Any = model.model_name_or_path
-    options = {"revision": model.model_revision, "dtype": model.dtype}
+    options: dict[str, Any] = {"revision": model.model_revision, "dtype": model.dtype}
     if arguments.backend == "vllm":
         return VllmPolicy.load(name, seed=arguments.seed, **options)
+    if arguments.batch_size is not None:
+        options["batch_size"] = arguments.batch_size
     try:
-        quantization = get_quantization_config(model)
+        quantization = quantization_of(model)
     except ImportError as error:  # without bitsandbytes
         raise ValueError(f"{name} cannot be loaded: {first_line(error)}") from error
     return ModelPolicy.load(
         name,
-        batch_size=arguments.batch_size or 64,
         use_cpu=arguments.use_cpu,
         attn_implementation=model.attn_implementation,
         quantization_config=quantization,
@@ -196,7 +248,8 @@ def check_length(policy: Policy, benchmark: Benchmark, settings: Settings) -> No
     """Refuse completions that would pass the positions a model has."""
     model = getattr(policy, "model", None)
     positions = getattr(getattr(model, "config", None), "max_position_embeddings", None)
-    longest = max(len(prompt_ids_of(policy.tokenizer, one)) for one in settings.prompts(benchmark, policy))
+    variables = settings.chat_template_kwargs
+    longest = max(len(prompt_ids_of(policy.tokenizer, one, variables)) for one in settings.prompts(benchmark, policy))
     asked = longest + settings.sampling.max_new_tokens
     if positions is not None and asked > positions:
         raise ValueError(
@@ -210,12 +263,13 @@ def run(arguments: EvaluationArguments, model: ModelConfig) -> None:
     """Evaluate on everything that was asked for. All of it is checked before the first completion."""
     a = arguments
     template = with_line_breaks(a.prompt_template)
+    variables: Any = a.chat_template_kwargs  # text no more since `__post_init__`
     planned = []
     for line in lines_of(a):
         benchmark = loaded(line.benchmark, a)
         samples = line.samples or (1 if line.temperature == 0 else benchmark.samples)
         sampling = Sampling(line.temperature, a.top_p, a.top_k, a.max_new_tokens)
-        settings = Settings(samples, sampling, a.seed, a.system_prompt, template)
+        settings = Settings(samples, sampling, a.seed, a.system_prompt, template, variables)
         planned.append((benchmark, settings, Judge(benchmark, a.reward_time_limit)))
     require_distinct_names([benchmark for benchmark, _, _ in planned])
     folder = Path(a.output_dir or Path("evaluations") / Path(str(model.model_name_or_path)).name)
@@ -226,8 +280,8 @@ def run(arguments: EvaluationArguments, model: ModelConfig) -> None:
     if a.prompt_template is None:
         print(f"System prompt: {a.system_prompt!r}")
     for benchmark, settings, judge in planned:
-        how = "greedy" if settings.sampling.temperature == 0 else f"avg{settings.samples}"
-        result = evaluate(policy, benchmark, settings, folder / f"{benchmark.name}-{how}.jsonl", judge)
+        name = name_of(benchmark.name, settings.samples, settings.sampling.temperature)
+        result = evaluate(policy, benchmark, settings, folder / f"{name}.jsonl", judge)
         print(result, flush=True)
     print(f"Every completion: {folder}")
 

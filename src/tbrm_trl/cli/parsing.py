@@ -5,13 +5,13 @@ import difflib
 import os
 import sys
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, NoReturn
 
 import yaml
-from trl import TrlParser
+from trl import ModelConfig, TrlParser, get_quantization_config
 
 
 class Refused(Exception):
@@ -33,6 +33,11 @@ def leave(prog: str, refused: Refused) -> NoReturn:
 def with_line_breaks(template: str | None) -> str | None:
     """A template on one line as it is meant: a shell passes a line break as a backslash and an n."""
     return template if template is None or "\n" in template else template.replace("\\n", "\n")
+
+
+def quantization_of(model: ModelConfig) -> Any:
+    """TRL's configuration. It takes the dtype to compute in from the model's, and knows no "auto"."""
+    return get_quantization_config(replace(model, dtype="bfloat16") if model.dtype == "auto" else model)
 
 
 class Parser(TrlParser):

@@ -25,7 +25,7 @@ silence()
 import torch  # noqa: E402
 from datasets import Dataset  # noqa: E402
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError  # noqa: E402
-from trl import ModelConfig, get_peft_config, get_quantization_config  # noqa: E402
+from trl import ModelConfig, get_peft_config  # noqa: E402
 
 from tbrm_trl import TBRMConfig, TBRMTrainer, load_rollouts  # noqa: E402
 from tbrm_trl.evaluation.benchmarks import (  # noqa: E402
@@ -45,7 +45,7 @@ from tbrm_trl.rewards import NAMES, find_column, read_golds  # noqa: E402
 from tbrm_trl.rewards import load as load_rewards  # noqa: E402
 from tbrm_trl.sources.logged import logged_rows, rewarded_rows  # noqa: E402
 
-from .parsing import Parser, Refused, Words, leave, sorted_words, with_line_breaks  # noqa: E402
+from .parsing import Parser, Refused, Words, leave, quantization_of, sorted_words, with_line_breaks  # noqa: E402
 
 PROG = "tbrm train"
 LAUNCHED = "TBRM_LAUNCHED"  # set in the processes that the launcher starts
@@ -219,7 +219,7 @@ def run(data: DataArguments, config: TBRMConfig, model: ModelConfig) -> None:
             args=config,
             train_dataset=dataset,
             callbacks=callbacks,
-            quantization_config=get_quantization_config(model),
+            quantization_config=quantization_of(model),
             peft_config=get_peft_config(model),
         )
     except (ValueError, OSError) as error:  # OSError: of a model or of rollouts that are not there
@@ -255,7 +255,8 @@ def evaluations(data: DataArguments, config: TBRMConfig) -> list[Any]:
     )
     template = with_line_breaks(data.prompt_template)
     settings = Settings(data.eval_samples, sampling, config.seed, data.system_prompt, template)
-    return [EvaluationCallback([load_benchmark(name) for name in data.eval_benchmarks], settings)]
+    benchmarks = [load_benchmark(name) for name in data.eval_benchmarks]
+    return [EvaluationCallback(benchmarks, settings, time_limit=data.reward_time_limit)]
 
 
 def main(arguments: list[str] | None = None) -> None:

@@ -4,7 +4,7 @@ import difflib
 import json
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -95,7 +95,7 @@ class Benchmark:
         if count >= len(self):
             return self
         columns = {name: values[:count] for name, values in self.columns.items()}
-        return Benchmark(f"{self.name}-first{count}", self.prompts[:count], columns, self.reward, self.samples)
+        return replace(self, name=f"{self.name}-first{count}", prompts=self.prompts[:count], columns=columns)
 
 
 def load_benchmark(name: str, *, reward: str | None = None, answer_column: str | None = None) -> Benchmark:
@@ -121,7 +121,7 @@ def load_benchmark(name: str, *, reward: str | None = None, answer_column: str |
         benchmark = of_rows(Path(name).stem, rows_of_file(name), reward, answer_column)
     else:
         raise ValueError(_unknown(name))
-    return benchmark if reward is None else Benchmark(**{**vars(benchmark), "reward": reward})
+    return benchmark if reward is None else replace(benchmark, reward=reward)
 
 
 def require_distinct_names(benchmarks: Sequence[Benchmark]) -> None:
@@ -143,12 +143,18 @@ def of_rows(name: str, rows: Any, reward: str | None = None, answer_column: str 
     kept = {one: [row[one] for row in rows] for one in columns if one != question}
     prompts = [row[question] for row in rows]
     if gym.COLUMN in columns and reward is None:
+        if answer_column is not None:
+            raise ValueError(
+                f"{name}: its tasks are judged by what stands in the column {gym.COLUMN}, not by answers in "
+                f"{answer_column}. Leave --answer_column out."
+            )
         return Benchmark(name, prompts, kept, "reasoning_gym")
     column = answer_column or find_column(rows)
     if column is None and reward in (None, "math"):
         raise ValueError(
-            f"{name}: no column holds answers that can be read. Columns: {', '.join(columns)}. Name one by "
-            "--answer_column, or give a reward of your own by --reward_funcs."
+            f"{name}: no column holds answers that can be read. Columns: {', '.join(columns)}. Call the one of the "
+            "answers `answer`. `tbrm eval` also takes its name by --answer_column, or a reward of your own by "
+            "--reward_funcs."
         )
     if column is not None and reward in (None, "math"):
         kept["solution"] = _golds(name, rows, column)

@@ -1,6 +1,8 @@
 """Benchmarks in the course of training: the evaluation of `tbrm eval`, at each evaluation of the Trainer."""
 
+import os
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +25,9 @@ class EvaluationCallback(TrainerCallback):
     Args:
         benchmarks: what to evaluate on.
         settings: how the problems are asked, and completions drawn.
+            Without `chat_template_kwargs` of their own they take the run's.
         batch_size: completions generated at once, on each process.
+        time_limit: seconds that a reward in workers may take for one completion.
 
     Raises:
         ValueError: in one line, for benchmarks of one name, or a judge that needs what is not installed.
@@ -31,18 +35,23 @@ class EvaluationCallback(TrainerCallback):
 
     evaluates = True  # without an evaluation set too
 
-    def __init__(self, benchmarks: Sequence[Benchmark], settings: Settings, batch_size: int = 64) -> None:
+    def __init__(
+        self, benchmarks: Sequence[Benchmark], settings: Settings, batch_size: int = 64, time_limit: float = 5.0
+    ) -> None:
         require_distinct_names(benchmarks)
         self.benchmarks = list(benchmarks)
         self.settings = settings
         self.batch_size = batch_size
-        self.judges = {one.name: Judge(one) for one in benchmarks}
+        self.judges = {one.name: Judge(one, time_limit) for one in benchmarks}
         self._found: tuple[Any, dict[str, float]] = (None, {})  # of which weights at which step
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        sharded = getattr(args, "fsdp_plugin_args", None) or getattr(args, "fsdp", None)
-        zero = getattr(getattr(args, "hf_deepspeed_config", None), "is_zero3", lambda: False)()
-        if sharded or zero:
+        # The arguments or the launcher ask for either. The launcher asks for FSDP by the environment alone; of what it
+        # asks of DeepSpeed transformers makes a plugin.
+        fsdp = args.fsdp_plugin_args is not None or os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true"
+        deepspeed = {} if args.deepspeed_plugin is None else args.deepspeed_plugin.deepspeed_config
+        zero = deepspeed.get("zero_optimization") or {}  # a file may say null
+        if fsdp or zero.get("stage") == 3:
             raise ValueError(
                 "Benchmarks in the course of training need whole weights on each process: ZeRO-3 and FSDP shard them. "
                 "Leave --eval_benchmarks out, and run `tbrm eval` on the checkpoints."
@@ -52,26 +61,29 @@ class EvaluationCallback(TrainerCallback):
         name = f"{args.output_dir}, step {state.global_step}"
         policy = ModelPolicy(name, kwargs["model"], kwargs["processing_class"], self.batch_size)
         folder = Path(args.output_dir) / "evaluations" / f"step-{state.global_step}"
+        settings = self.settings
+        if settings.chat_template_kwargs is None:
+            settings = replace(settings, chat_template_kwargs=args.chat_template_kwargs)
         which = (state.global_step, policy.weights())  # once: it reads all of them
         if which != self._found[0]:  # the Trainer calls once for each of several evaluation sets
             metrics: dict[str, float] = {}
             for benchmark in self.benchmarks:
-                values = self._evaluated(policy, which[1], benchmark, folder, args)
+                values = self._evaluated(policy, which[1], benchmark, settings, folder, args)
                 metrics |= {f"eval_{benchmark.name}/{metric}": value for metric, value in values.items()}
             self._found = (which, metrics)
         kwargs["metrics"].update(self._found[1])
 
     def _evaluated(
-        self, policy: ModelPolicy, weights: str, benchmark: Benchmark, folder: Path, args: Any
+        self, policy: ModelPolicy, weights: str, benchmark: Benchmark, settings: Settings, folder: Path, args: Any
     ) -> dict[str, float]:
         """The metrics of one benchmark, the same on every process."""
         process, processes = args.process_index, args.world_size
-        places = [(p, s) for p in range(len(benchmark)) for s in range(self.settings.samples)]
+        places = [(p, s) for p in range(len(benchmark)) for s in range(settings.samples)]
         mine = places[process::processes]
         rows, judge = [], self.judges[benchmark.name]
         silent = args.disable_tqdm or process != 0
         with tqdm(total=len(mine), desc=benchmark.name, unit="completion", disable=silent, leave=False) as bar:
-            for some in drawn(policy, benchmark, self.settings, mine, judge):
+            for some in drawn(policy, benchmark, settings, mine, judge):
                 rows += some
                 bar.update(len(some))
         everywhere = gather_object(rows)
@@ -80,7 +92,7 @@ class EvaluationCallback(TrainerCallback):
         with failing_together():
             if args.should_save:
                 path.unlink(missing_ok=True)  # of the same step, before a resume
-                result = open_result(path, header(policy, benchmark, self.settings, weights, judge))
+                result = open_result(path, header(policy, benchmark, settings, weights, judge))
                 append(result, everywhere)
                 values = [result.metrics()]
         return next(one for one in gather_object(values) if one is not None)

@@ -58,10 +58,12 @@ class TBRMModel(ModelAPI):
         config: Any = None,
         batch_size: int = 64,
         use_cpu: bool = False,
+        chat_template_kwargs: dict[str, Any] | None = None,
         **options: Any,
     ) -> None:
         super().__init__(model_name, base_url, api_key, [], config or GenerateConfig())
         self.policy = ModelPolicy.load(model_name, batch_size=batch_size, use_cpu=use_cpu, **options)
+        self.variables = chat_template_kwargs
         self.asked: Counter[str] = Counter()  # how often by prompt: each of several samples has a seed of its own
         self.waiting: Queue[tuple[Request, Sampling, Future[Completion]]] = Queue()
         Thread(target=self._draw, daemon=True).start()
@@ -82,7 +84,7 @@ class TBRMModel(ModelAPI):
         }
         sampling = Sampling(**{name: value for name, value in set_ones.items() if value is not None})
         tokenizer = self.policy.tokenizer
-        ids = prompt_ids_of(tokenizer, [{"role": one.role, "content": one.text} for one in input])
+        ids = prompt_ids_of(tokenizer, [{"role": one.role, "content": one.text} for one in input], self.variables)
         number = self.asked[str(ids)]
         self.asked[str(ids)] += 1
         future: Future[Completion] = Future()
@@ -165,8 +167,9 @@ def verdict(judge: Judge, prompts: Sequence[Any]) -> Any:
 
     async def score(state: Any, target: Any) -> Score:
         text, problem = state.output.completion, state.sample_id
-        ids = (state.output.metadata or {}).get("completion_ids", [])
-        (value,) = await asyncio.to_thread(judge.verdicts, [prompts[problem]], [text], [ids], [problem])
+        drawn = (state.output.metadata or {}).get("completion_ids")  # of our own models; other ones tell none
+        ids = None if drawn is None else [drawn]
+        (value,) = await asyncio.to_thread(judge.verdicts, [prompts[problem]], [text], ids, [problem])
         return Score(
             value=0.0 if value is None else value,
             answer=judge.answer(text, problem),

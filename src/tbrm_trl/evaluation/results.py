@@ -9,11 +9,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from .statistics import Comparison, accuracy_from_scores, compare, majority, mean_and_error, pass_at_k
+from .statistics import accuracy_from_scores, majority, mean_and_error, pass_at_k
 
 FORMAT = "tbrm-evaluation-1"
 # What may differ between two runs of one evaluation: it does not change what is drawn but for rounding.
 INCIDENTAL = ("versions", "batch_size")
+# What a header holds only where it was given: without it nothing was.
+WHERE_GIVEN = ("chat_template_kwargs",)
 
 
 @dataclass(frozen=True)
@@ -50,6 +52,10 @@ class Result:
     path: Path
     header: dict[str, Any]
     rows: dict[tuple[int, int], Row] = field(default_factory=dict)
+
+    @property
+    def name(self) -> str:
+        return name_of(self.header["benchmark"], self.samples, self.header["sampling"]["temperature"])
 
     @property
     def problems(self) -> int:
@@ -114,6 +120,11 @@ class Result:
         return ", ".join([*parts, f"mean length {metrics['mean_length']:.1f}"])
 
 
+def name_of(benchmark: str, samples: int, temperature: float) -> str:
+    """What a result is called: its benchmark, and how it was sampled."""
+    return f"{benchmark}-greedy" if temperature == 0 else f"{benchmark}-avg{samples}"
+
+
 def ks(samples: int) -> list[int]:
     """The k that pass@k is reported for: the powers of two up to n, and n."""
     return sorted({2**power for power in range(1, samples.bit_length()) if 2**power <= samples} | {samples})
@@ -133,7 +144,7 @@ def open_result(path: Path, header: Mapping[str, Any]) -> Result:
     # A field that the file does not have, such as `judge`, is not compared: the file is older than the field.
     differing = [
         f"{name} (there {_short(there)}, here {_short(header.get(name))})"
-        for name, there in found.header.items()
+        for name, there in {**dict.fromkeys(WHERE_GIVEN), **found.header}.items()
         if name not in INCIDENTAL and there != header.get(name)
     ]
     if differing:
@@ -182,48 +193,60 @@ def _read(path: Path, mend: bool = False) -> Result:
 
 
 def results_of(path: str | Path) -> dict[str, Result]:
-    """The complete results of a folder by the names of their files; the one of a file, under its benchmark's name."""
+    """The complete results of a file or a folder by their names, which are not those of their files.
+
+    The files of a training step are called by their benchmark alone.
+
+    Raises:
+        ValueError: if there is none, one that is not complete, or two of one name.
+    """
     path = Path(path)
-    if not path.is_dir():
-        result = read_result(path)
-        return {result.header["benchmark"]: result}
-    files = sorted(path.glob("*.jsonl"))
+    files = sorted(path.glob("*.jsonl")) if path.is_dir() else [path]
     if not files:
         raise ValueError(f"{path} holds no result of `tbrm eval` (no .jsonl file).")
-    return {file.stem: read_result(file) for file in files}
-
-
-def compare_results(first: str | Path, second: str | Path) -> dict[str, Comparison]:
-    """Compare two results, or two folders of them, benchmark by benchmark. Raises what `paired_results` raises."""
-    return {name: compare(one.scores, other.scores) for name, (one, other) in paired_results(first, second).items()}
+    found: dict[str, Result] = {}
+    for result in map(read_result, files):
+        if result.name in found:
+            raise ValueError(
+                f"{found[result.name].path} and {result.path} are both {result.name}. Name the file that is meant."
+            )
+        found[result.name] = result
+    return found
 
 
 def paired_results(first: str | Path, second: str | Path) -> dict[str, tuple[Result, Result]]:
-    """The results that two files, or two folders of them, have of the same benchmarks.
+    """The results of the same benchmarks, sampled alike, that two files or folders have, by their names.
+
+    Where both have one result, of one benchmark, the two are paired however they were sampled.
 
     Raises:
-        ValueError: if they share no benchmark, or a benchmark's problems or what judged them are not the same.
+        ValueError: if nothing can be paired, or a benchmark's problems or what judged them are not the same.
     """
     before, after = results_of(first), results_of(second)
-    shared = [name for name in before if name in after]
-    if not shared:
+    pairs = {name: (before[name], after[name]) for name in before if name in after}
+    if not pairs and len(before) == len(after) == 1:
+        (one,), (other,) = before.values(), after.values()
+        if one.header["benchmark"] == other.header["benchmark"]:
+            pairs = {one.header["benchmark"]: (one, other)}
+    if not pairs:
         raise ValueError(
-            f"{first} and {second} share no benchmark: {', '.join(before)} there, {', '.join(after)} here."
+            f"{first} and {second} share no benchmark that was sampled alike: {', '.join(before)} there, "
+            f"{', '.join(after)} here. Two files of one benchmark are compared however they were sampled."
         )
-    for name in shared:
+    for name, (one, other) in pairs.items():
         for what in ("data", "reward", "judge"):
-            there, here = before[name].header, after[name].header
+            there, here = one.header, other.header
             if what in there and what in here and there[what] != here[what]:  # old results do not say their judge
                 raise ValueError(
                     f"{name}: the two results differ in their {what} ({_short(there[what])} and {_short(here[what])}), "
                     "so they cannot be paired."
                 )
-    return {name: (before[name], after[name]) for name in shared}
+    return pairs
 
 
 def differing_settings(first: Result, second: Result) -> list[str]:
     """Names of what the two policies were asked and sampled with, where it differs besides the model."""
-    names = ("sampling", "system_prompt", "template", "samples")
+    names = ("sampling", "system_prompt", "chat_template_kwargs", "template", "samples")
     return [name for name in names if first.header.get(name) != second.header.get(name)]
 
 

@@ -118,6 +118,7 @@ class Settings:
         seed: of the evaluation; each completion's own follows from it, its problem and its number.
         system_prompt: put before questions that are text.
         prompt_template: text with `{question}` in it, for models without a chat template; None asks in messages.
+        chat_template_kwargs: variables of the chat template, such as `{"enable_thinking": False}`.
     """
 
     samples: int
@@ -125,6 +126,7 @@ class Settings:
     seed: int = 0
     system_prompt: str = BOXED
     prompt_template: str | None = None
+    chat_template_kwargs: dict[str, Any] | None = None
 
     def __post_init__(self) -> None:
         if self.samples < 1:
@@ -179,7 +181,8 @@ def drawn(
 ) -> Iterator[list[Row]]:
     """The completions of these places (problem, sample), drawn and judged, `AT_ONCE` together as they finish."""
     prompts = settings.prompts(benchmark, policy)
-    asked = {problem: prompt_ids_of(policy.tokenizer, prompts[problem]) for problem in {p for p, _ in places}}
+    variables = settings.chat_template_kwargs
+    asked = {one: prompt_ids_of(policy.tokenizer, prompts[one], variables) for one in {p for p, _ in places}}
     requests = [Request(asked[p], seed_of(settings.seed, benchmark.name, p, s)) for p, s in places]
     finished: list[Completion] = []
     for one in policy.generate(requests, settings.sampling):
@@ -237,9 +240,15 @@ class Judge:
         ]
 
     def verdicts(
-        self, prompts: Sequence[Any], texts: Sequence[str], ids: Sequence[list[int]], problems: Sequence[int]
+        self, prompts: Sequence[Any], texts: Sequence[str], ids: Sequence[list[int]] | None, problems: Sequence[int]
     ) -> list[float | None]:
         """The score of each completion; None without a verdict, which NaN is too.
+
+        Args:
+            prompts: as they were asked. To a prompt of text the completion is text, to messages it is a message.
+            texts: of the completions.
+            ids: of the completions. None if they are not known: the reward is then not given any.
+            problems: the number of each one's problem.
 
         Raises:
             RewardError: if the reward is the user's own and raises, or its worker cannot start.
@@ -247,8 +256,11 @@ class Judge:
         try:
             found: Any = self.reward(
                 prompts=list(prompts),
-                completions=[[{"role": "assistant", "content": text}] for text in texts],
-                completion_ids=list(ids),
+                completions=[
+                    text if isinstance(prompt, str) else [{"role": "assistant", "content": text}]
+                    for prompt, text in zip(prompts, texts, strict=True)
+                ],
+                **({} if ids is None else {"completion_ids": list(ids)}),
                 **{name: [values[p] for p in problems] for name, values in self.benchmark.columns.items()},
             )
         except (RuntimeError, TypeError) as error:
@@ -257,8 +269,8 @@ class Judge:
             if isinstance(error, RewardError) or not isinstance(self.reward, InWorkers):
                 raise
             raise RewardError(f"The reward {self.benchmark.reward!r} cannot judge. {error}") from error
-        if inspect.isawaitable(found):
-            found = asyncio.run(_awaited(found))
+        if inspect.iscoroutine(found):
+            found = asyncio.run(found)
         return [None if one is None or math.isnan(one) else float(one) for one in found]
 
     def answer(self, text: str, problem: int) -> str | None:
@@ -287,10 +299,6 @@ def _identity(name: str, reward: Any) -> Any:
     return versions
 
 
-async def _awaited(verdicts: Any) -> Any:
-    return await verdicts
-
-
 def spelled(answer: str | None) -> str | None:
     """An answer as votes are counted: a number by its value, everything else by its spelling without spaces."""
     if answer is None:
@@ -305,6 +313,7 @@ def spelled(answer: str | None) -> str | None:
 
 def header(policy: Policy, benchmark: Benchmark, settings: Settings, weights: str, judge: "Judge") -> dict[str, Any]:
     """What is evaluated, and how: two runs of the same header are one evaluation. `weights` is the policy's digest."""
+    variables = settings.chat_template_kwargs
     return {
         "benchmark": benchmark.name,
         "model": policy.name,
@@ -315,7 +324,9 @@ def header(policy: Policy, benchmark: Benchmark, settings: Settings, weights: st
         "sampling": asdict(settings.sampling),
         "seed": settings.seed,
         "system_prompt": settings.system_prompt,
-        "template": rendered(policy.tokenizer, settings.prompts(benchmark, policy)[0]),
+        # Only where they are rendered with, so that it does not part results of before there was this field.
+        **({"chat_template_kwargs": plain(variables)} if variables and settings.prompt_template is None else {}),
+        "template": rendered(policy.tokenizer, settings.prompts(benchmark, policy)[0], variables),
         "data": benchmark.digest,
         "reward": benchmark.reward,
         "judge": judge.identity,

@@ -80,15 +80,18 @@ def seed_of(*parts: Any) -> int:
     return xxhash.xxh3_64_intdigest("/".join(map(str, parts)).encode()) >> 1
 
 
-def prompt_ids_of(tokenizer: PreTrainedTokenizerBase, prompt: Any) -> list[int]:
-    """The ids of a prompt: text as it is, messages by the chat template."""
+def prompt_ids_of(
+    tokenizer: PreTrainedTokenizerBase, prompt: Any, variables: dict[str, Any] | None = None
+) -> list[int]:
+    """The ids of a prompt: text as it is, messages by the chat template, which is given the variables."""
     if isinstance(prompt, str):
         return tokenizer(prompt)["input_ids"]
-    return tokenizer(rendered(tokenizer, prompt), add_special_tokens=False)["input_ids"]  # the template writes its own
+    text = rendered(tokenizer, prompt, variables)
+    return tokenizer(text, add_special_tokens=False)["input_ids"]  # the template writes its own
 
 
-def rendered(tokenizer: PreTrainedTokenizerBase, prompt: Any) -> str:
-    """A prompt as text: messages by the chat template.
+def rendered(tokenizer: PreTrainedTokenizerBase, prompt: Any, variables: dict[str, Any] | None = None) -> str:
+    """A prompt as text: messages by the chat template, which is given the variables.
 
     Raises:
         ValueError: in one line, if the template refuses the messages.
@@ -96,7 +99,7 @@ def rendered(tokenizer: PreTrainedTokenizerBase, prompt: Any) -> str:
     if isinstance(prompt, str):
         return prompt
     try:
-        return tokenizer.apply_chat_template(prompt, tokenize=False, add_generation_prompt=True)
+        return tokenizer.apply_chat_template(prompt, tokenize=False, add_generation_prompt=True, **(variables or {}))
     except TemplateError as error:
         raise ValueError(
             f"The chat template refuses the prompt ({first_line(error)}). If it takes no system prompt, give "
@@ -121,15 +124,12 @@ def generate(
     """The completions of all requests, as they finish. Between two of them the model is in the mode it came in."""
     ends = end_ids_of(model, tokenizer)
 
-    def place(index: int) -> tuple[int, list[int]]:
-        ids = requests[index].prompt_ids
-        return -len(ids), ids
-
-    order = sorted(range(len(requests)), key=place)  # what memory it takes shows at once; equal prompts are read once
+    # What memory it takes shows at once, and equal prompts are read once.
+    order = sorted(range(len(requests)), key=lambda i: (-len(requests[i].prompt_ids), requests[i].prompt_ids))
     inside = model.get_base_model() if is_peft_model(model) else model
     if can_select_rows(empty_cache(inside)):
-        rows = [_Row(index, requests[index], sampling) for index in order]
-        yield from _in_places(inside, rows, sampling, batch_size, ends)
+        waiting = deque(_Row(index, requests[index], sampling) for index in order)
+        yield from _in_places(inside, waiting, sampling, batch_size, ends)
     else:
         yield from _in_batches(model, inside, tokenizer, requests, order, sampling, batch_size, ends)
 
@@ -170,11 +170,11 @@ class _SeededSlots(Slots):
 
 
 def _in_places(
-    model: Any, rows: list[_Row], sampling: Sampling, batch_size: int, ends: set[int]
+    model: Any, waiting: deque[_Row], sampling: Sampling, batch_size: int, ends: set[int]
 ) -> Iterator[Completion]:
-    """A row that ends leaves its place to another one, so that the batch stays full."""
+    """A row that ends leaves its place to another one, so that the batch stays full. No row is kept after its end."""
     slots = _SeededSlots(model, sampling, batch_size, ends)
-    waiting, started = deque(rows), list[_Row]()
+    started = list[_Row]()
 
     def more(free: int) -> list[_Row]:
         if slots.rows and free < REFILL * batch_size:  # a prompt costs a forward pass of its own

@@ -8,7 +8,7 @@ from fractions import Fraction
 
 import numpy as np
 
-GRID = 1000  # scores that are not whole are compared in steps of a thousandth
+STEPS = 250_000  # of all differences of a sign-flip test together: a thousand problems then take about a second
 
 
 def accuracy_from_scores(scores: Sequence[Sequence[float]]) -> tuple[float, float]:
@@ -76,7 +76,7 @@ class Comparison:
     Attributes:
         difference: mean over problems of the second's mean score less the first's.
         standard_error: of that mean, over problems.
-        p_value: two-sided, of the exact sign-flip test: how often the difference would be at least as large if each
+        p_value: two-sided, of the sign-flip test: how often the difference would be at least as large if each
             problem's two results were exchanged by a fair coin.
         better, worse: the number of problems on which the second is better, or worse.
         problems: the number of problems.
@@ -100,35 +100,46 @@ def compare(first: Sequence[Sequence[float]], second: Sequence[Sequence[float]])
     """Compare the scores of two policies. Row i of both is problem i; the numbers of samples may differ.
 
     Raises:
-        ValueError: if the numbers of problems differ, or a problem has no sample.
+        ValueError: if the numbers of problems differ, a problem has no sample, or a score is NaN or infinite.
     """
     if len(first) != len(second) or not all(first) or not all(second):
         raise ValueError(f"Problems must be the same, with samples: {len(first)} here, {len(second)} there.")
-    exact = [_mean(after) - _mean(before) for before, after in zip(first, second, strict=True)]
+    for problem, (before, after) in enumerate(zip(first, second, strict=True)):
+        for score in (*before, *after):
+            if not math.isfinite(score):
+                raise ValueError(f"Problem {problem} has a score of {score}: only finite scores can be compared.")
+    largest = max(abs(score) for rows in (first, second) for row in rows for score in row)
+    exact = [_mean(after, largest) - _mean(before, largest) for before, after in zip(first, second, strict=True)]
     difference, error = mean_and_error([float(one) for one in exact])
     better, worse = sum(one > 0 for one in exact), sum(one < 0 for one in exact)
     return Comparison(difference, error, sign_flip_p_value(exact), better, worse, len(exact))
 
 
-def _mean(scores: Sequence[float]) -> Fraction:
-    """Exact for whole scores. Others are taken to a thousandth, so that the test has a grid to count on."""
-    return Fraction(sum(round(score * GRID) for score in scores), GRID * len(scores))
+def _mean(scores: Sequence[float], largest: float) -> Fraction:
+    """Exact for whole scores. Others are taken to a millionth of the largest one, or more precisely.
+
+    The grid is decimal: a score of 0.1 or 0.125 is exact on it, so that equal sums of such scores stay equal.
+    """
+    digits = max(0, 6 - math.floor(math.log10(largest))) if largest else 0
+    grid = 10**digits  # steps of a score of 1
+    return Fraction(sum(round(Fraction(score) * grid) for score in scores), grid * len(scores))
 
 
 def sign_flip_p_value(differences: Sequence[Fraction]) -> float:
-    """How likely the absolute sum is at least as large when every difference has a random sign. Exact.
+    """How likely the absolute sum is at least as large when every difference has a random sign.
 
-    The distribution of the sum is built one difference at a time on the grid of the common denominator.
+    The distribution of the sum is built one difference at a time, in steps of the largest number that divides them all.
+    It is exact, unless the differences are more than `STEPS` such steps together: then they are rounded to as many.
     """
     unit = math.lcm(*(one.denominator for one in differences))
-    steps = [abs(int(one * unit)) for one in differences if one]
+    steps = [int(one * unit) for one in differences if one]
     step = math.gcd(*steps) or 1
     steps = [one // step for one in steps]
-    reach = sum(steps)
-    chance = np.zeros(2 * reach + 1)  # of the sums −reach … reach
-    chance[reach] = 1.0
-    for one in steps:
-        chance = (np.roll(chance, one) + np.roll(chance, -one)) / 2  # the ends that wrap around hold zeros
-    seen = abs(int(sum(differences) * unit)) // step
-    sums = np.abs(np.arange(-reach, reach + 1))
-    return float(min(1.0, chance[sums >= seen].sum()))
+    if (reach := sum(map(abs, steps))) > STEPS:
+        steps = [round(one * STEPS / reach) for one in steps]
+    chance = np.ones(1)  # of each sum of those that are positive: 0, 1, …
+    for one in sorted(map(abs, steps)):
+        chance = (np.pad(chance, (0, one)) + np.pad(chance, (one, 0))) / 2
+    reach = len(chance) - 1
+    sums = np.abs(2 * np.arange(reach + 1) - reach)  # the positive ones less the others
+    return float(min(1.0, chance[sums >= abs(sum(steps))].sum()))
