@@ -16,6 +16,7 @@ Every finished measurement is kept in docs/benchmarks/asynchronous.json, and is 
 """
 
 import importlib
+import json
 import os
 import shutil
 import signal
@@ -36,22 +37,24 @@ from common.launch import ROOT, SEARCHED, free_port
 from common.loopback import Answering, Loopback
 from common.measure import QUIET, quiet, set_up
 from common.policy_server import PolicyServer
-from common.report import DOCS, Store, listed, parse, processor, table, versions, wrapped, write
+from common.report import Store, listed, parse, processor, table, versions, wrapped, write
 from datasets import Dataset
 from peft import LoraConfig
-from transformers import TrainerCallback
+from transformers import AutoTokenizer, TrainerCallback
 from trl import GRPOConfig, GRPOTrainer
+from trl.chat_template_utils import qwen3_chat_template
 
 from tbrm_trl import TBRMConfig, TBRMTrainer
 
 WARM_UP = 4  # windows at the start of a run that are not timed
 SLOW = 0.5  # seconds of a slow verdict
-# Tokens at most, which give two ratios of G to U, and what is slow.
+MEASURED = ("alone", "beside", "by itself", "server mode", "GRPO")
+# What is measured of each: tokens at most, which give two ratios of G to U, and windows after the warm-up.
 COMPARED = {
-    "short completions": (16, ""),
-    "long completions": (64, ""),
-    "slow rewards": (16, "slow rewards"),
-    "slow environment": (16, "slow environment"),
+    "short completions": (16, 12, MEASURED),
+    "long completions": (64, 12, MEASURED),
+    "slow rewards": (16, 6, MEASURED[:-1]),
+    "slow environment": (16, 6, MEASURED[:-1]),
 }
 
 
@@ -160,13 +163,17 @@ def waited(url: str) -> float:
 
 @dataclass
 class Work:
-    """What a run trains on: `rows` prompts of `data` a window, completions of at most `tokens`, so many windows."""
+    """What a run trains on: `rows` prompts a window, completions of at most `tokens`, so many windows."""
 
     model: str
-    data: Dataset
     tokens: int
     rows: int
     windows: int
+
+    @property
+    def data(self) -> Dataset:
+        texts = [f"{i} and {j}:" for i in range(16) for j in range(16)]
+        return Dataset.from_list([{"prompt": [{"role": "user", "content": text}]} for text in texts])
 
 
 def train(work: Work, rewards: dict[str, Any], grpo: bool = False, **options: Any) -> tuple[Clock, Any]:
@@ -182,10 +189,14 @@ def train(work: Work, rewards: dict[str, Any], grpo: bool = False, **options: An
     }  # fmt: skip
     args = (GRPOConfig if grpo else TBRMConfig)(**settings)
     adapter = LoraConfig(r=16, target_modules="all-linear")
+    tokenizer = AutoTokenizer.from_pretrained(work.model)
+    if "environment_factory" in rewards:  # TRL asks for a template that can render tools
+        tokenizer.chat_template = qwen3_chat_template
     with quiet():
         trainer = trainer_class(
-            model=work.model, args=args, train_dataset=work.data, peft_config=adapter, callbacks=[clock], **rewards
-        )
+            model=work.model, args=args, train_dataset=work.data, processing_class=tokenizer, peft_config=adapter,
+            callbacks=[clock], **rewards,
+        )  # fmt: skip
         trainer.train()
     return clock, trainer
 
@@ -214,6 +225,32 @@ def beside(work: Work, url: str, rewards: dict[str, Any]) -> dict[str, float]:
     }
 
 
+def measured(mode: str, work: Work, kind: str, url: str, quick: bool) -> Any:
+    """One of `MEASURED`."""
+    rewards, serve = rewarding(kind, url), loopback if quick else vllm
+    if mode in ("alone", "beside"):
+        set_up(1)
+        with on_core(1), serve(work.model, 0) as server:
+            return (alone if mode == "alone" else beside)(work, server, rewards)
+    set_up(2)
+    if mode == "by itself":
+        return train(work, rewards)[0].seconds()
+    vllm_on_cpu().in_trainer()
+    with serve(work.model, None) as server:
+        taking: dict[str, Any] = dict(use_vllm=True, vllm_mode="server", vllm_server_base_url=server)
+        if mode == "GRPO":
+            return train(work, rewards, grpo=True, beta=0.0, **taking)[0].seconds()
+        return train(work, rewards, **taking)[0].seconds()
+
+
+def in_a_process(**job: Any) -> Any:
+    """`measured` in a process of its own: trainers leave memory and ports behind."""
+    with tempfile.TemporaryDirectory() as folder:
+        result = Path(folder) / "result.json"
+        subprocess.run([sys.executable, __file__, "--worker", json.dumps(job), str(result)], check=True)
+        return json.loads(result.read_text())
+
+
 def report(runs: dict[str, Any], environment: dict[str, Any]) -> str:
     rows = []
     for name, one in runs.items():
@@ -228,7 +265,8 @@ def report(runs: dict[str, Any], environment: dict[str, Any]) -> str:
         "", "G, s", "U, s", "bound", "at once, s", "speed-up", "of the bound", "staleness", "draws for itself, s",
         "TBRM, server mode, s", "GRPO, server mode, s",
     ]  # fmt: skip
-    text = """Seconds of a window, each measured once, over the windows after the first four. G is drawing with nothing
+    text = """Seconds of a window, each measured once, over the windows after the first four. The bound is
+        (G + U) / max(G, U), the speed-up (G + U) / at once. G is drawing with nothing
         that holds the actor back, U is training on windows that are there, on one core each. `at once` is the run
         beside its actor, which starts no row that could be more than two updates old. The last three take turns, with
         both cores in each phase: a run that draws with `generate`, and two whose rollouts vLLM draws. vLLM's build for
@@ -248,36 +286,19 @@ Written by `python benchmarks/asynchronous.py`. Raw numbers: [asynchronous.json]
 
 def main() -> None:
     arguments = parse(__doc__, quick="a tiny model and a server on the loopback")
-    set_up(1)
     quick = arguments.quick
     environment = {"processor": processor(), **versions("torch", "transformers", "trl")}
     store = Store(arguments.output / "asynchronous.json", **environment)
-    folder = Path(tempfile.mkdtemp())
-    model = tiny.save(folder / "tiny") if quick else tasks.smollm2()
-    texts = [f"{i} and {j}:" for i in range(16) for j in range(16)]
-    data = Dataset.from_list([{"prompt": [{"role": "user", "content": text}]} for text in texts])
-    rows, windows, serve = (4, WARM_UP + 4, loopback) if quick else (16, WARM_UP + 12, vllm)
+    model = tiny.save(Path(tempfile.mkdtemp()) / "tiny") if quick else tasks.smollm2()
     verdicts = Loopback(Verdict)
-    for name, (tokens, kind) in COMPARED.items():
-        if name in store:
-            continue
-        work = Work(model, data, 8 if quick else tokens, rows, windows)
-        rewards = rewarding(kind, verdicts.url)
-        found: dict[str, Any] = {}
-        with on_core(1), serve(model, 0) as server:
-            found["alone"] = alone(work, server, rewards)
-            found["beside"] = beside(work, server, rewards)
-        set_up(2)
-        found["by itself"] = train(work, rewards)[0].seconds()
-        if not quick:
-            vllm_on_cpu().in_trainer()
-            with serve(model, None) as server:
-                taking: dict[str, Any] = dict(use_vllm=True, vllm_mode="server", vllm_server_base_url=server)
-                found["server mode"] = train(work, rewards, **taking)[0].seconds()
-                found["GRPO"] = train(work, rewards, grpo=True, beta=0.0, **taking)[0].seconds()
-        set_up(1)
-        store[name] = found
-        print(name, found, file=sys.stderr)
+    for name, (tokens, windows, modes) in COMPARED.items():
+        sizes = (8, 4, WARM_UP + 4) if quick else (tokens, 16, WARM_UP + windows)
+        for mode in modes[:3] if quick else modes:
+            if mode not in store.get(name, {}):
+                work = dict(zip(("model", "tokens", "rows", "windows"), (model, *sizes), strict=True))
+                found = in_a_process(mode=mode, work=work, kind=name, url=verdicts.url, quick=quick)
+                store[name] = {**store.get(name, {}), mode: found}
+                print(name, mode, found, file=sys.stderr)
     write(arguments.output, "asynchronous", report(store, environment))
 
 
@@ -294,5 +315,8 @@ def on_core(core: int) -> Iterator[None]:
 
 
 if __name__ == "__main__":
-    assert DOCS.exists()
-    main()
+    if sys.argv[1:2] == ["--worker"]:
+        job = json.loads(sys.argv[2])
+        Path(sys.argv[3]).write_text(json.dumps(measured(**{**job, "work": Work(**job["work"])})))
+    else:
+        main()
