@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
-from accelerate.utils import gather_object
+from accelerate.utils import DistributedType, gather_object
 from common.launch import allow_fsdp_on_cpu, free_port, launch
 from common.tiny import perturb, save
 from helpers.oracle import TOLERANCE, plain, solve
@@ -15,9 +17,11 @@ from helpers.runs import before_each_update
 from helpers.scripted import script, scripted_trainer
 from helpers.sharded import whole
 from peft import LoraConfig, get_peft_model
+from torch.distributed.fsdp import MixedPrecisionPolicy
 from torch.distributed.tensor import DTensor
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
+from tbrm_trl.model.reference import keep_precision_of_scores
 from tbrm_trl.trajectory import Trajectory
 
 ZERO = pytest.approx(0, abs=1e-5)
@@ -28,6 +32,31 @@ SYNC: dict[str, Any] = dict(
 
 def lora_config() -> LoraConfig:
     return LoraConfig(r=4, target_modules="all-linear", lora_dropout=0.0)
+
+
+def test_scores_under_fsdp2_keep_their_precision():
+    """By its default accelerate has the whole model's output rounded to the computed dtype."""
+    policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.bfloat16, output_dtype=torch.bfloat16)
+    for given, expected in ((policy, replace(policy, output_dtype=None)), (None, None)):
+        plugin = SimpleNamespace(mixed_precision_policy=given)
+        keep_precision_of_scores(SimpleNamespace(state=SimpleNamespace(fsdp_plugin=plugin)))
+        assert plugin.mixed_precision_policy == expected
+
+
+@pytest.mark.parametrize(("distributed", "given"), [("NO", {}), ("MULTI_GPU", {"device_map": None})])
+def test_a_reference_by_name_is_not_spread_over_gpus(distributed, given, qwen2, tmp_path, monkeypatch):
+    """By TRL's default each process would spread it over all of them."""
+    trainer, seen = scripted_trainer(qwen2, script(), tmp_path), {}
+
+    def create(name, **options):
+        seen.update(options)
+        return AutoModelForCausalLM.from_pretrained(name)
+
+    monkeypatch.setattr("tbrm_trl.trainer.create_model_from_path", create)
+    monkeypatch.setattr(type(trainer.accelerator), "distributed_type", DistributedType[distributed])
+    monkeypatch.setattr(trainer.accelerator, "prepare_model", lambda model, **options: model)
+    trainer._load_reference(qwen2)
+    assert {name: seen[name] for name in ("device_map",) if name in seen} == given
 
 
 # ---- one process -----------------------------------------------------------------------------------------------------

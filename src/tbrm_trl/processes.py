@@ -1,11 +1,9 @@
 """What the processes of a run agree on."""
 
-import os
 import pickle
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-import torch
 from accelerate.utils import gather_object
 
 
@@ -32,12 +30,3 @@ def _sendable(error: Exception) -> Exception:
         return error
     except Exception:
         return RuntimeError(f"{type(error).__name__}: {error}")
-
-
-def see_one_gpu() -> None:
-    """Hide the other GPUs from a process that no launcher started among several. Call it before CUDA is asked for.
-
-    The Trainer would copy the model to all of them (`nn.DataParallel`), which TRL refuses.
-    """
-    if "LOCAL_RANK" not in os.environ and torch.cuda.device_count() > 1:
-        os.environ["CUDA_VISIBLE_DEVICES"] = os.environ.get("CUDA_VISIBLE_DEVICES", "0").split(",")[0]

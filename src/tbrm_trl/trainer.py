@@ -32,7 +32,7 @@ import numpy as np
 import torch
 import xxhash
 from accelerate.logging import get_logger
-from accelerate.utils import broadcast_object_list, gather_object, is_peft_model
+from accelerate.utils import DistributedType, broadcast_object_list, gather_object, is_peft_model, set_seed
 from datasets import Dataset, IterableDataset
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
@@ -40,7 +40,7 @@ from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerB
 from transformers.trainer_utils import has_length
 from transformers.utils import is_rich_available
 from trl import GRPOTrainer
-from trl.models import prepare_deepspeed, prepare_fsdp
+from trl.models import prepare_deepspeed
 from trl.trainer import grpo_trainer
 from trl.trainer.grpo_trainer import RolloutFunc
 from trl.trainer.utils import (
@@ -125,7 +125,9 @@ from .model.reference import (
     SyncReference,
     adapter_settings,
     add_reference_adapter,
+    keep_precision_of_scores,
     score_reference,
+    shard_by_layer,
     tokenizer_digest,
 )
 from .model.replicated import ReplicatedModules
@@ -346,7 +348,8 @@ class TBRMTrainer(ExactResume, GRPOTrainer):
             # A callback may evaluate by itself, on benchmarks. The Trainer would want a set beside it.
             eval_strategy="no" if eval_dataset is None and _evaluates(callbacks) else args.eval_strategy,
         )
-        with trls_view, self._adapter_served(model, peft_config, args):
+        by_layer = temporarily(grpo_trainer, prepare_fsdp=shard_by_layer)
+        with trls_view, by_layer, self._adapter_served(model, peft_config, args):
             super().__init__(
                 model=model,
                 reward_funcs=_own(reward_funcs) if generates else reward_funcs or _no_reward,
@@ -363,6 +366,14 @@ class TBRMTrainer(ExactResume, GRPOTrainer):
                 rollout_func=rollout_func and checked_rollouts(rollout_func),
                 environment_factory=environment_factory,
             )
+        if args.use_vllm and args.vllm_mode == "colocate":  # the engine has set every seed to its own, which is 0
+            set_seed(args.seed + args.process_index // args.vllm_tensor_parallel_size)
+        if self.is_fsdp_enabled:
+            keep_precision_of_scores(self.accelerator)
+        if getattr(self.model, "is_loaded_in_4bit", False) or getattr(self.model, "is_loaded_in_8bit", False):
+            for parameter in self.model.parameters():
+                if parameter.requires_grad and parameter.is_floating_point():
+                    parameter.data = parameter.data.float()  # TRL's bfloat16 would swallow most of small updates
         self._has_new_adapter = peft_config is not None
         self.reward_func_names = unique_names(self.reward_func_names)
         self.beta = 0.0  # TRL's own reference pass stays off
@@ -585,7 +596,13 @@ class TBRMTrainer(ExactResume, GRPOTrainer):
         """The reference of the user's choice, prepared as TRL prepares its own."""
         model: Any = given
         if isinstance(given, str):
-            settings = {"dtype": self.model.dtype, "attn_implementation": self.model.config._attn_implementation}
+            settings: dict[str, Any] = {
+                "dtype": self.model.dtype,
+                "attn_implementation": self.model.config._attn_implementation,
+                "trust_remote_code": self.args.trust_remote_code,
+            }
+            if self.accelerator.distributed_type != DistributedType.NO:
+                settings["device_map"] = None  # TRL's default spreads a model over all GPUs
             model = create_model_from_path(given, **{**settings, **(self.args.model_init_kwargs or {})})
         theirs, ours = (one.config.get_text_config().vocab_size for one in (model, self.model))
         if theirs != ours:
@@ -600,7 +617,7 @@ class TBRMTrainer(ExactResume, GRPOTrainer):
         if self.is_deepspeed_enabled:
             return prepare_deepspeed(model, self.accelerator)
         if self.is_fsdp_enabled:
-            return prepare_fsdp(model, self.accelerator)
+            return shard_by_layer(model, self.accelerator)
         return self.accelerator.prepare_model(model, evaluation_mode=True)
 
     def _make_replay_buffer(self) -> ReplayBuffer | None:

@@ -37,4 +37,8 @@ def main(arguments: list[str] | None = None) -> None:
         sys.exit(f"tbrm: there is no command {name!r}.{f' Did you mean {meant[0]}?' if meant else ''}\n\n{usage()}")
     if os.getcwd() not in sys.path:
         sys.path.insert(0, os.getcwd())  # `my_rewards.mine` beside the recipe can be imported, as by TRL's command line
+    if name == "demo":
+        from .quiet import see_one_gpu
+
+        see_one_gpu()
     import_module(COMMANDS[name][0]).main(rest)

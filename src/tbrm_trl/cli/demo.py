@@ -28,7 +28,6 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PrinterCallback, T
 
 from tbrm_trl import TBRMConfig, TBRMTrainer  # noqa: E402
 from tbrm_trl.evaluation import Accuracy, evaluate_accuracy  # noqa: E402
-from tbrm_trl.processes import see_one_gpu  # noqa: E402
 from tbrm_trl.rewards import gym  # noqa: E402
 
 SMOLLM2 = "SmolLM2-135M-Instruct"
@@ -144,7 +143,6 @@ def draw(history: list[dict], before: Accuracy, after: Accuracy, path: Path) -> 
 def main(given: list[str] | None = None) -> None:
     started = time.perf_counter()
     arguments = parse_arguments(given)
-    see_one_gpu()
     on_gpu = torch.cuda.is_available()
     output = arguments.output
     output.mkdir(parents=True, exist_ok=True)

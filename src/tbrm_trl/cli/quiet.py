@@ -1,4 +1,4 @@
-"""A run that prints what it has to say: no deprecations of libraries, no bar for each weight."""
+"""What is settled before libraries are imported: what they print, and which GPUs they see."""
 
 import logging
 import os
@@ -16,3 +16,11 @@ def silence() -> None:
     from transformers.utils import logging as transformers_logging
 
     transformers_logging.disable_progress_bar()  # while weights load; the Trainer's own bar is another
+
+
+def see_one_gpu() -> None:
+    """Hide the other GPUs from a process that trains alone. The Trainer would spread the model over all of them.
+
+    Call it before libraries are imported: bitsandbytes begins to use CUDA then.
+    """
+    os.environ["CUDA_VISIBLE_DEVICES"] = os.environ.get("CUDA_VISIBLE_DEVICES", "0").split(",")[0]

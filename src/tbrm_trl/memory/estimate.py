@@ -154,7 +154,7 @@ def estimate_memory(
     with torch.device("meta"):
         policy = _policy(config, computed if sharded else loaded, attn_implementation)
         if peft_config is not None:
-            _add_adapters(policy, peft_config, computed if zero_stage else torch.bfloat16 if quantization else None)
+            _add_adapters(policy, peft_config, computed if zero_stage else torch.float32 if quantization else None)
     packed = quantize(policy, quantization, double_quantization) if quantization else {}
     if gradient_checkpointing:
         policy.gradient_checkpointing_enable()

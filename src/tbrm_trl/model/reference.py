@@ -4,6 +4,7 @@ import copy
 import json
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,11 +12,13 @@ import torch
 import xxhash
 from accelerate import Accelerator
 from accelerate.utils import gather_object, is_peft_model
+from accelerate.utils.fsdp_utils import fsdp2_prepare_auto_wrap_policy
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from transformers import PreTrainedTokenizerBase, TrainerCallback
+from trl.models import prepare_fsdp
 from trl.trainer.callbacks import SyncRefModelCallback
 from trl.trainer.utils import use_adapter
 
@@ -35,6 +38,25 @@ def digest_of(tensors: Iterable[tuple[str, Tensor]], digest: Any) -> str:
         digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
         digest.update(tensor.reshape(-1).view(torch.uint8).cpu().numpy().data)
     return digest.hexdigest()
+
+
+def shard_by_layer(model: Any, accelerator: Accelerator) -> Any:
+    """A reference under FSDP2, each layer a unit of its own. TRL makes one of all, gathered whole in every pass."""
+    model.requires_grad_(False)  # what is trained must have one dtype in a unit, and a head may be float32
+    plugin = accelerator.state.fsdp_plugin
+    keep_precision_of_scores(accelerator)
+    plugin.set_auto_wrap_policy(model)
+    is_unit = fsdp2_prepare_auto_wrap_policy(plugin, model) or (lambda module: False)
+    for module in [module for module in model.modules() if module is not model and is_unit(module)]:
+        prepare_fsdp(module, accelerator)
+    return prepare_fsdp(model, accelerator)
+
+
+def keep_precision_of_scores(accelerator: Accelerator) -> None:
+    """Have FSDP2 give out what a model gives: by accelerate's default it rounds float32 to the computed dtype."""
+    plugin = accelerator.state.fsdp_plugin
+    if plugin.mixed_precision_policy is not None:
+        plugin.mixed_precision_policy = replace(plugin.mixed_precision_policy, output_dtype=None)
 
 
 class Reference:
