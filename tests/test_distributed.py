@@ -400,11 +400,7 @@ def reload(folders: dict[str, str], kind: str, saved: Path) -> torch.nn.Module:
     if kind == "full":
         return AutoModelForCausalLM.from_pretrained(saved)
     quantised = dict(quantization_config=BitsAndBytesConfig(**NF4)) if kind == "QLoRA" else {}
-    loaded = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(folders[base(kind)], **quantised), saved)
-    for name, parameter in loaded.named_parameters():
-        if quantised and "lora_" in name:  # as it was trained; PEFT makes it float32
-            parameter.data = parameter.data.bfloat16()
-    return loaded
+    return PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(folders[base(kind)], **quantised), saved)
 
 
 def accuracy(log_probs: torch.Tensor) -> float:

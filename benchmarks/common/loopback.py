@@ -16,6 +16,7 @@ class Loopback(ThreadingHTTPServer):
     """
 
     daemon_threads = True
+    request_queue_size = 128  # five at once, and the next connections would wait for a second
 
     def __init__(self, handler: type["Answering"], owner: Any = None, port: int = 0):
         super().__init__(("127.0.0.1", port), handler)
