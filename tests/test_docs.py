@@ -152,7 +152,7 @@ def test_troubleshooting_names_what_exists():
     metrics = set(re.findall(r"`([\w/]+)`", (ROOT / "docs/metrics.md").read_text())) - options
     metrics |= {f"residual/{name}" for name in ("ahead_rms", "reused_rms", "replayed_rms", "logged_rms")}
     metrics |= {f"completions/{name}" for name in ("clipped_ratio", "mean_terminated_length")}  # TRL's
-    files = {"skipped_updates/", "zero3_offload.yaml", "log.jsonl"}
+    files = {"skipped_updates/", "zero3_offload.yaml", "log.jsonl", "tbrm.yaml"}
     others = files | {"reference_model", "generation_config", "model", "async def"}
     named = [one for one in re.findall(r"`([^`]+)`", page) if re.match(r"(--)?[a-z][\w/.]*(=|$)", one)]
     named = [one.removeprefix("--").partition("=")[0] for one in named]

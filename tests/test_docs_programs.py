@@ -57,7 +57,7 @@ def model(tmp_path) -> str:
 def run(program: str, model: str, scope: dict | None = None) -> dict:
     """A program word for word, but for the model, the number of steps and the machine. Returns what it defines."""
     assert MODEL in program or "TBRMTrainer" not in program
-    program = re.sub(r"max_steps=\d+,? ?", "", program.replace(MODEL, model))
+    program = re.sub(r"max_steps=\d+,? ?", "", program.replace(f"{MODEL}-Instruct", model).replace(MODEL, model))
     program = program.replace("TBRMConfig(", 'TBRMConfig(max_steps=2, use_cpu=True, report_to="none", ')
     scope = {} if scope is None else scope
     exec(compile(program, "a document", "exec"), scope)
@@ -77,6 +77,8 @@ def data(model: str) -> None:
     TBRMTrainer(model, [letters], TBRMConfig("out", **options), PROMPTS).train()
     shutil.copytree(ROOT / "tests/data/verifiers", "outputs/my-env--my-model")
     Path("rollout_data_dir").mkdir()
+    shutil.copytree(model, "from-log")
+    Path("prompts.jsonl").write_text("".join(json.dumps({"prompt": f"{i} +", "answer": "5"}) + "\n" for i in range(8)))
     entry = {"input": "system\nBe brief.\nuser\nHow many?\nassistant\n", "output": "5", "score": 1.0}
     Path("rollout_data_dir/1.jsonl").write_text(json.dumps(entry) + "\n")
     scope: dict = {}
@@ -184,7 +186,7 @@ STUB = """#!/bin/bash
 printf '%s\\0' "${0##*/}" "$@" $'\\n' >> "$COMMANDS"
 [ "${0##*/} $1" != "git clone" ] || /bin/mkdir "${@: -1}"
 """
-PROGRAMS = "tbrm accelerate torchrun make pip python pytest git pre-commit inspect .ci/run".split()
+PROGRAMS = "tbrm accelerate vllm torchrun make pip python pytest git pre-commit inspect .ci/run".split()
 
 
 def commands_of(page: str, folder: Path) -> list[list[str]]:
@@ -230,6 +232,8 @@ def parsed(command: list[str], known: set[str], monkeypatch) -> None:
         assert words[0] == "install" and extras <= set(project["optional-dependencies"]), command
     elif program == "python" and words[:2] == ["-m", "tbrm_trl.actor"]:
         actor_command_line().parse_args(words[2:])
+    elif program == "vllm":
+        assert words[0] == "serve", command
     elif program == "inspect":  # it asks for older packages than the rest: `make tools` runs it
         assert words[0] == "eval", command
     elif program in ("python", "pytest"):
