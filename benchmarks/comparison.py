@@ -333,8 +333,9 @@ def section(comparison: Comparison) -> str:
     header = ["", "selected", "seeds", "area", "final accuracy", f"area − {PEER}'s", f"final − {PEER}'s"]
     drawn = points[PEER][seeds[0]][-1][1]
     text += wrapped(
-        f"{len(seeds)} of {len(setting.final_seeds)} final seeds of {PEER}, {drawn:,} rollouts in a run; *seeds* says how "
-        "many another method has so far. *Area* is the mean accuracy along the curve. Differences are paired by seed, with Student's 95% interval."
+        f"{len(seeds)} of {len(setting.final_seeds)} final seeds of {PEER}, {drawn:,} rollouts in a run; *seeds* says "
+        "how many another method has so far. *Area* is the mean accuracy along the curve. Differences are paired by "
+        "seed, with Student's 95% interval."
     )
     text += f"\n\n{table(header, rows)}\n\n"
     text += wrapped(
