@@ -175,6 +175,12 @@ def test_nothing_is_said_where_nothing_is_off(seen, options):
             "Consider soft_value_learning_rate=0.01, because beta V is 0.5 away from the mean reward and moves by "
             "0.002 an update at most: that takes 250 of the run's 100 updates.",
         ),
+        (  # the residual takes R − b: 0.5 − 0.25 at 0.001 an update are 250 of 100, and 0.25 / 25 = 0.01
+            window(HALF, baseline=0.25),
+            {"soft_value_offset": True, "soft_value_learning_rate": 0.001},
+            "Consider soft_value_learning_rate=0.01, because beta V is 0.25 away from the mean reward less its "
+            "baseline and moves by 0.001 an update at most: that takes 250 of the run's 100 updates.",
+        ),
         (
             window([0.0, 0.0, 0.0, 0.0, 0.0, 1.0, 1.0, 1.0], cut=range(5)),
             {},
@@ -205,10 +211,25 @@ def test_what_is_off_is_said_with_its_reason(seen, options, said):
         (window([1.0]), {}),  # one trajectory differs from no other
         (window([0.0] * 4 + [1.0] * 4, cut=range(4)), {}),  # no more than half
         (window([0.0] * 6 + [1.0] * 2, cut=range(6), drawn=False), {}),  # a log: no option of this run cut it
+        (  # the mean of R − b is 0, where β V is
+            window(HALF, baseline=0.5),
+            {"soft_value_offset": True, "soft_value_learning_rate": 0.001},
+        ),
     ],
 )
 def test_a_rule_knows_where_it_ends(seen, options):
     assert advice(seen, config(**SOUND | options)) == []
+
+
+def test_a_mean_that_is_positive_calls_for_no_shift():
+    """It is 0.075, with a deviation of √(0.01 − 0.075²) = 0.066, and β V is 0.525 above it.
+
+    With −0.1 seven times the mean is −0.075, and the same β V is 0.675 above that.
+    """
+    args = config(**SOUND | {"soft_value": "policy"})
+    assert not any("adding" in said for said in advice(window([-0.1] + [0.1] * 7, soft_value=0.6), args))
+    (said,) = [said for said in advice(window([-0.1] * 7 + [0.1], soft_value=0.6), args) if "adding" in said]
+    assert said.startswith("Consider adding 0.1 to every reward, because they are -0.075 on average")
 
 
 def test_equal_rewards_say_nothing_of_beta():

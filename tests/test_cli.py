@@ -112,18 +112,33 @@ def test_switches_of_the_launcher_take_a_word(tmp_path):
     ],
 )
 def test_who_starts_the_launcher_on_a_machine_of_several_gpus(environment, options, launches, monkeypatch):
-    """Who was launched alone sees one GPU: the Trainer would copy the model to all."""
-    for name in ("LOCAL_RANK", "ACCELERATE_MIXED_PRECISION", "CUDA_VISIBLE_DEVICES", train.LAUNCHED):
+    for name in ("LOCAL_RANK", "ACCELERATE_MIXED_PRECISION", train.LAUNCHED):
         monkeypatch.delenv(name, raising=False)
-    for name, value in {"CUDA_VISIBLE_DEVICES": "2,3", **environment}.items():
+    for name, value in environment.items():
         monkeypatch.setenv(name, value)
     called: list[str] = []
     monkeypatch.setattr(train.torch.cuda, "device_count", lambda: 2)
     monkeypatch.setattr(train.Parser, "parse", lambda self, words: ())
     monkeypatch.setattr(train, "launch", lambda words: called.append("launch"))
-    monkeypatch.setattr(train, "run", lambda *given: called.append(os.environ["CUDA_VISIBLE_DEVICES"]))
+    monkeypatch.setattr(train, "run", lambda *given: called.append("run"))
     train.main(["--dataset_name", "d", *options])
-    assert called == ["launch"] if launches else ["2,3" if "LOCAL_RANK" in environment else "2"]
+    assert called == ["launch" if launches else "run"]
+
+
+@pytest.mark.parametrize(
+    ("module", "environment", "seen"),
+    [
+        ("tbrm_trl.cli.train", {}, "2,3"),
+        ("tbrm_trl.cli.train", {"ACCELERATE_MIXED_PRECISION": "no"}, "2"),
+        ("tbrm_trl.cli.train", {"ACCELERATE_MIXED_PRECISION": "no", "LOCAL_RANK": "0"}, "2,3"),
+    ],
+)
+def test_who_was_launched_alone_sees_one_gpu(module, environment, seen):
+    """Once it is imported, before any library could ask for CUDA. The Trainer would spread the model over all."""
+    program = f"import os, {module}; print(os.environ['CUDA_VISIBLE_DEVICES'])"
+    given = {**os.environ, "CUDA_VISIBLE_DEVICES": "2,3", **environment}
+    printed = subprocess.run([sys.executable, "-c", program], env=given, capture_output=True, text=True, check=True)
+    assert printed.stdout.splitlines()[-1] == seen
 
 
 @pytest.mark.parametrize("code", [2, 143])
@@ -469,3 +484,23 @@ def test_two_processes_by_one_line(llama, tmp_path):
 
 def test_refusals_are_one_line_each():
     assert Refused(["a\n  b", "c"]).problems == ["a b", "c"]
+
+
+@pytest.mark.parametrize(
+    ("solution", "answer", "rewards", "told"),
+    [
+        ("We get \\boxed{4}.", None, ["math", "helpers.reward_functions.length"], "the answer in it"),
+        ("We get \\boxed{4}.", "4", ["math", "helpers.reward_functions.length"], "the answer in 'answer'"),
+        ("4", None, ["math", "helpers.reward_functions.length"], None),  # the text stays
+        ("We get \\boxed{4}.", None, ["math", "length(limit=9)"], None),  # no other reward reads it
+    ],
+)
+def test_a_solution_that_becomes_its_answer_is_said(solution, answer, rewards, told, tmp_path, capsys):
+    """Other rewards than math are given its text, too: the 4 of the box, or of the column `answer`."""
+    file = tmp_path / "rows.json"
+    file.write_text(json.dumps([{"problem": "2+2?", "solution": solution, **({"answer": answer} if answer else {})}]))
+    column = "answer" if answer else "solution"
+    loaded = train.load(train.DataArguments(str(file), reward_funcs=rewards, answer_column=column))
+    assert loaded["solution"][:] == ["4"]
+    printed = capsys.readouterr().out
+    assert "column 'solution' becomes" not in printed if told is None else f"'solution' becomes {told}, " in printed

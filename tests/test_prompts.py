@@ -146,6 +146,44 @@ def test_the_tokens_of_unknown_characters(tmp_path):
     assert unknown_tokens(tokenizer(alphabet=string.printable + "\U0010fffd")) is None
 
 
+def test_prompts_are_rendered_without_the_keys_that_arrow_adds():
+    """Two prompts have a tool call each, so Arrow gives every message `tool_calls`, and both calls both arguments.
+
+    The template tells the number of calls and the names of the first one's arguments. "abc" has 3 tokens, "1xab" and
+    "1yab" have 4.
+    """
+
+    def calling(argument: str) -> list[dict[str, Any]]:
+        call = {"type": "function", "function": {"name": "f", "arguments": {argument: 1}}}
+        return [{"role": "assistant", "content": "ab", "tool_calls": [call]}]
+
+    letters = tokenizer()
+    letters.chat_template = (
+        "{% for m in messages %}{% if 'tool_calls' in m %}{{ m.tool_calls|length }}"
+        "{{ m.tool_calls[0].function.arguments|join }}{% endif %}{{ m.content }}{% endfor %}"
+    )
+    renderer = PromptRenderer(None, letters, TBRMConfig("unused", use_cpu=True), None, None)
+    prompts = [chat("abc"), calling("x"), calling("y")]
+    rows = Dataset.from_list([{"prompt": one, "row": i} for i, one in enumerate(prompts)])
+    assert rows[0]["prompt"][0]["tool_calls"] is None
+    assert rows[1]["prompt"][0]["tool_calls"][0]["function"]["arguments"] == {"x": 1, "y": None}
+    fitting = fitting_prompts(rows, "it", np.ones(3, bool), PromptLimit(4, "a limit", "drop"), renderer)
+    assert list(fitting["row"]) == [0, 1, 2]
+    with pytest.warns(UserWarning, match="They are rows 1, 2"):
+        fitting = fitting_prompts(rows, "it", np.ones(3, bool), PromptLimit(3, "a limit", "drop"), renderer)
+    assert list(fitting["row"]) == [0]
+
+
+def test_a_message_without_content_is_rendered_as_in_a_rollout():
+    """With the content "". The template puts one token before a content: that makes 1, and 3 for "ab"."""
+    letters = tokenizer()
+    letters.chat_template = "{% for m in messages %}{{ '<' + m['content'] }}{% endfor %}"
+    renderer = PromptRenderer(None, letters, TBRMConfig("unused", use_cpu=True), None, None)
+    rows = Dataset.from_list([{"prompt": [{"role": "user", "content": None}]}, {"prompt": chat("ab")}])
+    with pytest.raises(ValueError, match=r"Row 1 of it: its prompt has 3 tokens, more than 2, .* 1 of 2 rows"):
+        fitting_prompts(rows, "it", np.ones(2, bool), PromptLimit(2, "a limit", "refuse"), renderer)
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [

@@ -31,6 +31,26 @@ def test_column(name):
         assert str(golds) == f"3 of 3 answers in the column {column!r} can be read."
 
 
+@pytest.mark.parametrize(
+    ("cells", "column"),
+    [
+        ({"reward_model.ground_truth": "4"}, "reward_model.ground_truth"),  # flattened
+        ({"reward_model.ground_truth": "4", "reward_model": {"style": "rule"}}, "reward_model.ground_truth"),
+        ({"verl.reward_model": {"ground_truth": "4"}}, "verl.reward_model.ground_truth"),  # a key in such a column
+    ],
+)
+def test_a_column_with_a_dot_in_its_name(cells, column):
+    rows = [{"prompt": "2+2?", **cells}] * 5
+    for given in (rows, Dataset.from_list(rows)):
+        assert find_column(given) == column
+        for named in (None, column):
+            golds = read_golds(given, named)
+            assert golds.texts == ["4"] * 5
+            assert str(golds) == f"5 of 5 answers in the column {column!r} can be read."
+    with pytest.raises(ValueError, match=r"There is no column 'absent\.ground_truth'"):
+        read_golds(rows, "absent.ground_truth")
+
+
 def test_unreadable_rows():
     rows = [{"question": "?", "answer": one} for one in ("3", "", "\\frac{1}{", "x+1", None)]
     with pytest.raises(ValueError, match=r"2 of 5 answers .* Rows without: 1 \(''\), 2 .*, 4 \(None\)"):

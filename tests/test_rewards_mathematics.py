@@ -80,6 +80,91 @@ def test_conventions(gold, right, wrong):
     assert [verdict(gold, boxed(one)) for one in wrong] == [0.0] * len(wrong)
 
 
+@pytest.mark.parametrize(
+    ("gold", "right", "wrong"),
+    [
+        # Several equations name no one value.
+        ("5", ["m + n = 2 + 3 = 5", "x = 5"],
+         ["x=3 \\text{ or } x=5", "x = -5, x = 5", "x = 3; y = 5", "a = 4, b = 5"]),
+        ("x=5", ["x=5"], ["x=3, x=5"]),
+        ("1234", ["x = 1,234"], []),
+        ("8", ["2**3", "2 ** 3"], []),
+        # Noise of a float's last digits; 0.3 stays another number than 0.31.
+        (1.1 * 1.1, ["1.21"], ["1.22"]), (0.1 + 0.2, ["0.3"], ["0.4"]), (4.35 * 100, ["435"], ["434"]),
+        (0.3, ["0.3"], ["0.31"]), (1 / 3, ["\\frac{1}{3}", "0.3333333333333333"], ["0.333"]),
+        # Several choices are no one choice.
+        ("B", ["(B)", "B) 7"], ["(B) and (C)", "(B), (C)", "(B) or (C)", "\\text{(B) and (C)}"]),
+        ("A", ["A"], ["(A), (B), (C), (D)"]),
+        ("(A), (C)", ["A, C", "(C), (A)"], ["(A)", "(A), (B)"]),
+        ("Yes", ["Yes, since no prime is even"], ["Yes / No"]),
+        ("true", ["True"], ["True/False"]),
+        ("No", ["No"], ["No; yes"]),
+        # The name of a point, an interval or a set.
+        ("(3,-2)", ["(x, y) = (3, -2)", "P = (3,-2)", "P(3,-2)"], ["(x, y) = (-2, 3)", "P(-2,3)"]),
+        ("(1,2,3)", ["(a,b,c)=(1,2,3)", "\\vec{v} = (1,2,3)"], ["(a,b,c)=(1,3,2)"]),
+        ("[2,5]", ["D = [2,5]"], ["D = [2,6]", "D = (2,5)"]),
+        ("\\{1,2\\}", ["x \\in \\{1,2\\}", "x = 1, x = 2"], ["x \\in \\{1,3\\}"]),
+        ("x \\in \\{1,2\\}", ["\\{2,1\\}", "x = 1, x = 2"], ["\\{1\\}"]),
+        ("(1,2),(3,4)", ["(x,y) \\in \\{(1,2),(3,4)\\}"], ["(x,y) \\in \\{(1,2),(3,5)\\}"]),
+        ("(x,y)=(1,2)", ["(1,2)", "x=1, y=2"], ["(2,1)", "x=2, y=1"]),
+        ("x=1, y=2", ["(x,y)=(1,2)", "(y,x)=(2,1)"], ["(x,y)=(2,1)"]),
+        # "and" is the intersection where half-lines overlap.
+        ("x>2 \\text{ and } x<5", ["2<x<5"], ["x>2 \\text{ or } x<5"]),
+        ("$x>2$ and $x<5$", ["2<x<5"], ["x>2 \\text{ or } x<5"]),
+        ("$x<-2$ and $x>3$", ["x<-2 \\text{ or } x>3"], ["-2<x<3"]),
+        ("['2', '3']", ["2, 3"], ["3"]),
+        # Months and US volumes: 2 × 12 = 24, 3 × 4 = 12.
+        ("2 years", ["2", "24 \\text{ months}"], ["2 \\text{ months}"]),
+        ("3 gallons", ["12 \\text{ quarts}"], ["3 \\text{ quarts}"]),
+        ("5 miles", ["5"], ["5 \\text{ gallons}"]),
+        # 3 × 60 + 20 = 200, 5 × 12 + 6 = 66.
+        ("3 hours 20 minutes", ["200 \\text{ minutes}", "3 hours and 20 minutes"],
+         ["201 \\text{ minutes}", "200 \\text{ inches}"]),
+        ("5 feet 6 inches", ["66 \\text{ inches}", "5 ft 6 in"], ["56 \\text{ inches}"]),
+    ],
+)  # fmt: skip
+def test_forms_of_an_answer(gold, right, wrong):
+    assert [verdict(gold, boxed(one)) for one in right] == [1.0] * len(right)
+    assert [verdict(gold, boxed(one)) for one in wrong] == [0.0] * len(wrong)
+
+
+@pytest.mark.parametrize(
+    ("gold", "completion", "right"),
+    [
+        ("5", "The answer is x = 3 and y = 5.", 0.0),
+        ("7", "So the answer is x = **7**.", 1.0),
+        ("-3", "Therefore, x = **-3**.", 1.0),
+        ("16", "Therefore, the answer is that Tom has **16** dollars.", 1.0),
+        ("18", "**Answer:** Janet makes **$18** every day.", 1.0),
+        ("24", "The answer is 2**3 + 2**4.", 1.0),
+        ("B", "The answer is (B) or (C).", 0.0),
+        ("42", "So the answer is 42. The solution is complete.", 1.0),
+        ("42", "The answer is 42. We check: the answer is consistent with the conditions.", 1.0),
+        ("valid", "The answer is valid.", 1.0),
+        ("7", "Solution: We have 3 + 4.\nSo the total is 7.", 1.0),
+        ("5", "Solution: x = 5", 1.0),
+        ("7", "#### Final Answer\nTom has 7 apples.", 1.0),
+        ("7", "#### Step 1: Add\n3 + 4 = 7\nSo there are 7 apples.", 1.0),
+        ("7", "#### 7\n\nI hope that this helps with your 3 tasks.", 1.0),
+        ("1234", "#### 1,234", 1.0),
+        ("2<x<5", "The answer is $x>2$ and $x<5$.", 1.0),
+        ("2<x<5", "The answer is $x>2$ or $x<5$.", 0.0),
+        ("5", "The answer is that the value of $x$ is $5$.", 1.0),
+        ("5", "The answer is: the value of $x$ is $5$.", 1.0),
+        ("5", "The answer is that the value of $x$ is $6$.", 0.0),
+        ("6", "The answer is 6 (six apples).", 1.0),
+        ("6", "The answer is 6; Tom is happy.", 1.0),
+        ("6", "The answer is 6, Tom is happy.", 1.0),
+        ("6", "The answer is 6 — Tom is happy.", 1.0),
+        ("6", 'The answer is "6".', 1.0),
+        ("6", "The answer is 6, or perhaps 7.", 0.0),
+        ("6, 7", "The answer is 6, and 7.", 1.0),
+    ],
+)
+def test_announced(gold, completion, right):
+    assert verdict(gold, completion) == right
+
+
 def test_numbers_are_exact():
     assert number("0.1").value * 3 == number("0.3").value
     assert number("-2\\frac{1}{3}").value == number("-\\frac{7}{3}").value

@@ -29,6 +29,7 @@ from tbrm_trl.rewards.reading import boxes_together, completion_text, final_answ
         ("Therefore $x = -3$.", "x = -3"),
         ("That makes 5 * 50 = 250 ml in all.", "250"),
         ("It costs $18.", "$18"),
+        ("The answer is $3$ or $4$.", "3 or 4"),
         ("I give up on this one, sorry about that.", None),
     ],
 )
@@ -69,6 +70,10 @@ def test_completion_text():
         (["$2$"], "$2$"),
         (["1", "2"], "1, 2"),
         ('["34"]', "34"),
+        ("['2', '3']", "2, 3"),
+        ("['\\\\frac{1}{2}', '3']", "\\frac{1}{2}, 3"),
+        ("['2' '3']", "['2' '3']"),  # numpy's, not Python's: 23 is not meant
+        (0.1 + 0.2, "0.3"),
         ({"style": "rule", "ground_truth": "34"}, "34"),
         ("Hence $L = \\boxed{3.2e31}$ erg/s.", "3.2e31"),
         ("\\$18.90", "\\$18.90"),

@@ -89,6 +89,14 @@ def test_columns_and_failed_rewards():
     nothing.close()
 
 
+def test_environments_stay_here():
+    """TRL passes one for each completion. A lock can be sent to no process."""
+    workers = InWorkers(mathematics.correct, workers=1)
+    assert workers(["\\boxed{4}"], solution=["4"], environments=[threading.Lock()]) == [1.0]
+    assert workers.counts["crashed"] == 0
+    workers.close()
+
+
 def test_a_row_that_raises_ends_the_call_where_that_is_asked():
     """With the exception, its place and its completion; what hangs still costs itself alone, and workers go on."""
     workers = InWorkers(reward_functions.misbehaving, time_limit=0.5, workers=1, raises=True)
@@ -187,6 +195,27 @@ def test_by_name():
     assert load("format")[0][0](["\\boxed{1}", "\\boxed{}", "\\boxed{1", "1"]) == [1.0, 0.0, 0.0, 0.0]
     assert load("thinking")[0][0](["<think>a</think>b", "a</think> b", "b", "<think>a</think>"]) == [1.0, 1.0, 0.0, 0.0]
     assert load("helpers.reward_functions:later")[0] == [reward_functions.later]
+
+
+@pytest.mark.parametrize(
+    ("message", "reward"),
+    [
+        ({"reasoning_content": "2+2", "content": "4"}, 1.0),
+        ({"thinking": "2+2", "content": [{"type": "text", "text": "4"}]}, 1.0),
+        ({"reasoning_content": "2+2", "content": " "}, 0.0),  # no answer
+        ({"reasoning_content": "2+2"}, 0.0),
+        ({"reasoning_content": "", "thinking": None, "content": "4"}, 0.0),  # no reasoning
+        ({"reasoning_content": "2+2", "content": "a</think>4"}, 0.0),  # it ends twice
+        ({"content": "<think>2+2</think>4"}, 1.0),  # not parsed
+    ],
+)
+def test_reasoning_beside_the_content(message, reward):
+    """Where TRL parses responses. The policy's last message counts, whatever came before it."""
+    thinking = load("thinking")[0][0]
+    before = {"role": "assistant", "content": "a", "reasoning_content": "" if reward else "b"}
+    assert thinking([[{"role": "assistant", **message}], message]) == [reward] * 2
+    assert thinking([[before, {"role": "tool", "content": "c"}, {"role": "assistant", **message}]]) == [reward]
+    assert thinking([[{"role": "user", "content": "a", "thinking": "b"}]]) == [0.0]
 
 
 @pytest.mark.parametrize(

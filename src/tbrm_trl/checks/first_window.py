@@ -192,7 +192,7 @@ def _of_shift(window: FirstWindow, args: TBRMOptions) -> Iterator[str]:
     """A shift of all rewards is an error of V: on-policy it costs variance alone, and a lot of it."""
     free = args.soft_value in ("policy", "calibrated", "learned", "zero")
     lowest, mean, spread = window.rewards.min(), window.rewards.mean(), window.rewards.std()
-    if not free or args.reward_baseline != "none" or lowest >= 0 or not 0 < spread < window.soft_value - mean:
+    if not free or args.reward_baseline != "none" or mean >= 0 or not 0 < spread < window.soft_value - mean:
         return
     yield (
         f"Consider adding {-lowest:.3g} to every reward, because they are {mean:.2g} on average, with a standard "
@@ -206,11 +206,13 @@ def _of_v_rate(window: FirstWindow, args: TBRMOptions) -> Iterator[str]:
     if not (args.soft_value_offset or args.soft_value == "learned"):
         return
     step = args.soft_value_learning_rate * (1 if args.soft_value_offset else 2)
-    way, soon = abs(window.rewards.mean() - window.soft_value), window.updates / 4
+    earned = np.array([row.reward - row.baseline for row in window.rows if row.counted])  # (N,)
+    way, soon = abs(earned.mean() - window.soft_value), window.updates / 4
     if way / step > soon:
+        mean = "the mean reward" if np.array_equal(earned, window.rewards) else "the mean reward less its baseline"
         yield (
             f"Consider soft_value_learning_rate={args.soft_value_learning_rate * way / step / soon:.2g}, because "
-            f"beta V is {way:.2g} away from the mean reward and moves by {step:.2g} an update at most: that takes "
+            f"beta V is {way:.2g} away from {mean} and moves by {step:.2g} an update at most: that takes "
             f"{math.ceil(way / step)} of the run's {window.updates} updates."
         )
 

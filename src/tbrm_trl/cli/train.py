@@ -18,9 +18,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from .quiet import silence
+from .quiet import see_one_gpu, silence
 
 silence()
+if "ACCELERATE_MIXED_PRECISION" in os.environ and "LOCAL_RANK" not in os.environ:  # accelerate's launch of one process
+    see_one_gpu()
 
 import torch  # noqa: E402
 from datasets import Dataset  # noqa: E402
@@ -40,7 +42,6 @@ from tbrm_trl.evaluation.callback import EvaluationCallback  # noqa: E402
 from tbrm_trl.evaluation.run import Settings  # noqa: E402
 from tbrm_trl.evaluation.sampling import Sampling  # noqa: E402
 from tbrm_trl.files import ROW_FILES, rows_of_file, rows_of_hub  # noqa: E402
-from tbrm_trl.processes import see_one_gpu  # noqa: E402
 from tbrm_trl.rewards import NAMES, find_column, read_golds  # noqa: E402
 from tbrm_trl.rewards import load as load_rewards  # noqa: E402
 from tbrm_trl.sources.logged import logged_rows, rewarded_rows  # noqa: E402
@@ -77,8 +78,8 @@ class DataArguments:
         default=None,
         metadata={
             "help": "Column of the answers that `math` reads; `reward_model.ground_truth` is a key in a column. By "
-            "default it is the column whose cells can best be read as answers. Other rewards get all columns as they "
-            "are."
+            "default it is the column whose cells can best be read as answers. The answer as text becomes the column "
+            "`solution`, for every reward. Other columns stay as they are."
         },
     )
     unreadable_answers: str = field(
@@ -123,7 +124,7 @@ def load(arguments: DataArguments) -> Dataset:
 
     column = arguments.answer_column or (find_column(dataset) if "math" in arguments.reward_funcs else None)
     if column is not None:
-        others = [name for name in arguments.reward_funcs if name not in NAMES]
+        others = [name for name in arguments.reward_funcs if name.partition("(")[0].strip() not in NAMES]
         dataset = with_answers(dataset, column, arguments.unreadable_answers, others)
     elif "math" in arguments.reward_funcs and not logged_rows(dataset).any():
         raise ValueError(
@@ -157,9 +158,11 @@ def with_answers(dataset: Dataset, column: str, unreadable: str, others: Sequenc
     if golds.unreadable:
         print(f"{golds} They are left out.")
     if "solution" in dataset.column_names:
-        if others and column != "solution":
+        before_and_after = enumerate(zip(dataset["solution"], golds.texts, strict=True))
+        if others and any(old != new for row, (old, new) in before_and_after if row not in golds.unreadable):
+            where = "it" if column == "solution" else repr(column)
             print(
-                f"The column 'solution' becomes the answer in {column!r}, which math compares with. That is what "
+                f"The column 'solution' becomes the answer in {where}, which math compares with. That is what "
                 f"{', '.join(others)} will be given, too: rename the column if they need what stands in it."
             )
         dataset = dataset.remove_columns("solution")
@@ -268,7 +271,6 @@ def main(arguments: list[str] | None = None) -> None:
         if not launched and (words.launcher or torch.cuda.device_count() > 1):
             launch(words)
         else:
-            see_one_gpu()
             run(*reader.parse(words))
     except Refused as refused:
         leave(PROG, refused)

@@ -1,7 +1,7 @@
 """Rewards of form and length: what they give does not depend on the answer being right."""
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from .reading import boxes, completion_text
@@ -15,8 +15,22 @@ def boxed(completions: Sequence[Any], **columns: Any) -> list[float]:
 
 
 def thinking(completions: Sequence[Any], **columns: Any) -> list[float]:
-    """1 where reasoning ends with `</think>`, once, and an answer follows, else 0. The prompt may hold `<think>`."""
-    return [float(_THINKING.fullmatch(completion_text(one)) is not None) for one in completions]
+    """1 where reasoning ends with `</think>`, once, and an answer follows, else 0. The prompt may hold `<think>`.
+
+    TRL takes the marks away from a response that it parses: reasoning then stands beside the content of the message.
+    """
+    return [float(_THINKING.fullmatch(_with_reasoning(one)) is not None) for one in completions]
+
+
+def _with_reasoning(completion: Any) -> str:
+    """The text of a completion, in marks what its last message of the policy holds as reasoning beside the content."""
+    text = completion_text(completion)
+    if isinstance(completion, str):
+        return text
+    messages = [completion] if isinstance(completion, Mapping) else completion
+    last = [message for message in messages if message.get("role", "assistant") == "assistant"][-1:]
+    reasoning = [message.get("reasoning_content") or message.get("thinking") or "" for message in last]
+    return "".join(f"<think>{one}</think>" for one in reasoning if one.strip()) + text
 
 
 class Length:

@@ -46,8 +46,9 @@ def read_golds(
 
     Args:
         rows: a data set, or a sequence of mappings.
-        column: where they stand; `reward_model.ground_truth` is a key of a column of mappings. By default the column
-            whose cells can best be read as answers, among those with a name that answers have.
+        column: where they stand; `reward_model.ground_truth` is a key of a column of mappings, unless a column has that
+            whole name. By default the column whose cells can best be read as answers, among those with a name that
+            answers have.
         unreadable: what becomes of rows whose answer cannot be read: "refuse" raises an error that names them,
             "leave_out" leaves that to the caller, who finds them in `unreadable`.
         needed: which rows need one; by default all. Logged rows that bring their reward need none.
@@ -61,7 +62,7 @@ def read_golds(
         raise ValueError(
             f"No column holds answers that can be read. Columns: {', '.join(_columns(rows))}. Name the right one."
         )
-    if column.partition(".")[0] not in _columns(rows):
+    if _place(rows, column)[0] not in _columns(rows):
         raise ValueError(f"There is no column {column!r}. Columns: {', '.join(_columns(rows))}.")
     cells = list(cells_of(rows, column))
     texts = [reading.gold_text(cell) if read_gold(cell) is not None else None for cell in cells]
@@ -86,10 +87,17 @@ def find_column(rows: Any) -> str | None:
 
 def cells_of(rows: Any, column: str) -> Iterable[Any]:
     """The cells of a column, or of a key within a column of mappings."""
-    name, _, key = column.partition(".")
+    name, key = _place(rows, column)
     for row in rows:
         cell = row[name]
         yield cell.get(key) if key and isinstance(cell, Mapping) else cell
+
+
+def _place(rows: Any, column: str) -> tuple[str, str]:
+    """The column, and the key in it or "". A column of flattened data has dots in its name: the longest name counts."""
+    columns, parts = _columns(rows), column.split(".")
+    end = next((end for end in range(len(parts), 0, -1) if ".".join(parts[:end]) in columns), 1)
+    return ".".join(parts[:end]), ".".join(parts[end:])
 
 
 def _columns(rows: Any) -> list[str]:

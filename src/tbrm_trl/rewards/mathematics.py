@@ -57,7 +57,7 @@ def verdict(gold: Any, completion: Any) -> float | None:
     if equal(wanted, given) or _equal_number(wanted, given):
         return 1.0
     together = reading.boxes_together(text)
-    is_list = len(together) > 1 and (len(cut(wanted, lists.JOIN)) == len(together) or bracketed(wanted))
+    is_list = len(together) > 1 and (len(cut(wanted, scalars.JOIN)) == len(together) or bracketed(wanted))
     return float(bool(is_list) and equal(wanted, ", ".join(together)))
 
 

@@ -60,7 +60,7 @@ _RULES = [
     (r"(?<![a-zA-Z\\])(?:sqrt)\s*\(([^()]*)\)", r"\\sqrt{\1}"),
     (r"√\s*\(([^()]*)\)", r"\\sqrt{\1}"),
     (r"√\s*(\d+|[a-zA-Z])", r"\\sqrt{\1}"),
-    (r"\*\*(?=\s*[\d({-])", "^"),
+    (r"(?<=[\w)\]}])\s*\*\*(?=\s*[\d({-])", "^"),  # not Markdown's **7**
     (r"(?<=\d)\s*[xX]\s*(?=10\s*\^)|(?<=\d)\s+[xX]\s+(?=\d)", r"\\times "),  # 3 x 10^8
     (r"(?<![a-zA-Z\\])(?:np|math)\.(?=[a-z])", ""),
     (r"(?<![a-zA-Z\\])(arcsin|arccos|arctan|sin|cos|tan|log|ln|exp|pi)(?![a-zA-Z])", r"\\\1 "),

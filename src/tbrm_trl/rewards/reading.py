@@ -4,19 +4,28 @@ In a completion it is what is boxed last; else what is announced last ("The answ
 last mathematics. A cell may hold the answer alone, a worked solution with a box or GSM8K's mark, a number, or a list.
 """
 
+import ast
 import contextlib
 import json
 import math
 import re
 from collections.abc import Iterator, Mapping, Sequence
+from itertools import islice
 from typing import Any
 
+# Markdown's headings may begin with GSM8K's mark too: several words, a number or the name of a part, and text below.
+_HEADING = (
+    r"(?-i:\s*[*_]*(?:[A-Z][a-z]+[*_:]*[ ](?=[A-Za-z\d])|[A-Z][a-z]+[ ]?:|\d+[.)]\s*[*_]*[A-Za-z]"
+    r"|(?:Solution|Answer|Explanation|Reasoning|Calculation|Verification|Check|Proof|Conclusion|Result|Summary)\b))"
+)
+_STEPS = r"[*_\s]{0,9}[:：][*_\s]{0,9}(?:(?!no\b)[a-z]{2,}\s|\d+[.)]\s*[a-z])"  # "Solution: We have"
 # Announcements, each with what stands between it and the answer. The last one in the text counts.
 _ANNOUNCED = re.compile(
-    r"""(?:
-      \#{4}
+    rf"""(?:
+      (?<!\#)\#{{4,}}(?!\#) (?!{_HEADING}[^\n]{{0,100}}\n\s{{0,9}}\S)
     | <answer>
-    | \b(?:final\s+|correct\s+)?(?:answers?|answer\s+choice|solution)\b (?:\s+(?:to|of|for|here)\b[^.\n:$]{0,60}?)?
+    | \b(?:final\s+|correct\s+)?(?:answers?|answer\s+choice|solution(?!{_STEPS}))\b
+        (?:\s+(?:to|of|for|here)\b[^.\n:$]{{0,60}}?)?
         [*_\s]* (?: \b(?:is|are|would\s+be|must\s+be|will\s+be|should\s+be|equals)\b | [:：=] )
     | \b(?:correct|right|best)\s+(?:option|choice)\b [*_\s]* (?: \bis\b | [:：] )
     | \b(?:option|choice) \s+ is \b
@@ -40,7 +49,7 @@ _HEDGE = re.compile(
     re.IGNORECASE,
 )
 _CLAUSE_END = re.compile(
-    r"(?<=[\w)\]}%$*°!])[.!?](?=\s|$|\*)|。|\s+(?:because|since|which|where|as\s+(?:required|desired|needed)|when)\b|[,;]?\s+so\b",
+    r"(?<=[\w)\]}%$*°!])[.!?](?=\s|$|\*)|。|(?<!\s)\s+(?:because|since|which|where|as\s+(?:required|desired|needed)|when)\b|[,;]?\s+so\b",
     re.IGNORECASE,
 )
 # A minus that touches a digit, a letter or a bracket on its left subtracts; one apart from its number is a sign only
@@ -51,6 +60,21 @@ _NUMBER = re.compile(
     rf"[ ]?(?<![\w.:])\d+(?:[ ]?:[ ]?\d+)+(?![\d:])(?:[ ]?[ap]\.?m\b\.?)?"  # a ratio, a time of day
     rf"|{_SIGN}[ ]?(?:\\?[$€£¥][ ]?)?(?:(?:{_PLAIN})(?:[eE][-+]?\d+)?(?:[ ]?(?:\\times|[×x*])[ ]?10\^\{{?-?\d+\}}?)?)"
     rf"(?:[ ]\d+/\d+|[ ]?/[ ]?\d+)?(?:[ ]?\\?%)?(?:[ ](?:thousand|million|billion|trillion)\b)?",
+    re.IGNORECASE,
+)
+_BOLD = re.compile(r"(?<![\w)\]}])\*\*(?=\S)(.{1,200}?)(?<=\S)\*\*")  # after an operand, ** is a power
+_BARE_NAME = re.compile(r"\\?[a-zA-Z]+(?:_\{?\w+\}?)?'*")
+_SAID = re.compile(r"\s*(?:is|are|equals?|=)\s*(?:equal\s+to\s*)?(?=\$|\\\(|[-−]?\d)")
+# A number, and words about it that are no second answer: `6 (six apples)`, `6, Tom is happy`.
+_REMARK = re.compile(
+    r"([-−]?(?:\\?[$€£¥]\s?)?\d[\d,.]*(?<=\d)%?(?:[ ][a-z]{3,})?)\s*"
+    r"(?:\((?!mod|base|in\b|or\b|and\b)[^\W\d]{3,}[^()\d=]*\)"
+    r"|(?:[,;]\s|\s?[—–]\s?|\s-\s)\s*(?!and\b|or\b)[^\W\d]{2,}\s[^\d$\\=]*)",
+    re.IGNORECASE,
+)
+_NO_ANSWER = re.compile(
+    r"(?:(?:now|also|indeed|clearly|therefore|thus|not)\s+)?(?:complete|consistent|correct|valid|verified|confirmed"
+    r"|reasonable|right|unique|clear|as\s+follows|in\s+agreement)\b(?!\s*[,/;])",
     re.IGNORECASE,
 )
 _NOTHING = ("none", "null", "nan", "n/a", "[]")  # of Python and JSON, as text
@@ -131,8 +155,17 @@ def _closing_braces(text: str) -> dict[int, int]:
 
 
 def announced(text: str) -> str | None:
-    """What follows the last announcement, up to the end of its sentence; None if there is none."""
-    return next((answer for rest in announcements(text) if (answer := _clause(rest))), None)
+    """What follows the last announcement, up to the end of its sentence; None if there is none.
+
+    "The solution is complete" announces nothing where another sentence announces an answer.
+    """
+    last = None
+    for rest in islice(announcements(text), 10):
+        answer = _clause(rest)
+        if answer and not _NO_ANSWER.match(answer):
+            return answer
+        last = last or answer
+    return last
 
 
 def announcements(text: str) -> Iterator[str]:
@@ -141,27 +174,34 @@ def announcements(text: str) -> Iterator[str]:
         yield text[mark.end() :].split("</answer>")[0].strip()
 
 
-def _clause(rest: str) -> str | None:
+def _clause(rest: str, named: bool = False) -> str | None:
     """The answer that a text opens with: its mathematics where it has some, else its first clause."""
     block = re.match(r"[*\s]*(\$\$|\\\[)", rest)
-    line = rest if block else rest.split("\n", 1)[0]
+    line = rest if block else _BOLD.sub(r"\1", rest.split("\n", 1)[0])
     first = _MATHEMATICS.search(line)
     if first and not re.search(r"\w", re.sub(r"[a-z]+|\\text", "", line[: first.start()], flags=re.IGNORECASE)):
         if block:
             return _inside(first)
+        # The value of $x$ is $5$: what is said of a bare name is the answer.
+        said = None if named else _SAID.match(line, first.end())
+        if said and _BARE_NAME.fullmatch(_inside(first)) and (value := _clause(line[said.end() :], named=True)):
+            return f"{_inside(first)} = {value}"
         # Several pieces of mathematics with only separators between them are one list.
-        pieces, end = [_inside(first)], first.end()
+        pieces, end, joined = [_inside(first)], first.end(), ", "
         while more := re.match(r"(\s*(?:,|;|and|or)*\s*)", line[end:]):
             piece = _MATHEMATICS.match(line, end + more.end())
             if piece is None or not more[1].strip():
                 break
             pieces.append(_inside(piece))
+            joined = " or " if "or" in more[1] else joined
             end = piece.end()
         unit = re.match(r"\s*(\\?%|degrees?|percent|[a-zA-Z]+)?", line[end:])
         tail = unit[1] if unit and unit[1] and re.fullmatch(r"\\?%|percent|degrees?", unit[1]) else ""
-        return ", ".join(pieces) + (f" {tail}" if tail else "")
+        return joined.join(pieces) + (f" {tail}" if tail else "")
     clause = _HEDGE.sub("", _CLAUSE_END.split(line, maxsplit=1)[0])
-    return clause.strip().strip("*_`\"'“” ").rstrip(".,;:").strip("*_` ") or None
+    clause = clause.strip().strip("*_`\"'“” ").rstrip(".,;:").strip("*_` ")
+    remark = _REMARK.fullmatch(clause)
+    return (remark[1] if remark else clause) or None
 
 
 def _inside(match: re.Match) -> str:
@@ -172,7 +212,7 @@ def last_mathematics(text: str) -> str | None:
     """The last formula or number of a text; the whole text where it is short and has neither."""
     last = next(iter([*_MATHEMATICS.finditer(text)][-1:]), None)
     number = next(iter([*_NUMBER.finditer(text, last.end() if last else 0)][-1:]), None)
-    stripped = text.strip().strip("*`\"'").strip()
+    stripped = _BOLD.sub(r"\1", text.strip()).strip("*`\"'").strip()
     short = "\n" not in stripped and len(stripped) <= 40 and last is None and len(stripped.split()) <= 4
     if short and (number is None or not re.search(r"[a-zA-Z]{2,}\s", text[: number.start()])):
         return stripped.rstrip(".") or None
@@ -210,14 +250,21 @@ def gold_text(gold: Any) -> str | None:
         return None if not parts or None in parts else ", ".join(part for part in parts if part)
     if isinstance(gold, float) and math.isfinite(gold) and gold == int(gold) and abs(gold) < 1e15:
         return str(int(gold))
-    return repr(gold) if isinstance(gold, int | float) and math.isfinite(gold) else None
+    if isinstance(gold, float) and math.isfinite(gold):
+        return f"{gold:.15g}"  # the digits that a float holds; those after them are noise, as in 0.1 + 0.2
+    return repr(gold) if isinstance(gold, int) else None
 
 
 def _text_of_string(text: str) -> str | None:
     """Of a worked solution its box, what follows GSM8K's mark, or what it announces; else all of it."""
-    if text[:1] == "[" and text[-1:] == "]" and '"' in text:  # a list that was stored as JSON
+    if text[:1] == "[" and text[-1:] == "]" and ("'" in text or '"' in text):  # a list that was stored as text
         with contextlib.suppress(ValueError):
             return gold_text(json.loads(text))
+        if "\\" not in text.replace("\\\\", ""):  # else no text that Python wrote
+            with contextlib.suppress(ValueError, SyntaxError, MemoryError, RecursionError):
+                listed = ast.literal_eval(text)
+                if repr(listed) == text:  # as Python writes it, and pandas with it; not numpy's ['2' '3']
+                    return gold_text(listed)
     found = boxes(text)
     if found is not None or re.search(r"\\boxed\s*\{\s*\}", text):
         return found[-1][2] if found else None

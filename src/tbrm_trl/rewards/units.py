@@ -3,6 +3,7 @@
 import re
 from dataclasses import dataclass
 from fractions import Fraction
+from itertools import pairwise
 
 from .notation import upright
 from .quantities import number
@@ -14,7 +15,9 @@ _MEASURES: dict[str, dict[str, int | str]] = {
     "mass": {"g gram": 1, "kg kilogram": 1000, "mg milligram": "1/1000", "lb lbs pound": "45359237/100000",
              "oz ounce": "45359237/1600000", "ton tonne": 1000000},
     "time": {"s sec second": 1, "min minute": 60, "h hr hour": 3600, "day": 86400, "week": 604800, "ms": "1/1000"},
-    "litre": {"l liter litre": 1, "ml milliliter millilitre": "1/1000"},
+    "month": {"month": 1, "year yr": 12, "decade": 120, "century centurie": 1200},  # no fixed number of days
+    "litre": {"l liter litre": 1, "ml milliliter millilitre": "1/1000", "gal gallon": "3785411784/1000000000",
+              "qt quart": "946352946/1000000000", "pint": "473176473/1000000000", "cup": "2365882365/10000000000"},
     "dollar": {"dollar usd buck \\$": 1, "cent ¢ penny pennie": "1/100"},
     "euro": {"€ euro eur": 1}, "pound sterling": {"£ gbp": 1}, "yen": {"¥ yen jpy yuan rmb": 1},
     "rupee": {"₹ rupee rs": 1},
@@ -32,6 +35,7 @@ _UNITS = {
 }
 _POWERS = {"square": 2, "sq": 2, "cubic": 3, "cu": 3}
 _LETTER = r"(?:[msghlLNJWVAKCF]|kg|km|cm|mm|nm|mol|Pa|Hz)(?:\s*\^\s*\{?-?[1-4]\}?)?"
+_PAIRS = re.compile(r"(?<=[a-zA-Z])\s*(?:\sand\s+)?(?=\d)")  # between 3 hours and 20 minutes
 _LETTERS = rf"{_LETTER}(?:\s*(?:/|\\cdot|\s)\s*{_LETTER})*"  # m/s, kg m/s^2
 
 
@@ -64,6 +68,24 @@ def unit(text: str) -> Unit | None:
         elif not re.fullmatch(r"[a-zA-Z]{3,}", name):  # apples, of, each
             return None
     return Unit(tuple(sorted((name, p) for name, p in powers.items() if p)), size)
+
+
+def several_units(text: str) -> tuple[Fraction, Unit] | None:
+    """The sum of `3 hours 20 minutes`, in basic units: numbers with ever smaller units of one measure; else None."""
+    parts = _PAIRS.split(upright(text).strip())
+    if not 2 <= len(parts) <= 4:
+        return None
+    total, sizes, powers = Fraction(0), [], set()
+    for part in parts:
+        value, found = split_unit(part, loose=True)
+        amount = number(value)
+        if amount is None or found is None or not found.powers:
+            return None
+        total += amount.value * found.size
+        sizes.append(found.size)
+        powers.add(found.powers)
+    falling = all(a > b for a, b in pairwise(sizes))
+    return (total, Unit(powers.pop(), Fraction(1))) if falling and len(powers) == 1 else None
 
 
 def _words_of(text: str) -> list[str]:

@@ -43,7 +43,8 @@ class InWorkers:
 
     The function is called with one completion at a time, and with the columns that are lists with a value for each
     completion. It must be importable, at the top level of a module or of the script that is run, or stand in a
-    notebook. It gets `log_extra` and `log_metric` as from TRL, but no `trainer_state`.
+    notebook. It gets `log_extra` and `log_metric` as from TRL, but no `trainer_state`, and no `environments`: these are
+    objects of this process.
 
     `counts` has the rows that were `late`, that `crashed` their worker and that `raised`; their shares are logged as
     metrics.
@@ -88,7 +89,11 @@ class InWorkers:
 
     def __call__(self, completions: Sequence[Any], **columns: Any) -> list[float | None]:
         log_extra, log_metric = columns.get("log_extra"), columns.get("log_metric")
-        rows = {name: list(values) for name, values in columns.items() if _is_column(values, len(completions))}
+        rows = {
+            name: list(values)
+            for name, values in columns.items()
+            if name != "environments" and _is_column(values, len(completions))  # TRL passes one for each completion
+        }
         batch = _Batch(list(completions), rows)
         if completions:
             with self._borrowed(len(completions)) as pool:

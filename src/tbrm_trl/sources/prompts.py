@@ -15,6 +15,7 @@ from trl.trainer.utils import get_config_model_id
 from ..batch import chunks
 from ..files import column_parts, is_text
 from ..options import TBRMOptions
+from .logged import normal_prompt
 
 BYTES_PER_MESSAGE = 64  # more than templates put around a message
 _UNUSED = "\U0010fffd"  # a character that no text uses
@@ -186,12 +187,13 @@ def _lengths_of_suspects(
         size = _bytes_of(column)  # (n,)
         if size is not None and suspects.any():
             if around is None:
-                one = rows[first + int(np.flatnonzero(suspects)[0])]["prompt"]
+                one = normal_prompt(rows[first + int(np.flatnonzero(suspects)[0])]["prompt"])
                 around = 8 if isinstance(one, str) else len(renderer([one])[0])
             suspects &= size + around > limit
         places = (first + np.flatnonzero(suspects)).tolist()
         for some in chunks(places, 256):
-            yield from zip(some, map(len, renderer(rows[some]["prompt"])), strict=True)
+            prompts = [normal_prompt(prompt) for prompt in rows[some]["prompt"]]  # as rollouts get them
+            yield from zip(some, map(len, renderer(prompts)), strict=True)
 
 
 def _bytes_of(column: pa.Array) -> np.ndarray | None:

@@ -6,7 +6,7 @@ from .. import symbols
 from ..notation import squeezed
 from . import Same
 from .lists import in_order
-from .scalars import NAME, equation, same_scalar
+from .scalars import NAME, equation, same_scalar, several_equations
 
 _FUNCTION = re.compile(r"(\\?[a-zA-Z]+)\s*\(\s*([a-zA-Z])\s*\)")
 
@@ -17,6 +17,8 @@ def same_equation(gold: list[str], answer: str, same: Same) -> bool:
         return given is not None and len(gold) == len(given) == 2 and _same_sides(gold, given, same)
     if given is None:
         return any(same(side, answer) for side in gold[1:])
+    if several_equations(answer):
+        return False
     if not NAME.fullmatch(given[0]):
         return len(gold) == len(given) == 2 and _same_sides(gold, given, same)
     sides = [_with_argument(side, gold[0], given[0]) for side in gold[1:]]

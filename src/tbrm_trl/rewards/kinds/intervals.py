@@ -1,11 +1,13 @@
 """Intervals, unions, inequalities and sets given by a condition: one kind, for each can be written as another."""
 
 import re
+from fractions import Fraction
 
 from .. import symbols
 from ..notation import bracketed, cut, plain, squeezed, trimmed
+from ..quantities import number
 from . import Same
-from .scalars import RELATION, same_scalar
+from .scalars import NAME, RELATION, same_scalar
 from .words import EVERYTHING, whole_line
 
 End = tuple[str, bool]  # a bound, and whether it belongs to the interval
@@ -17,7 +19,9 @@ _HIGHEST: End = ("\\infty", False)
 _VARIABLE = re.compile(r"(?:\\[a-zA-Z]+|[a-zA-Z])(?:_\{?\w+\}?)?'*")
 _FLIP = {"<": ">", ">": "<", "\\le": "\\ge", "\\ge": "\\le", "\\ne": "\\ne"}
 _UNION = r"\\cup(?![a-zA-Z])|(?<![a-zA-Z\\])[Uu](?![a-zA-Z])"
-_ALTERNATIVE = r"\\text\{\s*or\s*\}|(?<![a-zA-Z\\])or(?![a-zA-Z])|,|\\text\{\s*,?\s*and\s*\}"
+_IN = r"\\in(?![a-zA-Z])(?!\s*\\\{[^|:<>]*\}$)"  # in an interval; x \in \{1, 2\} is a set
+_ALTERNATIVE = r"\\text\{\s*or\s*\}|(?<![a-zA-Z\\])or(?![a-zA-Z])|,"
+_TOGETHER = r"\\text\{\s*,?\s*and\s*\}|(?<![a-zA-Z\\])and(?![a-zA-Z])|\\(?:wedge|land)(?![a-zA-Z])"
 
 
 def region(text: str) -> Region | None:
@@ -69,10 +73,30 @@ def _interval(text: str) -> Region | None:
 
 
 def _inequalities(text: str) -> Region | None:
-    found = [one for part in cut(text, _ALTERNATIVE) for one in [_inequality(part)] if one]
+    parts = cut(text, _ALTERNATIVE + "|" + _TOGETHER)
+    found = [one for part in parts for one in [_inequality(part)] if one]
     names = {name for _, name in found}
-    complete = len(found) == len(cut(text, _ALTERNATIVE)) and len(names) == 1
-    return ([interval for one in found for interval in one[0]], names.pop()) if complete else None
+    if len(found) != len(parts) or len(names) != 1:
+        return None
+    intervals = [interval for one in found for interval in one[0]]
+    is_or = re.search(r"(?<![a-zA-Z\\])or(?![a-zA-Z])", text)
+    both = None if is_or or len(intervals) != 2 or len(found) != 2 else _overlap(intervals)
+    return [both] if both else intervals, names.pop()
+
+
+def _overlap(intervals: list[tuple[End, End]]) -> tuple[End, End] | None:
+    """What `x > 2` and `x < 5` have in common. Of half-lines that do not meet, data sets mean the union."""
+    low = [one[0] for one in intervals if one[1] == _HIGHEST]
+    high = [one[1] for one in intervals if one[0] == _LOWEST]
+    if len(low) != 1 or len(high) != 1:
+        return None
+    first, second = _value_of(low[0][0]), _value_of(high[0][0])
+    return (low[0], high[0]) if first is not None and second is not None and first < second else None
+
+
+def _value_of(bound: str) -> Fraction | None:
+    exact = number(bound)
+    return exact.value if exact else symbols.value(bound)
 
 
 def _inequality(text: str) -> Region | None:
@@ -102,12 +126,15 @@ def ascending(text: str) -> Chain | None:
 
 def gold_region(gold: str) -> Region | None:
     """A gold that is no ordered pair: a bracket, an infinity, a union or a relation says so."""
-    if not re.search(RELATION + r"|\\infty|\\cup|\\in(?![a-zA-Z])|^\(.*\]$|^\[.*\)$|^\[[^,]*,[^,]*\]$|\\mathbb", gold):
+    if not re.search(RELATION + rf"|\\infty|\\cup|{_IN}|^\(.*\]$|^\[.*\)$|^\[[^,]*,[^,]*\]$|\\mathbb", gold):
         return None
     return region(gold)
 
 
 def same_region(gold: Region, answer: str, same: Same) -> bool:
+    sides = cut(answer, "=")
+    if len(sides) == 2 and NAME.fullmatch(sides[0]) and sides[1][:1] in ("(", "[", "\\"):  # D = [2,5]
+        answer = sides[1]
     given = _whole_line("\\mathbb{R}") if plain(answer) in EVERYTHING else region(answer)
     if given is None or (gold[1] and given[1] and squeezed(gold[1]) != squeezed(given[1])):
         return False

@@ -5,14 +5,14 @@ from collections.abc import Sequence
 
 from ..notation import bracketed, cut, squeezed, trimmed
 from ..quantities import number
-from ..units import split_unit
+from ..units import several_units, split_unit
 from . import Same
 from .intervals import Region, same_region
-from .scalars import NAME, RELATION, equation
+from .scalars import JOIN, NAME, RELATION, names_of, value_side
 
-JOIN = r"\\text\{\s*,?\s*(?:and|or)\s*\}|(?<![a-zA-Z\\])(?:and|or)(?![a-zA-Z])|[,;]|\\(?:vee|lor)(?![a-zA-Z])"
 _WORD_JOIN = JOIN.replace("[,;]", ";")
 _MOST = 60  # parts that are compared in every order
+_POINT = re.compile(r"^[A-Z]'?\s*(?=\()")  # P(3,-2)
 _MATRIX = re.compile(
     r"(?P<factor>[^&]*?)\s*(?:\\[{}]|[(\[|{])?\s*\\begin\{(?P<kind>[bpvBV]?(?:small)?matrix|array)\}\s*(?:\{[^{}]*\})?"
     r"(?P<body>.*?)\\end\{(?P=kind)\}\s*(?:\\[{}]|[)\]|}])?",
@@ -51,7 +51,7 @@ def _same_part(gold: str, answer: str, same: Same) -> bool:
 
 def items(text: str) -> list[str]:
     """The parts of a list, with both values of a ±."""
-    if _is_number(text):  # 2,125
+    if _is_number(text) or several_units(text):  # 2,125; 3 hours and 20 minutes
         return [text]
     parts: list[str] = []
     for part in cut(text, _WORD_JOIN):
@@ -82,10 +82,11 @@ def bare_list(text: str) -> list[str] | None:
 def same_list(gold: list[str], answer: str, same: Same) -> bool:
     """A bare list has no order; if the answer puts it in parentheses, it has the gold's."""
     names, values = _names_and_values(gold)
-    inside = tuple_(answer) if bare_list(answer) is None else None
+    parts = _one_by_one(answer) if len(set(names)) > 1 else []
+    inside = tuple_(value_side(answer)) if bare_list(answer) is None and not parts else None
     if inside is not None:
         return in_order(values, _names_and_values(inside)[1], same)
-    given_names, given = _names_and_values(set_(answer) or items(answer))
+    given_names, given = _names_and_values(parts or set_(answer) or items(answer))
     if len(set(names)) > 1 and sorted(names) == sorted(given_names):
         return in_order(_by_name(names, values), _by_name(given_names, given), same)
     if len(set(names)) == len(names) > 1 and all(names) and all(given_names):
@@ -114,7 +115,7 @@ def _by_name(names: list[str], values: list[str]) -> list[str]:
 
 def set_(text: str) -> list[str] | None:
     """The elements of `\\{a, b\\}`."""
-    whole = bracketed(_value_side(text))
+    whole = bracketed(value_side(text))
     if whole is None or whole[0] not in ("\\{", "{") or re.search(r"\||" + RELATION, whole[1]):
         return None
     if whole[0] == "{" and "," not in whole[1]:
@@ -125,7 +126,7 @@ def set_(text: str) -> list[str] | None:
 def same_set(gold: list[str], answer: str, same: Same) -> bool:
     given = set_(answer)
     if given is None:
-        answer = _value_side(answer)
+        answer = value_side(answer)
         given = items(answer) if tuple_(answer) is None else []
     return matched(_distinct(gold), _distinct(given), same)
 
@@ -134,10 +135,14 @@ def _distinct(parts: list[str]) -> list[str]:
     return list({squeezed(part): part for part in parts}.values())
 
 
-def _value_side(text: str) -> str:
-    """What a name is said to equal: 5 of `x = 5`."""
-    sides = equation(text)
-    return sides[-1] if sides and (len(sides) > 2 or NAME.fullmatch(sides[0])) else text
+def _one_by_one(text: str) -> list[str]:
+    """`x = 1` and `y = 2` of `(x, y) = (1, 2)`; nothing of any other text."""
+    sides = cut(text, "=")
+    names = names_of(sides[0]) if len(sides) == 2 else None
+    values = tuple_(sides[1]) if names else None
+    if names is None or values is None or len(names) != len(values):
+        return []
+    return [f"{name} = {value}" for name, value in zip(names, values, strict=True)]
 
 
 def components(text: str) -> list[str]:
@@ -151,6 +156,8 @@ def components(text: str) -> list[str]:
 
 def tuple_(text: str) -> list[str] | None:
     """The components of `(a, b)`, `[a, b]`, `\\langle a, b\\rangle` or a row or column vector."""
+    sides = cut(text, "=")
+    text = sides[1] if len(sides) == 2 and names_of(sides[0]) else text  # (x, y) = (1, 2)
     whole = bracketed(re.sub(r"\^\{?T\}?$", "", text))
     if whole is None or whole[0] in ("\\{", "{"):
         rows = matrix(text)
@@ -160,8 +167,9 @@ def tuple_(text: str) -> list[str] | None:
 
 
 def same_tuple(gold: list[str], answer: str, same: Same) -> bool:
-    given = tuple_(answer)
-    if given is not None and len(gold) == 2 and squeezed(answer)[0] == "[":
+    whole = _POINT.sub("", value_side(answer))
+    given = tuple_(whole)
+    if given is not None and len(gold) == 2 and squeezed(whole)[0] == "[":
         return False  # the open interval or the pair, against the closed interval
     if given is None and len(gold) == 2 and re.search(RELATION + r"|\\in(?![a-zA-Z])", answer):
         interval: Region = ([((gold[0], False), (gold[1], False))], "")
@@ -195,7 +203,7 @@ def _cells(rows: list[list[str]]) -> list[str]:
 
 
 def same_matrix(gold: list[list[str]], answer: str, same: Same) -> bool:
-    given = matrix(_value_side(answer))
+    given = matrix(value_side(answer))
     if given is not None:
         return len(gold) == len(given) and all(in_order(a, b, same) for a, b in zip(gold, given, strict=True))
     parts = tuple_(answer) if _is_vector(gold) else None

@@ -6,15 +6,17 @@ from fractions import Fraction
 from .. import symbols
 from ..notation import OPENING, bracketed, cut, plain, squeezed
 from ..quantities import Number, in_base, number, same_number
-from ..units import Unit, split_unit
+from ..units import Unit, several_units, split_unit
 from . import Same
 
 RELATION = r"\\le(?![a-zA-Z])|\\ge(?![a-zA-Z])|\\ne(?![a-zA-Z])|<|>"
+JOIN = r"\\text\{\s*,?\s*(?:and|or)\s*\}|(?<![a-zA-Z\\])(?:and|or)(?![a-zA-Z])|[,;]|\\(?:vee|lor)(?![a-zA-Z])"
 NAME = re.compile(
     r"(?:\\(?:text|overline|vec|hat|tilde|angle|triangle)\s*)?"
     r"\{?(?:\\(?!frac|sqrt|log|sin|cos|tan|ln|binom)[a-zA-Z]+|[a-zA-Z][a-zA-Z ]*)\}?"
     r"'*(?:_\{?[^{}=<>]*\}?)?'*(?:\^\{?-1\}?)?\s*(?:\(\s*[a-zA-Z](?:\s*,\s*[a-zA-Z])*\s*\))?"
 )
+_MEMBER = re.compile(r"(.{1,40}?)\s*\\in(?![a-zA-Z])\s*(\\\{.*)", re.DOTALL)
 _APPROXIMATELY = r"\\approx(?![a-zA-Z])"
 _PERCENT, _DEGREE = (("percent", 1),), (("degree", 1),)
 
@@ -27,13 +29,47 @@ def equation(text: str) -> list[str] | None:
     return sides if len(sides) > 1 and all(sides) else None
 
 
+def several_equations(text: str) -> bool:
+    """Whether a text names several values, as `x = 3 or x = 5` does: it says of no one value that it is the answer."""
+    return sum("=" in part for part in cut(text, JOIN)) > 1
+
+
+def value_side(text: str) -> str:
+    """What a name is said to be: 5 of `x = 5`, `(3, -2)` of `(x, y) = (3, -2)`, `\\{1, 2\\}` of `x \\in \\{1, 2\\}`."""
+    sides = None if several_equations(text) else equation(text)
+    if sides and (len(sides) > 2 or NAME.fullmatch(sides[0]) or names_of(sides[0])):
+        return sides[-1]
+    member = _MEMBER.fullmatch(text)
+    return member[2] if member and (NAME.fullmatch(member[1]) or names_of(member[1])) else text
+
+
+def names_of(text: str) -> list[str] | None:
+    """The names of `(x, y)`."""
+    whole = bracketed(text)
+    names = cut(whole[1], ",") if whole and whole[0] in ("(", "\\langle") else []
+    return names if len(names) > 1 and all(NAME.fullmatch(name) for name in names) else None
+
+
 def same_scalar(gold: str, answer: str, same: Same) -> bool:
     if bool(re.search(RELATION, gold)) != bool(re.search(RELATION, answer)):
         return False
     for compare in (_equation_for_value, _approximation, _within_brackets):
         if (verdict := compare(gold, answer, same)) is not None:
             return verdict
+    sums = [several_units(text) for text in (gold, answer)]
+    if any(sums):
+        wanted, given = (_amount(text, whole) for text, whole in zip((gold, answer), sums, strict=True))
+        return wanted is not None and wanted == given
     return _same_quantity(*_units_apart(gold, answer))
+
+
+def _amount(text: str, whole: tuple[Fraction, Unit] | None) -> tuple[Fraction, tuple[tuple[str, int], ...]] | None:
+    """How much a text says of what, in basic units."""
+    if whole:
+        return whole[0], whole[1].powers
+    rest, found = split_unit(text, loose=True)
+    value = number(rest)
+    return (value.value * found.size, found.powers) if value and found else None
 
 
 def _equation_for_value(gold: str, answer: str, same: Same) -> bool | None:
@@ -41,6 +77,8 @@ def _equation_for_value(gold: str, answer: str, same: Same) -> bool | None:
     sides = equation(answer)
     if sides is None or equation(gold) is not None:
         return None
+    if several_equations(answer):
+        return False
     first, last = sides[0], sides[-1]
     if NAME.fullmatch(last):
         return same_scalar(gold, first, same) or same_scalar(gold, last, same)

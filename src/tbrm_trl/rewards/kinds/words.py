@@ -9,7 +9,9 @@ _CHOICE = re.compile(
     r"(?:\(\s*([A-Z])\s*\)|([A-Z])(?=\s*(?:[).:]|$))(?!\s*\)\s*[-+*/^]))"
     r"(?![\s).:]*(?:[\^_=(+/<>]|\\cu[pa]))"  # part of a formula
 )
+_SEVERAL = re.compile(r"\(?[A-Z]\)?(?:(?: ?[,;/&] ?| (?=and|or))(?:(?:and|or) )?\(?[A-Z]\)?)+")  # (B) and (C)
 _LABELLED = re.compile(r"(?:\\text\{)?\s*(?:\([A-K]\)|[A-K][).:])\s*\}?\s*(.+)")
+_EITHER = re.compile(r"(?:(?:yes|no|true|false)(?:\W+(?:and|or)\W+|\W+|$)){2,}")  # yes / no
 _CONDITION = re.compile(r"(?<![\\a-zA-Z])(?:otherwise|where|when|if|for|such that)(?![a-zA-Z])|\\begin\{cases\}")
 _WHOLE_LINE = {"(-\\infty,\\infty)", "(-\\infty,+\\infty)", "\\mathbbR", "\\mathbb{R}", "\\mathbb R"}
 EVERYTHING = {
@@ -32,10 +34,15 @@ def choice(text: str) -> str | None:
     return match and (match[1] or match[2])
 
 
+def _several_choices(text: str) -> bool:
+    """Whether a text names several choices: `(B) and (C)`, `A, C`."""
+    return _SEVERAL.fullmatch(" ".join(upright(text).split()).strip(" .")) is not None
+
+
 def choice_with_value(gold: str) -> tuple[str, str | None] | None:
     """The letter of a gold, and the value that stands beside it: `B) 7`."""
     letter = choice(gold)
-    if letter is None:
+    if letter is None or _several_choices(gold):
         return None
     if re.fullmatch(r"\(?[A-Z]\)?", re.sub(r"\s", "", upright(gold))):
         return letter, None
@@ -46,6 +53,8 @@ def choice_with_value(gold: str) -> tuple[str, str | None] | None:
 
 def same_choice(gold: tuple[str, str | None], answer: str, same: Same) -> bool:
     letter, value = gold
+    if _several_choices(answer):
+        return False
     given = choice(answer)
     if given is not None:
         return given == letter
@@ -84,6 +93,8 @@ def words(gold: str) -> str | None:
 def same_words(gold: str, answer: str, same: Same) -> bool:
     wanted, given = gold.casefold(), upright(answer).strip().casefold()
     if wanted in ("yes", "no", "true", "false"):
+        if _EITHER.fullmatch(given):
+            return False
         return re.match(rf"{wanted}(?![a-z]|\w* \w)", given) is not None
     for names in _SYNONYMS:
         if wanted in names:
