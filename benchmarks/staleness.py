@@ -238,10 +238,10 @@ def section(runs: Runs) -> str:
     rows = [[method, *(differences(runs, method, lag) for lag in setting.lags[1:])] for method in setting.methods]
     header = ["", *(f"lag {lag}" for lag in setting.lags[1:])]
     parts.append(f"Final accuracy less that at lag 0, paired by seed:\n\n{table(header, rows)}")
-    seeds = min(len(runs.of(method, lag)) for method in setting.methods for lag in setting.lags)
+    seeds = max(len(runs.of(method, lag)) for method in setting.methods for lag in setting.lags)
     text = wrapped(
         f"{setting.updates} updates on {setting.rows} rollouts each, learning rate {setting.rate:g} for every method "
-        f"and lag, {seeds} seeds, means with their standard error."
+        f"and lag, {seeds} of {len(setting.seeds)} seeds so far, means with their standard error."
     )
     tables = "\n\n".join(parts)
     return f"## {setting.title}\n\n{text}\n\n{tables}\n"
