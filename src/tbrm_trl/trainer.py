@@ -169,8 +169,8 @@ from .trajectory import End, Source, Trajectory, UpdateRow, check_scores
 
 logger = get_logger(__name__)
 
-# What TRL keeps in order to log completions; images are not saved.
 _SHORT_TEXT = "The sum of 12 and 30 is 42, and what is left of it after 2 is taken away is 40."  # of no prompt
+# What TRL keeps in order to log completions; images are not saved.
 _COMPLETIONS = ("prompt", "completion", "rewards", "extra")
 
 
