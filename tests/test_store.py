@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import inspect
 import math
 import random
-import sys
 import tracemalloc
 
 import numpy as np
@@ -177,8 +177,9 @@ def test_memory():
         )  # fmt: skip
         tokens.append(len(ones))
         store.append(ones)
-    del ones
-    allocated = tracemalloc.get_traced_memory()[0] - sys.getsizeof(tokens)  # whose small numbers are Python's own
+    of_the_store = tracemalloc.Filter(True, inspect.getfile(TrajectoryStore))  # not what other threads allocate
+    traces = tracemalloc.take_snapshot().filter_traces([of_the_store])
     tracemalloc.stop()
+    allocated = sum(statistic.size for statistic in traces.statistics("filename"))
     assert store.nbytes <= 1.1 * 4 * sum(tokens[-20_000:]) + 64 * 20_000
     assert allocated == pytest.approx(store.nbytes, rel=0.01)
