@@ -259,11 +259,11 @@ def report(runs: dict[str, Any], environment: dict[str, Any]) -> str:
         others = [f"{one[mode]:.2f}" if mode in one else "–" for mode in ("by itself", "server mode", "GRPO")]
         rows.append([
             name, f"{g:.2f}", f"{u:.2f}", f"{bound:.2f}", f"{at_once:.2f}", f"{reached:.2f}",
-            f"{reached / bound:.2f}", f"{one['beside']['staleness']:.0f}", *others,
+            f"{reached / bound:.2f}", f"{one['beside']['staleness']:.0f}", *others, one["processor"],
         ])  # fmt: skip
     header = [
         "", "G, s", "U, s", "bound", "at once, s", "speed-up", "of the bound", "staleness", "draws for itself, s",
-        "TBRM, server mode, s", "GRPO, server mode, s",
+        "TBRM, server mode, s", "GRPO, server mode, s", "processor",
     ]  # fmt: skip
     text = """Seconds of a window, each measured once, over the windows after the first four. The bound is
         (G + U) / max(G, U), the speed-up (G + U) / at once. G is drawing with nothing
@@ -287,7 +287,7 @@ Written by `python benchmarks/asynchronous.py`. Raw numbers: [asynchronous.json]
 def main() -> None:
     arguments = parse(__doc__, quick="a tiny model and a server on the loopback")
     quick = arguments.quick
-    environment = {"processor": processor(), **versions("torch", "transformers", "trl")}
+    environment = versions("torch", "transformers", "trl")
     store = Store(arguments.output / "asynchronous.json", **environment)
     model = tiny.save(Path(tempfile.mkdtemp()) / "tiny") if quick else tasks.smollm2()
     verdicts = Loopback(Verdict)
@@ -297,7 +297,7 @@ def main() -> None:
             if mode not in store.get(name, {}):
                 work = dict(zip(("model", "tokens", "rows", "windows"), (model, *sizes), strict=True))
                 found = in_a_process(mode=mode, work=work, kind=name, url=verdicts.url, quick=quick)
-                store[name] = {**store.get(name, {}), mode: found}
+                store[name] = {**store.get(name, {}), mode: found, "processor": processor()}
                 print(name, mode, found, file=sys.stderr)
     write(arguments.output, "asynchronous", report(store, environment))
 
