@@ -256,16 +256,18 @@ def report(runs: dict[str, Any], environment: dict[str, Any]) -> str:
     rows = []
     for name, one in runs.items():
         (alone,), beside = one["alone"], one["beside"]
-        g, u, at_once = alone["G"], alone["U"], statistics.median(run["seconds"] for run in beside)
+        g, u = alone["G"], alone["U"]
+        at_once, waits = (statistics.median(run[key] for run in beside) for key in ("seconds", "learner waits"))
+        staleness = max(run["staleness"] for run in beside)
         bound, reached = (g + u) / max(g, u), (g + u) / at_once
         others = [f"{one[mode][0]:.2f}" if mode in one else "–" for mode in ("by itself", "server mode", "GRPO")]
         rows.append([
-            name, f"{g:.2f}", f"{u:.2f}", f"{bound:.2f}", f"{at_once:.2f}", f"{reached:.2f}",
-            f"{reached / bound:.2f}", f"{statistics.median(run['learner waits'] for run in beside):.2f}", f"{max(run['staleness'] for run in beside):.0f}", *others, one["processor"],
+            name, *(f"{value:.2f}" for value in (g, u, bound, at_once, reached, reached / bound, waits)),
+            f"{staleness:.0f}", *others, one["processor"],
         ])  # fmt: skip
     header = [
-        "", "G, s", "U, s", "bound", "at once, s", "speed-up", "of the bound", "learner waits, s", "staleness", "draws for itself, s",
-        "TBRM, server mode, s", "GRPO, server mode, s", "processor",
+        "", "G, s", "U, s", "bound", "at once, s", "speed-up", "of the bound", "learner waits, s", "staleness",
+        "draws for itself, s", "TBRM, server mode, s", "GRPO, server mode, s", "processor",
     ]  # fmt: skip
     text = """Seconds of a window, over the windows after the first four: each measured once, the slow environment
         at once three times, of which the medians are shown. The bound is (G + U) / max(G, U), the speed-up
