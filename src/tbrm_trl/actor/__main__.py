@@ -52,13 +52,13 @@ def say(line: str) -> None:
 
 
 def end_with(parent: int) -> None:
-    """End this process, and those that it has started, as soon as that one is no longer its parent."""
+    """Kill this process and the processes it started as soon as `parent` is no longer its parent."""
     while os.getppid() == parent:
         time.sleep(0.2)
-    os.killpg(0, signal.SIGKILL)  # the run has made it the leader of a group
+    os.killpg(0, signal.SIGKILL)  # the run made this process the leader of its own group
 
 
 if __name__ == "__main__":
     code = main()
     sys.stdout.flush()
-    os._exit(code)  # threads may be in requests that no one waits for
+    os._exit(code)  # does not wait for threads that are still in a request

@@ -20,10 +20,10 @@ logger = get_logger(__name__)
 
 LOG = "log.txt"  # in the actor's folder
 STATUS = "status.json"  # beside it
-RESTARTS = 3  # of an actor that has died
-SHOWN = 15  # last lines of its log that an error shows
-PARENT = "TBRM_TRL_ACTOR_PARENT"  # environment variable: the process with which the actor ends
-# What tells a process that it is one of a launcher's.
+RESTARTS = 3  # how often an actor that has died is started again
+SHOWN = 15  # how many of the log's last lines an error shows
+PARENT = "TBRM_TRL_ACTOR_PARENT"  # environment variable: the id of the process with which the actor ends
+# Environment variables by which a launcher tells a process that it belongs to a launch.
 _OF_THE_LAUNCH = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "GROUP_RANK",
                   "ROLE_RANK", "ROLE_WORLD_SIZE", "FSDP_VERSION")  # fmt: skip
 _PREFIXES_OF_THE_LAUNCH = ("ACCELERATE_", "TORCHELASTIC_", "FSDP_", "PMI_", "PMIX_", "OMPI_COMM_WORLD_",
@@ -31,15 +31,15 @@ _PREFIXES_OF_THE_LAUNCH = ("ACCELERATE_", "TORCHELASTIC_", "FSDP_", "PMI_", "PMI
 
 
 class ActorProcess(TrainerCallback):
-    """`python -m tbrm_trl.actor OUTPUT_DIR`, started, watched and ended by the run's main process.
+    """Starts, watches and ends `python -m tbrm_trl.actor OUTPUT_DIR` from the run's main process.
 
-    It is a process of its own, without a GPU. It ends when this process does, however it ends.
+    The actor is a separate process without a GPU. It ends when this process ends, even if this process is killed.
 
     Args:
-        output_dir: of the run.
+        output_dir: the run's output directory.
         records: folder of the windows.
-        plan: makes what the actor needs to know, given the number of updates of the run, and of those it has made.
-        starts: whether to start the actor too. If not, the plan is written for one that is started by hand.
+        plan: returns the actor's plan, given the run's number of updates and how many of them it has made.
+        starts: whether to start the actor too. If not, the plan is still written, for an actor started by hand.
     """
 
     def __init__(self, output_dir: Path, records: Path, plan: Callable[[int, int], Plan], starts: bool):
@@ -63,13 +63,16 @@ class ActorProcess(TrainerCallback):
         except TypeError as error:
             if self.starts:
                 raise
-            logger.warning(f"No plan for an actor is written: {error}")  # nobody may want one
+            logger.warning(f"No plan for an actor is written: {error}")  # the run may not need an actor
 
     def require_own_folder(self, anew: bool) -> None:
-        """Refuse to start a run where the windows of another one are.
+        """Refuse to start a run in a folder that holds another run's windows.
 
         Args:
-            anew: whether the user knows that the run may start again, after an end before its first checkpoint.
+            anew: whether the user allowed the run to start over if it ended before its first checkpoint.
+
+        Raises:
+            ValueError: if the folder holds windows, `anew` is false and this run starts an actor.
         """
         if self.starts and not anew and any(self.records.glob("*.parquet")):
             raise ValueError(
@@ -79,7 +82,7 @@ class ActorProcess(TrainerCallback):
             )
 
     def drop(self, windows: Iterable[Path]) -> None:
-        """Remove what was drawn ahead: these windows, and what there is of others."""
+        """Remove the rollouts drawn ahead: the files of these windows, and every unfinished window."""
         for file in [*windows, *(self.log.parent / UNFINISHED).glob("*.jsonl")]:
             file.unlink()
 
@@ -95,8 +98,9 @@ class ActorProcess(TrainerCallback):
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=log,
-                # An interrupt at the terminal is for the run, which may write a checkpoint. What tools and environments
-                # start is in the actor's group, and ends with it.
+                # With its own session, the actor gets no interrupt from the terminal: only the run handles it, and may
+                # write a checkpoint first. Processes that tools and environments start are in the actor's group and end
+                # with it.
                 start_new_session=True,
             )
 
@@ -104,7 +108,7 @@ class ActorProcess(TrainerCallback):
         """Start the actor again if it has died.
 
         Raises:
-            RuntimeError: if it has died too often; with its last lines.
+            RuntimeError: if it has already been started again `RESTARTS` times. The error shows its last lines.
         """
         if self._process is None or not self._process.poll():
             return
@@ -119,18 +123,18 @@ class ActorProcess(TrainerCallback):
         self.start()
 
     def waited(self) -> float | None:
-        """Seconds that the actor has waited for the policy since this was last asked; None if it does not say."""
+        """Seconds the actor has waited for the policy since the last call; None if it has written no status."""
         try:
             total = json.loads((self.log.parent / STATUS).read_text())["waited"]
         except FileNotFoundError:
             return None
         since, self._waited = total - self._waited, total
-        return since if since >= 0 else total  # it has started again
+        return since if since >= 0 else total  # a restarted actor counts from 0
 
     def end(self) -> None:
         if self._process is not None:
             if self._process.poll() is None:
-                self._end_group()  # what it has drawn is on disk
+                self._end_group()  # nothing is lost: the rows it has drawn are on disk
             self._process.wait()
             self._process = None
 
@@ -140,7 +144,7 @@ class ActorProcess(TrainerCallback):
             os.killpg(self._process.pid, signal.SIGKILL)
 
     def last_words(self) -> str:
-        """What the actor said last, for errors of who waits for it."""
+        """The last line of the actor's log as a sentence, for the error of a process that waits for the actor."""
         said = self.tail().splitlines() if self.starts and self.log.is_file() else []
         return f" The actor said last, in {self.log}: {said[-1]}" if said else ""
 

@@ -1,4 +1,4 @@
-"""One row of a data set, rolled out and rewarded by TRL's own path, with a server in place of the model."""
+"""Roll out and reward one row of a data set with TRL's own code, drawing from a server instead of a model."""
 
 import copy
 from collections import defaultdict
@@ -24,14 +24,14 @@ from .server import Drawn, Places, Server
 
 @dataclass
 class Finished:
-    """A row that is drawn and rewarded.
+    """A drawn and rewarded row.
 
     Attributes:
         trajectory: its tokens, rewards and versions.
-        log_probs: what the server said of each token of the completion; 0 for what a tool or environment inserted.
-        prompt: text or messages, as the reward functions were given it.
-        completion: text or messages, as the reward functions were given it.
-        logged: what was logged of it, by column of a record: metrics, and columns of the table of completions.
+        log_probs: the server's log-probability of each completion token; 0 for tokens a tool or environment inserted.
+        prompt: text or messages, as the reward functions got it.
+        completion: text or messages, as the reward functions got it.
+        logged: its metrics and its extra columns for the table of completions, by column of a record.
     """
 
     trajectory: Trajectory
@@ -42,21 +42,21 @@ class Finished:
 
 
 class RowDrawer(GRPOTrainer):
-    """TRL's trainer, as far as it rolls out: a row becomes a trajectory as it does in a run that draws for itself.
+    """TRL's trainer, used only to roll out: a row becomes a trajectory as in a run that draws its own rollouts.
 
-    Nothing is trained here. A model of no size stands in for the policy, of which TRL asks only how many tokens it
-    knows and reads. The overridden methods are
+    Nothing is trained here. A tiny model stands in for the policy, since TRL reads only its vocabulary size and context
+    length. The overridden methods are
 
     - `_tokenize_prompts`: refuses prompts that are too long, or cuts them;
     - `_generate_single_turn`: asks the server;
-    - `_calculate_rewards`: keeps the raw rewards and what was logged, and fails as the run's options say;
+    - `_calculate_rewards`: keeps the raw rewards and the logged values, and fails as the run's options say;
     - `_get_per_token_logps_and_entropies`: returns nothing, so that no model is run.
 
     Args:
-        plan: what is known of the run.
+        plan: the run's plan.
         server: draws the completions.
-        places: at the server.
-        workspace: a folder that the Trainer may call its own.
+        places: limits the requests at the server at once.
+        workspace: folder for the Trainer's own output.
     """
 
     reward_func_names: list[str]
@@ -87,7 +87,7 @@ class RowDrawer(GRPOTrainer):
         self.state.max_steps = plan.updates
 
     def for_one_thread(self) -> "RowDrawer":
-        """A drawer that shares with this one what no row changes, and has its own of the rest."""
+        """A drawer for one thread: it shares what no row changes, and has its own copy of everything else."""
         own = copy.copy(self)
         own.state = copy.copy(self.state)
         own._metrics = {"train": defaultdict(list), "eval": defaultdict(list)}
@@ -102,8 +102,8 @@ class RowDrawer(GRPOTrainer):
         """Roll out and reward a row.
 
         Args:
-            number: of the row in the run.
-            row: what environments and reward functions are given of the data set's row.
+            number: the row's number in the run.
+            row: the columns of the data set's row that environments and reward functions get.
         """
         self._drawn, self._number = [], number
         self._metrics["train"].clear()
@@ -130,7 +130,7 @@ class RowDrawer(GRPOTrainer):
         args, (ids,) = self.args, prompt_ids
         if not self._drawn:
             self._prompt_length = len(ids)
-        room = args.max_completion_length - (len(ids) - self._prompt_length)  # earlier turns and tools count as well
+        room = args.max_completion_length - (len(ids) - self._prompt_length)  # earlier turns and tool output count too
         if not room:
             return [[]], [[]]
         sampling = {
@@ -140,11 +140,11 @@ class RowDrawer(GRPOTrainer):
             "top_k": args.top_k,
             "min_p": args.min_p or 0.0,
             "repetition_penalty": args.repetition_penalty,
-            # The run's own ends, and no others that the model may ship with.
+            # Only the run's own end tokens, not those that the model ships with.
             "stop_token_ids": self.plan.end_token_ids,
             "ignore_eos": True,
             **self.plan.generation_kwargs,
-            # One seed for each turn of each row of the run: an actor that starts again asks for what it had asked for.
+            # One seed for each turn of each row, so that a restarted actor repeats the same requests.
             "seed": _seed(args.seed, self._number, len(self._drawn)),
         }
         with self.places.held(self._number):

@@ -1,4 +1,4 @@
-"""Which rows of which windows are drawn, on disk: what was generated outlasts the actor."""
+"""Keeps drawn rows on disk until their window is whole, so that they outlast the actor."""
 
 import json
 import threading
@@ -9,21 +9,21 @@ from typing import Any
 
 from ..files import plain_value, writing
 
-UNFINISHED = "unfinished"  # folder, of a file for each window that is under way
+UNFINISHED = "unfinished"  # folder with a file for each window under way
 
 
 class Ledger:
-    """Rows as they are done. A window's file is written when its last row is.
+    """Keeps each finished row, and writes a window's file when its last row is done.
 
-    A row that is done is a line of JSON in `unfinished/<window>.jsonl`. An actor that is started again goes on from
-    these lines and from the windows' files. A line that a kill has cut short counts as never written.
+    A finished row is a line of JSON in `unfinished/<window>.jsonl`. A restarted actor continues from these lines and
+    from the windows' files. A line that a kill cut short counts as never written.
 
     Args:
-        folder: of the unfinished windows.
-        records: of the files of whole windows.
-        rows: in a window.
-        windows: numbers of those that are to be written, in order.
-        finish: writes the file of a window, given its number and its rows in order.
+        folder: holds the unfinished windows.
+        records: holds the files of whole windows.
+        rows: number of rows in a window.
+        windows: numbers of the windows to write, in order.
+        finish: writes a window to a file, given the path, the window's number and its rows in order.
     """
 
     def __init__(
@@ -39,7 +39,7 @@ class Ledger:
         self._done: dict[int, dict[int, dict[str, Any]]] = {}  # by window, by place
 
     def pending(self) -> Iterator[int]:
-        """The rows that are to be drawn, by their number in the run, in order."""
+        """The numbers, in the run, of the rows still to draw, in order."""
         for window in self.windows:
             if window_file(self.records, window).is_file():
                 self._file(window).unlink(missing_ok=True)
@@ -52,7 +52,7 @@ class Ledger:
             yield from (window * self.rows + place for place in range(self.rows) if place not in done)
 
     def add(self, row: int, said: dict[str, Any]) -> None:
-        """Keep a row that is done, as JSON holds it, and write its window if it was the last one."""
+        """Keep a finished row as JSON, and write its window's file if it was the window's last row."""
         window, place = divmod(row, self.rows)
         content = json.dumps(said, default=plain_value)
         line = f'{{"row": {row}, {content[1:]}\n'
@@ -74,7 +74,7 @@ class Ledger:
         self._file(window).unlink(missing_ok=True)
 
     def _read(self, window: int) -> dict[int, dict[str, Any]]:
-        """The whole lines of a window; what follows the last of them is cut off."""
+        """Read the whole lines of a window, and cut the file off after the last of them."""
         file = self._file(window)
         if not file.is_file():
             return {}
@@ -85,7 +85,7 @@ class Ledger:
                 opened.truncate(len(whole))
         rows = {}
         for line in whole.splitlines():
-            with suppress(ValueError):  # two lines in one, since a full disk cut the first short: both are drawn again
+            with suppress(ValueError):  # a full disk cut a line short and the next follows it: both are drawn again
                 row = json.loads(line)
                 rows[row.pop("row") % self.rows] = row
         return rows
@@ -95,5 +95,5 @@ class Ledger:
 
 
 def window_file(records: Path, window: int) -> Path:
-    """Where a learner finds the rows of a window."""
+    """The file in which the run finds the rows of a window."""
     return records / f"window-{window:08d}.parquet"

@@ -1,4 +1,4 @@
-"""What the actor needs to know of a run, in a file that the run writes."""
+"""What the actor needs to know about a run, in a file that the run writes."""
 
 import copy
 import io
@@ -29,27 +29,27 @@ OPTIONS = """
 
 @dataclass
 class Plan:
-    """Data, functions and options of a run, as far as its rollouts depend on them.
+    """The data, functions and options of a run on which its rollouts depend.
 
     Attributes:
-        options: those of `OPTIONS`, by name.
+        options: values of the options in `OPTIONS`, by name.
         generation_kwargs: more fields of a request, as the user gave them.
-        dataset: the training set, as windows are drawn from it.
-        sampler: says which rows of it make up a window.
+        dataset: the training set from which windows are drawn.
+        sampler: says which rows of the data set make up a window.
         bounds: which rows may start under which policy.
-        windows: numbers of those that the run has yet to take.
-        updates: of the whole run.
+        windows: numbers of the windows that the run has not yet taken.
+        updates: number of updates of the whole run.
         some_logged: whether the data set has logged rows too.
         reward_funcs, reward_processing_classes, tools, environment_factory: as in the trainer.
         processing_class: the tokenizer.
         prompt_limit: how long a prompt may be.
         end_token_ids: tokens that end a completion.
-        vocabulary: how many tokens the model knows.
-        context: how many tokens it reads.
-        base: what the server is to be started on.
+        vocabulary: the model's vocabulary size.
+        context: the model's context length in tokens.
+        base: the model on which to start the server.
         records: folder of the windows.
         patience: seconds after which the run gives up waiting for a window.
-        server: address of the server; None if the actor is told at its start.
+        server: address of the server; None if the actor gets it on its command line.
         path: where Python looks for the modules of the user's functions.
     """
 
@@ -78,22 +78,24 @@ class Plan:
 
     def __post_init__(self) -> None:
         self.sampler = copy.copy(self.sampler)
-        self.sampler.epoch = int  # it knows the run's trainer, which stays where it is
+        self.sampler.epoch = int  # the run's own `epoch` refers to its trainer, which is not sent
 
     @property
     def per_window(self) -> int:
         return self.sampler.mix.rollouts
 
     def rows(self, window: int) -> list[dict[str, Any]]:
-        """The rows of the data set that a window rolls out, those of one process after those of another."""
+        """The rows of the data set that a window rolls out, process by process."""
         indices = [i for process in range(self.sampler.processes) for i in self.sampler.rollouts(window, process)]
         return columns_for_rewards([self.dataset[index] for index in indices], self.some_logged)
 
     def write(self, output_dir: Path) -> None:
-        """Write the plan into the run's folder. Functions of `__main__` go by value, those of modules by name.
+        """Write the plan into the run's folder.
+
+        Functions of `__main__` are pickled by value, functions of modules by name.
 
         Raises:
-            TypeError: for what cannot be taken to another process.
+            TypeError: if something in the plan cannot be pickled.
         """
         try:
             content = dill.dumps(self, recurse=True)
@@ -110,7 +112,7 @@ class Plan:
         """The plan of the run in this folder.
 
         Raises:
-            FileNotFoundError: if there is none.
+            FileNotFoundError: if the folder holds no plan.
         """
         file = output_dir / FOLDER / FILE
         if not file.is_file():

@@ -15,18 +15,18 @@ from requests.adapters import HTTPAdapter
 
 from ..model.publisher import Version
 
-TRIES = 3  # of a request that is late
-SHORTEST_PAUSE, LONGEST_PAUSE = 0.1, 15.0  # seconds between two tries of what is lost; each is twice the one before
-SAID_EVERY = 60.0  # seconds
-DISTANCE = 0.2  # of the probe's tokens, nats, on average: more than bfloat16 makes of float32
-_ENDS = (None, "stop", "length")  # reasons for which a completion is whole
-_LATER = (408, 429)  # answers of a server that may do it another time
-TOLD = 5  # likeliest tokens that the server is asked for
+TRIES = 3  # how often a request that times out is made
+SHORTEST_PAUSE, LONGEST_PAUSE = 0.1, 15.0  # seconds between two tries while the server is lost; each pause doubles
+SAID_EVERY = 60.0  # seconds between two lines about the same wait
+DISTANCE = 0.2  # nats, the largest mean difference of log-probabilities; rounding float32 to bfloat16 causes less
+_ENDS = (None, "stop", "length")  # finish reasons of a whole completion
+_LATER = (408, 429)  # status codes of a server that may accept the request later
+TOLD = 5  # number of likeliest tokens the server is asked for
 _UNFILTERED = {"temperature": 1.0, "top_p": 1.0, "top_k": 0, "min_p": 0.0, "repetition_penalty": 1.0}
 
 
 class ServerError(RuntimeError):
-    """What no waiting mends; says what to change."""
+    """An error that waiting does not mend; its message says what to change."""
 
 
 class _Lost(Exception):
@@ -39,7 +39,7 @@ class Drawn:
 
     Attributes:
         ids: its tokens, with the one that ended it.
-        log_probs: what the server says of each.
+        log_probs: the server's log-probability of each token.
         version: the policy that drew all of them.
     """
 
@@ -49,7 +49,7 @@ class Drawn:
 
 
 class Places:
-    """A number of places, for which earlier rows go before later ones."""
+    """A fixed number of places at the server. Earlier rows get a free place before later ones."""
 
     def __init__(self, count: int):
         self._free = count
@@ -73,18 +73,18 @@ class Places:
 
 
 class Server:
-    """A server that has the policy's versions loaded under their names while requests need them.
+    """Loads the policy's versions into a server under their names, as requests need them.
 
-    An adapter is loaded by its name, so requests in flight end under the version that they began with. Whole weights
-    replace one another: they are loaded when no request is in flight.
+    Each adapter has its own name on the server, so requests in flight finish under the version they began with. Whole
+    weights replace one another, so they are loaded only when no request is in flight.
 
     Args:
-        url: its address.
-        folder: of the versions, by a path that the server can read too.
-        latest: gives the version that requests are to be made under.
-        patience: seconds to wait for a server that is down or fails a request, and at most to draw a completion, all
-            tries together.
-        base: what the server should be started on, for errors.
+        url: the server's address.
+        folder: holds the versions; the server must be able to read the same path.
+        latest: returns the version under which to make requests.
+        patience: most seconds to wait for a server that is down or fails a request, and most seconds for a completion
+            over all its tries.
+        base: the model on which the server should be started, for errors.
         say: prints a line.
     """
 
@@ -105,16 +105,17 @@ class Server:
         self._changed = threading.Condition()
         self._loading = threading.Lock()
         self._in_flight: Counter[str] = Counter()  # requests by version
-        self._loaded: set[str] = set()  # names of versions that the server has, as far as is known
-        self._waiting = threading.Lock()  # held by who waits for a server that is down
-        self._quiet_until = 0.0  # when it may be said again what is waited for
+        self._loaded: set[str] = set()  # names of versions that the server has, as far as this process knows
+        self._waiting = threading.Lock()  # held by the one thread that checks whether a lost server is back
+        self._quiet_until = 0.0  # when the next line about waiting may be printed
 
     def draw(self, prompt_ids: Sequence[int], sampling: Mapping[str, Any]) -> Drawn:
-        """A completion of a prompt under the latest version. A request that fails is made again, under the latest then.
+        """Draw a completion of a prompt under the latest version.
+
+        A failed request is repeated, under the version that is the latest by then.
 
         Raises:
-            ServerError: for what the server refuses, and if it is down, late or failing for longer than `patience`
-                allows.
+            ServerError: if the server refuses the request, or is down, late or failing for longer than `patience`.
         """
         late, lost_at, pause = 0, 0.0, SHORTEST_PAUSE
         while True:
@@ -136,17 +137,17 @@ class Server:
                     ) from error
                 self.say(f"{self.url} is late with a completion ({late} of {TRIES}); asked again.")
             except _Lost as lost:
-                if lost_at:  # it is not enough that the server looks well
+                if lost_at:  # the request was lost again though the server seemed back
                     pause = self._pause(str(lost), lost_at, pause)
                 lost_at = lost_at or time.monotonic()
                 self._wait(str(lost), lost_at)
 
     def _completion(self, choice: Mapping[str, Any]) -> tuple[list[int], list[float]]:
-        """The tokens of a completion, and what the server says of each.
+        """The tokens of a completion, and the server's log-probability of each.
 
         Raises:
-            ServerError: if it does not give them.
-            _Lost: if it has ended the completion before the policy did, as a server does that is shut down.
+            ServerError: if the server does not return them.
+            _Lost: if the server broke the completion off, as it does when it is shut down.
         """
         ids, log_probs = choice.get("token_ids"), (choice.get("logprobs") or {}).get("token_logprobs")
         if ids is None or log_probs is None:
@@ -160,9 +161,9 @@ class Server:
 
     @contextmanager
     def _using(self, version: Version) -> Iterator[str]:
-        """Inside, the server has this version; gives the name to ask for."""
+        """A context in which the server has this version loaded; yields the model name for requests."""
         with self._changed:
-            if not version.adapter:  # who finds other weights waits until it is alone, and loads these
+            if not version.adapter:  # to replace other weights, wait until no request is in flight
                 self._changed.wait_for(lambda: version.name in self._loaded or not self._in_flight)
                 self._loaded = self._loaded & {version.name}
             is_loaded = version.name in self._loaded
@@ -179,12 +180,15 @@ class Server:
             raise _Lost(f"{self.url} has no version {version.name} any more") from None
         finally:
             with self._changed:
-                self._in_flight -= Counter([version.name])  # this drops a key that comes to 0
+                self._in_flight -= Counter([version.name])  # `-=` drops a version whose count falls to 0
                 self._changed.notify_all()
             self._unload()
 
     def _forget(self, names: set[str]) -> None:
-        """Have these loaded again before the next request for them. Others may be reading the set: it is replaced."""
+        """Mark versions as not loaded, so that the next request for them loads them again.
+
+        The set is replaced, not changed, since other threads may be reading it.
+        """
         with self._changed:
             self._loaded = self._loaded - names
 
@@ -215,7 +219,7 @@ class Server:
                 self._post(path, asked, self.patience)
         except (_Missing, ServerError) as error:
             if "already been loaded" in str(error):
-                return  # a name means one set of bits
+                return  # the right weights: a name stands for one set of weights only
             if not (self.folder / version.name).is_dir():
                 raise _Lost(f"version {version.name} has gone from {self.folder}") from None
             if isinstance(error, _Missing):
@@ -223,15 +227,15 @@ class Server:
             raise
 
     def _check(self, version: Version) -> None:
-        """Compare what the server says of a short text with what the policy says of it.
+        """Compare the server's likeliest next tokens after the probe's prefixes with the policy's own.
 
         Raises:
-            _Lost: if it serves another policy.
+            _Lost: if the server serves another policy.
         """
         if not version.likeliest:
             return
-        # vLLM mixes up what it says of a prompt (`prompt_logprobs`) and the adapters of other requests in its batch. So
-        # it is asked for one more token after each of several beginnings, and says which it finds likeliest.
+        # vLLM mixes up `prompt_logprobs` with the adapters of other requests in its batch. So the server is asked for
+        # one more token after each of several prefixes, with its likeliest tokens there.
         asked = {
             "model": version.name if version.adapter else self._base_name(),
             "prompt": [list(version.probe_ids[:place]) for place in version.likeliest],
@@ -245,9 +249,9 @@ class Server:
         differences: list[float] = []
         for choice, own in zip(choices, version.likeliest.values(), strict=True):
             if not (said := (choice.get("logprobs") or {}).get("top_logprobs")):
-                return  # not every server tells
+                return  # not every server returns them
             theirs = {int(token.removeprefix("token_id:")): value for token, value in said[0].items()}
-            for token in sorted(theirs, key=theirs.__getitem__)[-TOLD:]:  # without one that was drawn, and is unlikely
+            for token in sorted(theirs, key=theirs.__getitem__)[-TOLD:]:  # leaves out a drawn token that is unlikely
                 differences.append(abs(theirs[token] - own.get(token, min(own.values()))))
         distance = sum(differences) / len(differences)
         if not distance <= DISTANCE:
@@ -258,14 +262,14 @@ class Server:
             )
 
     def _check_connection(self, version: Version) -> None:
-        """Look at what the server serves if this thread has a new connection to it: it may have been started again.
-        It would then refuse an adapter, which it has lost, so only whole weights need this.
+        """Check what the server serves if this thread has a new connection, since the server may have restarted.
 
-        It is done before and after a request. No one loads weights meanwhile, so what the server has afterwards is what
-        it drew with.
+        Only whole weights need this: a restarted server has lost its adapters and refuses requests for them. The check
+        runs before and after a request. No thread loads weights in between, so the weights that the server has
+        afterwards are those it drew with.
 
         Raises:
-            _Lost: if it serves another policy.
+            _Lost: if the server serves another policy.
         """
         if version.adapter or self._local.checked == self._local.connections.made:
             return
@@ -277,13 +281,13 @@ class Server:
         self._local.checked = self._local.connections.made
 
     def _unload(self) -> None:
-        """Free the places of adapters that no request needs any more."""
+        """Unload the adapters that no request needs any more."""
         latest = self.latest()
         with self._changed:
             idle = [name for name in self._loaded if name != latest.name and not self._in_flight[name]]
             self._forget(set(idle))
         for name in idle if latest.adapter else ():
-            # It may have gone with the server already.
+            # Failures do not matter: a restarted server has lost the adapter already.
             with suppress(_Missing, _Lost, ServerError, requests.Timeout):
                 self._post("/v1/unload_lora_adapter", {"lora_name": name}, LONGEST_PAUSE)
 
@@ -294,10 +298,10 @@ class Server:
             raise _Lost(f"{self.url} does not say what it serves ({type(error).__name__})") from error
 
     def _wait(self, why: str, lost_at: float) -> None:
-        """Wait until the server answers and serves what it should. One thread looks, the others wait for it.
+        """Wait until the server answers and serves the latest version. One thread checks, the others wait for it.
 
         Raises:
-            ServerError: if `patience` has passed since the request was lost, and it does not yet.
+            ServerError: if it does not within `patience` of the lost request.
         """
         was_down, pause = False, SHORTEST_PAUSE
         with self._waiting:
@@ -315,7 +319,9 @@ class Server:
                 self._quiet_until = 0.0
 
     def _pause(self, why: str, lost_at: float, pause: float) -> float:
-        """Pause before another try, and say why, once a minute for all threads together. Gives the next pause.
+        """Pause before another try, and return the next pause.
+
+        The reason is printed at most once every `SAID_EVERY` seconds over all threads.
 
         Raises:
             ServerError: if `patience` has passed since the request was lost.
@@ -333,7 +339,7 @@ class Server:
 
     @property
     def _session(self) -> requests.Session:
-        """This thread's."""
+        """This thread's session."""
         if not hasattr(self._local, "session"):
             self._local.session, self._local.connections, self._local.checked = requests.Session(), _Connections(), 0
             for scheme in ("http://", "https://"):
@@ -359,11 +365,11 @@ class Server:
         try:
             return answer.json()
         except ValueError:
-            return answer.text  # of loading and unloading, a sentence
+            return answer.text  # loading and unloading are answered with a sentence, not JSON
 
 
 class _Connections(HTTPAdapter):
-    """Counts the connections that it makes: also again, of one that was closed, which urllib3 does not count."""
+    """Counts the connections it makes, reconnections of a closed one included, which urllib3 does not count."""
 
     made = 0
 
@@ -385,4 +391,4 @@ class _Connections(HTTPAdapter):
 
 
 class _Missing(Exception):
-    """The server knows no such version, or has no such path."""
+    """The server has no such version or no such path."""

@@ -1,4 +1,4 @@
-"""Many rows at once, within the bounds: from the plan to files of windows."""
+"""Draw many rows at once, within the bounds: from the plan to the windows' files."""
 
 import threading
 import time
@@ -19,24 +19,24 @@ from .plan import FOLDER, Plan
 from .server import Places, Server, ServerError
 
 LOG_PROBS = "sampler_log_probs"  # column of the windows' files
-PER_REQUEST = 4  # rows under way for each that is at the server: the others are in tools and rewards
+PER_REQUEST = 4  # rows under way per request at the server: the other rows are in tools and rewards
 LOOK_EVERY = 0.05  # seconds
 
 
 class LatestPolicy:
-    """The version that the run has published last, read again when its file has changed."""
+    """Returns the version that the run published last, and reads the file again only when it has changed."""
 
     def __init__(self, folder: Path, patience: float):
         self.folder, self.patience = folder, patience
         self._read: tuple[tuple[int, int], Version] | None = None
 
     def __call__(self) -> Version:
-        """Raises `ServerError` if none comes for longer than `patience` allows."""
+        """The latest version. Raises `ServerError` if none is published within `patience` seconds."""
         file, began = self.folder / publisher.LATEST, time.monotonic()
         while True:
             try:
                 status = file.stat()
-                changed = status.st_mtime_ns, status.st_ino  # coarse clocks give two files one time
+                changed = status.st_mtime_ns, status.st_ino  # with a coarse clock, two files can have the same time
                 if self._read is None or self._read[0] != changed:
                     self._read = (changed, read_latest(self.folder))
                 return self._read[1]
@@ -50,8 +50,8 @@ class Actor:
     """Draws the rows of a run in the sampler's order, as early as the bounds allow.
 
     Args:
-        output_dir: of the run.
-        url: of the server; None takes the plan's.
+        output_dir: the run's output directory.
+        url: the server's address; None takes the plan's.
         concurrency: how many requests are at the server at once.
         say: prints a line.
     """
@@ -80,7 +80,7 @@ class Actor:
         """Draw until the run's last window is written.
 
         Raises:
-            Exception: what a worker could not go on from.
+            Exception: the first error that ended a worker.
         """
         count = min(PER_REQUEST * self.concurrency, len(self.plan.windows) * self.plan.per_window)
         workers = [threading.Thread(target=self._work, daemon=True) for _ in range(count)]
@@ -105,7 +105,10 @@ class Actor:
             self._ended.set()
 
     def _next(self) -> tuple[int, dict[str, Any]] | None:
-        """The next row, as soon as it may start. A row that may not holds up those after it, which may not either."""
+        """The next row's number and columns, once it may start; None at the end.
+
+        A row that may not start yet holds up the rows after it, which may not start either.
+        """
         with self._taking:
             number = next(self._pending, None)
             if number is None or self._ended.is_set():
@@ -120,7 +123,7 @@ class Actor:
             return number, self._window[1][place]
 
     def _write(self, file: Path, window: int, done: list[dict[str, Any]]) -> None:
-        self._write_status()  # before the run sees the window
+        self._write_status()  # the run must not see the window before the status
         logged = [said.get("logged", {}) for said in done]
         columns = dict.fromkeys(name for one in logged for name in one)
         rows = [
@@ -133,14 +136,14 @@ class Actor:
         )
 
     def _write_status(self) -> None:
-        """What the run says of the actor among its metrics."""
+        """Write the numbers about the actor from which the run logs metrics."""
         with self._saying:
             status = {"drawn": self._drawn, "waited": self._waited, "running": time.monotonic() - self._began}
             write_json(self.folder / STATUS, status)
 
 
 def _by_name(finished: Finished) -> dict[str, Any]:
-    """What the ledger keeps of a row that is done."""
+    """The fields of a finished row that the ledger keeps."""
     return {
         "trajectory": to_row(finished.trajectory),
         "log_probs": finished.log_probs,
@@ -151,11 +154,11 @@ def _by_name(finished: Finished) -> dict[str, Any]:
 
 
 def describe(error: BaseException, draws: bool) -> str:
-    """An error in one line, after its traceback where it is not one that says what to change.
+    """An error in one line, after its traceback unless the message itself says what to change.
 
     Args:
-        error: what ended the actor.
-        draws: whether it had begun to draw. What is raised then may come from the user's functions.
+        error: the error that ended the actor.
+        draws: whether it had begun to draw. From then on an error may come from the user's functions.
     """
     if isinstance(error, ServerError) or (not draws and isinstance(error, (OSError, ValueError, TypeError))):
         return f"The actor stops: {error}"

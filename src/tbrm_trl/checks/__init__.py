@@ -1,1 +1,1 @@
-"""What is refused or warned of, by subject, before it costs anything."""
+"""Checks by subject, which refuse a run or warn of it before it costs anything."""

@@ -1,4 +1,4 @@
-"""What an allowed run is told: its arithmetic in one line, and warnings that name a better number."""
+"""Messages to an allowed run: its arithmetic in one line, and warnings that name a better number."""
 
 import math
 import warnings
@@ -62,7 +62,7 @@ def warn_of_double_bos(given: Sequence[Any], tokenizer: PreTrainedTokenizerBase)
     Returns whether there are any.
 
     Args:
-        given: data sets, or several by name. Streams, None and prompts that are messages are passed over.
+        given: data sets, or several by name. Streams, None and prompts that are messages are skipped.
         tokenizer: the policy's.
     """
     bos = tokenizer.bos_token
@@ -98,7 +98,7 @@ def warn_of_sampling_filters(args: TBRMOptions) -> None:
 
 
 def warn_of_pushed_state(args: TBRMOptions) -> None:
-    """Warn of a push that takes a checkpoint's state along, with prompts, completions and rewards in it."""
+    """Warn of a push that includes a checkpoint's state, which holds prompts, completions and rewards."""
     strategy = getattr(args.hub_strategy, "value", args.hub_strategy)
     if args.push_to_hub and strategy in ("checkpoint", "all_checkpoints"):
         warnings.warn(
@@ -123,7 +123,7 @@ def warn_of_shipped_sampling(shipped: GenerationConfig, chosen: GenerationConfig
 
 
 def warn_of_drawing_ahead(args: TBRMOptions) -> None:
-    """Warn of a constant that is right on the policy's own data alone, which rollouts that run ahead are not."""
+    """Warn of a constant soft value that is right only on the policy's own data, if rollouts are drawn ahead."""
     another = args.soft_value == "optimal" and args.soft_value_beta not in (None, args.beta)
     mean = args.soft_value == "tracked" and args.soft_value_tracks == "reward"
     if drawn_ahead(args) and (another or mean or args.soft_value in ("zero", "log_mean_exp")):
@@ -136,7 +136,7 @@ def warn_of_drawing_ahead(args: TBRMOptions) -> None:
 
 
 def warn_of_empty_update(reasons: Collection[str | None]) -> None:
-    """Warn that nothing was learned from an update: all of its trajectories were left out of the loss."""
+    """Warn that nothing was learned from an update, because all its trajectories were left out of the loss."""
     warnings.warn(
         f"No trajectory of this update counts in the loss ({', '.join(sorted(map(str, reasons)))}): it changes "
         "nothing. `left_out/…` in the logs says how many there are of each kind; docs/metrics.md explains them.",
@@ -145,7 +145,7 @@ def warn_of_empty_update(reasons: Collection[str | None]) -> None:
 
 
 def warn_of_finished_schedule(schedule: Any, step: int, steps: int) -> None:
-    """Warn if a run goes on with a learning rate of 0, from a checkpoint in which its schedule had ended."""
+    """Warn if a run resumes with a learning rate of 0, from a checkpoint at which its schedule had ended."""
     if step < steps and not any(schedule.get_last_lr()):
         warnings.warn(
             f"The learning rate schedule had ended at the checkpoint of step {step}, so the next update has a learning "

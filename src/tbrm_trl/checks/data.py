@@ -1,4 +1,4 @@
-"""What is refused of data sets: too few rows, rows that cannot be trained on, options that ask for other rows."""
+"""Checks of data sets, which refuse too few rows, rows that cannot be trained on, and options that need other rows."""
 
 import math
 from collections.abc import Iterator, Mapping, Sequence, Sized
@@ -22,19 +22,20 @@ from ..trajectory import PREVIOUS, End
 def check_training_set(
     dataset: Any, args: TBRMOptions, group_size: int, rewarded: bool, evaluated: bool, environment: bool = False
 ) -> DataPlan:
-    """Check the training set before any model is loaded, and say how windows are made of it.
+    """Check the training set before any model is loaded, and return how windows are made of it.
 
     Args:
         dataset: the training set.
         args: the options.
-        group_size: trajectories of one prompt that are compared within a window; 1 if none are.
+        group_size: number of trajectories of one prompt that are compared within a window; 1 if none are.
         rewarded: whether there is something to reward completions with.
         evaluated: whether there is an evaluation set.
-        environment: whether rollouts are of environments, which may give prompts themselves, and reward them alone.
+        environment: whether rollouts come from environments, which may supply prompts, and reward only their own
+            rollouts.
 
     Raises:
-        ValueError: for a set that fills no window, a row that cannot be trained on (by its number), and options that
-            ask for rows of a kind it does not have.
+        ValueError: for a set that fills no window, a row that cannot be trained on (named by its number), and options
+            that need a kind of row that it lacks.
     """
     check_kind(dataset)
     logged, mix = check_dataset(dataset, args, group_size)
@@ -47,7 +48,7 @@ def check_training_set(
 
 
 def check_kind(dataset: Any) -> None:
-    """Refuse what is no single data set."""
+    """Refuse anything but a single data set with rows, or a stream."""
     if isinstance(dataset, Mapping):
         splits = ", ".join(repr(name) for name in dataset)
         raise ValueError(
@@ -67,12 +68,12 @@ def check_dataset(dataset: Any, args: TBRMOptions, group_size: int) -> tuple[np.
     """Find the logged rows, and divide a generation window between logged rows and prompts.
 
     Raises:
-        ValueError: for a data set that fills no generation window, on which TRL would silently train on nothing, and
-            for a stream with completions, which cannot be divided into prompts and logged rows.
+        ValueError: for a data set that fills no generation window, since TRL would silently train on nothing, and for a
+            stream with completions, which cannot be divided into prompts and logged rows.
     """
     if not isinstance(dataset, Sized):
         if isinstance(dataset, IterableDataset):
-            # A stream that does not know its columns is asked for its first row. It begins anew when it is trained on.
+            # If a stream does not know its columns, its first row is read. Training reads it from the start again.
             first: Mapping[str, Any] = {} if dataset.column_names is not None else next(iter(dataset), {})
             if _COMPLETIONS & set(dataset.column_names or ()) or is_logged(first):
                 raise logged_stream()
@@ -128,7 +129,7 @@ def logged_stream() -> ValueError:
 
 
 def check_evaluation_sets(given: Any, needs_prompts: bool) -> None:
-    """Refuse rows of evaluation sets that cannot be rolled out, by set and row. A stream is looked at when it is drawn.
+    """Refuse rows of evaluation sets that cannot be rolled out, by set and row. A stream is checked when it is drawn.
 
     Args:
         given: an evaluation set, several by name, or None.
@@ -140,7 +141,7 @@ def check_evaluation_sets(given: Any, needs_prompts: bool) -> None:
 
 
 def titled_sets(given: Any) -> dict[str, Any]:
-    """Evaluation sets by what errors call them: one, several by name, or None."""
+    """Key the evaluation sets (one, several by name, or None) by what errors call them."""
     if isinstance(given, Mapping):
         return {f"the evaluation set {name!r}": dataset for name, dataset in given.items()}
     return {} if given is None else {"the evaluation set": given}
@@ -157,13 +158,13 @@ def check_prompts(dataset: Any, title: str, needed: np.ndarray, rendered: np.nda
     """Refuse prompts from which no policy could begin a completion.
 
     Args:
-        dataset: a data set; a stream is passed over.
+        dataset: a data set; a stream is skipped.
         title: what the error calls it.
         needed: `(N,)` bool, rows that need a prompt.
         rendered: `(N,)` bool, rows with prompts that are tokenized.
 
     Raises:
-        ValueError: for a missing column, and by row for no prompt and for `problem_of_prompt`.
+        ValueError: for a missing column, and by row for a missing prompt or a problem that `problem_of_prompt` finds.
     """
     if not isinstance(dataset, Dataset):
         return
@@ -179,7 +180,7 @@ def check_prompts(dataset: Any, title: str, needed: np.ndarray, rendered: np.nda
 
 
 def _problems_of_prompts(dataset: Dataset, needed: np.ndarray, rendered: np.ndarray) -> Iterator[tuple[int, str]]:
-    kind = None  # of the first prompt
+    kind = None  # type of the first prompt
     rows = dataset.select_columns(["prompt"]).with_format(None)
     for first, column in column_parts(dataset, "prompt"):
         given = column.is_valid().to_numpy(zero_copy_only=False)
@@ -208,7 +209,7 @@ def _problems_of_prompts(dataset: Dataset, needed: np.ndarray, rendered: np.ndar
 
 
 def check_empty_prompts(dataset: Dataset, title: str, asked: np.ndarray, tokenizer: PreTrainedTokenizerBase) -> None:
-    """Refuse empty text as a prompt, by row, if the tokenizer makes no token of it. `asked`, `(N,)`: rows to draw."""
+    """Refuse an empty prompt, by row, if the tokenizer makes no token of it. `asked`, `(N,)`: rows to draw."""
     if tokenizer(text="")["input_ids"]:
         return
     for first, column in column_parts(dataset, "prompt"):
@@ -220,7 +221,7 @@ def check_empty_prompts(dataset: Dataset, title: str, asked: np.ndarray, tokeniz
 
 
 def check_chat_template(dataset: Any, title: str, template: Any) -> None:
-    """Refuse messages as prompts without a chat template to write them by."""
+    """Refuse prompts that are messages if there is no chat template to write them with."""
     if template is not None or not isinstance(dataset, Dataset) or "prompt" not in dataset.column_names:
         return
     if len(dataset) and not isinstance(dataset[0]["prompt"], (str, type(None))):
@@ -238,9 +239,9 @@ _EMPTY = (
 
 
 def problem_of_prompt(prompt: Any, tokenizer: PreTrainedTokenizerBase | None = None) -> str | None:
-    """What is wrong with a prompt: no text or messages, or a last message that the assistant has begun.
+    """What is wrong with a prompt: it is neither text nor messages, or its last message is the assistant's.
 
-    With a tokenizer, text of which it makes no token is wrong too.
+    With a tokenizer, text that gives no token is wrong too.
     """
     if isinstance(prompt, str):
         return _EMPTY if prompt == "" and tokenizer is not None and not tokenizer(text="")["input_ids"] else None
@@ -274,10 +275,11 @@ def _problem_of_messages(value: Any, name: str) -> str | None:
 def check_logged_groups(
     dataset: Any, logged: np.ndarray, mix: WindowMix, args: TBRMOptions, group_size: int
 ) -> np.ndarray | None:
-    """`(N,)` a number for each logged row, equal for rows of one prompt; None if no logged rows are compared.
+    """Return `(N,)` a number for each logged row, equal for rows of one prompt; None if no logged rows are compared.
 
     Raises:
-        ValueError: for a prompt with fewer logged rows than a group, which would never be full.
+        ValueError: for a prompt with fewer logged rows than a group, which would never be full, and if whole groups do
+            not fill a window.
     """
     if group_size == 1 or not mix.logged:
         return None
@@ -300,7 +302,7 @@ def check_logged_groups(
 
 
 def check_sources(mix: WindowMix, args: TBRMOptions, group_size: int, rewarded: bool, evaluated: bool) -> None:
-    """Refuse options that ask for a kind of trajectory that the data set does not give."""
+    """Refuse options that need a kind of trajectory that the data set does not give."""
     if mix.logged and args.remove_unused_columns:
         raise ValueError(
             "`remove_unused_columns=True` would drop the columns of the logged trajectories. Leave it at False."
@@ -356,7 +358,7 @@ def check_followed(args: TBRMOptions, dataset: Any, mix: WindowMix, rollout_func
 
 
 def problem_of_coming_windows(dataset: Any, mix: WindowMix) -> str | None:
-    """Why the rollouts of coming windows are not known; None if they are."""
+    """Why the rollouts of coming windows are unknown; None if they are known."""
     if not isinstance(dataset, Sized):
         return "a stream does not tell the rows of coming windows. Load the training set without streaming"
     return None if mix.rollouts else "every row of the training set is logged, and nothing is drawn"
@@ -388,8 +390,8 @@ def check_logged_rows(
         logged: `(N,)` bool, from `logged_rows`.
         rewarded: whether there are reward functions for rows without a reward.
         scored: whether each row must bring the scores of the policy that produced it.
-        largest: |R| that float32 can square, in reward units.
-        environment: whether rollouts are of environments, for which TRL would take the rows.
+        largest: the largest |R| allowed, in reward units, so that float32 can sum the square of R/β.
+        environment: whether rollouts come from environments. TRL would take the logged rows for such rollouts.
 
     Raises:
         ValueError: for an empty completion, ids without prompt ids, a mask of the wrong length or content, an unknown
@@ -413,7 +415,7 @@ def check_logged_rows(
 
 
 def _problem_beside_environments(row: Mapping[str, Any]) -> str | None:
-    """Why TRL would take a logged row for a rollout of an environment that is under way."""
+    """Why a logged row fails beside environments, where TRL takes it for a rollout of one; None if it does not."""
     if row.get("reward") is None:
         return "it has no `reward`, and an environment rewards its own rollouts alone. Add the column."
     if row.get("completion_ids") is None and not isinstance(row["prompt"], str):
@@ -422,7 +424,7 @@ def _problem_beside_environments(row: Mapping[str, Any]) -> str | None:
 
 
 def _check_ids(dataset: Dataset, name: str) -> None:
-    """Refuse a column of token ids that holds anything but lists of integers. No row is read for that."""
+    """Refuse a column of token ids that holds anything but lists of integers. Sound rows are not read."""
     for first, column in column_parts(dataset, name):
         if pa.types.is_null(column.type):
             continue
@@ -438,7 +440,7 @@ def _check_ids(dataset: Dataset, name: str) -> None:
 
 
 def problem_of_logged_row(row: Mapping[str, Any], rewarded: bool, largest: float) -> str | None:
-    """What is wrong with a row that has a completion, as far as it shows before a model is there."""
+    """What is wrong with a row that has a completion, as far as it shows before a model is loaded."""
     reward, mask = row.get("reward"), row.get("loss_mask")
     if row.get("completion_ids") is not None:
         if not row["completion_ids"]:

@@ -1,7 +1,7 @@
-"""What a run is advised after its first window: a better number, and the reason. Pure functions of its statistics.
+"""Advice to a run after its first window: a better number, and the reason. Pure functions of its statistics.
 
 Each rule rests on a derivation or a measurement in `docs/`; `docs/recipes.md` lists them. A rule that counts shares
-speaks where more than half is affected, one that compares with what was published where a factor of 5 lies between.
+applies if more than half is affected, a rule that compares with published values if they differ by a factor of 5.
 """
 
 import math
@@ -28,11 +28,11 @@ class Seen:
     """A trajectory of the first window.
 
     Attributes:
-        prompt: equal for the trajectories of a prompt.
+        prompt: a key that is equal for the trajectories of a prompt.
         reward: R before a baseline; NaN if nothing scored it.
-        baseline: what the residual takes off R.
+        baseline: what the residual subtracts from R.
         value: the constant that the estimator gave it, in reward units; NaN if it gave none.
-        length: tokens of the completion.
+        length: number of tokens of the completion.
         cut: whether it ended at the length limit.
         drawn: whether this run's policy drew it.
         counted: whether it counts in the loss.
@@ -50,13 +50,13 @@ class Seen:
 
 @dataclass(frozen=True)
 class FirstWindow:
-    """What is known of a run after its first update.
+    """The statistics of a run after its first update.
 
     Attributes:
         rows: the trajectories of the window, of all processes.
         soft_value: mean of β V over the first update.
-        size: trained parameters of a full model; None with adapters.
-        updates: of the whole run.
+        size: number of trained parameters of a full model; None with adapters.
+        updates: number of updates of the whole run.
     """
 
     rows: Sequence[Seen]
@@ -71,12 +71,12 @@ class FirstWindow:
 
     @property
     def span(self) -> float:
-        """Of the rewards; 1 where all are equal, and nothing is known of it."""
+        """The span of the rewards; 1 if all are equal, since it is then unknown."""
         return float(np.ptp(self.rewards)) or 1.0
 
 
 def advice(window: FirstWindow, args: TBRMOptions) -> list[str]:
-    """Sentences, each a suggestion with its reason. None if nothing is off."""
+    """Return sentences, each a suggestion with its reason; an empty list if nothing is off."""
     if not len(window.rewards):
         return []
     rules = (_of_rewards, _of_groups, _of_beta, _of_rate, _of_soft_value, _of_constant, _of_shift, _of_v_rate, _of_cuts)
@@ -84,13 +84,13 @@ def advice(window: FirstWindow, args: TBRMOptions) -> list[str]:
 
 
 def power_law(points: Sequence[tuple[float, float]], x: float) -> float:
-    """y at x on the lines through the points, on logarithmic axes. Outside of them, y of the nearer end."""
+    """Interpolate y at x between the points, on logarithmic axes. Outside of them, return y of the nearer end."""
     xs, ys = np.log(points).T
     return float(np.exp(np.interp(math.log(max(x, 1.0)), xs, ys)))
 
 
 def _of_rewards(window: FirstWindow, args: TBRMOptions) -> Iterator[str]:
-    """The gradient of a policy whose trajectories all have one δ is δ E ∇log π = 0."""
+    """If all trajectories of a policy have one δ, the gradient is δ E ∇log π = 0."""
     (common, count), *_ = Counter(window.rewards.tolist()).most_common(1)
     share, rows = 1 - count / len(window.rewards), args.rows_per_update
     if not share:
@@ -109,7 +109,7 @@ def _of_rewards(window: FirstWindow, args: TBRMOptions) -> Iterator[str]:
 
 
 def _of_groups(window: FirstWindow, args: TBRMOptions) -> Iterator[str]:
-    """Groups with equal rewards have equal δ at π_ref, and their mean takes all of it away."""
+    """Groups with equal rewards have equal δ at π_ref, and subtracting the mean leaves 0."""
     compares = SoftValue.registry[args.soft_value].compares
     if not (compares or args.reward_baseline == "group_mean") or not np.ptp(window.rewards):
         return
@@ -127,9 +127,9 @@ def _of_groups(window: FirstWindow, args: TBRMOptions) -> Iterator[str]:
 
 
 def _of_beta(window: FirstWindow, args: TBRMOptions) -> Iterator[str]:
-    """The target depends on R/β, so rewards that span more want a larger β."""
+    """The target depends on R/β, so rewards of a wider span need a larger β."""
     if args.length_normalized or not np.ptp(window.rewards):
-        return  # β is then in reward units per nat and token; or nothing is known of what the rewards span
+        return  # β is then in reward units per nat and token; or the span of the rewards is unknown
     length = float(np.mean([row.length for row in window.rows]))
     span = 1.0 if args.soft_value == "quantile" else window.span  # quantiles lie between 0 and 1
     beta = span * power_law(BETA_BY_LENGTH, length)
@@ -144,7 +144,7 @@ def _of_beta(window: FirstWindow, args: TBRMOptions) -> Iterator[str]:
 
 
 def _of_rate(window: FirstWindow, args: TBRMOptions) -> Iterator[str]:
-    """Nothing is known of adapters, other optimizers, and sizes beyond twice what was trained."""
+    """Only full models trained with Adam get advice, at sizes within a factor of 2 of those that trained well."""
     (least, _), *_, (most, _) = RATE_BY_SIZE
     if window.size is None or not least / 2 < window.size < 2 * most or "adam" not in str(args.optim.value):
         return
@@ -189,7 +189,7 @@ def _of_constant(window: FirstWindow, args: TBRMOptions) -> Iterator[str]:
 
 
 def _of_shift(window: FirstWindow, args: TBRMOptions) -> Iterator[str]:
-    """A shift of all rewards is an error of V: on-policy it costs variance alone, and a lot of it."""
+    """A shift of all rewards is an error of V. On-policy it adds only variance, but much of it."""
     free = args.soft_value in ("policy", "calibrated", "learned", "zero")
     lowest, mean, spread = window.rewards.min(), window.rewards.mean(), window.rewards.std()
     if not free or args.reward_baseline != "none" or mean >= 0 or not 0 < spread < window.soft_value - mean:
@@ -202,7 +202,7 @@ def _of_shift(window: FirstWindow, args: TBRMOptions) -> Iterator[str]:
 
 
 def _of_v_rate(window: FirstWindow, args: TBRMOptions) -> Iterator[str]:
-    """For a given policy the best trained V is a mean. It goes there by η an update at most, a head by twice that."""
+    """For a given policy the best trained V is a mean. An update moves V by at most η, or 2 η if it is a head."""
     if not (args.soft_value_offset or args.soft_value == "learned"):
         return
     step = args.soft_value_learning_rate * (1 if args.soft_value_offset else 2)
@@ -218,7 +218,7 @@ def _of_v_rate(window: FirstWindow, args: TBRMOptions) -> Iterator[str]:
 
 
 def _of_cuts(window: FirstWindow, args: TBRMOptions) -> Iterator[str]:
-    """A cut that is an end like any other does no harm as long as what was cut can be right."""
+    """If a cut counts as an end like any other, it does no harm as long as cut completions can be right."""
     drawn = [row for row in window.rows if row.drawn]
     cut = [row for row in drawn if row.cut]
     if len(cut) <= len(drawn) / 2:

@@ -1,4 +1,4 @@
-"""What is refused or warned of in a launch: sharding, offload and optimizers that an option does not go with."""
+"""Checks of a launch, which refuse or warn of sharding, offload and optimizers that conflict with an option."""
 
 import os
 import warnings
@@ -17,7 +17,7 @@ OFFLOADED_OPTIMIZERS = frozenset(
 def check_launch(args: TBRMOptions) -> Iterator[str]:
     """Refuse or warn of ways to shard, offload or generate that keep an option from doing what it says."""
     deepspeed = {} if args.deepspeed_plugin is None else args.deepspeed_plugin.deepspeed_config
-    zero = deepspeed.get("zero_optimization") or {}  # a file may say null
+    zero = deepspeed.get("zero_optimization") or {}  # a file may hold null
     if not args.ds3_gather_for_generation:
         if args.use_vllm:
             yield (
@@ -33,7 +33,7 @@ def check_launch(args: TBRMOptions) -> Iterator[str]:
             )
     offload = zero.get("offload_optimizer") or {}
     offloaded = offload.get("device", "none") != "none"
-    own = "optimizer" in deepspeed  # DeepSpeed's configuration names one, which takes the place of `optim`
+    own = "optimizer" in deepspeed  # DeepSpeed's configuration names one, which replaces `optim`
     replaced = offloaded and not own and deepspeed.get("zero_force_ds_cpu_optimizer", True)
     if replaced and args.optim not in OFFLOADED_OPTIMIZERS:
         yield (

@@ -1,4 +1,4 @@
-"""What is refused or warned of in models: adapters, quantization, architectures, a reference that is not the policy."""
+"""Checks of models: adapters, quantization, architectures, and a reference that is not the policy."""
 
 import copy
 import warnings
@@ -28,8 +28,8 @@ VISION_MODEL_TYPES = frozenset(
 )
 
 # Architectures that keep the trajectories of a packed row apart, tested with eager, SDPA and varlen flash attention. No
-# attribute of a class or configuration tells. Architectures with a state (Mamba, linear attention, convolutions) mix
-# trajectories, and so do some that take `position_ids`: gpt_oss with eager attention, gpt_bigcode with flash.
+# attribute of a class or configuration shows this. Architectures with a state (Mamba, linear attention, convolutions)
+# mix trajectories, and so do some that take `position_ids`: gpt_oss with eager attention, gpt_bigcode with flash.
 PACKED_MODEL_TYPES = frozenset(
     """
     apertus arcee cohere cohere2 cohere2_moe deepseek_v2 deepseek_v3 dots1 ernie4_5 ernie4_5_moe exaone4 exaone_moe
@@ -77,7 +77,7 @@ def check_adapters(model: Any, peft_config: Any, args: TBRMOptions) -> None:
 
 
 def _check_given_adapter(model: Any) -> None:
-    """Refuse a PeftModel in which it is not one adapter that is trained, or not one that can be told by its name."""
+    """Refuse a PeftModel unless one adapter is trained, and its parameters can be told by the adapter's name."""
     if REFERENCE_ADAPTER in model.peft_config:
         raise ValueError(
             f"The model has an adapter named {REFERENCE_ADAPTER!r}, as the reference's will be. Load it under another "
@@ -138,7 +138,7 @@ def check_quantization(model: Any, peft_config: Any, quantization_config: Any, a
 
 
 def warn_of_merging(model: nn.Module, args: TBRMOptions) -> None:
-    """Warn if every sync of vLLM would round the base of an adapter, which is the reference too."""
+    """Warn if every sync of vLLM would round an adapter's base, which is also the reference."""
     if not args.use_vllm or args.vllm_mode == "server" or not is_peft_model(model):
         return
     half = {p.dtype for p in model.parameters() if p.is_floating_point() and p.itemsize < 4 and not p.requires_grad}
@@ -184,7 +184,7 @@ def check_packing(model: PreTrainedModel) -> None:
 
 
 def require_equal_weights(policy: nn.Module, reference: nn.Module) -> None:
-    """Refuse a reference that was loaded with other weights than the policy starts from.
+    """Refuse a reference that was loaded with weights other than those the policy starts from.
 
     TRL loads the reference from the folder or id in the model's configuration. A model that was changed after loading,
     or never saved, would silently get another reference.
@@ -209,7 +209,7 @@ def require_equal_weights(policy: nn.Module, reference: nn.Module) -> None:
 def check_reference_model(
     reference_model: Any, model: Any, peft_config: Any, args: TBRMOptions, samples_reference: bool
 ) -> None:
-    """Refuse a reference of the user's choice where another policy is the reference, or stands in for it."""
+    """Refuse a `reference_model` if another policy is the reference, or is sampled in its place."""
     if reference_model is None:
         return
     if peft_config is not None or (not isinstance(model, str) and is_peft_model(model)):
@@ -263,7 +263,7 @@ def warn_of_half_precision(model: nn.Module, learning_rate: float, samples: int 
 
 
 def check_backend(model: Any, args: TBRMOptions, has_reference_adapter: bool) -> None:
-    """Refuse rollouts for which TRL would change the model that is trained."""
+    """Refuse rollouts for which TRL would change the trained model, or that would not serve all its weights."""
     wanted = torch.bfloat16 if args.bf16 else torch.float16 if args.fp16 else None
     held = {parameter.dtype for parameter in model.parameters() if parameter.is_floating_point()}
     if args.use_transformers_continuous_batching and wanted is not None and held != {wanted}:
@@ -277,7 +277,7 @@ def check_backend(model: Any, args: TBRMOptions, has_reference_adapter: bool) ->
         return
     if not (args.use_vllm and is_peft_model(model)):
         return
-    # TRL merges the adapter for a sync, and sends what is not the tuner's own. It knows one name of saved modules.
+    # TRL merges the adapter for a sync, and sends what is not the tuner's own. It knows only one name of saved modules.
     beside = [n for n, p in model.named_parameters() if p.requires_grad and model.base_model.prefix not in n]
     unknown = [n for n in beside if ".modules_to_save.default." not in n]
     if beside and has_reference_adapter:
@@ -315,7 +315,7 @@ def _check_served_adapter(model: Any) -> None:
 
 
 def check_shipped_ends(shipped: GenerationConfig) -> None:
-    """Refuse text of the model's own generation_config.json that ends completions: only tokens are known as ends."""
+    """Refuse stop strings in the model's own generation_config.json: only tokens are known to end completions."""
     if shipped.stop_strings:
         raise ValueError(
             f"The model's own generation_config has stop_strings={shipped.stop_strings!r}: completions would end where "
@@ -325,7 +325,7 @@ def check_shipped_ends(shipped: GenerationConfig) -> None:
 
 
 def check_tied_layers(model: Any) -> None:
-    """Refuse an adapter on a weight that another module uses without the adapter: merged, it would change both."""
+    """Refuse an adapter on a weight that another module uses without the adapter: merging it would change both."""
     weights: dict[int, list[str]] = {}
     for name, parameter in model.named_parameters(remove_duplicate=False):
         weights.setdefault(id(parameter), []).append(name)
@@ -341,10 +341,10 @@ def check_tied_layers(model: Any) -> None:
 
 
 def rotary_limit(model: PreTrainedModel, shortest: int = 8) -> int | None:
-    """The longest row for which rotary embeddings do not depend on the length of the batch; None if no length does.
+    """The longest row for which rotary embeddings do not depend on the length of the batch; None if they never do.
 
     Some rotary embeddings (`dynamic`, `longrope`) rescale every position once a batch is longer than the original
-    context. A row's log-probabilities then depend on the rows beside it. The rotary modules themselves are asked: the
+    context. A row's log-probabilities then depend on the rows beside it. The rotary modules are run to find this: the
     embedding of the first positions must be the same for every length.
     """
     limits = []
@@ -352,7 +352,7 @@ def rotary_limit(model: PreTrainedModel, shortest: int = 8) -> int | None:
         frequencies = [buffer for name, buffer in module.named_buffers(recurse=False) if name.endswith("inv_freq")]
         if not frequencies or not hasattr(module, "rope_type"):
             continue
-        rotary = copy.deepcopy(module)  # asking changes some of them
+        rotary = copy.deepcopy(module)  # running changes some of them
         states = torch.zeros(1, 1, 1, device=frequencies[0].device)
         kinds: list[tuple] = [(kind,) for kind in set(getattr(module, "layer_types", ()))] or [()]
 
@@ -369,7 +369,7 @@ def rotary_limit(model: PreTrainedModel, shortest: int = 8) -> int | None:
             if torch.equal(first_positions(longest), expected):
                 continue
         except (TypeError, IndexError, KeyError, ValueError):
-            continue  # it takes positions of another form, as those of images
+            continue  # it takes positions of another form, such as those of images
         low, high = shortest, longest  # the embedding is the usual one at `low`, and another one at `high`
         while high - low > 1:
             middle = (low + high) // 2
@@ -389,17 +389,17 @@ def check_length(length: int, limit: int | None) -> None:
 
 
 def check_start(difference: float, dtype_is_half: bool, of_adapter: bool) -> None:
-    """Refuse to train a policy that does not begin where it should.
+    """Refuse to train a policy that does not start as its reference, or as the model its new adapter was put on.
 
     Args:
         difference: mean over actions of |log π_θ − log π|, in nats, before the first update, over all processes. π is
             the reference, or for `of_adapter` the model that the adapter was put on.
         dtype_is_half: whether anything is computed in half precision or quantized. The tolerance is then 0.1 nats per
             token, else 0.001.
-        of_adapter: which of the two π is.
+        of_adapter: whether π is the model that the adapter was put on.
     """
     tolerance = 0.1 if dtype_is_half else 1e-3
-    if not difference > tolerance:  # NaN is another fault's
+    if not difference > tolerance:  # NaN has another cause
         return
     if of_adapter:
         raise ValueError(
@@ -425,15 +425,15 @@ def check_pool(
     mix: WindowMix,
     generators: Mapping[str, Any],
 ) -> None:
-    """Refuse a `rollout_pool` where completions are not rows of one batch that can take each other's places.
+    """Refuse a `rollout_pool` if completions are not rows of one batch that can take each other's places.
 
     Args:
         policy: the model, without adapters around it.
-        config: of the generation.
+        config: the generation's.
         has_vision: whether the policy reads images.
         dataset: the training set.
         mix: what its windows are made of.
-        generators: arguments of the trainer that take part in a generation, by name; None where they are not given.
+        generators: arguments of the trainer that take part in a generation, by name; None if not given.
     """
     given = [name for name, one in generators.items() if one]
     problem = problem_of_coming_windows(dataset, mix)

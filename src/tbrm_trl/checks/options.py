@@ -1,6 +1,6 @@
-"""What is refused of options: those without a meaning here, and numbers that do not fit together.
+"""Checks of options, which refuse those without a meaning here, and numbers that do not fit together.
 
-Each check gives its refusals one by one, so that `TBRMConfig` can name all of them in one error.
+Each check yields its refusals one by one, so that `TBRMConfig` can name all of them in one error.
 """
 
 import math
@@ -30,26 +30,26 @@ CHOICES = {
     "truncation": ("terminal", "mask", "bootstrap"),
 }
 
-# Fields of a generation that transformers and vLLM's server both know.
+# Generation options that both transformers and vLLM's server know.
 _OF_BOTH = frozenset(("length_penalty", "min_p", "repetition_penalty", "temperature", "top_k", "top_p"))
 
 
 def check_types(args: TBRMOptions) -> Iterator[str]:
-    """Refuse values of another type than their options have. A recipe may hold anything, and its parser lets it pass.
+    """Refuse values that are not of their option's type. A recipe may hold anything, and its parser lets it pass.
 
-    Every other check may then compare numbers.
+    All other checks may then compare numbers.
     """
     for name, declared in TBRMOptions.__annotations__.items():
         value, types = getattr(args, name), get_args(declared) or (declared,)
         if name == "reward_on_error":
-            continue  # a word or a number, as `check_reward_calls` says
+            continue  # a word or a number, which `check_reward_calls` checks
         if not any(_is_a(value, one) for one in types):
             known = " or ".join("None" if one is type(None) else one.__name__ for one in types)
             yield f"`{name}={value!r}` is refused: it must be of type {known}."
 
 
 def _is_a(value: Any, wanted: type) -> bool:
-    """Whether a value is of a type. A whole number that a float can hold is one too. A truth value is no number."""
+    """Whether a value is of a type. An integer that fits a float counts as a float. A bool is not a number."""
     if wanted not in (int, float):
         return isinstance(value, wanted)
     if isinstance(value, bool) or not isinstance(value, Integral if wanted is int else Real):
@@ -422,7 +422,7 @@ def check_rollout_pool(args: TBRMOptions) -> Iterator[str]:
 
 
 def check_drawing_ahead(args: TBRMOptions) -> Iterator[str]:
-    """Refuse what needs to know the one policy that drew a rollout, where several may have."""
+    """Refuse options that need the one policy that drew a rollout, if several may have drawn it."""
     given = drawn_ahead(args)
     if given is None:
         return
@@ -490,12 +490,12 @@ def check_following(args: TBRMOptions) -> Iterator[str]:
 
 
 def drawn_ahead(args: TBRMOptions) -> str | None:
-    """The option by which earlier policies draw rollouts, as it was given; None if the present one draws all."""
+    """The option, as given, that lets earlier policies draw rollouts; None if the current policy draws all."""
     return f"rollout_pool={args.rollout_pool}" if args.rollout_pool else _following(args)
 
 
 def _following(args: TBRMOptions) -> str | None:
-    """The option by which others draw the rollouts, as it was given; None if the run draws its own."""
+    """The option, as given, that lets others draw the rollouts; None if the run draws its own."""
     if args.follow_rollouts is not None:
         return f"follow_rollouts={args.follow_rollouts!r}"
     return "rollouts='async'" if args.rollouts == "async" else None

@@ -1,4 +1,4 @@
-"""What is refused of reward functions before anything is loaded: arguments that they do not take, or would not get."""
+"""Checks of reward functions before anything is loaded: they must take what they are given, and get what they need."""
 
 import inspect
 from collections.abc import Collection
@@ -7,7 +7,7 @@ from typing import Any
 from torch import nn
 from trl.trainer.utils import get_callable_name
 
-# What TRL hands to every reward function, beside the columns of the data set.
+# Arguments that TRL gives every reward function, besides the columns of the data set.
 _ALWAYS = ("prompts", "completions", "completion_ids", "trainer_state", "log_extra", "log_metric")
 
 
@@ -15,14 +15,14 @@ def check_reward_arguments(reward_funcs: Any, title: str, columns: Collection[st
     """Refuse reward functions that cannot be called with what they will be given.
 
     Args:
-        reward_funcs: as the trainer takes them. Models, and what has no signature, are passed over.
+        reward_funcs: as the trainer takes them. Models, and functions without a signature, are skipped.
         title: what the error calls the data set.
-        columns: of the data set, without those that no reward function is given.
-        more: whether arguments that are not known here may be added (by environments, a rollout function).
+        columns: columns of the data set, without those that no reward function gets.
+        more: whether unknown arguments may be added (by environments, a rollout function).
 
     Raises:
-        ValueError: for what is no function, one that does not take an argument, and one that needs an argument which
-            the data set does not have.
+        ValueError: for a column with the name of an argument that TRL gives, an entry that is not a function, a
+            function that does not take an argument it is given, and one that needs a column that is missing.
     """
     if taken := [name for name in columns if name in _ALWAYS and name != "completion_ids"]:
         raise ValueError(

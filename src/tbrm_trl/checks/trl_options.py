@@ -1,4 +1,4 @@
-"""What becomes of each option that TRL's `GRPOConfig` declares: kept, given a meaning, or refused."""
+"""How each option of TRL's `GRPOConfig` is treated: kept, given a meaning, or refused."""
 
 # A test fails on an option of GRPOConfig that is not in exactly one of these three.
 

@@ -4,7 +4,7 @@ import os
 import sys
 from importlib import import_module
 
-# The module of each command, whose `main(arguments)` runs it, and what the command does.
+# Each command's module, in which `main(arguments)` runs it, and what the command does.
 COMMANDS = {
     "train": ("tbrm_trl.cli.train", "train a model by a recipe"),
     "eval": ("tbrm_trl.cli.evaluate", "evaluate a model on benchmarks, or compare two results"),
@@ -36,7 +36,7 @@ def main(arguments: list[str] | None = None) -> None:
         meant = difflib.get_close_matches(name, COMMANDS, 1)
         sys.exit(f"tbrm: there is no command {name!r}.{f' Did you mean {meant[0]}?' if meant else ''}\n\n{usage()}")
     if os.getcwd() not in sys.path:
-        sys.path.insert(0, os.getcwd())  # `my_rewards.mine` beside the recipe can be imported, as by TRL's command line
+        sys.path.insert(0, os.getcwd())  # like TRL's command line, to import `my_rewards.mine` beside the recipe
     if name == "demo":
         from .quiet import see_one_gpu
 

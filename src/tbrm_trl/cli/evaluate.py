@@ -5,9 +5,9 @@
     tbrm eval --model_name_or_path out --suite tbrm-paper --backend vllm
     tbrm eval --compare evaluations/before evaluations/after
 
-Benchmarks: aime24, aime25, amc23 (of 40), math500, minerva, olympiadbench, gsm8k; NAME=FILE for a local copy of one;
-gym:TASK of reasoning-gym; a .json, .jsonl, .parquet or .csv file. Every completion is kept in --output_dir. The same
-command finishes an evaluation that was interrupted.
+Benchmarks: aime24, aime25, amc23 (40 problems), math500, minerva, olympiadbench, gsm8k; NAME=FILE for a local copy of
+one; gym:TASK for a reasoning-gym task; a .json, .jsonl, .parquet or .csv file. --output_dir keeps every completion. Run
+the same command again to finish an interrupted evaluation.
 """
 
 import json
@@ -114,7 +114,7 @@ class EvaluationArguments:
 
 
 def problems_of(arguments: EvaluationArguments, model: ModelConfig) -> list[str]:
-    """What does not go together, a line each."""
+    """The arguments that are wrong or do not go together, one line each."""
     a, problems = arguments, []
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         return [
@@ -168,12 +168,12 @@ def problems_of(arguments: EvaluationArguments, model: ModelConfig) -> list[str]
 
 
 def _has_answers(benchmark: str) -> bool:
-    """Whether a benchmark says where its answers stand: all do but files of one's own."""
+    """Whether a benchmark defines where its answers are. Only the user's own files do not."""
     return benchmark.startswith("gym:") or benchmark.partition("=")[0] in BENCHMARKS
 
 
 def _without_effect(model: ModelConfig) -> list[str]:
-    """What is wrong with options of a model that would change nothing here."""
+    """One line for each kind of model option that has no effect in an evaluation."""
     changed = [name for name, default in vars(ModelConfig()).items() if getattr(model, name) != default]
     problems = []
     if adapter := [f"--{n}" for n in changed if n.startswith("lora_") or n in ("use_peft", "use_rslora", "use_dora")]:
@@ -187,7 +187,7 @@ def _without_effect(model: ModelConfig) -> list[str]:
 
 
 def _beside_suite(suite: str, benchmarks: Sequence[str]) -> list[str]:
-    """What is wrong with the benchmarks beside a suite, which may give local copies of the suite's own."""
+    """The problems of `--benchmarks` beside `--suite`, where they may only name local copies of the suite's own."""
     own = [line.benchmark for line in SUITES[suite]]
     names = Counter(one.partition("=")[0] for one in benchmarks)
     problems = [
@@ -199,9 +199,9 @@ def _beside_suite(suite: str, benchmarks: Sequence[str]) -> list[str]:
 
 
 def lines_of(arguments: EvaluationArguments) -> list[Setting]:
-    """Benchmark, samples and temperature of each evaluation that was asked for."""
+    """Benchmark, samples and temperature of each requested evaluation."""
     a = arguments
-    if a.suite:  # whose benchmarks may be given as local copies
+    if a.suite:  # --benchmarks may name local copies of its benchmarks
         named = {one.partition("=")[0]: one for one in a.benchmarks}
         return [
             Setting(named.get(one.benchmark, one.benchmark), one.samples, one.temperature) for one in SUITES[a.suite]
@@ -224,7 +224,7 @@ def policy_of(arguments: EvaluationArguments, model: ModelConfig) -> Policy:
         options["batch_size"] = arguments.batch_size
     try:
         quantization = quantization_of(model)
-    except ImportError as error:  # without bitsandbytes
+    except ImportError as error:  # bitsandbytes is not installed
         raise ValueError(f"{name} cannot be loaded: {first_line(error)}") from error
     return ModelPolicy.load(
         name,
@@ -236,7 +236,7 @@ def policy_of(arguments: EvaluationArguments, model: ModelConfig) -> Policy:
 
 
 def check_writable(folder: Path) -> None:
-    """Refuse a folder that cannot be written. It is not made before there is a result to write."""
+    """Refuse a folder that cannot be written, without making it: it is made with the first result."""
     there = next(one for one in (folder, *folder.absolute().parents) if one.exists())
     try:
         require_writable(there, "--output_dir" if there == folder else "the folder of --output_dir")
@@ -245,7 +245,7 @@ def check_writable(folder: Path) -> None:
 
 
 def check_length(policy: Policy, benchmark: Benchmark, settings: Settings) -> None:
-    """Refuse completions that would pass the positions a model has."""
+    """Refuse completions that could exceed the model's number of positions."""
     model = getattr(policy, "model", None)
     positions = getattr(getattr(model, "config", None), "max_position_embeddings", None)
     variables = settings.chat_template_kwargs
@@ -260,10 +260,10 @@ def check_length(policy: Policy, benchmark: Benchmark, settings: Settings) -> No
 
 
 def run(arguments: EvaluationArguments, model: ModelConfig) -> None:
-    """Evaluate on everything that was asked for. All of it is checked before the first completion."""
+    """Run all requested evaluations, after checking all of them."""
     a = arguments
     template = with_line_breaks(a.prompt_template)
-    variables: Any = a.chat_template_kwargs  # text no more since `__post_init__`
+    variables: Any = a.chat_template_kwargs  # `__post_init__` has parsed the text
     planned = []
     for line in lines_of(a):
         benchmark = loaded(line.benchmark, a)

@@ -1,4 +1,4 @@
-"""Arguments on TRL's parser. All that is wrong is said at once, a line each, before anything is loaded."""
+"""Parse arguments with TRL's parser. All problems are reported at once, one line each, before anything is loaded."""
 
 import argparse
 import difflib
@@ -15,7 +15,7 @@ from trl import ModelConfig, TrlParser, get_quantization_config
 
 
 class Refused(Exception):
-    """What is wrong with a command, a line each."""
+    """The problems of a command, one line each."""
 
     def __init__(self, problems: Iterable[str]) -> None:
         self.problems = [" ".join(one.split()) for one in problems]
@@ -23,7 +23,10 @@ class Refused(Exception):
 
 
 def leave(prog: str, refused: Refused) -> NoReturn:
-    """End with what was wrong, said by one process of each machine: a file may be missing on one of them."""
+    """Print the problems and exit with code 2.
+
+    One process of each machine prints them, since a file may be missing on one machine only.
+    """
     if os.environ.get("LOCAL_RANK", "0") == "0":
         for problem in refused.problems:
             print(f"{prog}: {problem}", file=sys.stderr)
@@ -31,17 +34,20 @@ def leave(prog: str, refused: Refused) -> NoReturn:
 
 
 def with_line_breaks(template: str | None) -> str | None:
-    """A template on one line as it is meant: a shell passes a line break as a backslash and an n."""
+    """A one-line template with `\\n` as a line break, since a shell passes a backslash and an n."""
     return template if template is None or "\n" in template else template.replace("\\n", "\n")
 
 
 def quantization_of(model: ModelConfig) -> Any:
-    """TRL's configuration. It takes the dtype to compute in from the model's, and knows no "auto"."""
+    """TRL's quantization configuration.
+
+    TRL computes in the model's dtype and does not know "auto", so bfloat16 stands in for it.
+    """
     return get_quantization_config(replace(model, dtype="bfloat16") if model.dtype == "auto" else model)
 
 
 class Parser(TrlParser):
-    """TRL's parser: dataclasses, and a YAML file whose fields can be overridden. What is wrong is raised."""
+    """TRL's parser for dataclasses and a YAML file that the command line overrides. It raises instead of exiting."""
 
     def __init__(self, *types: type, prog: str, description: str, **defaults: Any) -> None:
         super().__init__(
@@ -59,13 +65,13 @@ class Parser(TrlParser):
         raise Refused([message])
 
     def set_defaults_with_config(self, **fields: Any) -> list[str]:
-        """Of a YAML file. A field that takes several values may be given one of them alone."""
+        """Take defaults from a YAML file. A field that takes a list may hold a single value."""
         several = [name for name, action in self.fields.items() if action.nargs in ("+", "*")]
         alone = {name: [fields[name]] for name in several if isinstance(fields.get(name), (str, int, float))}
         return super().set_defaults_with_config(**{**fields, **alone})
 
     def parse(self, words: "Words") -> tuple[Any, ...]:
-        """The dataclasses of words that were found in order. Raises `Refused` with all refusals of theirs."""
+        """Make the dataclasses from checked words. Raises `Refused` with all problems that the dataclasses find."""
         try:
             return self.parse_args_and_config(words.own, fail_with_unknown_args=False)
         except (ValueError, TypeError) as error:
@@ -74,11 +80,11 @@ class Parser(TrlParser):
 
 @dataclass
 class Words:
-    """The words of a command by who reads them.
+    """The words of a command line, sorted by which program reads them.
 
     Attributes:
-        own: for the command, `--config` included.
-        launcher: for accelerate's launcher, from the command line or the YAML file.
+        own: words for the command, `--config` included.
+        launcher: words for accelerate's launcher, from the command line or the YAML file.
     """
 
     own: list[str] = field(default_factory=list)
@@ -88,12 +94,12 @@ class Words:
 def sorted_words(
     parser: Parser, arguments: Sequence[str], launcher: Mapping[str, bool] = MappingProxyType({})
 ) -> Words:
-    """Say of each word who reads it. Raises `Refused` with all that is wrong with them.
+    """Sort words by which program reads them. Raises `Refused` with all their problems.
 
     Args:
-        parser: of the command.
-        arguments: the command's.
-        launcher: options that are accelerate's, each with whether it is a switch.
+        parser: the command's parser.
+        arguments: the command's arguments.
+        launcher: accelerate's options, each with whether it is a switch.
     """
     if "-h" in arguments or "--help" in arguments:
         parser.print_help()
@@ -128,7 +134,7 @@ def sorted_words(
 
 
 def _by_option(arguments: Sequence[str]) -> list[tuple[str, list[str]]]:
-    """Each option with the words that follow it. Words before the first one stand for themselves."""
+    """Each option with the words that follow it. The first word opens a group even if it is no option."""
     found: list[tuple[str, list[str]]] = []
     for word in arguments:
         if word.startswith("--") or not found:
@@ -139,7 +145,7 @@ def _by_option(arguments: Sequence[str]) -> list[tuple[str, list[str]]]:
 
 
 def _add_for_launcher(words: Words, name: str, values: Sequence[str], is_switch: bool) -> list[str]:
-    """Add an option of the launcher, whose switches take no word: one that is false is left out."""
+    """Add a launcher option, and return its problems. A switch takes no word, so a false one is left out."""
     if not is_switch:
         words.launcher += [name, *values]
         return []
@@ -153,7 +159,7 @@ def _add_for_launcher(words: Words, name: str, values: Sequence[str], is_switch:
 def _check_config(
     parser: Parser, values: list[str], launcher: Mapping[str, bool], words: Words, given: set[str]
 ) -> list[str]:
-    """What is wrong with a YAML file. Its fields that are the launcher's become words of it."""
+    """The problems of a YAML file. Its fields for the launcher are added to the launcher's words."""
     if len(values) != 1:
         return ["--config takes one YAML file."]
     (path,) = values
@@ -203,6 +209,6 @@ def _meant(name: str, names: Iterable[str]) -> str:
 
 
 def _lines_of(error: Exception) -> list[str]:
-    """The refusals of a configuration, which names several in one error."""
+    """The single problems in a configuration's error, which may list several."""
     first, *others = str(error).split("\n- ")
     return others if others and first.endswith("are refused:") else [str(error)]

@@ -1,4 +1,4 @@
-"""What is settled before libraries are imported: what they print, and which GPUs they see."""
+"""Settings to make before libraries are imported: what they print, and which GPUs they see."""
 
 import logging
 import os
@@ -6,7 +6,7 @@ import warnings
 
 
 def silence() -> None:
-    """Call it before libraries are imported. What the run itself warns of stays."""
+    """Silence libraries; call this before importing them. The run's own warnings stay."""
     os.environ.setdefault("TRL_EXPERIMENTAL_SILENCE", "1")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     for category in (DeprecationWarning, FutureWarning, PendingDeprecationWarning):
@@ -15,12 +15,12 @@ def silence() -> None:
 
     from transformers.utils import logging as transformers_logging
 
-    transformers_logging.disable_progress_bar()  # while weights load; the Trainer's own bar is another
+    transformers_logging.disable_progress_bar()  # the bar for loading weights; the Trainer's bar is a separate one
 
 
 def see_one_gpu() -> None:
-    """Hide the other GPUs from a process that trains alone. The Trainer would spread the model over all of them.
+    """Hide all GPUs but one from a process that trains alone, since the Trainer would spread the model over all.
 
-    Call it before libraries are imported: bitsandbytes begins to use CUDA then.
+    Call it before importing libraries: importing bitsandbytes already uses CUDA.
     """
     os.environ["CUDA_VISIBLE_DEVICES"] = os.environ.get("CUDA_VISIBLE_DEVICES", "0").split(",")[0]

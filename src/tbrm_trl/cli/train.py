@@ -1,12 +1,12 @@
-"""tbrm train: train by a recipe. Every field of it can be overridden on the command line.
+"""tbrm train: train by a recipe. The command line can override every field of it.
 
     tbrm train --config examples/recipes/tbrm.yaml --model_name_or_path Qwen/Qwen2.5-0.5B
     tbrm train --config recipe.yaml --accelerate_config zero3 --num_processes 4
     tbrm train --config recipe.yaml --reward_funcs math format my_module.my_reward --reward_weights 1.0 0.1 0.5
     tbrm train --config recipe.yaml --dry_run true
 
-Options: the data's, those of `TBRMConfig`, and those of TRL's `ModelConfig` (model, LoRA, quantization). What
-`accelerate launch` takes is passed on to it; `--accelerate_config` is a file, or one of TRL's names (single_gpu,
+Options: the data options, those of `TBRMConfig`, and those of TRL's `ModelConfig` (model, LoRA, quantization). Options
+of `accelerate launch` are passed on to it. `--accelerate_config` takes a file, or one of TRL's names (single_gpu,
 multi_gpu, zero1, zero2, zero3, fsdp2).
 """
 
@@ -54,7 +54,7 @@ LAUNCHED = "TBRM_LAUNCHED"  # set in the processes that the launcher starts
 
 @dataclass
 class DataArguments:
-    """What to train on, and what to evaluate on meanwhile."""
+    """What to train on, and what to evaluate on during training."""
 
     dataset_name: str = field(
         metadata={
@@ -113,7 +113,7 @@ class DataArguments:
 
 
 def load(arguments: DataArguments) -> Dataset:
-    """The rows, with their answers in the column `solution`, and as prompts what the policy is to answer."""
+    """The rows to train on, with answers in the column `solution` and questions as prompts for the policy."""
     path = Path(arguments.dataset_name)
     if path.is_dir():
         dataset = load_rollouts(path)
@@ -152,7 +152,7 @@ def load(arguments: DataArguments) -> Dataset:
 
 
 def with_answers(dataset: Dataset, column: str, unreadable: str, others: Sequence[str] = ()) -> Dataset:
-    """The rows with an answer that can be read or with a reward; the answer as text in the column `solution`."""
+    """The rows that have a readable answer or a reward, with the answer as text in the column `solution`."""
     rewarded = rewarded_rows(dataset, logged_rows(dataset))
     golds = read_golds(dataset, column, unreadable, needed=(~rewarded).tolist())
     if golds.unreadable:
@@ -171,29 +171,29 @@ def with_answers(dataset: Dataset, column: str, unreadable: str, others: Sequenc
 
 
 def parser() -> Parser:
-    # Noise in a log-probability biases the squared residual, so adapters come without dropout.
+    # Noise in a log-probability biases the squared residual, so adapters have no dropout by default.
     return Parser(DataArguments, TBRMConfig, ModelConfig, prog=PROG, description=__doc__ or "", lora_dropout=0.0)
 
 
 def parse(arguments: list[str]) -> tuple[DataArguments, TBRMConfig, ModelConfig]:
-    """What a command line and its recipe say, without options of a launcher. Raises `Refused`."""
+    """Parse a command line and its recipe, without launcher options. Raises `Refused`."""
     reader = parser()
     data, config, model = reader.parse(sorted_words(reader, arguments))
     return data, config, model
 
 
 class DryRun(TBRMTrainer):
-    """A trainer whose `train` ends where rollouts would begin."""
+    """A trainer that stops in `train` where rollouts would begin."""
 
     class Passed(Exception):
-        """Everything was checked."""
+        """Every check has passed."""
 
     def before_training(self) -> None:
         raise DryRun.Passed
 
 
 def run(data: DataArguments, config: TBRMConfig, model: ModelConfig) -> None:
-    """Train, save, and push if that was asked for."""
+    """Train and save a model, and push it to the Hub if asked."""
     if model.model_name_or_path is None:
         raise Refused(["--model_name_or_path is missing: the id of a model on the Hub, or a folder."])
     if config.reward_weights is not None and len(config.reward_weights) != len(data.reward_funcs):
@@ -207,14 +207,14 @@ def run(data: DataArguments, config: TBRMConfig, model: ModelConfig) -> None:
         **(config.model_init_kwargs or {}),
     }
     try:
-        # Workers know the row that raised, so that row alone is passed over.
+        # Workers know which row raised, so only that row is passed over.
         passed_over = config.reward_on_error != "raise"
         of_rows: dict[str, Any] = dict(raises=False, failed=config.reward_of_failure) if passed_over else {}
         rewards, weights = load_rewards(data.reward_funcs, time_limit=data.reward_time_limit, **of_rows)
         config.reward_weights = config.reward_weights or weights
         callbacks = evaluations(data, config)
         dataset = load(data)
-        # A log without answers has its rewards already.
+        # Logged rows without answers bring their own rewards.
         answered = "solution" in dataset.column_names or list(data.reward_funcs) != ["math"]
         trainer = (DryRun if data.dry_run else TBRMTrainer)(
             model=model.model_name_or_path,
@@ -225,14 +225,14 @@ def run(data: DataArguments, config: TBRMConfig, model: ModelConfig) -> None:
             quantization_config=quantization_of(model),
             peft_config=get_peft_config(model),
         )
-    except (ValueError, OSError) as error:  # OSError: of a model or of rollouts that are not there
+    except (ValueError, OSError) as error:  # OSError: the model or the rollouts are missing
         raise Refused([str(error)]) from error
     try:
         trainer.train(resume_from_checkpoint=config.resume_from_checkpoint)
     except ValueError as error:
         if trainer.is_in_train:
             raise
-        raise Refused([str(error)]) from error  # of the checkpoint
+        raise Refused([str(error)]) from error  # the checkpoint cannot be resumed
     except DryRun.Passed:
         trainer.accelerator.print("Dry run: everything up to the first rollout is in order. Nothing was trained.")
         trainer.end()
@@ -241,7 +241,7 @@ def run(data: DataArguments, config: TBRMConfig, model: ModelConfig) -> None:
     trainer.accelerator.print(f"Saved to {config.output_dir}.")
     if config.push_to_hub:
         trainer.push_to_hub(dataset_name=data.dataset_name)
-    trainer.accelerator.wait_for_everyone()  # the main process saves alone, and the others would leave its group
+    trainer.accelerator.wait_for_everyone()  # only the main process saves; the others would leave its group
     trainer.end()
 
 
@@ -277,7 +277,7 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 def launcher_options() -> dict[str, bool]:
-    """What `accelerate launch` takes, and `--accelerate_config`; of each, whether it is a switch."""
+    """The options of `accelerate launch` and `--accelerate_config`, each with whether it is a switch."""
     from accelerate.commands.launch import launch_command_parser
 
     actions = [action for action in launch_command_parser()._actions if action.dest != "help"]
@@ -294,11 +294,11 @@ def launch(words: Words) -> None:
     try:
         options = resolve_accelerate_config_argument(words.launcher)
         launch_command(launch_command_parser().parse_args([*options, "--module", "tbrm_trl.cli", "train", *words.own]))
-    except ValueError as error:  # of the launcher's own options
+    except ValueError as error:  # the launcher's own options are wrong
         raise Refused([f"accelerate: {error}"]) from error
-    except ChildFailedError as error:  # the process has said why
+    except ChildFailedError as error:  # the failed process has printed its error
         sys.exit(error.get_first_failure()[1].exitcode)
-    except subprocess.CalledProcessError as error:  # of a launch of one process
+    except subprocess.CalledProcessError as error:  # raised when the launcher starts one process
         sys.exit(error.returncode)
 
 

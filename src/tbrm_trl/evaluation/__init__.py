@@ -1,4 +1,4 @@
-"""Evaluation of a language model on problems with a verifier: benchmarks, statistics, results that last."""
+"""Evaluate a language model on problems with a verifier: benchmarks, statistics and stored results."""
 
 from .accuracy import Accuracy, evaluate_accuracy
 from .statistics import Comparison, accuracy_from_scores, compare, majority, pass_at_k

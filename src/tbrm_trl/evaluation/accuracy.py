@@ -1,4 +1,4 @@
-"""Accuracy of a language model on problems with a verifier: greedy, or avg@n with its standard error."""
+"""Accuracy of a language model on problems with a verifier: greedy or avg@n, with its standard error."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -12,18 +12,18 @@ from .statistics import accuracy_from_scores
 
 @dataclass(frozen=True)
 class Accuracy:
-    """Mean score over problems, each the mean of its own samples (avg@n), with the samples behind it.
+    """Mean score over problems, where a problem's score is the mean over its samples (avg@n), with all samples.
 
     Attributes:
         mean: mean over problems, in score units (1 = all correct).
-        standard_error: standard deviation of the per-problem means over the square root of their number: the
-            uncertainty from having drawn these problems and not others.
+        standard_error: standard deviation of the per-problem means divided by the square root of their number. It
+            measures the uncertainty from having drawn these problems and not others.
         problems: number of problems.
         samples: completions per problem, n.
         temperature: sampling temperature; 0 is greedy.
         truncated: share of completions cut at the length limit.
-        completions: per problem, its n completions as text.
-        scores: per problem, their n scores.
+        completions: n completions per problem, as text.
+        scores: n scores per problem.
     """
 
     mean: float
@@ -56,19 +56,19 @@ def evaluate_accuracy(
     """Generate `samples` completions for every prompt and score them.
 
     Args:
-        model: the policy, adapters included. It is left in the mode (train or eval) that it came in.
-        tokenizer: the policy's, with a chat template if prompts are conversations.
+        model: the policy, adapters included. Its mode (train or eval) is restored.
+        tokenizer: the policy's tokenizer, with a chat template if prompts are conversations.
         prompts: strings, or lists of messages.
         score: called with the prompt's index and a completion's text; returns its score.
-        samples: completions per prompt, n of avg@n. Greedy needs just 1.
-        temperature: of sampling, with no filter or penalty, whatever the model ships with; 0 is greedy.
-        max_new_tokens: length limit of a completion; what is cut there counts as truncated and is scored as it is.
+        samples: completions per prompt, n of avg@n. It must be 1 for greedy decoding.
+        temperature: sampling temperature; 0 is greedy. The model's own filters and penalties are not applied.
+        max_new_tokens: length limit of a completion. A completion cut there counts as truncated and is scored as it is.
         batch_size: completions generated at once.
-        seed: seed of the sampling. The global random state is left unchanged.
-        progress: called after each batch with the completions done and their total.
+        seed: sampling seed. The global random state does not change.
+        progress: called after every `batch_size` completions and at the end, with the number done and the total.
 
     Raises:
-        ValueError: for no prompts, or several greedy samples of each (they would all be the same).
+        ValueError: if there are no prompts, or several greedy samples of each, which would all be the same.
     """
     if not prompts:
         raise ValueError("No prompts to evaluate on.")

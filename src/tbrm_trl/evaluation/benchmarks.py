@@ -1,4 +1,4 @@
-"""Benchmarks by name, reasoning-gym tasks, and files: each as problems with the columns that their reward needs."""
+"""Load benchmarks, reasoning-gym tasks and files as problems with the columns that their reward needs."""
 
 import difflib
 import json
@@ -14,7 +14,7 @@ from datasets import Dataset
 from ..files import ROW_FILES, first_line, rows_of_file, rows_of_hub
 from ..rewards import find_column, gym, read_golds, with_arguments
 
-# Where data sets keep the question; the first one present is taken.
+# Columns in which data sets keep the question; the first one present is used.
 PROMPT_COLUMNS = ("prompt", "problem", "question")
 BOXED = "Please reason step by step, and put your final answer within \\boxed{}."
 GYM_PROBLEMS = 100
@@ -22,7 +22,7 @@ GYM_PROBLEMS = 100
 
 @dataclass(frozen=True)
 class HubBenchmark:
-    """Where a published benchmark stands, and how it is reported."""
+    """Where a published benchmark is on the Hub, and how it is reported."""
 
     dataset: str
     split: str
@@ -30,7 +30,7 @@ class HubBenchmark:
     answer: str
     problems: int
     config: str | None = None
-    samples: int = 4  # n of avg@n where nothing else is said
+    samples: int = 4  # default n of avg@n
 
 
 BENCHMARKS: dict[str, HubBenchmark] = {
@@ -53,7 +53,7 @@ class Setting:
     temperature: float
 
 
-# By name; each names the publication it is from.
+# Protocols by name; a comment names each one's publication.
 SUITES: dict[str, list[Setting]] = {
     # arXiv 2505.15311: avg@32 at T = 1 on the small ones, avg@1 greedy on the others.
     "tbrm-paper": [
@@ -68,11 +68,11 @@ class Benchmark:
     """Problems to evaluate on.
 
     Attributes:
-        name: as it was asked for; it also names the file of the result.
+        name: name under which results and metrics appear; it also names the result's file.
         prompts: the questions, as text or messages.
-        columns: what the reward is given beside completions, a value for each problem.
-        reward: the name of the reward that judges, of `tbrm_trl.rewards`.
-        samples: n of avg@n where nothing else is said.
+        columns: further columns that the reward gets, with one value per problem.
+        reward: name or dotted path of the reward in `tbrm_trl.rewards` that judges completions.
+        samples: default n of avg@n.
     """
 
     name: str
@@ -86,12 +86,12 @@ class Benchmark:
 
     @property
     def digest(self) -> str:
-        """Of the problems and what judges them: results of equal digests can be paired."""
+        """A digest of the prompts and columns. Results can be paired only if their digests are equal."""
         content = json.dumps([self.prompts, self.columns], sort_keys=True, default=str)
         return xxhash.xxh3_64_hexdigest(content.encode())
 
     def first(self, count: int) -> "Benchmark":
-        """The first problems of it, under a name that says so."""
+        """A benchmark of the first `count` problems, whose name says so."""
         if count >= len(self):
             return self
         columns = {name: values[:count] for name, values in self.columns.items()}
@@ -99,16 +99,16 @@ class Benchmark:
 
 
 def load_benchmark(name: str, *, reward: str | None = None, answer_column: str | None = None) -> Benchmark:
-    """The benchmark of a name.
+    """Load a benchmark by name.
 
     Args:
         name: one of `BENCHMARKS`; `name=FILE` for a local copy of it; `gym:TASK`, or `gym:TASK(size=200, seed=0,
             min_terms=2)`; or a .json, .jsonl, .parquet or .csv file.
-        reward: a name or dotted path of `tbrm_trl.rewards`, in place of the benchmark's own.
-        answer_column: of a file; by default the one that can best be read as answers.
+        reward: name or dotted path of a reward to use instead of the benchmark's own.
+        answer_column: column of the answers in a file; by default the column most readable as answers.
 
     Raises:
-        ValueError: in one line, if there is no such benchmark, or it is out of reach or not what its name says.
+        ValueError: in one line, if the benchmark does not exist, cannot be loaded, or is not what its name says.
     """
     known, equals, file = name.partition("=")
     if name.startswith("gym:"):
@@ -125,7 +125,11 @@ def load_benchmark(name: str, *, reward: str | None = None, answer_column: str |
 
 
 def require_distinct_names(benchmarks: Sequence[Benchmark]) -> None:
-    """Refuse benchmarks of one name. It names results and metrics, so one would be taken for the other."""
+    """Refuse benchmarks that share a name, since results and metrics are told apart by it.
+
+    Raises:
+        ValueError: if several benchmarks have the same name.
+    """
     counts = Counter(one.name for one in benchmarks)
     if several := [name for name, count in counts.items() if count > 1]:
         raise ValueError(
@@ -135,7 +139,7 @@ def require_distinct_names(benchmarks: Sequence[Benchmark]) -> None:
 
 
 def of_rows(name: str, rows: Any, reward: str | None = None, answer_column: str | None = None) -> Benchmark:
-    """The benchmark of rows with a question and an answer; with a reward of one's own, of all their columns."""
+    """Make a benchmark from rows with a question and an answer. A reward gets all their other columns."""
     columns = list(rows.column_names) if isinstance(rows, Dataset) else list(rows[0])
     question = next((one for one in PROMPT_COLUMNS if one in columns), None)
     if question is None:
@@ -216,19 +220,19 @@ def _unknown(name: str) -> str:
 
 
 def in_template(template: str, prompt: Any) -> str:
-    """A question as text: what the template says, with it in the place of `{question}`."""
+    """The template with a question in place of `{question}`."""
     text = prompt if isinstance(prompt, str) else "\n".join(message["content"] for message in prompt)
     return template.replace("{question}", text)
 
 
 def require_question(template: str | None) -> None:
-    """Raises ValueError for a template that has no place for the question."""
+    """Raise a ValueError if a template has no place for the question."""
     if template is not None and "{question}" not in template:
         raise ValueError(f"prompt_template={template!r} has no {{question}} in it.")
 
 
 def messages(prompt: Any, system_prompt: str) -> Any:
-    """A question as messages, after a system prompt if there is one. Messages stay as they are."""
+    """A question as messages, after the system prompt if it is not empty. Messages stay as they are."""
     if not isinstance(prompt, str):
         return prompt
     system = [{"role": "system", "content": system_prompt}] if system_prompt else []

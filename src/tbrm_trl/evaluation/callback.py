@@ -1,4 +1,4 @@
-"""Benchmarks in the course of training: the evaluation of `tbrm eval`, at each evaluation of the Trainer."""
+"""Run the benchmarks of `tbrm eval` at each evaluation of the Trainer."""
 
 import os
 from collections.abc import Sequence
@@ -19,21 +19,22 @@ from .run import Judge, ModelPolicy, Settings, drawn, header
 class EvaluationCallback(TrainerCallback):
     """Evaluates the policy on benchmarks, and adds `eval_{benchmark}/{metric}` to the Trainer's metrics.
 
-    `metric_for_best_model="eval_math500/avg@1"` then chooses the best checkpoint by it. Processes share the work.
-    Every completion is kept, in `output_dir/evaluations/step-N`. A run needs no evaluation set beside it.
+    For example, `metric_for_best_model="eval_math500/avg@1"` chooses the best checkpoint by such a metric. Processes
+    share the work. `output_dir/evaluations/step-N` keeps every completion. The run needs no evaluation set.
 
     Args:
-        benchmarks: what to evaluate on.
-        settings: how the problems are asked, and completions drawn.
-            Without `chat_template_kwargs` of their own they take the run's.
-        batch_size: completions generated at once, on each process.
+        benchmarks: the benchmarks to evaluate on.
+        settings: how problems are asked and completions drawn. If its `chat_template_kwargs` is None, the run's are
+            used.
+        batch_size: completions generated at once on each process.
         time_limit: seconds that a reward in workers may take for one completion.
 
     Raises:
-        ValueError: in one line, for benchmarks of one name, or a judge that needs what is not installed.
+        ValueError: in one line, if benchmarks share a name, or a reward is unknown or needs a package that is not
+            installed.
     """
 
-    evaluates = True  # without an evaluation set too
+    evaluates = True  # lets the Trainer evaluate without an evaluation set
 
     def __init__(
         self, benchmarks: Sequence[Benchmark], settings: Settings, batch_size: int = 64, time_limit: float = 5.0
@@ -43,14 +44,14 @@ class EvaluationCallback(TrainerCallback):
         self.settings = settings
         self.batch_size = batch_size
         self.judges = {one.name: Judge(one, time_limit) for one in benchmarks}
-        self._found: tuple[Any, dict[str, float]] = (None, {})  # of which weights at which step
+        self._found: tuple[Any, dict[str, float]] = (None, {})  # ((step, digest of weights), metrics)
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        # The arguments or the launcher ask for either. The launcher asks for FSDP by the environment alone; of what it
-        # asks of DeepSpeed transformers makes a plugin.
+        # Either may be set in the arguments or by the launcher. The launcher sets FSDP only in the environment. For
+        # DeepSpeed, transformers turns the launcher's settings into a plugin.
         fsdp = args.fsdp_plugin_args is not None or os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true"
         deepspeed = {} if args.deepspeed_plugin is None else args.deepspeed_plugin.deepspeed_config
-        zero = deepspeed.get("zero_optimization") or {}  # a file may say null
+        zero = deepspeed.get("zero_optimization") or {}  # null in a configuration file
         if fsdp or zero.get("stage") == 3:
             raise ValueError(
                 "Benchmarks in the course of training need whole weights on each process: ZeRO-3 and FSDP shard them. "
@@ -64,8 +65,8 @@ class EvaluationCallback(TrainerCallback):
         settings = self.settings
         if settings.chat_template_kwargs is None:
             settings = replace(settings, chat_template_kwargs=args.chat_template_kwargs)
-        which = (state.global_step, policy.weights())  # once: it reads all of them
-        if which != self._found[0]:  # the Trainer calls once for each of several evaluation sets
+        which = (state.global_step, policy.weights())  # computed once, since it reads all weights
+        if which != self._found[0]:  # with several evaluation sets, the Trainer calls once for each
             metrics: dict[str, float] = {}
             for benchmark in self.benchmarks:
                 values = self._evaluated(policy, which[1], benchmark, settings, folder, args)
@@ -91,7 +92,7 @@ class EvaluationCallback(TrainerCallback):
         values: list[Any] = [None]
         with failing_together():
             if args.should_save:
-                path.unlink(missing_ok=True)  # of the same step, before a resume
+                path.unlink(missing_ok=True)  # written at the same step before a resume
                 result = open_result(path, header(policy, benchmark, settings, weights, judge))
                 append(result, everywhere)
                 values = [result.metrics()]

@@ -1,10 +1,10 @@
-"""inspect-ai beside `tbrm eval`: its tasks asked of a checkpoint by this sampler, and these benchmarks as its tasks.
+"""Use inspect-ai with `tbrm eval`: a checkpoint as its model, drawn by this sampler, and benchmarks as its tasks.
 
     inspect eval inspect_evals/gsm8k --model tbrm/outputs/run        # a task of inspect-ai, a checkpoint or adapter
     inspect eval tbrm_trl/benchmark -T name=gsm8k --model tbrm/outputs/run
     inspect eval tbrm_trl/benchmark -T name=gsm8k --model openai/gpt-5  # a benchmark of this library, any model
 
-inspect-ai finds both by the entry point of this package.
+inspect-ai finds both through this package's entry point.
 """
 
 import asyncio
@@ -35,7 +35,7 @@ from .run import Judge, ModelPolicy
 from .sampling import Completion, Request, Sampling, prompt_ids_of, seed_of
 
 MESSAGES = {"system": ChatMessageSystem, "user": ChatMessageUser, "assistant": ChatMessageAssistant}
-# Settings of inspect-ai that change what is drawn, and that this sampler has not.
+# Settings of inspect-ai that change what is drawn but that this sampler does not support.
 REFUSED = (
     "stop_seqs", "best_of", "frequency_penalty", "presence_penalty", "logit_bias", "num_choices", "logprobs",
     "top_logprobs", "prompt_logprobs", "response_schema",
@@ -44,10 +44,10 @@ REFUSED = (
 
 @modelapi(name="tbrm")
 class TBRMModel(ModelAPI):
-    """A checkpoint, or the folder of an adapter, as a model of inspect-ai: completions as `tbrm eval` draws them.
+    """A checkpoint or adapter folder as an inspect-ai model, with completions drawn as in `tbrm eval`.
 
-    Temperature, top_p, top_k, max_tokens and seed are inspect-ai's. Without them they are 1, 1, 0 (all), 2048 and 0,
-    and nothing that the model ships with is added. Requests that wait are drawn together.
+    inspect-ai sets temperature, top_p, top_k, max_tokens and seed. Their defaults are 1, 1, 0 (all), 2048 and 0; the
+    model's own generation settings are not applied. Waiting requests are drawn together.
     """
 
     def __init__(
@@ -64,7 +64,7 @@ class TBRMModel(ModelAPI):
         super().__init__(model_name, base_url, api_key, [], config or GenerateConfig())
         self.policy = ModelPolicy.load(model_name, batch_size=batch_size, use_cpu=use_cpu, **options)
         self.variables = chat_template_kwargs
-        self.asked: Counter[str] = Counter()  # how often by prompt: each of several samples has a seed of its own
+        self.asked: Counter[str] = Counter()  # requests by prompt, so that each sample of a prompt gets its own seed
         self.waiting: Queue[tuple[Request, Sampling, Future[Completion]]] = Queue()
         Thread(target=self._draw, daemon=True).start()
 
@@ -99,22 +99,22 @@ class TBRMModel(ModelAPI):
         return output
 
     def _draw(self) -> None:
-        """Draw for ever what waits, all requests of the same settings at once."""
+        """Draw waiting requests for ever, all requests with the same settings together."""
         while True:
             some = [self.waiting.get()]
             try:
                 while True:
-                    some.append(self.waiting.get(timeout=0.05))  # until no more come
+                    some.append(self.waiting.get(timeout=0.05))  # until no more arrive
             except Empty:
                 pass
-            # A request that was cancelled while it waited is not drawn. One that is under way can be cancelled no more.
+            # A request cancelled while it waited is not drawn. From here on a request cannot be cancelled.
             some = [one for one in some if one[2].set_running_or_notify_cancel()]
             for sampling in {how for _, how, _ in some}:
                 futures = [future for _, how, future in some if how == sampling]
                 try:
                     for one in self.policy.generate([asked for asked, how, _ in some if how == sampling], sampling):
                         futures[one.request].set_result(one)
-                except Exception as error:  # whoever waits has it
+                except Exception as error:  # raised where the request is awaited
                     for future in futures:
                         if not future.done():
                             future.set_exception(error)
@@ -129,16 +129,16 @@ def benchmark(
     answer_column: str | None = None,
     limit: int | None = None,
 ) -> Task:
-    """A benchmark as `tbrm eval` has it: its questions, asked in messages, judged by its reward.
+    """A benchmark of `tbrm eval` as an inspect-ai task: questions asked in messages, judged by its reward.
 
     Args:
-        name: of the benchmark, as `tbrm eval --benchmarks` takes it. inspect-ai's command line makes a list of a name
-            with commas.
+        name: the benchmark's name, as `tbrm eval --benchmarks` takes it. A list is joined by commas, since inspect-ai's
+            command line splits a name with commas.
         system_prompt: put before questions that are text.
-        samples: completions of each problem, inspect-ai's epochs; by default the benchmark's own.
-        reward: judges in place of the benchmark's own.
-        answer_column: of a file.
-        limit: take the first so many problems.
+        samples: completions of each problem, inspect-ai's epochs; by default the benchmark's own number.
+        reward: reward to use instead of the benchmark's own.
+        answer_column: column of the answers in a file.
+        limit: evaluate only the first `limit` problems.
     """
     name = name if isinstance(name, str) else ", ".join(name)
     problems = load_benchmark(name, reward=reward, answer_column=answer_column)
@@ -163,11 +163,11 @@ def benchmark(
 
 @scorer(metrics=[accuracy(), stderr()])
 def verdict(judge: Judge, prompts: Sequence[Any]) -> Any:
-    """The benchmark's own judge. What it cannot judge scores 0, as in `tbrm eval`."""
+    """The benchmark's own judge as a scorer. A completion without a verdict scores 0, as in `tbrm eval`."""
 
     async def score(state: Any, target: Any) -> Score:
         text, problem = state.output.completion, state.sample_id
-        drawn = (state.output.metadata or {}).get("completion_ids")  # of our own models; other ones tell none
+        drawn = (state.output.metadata or {}).get("completion_ids")  # only TBRMModel returns ids
         ids = None if drawn is None else [drawn]
         (value,) = await asyncio.to_thread(judge.verdicts, [prompts[problem]], [text], ids, [problem])
         return Score(

@@ -1,6 +1,6 @@
-"""The file of an evaluation: one line of JSON that says what was evaluated, then one for each completion.
+"""The file of an evaluation: one line of JSON that says what was evaluated, then one line per completion.
 
-Lines are appended as completions finish. An evaluation that was interrupted finds what is there, and draws the rest.
+Lines are appended as completions finish. A resumed evaluation reads the lines that are there and draws the rest.
 """
 
 import json
@@ -12,9 +12,9 @@ from typing import Any
 from .statistics import accuracy_from_scores, majority, mean_and_error, pass_at_k
 
 FORMAT = "tbrm-evaluation-1"
-# What may differ between two runs of one evaluation: it does not change what is drawn but for rounding.
+# Header fields that may differ between two runs of one evaluation: they change completions only by rounding.
 INCIDENTAL = ("versions", "batch_size")
-# What a header holds only where it was given: without it nothing was.
+# Header fields that are absent unless given: an absent one means None.
 WHERE_GIVEN = ("chat_template_kwargs",)
 
 
@@ -25,13 +25,13 @@ class Row:
     Attributes:
         problem: the problem's number in the benchmark.
         sample: its number among the completions of that problem.
-        seed: what it was drawn with.
+        seed: the seed it was drawn with.
         ids: its token ids, the end token included.
         completion: its text.
         truncated: whether the length limit cut it.
-        answer: the answer that was read in it; None if there is none that can be read.
+        answer: the answer read from it; None if no answer can be read.
         score: the reward's verdict.
-        judged: whether there is a verdict. A judge that crashed or ran out of time gave none; the score is then 0.
+        judged: whether there is a verdict. A judge that crashed or ran out of time gives none; the score is then 0.
     """
 
     problem: int
@@ -47,7 +47,7 @@ class Row:
 
 @dataclass
 class Result:
-    """What a file holds: its header, and its rows by problem and sample."""
+    """The content of a result file: its header, and its rows by problem and sample."""
 
     path: Path
     header: dict[str, Any]
@@ -67,7 +67,7 @@ class Result:
 
     @property
     def missing(self) -> list[tuple[int, int]]:
-        """The completions that are not there yet, by problem and sample."""
+        """The completions still to be drawn, as (problem, sample)."""
         every = ((problem, sample) for problem in range(self.problems) for sample in range(self.samples))
         return [place for place in every if place not in self.rows]
 
@@ -89,7 +89,7 @@ class Result:
         return [[row.score for row in rows] for rows in self.by_problem()]
 
     def metrics(self) -> dict[str, float]:
-        """The numbers of a complete result, by the names that they are reported and logged under."""
+        """The metrics of a complete result, by the names under which they are reported and logged."""
         self.require_complete()
         by_problem, scores, n = self.by_problem(), self.scores, self.samples
         rows = [row for rows in by_problem for row in rows]
@@ -121,12 +121,12 @@ class Result:
 
 
 def name_of(benchmark: str, samples: int, temperature: float) -> str:
-    """What a result is called: its benchmark, and how it was sampled."""
+    """A result's name: its benchmark and how it was sampled."""
     return f"{benchmark}-greedy" if temperature == 0 else f"{benchmark}-avg{samples}"
 
 
 def ks(samples: int) -> list[int]:
-    """The k that pass@k is reported for: the powers of two up to n, and n."""
+    """The k for which pass@k is reported: the powers of two from 2 to n, and n."""
     return sorted({2**power for power in range(1, samples.bit_length()) if 2**power <= samples} | {samples})
 
 
@@ -134,14 +134,14 @@ def open_result(path: Path, header: Mapping[str, Any]) -> Result:
     """The result under way at `path`, or a new one.
 
     Raises:
-        ValueError: if the file holds an evaluation of something else, naming what differs.
+        ValueError: if the file holds another evaluation. The error names what differs.
     """
     if not path.exists():
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(json.dumps({"format": FORMAT, **header}, ensure_ascii=False) + "\n", encoding="utf-8")
         return Result(path, dict(header))
     found = _read(path, mend=True)
-    # A field that the file does not have, such as `judge`, is not compared: the file is older than the field.
+    # A field that the file lacks, such as `judge`, is not compared, since an older version wrote the file.
     differing = [
         f"{name} (there {_short(there)}, here {_short(header.get(name))})"
         for name, there in {**dict.fromkeys(WHERE_GIVEN), **found.header}.items()
@@ -164,16 +164,16 @@ def append(result: Result, rows: Iterable[Row]) -> None:
 
 
 def read_result(path: str | Path) -> Result:
-    """A complete result.
+    """Read a complete result.
 
     Raises:
-        ValueError: if it is not one: no such file, not a result, or interrupted.
+        ValueError: if the file does not exist, is no result, or is of an interrupted evaluation.
     """
     return _read(Path(path)).require_complete()
 
 
 def _read(path: Path, mend: bool = False) -> Result:
-    """What a file holds. A last line that an interrupt cut is left out, and cut off where the file is mended."""
+    """Read a result file without a last line that an interrupt cut short; with `mend`, cut that line off."""
     try:
         whole, newline, tail = path.read_bytes().rpartition(b"\n")
         # Not `splitlines`: it also ends a line at U+2028, U+2029 and U+0085, which a completion may hold.
@@ -193,12 +193,12 @@ def _read(path: Path, mend: bool = False) -> Result:
 
 
 def results_of(path: str | Path) -> dict[str, Result]:
-    """The complete results of a file or a folder by their names, which are not those of their files.
+    """The complete results in a file or folder, by result name, which may differ from the file's name.
 
-    The files of a training step are called by their benchmark alone.
+    For example, the files of a training step are named by their benchmark only.
 
     Raises:
-        ValueError: if there is none, one that is not complete, or two of one name.
+        ValueError: if there is no result, a result is not complete, or two have the same name.
     """
     path = Path(path)
     files = sorted(path.glob("*.jsonl")) if path.is_dir() else [path]
@@ -215,12 +215,12 @@ def results_of(path: str | Path) -> dict[str, Result]:
 
 
 def paired_results(first: str | Path, second: str | Path) -> dict[str, tuple[Result, Result]]:
-    """The results of the same benchmarks, sampled alike, that two files or folders have, by their names.
+    """Pair the results in two files or folders that have the same benchmark and sampling, by result name.
 
-    Where both have one result, of one benchmark, the two are paired however they were sampled.
+    If both hold exactly one result, of the same benchmark, the two are paired however they were sampled.
 
     Raises:
-        ValueError: if nothing can be paired, or a benchmark's problems or what judged them are not the same.
+        ValueError: if nothing can be paired, or a pair differs in its problems, reward or judge.
     """
     before, after = results_of(first), results_of(second)
     pairs = {name: (before[name], after[name]) for name in before if name in after}
@@ -236,7 +236,7 @@ def paired_results(first: str | Path, second: str | Path) -> dict[str, tuple[Res
     for name, (one, other) in pairs.items():
         for what in ("data", "reward", "judge"):
             there, here = one.header, other.header
-            if what in there and what in here and there[what] != here[what]:  # old results do not say their judge
+            if what in there and what in here and there[what] != here[what]:  # old results lack `judge`
                 raise ValueError(
                     f"{name}: the two results differ in their {what} ({_short(there[what])} and {_short(here[what])}), "
                     "so they cannot be paired."
@@ -245,7 +245,7 @@ def paired_results(first: str | Path, second: str | Path) -> dict[str, tuple[Res
 
 
 def differing_settings(first: Result, second: Result) -> list[str]:
-    """Names of what the two policies were asked and sampled with, where it differs besides the model."""
+    """Names of the settings for asking and sampling in which two results differ."""
     names = ("sampling", "system_prompt", "chat_template_kwargs", "template", "samples")
     return [name for name in names if first.header.get(name) != second.header.get(name)]
 

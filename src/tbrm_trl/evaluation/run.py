@@ -1,4 +1,4 @@
-"""One benchmark, one policy: completions drawn, judged, and kept in a result that can be resumed."""
+"""Evaluate one policy on one benchmark: draw completions, judge them and keep them in a resumable result."""
 
 import asyncio
 import inspect
@@ -25,13 +25,13 @@ from .benchmarks import BOXED, Benchmark, in_template, messages, require_questio
 from .results import Result, Row, append, open_result
 from .sampling import Completion, Request, Sampling, prompt_ids_of, rendered, seed_of
 
-AT_ONCE = 64  # completions that are judged together, and written
-# The package that a reward has its verdicts from, and the extra that installs it.
+AT_ONCE = 64  # completions judged and written together
+# For each reward, the package that computes its verdicts and the extra that installs it.
 VERIFIERS = {"math": ("math-verify", "math"), "reasoning_gym": ("reasoning-gym", "gym")}
 
 
 class Policy(Protocol):
-    """What an evaluation asks of a policy: completions of requests, as they finish."""
+    """The interface of a policy under evaluation: it yields completions of requests as they finish."""
 
     name: str
     tokenizer: PreTrainedTokenizerBase
@@ -44,13 +44,13 @@ class Policy(Protocol):
         ...
 
     def loaded(self) -> dict[str, Any]:
-        """How the weights were loaded: `revision`, `dtype` and `quantization`, as values of JSON."""
+        """How the weights were loaded: `revision`, `dtype` and `quantization`, as JSON values."""
         ...
 
 
 @dataclass
 class ModelPolicy:
-    """A model that is in memory, by transformers."""
+    """A transformers model in memory."""
 
     name: str
     model: Any
@@ -61,13 +61,13 @@ class ModelPolicy:
 
     @classmethod
     def load(cls, name: str, *, batch_size: int = 64, use_cpu: bool = False, **options: Any) -> "ModelPolicy":
-        """A checkpoint, or an adapter on its base, on the GPU if there is one.
+        """Load a checkpoint, or an adapter on its base, onto the GPU if there is one.
 
         Args:
             name: id on the Hub, or a folder.
             batch_size: completions generated at once.
             use_cpu: whether to stay on the CPU.
-            options: of `from_pretrained`.
+            options: keyword arguments for `from_pretrained`.
 
         Raises:
             ValueError: in one line, if it cannot be loaded.
@@ -76,10 +76,10 @@ class ModelPolicy:
             tokenizer = AutoTokenizer.from_pretrained(name, revision=options.get("revision"))
             if tokenizer.pad_token is None:
                 tokenizer.pad_token = tokenizer.eos_token
-            # It loads an adapter too, on its base. PEFT's own would give the base an embedding for each token of the
-            # tokenizer, and new ones at random.
+            # This also loads an adapter on its base. PEFT's own class would resize the base's embeddings to the
+            # tokenizer, with random values for new tokens.
             model: Any = AutoModelForCausalLM.from_pretrained(name, **{"dtype": "auto", **options})
-        except (OSError, ValueError, ImportError) as error:  # ImportError: of bitsandbytes or a kernel of attention
+        except (OSError, ValueError, ImportError) as error:  # ImportError: no bitsandbytes or attention kernel
             raise ValueError(f"{name} cannot be loaded: {first_line(error)}") from error
         if torch.cuda.is_available() and not use_cpu and options.get("quantization_config") is None:
             model.to("cuda")
@@ -89,7 +89,7 @@ class ModelPolicy:
         return sampling.generate(self.model, self.tokenizer, requests, how, self.batch_size)
 
     def weights(self) -> str:
-        """A digest of the weights: of each parameter, the sum of its bits, which needs no copy and has no rounding."""
+        """A digest of the weights from the sum of each parameter's bits, which needs no copy and has no rounding."""
         whole = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
         parts = [
             f"{name} {tuple(one.shape)} {int(one.detach().view(whole[one.element_size()]).sum(dtype=torch.int64))}"
@@ -110,15 +110,19 @@ class ModelPolicy:
 
 @dataclass(frozen=True)
 class Settings:
-    """How a benchmark is asked.
+    """How a benchmark's problems are asked.
 
     Attributes:
         samples: completions of each problem, n of avg@n.
-        sampling: how they are drawn.
-        seed: of the evaluation; each completion's own follows from it, its problem and its number.
+        sampling: how completions are drawn.
+        seed: seed of the evaluation; with benchmark, problem and sample number it gives each completion's own seed.
         system_prompt: put before questions that are text.
         prompt_template: text with `{question}` in it, for models without a chat template; None asks in messages.
         chat_template_kwargs: variables of the chat template, such as `{"enable_thinking": False}`.
+
+    Raises:
+        ValueError: if `samples` is less than 1, or more than 1 with greedy decoding, or the template lacks
+            `{question}`.
     """
 
     samples: int
@@ -135,7 +139,11 @@ class Settings:
         require_question(self.prompt_template)
 
     def prompts(self, benchmark: Benchmark, policy: Policy) -> list[Any]:
-        """The prompts of a benchmark as they are asked."""
+        """The benchmark's prompts as the policy gets them: text with a template, else messages.
+
+        Raises:
+            ValueError: if neither a template is given nor the policy has a chat template.
+        """
         if self.prompt_template is not None:
             return [in_template(self.prompt_template, prompt) for prompt in benchmark.prompts]
         if policy.tokenizer.chat_template is None:
@@ -149,17 +157,17 @@ class Settings:
 def evaluate(
     policy: Policy, benchmark: Benchmark, settings: Settings, path: Path, judge: "Judge | None" = None
 ) -> Result:
-    """Evaluate a policy on a benchmark, or finish an evaluation that was interrupted.
+    """Evaluate a policy on a benchmark, or finish an interrupted evaluation.
 
     Args:
-        policy: what is evaluated.
-        benchmark: on what.
-        settings: how it is asked.
-        path: where the result is, or will be.
-        judge: what judges completions; by default the benchmark's own reward.
+        policy: the policy to evaluate.
+        benchmark: the problems to evaluate on.
+        settings: how problems are asked.
+        path: the result's file, new or unfinished.
+        judge: judges completions; by default the benchmark's own reward.
 
     Raises:
-        ValueError: if the policy has no chat template and no template is given, or the file holds something else.
+        ValueError: if the policy has no chat template and no template is given, or the file holds another evaluation.
     """
     judge = judge or Judge(benchmark)
     result = open_result(path, header(policy, benchmark, settings, policy.weights(), judge))
@@ -179,7 +187,7 @@ def drawn(
     places: Sequence[tuple[int, int]],
     judge: "Judge",
 ) -> Iterator[list[Row]]:
-    """The completions of these places (problem, sample), drawn and judged, `AT_ONCE` together as they finish."""
+    """Draw and judge the completions of these places (problem, sample), and yield them `AT_ONCE` at a time."""
     prompts = settings.prompts(benchmark, policy)
     variables = settings.chat_template_kwargs
     asked = {one: prompt_ids_of(policy.tokenizer, prompts[one], variables) for one in {p for p, _ in places}}
@@ -195,14 +203,14 @@ def drawn(
 
 
 class Judge:
-    """The reward of a benchmark, and the answers that it reads.
+    """Judges completions with a benchmark's reward, and reads their answers.
 
     Args:
-        benchmark: whose completions are judged.
+        benchmark: the benchmark whose completions are judged.
         time_limit: seconds that a reward in workers may take for one completion.
 
     Raises:
-        ValueError: in one line, if there is no such reward, or it needs a package that is not installed.
+        ValueError: in one line, if the reward does not exist or needs a package that is not installed.
     """
 
     def __init__(self, benchmark: Benchmark, time_limit: float = 5.0) -> None:
@@ -242,16 +250,16 @@ class Judge:
     def verdicts(
         self, prompts: Sequence[Any], texts: Sequence[str], ids: Sequence[list[int]] | None, problems: Sequence[int]
     ) -> list[float | None]:
-        """The score of each completion; None without a verdict, which NaN is too.
+        """The score of each completion; None if there is no verdict. NaN counts as no verdict.
 
         Args:
-            prompts: as they were asked. To a prompt of text the completion is text, to messages it is a message.
-            texts: of the completions.
-            ids: of the completions. None if they are not known: the reward is then not given any.
-            problems: the number of each one's problem.
+            prompts: the prompts as asked. The reward gets a completion as text if its prompt is text, else as messages.
+            texts: the completions' texts.
+            ids: the completions' token ids. None if unknown; the reward then gets no ids.
+            problems: the problem's number for each completion.
 
         Raises:
-            RewardError: if the reward is the user's own and raises, or its worker cannot start.
+            RewardError: if the user's own reward raises, or a worker cannot start.
         """
         try:
             found: Any = self.reward(
@@ -264,8 +272,8 @@ class Judge:
                 **{name: [values[p] for p in problems] for name, values in self.benchmark.columns.items()},
             )
         except (RuntimeError, TypeError) as error:
-            # What the function itself raises comes from a worker as a RewardError: this is the worker that cannot
-            # start, or the function that cannot be sent to it.
+            # A worker passes on the function's own exceptions as RewardError. Any other error from InWorkers means
+            # that a worker cannot start, or that the function cannot be sent to it.
             if isinstance(error, RewardError) or not isinstance(self.reward, InWorkers):
                 raise
             raise RewardError(f"The reward {self.benchmark.reward!r} cannot judge. {error}") from error
@@ -274,7 +282,7 @@ class Judge:
         return [None if one is None or math.isnan(one) else float(one) for one in found]
 
     def answer(self, text: str, problem: int) -> str | None:
-        """The answer that a completion gives, in one spelling; None if none can be read."""
+        """The completion's answer in a normal spelling; None if no answer can be read."""
         if self.benchmark.reward == "reasoning_gym":
             _, entry = gym.decode(self.benchmark.columns[gym.COLUMN][problem])
             return next(iter(gym.readings(text, entry.get("answer"))), None)
@@ -284,7 +292,7 @@ class Judge:
 
 
 def _identity(name: str, reward: Any) -> Any:
-    """What the verdicts of a reward depend on: of a user's own a digest of its source, else versions of packages."""
+    """What a reward's verdicts depend on: package versions, or for a user's own reward a digest of its source."""
     known = with_arguments(name, "length(limit=2048)")[0]
     if known not in NAMES:
         function = reward.function if isinstance(reward, InWorkers) else reward
@@ -300,19 +308,19 @@ def _identity(name: str, reward: Any) -> Any:
 
 
 def spelled(answer: str | None) -> str | None:
-    """An answer as votes are counted: a number by its value, everything else by its spelling without spaces."""
+    """The spelling under which an answer's votes are counted: a number's value, or other text without spaces."""
     if answer is None:
         return None
     text = normal(answer[:2000])
     value = number(text)
     try:
         return squeezed(text) if value is None else str(value.value)
-    except ValueError:  # Python writes out no number of more than 4300 digits
+    except ValueError:  # Python does not convert numbers of more than 4300 digits to text
         return squeezed(text)
 
 
 def header(policy: Policy, benchmark: Benchmark, settings: Settings, weights: str, judge: "Judge") -> dict[str, Any]:
-    """What is evaluated, and how: two runs of the same header are one evaluation. `weights` is the policy's digest."""
+    """What is evaluated and how. Two runs with the same header are one evaluation. `weights` is the policy's digest."""
     variables = settings.chat_template_kwargs
     return {
         "benchmark": benchmark.name,
@@ -324,7 +332,7 @@ def header(policy: Policy, benchmark: Benchmark, settings: Settings, weights: st
         "sampling": asdict(settings.sampling),
         "seed": settings.seed,
         "system_prompt": settings.system_prompt,
-        # Only where they are rendered with, so that it does not part results of before there was this field.
+        # Only if they are used for rendering, so that results from before this field existed still match.
         **({"chat_template_kwargs": plain(variables)} if variables and settings.prompt_template is None else {}),
         "template": rendered(policy.tokenizer, settings.prompts(benchmark, policy)[0], variables),
         "data": benchmark.digest,

@@ -1,7 +1,7 @@
-"""Completions of a model, each with a seed of its own: the one place where an evaluation generates.
+"""Draw completions from a model, each with its own seed. Evaluations with transformers generate here.
 
 A completion is a function of the model, its prompt and its seed. Which rows share a batch, and whether the evaluation
-was interrupted, changes nothing but rounding.
+was interrupted, changes only rounding.
 """
 
 from collections import deque
@@ -22,18 +22,21 @@ from ..files import first_line
 from ..model.caches import can_select_rows, empty_cache
 from ..model.decoding import Slots
 
-REFILL = 1 / 8  # share of the places that must be free before prompts are read into them
+REFILL = 1 / 8  # share of the places that must be free before new prompts are read into them
 
 
 @dataclass(frozen=True)
 class Sampling:
-    """How completions are drawn. Nothing that a model ships with (penalties, filters) is added to it.
+    """How completions are drawn. The model's own penalties and filters are not applied.
 
     Attributes:
-        temperature: of the softmax; 0 is greedy.
-        top_p: the share of the probability that the likeliest tokens must hold to be drawn from.
+        temperature: softmax temperature; 0 is greedy.
+        top_p: draw from the fewest likeliest tokens that hold at least this share of the probability.
         top_k: the number of likeliest tokens to draw from; 0 for all.
         max_new_tokens: length limit of a completion. A completion that reaches it counts as truncated.
+
+    Raises:
+        ValueError: if a value is out of range; it names all such values.
     """
 
     temperature: float = 1.0
@@ -76,22 +79,22 @@ class Completion(NamedTuple):
 
 
 def seed_of(*parts: Any) -> int:
-    """A seed for what these parts name, in 63 bits."""
+    """A 63-bit seed from a hash of these parts."""
     return xxhash.xxh3_64_intdigest("/".join(map(str, parts)).encode()) >> 1
 
 
 def prompt_ids_of(
     tokenizer: PreTrainedTokenizerBase, prompt: Any, variables: dict[str, Any] | None = None
 ) -> list[int]:
-    """The ids of a prompt: text as it is, messages by the chat template, which is given the variables."""
+    """A prompt's token ids. The chat template renders messages, with the variables; text is taken as it is."""
     if isinstance(prompt, str):
         return tokenizer(prompt)["input_ids"]
     text = rendered(tokenizer, prompt, variables)
-    return tokenizer(text, add_special_tokens=False)["input_ids"]  # the template writes its own
+    return tokenizer(text, add_special_tokens=False)["input_ids"]  # the template writes them itself
 
 
 def rendered(tokenizer: PreTrainedTokenizerBase, prompt: Any, variables: dict[str, Any] | None = None) -> str:
-    """A prompt as text: messages by the chat template, which is given the variables.
+    """A prompt as text. The chat template renders messages, with the variables.
 
     Raises:
         ValueError: in one line, if the template refuses the messages.
@@ -108,7 +111,7 @@ def rendered(tokenizer: PreTrainedTokenizerBase, prompt: Any, variables: dict[st
 
 
 def end_ids_of(model: Any, tokenizer: PreTrainedTokenizerBase) -> set[int]:
-    """The tokens at which a completion ends: the tokenizer's, and those that the model ships with."""
+    """The tokens that end a completion: the tokenizer's end token, and those of the model's generation config."""
     shipped = model.generation_config.eos_token_id
     return {*(shipped if isinstance(shipped, list) else [shipped]), tokenizer.eos_token_id} - {None}
 
@@ -121,10 +124,10 @@ def generate(
     sampling: Sampling,
     batch_size: int,
 ) -> Iterator[Completion]:
-    """The completions of all requests, as they finish. Between two of them the model is in the mode it came in."""
+    """Yield the completions of all requests as they finish. At each yield the model is back in its original mode."""
     ends = end_ids_of(model, tokenizer)
 
-    # What memory it takes shows at once, and equal prompts are read once.
+    # Longest prompts first, so that the peak of memory shows at once. Equal prompts are neighbours and are read once.
     order = sorted(range(len(requests)), key=lambda i: (-len(requests[i].prompt_ids), requests[i].prompt_ids))
     inside = model.get_base_model() if is_peft_model(model) else model
     if can_select_rows(empty_cache(inside)):
@@ -135,7 +138,7 @@ def generate(
 
 
 class _Row:
-    """A request that is under way, and the random numbers that its tokens are drawn by."""
+    """A request under way, with the random numbers for drawing its tokens."""
 
     def __init__(self, request: int, asked: Request, sampling: Sampling) -> None:
         self.request = request
@@ -149,7 +152,7 @@ class _Row:
 
 
 class _SeededSlots(Slots):
-    """Places whose rows draw their tokens by numbers of their own."""
+    """Slots in which each row draws its tokens with its own random numbers."""
 
     rows: list[Any]
 
@@ -172,12 +175,12 @@ class _SeededSlots(Slots):
 def _in_places(
     model: Any, waiting: deque[_Row], sampling: Sampling, batch_size: int, ends: set[int]
 ) -> Iterator[Completion]:
-    """A row that ends leaves its place to another one, so that the batch stays full. No row is kept after its end."""
+    """Generate with a full batch: a row that ends gives its place to a waiting one. No row is kept after its end."""
     slots = _SeededSlots(model, sampling, batch_size, ends)
     started = list[_Row]()
 
     def more(free: int) -> list[_Row]:
-        if slots.rows and free < REFILL * batch_size:  # a prompt costs a forward pass of its own
+        if slots.rows and free < REFILL * batch_size:  # reading prompts costs a forward pass of its own
             return []
         some = [waiting.popleft() for _ in range(min(free, len(waiting)))]
         started.extend(some)
@@ -203,9 +206,9 @@ def _in_batches(
     batch_size: int,
     ends: set[int],
 ) -> Iterator[Completion]:
-    """For a cache whose rows cannot be told apart: each batch waits for its longest row."""
-    # The settings that a model ships with would fill in what is not set here, so they are replaced, where they are: an
-    # adapter's `generate` is that of the model inside.
+    """Generate batch by batch, for a cache without selectable rows. Each batch waits for its longest row."""
+    # The model's own generation config would fill in what is not set here, so it is replaced. That must be done on the
+    # model inside, since an adapter's `generate` calls the inner one.
     config = GenerationConfig(
         do_sample=False,
         max_new_tokens=sampling.max_new_tokens,
@@ -226,7 +229,7 @@ def _in_batches(
 
 
 class _Draw(LogitsProcessor):
-    """Draws the next token of each row by the row's own random numbers, and leaves it as the only one possible."""
+    """Draws each row's next token with the row's own random numbers, and masks all other tokens."""
 
     def __init__(self, seeds: Sequence[int], sampling: Sampling) -> None:
         self.sampling = sampling
@@ -247,7 +250,7 @@ def _numbers(seed: int, count: int) -> Tensor:
 
 
 def draw(logits: Tensor, numbers: Tensor, sampling: Sampling) -> Tensor:
-    """A token of each row: where a number in [0, 1) falls on the cumulative distribution. `(B, V)`, `(B,)` → `(B,)`."""
+    """Draw tokens by where numbers in [0, 1) fall in the cumulative distributions: `(B, V)`, `(B,)` → `(B,)`."""
     logits = logits.float() / sampling.temperature
     if sampling.top_k and sampling.top_k < logits.shape[-1]:
         limit = logits.topk(sampling.top_k).values[:, -1:]
@@ -255,7 +258,7 @@ def draw(logits: Tensor, numbers: Tensor, sampling: Sampling) -> Tensor:
     if sampling.top_p < 1:
         ordered, places = logits.sort(descending=True)
         chances = ordered.softmax(-1)
-        before = chances.cumsum(-1) - chances  # of the likelier ones
+        before = chances.cumsum(-1) - chances  # probability of all likelier tokens
         logits = logits.masked_fill(torch.zeros_like(logits).scatter(1, places, before).ge(sampling.top_p), -torch.inf)
     cumulative = logits.softmax(-1).double().cumsum(-1)  # summed in float64: it ends at 1
     return torch.searchsorted(cumulative, (numbers * cumulative[:, -1])[:, None], right=True)[:, 0]

@@ -1,4 +1,4 @@
-"""Statistics of an evaluation. Everything is a mean over problems, each problem the mean of its own samples."""
+"""Statistics of an evaluation: means over problems, where a problem counts as one whatever its number of samples."""
 
 import math
 from collections import defaultdict
@@ -8,7 +8,7 @@ from fractions import Fraction
 
 import numpy as np
 
-STEPS = 250_000  # of all differences of a sign-flip test together: a thousand problems then take about a second
+STEPS = 250_000  # limit on the steps of a sign-flip test; with it, a thousand problems take about a second
 
 
 def accuracy_from_scores(scores: Sequence[Sequence[float]]) -> tuple[float, float]:
@@ -23,7 +23,7 @@ def accuracy_from_scores(scores: Sequence[Sequence[float]]) -> tuple[float, floa
 
 
 def mean_and_error(values: Sequence[float]) -> tuple[float, float]:
-    """The mean, and its standard error: the standard deviation over the square root of the number. NaN for one."""
+    """The mean, and its standard error: standard deviation over √n. The error of a single value is NaN."""
     n = len(values)
     mean = sum(values) / n
     if n == 1:
@@ -33,9 +33,10 @@ def mean_and_error(values: Sequence[float]) -> tuple[float, float]:
 
 
 def pass_at_k(scores: Sequence[Sequence[float]], k: int) -> float:
-    """The chance that at least one of k samples, drawn without replacement from a problem's own, is right.
+    """The chance that at least one of k samples, drawn without replacement from a problem's n, is right.
 
-    `1 − C(n−c, k) / C(n, k)` for c right ones of n, averaged over problems. It is unbiased. A score of 1 is right.
+    It is `1 − C(n−c, k) / C(n, k)` for c right samples of n, averaged over problems, and is unbiased. A sample is right
+    if its score is at least 1.
 
     Raises:
         ValueError: if a problem has fewer than k samples.
@@ -53,7 +54,7 @@ def _chance(n: int, right: int, k: int) -> float:
 def majority(answers: Sequence[Sequence[Hashable]], scores: Sequence[Sequence[float]]) -> float:
     """The mean score of each problem's most frequent answer, averaged over problems (maj@n).
 
-    An answer of None is no vote. Answers that tie share: the score is their mean, as if a fair coin chose. A problem
+    An answer of None is no vote. If answers tie, the score is the mean of theirs, as if a fair coin chose. A problem
     without a vote scores 0.
     """
     return sum(map(_score_of_majority, answers, scores)) / len(scores)
@@ -71,14 +72,14 @@ def _score_of_majority(answers: Sequence[Hashable], scores: Sequence[float]) -> 
 
 @dataclass(frozen=True)
 class Comparison:
-    """Two policies on the same problems.
+    """Comparison of two policies on the same problems.
 
     Attributes:
-        difference: mean over problems of the second's mean score less the first's.
-        standard_error: of that mean, over problems.
-        p_value: two-sided, of the sign-flip test: how often the difference would be at least as large if each
-            problem's two results were exchanged by a fair coin.
-        better, worse: the number of problems on which the second is better, or worse.
+        difference: mean over problems of the second policy's mean score minus the first's.
+        standard_error: standard error of that mean, over problems.
+        p_value: two-sided p-value of the sign-flip test: the probability of at least as large a difference if a fair
+            coin swapped each problem's two results.
+        better, worse: the number of problems on which the second policy is better, or worse.
         problems: the number of problems.
     """
 
@@ -97,7 +98,7 @@ class Comparison:
 
 
 def compare(first: Sequence[Sequence[float]], second: Sequence[Sequence[float]]) -> Comparison:
-    """Compare the scores of two policies. Row i of both is problem i; the numbers of samples may differ.
+    """Compare the scores of two policies. Row i of both is problem i; their numbers of samples may differ.
 
     Raises:
         ValueError: if the numbers of problems differ, a problem has no sample, or a score is NaN or infinite.
@@ -116,9 +117,9 @@ def compare(first: Sequence[Sequence[float]], second: Sequence[Sequence[float]])
 
 
 def _mean(scores: Sequence[float], largest: float) -> Fraction:
-    """Exact for whole scores. Others are taken to a millionth of the largest one, or more precisely.
+    """The mean as a fraction: exact for whole scores, with others rounded to a millionth of the largest or finer.
 
-    The grid is decimal: a score of 0.1 or 0.125 is exact on it, so that equal sums of such scores stay equal.
+    The grid is decimal: scores such as 0.1 or 0.125 are exact on it, so equal sums of such scores stay equal.
     """
     digits = max(0, 6 - math.floor(math.log10(largest))) if largest else 0
     grid = 10**digits  # steps of a score of 1
@@ -126,10 +127,10 @@ def _mean(scores: Sequence[float], largest: float) -> Fraction:
 
 
 def sign_flip_p_value(differences: Sequence[Fraction]) -> float:
-    """How likely the absolute sum is at least as large when every difference has a random sign.
+    """The probability of at least as large an absolute sum if every difference had a random sign.
 
-    The distribution of the sum is built one difference at a time, in steps of the largest number that divides them all.
-    It is exact, unless the differences are more than `STEPS` such steps together: then they are rounded to as many.
+    The distribution of the sum is built one difference at a time, in steps of the differences' greatest common divisor.
+    It is exact unless the differences add up to more than `STEPS` steps. They are then rounded to that many steps.
     """
     unit = math.lcm(*(one.denominator for one in differences))
     steps = [int(one * unit) for one in differences if one]
@@ -137,9 +138,9 @@ def sign_flip_p_value(differences: Sequence[Fraction]) -> float:
     steps = [one // step for one in steps]
     if (reach := sum(map(abs, steps))) > STEPS:
         steps = [round(one * STEPS / reach) for one in steps]
-    chance = np.ones(1)  # of each sum of those that are positive: 0, 1, …
+    chance = np.ones(1)  # probability of each sum of the positive differences: 0, 1, …
     for one in sorted(map(abs, steps)):
         chance = (np.pad(chance, (0, one)) + np.pad(chance, (one, 0))) / 2
     reach = len(chance) - 1
-    sums = np.abs(2 * np.arange(reach + 1) - reach)  # the positive ones less the others
+    sums = np.abs(2 * np.arange(reach + 1) - reach)  # positive minus negative differences
     return float(min(1.0, chance[sums >= abs(sum(steps))].sum()))

@@ -1,4 +1,4 @@
-"""Completions by vLLM, where it is installed."""
+"""Draw completions with vLLM, if it is installed."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -12,20 +12,20 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 from ..files import first_line, sizes_and_digests
 from .sampling import Completion, Request, Sampling
 
-AT_ONCE = 1024  # requests handed over together; an interrupted evaluation loses at most these
-# Endings of weight files in the order in which vLLM looks for them, and files beside them that hold no weights.
+AT_ONCE = 1024  # requests given to vLLM together; an interrupted evaluation loses at most this many completions
+# Endings of weight files, in the order in which vLLM looks for them, and files with such endings but without weights.
 WEIGHTS = (".safetensors", ".bin", ".pt", ".gguf")
 NO_WEIGHTS = ("training_args.bin", "optimizer.bin", "scheduler.bin", "optimizer.pt", "scheduler.pt", "scaler.pt")
 
 
 @dataclass
 class VllmPolicy:
-    """A model in vLLM's engine, with nothing of the sampling that it ships with.
+    """A model in vLLM's engine, without the model's own sampling settings.
 
     Attributes:
-        digest: of the files that the weights were read from.
-        revision: as it was asked for.
-        dtype: as it was asked for. "auto" is that of the files.
+        digest: digest of the files from which the weights were read.
+        revision: the requested revision.
+        dtype: the requested dtype. "auto" takes the files' dtype.
     """
 
     name: str
@@ -45,16 +45,16 @@ class VllmPolicy:
         dtype: str | None = "auto",
         **options: Any,
     ) -> "VllmPolicy":
-        """A checkpoint of the Hub or of a folder.
+        """Load a checkpoint from the Hub or a folder.
 
         Args:
             name: id on the Hub, or a folder.
-            revision: of the Hub's.
-            dtype: to compute in. "auto" is that of the files.
-            options: of vLLM's `LLM`.
+            revision: revision on the Hub.
+            dtype: the dtype to compute in. "auto" takes the files' dtype.
+            options: keyword arguments for vLLM's `LLM`.
 
         Raises:
-            ValueError: in one line, if vLLM is not installed, or the tokenizer or the files of weights are not found.
+            ValueError: in one line, if vLLM is not installed, or the tokenizer or the weight files are not found.
         """
         try:
             from vllm import LLM
@@ -68,11 +68,11 @@ class VllmPolicy:
         return cls(name, engine, tokenizer, digest_of_files(name, revision), revision, dtype)
 
     def weights(self) -> str:
-        """A digest of their files: in its engine vLLM lays weights out in its own way."""
+        """A digest of the weights' files, since vLLM changes the layout of weights in its engine."""
         return self.digest
 
     def loaded(self) -> dict[str, Any]:
-        # vLLM is asked for no quantization. A checkpoint that is quantized has it in its weights.
+        # No quantization is requested from vLLM. A quantized checkpoint carries it in its weights.
         return {"revision": self.revision, "dtype": self.dtype, "quantization": None}
 
     def generate(self, requests: Sequence[Request], how: Sampling) -> Iterator[Completion]:
@@ -97,14 +97,14 @@ class VllmPolicy:
 
 
 def digest_of_files(name: str, revision: str | None = None) -> str:
-    """A digest of the files of a model's weights: of each the name, the size and the content.
+    """A digest of the name, size and content of each of a model's weight files.
 
     Args:
-        name: a folder, a file, or an id on the Hub whose snapshot is on this machine.
-        revision: of the snapshot.
+        name: a folder, a file, or an id on the Hub with a snapshot on this machine.
+        revision: the snapshot's revision.
 
     Raises:
-        ValueError: in one line, if there are none.
+        ValueError: in one line, if there are no weight files.
     """
     place = Path(name)
     if not place.exists():

@@ -1,1 +1,1 @@
-"""From scores and rewards to the loss and its metrics: arithmetic alone."""
+"""Computes the loss and its metrics from scores and rewards: arithmetic only."""

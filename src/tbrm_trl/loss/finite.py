@@ -21,11 +21,11 @@ class _VoidedUnless(torch.autograd.Function):
 def voided_unless(is_finite: Tensor, loss: Tensor) -> Tensor:
     """The loss, with its gradient, if `is_finite`. Otherwise 0 with a gradient of NaN.
 
-    A gradient of NaN has a norm of NaN in every way to shard a model, and an optimizer that skips it skips the whole
-    update. The device decides, so that nothing waits for it between a forward and its backward.
+    A NaN gradient has a NaN norm however the model is sharded, and an optimizer that skips it skips the whole update.
+    The choice is made on the device, so that the host does not wait for it between a forward and its backward.
 
     Args:
-        is_finite: bool scalar, alike on every process.
+        is_finite: bool scalar, the same on every process.
         loss: scalar.
     """
     voided: Tensor = _VoidedUnless.apply(loss, is_finite)

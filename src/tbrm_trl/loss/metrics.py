@@ -1,4 +1,4 @@
-"""Metrics: sums and weights, added over micro-batches and processes, then divided."""
+"""Metrics as sums and weights that are added over micro-batches and processes, then divided."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ from .soft_value import ValueInputs
 from .trajectory_loss import LossOutput
 
 LEFT_OUT_REASONS = ("unscored", "truncated", "no_action", "no_value")
-# Where an update has a trajectory from: drawn for it, begun under an earlier policy, the same window again, the replay
-# buffer, or the log.
+# Where a trajectory of an update comes from: drawn for it, begun under an earlier policy, the same window again, the
+# replay buffer, or the log.
 ORIGINS = ("fresh", "ahead", "reused", "replayed", "logged")
 _OF_ROWS = (
     "residual/mean",
@@ -37,8 +37,8 @@ class Totals:
     """Weighted sums by metric name.
 
     Attributes:
-        names: of the K metrics.
-        pairs: `(K, 2)` the sum and the weight of each. One tensor, so that adding and reducing is one operation.
+        names: names of the K metrics.
+        pairs: `(K, 2)` the sum and the weight of each. One tensor makes adding and reducing one operation.
     """
 
     names: tuple[str, ...] = ()
@@ -61,7 +61,7 @@ class Totals:
         return Totals(names, pairs)
 
     def all_finite(self) -> Tensor:
-        """Bool scalar: whether no micro-batch has a loss that is not finite."""
+        """Bool scalar: whether the losses of all micro-batches are finite."""
         return self.pairs[self.names.index(_NOT_FINITE), 0] == 0
 
     def over_processes(self, accelerator: Accelerator) -> Totals:
@@ -69,7 +69,7 @@ class Totals:
         return Totals(self.names, accelerator.reduce(self.pairs, reduction="sum"))
 
     def means(self) -> dict[str, float]:
-        """Sum divided by weight, for each name that had any. A mean square becomes its root, under the name `rms`."""
+        """Sum divided by weight, for each name with a weight. A mean square becomes its root, under the name `rms`."""
         pairs = zip(self.names, self.pairs.tolist(), strict=True)
         means = {name: total / weight for name, (total, weight) in pairs if weight}
         return {
@@ -103,11 +103,11 @@ def microbatch_totals(
     Args:
         rows: the micro-batch's B trajectories.
         batch: the same, collated: (B, T).
-        scores: the policy's scores of it.
-        inputs: what the residual is made of. Sequence-level metrics are means over the rows that count.
+        scores: the policy's scores of the batch.
+        inputs: the terms of the residual. Sequence-level metrics are means over the rows that count.
         soft_value: `(B,)` the value term of the residual, nats.
         residual: `(B,)` nats.
-        is_finite: bool scalar, whether the micro-batch's loss is.
+        is_finite: bool scalar, whether the micro-batch's loss is finite.
     """
     device, beta, counted = residual.device, inputs.beta, inputs.counted
     assert scores.entropy is not None, "the policy's head computes entropies"
@@ -118,8 +118,8 @@ def microbatch_totals(
     counted_by = torch.cat([counted.expand(4, -1), counted & is_of])  # (4 + O, B)
 
     behind = batch.ref_log_probs - scores.log_probs  # (B, T) log π_ref − log π_θ
-    # TRL logs this estimator of KL(π‖π_ref) under the same name. It is one on the policy's own data alone,
-    # which no trajectory is that an earlier policy began.
+    # TRL logs this estimator of KL(π‖π_ref) under the same name. It estimates the KL only on the policy's own data,
+    # so trajectories that an earlier policy began are left out.
     is_fresh = is_of[ORIGINS.index("fresh")].unsqueeze(1)  # (B, 1)
     tokens = [(behind.exp() - behind - 1, batch.action_mask & is_fresh), (scores.entropy, batch.action_mask)]
     by_token = [torch.stack([torch.where(mask, at_least_float32(of), 0.0).sum(), mask.sum()]) for of, mask in tokens]
@@ -142,25 +142,25 @@ def microbatch_totals(
         torch.stack([torch.where(counted_by, by_row, 0.0).sum(dim=1), counted_by.sum(dim=1)], dim=1),  # (4 + O, 2)
         torch.stack(by_token),
         torch.tensor(list(shares.values()), dtype=torch.float32, device=device),
-        torch.stack([~is_finite, torch.zeros_like(is_finite)]).unsqueeze(0),  # without weight it has no mean
+        torch.stack([~is_finite, torch.zeros_like(is_finite)]).unsqueeze(0),  # weight 0: it has no mean
     ]
     return Totals(names, torch.cat([one.float() for one in pairs]))
 
 
 def _is_mixed(row: UpdateRow) -> bool:
-    """Whether several policies have drawn it."""
+    """Whether several policies drew it."""
     return row.trajectory.first_policy_step != row.trajectory.policy_step
 
 
 def evaluation_loss(output: LossOutput, weight: Tensor) -> Totals:
-    """The sum of the losses that count, and their number. `weight`: `(B,)` factor on each."""
+    """The sum of the losses that count, and how many do. `weight`: `(B,)` factor on each loss."""
     counted = output.inputs.counted  # (B,)
     pair = torch.stack([torch.where(counted, output.loss.detach() * weight, 0.0).sum(), counted.sum()]).float()
     return Totals(("loss",), pair.unsqueeze(0))
 
 
 def evaluated_numbers(rows: Sequence[UpdateRow], reward_names: Sequence[str]) -> Tensor:
-    """`(B, 3 + F)` of each row: whether it only fills up the batch, its length, whether it was cut, and each reward."""
+    """`(B, 3 + F)` per row: whether it only fills up the batch, its length, whether it was cut, and each reward."""
     return torch.tensor(
         [
             [
@@ -178,13 +178,13 @@ def evaluated_numbers(rows: Sequence[UpdateRow], reward_names: Sequence[str]) ->
 def evaluation_metrics(
     numbers: Tensor, reward_names: Sequence[str], reward_weights: Tensor, group_size: int
 ) -> dict[str, float]:
-    """TRL's metrics of completions and rewards, over all rows of an evaluation instead of one batch after the other.
+    """TRL's metrics of completions and rewards, over all rows of an evaluation instead of per batch.
 
     Args:
-        numbers: `(N, 3 + F)` `evaluated_numbers` of all processes, the rows of a prompt one after the other.
-        reward_names: of the F reward functions.
+        numbers: `(N, 3 + F)` `evaluated_numbers` of all processes. The rows of a prompt are adjacent.
+        reward_names: names of the F reward functions.
         reward_weights: `(F,)`.
-        group_size: rows of a prompt.
+        group_size: number of rows per prompt.
     """
     repeated, length, cut, rewards = numbers.double().cpu().tensor_split([1, 2, 3], dim=1)
     own = repeated[:, 0] == 0
@@ -192,7 +192,7 @@ def evaluation_metrics(
     total = (rewards * reward_weights.double().cpu()).nansum(dim=1)  # (M,)
     total[rewards.isnan().all(dim=1)] = math.nan
     if group_size > 1:
-        whole = total[: len(total) // group_size * group_size]  # a stream may end in a part of a group
+        whole = total[: len(total) // group_size * group_size]  # a stream may end within a group
         has_zero_std = nanstd(whole.view(-1, group_size), dim=1).abs() < 1e-8  # (M / group_size,)
     else:
         has_zero_std = torch.ones_like(total, dtype=torch.bool)
@@ -219,7 +219,7 @@ class Recorder:
     def record(self, totals: Totals, accelerator: Accelerator) -> Totals | None:
         """Add a micro-batch's totals. If an optimizer step ends with it, return the step's totals over all processes.
 
-        All processes agree on where a step ends. `keep` then says that the step was taken.
+        All processes agree on where a step ends. The caller passes the result to `keep` if the step is taken.
         """
         self.step += totals
         if not accelerator.sync_gradients:
@@ -228,14 +228,14 @@ class Recorder:
         return summed
 
     def keep(self, totals: Totals, mode: str) -> None:
-        """Count the totals of all processes among those since the last log of "train" or "eval"."""
+        """Add the totals of all processes to those since the last log of "train" or "eval"."""
         self.since_log[mode] += totals
 
     def means(self, mode: str) -> dict[str, float]:
-        """The means since the last call. Counting begins anew."""
+        """The means since the last call. It resets the totals."""
         totals, self.since_log[mode] = self.since_log[mode], Totals()
         return totals.means() if totals else {}
 
     def clear(self, train: Totals | None = None) -> None:
-        """Begin training with nothing recorded, or with these totals."""
+        """Reset the training totals to nothing, or to these."""
         self.step, self.since_log["train"] = Totals(), train or Totals()

@@ -25,8 +25,8 @@ def trajectory_log_ratio(policy_logps: Tensor, ref_logps: Tensor, mask: Tensor) 
         mask: `(B, T)` m_h: true (or 1) on tokens the policy chose, false on padding, prompt and inserted tokens.
 
     Returns:
-        `(B,)` log-ratios in nats, accumulated in float32 or wider. What stands at a masked position, NaN included,
-        has no influence on value or gradient.
+        `(B,)` log-ratios in nats, accumulated in float32 or wider. A value at a masked position, NaN included, does not
+        affect value or gradient.
 
     Raises:
         ValueError: if the three shapes differ.
@@ -55,7 +55,7 @@ def bellman_residual(soft_value: Tensor, log_ratio: Tensor, reward: Tensor, beta
     Args:
         soft_value: `(B,)` the value term: `V_θ(s_1)`, or `V_θ(s_1) − V_ref(s_1)` when calibrated; in nats.
         log_ratio: `(B,)` from `trajectory_log_ratio`; in nats.
-        reward: `(B,)` R(τ), in reward units; NaN where the trajectory has no reward (its residual is then NaN).
+        reward: `(B,)` R(τ), in reward units; NaN if the trajectory has no reward (its residual is then NaN).
         beta: KL coefficient β > 0, in reward units per nat. `beta * residual` is the residual in reward units.
 
     Returns:
@@ -85,13 +85,13 @@ def squared_residual_loss(
     optimizer step, so that every split of them into micro-batches and processes adds up to the same gradient.
 
     Args:
-        residual: `(B,)` residuals, in the units the loss shall have (squared).
-        counted: `(B,)` bool; rows that are false leave the sum, whatever their residual holds (NaN included).
+        residual: `(B,)` residuals. The loss has the square of their units.
+        counted: `(B,)` bool; false rows are left out of the sum, whatever their residual (NaN included).
         denominator: number of counted trajectories of the optimizer step; 0 is taken as 1.
-        weight: `(B,)` what each row counts, for rows that were not drawn uniformly; 1 where omitted.
+        weight: `(B,)` weight of each row, for rows that were not drawn uniformly; 1 if omitted.
 
     Returns:
-        Scalar loss. Where no row counts it is 0 and still attached to the graph, with zero gradients.
+        Scalar loss. If no row counts it is 0 and still attached to the graph, with zero gradients.
 
     Source: arXiv 2505.15311, Algorithm 1 (the mean over trajectories).
     """
@@ -102,7 +102,7 @@ def squared_residual_loss(
 def mean_over_counted(
     values: Tensor, counted: Tensor, denominator: Tensor | float, weight: Tensor | None = None
 ) -> Tensor:
-    """`Σ weight · value / denominator` over the counted rows: `squared_residual_loss` for values already squared."""
+    """`Σ weight · value / denominator` over the counted rows: `squared_residual_loss` of already squared values."""
     kept = torch.where(counted, values, 0.0)  # (B,)
     weighted = kept if weight is None else weight * kept  # (B,)
     return weighted.sum() / torch.as_tensor(denominator, device=values.device).clamp(min=1)
@@ -111,12 +111,12 @@ def mean_over_counted(
 def token_residuals(log_ratio: Tensor, values: Tensor, mask: Tensor, reward: Tensor, beta: float) -> Tensor:
     """The classical Bellman residual of every action, `logit_θ(s_h, a_h) − log π_ref(a_h|s_h) − V_θ(s_{h+1}) − R_h/β`.
 
-    The reward falls on the last action, after which the value is 0; s_{h+1} is the next state in which the policy acts.
-    The residuals of a trajectory sum to its trajectory residual. For ablations: it collapses on language models.
+    The reward is given for the last action. After it the value is 0. s_{h+1} is the next state in which the policy
+    acts. The residuals of a trajectory sum to its trajectory residual. For ablations: it collapses on language models.
 
     Args:
         log_ratio: `(B, T)` log π_θ − log π_ref of each action, nats.
-        values: `(B, T)` V_θ of the state in which it was chosen, nats.
+        values: `(B, T)` V_θ of the state in which the action was chosen, nats.
         mask: `(B, T)` m_h.
         reward: `(B,)` R, reward units.
         beta: β.

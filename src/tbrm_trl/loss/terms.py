@@ -1,4 +1,4 @@
-"""Optional parts of the loss, as pure functions: added terms, and back-propagation through part of the tokens."""
+"""Optional parts of the loss as pure functions: added terms, and back-propagation through part of the tokens."""
 
 import math
 
@@ -27,9 +27,9 @@ def success_nll(log_probs: Tensor, mask: Tensor, reward: Tensor, threshold: floa
 
 
 def advantage_weighted_entropy(entropy: Tensor, mask: Tensor, residual: Tensor, beta: float) -> Tensor:
-    """`A Σ_h m_h H(π_θ(·|s_h))` with the advantage `A = sg(R − β V − β log-ratio) = −β sg(δ)`; it is maximised.
+    """`A Σ_h m_h H(π_θ(·|s_h))` with the advantage `A = sg(R − β V − β log-ratio) = −β sg(δ)`, a term to maximise.
 
-    The advantage needs no group: one rollout has it.
+    The advantage needs no group of rollouts. One rollout suffices.
 
     Args:
         entropy: `(B, T)` nats, with gradient.
@@ -46,7 +46,7 @@ def advantage_weighted_entropy(entropy: Tensor, mask: Tensor, residual: Tensor, 
 
 
 def subset_surrogate(residual: Tensor, value: Tensor, log_probs: Tensor, chosen: Tensor, probability: Tensor) -> Tensor:
-    """A loss with the value `δ²`. Averaged over the draws of the subset, its gradient equals that of `δ²`.
+    """A loss with the value `δ²`, and on average over draws of the subset also its gradient.
 
     The gradient is that of `2 sg(δ) (V + Σ_{h∈S} log π_h / P_h)`. δ is taken over all tokens, so its square is right.
     The gradient of the log-ratio is a sum over tokens; a weighted subset estimates it without bias if every P_h > 0.
@@ -56,7 +56,7 @@ def subset_surrogate(residual: Tensor, value: Tensor, log_probs: Tensor, chosen:
         value: `(B,)` the value term, with its gradient.
         log_probs: `(B, T)` log π_θ of the chosen tokens, with gradient.
         chosen: `(B, T)` S.
-        probability: `(B, T)` P_h, that h is in S.
+        probability: `(B, T)` P_h, the probability that h is in S.
 
     Source: after arXiv 2504.20834.
     """
@@ -66,7 +66,7 @@ def subset_surrogate(residual: Tensor, value: Tensor, log_probs: Tensor, chosen:
 
 
 def random_subset(mask: Tensor, fraction: float) -> tuple[Tensor, Tensor]:
-    """`⌈fraction · n⌉` of the n actions of each row, each subset of that size as likely as any other.
+    """Draw `⌈fraction · n⌉` of the n actions of each row. All subsets of that size are equally likely.
 
     Returns:
         `(B, T)` S, and `(B, T)` P_h = ⌈fraction · n⌉/n.
@@ -82,7 +82,7 @@ def random_prefix(mask: Tensor, fraction: float, draw: float | None = None) -> t
     """The first c of the n actions of each row: `c = ⌈n u^a⌉` with one uniform u, `a = 1/fraction − 1`; on average
     about `fraction · n`.
 
-    Action h is kept if `n u^a > h − 1`, so `P_h = 1 − ((h − 1)/n)^(1/a)`: positive for each of them.
+    Action h is kept if `n u^a > h − 1`, so `P_h = 1 − ((h − 1)/n)^(1/a)`, which is positive for every action.
 
     Args:
         mask: `(B, T)` m_h.

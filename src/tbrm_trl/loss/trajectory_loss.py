@@ -1,4 +1,4 @@
-"""The loss of each trajectory: soft value, residual, square, and the terms that are added to it."""
+"""The loss of each trajectory: soft value, residual, square, and the added terms."""
 
 import math
 from collections import Counter
@@ -16,19 +16,19 @@ from .residual import bellman_residual, per_action, token_residuals, trajectory_
 from .soft_value import SoftValue, ValueInputs
 from .terms import advantage_weighted_entropy, random_prefix, random_subset, subset_surrogate, success_nll
 
-Scorer = Callable[..., TrajectoryScores]  # batch, and what is wanted of it besides → scores
+Scorer = Callable[..., TrajectoryScores]  # batch, and options for further outputs → scores
 
 
 @dataclass
 class LossOutput:
-    """The loss of B trajectories, and what it was made of.
+    """The loss of B trajectories, and its parts.
 
     Attributes:
         loss: `(B,)` with gradient, in reward units squared (or nats squared); meaningless for rows that do not count.
         residual: `(B,)` δ in nats, 0 where a row does not count.
-        soft_value: `(B,)` the value term of it, nats.
+        soft_value: `(B,)` the residual's value term, nats.
         inputs: what the estimator read.
-        scores: the policy's, of all tokens.
+        scores: the policy's scores of all tokens.
         aux_loss: load-balancing loss of a mixture-of-experts model, with gradient.
     """
 
@@ -41,12 +41,12 @@ class LossOutput:
 
 
 class TrajectoryLoss:
-    """`(β δ)²` of each trajectory, and the optional terms. It is given a scorer and runs no model itself.
+    """`(β δ)²` of each trajectory, and the optional terms. It calls a scorer and runs no model itself.
 
     Args:
         args: the options.
         soft_value: the value term.
-        offset: a trained constant that is added to it, in reward units, as a function of hidden states; None adds none.
+        offset: a trained constant added to the value term, in reward units, as a function of hidden states, or None.
         router_loss: ask the policy for its load-balancing loss.
     """
 
@@ -85,17 +85,17 @@ class TrajectoryLoss:
 
     @torch.no_grad()
     def value_beforehand(self, batches: Iterable[tuple[Sequence[UpdateRow], Batch]], scorer: Scorer) -> None:
-        """Give V to all trajectories of an update, from one pass over its micro-batches."""
+        """Compute V of all trajectories of an update, in one pass over its micro-batches."""
         scored = [(rows, self._inputs(rows, batch, scorer(batch))) for rows, batch in batches]
         values = self.soft_value(ValueInputs.joined([inputs for _, inputs in scored]))  # (N,)
         for row, value in zip((row for rows, _ in scored for row in rows), values.tolist(), strict=True):
             row.value = value
 
     def __call__(self, rows: Sequence[UpdateRow], batch: Batch, scorer: Scorer, in_part: bool = False) -> LossOutput:
-        """Score a micro-batch and take its loss.
+        """Score a micro-batch and compute its loss.
 
         Args:
-            rows: B trajectories, after `mark_left_out` went over their update.
+            rows: B trajectories. `mark_left_out` must have seen their update.
             batch: the same, collated.
             scorer: the policy.
             in_part: back-propagate through `token_fraction` of the tokens, in a second forward pass.
@@ -119,7 +119,7 @@ class TrajectoryLoss:
         else:
             squared = residual.square()  # (B,)
 
-        loss = beta**2 * squared  # (B,) in reward units, in which the weights of the added terms are given
+        loss = beta**2 * squared  # (B,) in reward units, as the weights of the added terms require
         if args.sft_coef:
             earned = float_tensor([args.reward_of(row.trajectory) for row in rows], loss.device)  # (B,)
             loss = loss + args.sft_coef * success_nll(scores.log_probs, batch.action_mask, earned, args.sft_threshold)
@@ -149,11 +149,11 @@ class TrajectoryLoss:
         )
 
     def _baseline(self, trajectory: Trajectory) -> float:
-        """What is taken off R. V of the state in which a trajectory was cut is lower by it already."""
+        """What is subtracted from R: 0 if bootstrapped, since V of the last state is already lower by the baseline."""
         return 0.0 if self.args.is_bootstrapped(trajectory) else trajectory.baseline
 
     def _value(self, inputs: ValueInputs) -> Tensor:
-        """`(B,)` V of a state, nats, with the constant that is added to it."""
+        """`(B,)` V of a state, nats, including the offset."""
         value = self.soft_value(inputs)
         return value if self.offset is None else value + self.offset(inputs.hidden) / inputs.beta
 
@@ -164,7 +164,7 @@ class TrajectoryLoss:
         known = rows[0].value is not None
         value = float_tensor([row.value for row in rows], inputs.reward.device) if known else self._value(inputs)
         if self.soft_value.compares == "ratios":
-            value = value.detach()  # a split group's value has none either: any split gives the same gradient
+            value = value.detach()  # as for split groups, so that any split gives the same gradient
         if self.args.truncation != "bootstrap":
             return value, torch.zeros_like(value)
         assert scores.end_value is not None, "the scorer gives it where truncation is bootstrapped"

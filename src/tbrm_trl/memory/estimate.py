@@ -1,9 +1,9 @@
-"""How much memory a training run will take, before anything is loaded:
+"""Estimate the memory that a training run will take, before anything is loaded:
 
     tbrm estimate --config examples/recipes/tbrm.yaml --processes 4 --zero_stage 2
 
-A micro-batch and a step of generation are run by the model's own code on tensors that have shapes and no storage
-(`FakeTensorMode`), and what would be live is added up. What is sharded follows from formulas: `docs/memory.md`.
+The model's own code runs a micro-batch and a step of generation on tensors that have shapes and no storage
+(`FakeTensorMode`), and the bytes that would be live are added up. Formulas give what is sharded: `docs/memory.md`.
 """
 
 import math
@@ -21,7 +21,8 @@ from trl import ModelConfig, TrlParser, get_peft_config
 from ..config import TBRMConfig
 from .live_bytes import Trace, quantize
 
-# State tensors per trained one by `optim`; whether in 8 bits; whether in pages that may go to the host.
+# By `optim`: state tensors per trained tensor; whether they have 8 bits; whether they are in pages that may go to the
+# host.
 OPTIMIZERS = {
     "adamw_torch": (2, False, False),
     "adamw_torch_fused": (2, False, False),
@@ -37,15 +38,15 @@ OPTIMIZERS = {
     "adagrad": (1, False, False),
     "sgd": (0, False, False),
 }
-SMALL, BLOCK = 4096, 256  # bitsandbytes: tensors below this stay float32; the others have a float32 for each block
+SMALL, BLOCK = 4096, 256  # bitsandbytes: smaller tensors stay float32; the others have a float32 for each block
 REDUCE_BUCKET, LIVE_PARAMETERS = 500_000_000, 1_000_000_000  # DeepSpeed's defaults, in elements
-TAKES_MASKS = (None, "sdpa", "eager")  # attention that is given masks where prompts are padded
+TAKES_MASKS = (None, "sdpa", "eager")  # attention that gets masks if prompts are padded
 PARTS = ("weights", "reference", "optimizer", "gradients", "communication", "activations", "head", "generation")
 
 
 @dataclass(frozen=True)
 class MemoryEstimate:
-    """Bytes on each process's device, by phase of training and part, as live at the phase's peak.
+    """Bytes on each process's device at the peak of each phase of training, by part.
 
     The parts: `weights` of the policy, `reference`, `optimizer` (states, and master weights under DeepSpeed),
     `gradients`, `communication` (buckets, gathered parameters), `activations` of a micro-batch, `head` (logits in
@@ -53,9 +54,9 @@ class MemoryEstimate:
 
     Attributes:
         phases: `generation`, `update`, `optimizer step` → part → bytes.
-        parameters: of the policy, adapters included.
-        trained: how many of them.
-        paged: bytes of optimizer states, not in the phases, that go to the host where the device has no room.
+        parameters: number of the policy's parameters, adapters included.
+        trained: number of those that are trained.
+        paged: bytes of optimizer states that go to the host if the device has no room. The phases leave them out.
     """
 
     phases: dict[str, dict[str, int]]
@@ -65,7 +66,7 @@ class MemoryEstimate:
 
     @property
     def total(self) -> int:
-        """The peak."""
+        """The peak over all phases, in bytes."""
         return max(sum(parts.values()) for parts in self.phases.values())
 
     def __str__(self) -> str:
@@ -109,33 +110,33 @@ def estimate_memory(
     fsdp: bool = False,
     device: str = "cuda",
 ) -> MemoryEstimate:
-    """The memory that [`TBRMTrainer`] takes on each process's device. Nothing is loaded but the configuration.
+    """Estimate the memory that [`TBRMTrainer`] takes on each process's device. Only the configuration is loaded.
 
     Args:
         model: id or folder of a causal language model, or its configuration.
-        rows: of a micro-batch, on one process. More than one are taken to differ in length where they are rolled out.
-        prompt_length, completion_length: of the longest rows, in tokens.
-        generated_rows: rolled out at a time on one process; 0 where no model here generates. By default `rows`.
-        gathered_to_generate: whether a sharded policy is whole on each process where rollouts are drawn. By default it
-            is if rows are generated.
+        rows: rows of a micro-batch on one process. If more than one are rolled out, they are taken to differ in length.
+        prompt_length, completion_length: lengths of the longest rows, in tokens.
+        generated_rows: rows rolled out at a time on one process; 0 if no model here generates. By default `rows`.
+        gathered_to_generate: whether each process gathers a sharded policy to draw rollouts. By default it does if rows
+            are generated.
         accumulation: micro-batches per optimizer step.
-        dtype: that the weights are loaded in; "auto" is the configuration's.
-        mixed_precision: "bfloat16", "float16" or None: of autocast, or of the weights themselves under DeepSpeed.
+        dtype: dtype in which the weights are loaded; "auto" is the configuration's.
+        mixed_precision: "bfloat16", "float16" or None: dtype of autocast, or of the weights themselves under DeepSpeed.
         attn_implementation: "sdpa" by default. "eager" keeps its scores; others are taken for sdpa without a mask.
         gradient_checkpointing, optimizer: as `gradient_checkpointing` and `optim` of `TrainingArguments`.
-        peft_config: of a LoRA adapter; None for full fine-tuning.
-        quantization: "4bit" or "8bit" by bitsandbytes, of the linear layers other than the head; or None.
-        double_quantization: in 4 bits, of the constants too.
-        reference: whether a frozen copy is kept. Beside an adapter there is none.
-        values_per_row: soft values per row: 1; 2 with `truncation="bootstrap"`; every action's with `residual="token"`.
-        processes: on all nodes, one device each.
+        peft_config: configuration of a LoRA adapter; None for full fine-tuning.
+        quantization: "4bit" or "8bit" for linear layers quantized by bitsandbytes, except the head; or None.
+        double_quantization: whether 4-bit quantization also quantizes its constants.
+        reference: whether a frozen copy is kept. With an adapter there is none.
+        values_per_row: soft values per row: 1; 2 with `truncation="bootstrap"`; one per action with `residual="token"`.
+        processes: number of processes on all nodes, one device each.
         zero_stage: 1, 2 or 3 under DeepSpeed with its own defaults, else 0.
         fsdp: FSDP2; parameters, gradients and states are sharded over all processes.
-        device: "cuda" or "cpu", where TRL's head takes several copies of a tile.
+        device: "cuda" or "cpu". On the CPU, TRL's head takes several copies of a tile.
 
     Raises:
-        ValueError: for a model that is not there or cannot be run without values, an optimizer whose states are not
-            known, and options that do not go together.
+        ValueError: for a model that is missing or cannot be run without values, an optimizer with unknown states, and
+            options that do not go together.
     """
     _check(optimizer, zero_stage, fsdp, quantization, peft_config)
     for name, number in dict(rows=rows, completion_length=completion_length, processes=processes).items():
@@ -172,7 +173,7 @@ def estimate_memory(
 
     def held(name: str, parameter: nn.Parameter) -> int:
         dtype = parameter.dtype
-        if fsdp:  # accelerate keeps what is trained in float32, and gathers all of it in the computed dtype
+        if fsdp:  # accelerate keeps trained parameters in float32, and gathers all parameters in the computed dtype
             dtype = torch.float32 if mixed_precision and parameter.requires_grad else loaded
         return packed.get(name, parameter.numel() * dtype.itemsize)
 
@@ -181,11 +182,11 @@ def estimate_memory(
     whole, gradients = sum(bytes_of.values()), sum(bytes_of[name] for name in trained)
     elements, count = sum(p.numel() for p in policy.parameters()), sum(p.numel() for p in trained.values())
     itemsize = {name: 4 if zero_stage else bytes_of[name] // p.numel() for name, p in trained.items()}
-    # The Trainer keeps those of embeddings in float32.
+    # The Trainer keeps the optimizer states of embeddings in float32.
     embeddings = {id(m.weight) for m in policy.modules() if isinstance(m, nn.Embedding)}
     states = sum(_states(optimizer, p.numel(), itemsize[name], id(p) in embeddings) for name, p in trained.items())
     paged = OPTIMIZERS[optimizer][2] and not zero_stage
-    ways = processes if zero_stage == 3 or fsdp else 1  # that the weights are sharded
+    ways = processes if zero_stage == 3 or fsdp else 1  # number of shards of the weights
     always = {
         "weights": whole // ways,
         "reference": whole // ways if reference and peft_config is None else 0,
@@ -195,7 +196,7 @@ def estimate_memory(
     # FSDP2 reduces in the last micro-batch, and keeps whole gradients until then.
     unreduced = count * computed.itemsize if fsdp and accumulation > 1 else 0
 
-    # Beside the parts: buckets, and parameters that are whole while they are worked with.
+    # Communication: buckets, and parameters that are whole while in use.
     bucket = REDUCE_BUCKET * computed.itemsize if zero_stage else gradients if processes > 1 and not fsdp else 0
     gathered, all_gathered = 0, 0
     if zero_stage == 3:
@@ -203,11 +204,11 @@ def estimate_memory(
     elif fsdp:
         blocks = [sum(p.numel() for p in block.parameters()) for block in _blocks(policy)]
         others = elements - sum(blocks)
-        all_gathered = (others + 2 * max(blocks)) * computed.itemsize  # the next block while one is worked with
+        all_gathered = (others + 2 * max(blocks)) * computed.itemsize  # one block in use, and the next
         gathered = all_gathered + (max(blocks) if peft_config is None else 0) * computed.itemsize  # its gradients
     gathers = generated > 0 if gathered_to_generate is None else gathered_to_generate
     foreach = gradients if optimizer == "adamw_torch" and device != "cpu" and not zero_stage else 0
-    if zero_stage:  # float32 gradients of the partition (of ZeRO-3 for a sub-group of 1e9 elements)
+    if zero_stage:  # float32 gradients of the partition (under ZeRO-3, of a sub-group of 1e9 elements)
         foreach = 4 * min(count // processes, LIVE_PARAMETERS if zero_stage == 3 else count)
     phases = {
         "generation": {
@@ -285,7 +286,7 @@ def _add_adapters(policy: PreTrainedModel, peft_config: Any, dtype: torch.dtype 
 
 @dataclass
 class Machine:
-    """Where the training would run, and what no recipe says."""
+    """Where the training would run, and what no recipe holds."""
 
     model: str | None = field(default=None, metadata={"help": "Id or folder; else the recipe's model_name_or_path."})
     processes: int = field(default=1, metadata={"help": "Over all nodes, one device each."})
@@ -318,7 +319,7 @@ def estimate_of_run(config: TBRMConfig, model: ModelConfig, machine: Machine) ->
         prompt_length=machine.prompt_length,
         completion_length=config.max_completion_length,
         generated_rows=generated if generates else 0,
-        # For colocated vLLM TRL merges the adapter into the whole policy; all else goes one parameter at a time.
+        # For colocated vLLM TRL merges the adapter into the whole policy; all else gathers one parameter at a time.
         gathered_to_generate=generates or (merges and not machine.only_logs),
         accumulation=accumulation,
         dtype=model.dtype,
@@ -342,14 +343,14 @@ def main(arguments: list[str] | None = None) -> None:
     given = sys.argv[1:] if arguments is None else arguments
     machine, *_ = TrlParser((Machine,), add_help=False).parse_args_and_config(given, return_remaining_strings=True)
 
-    class Planned(TBRMConfig):  # checks its batches for those processes, instead of the one that runs here
+    class Planned(TBRMConfig):  # checks its batches for the planned processes, not for the one that runs here
         world_size = property(lambda self: max(1, machine.processes))
 
     parser = TrlParser((Machine, Planned, ModelConfig))
     parser.set_defaults(output_dir=".", use_cpu=not torch.cuda.is_available(), report_to="none", lora_dropout=0.0)
     try:
         machine, config, model, unknown = parser.parse_args_and_config(given, return_remaining_strings=True)
-        if wrong := [word for word in unknown if word in given]:  # what else a recipe says is its own affair
+        if wrong := [word for word in unknown if word in given]:  # a recipe may hold other options
             parser.error(f"unknown: {' '.join(wrong)}")
         print(estimate_of_run(config, model, machine))
     except ValueError as error:

@@ -1,6 +1,6 @@
-"""The bytes that are live while a model trains and generates: its own code, run on tensors without storage.
+"""Count the bytes that are live while a model trains and generates, by running its code on tensors without storage.
 
-The model comes with its parameters on the meta device. `estimate.py` counts those.
+The model's parameters are on the meta device. `estimate.py` counts them.
 """
 
 import weakref
@@ -26,7 +26,7 @@ AttentionMaskInterface.register(WITHOUT_MASK, lambda *args, **kwargs: None)
 
 
 class _Live(TorchDispatchMode):
-    """Counts the bytes of living tensors by the part they belong to. The tensors of `known` are not counted."""
+    """Counts the bytes of live tensors by the part they belong to. The tensors of `known` are not counted."""
 
     def __init__(self, known: Iterable[Tensor]):
         super().__init__()
@@ -91,7 +91,7 @@ class Trace:
         length = self.prompt + self.completion
         head = policy.get_output_embeddings()
         with self.mode:
-            policy.to_empty(device="cpu")  # still without storage: they claim to be there, so its kernels are chosen
+            policy.to_empty(device="cpu")  # still without storage; the CPU's kernels are chosen
         policy.tie_weights()
         live = _Live([*policy.parameters(), *policy.buffers()])
 
@@ -207,7 +207,7 @@ class _Quantized(torch.autograd.Function):
 
 
 def quantize(policy: PreTrainedModel, quantization: str, double: bool) -> dict[str, int]:
-    """Make frozen linear layers but the head compute as bitsandbytes' do; return each weight's bytes by name."""
+    """Make frozen linear layers except the head compute as bitsandbytes' do; return each weight's bytes by name."""
 
     def forward(self: nn.Linear, states: Tensor) -> Tensor:
         return _Quantized.apply(states, self.weight, self.bias)
@@ -220,7 +220,7 @@ def quantize(policy: PreTrainedModel, quantization: str, double: bool) -> dict[s
             number = module.weight.numel()
             if quantization == "8bit":
                 sizes[f"{name}.weight"] = number + 4 * module.out_features
-            else:  # one constant for 64 weights, in float32, or in 8 bits with a float32 for 256 of them
+            else:  # a constant per 64 weights, in float32; with `double` in 8 bits, and a float32 per 256 constants
                 constants = number // 64
                 sizes[f"{name}.weight"] = number // 2 + (constants + constants // 64 if double else 4 * constants)
     return sizes

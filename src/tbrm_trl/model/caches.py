@@ -1,4 +1,4 @@
-"""Key-value caches whose rows can be taken out and put together, and which do not copy themselves for each token."""
+"""Key-value caches that can drop and join rows, and that are not copied for each token."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -13,12 +13,12 @@ ROOM = 64  # tokens
 
 
 class RoomyLayer(DynamicLayer):
-    """Keys and values `(B, H, W, D)` with room for tokens and rows to come.
+    """Keys and values `(B, H, W, D)` with room for further tokens and rows.
 
     transformers' own layer copies all keys and values for every token, which takes longer than the attention to them.
 
     Args:
-        rows: for how many rows there is to be room; 0 for those that come first.
+        rows: number of rows to keep room for; 0 for no spare rows.
     """
 
     keys: Any
@@ -28,8 +28,8 @@ class RoomyLayer(DynamicLayer):
         super().__init__()
         self.rows = rows
         self._whole: tuple[Tensor, ...] = ()  # keys and values, each (B + room, H, W + room, D)
-        self._views: tuple[Tensor, ...] = ()  # the parts of them that hold something
-        self._first = 0  # column at which these begin
+        self._views: tuple[Tensor, ...] = ()  # the filled parts of both
+        self._first = 0  # column where the filled parts begin
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         if not self.is_initialized:
@@ -58,14 +58,14 @@ class RoomyLayer(DynamicLayer):
         self._show(len(sources), held.start, held.stop)
 
     def cut(self, columns: int) -> None:
-        """Leave out the first columns."""
+        """Drop the first columns."""
         if self._is_ours():
             self._show(len(self.keys), self._first + columns, self._first + self.get_seq_length())
         else:
             self.keys, self.values = self.keys[:, :, columns:], self.values[:, :, columns:]
 
     def append(self, keys: Tensor, values: Tensor) -> None:
-        """Add the rows of another cache. Both end at the same column, and the shorter ones have zeros before them."""
+        """Add the rows of another cache. Both end at the same column; zeros fill the narrower one on the left."""
         rows, width, more, wide = len(self.keys), self.get_seq_length(), len(keys), keys.shape[-2]
         if not (self._is_ours() and rows + more <= len(self._whole[0]) and wide <= width):
             self.keys = torch.cat(equally_wide(self.keys, keys, dim=-2))
@@ -78,7 +78,7 @@ class RoomyLayer(DynamicLayer):
         self._show(rows + more, self._first, last)
 
     def _is_ours(self) -> bool:
-        """Whether what is held is where this class has put it: others may have set keys and values meanwhile."""
+        """Whether keys and values are still this class's views: other code may have replaced them."""
         return bool(self._views) and self.keys is self._views[0] and self.values is self._views[1]
 
     def _let_go(self) -> None:
@@ -96,24 +96,24 @@ class RoomyLayer(DynamicLayer):
         return whole
 
 
-# Layers whose state is one key and one value per row and token. Others share state between rows, or hide it.
+# Layers that hold one key and one value per row and token. Others share state between rows, or hide it.
 _PLAIN_LAYERS = (DynamicLayer, RoomyLayer, DynamicSlidingWindowLayer)
 
 
 def can_select_rows(cache: Any) -> bool:
-    """Whether rows can be taken out of a cache, by what its layers are, and by whether they stay where they are."""
+    """Whether rows can be taken out of a cache: it does not offload, and its layers are of types known to allow it."""
     return isinstance(cache, Cache) and not cache.offloading and all(type(one) in _PLAIN_LAYERS for one in cache.layers)
 
 
 def empty_cache(model: PreTrainedModel, rows: int = 0) -> DynamicCache:
-    """A cache of no row, with the layers that the model wants, and with room for so many rows."""
+    """An empty cache with the model's types of layer, and room for `rows` rows."""
     cache = DynamicCache(config=model.config.get_text_config(decoder=True))
     give_room(cache, rows)
     return cache
 
 
 def give_room(cache: Cache, rows: int = 0) -> None:
-    """Let the layers of a cache that hold nothing yet have room for tokens, and for so many rows, to come."""
+    """Give a cache's empty layers room for further tokens, and for `rows` rows."""
     if cache.layer_class_to_replicate is DynamicLayer:
         cache.layer_class_to_replicate = RoomyLayer
     cache.layers = [
@@ -123,7 +123,7 @@ def give_room(cache: Cache, rows: int = 0) -> None:
 
 
 def trim(cache: Cache, columns: int) -> bool:
-    """Leave out the first columns. Whether the layers can do so."""
+    """Drop the first columns if the layers can, and return whether they can."""
     if not all(isinstance(layer, RoomyLayer) for layer in cache.layers):
         return False
     for layer in cache.layers:
@@ -132,9 +132,9 @@ def trim(cache: Cache, columns: int) -> bool:
 
 
 def joined(first: Cache, second: Cache) -> Cache:
-    """The rows of two caches as those of one, which is the first. Both end at the same column."""
+    """Add the rows of the second cache to the first, and return the first. Both end at the same column."""
     for layer, other in zip(first.layers, second.layers, strict=True):
-        if not other.is_initialized:  # it reads another layer's keys
+        if not other.is_initialized:  # this layer reads another layer's keys
             continue
         if isinstance(layer, RoomyLayer):
             layer.append(other.keys, other.values)
@@ -146,13 +146,13 @@ def joined(first: Cache, second: Cache) -> Cache:
 
 
 def closed_up(kept: Sequence[int]) -> list[int]:
-    """The same rows, in an order in which the last ones fill the gaps and all others stay where they are."""
+    """Order the kept rows so that the last ones fill the gaps and all others stay in place."""
     moved = [row for row in kept if row >= len(kept)]
     staying = set(kept)
     return [place if place in staying else moved.pop() for place in range(len(kept))]
 
 
 def equally_wide(*tensors: Tensor, dim: int = -1) -> list[Tensor]:
-    """Each with zeros before it in one dimension, counted from the last, up to the widest."""
+    """Pad tensors on the left with zeros to the width of the widest, in one dimension (a negative index)."""
     width = max(tensor.shape[dim] for tensor in tensors)
     return [pad(tensor, (0, 0) * (-1 - dim) + (width - tensor.shape[dim], 0)) for tensor in tensors]

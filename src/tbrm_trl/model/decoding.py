@@ -1,7 +1,7 @@
-"""Drawing tokens with the model's own forward, for rows that are not finished alone.
+"""Draw tokens with the model's own forward, for unfinished rows only.
 
-`sample` stands in for the loop of transformers' `generate`: it draws the same tokens, and a row that has ended leaves
-the forward pass. `Slots` is a batch in which the place of such a row is taken by another one.
+`sample` replaces the loop of transformers' `generate`: it draws the same tokens, but a finished row leaves the forward
+pass. `Slots` is a batch in which another row takes the place of a finished one.
 """
 
 from __future__ import annotations
@@ -18,17 +18,17 @@ from transformers.generation import GenerationMode, StoppingCriteriaList
 
 from .caches import can_select_rows, closed_up, empty_cache, equally_wide, give_room, joined, trim
 
-_BY_ROW = ("attention_mask", "position_ids", "token_type_ids")  # arguments of a forward with one row per row, (B, W)
+_BY_ROW = ("attention_mask", "position_ids", "token_type_ids")  # forward arguments with one entry per row, (B, W)
 
 
 def draws_one_token(model: PreTrainedModel, config: GenerationConfig) -> bool:
-    """Whether `generate` would follow one candidate for each row, which `sample` does."""
+    """Whether `generate` would follow one candidate for each row, as `sample` does."""
     mode = model._prepare_generation_config(config)[0].get_generation_mode()
     return mode in (GenerationMode.SAMPLE, GenerationMode.GREEDY_SEARCH)
 
 
 def draw(scores: Tensor, config: GenerationConfig) -> Tensor:
-    """A token for each row: `(B, V)` → `(B,)`, as `generate` draws it."""
+    """Draw a token for each row as `generate` does: `(B, V)` → `(B,)`."""
     if not config.do_sample:
         return scores.argmax(dim=-1)
     return torch.multinomial(scores.softmax(dim=-1), num_samples=1).squeeze(1)
@@ -43,10 +43,10 @@ def sample(
     synced_gpus: bool = False,
     **model_kwargs: Any,
 ) -> Tensor:
-    """The `custom_generate` of a batch whose finished rows are not computed any more: `(B, P)` → `(B, P + C)`.
+    """A `custom_generate` that does not compute finished rows: `(B, P)` → `(B, P + C)`.
 
-    Processors, criteria and random draws are given all rows, as in `generate`, so that they find what they would find
-    there. A batch is left to `generate` if its cache gives no rows out, or if more is asked for than tokens.
+    Processors, criteria and random draws get all rows, so they work as in `generate`. The loop of `generate` runs
+    instead if rows cannot be taken out of the cache or the arguments, or if more than tokens is to be returned.
 
     Args:
         model: the policy, unwrapped.
@@ -88,23 +88,24 @@ def sample(
 
 
 class Row(Protocol):
-    """What is decoded: a prompt, and the tokens that were drawn so far."""
+    """A row to decode: a prompt, and the tokens drawn so far."""
 
     prompt_ids: list[int]
     completion_ids: list[int]
 
 
 class Slots:
-    """Places of a batch. A row that has ended frees its place for another one, which is read in one forward pass.
+    """A batch in which a finished row frees its place for another one, which is read in one forward pass.
 
-    Each row has logits processors of its own. They are given its prompt and completion without padding, so that what
-    counts from the prompt counts from the true one, in whatever part of a run the row is drawn.
+    Each row has its own logits processors. They get its prompt and completion without padding, so a processor that
+    counts from the end of the prompt counts correctly, whenever the row is drawn.
 
     Args:
         model: the policy, unwrapped.
         config: as `generate` has prepared it.
         size: number of places.
-        any_of: tells which of some flags are true on any process. A sharded model needs as many forward passes on each.
+        any_of: returns for each flag whether it is true on any process. A sharded model needs equally many forward
+            passes on every process.
     """
 
     def __init__(
@@ -116,9 +117,9 @@ class Slots:
     ):
         self.model, self.config, self.size, self.any_of = model, config, size, any_of
         self.ends = set(config._eos_token_tensor.tolist()) if config._eos_token_tensor is not None else set()
-        self.rows: list[Row] = []  # under way, in the order of the cache
-        self.places: list[int] = []  # of each of them
-        self.processors: list[LogitsProcessorList] = []  # of each of them
+        self.rows: list[Row] = []  # unfinished, in the order of the cache
+        self.places: list[int] = []  # one per row
+        self.processors: list[LogitsProcessorList] = []  # one list per row
         self.cache = empty_cache(model, size)
         self.mask = torch.zeros(0, 0, dtype=torch.long, device=model.device)  # (n, W)
         self.logits = torch.zeros(0, 0, device=model.device)  # (n, V)
@@ -130,7 +131,7 @@ class Slots:
         return bool(drawn) and (drawn[-1] in self.ends or len(drawn) == self.config.max_new_tokens)
 
     def run(self, more: Callable[[int], Sequence[Row]], is_done: Callable[[], bool]) -> None:
-        """Draw tokens until it is done on every process; `more(n)` gives n further rows at most."""
+        """Draw tokens until `is_done()` on every process; `more(n)` returns at most n further rows."""
         while True:
             undone, reads = self.any_of([not is_done(), bool(self.rows)])
             if not undone:
@@ -143,11 +144,11 @@ class Slots:
             self._draw()
 
     def _start(self, rows: Sequence[Row]) -> None:
-        """Read rows into free places: their prompts, and what is drawn of them already."""
+        """Read rows into free places: their prompts, and the tokens already drawn."""
         if not rows:
             return self._idle()
         known = [(*row.prompt_ids, *row.completion_ids) for row in rows]
-        distinct = {one: number for number, one in enumerate(dict.fromkeys(known))}  # a prompt is read once
+        distinct = {one: number for number, one in enumerate(dict.fromkeys(known))}  # equal ones are read once
         width, device = max(map(len, known)), self.mask.device
         ids = torch.tensor([[0] * (width - len(one)) + [*one] for one in distinct], device=device)  # (d, L)
         mask = torch.tensor([[0] * (width - len(one)) + [1] * len(one) for one in distinct], device=device)
@@ -166,7 +167,7 @@ class Slots:
         self.processors += [self._processors_of(row) for row in rows]
 
     def _draw(self) -> None:
-        """Give every row its next token, and take out those that end with it."""
+        """Give every row its next token, and remove the rows that end with it."""
         if not self.rows:
             return
         for row, token in zip(self.rows, self.tokens(), strict=True):
@@ -180,21 +181,21 @@ class Slots:
             self._trim()
 
     def tokens(self) -> list[int]:
-        """The next token of every row that is under way."""
+        """Draw the next token of every row."""
         places = torch.tensor(self.places, device=self.mask.device)
         given = zip(self.rows, self.processors, self.logits, strict=True)
         logits = torch.stack([self._processed(*one) for one in given])  # (n, V)
         return draw(_at(places, logits, self.size), self.config)[places].tolist()  # (n,)
 
     def _trim(self) -> None:
-        """Cut off the columns that no row under way has read: the longest rows have left."""
+        """Drop the leading columns that are padding in every row, after the longest rows have left."""
         used = self.mask.any(dim=0).nonzero()  # (W', 1)
         first = int(used[0]) if len(used) else 0
         if first and trim(self.cache, first):
             self.mask = self.mask[:, first:]
 
     def _advance(self) -> None:
-        """Read the token that was drawn last for every row."""
+        """Read the last drawn token of every row."""
         if not self.rows:
             return self._idle()
         ids = torch.tensor([row.completion_ids[-1:] for row in self.rows], device=self.mask.device)  # (n, 1)
@@ -202,12 +203,12 @@ class Slots:
         self.logits = self._forward(ids, self.mask, self.cache)
 
     def _idle(self) -> None:
-        """A forward pass of a process that has nothing to read, beside those that have."""
+        """Run a forward pass on a process that has nothing to read, because other processes run one."""
         one = torch.ones(1, 1, dtype=torch.long, device=self.mask.device)
         self._forward(one, one, empty_cache(self.model))
 
     def _forward(self, ids: Tensor, mask: Tensor, cache: Cache) -> Tensor:
-        """`(k, V)` logits after the last of the ids `(k, L)`; the mask is that of all that was read, `(k, W)`."""
+        """Return the logits `(k, V)` after the last of `ids` `(k, L)`; `mask` `(k, W)` covers all tokens, these too."""
         given: dict[str, Any] = {"past_key_values": cache, "attention_mask": mask, "use_cache": True}
         given |= self._keeps_logits
         if self._takes_positions:
@@ -230,5 +231,5 @@ class Slots:
 
 
 def _at(places: Tensor, logits: Tensor, size: int) -> Tensor:
-    """The logits at their rows' places of a batch, `(n, V)` → `(size, V)`: rows elsewhere draw a token of no use."""
+    """Put logits at their rows' places in a batch, `(n, V)` → `(size, V)`. Tokens drawn in other places are unused."""
     return logits.new_zeros(size, logits.shape[1]).index_copy(0, places, logits)

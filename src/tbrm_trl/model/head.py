@@ -1,4 +1,4 @@
-"""The trajectory head: a model's own forward made to score trajectories, without forming the full logits."""
+"""The trajectory head: it makes a model's own forward score trajectories without forming the full logits."""
 
 import functools
 import types
@@ -13,9 +13,9 @@ from ..batch import TrajectoryScores, at_least_float32
 
 
 def logit_transform(model: PreTrainedModel, temperature: float):
-    """A function that does to a head's output what comes before the softmax: scale, soft-cap, division by T.
+    """Return a function that applies to a head's output what comes before the softmax: scale, soft-cap, division by T.
 
-    The head's bias is applied by the head itself. Names of the scale differ by family: `logit_scale` (Cohere),
+    The head itself applies its bias. The name of the scale differs by family: `logit_scale` (Cohere),
     `output_multiplier` (Muse), `lm_head_multiplier` (Falcon-H1), `logits_scaling` (Granite and MiniCPM3 divide by it,
     HyperCLOVA X multiplies).
     """
@@ -39,16 +39,17 @@ def logit_transform(model: PreTrainedModel, temperature: float):
 def add_trajectory_head(model: PreTrainedModel, temperature: float, cast_lm_head_to_fp32: bool = False) -> None:
     """Teach `model` to score trajectories: `model(..., action_mask=mask)` returns `TrajectoryScores`.
 
-    The new forward takes padded rows and one packed row alike, and gives results per token in the layout of its input.
+    The new forward takes padded rows or one packed row, and returns results per token in the layout of its input.
     `scored` marks the tokens that get a log-probability and an entropy. `first_state` and `last_state` are `(B,)`
-    places in the rows laid end to end: the state of each trajectory's first action, where V is always computed, and
-    that of its last token, where V is computed if `last_state` is given. `every_value` asks for V at every action.
+    places in the rows laid end to end. `first_state` is the state of each trajectory's first action, where V is always
+    computed. `last_state`, if given, is the state of its last token, where V is computed too. `every_value` asks for V
+    at every action.
 
     Everything happens inside the model's own forward, so that the hooks of DDP, FSDP and DeepSpeed ZeRO fire. The
-    backbone runs once. Only the states in which the policy acted go on to TRL's chunked head, which the model must
-    already have (`trl.trainer.utils.add_fused_lm_head`), and one state per trajectory goes to the ordinary head for the
-    soft value. The `(B, T, vocabulary)` logits are never formed; only `every_value` forms those of all actions. Without
-    `action_mask` the forward is unchanged.
+    backbone runs once. Only the states of scored tokens go to TRL's chunked head, which the model must already have
+    (`trl.trainer.utils.add_fused_lm_head`). One state per trajectory (two with `last_state`) goes to the ordinary head
+    for the soft value. The `(B, T, vocabulary)` logits are never formed; only `every_value` forms those of all actions.
+    Without `action_mask` the forward is unchanged.
 
     Args:
         model: causal language model with TRL's fused head, not wrapped by PEFT.
@@ -60,7 +61,7 @@ def add_trajectory_head(model: PreTrainedModel, temperature: float, cast_lm_head
 
     def soft_value(states: Tensor) -> Tensor:
         head = model.get_output_embeddings()
-        # The soft value is computed in the kernel's dtype: the autocast one if there is one, or that of the states.
+        # The soft value is computed in the kernel's dtype: autocast's if it is on, else that of the states.
         in_head_dtype = torch.autocast(states.device.type, enabled=False) if cast_lm_head_to_fp32 else nullcontext()
         with in_head_dtype:
             return transform(head(states.to(head.weight.device))).logsumexp(dim=-1)  # (N,)
@@ -96,7 +97,7 @@ def add_trajectory_head(model: PreTrainedModel, temperature: float, cast_lm_head
             if every_value:
                 wanted["state_values"] = choosing(action_mask)  # (N, hidden)
             # FSDP2 frees the head's weights once backward has passed its module, and the kernel needs the bare weights.
-            # So the module is called once and before the kernel: backward then passes the kernel first.
+            # So the module is called once, before the kernel: backward then passes the kernel first.
             values = soft_value(torch.cat(list(wanted.values())))
             soft_values.update(zip(wanted, values.split([len(one) for one in wanted.values()]), strict=True))
             soft_values["hidden"] = wanted["soft_value"].detach()

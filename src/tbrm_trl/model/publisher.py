@@ -1,11 +1,11 @@
-"""Versions of the policy as files, which whoever draws for a run loads.
+"""Write versions of the policy as files, which the server that draws rollouts for a run loads.
 
     policy/
-        latest.json               the version that is served now; its folder is whole by then
+        latest.json               the version to serve now, written after its folder is complete
         step-00000012-1a2b3c4d/   an adapter as PEFT saves it, or a model as transformers does
-        base/                     the de-quantised base of an adapter that is trained on a quantised one, written once
+        base/                     the de-quantised base, if an adapter is trained on a quantised one; written once
 
-A version's name ends in a digest of its weights: a name means one set of bits, also when a resumed run comes to the
+A version's name ends in a digest of its weights. So a name means one set of weights, even if a resumed run reaches the
 same step with other weights.
 """
 
@@ -37,20 +37,20 @@ logger = get_logger(__name__)
 FOLDER = "policy"  # in the run's output directory
 LATEST = "latest.json"
 BASE = "base"
-PLACES, LIKELIEST = 8, 20  # of the probe: after how many tokens something is said, and of how many tokens each time
+PLACES, LIKELIEST = 8, 20  # of the probe: how many of its prefixes are continued, and how many tokens are kept for each
 
 
 @dataclass(frozen=True)
 class Version:
-    """A policy that was published.
+    """A published policy.
 
     Attributes:
-        name: of its folder, and of the adapter at the server.
-        step: updates that it had made.
-        adapter: whether its folder holds an adapter, or a whole model.
-        probe_ids: a short text, as tokens.
-        likeliest: after some first tokens of it, by their number, the tokens that the policy finds likeliest there,
-            each with its log-probability at temperature 1.
+        name: name of its folder, and of the adapter on the server.
+        step: number of updates it has made.
+        adapter: whether its folder holds an adapter; else it holds a whole model.
+        probe_ids: a short text as token ids.
+        likeliest: number of leading tokens of the probe → the policy's likeliest next tokens → their log-probabilities
+            at temperature 1.
     """
 
     name: str
@@ -61,7 +61,7 @@ class Version:
 
 
 def read_latest(folder: Path) -> Version:
-    """The version that is served now. Raises FileNotFoundError before the first."""
+    """Read the version that is served now. Raises FileNotFoundError before the first."""
     said = json.loads((folder / LATEST).read_text())
     after = {int(n): {int(token): one for token, one in of.items()} for n, of in said.get("likeliest", {}).items()}
     return Version(said["version"], said["step"], said["adapter"], tuple(said["probe_ids"]), after)
@@ -73,11 +73,11 @@ class Publisher(TrainerCallback):
     Every process takes part, since a sharded model is gathered. The main process writes.
 
     Args:
-        folder: of the versions.
-        model: gives the model being trained, in its wrappers.
+        folder: holds the versions.
+        model: returns the model being trained, in its wrappers.
         accelerator: the trainer's.
-        kept: versions of how many updates before the latest stay on disk, for who has just read of them.
-        probe_ids: a short text, as tokens, by which a server that serves something else is found out.
+        kept: number of updates before the latest whose versions stay on disk, for readers that just saw their names.
+        probe_ids: a short text as token ids. A server's answer to it shows whether it serves this policy.
     """
 
     def __init__(
@@ -100,10 +100,10 @@ class Publisher(TrainerCallback):
 
     @torch.no_grad()
     def publish(self, step: int) -> Version:
-        """Write the policy as it is now, and say that it is the latest.
+        """Write the current policy, and record it as the latest.
 
         Raises:
-            OSError: on every process, if the main process cannot write; says where, and what to do.
+            OSError: on every process, if the main process cannot write. The message says where, and what to do.
         """
         policy: Any = self.accelerator.unwrap_model(self.model(), keep_torch_compile=False)
         writes = self.accelerator.is_main_process
@@ -132,21 +132,21 @@ class Publisher(TrainerCallback):
         self._remove_old(version)
 
     def _remove_old(self, latest: Version) -> None:
-        """Versions that no one can ask for any more, and those of updates that a resumed run has yet to make."""
+        """Remove versions older than `kept` updates, and those of updates that a resumed run has yet to make."""
         for folder in self.folder.glob("step-*"):
             step = int(folder.name.split("-")[1])
             if folder.name != latest.name and not latest.step - self.kept <= step <= latest.step:
                 shutil.rmtree(folder, ignore_errors=True)
 
     def _probe(self) -> dict[int, dict[int, float]]:
-        """What the policy finds likeliest after the probe's first tokens. Every process runs this forward pass."""
+        """Find the likeliest next tokens after prefixes of the probe. Every process runs this forward pass."""
         if not self.probe_ids:
             return {}
         ids = torch.tensor([self.probe_ids], device=self.accelerator.device)  # (1, T)
         with self.accelerator.autocast():
             logits = self.model()(input_ids=ids, use_cache=False).logits  # (1, T, V)
         for module in self.model().modules():
-            if isinstance(module, FSDPModule):  # its root would stay whole until a backward pass, which none follows
+            if isinstance(module, FSDPModule):  # its root would stay whole, since no backward pass follows
                 module.reshard()
         places = sorted({round(len(self.probe_ids) * (i + 1) / PLACES) or 1 for i in range(PLACES)})
         log_probs = logits[0, [place - 1 for place in places]].float().log_softmax(-1)  # (places, V)
@@ -156,11 +156,11 @@ class Publisher(TrainerCallback):
 
 
 def gathered(parameters: Mapping[str, Tensor], keep: bool) -> dict[str, Tensor]:
-    """Whole tensors on the CPU, of parameters that DeepSpeed or FSDP may divide. Every process calls this.
+    """Copy parameters that DeepSpeed or FSDP may shard, whole, to the CPU. Every process calls this.
 
     Args:
         parameters: by name.
-        keep: whether this process wants them; one that does not gets none.
+        keep: whether this process gets the tensors; else the result is empty.
     """
     tensors = {}
     for name, parameter in parameters.items():
@@ -172,15 +172,15 @@ def gathered(parameters: Mapping[str, Tensor], keep: bool) -> dict[str, Tensor]:
 
 
 def write_base(folder: Path, model: Any, tokenizer: PreTrainedTokenizerBase) -> Path:
-    """Write what a quantised base computes with: its weights de-quantised. The model itself stays as it is.
+    """Write the de-quantised weights of a quantised base, with which it computes. The model itself does not change.
 
     Args:
-        folder: of the versions.
+        folder: holds the versions.
         model: a causal language model that bitsandbytes quantised to 4 bits, with an adapter or without.
-        tokenizer: written beside it, for the server.
+        tokenizer: written beside the base, for the server.
 
     Returns:
-        Its folder. A base that was written before is left alone if it is of the same weights.
+        The base's folder. A base already written stays if its weights are the same.
     """
     from bitsandbytes.functional import dequantize_4bit
 
@@ -210,7 +210,7 @@ def write_base(folder: Path, model: Any, tokenizer: PreTrainedTokenizerBase) -> 
 
 
 def say_base(folder: Path) -> None:
-    """Say how a server is started on the de-quantised base."""
+    """Log how to start a server on the de-quantised base."""
     logger.warning(
         f"The base is de-quantised in {folder.absolute()}, for the server: VLLM_ALLOW_RUNTIME_LORA_UPDATING=True vllm "
         f"serve {folder.absolute()} --enable-lora --max-loras 4 --max-lora-rank RANK"
@@ -218,7 +218,7 @@ def say_base(folder: Path) -> None:
 
 
 def _published(policy: Any) -> dict[str, Tensor]:
-    """What a version is made of: the adapter that is trained, or every weight."""
+    """The tensors of a version: the trained adapter's, or every weight and saved buffer."""
     if is_peft_model(policy):
         return {name: parameter for name, parameter in policy.named_parameters() if parameter.requires_grad}
     return {**dict(policy.named_parameters()), **_saved_buffers(policy)}
@@ -230,7 +230,7 @@ def _saved_buffers(policy: nn.Module) -> dict[str, Tensor]:
 
 
 def _is_plain(name: str) -> bool:
-    """Whether a buffer is the model's own, and not one that bitsandbytes keeps beside a packed weight."""
+    """Whether a buffer is the model's own; bitsandbytes keeps others beside a packed weight."""
     return not any(part in name for part in (".absmax", ".quant_map", ".nested_", ".quant_state", ".SCB"))
 
 

@@ -1,10 +1,10 @@
-"""A model in training computes what it computes in evaluation: no dropout, no noise, no repacked weights."""
+"""Make a model compute in training what it computes in evaluation: no dropout, no noise, no repacked weights."""
 
 from torch import nn
 
 
 def keep_weights_unpacked(model: nn.Module) -> None:
-    """Keep bitsandbytes from repacking a 4-bit base for the CPU when it is evaluated, which spoils training after it.
+    """Keep bitsandbytes from repacking a 4-bit base for the CPU in evaluation, which spoils later training.
 
     Raises:
         ValueError: if it was repacked already.

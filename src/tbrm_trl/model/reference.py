@@ -1,4 +1,4 @@
-"""The reference policy π_ref: which module computes it, its identity, its resets, and the scores it gives."""
+"""The reference policy π_ref: the module that computes it, its identity, its resets, and its scores."""
 
 import copy
 import json
@@ -33,7 +33,7 @@ _OF_AN_ADAPTERS_ORIGIN = frozenset(
 
 
 def digest_of(tensors: Iterable[tuple[str, Tensor]], digest: Any) -> str:
-    """What an xxhash digest is of tensors with their names, shapes and types."""
+    """Update an xxhash digest with tensors, their names, shapes and types, and return it in hex."""
     for name, tensor in tensors:
         digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
         digest.update(tensor.reshape(-1).view(torch.uint8).cpu().numpy().data)
@@ -41,8 +41,8 @@ def digest_of(tensors: Iterable[tuple[str, Tensor]], digest: Any) -> str:
 
 
 def shard_by_layer(model: Any, accelerator: Accelerator) -> Any:
-    """A reference under FSDP2, each layer a unit of its own. TRL makes one of all, gathered whole in every pass."""
-    model.requires_grad_(False)  # what is trained must have one dtype in a unit, and a head may be float32
+    """Shard a reference by FSDP2, one unit per layer. TRL makes the model one unit, gathered whole in every pass."""
+    model.requires_grad_(False)  # trained parameters of a unit must have one dtype, and a head may be float32
     plugin = accelerator.state.fsdp_plugin
     keep_precision_of_scores(accelerator)
     plugin.set_auto_wrap_policy(model)
@@ -53,7 +53,7 @@ def shard_by_layer(model: Any, accelerator: Accelerator) -> Any:
 
 
 def keep_precision_of_scores(accelerator: Accelerator) -> None:
-    """Have FSDP2 give out what a model gives: by accelerate's default it rounds float32 to the computed dtype."""
+    """Keep FSDP2 from rounding a model's float32 outputs to the compute dtype, as it does by accelerate's default."""
     plugin = accelerator.state.fsdp_plugin
     if plugin.mixed_precision_policy is not None:
         plugin.mixed_precision_policy = replace(plugin.mixed_precision_policy, output_dtype=None)
@@ -63,7 +63,7 @@ class Reference:
     """π_ref of a policy: a frozen copy (full fine-tuning), the adapter `ref`, or the base model without adapters.
 
     Args:
-        policy: gives the model being trained, wrapped or not.
+        policy: returns the model being trained, wrapped or not.
         frozen_copy: reference of a fully fine-tuned model, prepared for the process group; None for PEFT.
         accelerator: the trainer's.
         settings: what the scores depend on besides weights (temperature, dtype, …), as JSON-able values.
@@ -96,14 +96,14 @@ class Reference:
         This makes stored scores stale. A trajectory is scored again the next time it is trained on.
         """
         trained = self._trained()
-        for name, parameter in self._synced().items():  # one by one, since ZeRO-3 gathers what is synced
+        for name, parameter in self._synced().items():  # one by one, since ZeRO-3 gathers all that a call syncs
             SyncRefModelCallback.sync_target_model(
                 nn.ParameterList([trained[name]]), nn.ParameterList([parameter]), alpha
             )
         self.renew_key()
 
     def save(self, folder: Path) -> None:
-        """Write what `sync` changes. The main process writes all of it, or each process its own FSDP2 shard."""
+        """Write the parameters that `sync` changes. The main process writes all, or each process its FSDP2 shard."""
         tensors = {}
         for name, parameter in self._synced().items():
             with gathering(parameter):
@@ -117,8 +117,8 @@ class Reference:
         """Read back what `save` wrote.
 
         Args:
-            folder: what this process wrote.
-            main_folder: what the main process wrote, which is everything unless shards were written.
+            folder: where this process wrote.
+            main_folder: where the main process wrote, which is everything unless shards were written.
         """
         parameters = self._synced()
         sharded = any(isinstance(parameter, DTensor) for parameter in parameters.values())
@@ -129,15 +129,15 @@ class Reference:
         self.renew_key()
 
     def is_stale(self, trajectory: Trajectory) -> bool:
-        """Whether the scores that a trajectory carries, if any, are another reference's."""
+        """Whether a trajectory has no reference scores, or another reference's."""
         return trajectory.ref_key != self.key
 
     def renew_key(self) -> None:
-        """Make `key` the digest of the weights of π_ref and of the settings: stored scores with this key are its own.
+        """Set `key` to a digest of π_ref's weights and the settings: stored scores with this key are its own.
 
-        `weights` is the digest of the weights alone.
+        `weights` becomes the digest of the weights alone.
 
-        It must be renewed after every change of the weights, or of how they are sharded.
+        Call this after every change of the weights, or of how they are sharded.
         """
         if self.frozen_copy is not None:
             weights = list(self._unwrapped(self.frozen_copy).named_parameters())
@@ -147,17 +147,17 @@ class Reference:
             weights = [(n, p) for n, p in policy.named_parameters() if not any(o in f"{n}." for o in others)]
         # A ZeRO-3 parameter is fingerprinted by this process's partition, without gathering it.
         local = ((n, getattr(p, "ds_tensor", _local_shard(p)).detach().contiguous()) for n, p in weights)
-        # Processes that each hold a whole copy agree. Processes that hold shards make up one key together.
+        # Processes with whole copies have equal digests. The digests of processes with shards make one key together.
         parts = sorted(set(gather_object([digest_of(local, xxhash.xxh3_128())])))
         self.key = xxhash.xxh3_128_hexdigest(json.dumps([parts, self.settings], sort_keys=True).encode())
         self.weights = xxhash.xxh3_128_hexdigest(json.dumps(parts).encode())
 
     def _unwrapped(self, model: nn.Module) -> Any:
-        """The model inside its wrappers. `torch.compile`'s goes too, since it prefixes the names of parameters."""
+        """The model without its wrappers, `torch.compile`'s included, which prefixes the names of parameters."""
         return self.accelerator.unwrap_model(model, keep_torch_compile=False)
 
     def _synced(self) -> dict[str, nn.Parameter]:
-        """The parameters that a sync changes, by the names that the policy's own parameters have."""
+        """The parameters that a sync changes, by the names of the policy's own parameters."""
         if self.frozen_copy is not None:
             return dict(self._unwrapped(self.frozen_copy).named_parameters())
         return _adapter(self._unwrapped(self.policy()), ADAPTER)
@@ -170,11 +170,11 @@ class Reference:
 
 
 class PreviousPolicy:
-    """The policy that produced a trajectory as its reference. It scores a trajectory once, before it learns from it.
+    """Makes the policy that produced a trajectory its reference, which scores it once, before it is trained on.
 
     Args:
-        policy: gives the model being trained, wrapped or not.
-        step: gives the number of updates that the policy has made.
+        policy: returns the model being trained, wrapped or not.
+        step: returns the number of updates that the policy has made.
     """
 
     def __init__(self, policy: Callable[[], nn.Module], step: Callable[[], int]):
@@ -189,7 +189,7 @@ class PreviousPolicy:
         return nullcontext(self.policy())
 
     def is_stale(self, trajectory: Trajectory) -> bool:
-        """Whether a trajectory was never scored."""
+        """Whether a trajectory has not been scored."""
         return trajectory.ref_key is None
 
 
@@ -209,7 +209,7 @@ def _local_shard(parameter: Tensor) -> Tensor:
 
 
 def gathering(parameter: Tensor) -> AbstractContextManager[None]:
-    """Gather a ZeRO-3 parameter inside the block, and partition at its end what the main process wrote to it."""
+    """Gather a ZeRO-3 parameter inside the block; at its end, partition what the main process wrote to it."""
     if hasattr(parameter, "ds_id"):
         import deepspeed
 
@@ -219,10 +219,10 @@ def gathering(parameter: Tensor) -> AbstractContextManager[None]:
 
 @contextmanager
 def base_kept(policy: Any) -> Iterator[None]:
-    """Inside, an adapter that is added beside another of the same configuration leaves the base as it is.
+    """Inside the block, adding an adapter beside another of the same configuration does not change the base.
 
-    Some initialisations (PiSSA, OLoRA, …) rewrite the base for the adapter that they make. TRL and this library give
-    `ref` the values of the trained adapter afterwards, so its own initialisation does not matter.
+    Some initialisations (PiSSA, OLoRA, …) rewrite the base for the new adapter. TRL and this library then give `ref`
+    the values of the trained adapter, so its own initialisation does not matter.
     """
     configs = [one for one in getattr(policy, "peft_config", {}).values() if hasattr(one, "init_lora_weights")]
     with ExitStack() as stack:
@@ -267,20 +267,20 @@ def score_reference(
     score: Callable[[Batch], TrajectoryScores],
     filler: Trajectory,
 ) -> None:
-    """Write log π_ref, V_ref(s_1) and the reference's key onto each trajectory, both numbers from the same forward.
+    """Store log π_ref, V_ref(s_1) and the reference's key in each trajectory, both scores from the same forward.
 
     Args:
-        batches: trajectories to score, those of one forward together.
+        batches: trajectories to score, one batch per forward.
         forwards: forwards to run, equally many on every process: a sharded model needs all processes in each.
         key: the key of the reference that scores.
         collate: trajectories → padded batch.
         score: padded batch → scores of the reference.
-        filler: trajectory that is run where this process has fewer batches than forwards; its scores are not kept.
+        filler: trajectory to run if this process has fewer batches than forwards; its scores are dropped.
     """
     scored = [(batch, score(collate(batch))) for batch in batches]
     for _ in range(forwards - len(batches)):
         score(collate([filler]))
-    for batch, scores in scored:  # read once all forwards are under way
+    for batch, scores in scored:  # read after all forwards are launched
         log_probs, soft_values = scores.log_probs.cpu(), scores.soft_value.tolist()
         end_values = [None] * len(batch) if scores.end_value is None else scores.end_value.tolist()
         for trajectory, row, soft_value, end_value in zip(batch, log_probs, soft_values, end_values, strict=True):
@@ -290,7 +290,7 @@ def score_reference(
 
 
 def adapter_settings(policy: nn.Module) -> dict[str, Any]:
-    """What decides, besides its weights, what a trained adapter computes; nothing for a full model."""
+    """The settings that decide, besides its weights, what a trained adapter computes; none for a full model."""
     if not is_peft_model(policy):
         return {}
     settings = policy.peft_config[policy.active_adapter].to_dict()  # type: ignore[index, union-attr]

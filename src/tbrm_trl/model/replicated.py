@@ -1,4 +1,4 @@
-"""Modules that are trained beside the policy, whole on every process."""
+"""Modules trained beside the policy, whole on every process."""
 
 from pathlib import Path
 
@@ -10,16 +10,16 @@ from transformers import TrainerCallback
 
 
 class ReplicatedModules(TrainerCallback):
-    """Trains modules with an AdamW of their own, whatever shards the policy.
+    """Trains modules with their own AdamW, however the policy is sharded.
 
-    The loss of each process is already scaled so that the mean over processes is that of the whole update, so gradients
-    are averaged over processes before each step.
+    The loss of each process is scaled so that its mean over processes is the loss of the whole update. So gradients are
+    averaged over processes before each step.
 
     Args:
         accelerator: the trainer's.
 
     Raises:
-        ValueError: for mixed precision in float16, whose loss scale would reach these gradients too.
+        ValueError: for mixed precision in float16, since its loss scale would reach these gradients too.
     """
 
     optimizer: torch.optim.AdamW
@@ -34,7 +34,7 @@ class ReplicatedModules(TrainerCallback):
         self._skips = False
 
     def add(self, module: nn.Module, learning_rate: float) -> None:
-        """Train a module too, from the main process's weights on every process, at a constant learning rate."""
+        """Train a module at a constant learning rate. Every process starts from the main process's weights."""
         module.to(self.accelerator.device)
         for parameter in module.parameters():
             parameter.data = broadcast(parameter.data)
@@ -46,7 +46,7 @@ class ReplicatedModules(TrainerCallback):
         self.modules.append(module)
 
     def skip_next_step(self) -> None:
-        """The policy's update is not taken, so this one is not either."""
+        """Skip the next step, because the policy's update is skipped."""
         self._skips = True
 
     def on_optimizer_step(self, args, state, control, **kwargs):
@@ -61,7 +61,7 @@ class ReplicatedModules(TrainerCallback):
         self._skips = False
 
     def save(self, path: Path) -> None:
-        """Write weights and optimizer, which every process has alike."""
+        """Write weights and optimizer, which are equal on every process."""
         torch.save({"modules": self.modules.state_dict(), "optimizer": self.optimizer.state_dict()}, path)
 
     def load(self, path: Path) -> None:

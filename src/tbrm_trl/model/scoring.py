@@ -30,7 +30,7 @@ def score(
         batch: from `collate`.
         masked: give the model the attention mask. Causal attention does not need it, since no real token looks at the
             padding on its right, and without a mask the kernels are faster and keep less. Vision-language models take
-            positions from it, and a mixture of experts leaves padding out of its load-balancing loss by it.
+            positions from it, and a mixture of experts uses it to leave padding out of its load-balancing loss.
         router_logits: ask a mixture-of-experts model for its load-balancing loss.
         scored: `(B, T)` tokens that get a log-probability and an entropy; None means all actions. s_1 is always the
             state of the first action.
@@ -61,6 +61,6 @@ def score(
     scores = model(**per_token, **batch.vision, first_state=first_state, **wanted)
     if batch.packed:
         for name in ("log_probs", "entropy", "state_values"):
-            if name in scores:  # a `ModelOutput` holds what is not None
+            if name in scores:  # a `ModelOutput` omits fields that are None
                 scores[name] = at_mask(scores[name], real)  # (B, T)
     return scores

@@ -1,4 +1,4 @@
-"""TRL's generation by a vLLM server, for a policy that is an adapter: the adapter travels, and nothing is merged."""
+"""TRL's generation by a vLLM server for a policy with an adapter: only the adapter is sent, and nothing is merged."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -12,18 +12,18 @@ from .publisher import Version
 
 
 class ServedAdapter(VLLMGeneration):
-    """`VLLMGeneration` in its mode "server", which has the server load the adapter's folder under a name of its own.
+    """`VLLMGeneration` in mode "server" that makes the server load each version of the adapter under its own name.
 
-    TRL would merge the adapter into the base, send all weights, and take it out again. That rounds the base of a model
-    in half precision each time, and a quantised base cannot be sent at all. The overridden methods are
+    TRL would merge the adapter into the base, send all weights, and unmerge it. That rounds a base in half precision
+    each time, and a quantised base cannot be sent at all. The overridden methods are
 
     - `_init_vllm`: joins no group for sending weights;
-    - `sync_weights`: publishes the adapter, and has requests name it.
+    - `sync_weights`: publishes the adapter, and names it in requests.
 
     Args:
-        publish: writes the policy as it is now. Every process calls it.
-        folder: of the versions, by a path that the server can read too.
-        before: called on the main process before it looks for the server.
+        publish: writes the current policy. Every process calls it.
+        folder: holds the versions, under a path that the server can read too.
+        before: called with the model on the main process before it looks for the server.
     """
 
     def __init__(

@@ -1,4 +1,4 @@
-"""A run as one page: `tbrm report RUN` writes HTML that opens from disk and asks for no network."""
+"""Write a run as one page: `tbrm report RUN` writes HTML that opens from disk and needs no network."""
 
 from .page import write_report
 

@@ -1,4 +1,4 @@
-"""The charts of a report: from a run's numbers to plain lists of them. Pure functions."""
+"""Turn a run's numbers into the plain lists of a report's charts. All functions are pure."""
 
 import math
 import re
@@ -10,13 +10,13 @@ import numpy as np
 from ..run_log import EVALUATED
 from .run import RunFolder, Updates
 
-POINTS = 1000  # of a line: more log entries than this are averaged, several to a point
-PARTS = 200  # of a run, of each of which quantiles are taken
-PERIODS = 12  # of a run, in each of which the soft value is compared with what was earned
-PROMPTS = 400  # of a period that are shown
+POINTS = 1000  # most points of a line; with more log entries, each point averages several
+PARTS = 200  # most parts of a run for which quantiles are taken
+PERIODS = 12  # most periods of a run in which the soft value is compared with the realised one
+PROMPTS = 400  # most prompts shown per period
 QUANTILES = {"5%": 0.05, "25%": 0.25, "median": 0.5, "75%": 0.75, "95%": 0.95}
 
-# Title, what it says, unit, and patterns of the metrics on it.
+# Title, explanation, unit, and pattern of the metrics on the chart.
 CHARTS: tuple[tuple[str, str, str, str], ...] = (
     (
         "Reward",
@@ -95,15 +95,15 @@ TIMES = ("generation_time", "rollouts_time", "rewards_time", "reference_time")
 
 
 def charts_of(run: RunFolder) -> list[dict[str, Any]]:
-    """Every chart of lines that the run has numbers for: title, text, unit, steps and lines by name.
+    """Every line chart for which the run has numbers: title, text, unit, steps and lines by name.
 
-    Each point is a mean of `entries_per_point` log entries.
+    Each point is the mean of `entries_per_point` log entries.
     """
     charts, logged = [], [entry["step"] for entry in run.log]
     for title, text, unit, pattern in CHARTS:
         names = dict.fromkeys(name for entry in run.log for name in entry if re.fullmatch(pattern, name))
         lines = _columns(run.log, names)
-        if title in ("Cut, left out and padding", "Skipped updates"):  # most of them are 0 throughout
+        if title in ("Cut, left out and padding", "Skipped updates"):  # most of these metrics stay at 0
             lines = {name: values for name, values in lines.items() if any(value > 0 for value in values)}
         if title != "Reward functions" or len(lines) > 1:
             charts += _chart(title, text, unit, logged, lines)
@@ -120,7 +120,7 @@ def charts_of(run: RunFolder) -> list[dict[str, Any]]:
 
 
 def _chart(title: str, text: str, unit: str, steps: Sequence[int], lines: Mapping[str, Any]) -> list[dict]:
-    """One chart without what has no number; none if nothing has."""
+    """One chart without lines and steps that have no number; an empty list if there are no numbers at all."""
     columns = {name: np.array(values, float) for name, values in lines.items()}
     columns = {name: values for name, values in columns.items() if np.isfinite(values).any()}
     if not columns:
@@ -142,7 +142,7 @@ def _chart(title: str, text: str, unit: str, steps: Sequence[int], lines: Mappin
 
 
 def _thinned(values: np.ndarray, per_point: int) -> np.ndarray:
-    """Means over every `per_point` values; those that do not fill a point at the end are left out."""
+    """Means over every `per_point` values. Values at the end that do not fill a point are left out."""
     if per_point == 1:
         return values
     whole = values[: len(values) // per_point * per_point].reshape(-1, per_point)  # (N, P)
@@ -159,7 +159,7 @@ def _number(value: Any) -> float:
 
 
 def _time_split(log: Sequence[Mapping[str, Any]]) -> dict[str, np.ndarray]:
-    """Seconds by part. What is left of `step_time` is the policy's forward and backward pass."""
+    """Seconds by part. The rest of `step_time` is the policy's forward and backward pass."""
     parts = {name: np.array(values) for name, values in _columns(log, TIMES).items()}
     whole = np.array(_columns(log, ["step_time"])["step_time"])
     if not any(np.isfinite(part).any() for part in parts.values()):
@@ -171,11 +171,15 @@ def _time_split(log: Sequence[Mapping[str, Any]]) -> dict[str, np.ndarray]:
 def quantiles_by_step(
     step: np.ndarray, values: np.ndarray, quantiles: Mapping[str, float] = QUANTILES
 ) -> tuple[list[int], dict[str, list[float]]]:
-    """Quantiles of what there is at each step, or in each of `PARTS` equal parts of the run.
+    """Quantiles of the values at each step, or in each of `PARTS` equal parts of a run with more steps.
 
     Args:
         step: `(N,)` in ascending order.
-        values: `(N,)` NaN where there is none.
+        values: `(N,)` NaN where there is no value.
+        quantiles: by name, the quantiles to take.
+
+    Returns:
+        The last step of each part, and the quantiles of each part by name.
     """
     known = np.isfinite(values)
     step, values = step[known], values[known]
@@ -187,15 +191,16 @@ def quantiles_by_step(
 
 
 def calibration(updates: Updates) -> list[dict[str, Any]]:
-    """For each period of the run: by prompt, the predicted β V, and what the prompt's trajectories say it is.
+    """For each period of the run and each prompt, the predicted β V and the value its trajectories imply.
 
-    A trajectory alone says `β V − β δ = R − β log π_θ/π_ref`. A prompt's say `β log mean exp` of that over β: by
-    importance weights, for trajectories of the policy, an estimate of `β log E_ref exp(R/β)`. At the optimum both are
-    equal for every prompt. β is that of the trajectories' update: a prompt that a period has under two β counts as two.
+    One trajectory implies `β V − β δ = R − β log π_θ/π_ref`. Several of a prompt imply `β log mean exp` of that over β.
+    For trajectories drawn by the policy this estimates `β log E_ref exp(R/β)` by importance weights. At the optimum,
+    predicted and implied values are equal for every prompt. β is that of the trajectories' update. A prompt that occurs
+    under two β in a period counts as two prompts.
     """
     known = np.isfinite(updates.residual)
     step, beta = updates.step[known], updates.beta[known]
-    prompt = np.unique(updates.prompt[known], return_inverse=True)[1]  # (K,) its number
+    prompt = np.unique(updates.prompt[known], return_inverse=True)[1]  # (K,) numbers of the prompts
     predicted, implied = updates.soft_value[known], (updates.soft_value - updates.residual)[known]
     steps = np.unique(step)
     periods = []
@@ -224,7 +229,7 @@ def calibration(updates: Updates) -> list[dict[str, Any]]:
 
 
 def log_mean_exp_by(place: np.ndarray, values: np.ndarray, beta: np.ndarray) -> np.ndarray:
-    """`β log mean exp(values/β)` of the values of each place, which share one β: `(N,)`, `(N,)`, `(N,)` → `(Q,)`."""
+    """`β log mean exp(values/β)` over the values at each place, which share one β. `(N,)` three times → `(Q,)`."""
     largest = np.full(place.max() + 1, -np.inf)
     np.maximum.at(largest, place, values)
     sums = np.bincount(place, np.exp((values - largest[place]) / beta))
@@ -234,5 +239,5 @@ def log_mean_exp_by(place: np.ndarray, values: np.ndarray, beta: np.ndarray) -> 
 
 
 def plain(values: Any) -> list[float | None]:
-    """Numbers in few characters. JSON has no NaN."""
+    """Numbers to four significant digits, for JSON. NaN and infinity, which JSON lacks, become None."""
     return [float(f"{value:.4g}") if math.isfinite(value) else None for value in values]

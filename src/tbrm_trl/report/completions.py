@@ -1,4 +1,4 @@
-"""The completions that a report shows: a sample of those that a run saved."""
+"""Choose the completions that a report shows: a sample of those that a run saved."""
 
 import json
 from collections.abc import Iterable
@@ -11,17 +11,19 @@ from .charts import plain
 from .run import Rollouts, Updates
 
 SHOWN = 1000
-CHARACTERS = 3000  # of one text; what is longer loses its middle
+CHARACTERS = 3000  # most characters of one text; a longer text loses its middle
 _COLUMNS = ("prompt", "completion", "prompt_ids", "completion_ids", "reward", "end", "policy_step")
 
 
 def completions_of(rollouts: Rollouts, updates: Updates, characters: int) -> list[dict[str, Any]]:
-    """A sample spread evenly over updates, and over the rewards of each, with β δ, β V and origin from its last update.
+    """A sample spread evenly over policy steps, and over rewards within each step.
+
+    Each completion has β δ, β V and its origin from the last update that trained on it.
 
     Args:
-        rollouts: of a run.
-        updates: of the same run.
-        characters: at most so many are taken in all.
+        rollouts: a run's rollouts.
+        updates: the same run's updates.
+        characters: most characters of all texts together. One completion is shown even if it has more.
     """
     order = np.lexsort((rollouts.reward, np.nan_to_num(rollouts.policy_step, nan=-1)))
     read = _shown(rollouts.rows(order[_spread(len(order), SHOWN)], _COLUMNS), updates)
@@ -35,7 +37,7 @@ def completions_of(rollouts: Rollouts, updates: Updates, characters: int) -> lis
 
 
 def _spread(number: int, most: int) -> np.ndarray:
-    """At most so many of the places 0 to `number - 1`, spread evenly."""
+    """At most `most` of the places 0 to `number - 1`, spread evenly."""
     return np.linspace(0, number - 1, min(most, number)).astype(int)
 
 
@@ -66,7 +68,7 @@ def _shown(rows: list[dict[str, Any]], updates: Updates) -> list[dict[str, Any]]
 
 
 def text_of(value: Any) -> str:
-    """Text as it is; messages one after the other, each under its role."""
+    """Text as it is, messages one after the other with their roles, anything else as JSON."""
     if isinstance(value, str):
         return value
     if isinstance(value, Iterable) and all(isinstance(one, dict) and "role" in one for one in value):

@@ -1,4 +1,4 @@
-"""The page: data, style, program and uPlot put into one file of HTML."""
+"""Put data, style, program and uPlot into one HTML file."""
 
 import argparse
 import json
@@ -14,15 +14,15 @@ from .charts import calibration, charts_of
 from .completions import completions_of
 from .run import RunFolder, read_run
 
-CHARACTERS = 2_000_000  # of completions on the page, over all runs
+CHARACTERS = 2_000_000  # most characters of completions on the page, over all runs
 
 
 def write_report(runs: Sequence[str | Path], output: str | Path | None = None) -> Path:
-    """Write the page of one run, or of two laid over each other.
+    """Write the page of one run, or of two overlaid runs.
 
     Args:
         runs: output directories.
-        output: the file; `report.html` in the first run's folder when omitted.
+        output: the file to write. By default `report.html` in the first run's folder.
 
     Returns:
         The file.
@@ -49,7 +49,7 @@ def html(runs: Sequence[RunFolder]) -> str:
         "program": _text("page.js"),
     }
     page = _text("page.html")
-    for name, text in parts.items():  # data comes late, so that nothing is looked for in it
+    for name, text in parts.items():  # split before inserting, so that data is never searched for marks
         before, after = page.split(f"/*{name}*/")
         parts[name] = before + text
         page = after
@@ -73,7 +73,7 @@ def _data(run: RunFolder, name: str, characters: int) -> dict[str, Any]:
 
 
 def _names(runs: Sequence[RunFolder]) -> list[str]:
-    """The end of each run's path: as much of it as tells them apart. One folder given twice is numbered."""
+    """The shortest ends of the runs' paths that tell them apart. A folder given twice is numbered."""
     paths = [Path(run.name).resolve().parts for run in runs]
     for length in range(1, max(map(len, paths)) + 1):
         names = ["/".join(path[-length:]) for path in paths]

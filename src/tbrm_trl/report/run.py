@@ -1,4 +1,4 @@
-"""What a run's folder holds, read for its report."""
+"""Read a run's folder for its report."""
 
 import json
 from collections.abc import Iterator, Sequence
@@ -19,7 +19,7 @@ from ..sources.saved_rollouts import read_files, read_rollouts
 
 @dataclass
 class Updates:
-    """Trajectories of updates, one entry each: N in all. NaN where there is no value.
+    """The N trajectories of a run's updates, one entry for each use. A missing value is NaN.
 
     Attributes:
         step: `(N,)` number of the update, from 1.
@@ -31,7 +31,7 @@ class Updates:
         soft_value: `(N,)` β V.
         length: `(N,)` tokens of the completion.
         age: `(N,)` updates since it was drawn.
-        beta: `(N,)` of the update. A run may be resumed with another one.
+        beta: `(N,)` β of the update. A run may be resumed with another β.
     """
 
     step: np.ndarray
@@ -51,12 +51,12 @@ class Updates:
 
 @dataclass
 class Rollouts:
-    """The rollouts that a run saved, M in all, in the order of its files. They may be far more than memory holds.
+    """The M rollouts that a run saved, in the order of its files. They may exceed memory, so rows are read on demand.
 
     Attributes:
-        folder: of the files.
+        folder: holds the files.
         reward: `(M,)` R; NaN where there is none.
-        policy_step: `(M,)` updates that the policy had made when it drew them; NaN where it is not known.
+        policy_step: `(M,)` updates the policy had made when it drew the rollout; NaN where unknown.
     """
 
     folder: Path
@@ -67,7 +67,7 @@ class Rollouts:
         return len(self.reward)
 
     def rows(self, places: np.ndarray, columns: Sequence[str]) -> list[dict[str, Any]]:
-        """These columns of the rows at these places, as far as they have them, in the order of `places`.
+        """Read columns of the rows at these places, in the order of `places`. A file may lack columns.
 
         A row that a resumed run has dropped in the meantime is left out.
         """
@@ -77,15 +77,15 @@ class Rollouts:
 
 @dataclass
 class RunFolder:
-    """A run as its folder tells it.
+    """The content of a run's folder.
 
     Attributes:
-        name: what the page calls it.
+        name: the folder's path.
         log: one dictionary of metrics for each logged step, in order.
         updates: the trajectories of its updates; none without `save_rollouts`.
-        rollouts: those that it saved, if it did.
+        rollouts: its saved rollouts; None if it saved none.
         settings: its options, if it has a complete checkpoint.
-        skipped: the numbers of the updates that were not taken.
+        skipped: the numbers of the skipped updates.
     """
 
     name: str
@@ -114,7 +114,7 @@ def read_run(folder: Path) -> RunFolder:
 
 
 def _log(folder: Path, checkpoints: list[Path]) -> list[dict[str, Any]]:
-    """The run's own log, or the one that transformers keeps in its last checkpoint, of a run by an older version."""
+    """The run's own log; for a run by an older version, the log that transformers keeps in its last checkpoint."""
     if (folder / LOG).is_file():
         return read_lines(folder / LOG)
     states = [one / "trainer_state.json" for one in (folder, *reversed(checkpoints))]
@@ -146,7 +146,7 @@ def _updates(folder: Path) -> Updates:
 
 
 def _rollouts(folder: Path) -> Rollouts | None:
-    names = ["reward", "policy_step"]  # what completions are chosen by: no other column is read of all rows
+    names = ["reward", "policy_step"]  # completions are chosen by these; only these columns are read for all rows
     tables = read_files(folder, lambda files: [read_rollouts(file, names) for file in files])
     if not tables:
         return None
@@ -155,14 +155,19 @@ def _rollouts(folder: Path) -> Rollouts | None:
 
 
 def _rows_at(places: np.ndarray, files: Sequence[Path], columns: list[str]) -> Iterator[tuple[int, dict[str, Any]]]:
-    """Rows of all files with their places. A row group, which is a window on one process, is read at a time.
+    """Yield the rows at these places over all files, with their places.
+
+    One row group, a window on one process, is read at a time.
 
     Args:
         places: `(C,)` in ascending order.
-        files: of saved rollouts.
-        columns: those to read; a file may lack some.
+        files: files of saved rollouts.
+        columns: columns to read; a file may lack some.
+
+    Raises:
+        ValueError: if a file is damaged.
     """
-    first = 0  # row of a row group
+    first = 0  # place of a row group's first row
     for file in files:
         try:
             with pq.ParquetFile(file, page_checksum_verification=True) as opened:
@@ -180,7 +185,7 @@ def _rows_at(places: np.ndarray, files: Sequence[Path], columns: list[str]) -> I
 
 
 def _skipped(folder: Path) -> list[int]:
-    """Numbers of the updates that were skipped, without those that a resumed run has gone back behind."""
+    """Numbers of the skipped updates, without those after the step to which a resumed run went back."""
     skipped: set[int] = set()
     for file in folder.glob("process-*.jsonl"):
         of_process: list[int] = []

@@ -1,4 +1,4 @@
-"""Runs that end, after a kill, where they would have ended without."""
+"""Resume a killed run so that it ends where it would have ended without the kill."""
 
 from .checkpoint import complete_checkpoints
 from .exact_resume import ExactResume, RunState

@@ -1,4 +1,4 @@
-"""What a checkpoint needs beyond the Trainer's own files, so that a resumed run ends where an uninterrupted one would.
+"""The files a checkpoint needs beyond the Trainer's, so that a resumed run ends where an uninterrupted one would.
 
 Layout, inside `checkpoint-<step>/tbrm/`:
 
@@ -7,12 +7,12 @@ Layout, inside `checkpoint-<step>/tbrm/`:
     process-<rank>/vision.safetensors      their vision inputs, if any
     process-<rank>/arrays.safetensors      the replay buffer, if any
     process-<rank>/soft_value.pt           trained parameters of the soft value and their optimizer, if any
-    process-<rank>/reference.safetensors   the reference, where it is synced: a shard each, or on process 0 the whole
-    complete.json                          written last, once every process has written: without it nothing resumes
-    model_only.json                        in its place where `save_only_model` left out what a run goes on from
+    process-<rank>/reference.safetensors   the reference, if it is synced: a shard each, or all of it on process 0
+    complete.json                          written last, after every process has written; no run resumes without it
+    model_only.json                        in its place if `save_only_model` left out what a run needs to resume
 
-`complete.json` lists every other file of the checkpoint with its size and digest, and says what the run is. It ends
-with a digest of itself.
+`complete.json` lists every other file of the checkpoint with its size and digest, and describes the run. It ends with a
+digest of itself.
 """
 
 import json
@@ -35,11 +35,11 @@ from ..trajectory import Trajectory
 AUTO = "auto"  # `resume_from_checkpoint`: the last sound checkpoint, or a fresh start
 
 _FOLDER, _MARKER, _MODEL_ONLY = "tbrm", "complete.json", "model_only.json"
-_VERSION = 2  # 1: what a run must share, and no more
-# What version 1 checked of the reference; the key is now said among the settings.
+_VERSION = 2  # version 1 holds only what a run must share
+# Version 1's name for what it checked of the reference. The key is now among the settings.
 _OLD_REFERENCE = "the reference's weights, tokenizer, temperature and precision"
 _REFERENCE = "reference key"
-# Of these a mark says nothing where they have their default.
+# A mark that lacks one of these means the value given here.
 _IF_GIVEN = {"soft_value_offset": False, "rollout_pool": 0, "rollouts": "drawn"}
 
 
@@ -55,8 +55,8 @@ def save_state(
 ) -> None:
     """Write one process's state: JSON-able values, lists of trajectories, and arrays.
 
-    A trajectory that stands in several lists is written once, and is one object again after `load_state`: what is
-    learned about it in one place (reference scores) holds in the others.
+    A trajectory in several lists is written once, and is one object again after `load_state`. So reference scores that
+    it gets through one list are there in the others.
     """
     folder.mkdir(parents=True, exist_ok=True)
     pool = list({id(one): one for trajectories in lists.values() for one in trajectories}.values())
@@ -84,19 +84,19 @@ def load_state(folder: Path) -> tuple[dict[str, Any], dict[str, list[Trajectory]
 
 
 def mark_incomplete(checkpoint: str | Path) -> None:
-    """Before anything is written over a checkpoint that was complete."""
+    """Remove a checkpoint's mark, before any of its files is overwritten or deleted."""
     for name in (_MARKER, _MODEL_ONLY):
         (Path(checkpoint) / _FOLDER / name).unlink(missing_ok=True)
 
 
 def mark_complete(checkpoint: str | Path, run: Mapping[str, Any], model_only: bool = False) -> None:
-    """After every process has written.
+    """Write a checkpoint's mark, after every process has written.
 
     Args:
         checkpoint: its folder.
-        run: `identity`, what a run must share to resume from here, by a name for errors; `settings`, what is said if
-            it differs; and what else describes the run. JSON-able values.
-        model_only: whether it holds no more than the model, so that no run can go on from it.
+        run: JSON-able values. `identity` holds what a run must share to resume from here, by a name for errors;
+            `settings` holds what is reported if it differs; other entries describe the run.
+        model_only: whether it holds only the model, so that no run can resume from it.
     """
     folder = Path(checkpoint)
     said = {"version": _VERSION, **run, "files": digests(folder)}
@@ -110,7 +110,7 @@ def _digest_of_mark(said: Mapping[str, Any]) -> str:
 
 
 def digests(folder: Path) -> dict[str, list[Any]]:
-    """Size and digest of every file of a checkpoint but its mark, by name."""
+    """Size and digest of every file of a checkpoint except its mark, by name."""
     names = sorted(
         file.relative_to(folder).as_posix()
         for file in folder.rglob("*")
@@ -120,16 +120,16 @@ def digests(folder: Path) -> dict[str, list[Any]]:
 
 
 def damage(checkpoint: Path) -> str | None:
-    """What is wrong with a complete checkpoint, as a sentence without its end; None if it is sound."""
+    """Describe what is wrong with a complete checkpoint, in a sentence without full stop; None if it is sound."""
     try:
         said = read_mark(checkpoint)
     except ValueError as error:
         return str(error)
-    if "files" not in said:  # of version 1, which lists none
+    if "files" not in said:  # version 1 lists none
         missing = _missing(checkpoint, said)
         return f"file {missing} of {checkpoint.name} is damaged (it is missing)" if missing else None
     files: dict[str, list[Any]] = said["files"]
-    for name, (size, _) in files.items():  # first what shows without reading
+    for name, (size, _) in files.items():  # first the checks that read no content
         file = checkpoint / name
         if not file.is_file():
             return f"file {name} of {checkpoint.name} is damaged (it is missing)"
@@ -149,10 +149,10 @@ def damage(checkpoint: Path) -> str | None:
 
 
 def read_mark(checkpoint: Path) -> dict[str, Any]:
-    """What `mark_complete` said.
+    """Read what `mark_complete` wrote.
 
     Raises:
-        ValueError: if the file is damaged, or of a later version of this library.
+        ValueError: if the file is damaged, or was written by a later version of this library.
     """
     file = checkpoint / _FOLDER / _MARKER
     damaged = f"file {_FOLDER}/{_MARKER} of {checkpoint.name} is damaged"
@@ -171,14 +171,14 @@ def read_mark(checkpoint: Path) -> dict[str, Any]:
         digest = said.pop("digest", None)
         if digest != _digest_of_mark(said) or not isinstance(said.get("files"), dict):
             raise ValueError(f"{damaged} (it is not what was written: its digest differs)")
-    elif not (type(processes := said.get("processes")) is int and processes > 0):  # version 1 always said how many
+    elif not (type(processes := said.get("processes")) is int and processes > 0):  # version 1 always has it
         raise ValueError(f"{damaged} (it says neither its digest nor the number of processes)")
     return said
 
 
 def _missing(checkpoint: Path, said: Mapping[str, Any]) -> str | None:
-    """A file that a checkpoint of version 1 lacks and no run goes on without."""
-    optimizer = [*checkpoint.glob("optimizer*"), *checkpoint.glob("global_step*")]  # of DeepSpeed, a folder
+    """The name of a file that a run needs to resume and that a checkpoint of version 1 lacks; None if it has all."""
+    optimizer = [*checkpoint.glob("optimizer*"), *checkpoint.glob("global_step*")]  # DeepSpeed's is a folder
     processes = said["processes"]
     states = [f"rng_state_{process}.pth" for process in range(processes)] if processes > 1 else ["rng_state.pth"]
     needed = {
@@ -190,11 +190,11 @@ def _missing(checkpoint: Path, said: Mapping[str, Any]) -> str | None:
     return next((name for name, found in needed.items() if not found), None)
 
 
-# ---- which one -------------------------------------------------------------------------------------------------------
+# ---- the choice of one -----------------------------------------------------------------------------------------------
 
 
 def numbered_checkpoints(output_dir: str | Path) -> list[Path]:
-    """All folders of an output directory that are named as a checkpoint, oldest first."""
+    """All folders of an output directory that are named like a checkpoint, oldest first."""
     found = {
         step_of(folder): folder
         for folder in Path(output_dir).glob(f"{PREFIX_CHECKPOINT_DIR}-*")
@@ -209,7 +209,7 @@ def complete_checkpoints(output_dir: str | Path) -> list[Path]:
 
 
 def step_of(checkpoint: str | Path) -> int:
-    """Updates made by the time of a checkpoint, by its name."""
+    """The number of updates before a checkpoint, from its name."""
     return int(Path(checkpoint).name.rpartition("-")[2])
 
 
@@ -218,7 +218,7 @@ def _cut_short(checkpoint: Path) -> str:
 
 
 def _last_sound(checkpoints: Sequence[Path]) -> tuple[Path | None, list[str]]:
-    """The newest one that is not damaged, and what is wrong with those after it."""
+    """The newest checkpoint that is not damaged, and what is wrong with each later one."""
     wrong: list[str] = []
     for checkpoint in reversed(checkpoints):
         problem = damage(checkpoint)
@@ -235,19 +235,19 @@ def checkpoint_to_resume(
     settings: Mapping[str, Any] | None = None,
     no_effect: Sequence[str] = (),
 ) -> tuple[str | None, list[str]]:
-    """The folder to resume from, None for a fresh start, and what the user is to be told of it.
+    """The folder to resume from, or None for a fresh start, and notes for the user.
 
     Args:
         resume_from: a folder; True for the last sound checkpoint of `output_dir`; `AUTO` for that one, or a fresh start
-            where there is none.
-        output_dir: of the run.
+            if there is none.
+        output_dir: the run's.
         identity: what a run must share with the checkpoint, by a name for errors.
-        settings: what is said if it differs.
+        settings: what is reported if it differs.
         no_effect: names of settings that a checkpoint overrides.
 
     Raises:
-        ValueError: if there is none, if the one named is not complete or is damaged, or if it belongs to a run whose
-            processes, data set, reference, tokenizer or batch arithmetic differ; says what differs.
+        ValueError: if there is none, if the named one is incomplete or damaged, or if it belongs to a run with other
+            processes, data set, reference, tokenizer or batch arithmetic. The message names what differs.
     """
     notes: list[str] = []
     if resume_from is True or resume_from == AUTO:
@@ -273,7 +273,7 @@ def checkpoint_to_resume(
     if "identity" in said:
         shared, before = said["identity"], said.get("settings", {})
         now: Mapping[str, Any] = identity
-    else:  # of version 1, which says less
+    else:  # version 1 holds less
         shared, before = said, {}
         now = {**identity, _OLD_REFERENCE: (settings or {}).get(_REFERENCE)}
     shared, now = {**_IF_GIVEN, **plain(shared)}, plain(now)
@@ -289,7 +289,7 @@ def checkpoint_to_resume(
 
 
 def leave_later(checkpoint: str | None, output_dir: str) -> list[str]:
-    """Have checkpoints after the one that a user names count no more, and say so: their updates will be others."""
+    """Unmark the checkpoints after the one that a user names, and return a note: their updates will be others."""
     if checkpoint is None or Path(checkpoint).resolve().parent != Path(output_dir).resolve():
         return []
     step = step_of(Path(checkpoint))
@@ -305,7 +305,7 @@ def leave_later(checkpoint: str | None, output_dir: str) -> list[str]:
 
 
 def _changes(checkpoint: Path, before: Any, now: Mapping[str, Any], no_effect: Sequence[str]) -> list[str]:
-    """One sentence of the settings that are no longer those of the checkpoint, if any."""
+    """A note on the settings that differ from the checkpoint's, if any."""
     old, new = (dict(flattened({n: v for n, v in one.items() if n != _REFERENCE})) for one in map(plain, (before, now)))
     changed = {n: f"{n} was {old[n]!r} and is {new[n]!r}" for n in new if n in old and old[n] != new[n]}
     changed |= {n: f"{n} was {old[n]!r} and is no more" for n in old if n not in new}
@@ -326,7 +326,7 @@ def _changes(checkpoint: Path, before: Any, now: Mapping[str, Any], no_effect: S
 
 
 def flattened(value: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """What is held by names inside names, by their path: `lr_scheduler_kwargs/min_lr`."""
+    """Yield the values of nested mappings by their path: `lr_scheduler_kwargs/min_lr`."""
     for name, one in value.items():
         if isinstance(one, dict) and one:
             yield from flattened(one, f"{prefix}{name}/")
@@ -389,13 +389,13 @@ def _counts(folder: str | Path) -> bool:
 def remove_old_checkpoints(written: Path, limit: int | None, best: str | None) -> None:
     """Keep `limit` checkpoints: the one just written, the best one, and the newest others.
 
-    Each loses its mark before it loses its files. What an interrupted run left behind may seem newer than `written`.
+    Each loses its mark before its files. Leftovers of an interrupted run may seem newer than `written`.
     """
     if limit is None or limit <= 0:
         return
     kept = {str(written), str(Path(best or written))}
     others = [folder for folder in sort_checkpoints(str(written.parent), use_mtime=True) if folder not in kept]
-    others.sort(key=_counts)  # those of no use go first
+    others.sort(key=_counts)  # unmarked ones go first
     for folder in others[: max(len(others) - max(limit - len(kept), 0), 0)]:
         mark_incomplete(folder)
         shutil.rmtree(folder, ignore_errors=True)

@@ -38,40 +38,41 @@ Result = TypeVar("Result")
 
 # JSON-able values in two parts ("trainer" is the Trainer's own, "own" the subclass's), lists of trajectories, arrays.
 RunState = tuple[dict[str, dict[str, Any]], dict[str, list[Trajectory]], dict[str, np.ndarray]]
-# Options whose values a checkpoint brings: they stand in the groups of its optimizer and in its schedule.
+# Options that a checkpoint overrides: its optimizer's groups and its schedule hold their values.
 _NO_EFFECT = ("learning_rate", "weight_decay", "adam_beta1", "adam_beta2", "adam_epsilon")
 
 
 class ExactResume(Trainer):
-    """What transformers leaves out of a checkpoint, when a checkpoint counts as one, and whose folder it is.
+    """Saves what transformers leaves out of a checkpoint, resumes only from sound ones, and locks the output folder.
 
     The Trainer saves weights, optimizer, schedule, its own state, and each process's random state. Here each process
-    adds what a subclass says decides how it goes on. A subclass answers to `run_identity`, `run_settings`, `forget`,
+    adds the state that a subclass gives it. A subclass implements `run_identity`, `run_settings`, `forget`,
     `before_training`, `run_state`, `restore_run_state` and `tensors`. The overridden methods are
 
-    - `train`: resumes only from a sound checkpoint of this run, and holds its folder alone;
+    - `train`: resumes only from a sound checkpoint of this run, and locks its folder;
     - `_save_checkpoint`: marks a checkpoint as complete, and removes old ones only after that;
-    - `_save_rng_state`, `_load_rng_state`: called on every process where its own part is due;
-    - `_init_training_state`: how often a resumed run saves, evaluates and logs is said by its options;
-    - `_maybe_log_save_evaluate`: called after every update, where a run that was told to stop may do so, and once more
-      at an epoch's end, where a checkpoint that is due is then written;
-    - `save_model`: writes the weights of a model that FSDP shards, also where its checkpoints stay sharded;
-    - `_run_epoch`, `_finalize_training`: from the checkpoint of its last update, a run ends without another one.
+    - `_save_rng_state`, `_load_rng_state`: the Trainer calls them on every process; here they also write and read its
+      own part;
+    - `_init_training_state`: a resumed run's own options set how often it saves, evaluates and logs;
+    - `_maybe_log_save_evaluate`: called after every update, where it stops a run that was told to stop, and once more
+      at an epoch's end, where it writes a checkpoint that was due at the epoch's last update;
+    - `save_model`: writes the weights of a model that FSDP shards, even if its checkpoints stay sharded;
+    - `_run_epoch`, `_finalize_training`: a run resumed from the checkpoint of its last update makes no further one.
     """
 
     _resumed_from: str | None
     _has_trained: bool
     _described: dict[str, Any]  # identity and settings, as they were when the run started
     _stop: StopRequest | None = None
-    _last_saved: int | None = None  # update after which a checkpoint was written last
-    _last_update: int | None = None  # after which `_maybe_log_save_evaluate` was called last
+    _last_saved: int | None = None  # the update after which the last checkpoint was written
+    _last_update: int | None = None  # the update of the last call of `_maybe_log_save_evaluate`
 
     def run_identity(self) -> dict[str, Any]:
         """What a run must share with a checkpoint to resume from it, as JSON-able values by a name for errors."""
         raise NotImplementedError
 
     def run_settings(self) -> dict[str, Any]:
-        """What else decides how a run goes on, and is said on resume if it has changed."""
+        """What else decides how a run goes on; a resumed run reports what has changed."""
         raise NotImplementedError
 
     def forget(self) -> None:
@@ -85,15 +86,15 @@ class ExactResume(Trainer):
         """End what must not outlast the run, however it ends."""
 
     def run_state(self, folder: Path) -> RunState:
-        """What decides how this process goes on. What does not fit the return value goes into files of `folder`."""
+        """Return the state from which this process goes on. What does not fit in it goes into files of `folder`."""
         raise NotImplementedError
 
     def restore_run_state(self, state: RunState, folder: Path, main_folder: Path) -> None:
-        """Go on from what `run_state` returned, and wrote into `folder`; on the main process into `main_folder`."""
+        """Restore what `run_state` returned, and wrote into `folder`, or on the main process into `main_folder`."""
         raise NotImplementedError
 
     def tensors(self) -> Iterator[tuple[str, Tensor]]:
-        """What must be finite for a checkpoint to count, of what this process holds: each with a name for errors."""
+        """Yield this process's tensors that must be finite in a checkpoint, each with a name for errors."""
         yield from tensors_of_model(self.model, "weight")
         yield from tensors_of_optimizer(self.optimizer)
 
@@ -102,10 +103,10 @@ class ExactResume(Trainer):
 
         Args:
             resume_from_checkpoint: a checkpoint folder; True for the last sound one in `output_dir`; "auto" for that
-                one, or a fresh start where there is none. The words "true" and "false" count as True and False.
+                one, or a fresh start if there is none. The words "true" and "false" count as True and False.
 
         Raises:
-            ValueError: for a checkpoint that is not complete, damaged, or of a run with another reference, tokenizer,
+            ValueError: for a checkpoint that is incomplete, damaged, or of a run with another reference, tokenizer,
                 data, batches or number of processes; for a fresh start in a folder with checkpoints of another run.
             RuntimeError: if another run is under way in `output_dir`.
             OSError: if `output_dir` cannot be written to.
@@ -133,7 +134,7 @@ class ExactResume(Trainer):
 
     @contextmanager
     def _folder_held(self, output_dir: str) -> Iterator[None]:
-        """Inside, no other run may have this folder."""
+        """Lock the output folder against other runs inside the block."""
         lock = FolderLock(output_dir)
 
         def take() -> None:
@@ -147,14 +148,14 @@ class ExactResume(Trainer):
             lock.release()
 
     def _found(self, resume_from: Any, output_dir: str) -> str | None:
-        """The checkpoint to go on from, on every process alike. Says what the user is to know of it."""
+        """Return the checkpoint to go on from, the same on every process, and warn of what the user should know."""
 
         def find() -> tuple[str | None, list[str]]:
             found: str | None = None
             notes: list[str] = []
             if resume_from:
                 found, notes = checkpoint_to_resume(resume_from, output_dir, **self._described, no_effect=_NO_EFFECT)
-                if resume_from is not True and resume_from != AUTO:  # the last sound one has only damaged ones after it
+                if resume_from is not True and resume_from != AUTO:  # after the last sound one come only damaged ones
                     notes += leave_later(found, output_dir)
             damaged = set(complete_checkpoints(output_dir)) if resume_from == AUTO and found is None else set()
             if found is None or Path(found).resolve().parent != Path(output_dir).resolve():
@@ -177,7 +178,7 @@ class ExactResume(Trainer):
         Args:
             output_dir: the folder.
             others: checkpoints in it that this run would displace.
-            anew: whether the user knows that the run may start again, after an end before its first checkpoint.
+            anew: whether the user expects the run to start again if it ended before its first checkpoint.
         """
         if others:
             goes_on = bool(complete_checkpoints(output_dir))
@@ -193,7 +194,7 @@ class ExactResume(Trainer):
             )
 
     def _on_writers(self, work: Callable[[], Result]) -> Result:
-        """Do it where files are written, and return its result, or raise its error, on every process."""
+        """Call `work` where files are written, and return its result, or raise its error, on every process."""
         result: Any = None
         with failing_together():
             if self.args.should_save:
@@ -218,15 +219,15 @@ class ExactResume(Trainer):
 
     def _init_training_state(self, max_steps: int, *args: Any) -> tuple[int, int]:
         begun = super()._init_training_state(max_steps, *args)
-        self.state.compute_steps(self.args, max_steps)  # how often it saves and evaluates is not the checkpoint's
+        self.state.compute_steps(self.args, max_steps)  # this run's intervals, not the checkpoint's
         return begun
 
     def _maybe_log_save_evaluate(self, tr_loss: Any, grad_norm: Any, model: Any, trial: Any, *args: Any, **kwargs: Any):
-        # The last update of an epoch is followed by the epoch's end, which may evaluate, log and save once more. What
-        # is saved before that would be resumed after it.
+        # After the last update of an epoch comes the epoch's end, which may evaluate, log and save once more. A
+        # checkpoint saved before the end would be resumed after it.
         ends = self.control.should_training_stop or self.control.should_epoch_stop
         ends = ends or float(self.state.epoch or 0.5).is_integer()
-        before_epochs_end = ends and self._last_update != self.state.global_step  # it will be called a second time
+        before_epochs_end = ends and self._last_update != self.state.global_step  # a second call follows
         self._last_update, self._last_saved = self.state.global_step, None
         saves_at_the_end = before_epochs_end and self.control.should_save
         if saves_at_the_end:
@@ -253,7 +254,7 @@ class ExactResume(Trainer):
         if _internal_call or not self.is_fsdp_enabled:
             super().save_model(output_dir, _internal_call)
             return
-        # With FSDP2's default, a sharded state dict, the Trainer would write no weights and say nothing.
+        # With FSDP2's default, a sharded state dict, the Trainer would silently write no weights.
         with temporarily(self.accelerator.state.fsdp_plugin, state_dict_type=StateDictType.FULL_STATE_DICT):
             super().save_model(output_dir, _internal_call)
 
@@ -276,13 +277,13 @@ class ExactResume(Trainer):
         self.accelerator.wait_for_everyone()
         with failing_together():
             if self.args.should_save:
-                torch.save(self.args, folder / "training_args.bin")  # again, with these two as they were given
+                torch.save(self.args, folder / "training_args.bin")  # again, with both options as given
                 run = {**self._described, "step": self.state.global_step}
                 mark_complete(folder, run, model_only=self.args.save_only_model)
                 remove_old_checkpoints(folder, self.args.save_total_limit, self.state.best_model_checkpoint)
 
     def _require_finite(self, folder: Path) -> None:
-        """No checkpoint of a policy that can only answer NaN may take the place of a sound one."""
+        """Refuse to write a checkpoint with NaN or infinity: it would take the place of a sound one."""
         everywhere = gather_object([not_finite(self.tensors())])
         names = sorted({name for here in everywhere for name in here})
         if names:
@@ -311,12 +312,12 @@ class ExactResume(Trainer):
         state = load_state(folder)
         self._tr_loss.fill_(state[0]["trainer"]["loss"])
         before = self.accelerator.gather(self._tr_loss).mean() if self._has_trained else self._tr_loss
-        self._total_loss_scalar = -before.item()  # the summary is of the updates after the checkpoint
+        self._total_loss_scalar = -before.item()  # the summary covers only the updates after the checkpoint
         self._globalstep_last_logged = state[0]["trainer"]["last_logged"]
         self.restore_run_state(state, folder, process_folder(checkpoint, 0))
 
 
 def _as_said(resume_from: Any) -> Any:
-    """What a command line means by a word."""
+    """Convert the words "true", "false" and "auto" of a command line; other values stay as they are."""
     words = {"true": True, "false": False, AUTO: AUTO}
     return words.get(resume_from.lower(), resume_from) if isinstance(resume_from, str) else resume_from

@@ -1,4 +1,4 @@
-"""Which tensors hold NaN or infinity, at the price of reading each once."""
+"""Find the tensors that hold NaN or infinity, reading each once."""
 
 from collections.abc import Iterable, Iterator
 from typing import Any
@@ -9,13 +9,13 @@ from torch.distributed.tensor import DTensor
 
 
 def not_finite(tensors: Iterable[tuple[str, Tensor]]) -> list[str]:
-    """Names of the tensors that hold a NaN or an infinity. Whole numbers are passed over."""
+    """Names of the tensors that hold a NaN or an infinity. Integer tensors are skipped."""
     names, flags = [], []
     for name, tensor in tensors:
         local = tensor.to_local() if isinstance(tensor, DTensor) else tensor
         if local.is_floating_point() and local.numel():
             names.append(name)
-            # The extremes, since a sum of finite numbers may overflow. They are not defined for numbers of 8 bits.
+            # Extremes, since a sum of finite numbers may overflow. `aminmax` is not defined for numbers of 8 bits.
             low, high = torch.aminmax(local.detach() if local.itemsize > 1 else local.detach().float())
             flags.append(torch.isfinite(low) & torch.isfinite(high))
     by_device: dict[torch.device, list[int]] = {}
@@ -31,13 +31,13 @@ def not_finite(tensors: Iterable[tuple[str, Tensor]]) -> list[str]:
 
 
 def tensors_of_model(model: nn.Module, title: str) -> Iterator[tuple[str, Tensor]]:
-    """What this process holds of a model's parameters. Of ZeRO-3, its partition."""
+    """Yield what this process holds of a model's parameters; under ZeRO-3, its partition."""
     for name, parameter in model.named_parameters():
         yield f"{title} {name}", getattr(parameter, "ds_tensor", parameter)
 
 
 def tensors_of_optimizer(optimizer: Any) -> Iterator[tuple[str, Tensor]]:
-    """What this process holds of an optimizer's state."""
+    """Yield what this process holds of an optimizer's state."""
     for place, state in enumerate(getattr(optimizer, "state", {}).values()):
         for name, value in state.items() if isinstance(state, dict) else ():
             if isinstance(value, Tensor):

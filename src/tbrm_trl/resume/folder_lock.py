@@ -12,9 +12,9 @@ NAME = "_run.lock"  # the underscore keeps it out of what the Trainer pushes to 
 
 
 class FolderLock:
-    """Held by a process until it releases it or ends, however it ends: the operating system keeps the lock.
+    """A lock that a process holds until it releases it or ends, however it ends: the operating system keeps it.
 
-    The file says who holds it. It is removed with the lock, and stays after a crash, which does no harm.
+    The lock file names the holder. `release` removes the file. After a crash it stays, which does no harm.
 
     Args:
         folder: the output directory.
@@ -29,7 +29,7 @@ class FolderLock:
         """Take the lock.
 
         Raises:
-            RuntimeError: if another run holds it; says which.
+            RuntimeError: if another run holds it. The message says which.
         """
         self.file.parent.mkdir(parents=True, exist_ok=True)
         while True:
@@ -60,7 +60,7 @@ class FolderLock:
         )
 
     def release(self) -> None:
-        """Give the lock back, if it is held."""
+        """Release the lock if it is held."""
         if self._descriptor is not None:
             if self._is_current(self._descriptor):
                 self.file.unlink()
@@ -70,7 +70,7 @@ class FolderLock:
     def _holder(self) -> str:
         try:
             return "process {process} on {host}, since {since}".format(**json.loads(self.file.read_text()))
-        except (OSError, ValueError, KeyError, TypeError, RecursionError):  # it has not said so yet, or is damaged
+        except (OSError, ValueError, KeyError, TypeError, RecursionError):  # not written yet, or damaged
             return f"its process holds {self.file}"
 
     def _is_current(self, descriptor: int) -> bool:
@@ -80,7 +80,7 @@ class FolderLock:
             return False
 
     def _forget(self) -> None:
-        """In a forked child, which would else keep the lock when this process is no more."""
+        """Close the file in a forked child, which would otherwise keep the lock after this process ends."""
         if self._descriptor is not None:
             os.close(self._descriptor)
             self._descriptor = None

@@ -1,4 +1,4 @@
-"""SIGTERM and SIGINT as a request to stop after the update that is under way."""
+"""SIGTERM and SIGINT as a request to stop after the current update."""
 
 import os
 import signal
@@ -13,7 +13,7 @@ SIGNALS = (signal.SIGTERM, signal.SIGINT)
 
 
 def exit_code(signum: int) -> int:
-    """128 and the number of the signal, as shells have it: 143 for SIGTERM, 130 for SIGINT."""
+    """128 plus the number of the signal, as in shells: 143 for SIGTERM, 130 for SIGINT."""
     return 128 + signum
 
 
@@ -21,7 +21,7 @@ class StopRequest:
     """Remembers that this process was told to stop.
 
     Args:
-        timeout: seconds from the signal on, after which the process ends without having finished its update.
+        timeout: seconds after the signal, at which the process ends without finishing its update.
 
     Attributes:
         signum: the signal, 0 if there was none.
@@ -34,10 +34,10 @@ class StopRequest:
 
     @contextmanager
     def listening(self) -> Iterator[None]:
-        """Inside, signals are requests.
+        """Treat the signals as requests inside the block.
 
         Raises:
-            RuntimeError: outside of the main thread, which alone hears of signals.
+            RuntimeError: outside the main thread, the only one that receives signals.
         """
         if threading.current_thread() is not threading.main_thread():
             raise RuntimeError(
@@ -59,7 +59,7 @@ class StopRequest:
             os.kill(os.getpid(), signum)
             return
         if self.signum:
-            if signum == signal.SIGINT:  # a second Ctrl-C is impatience
+            if signum == signal.SIGINT:  # a second Ctrl-C ends the run at once
                 raise KeyboardInterrupt
             return
         self.signum = signum
@@ -80,5 +80,5 @@ class StopRequest:
 
 
 def _say(text: str) -> None:
-    with suppress(OSError, RuntimeError, ValueError):  # nobody may read it any more; the run stops all the same
+    with suppress(OSError, RuntimeError, ValueError):  # there may be no reader any more; the run stops anyway
         print(text, file=sys.stderr, flush=True)

@@ -1,4 +1,4 @@
-"""Reward functions, each by name, by dotted path, or in a list with weights.
+"""Reward functions, given by name, by dotted path, or with weights.
 
     from tbrm_trl.rewards import load
 
@@ -6,7 +6,7 @@
     TBRMTrainer(reward_funcs=functions, args=TBRMConfig(reward_weights=weights, ...), ...)
 
 `math` compares the answer with the column `solution`, `reasoning_gym` asks the task's verifier, `format` and `thinking`
-look at the form, `length(limit=2048)` at the length. docs/rewards.md says what each gives.
+check the form, and `length(limit=2048)` the length. docs/rewards.md describes each reward.
 """
 
 import ast
@@ -49,11 +49,11 @@ __all__ = [
 def load(
     rewards: str | Reward | Sequence[str | Reward] | Mapping[str, float], **worker_options: Any
 ) -> tuple[list[Reward], list[float] | None]:
-    """Reward functions and their weights, as `reward_funcs` and `reward_weights` take them.
+    """Reward functions and their weights, for `reward_funcs` and `reward_weights`.
 
     Args:
-        rewards: one name, dotted path or function; several in a list; or names with their weights in a mapping.
-        worker_options: of `InWorkers`, such as `time_limit` and `raises`, for those that run in workers.
+        rewards: one name, dotted path or function; several in a list; or a mapping from names to weights.
+        worker_options: options of `InWorkers`, such as `time_limit` and `raises`, for rewards that run in workers.
 
     Returns:
         The functions, and their weights if weights were given, else None.
@@ -67,11 +67,14 @@ def load(
 
 
 def reward_function(reward: str | Reward, **worker_options: Any) -> Reward:
-    """The reward function of a name ("math", "length(limit=2048)") or of a dotted path ("my_module.my_reward").
+    """The reward function for a name ("math", "length(limit=2048)") or a dotted path ("my_module.my_reward").
 
-    `math`, `reasoning_gym` and what a dotted path names run in worker processes (`InWorkers`), unless it is a coroutine
-    function. What a dotted path names is the user's own, so an exception in it is raised, unless `raises=False` is
-    among the options. A function that is passed as such is given back as it is.
+    `math`, `reasoning_gym` and functions given by dotted path run in worker processes (`InWorkers`), except coroutine
+    functions. A function given by dotted path is the user's own, so its exceptions are raised unless the options
+    contain `raises=False`. A function passed as such is returned unchanged.
+
+    Raises:
+        ValueError: if the name is unknown, its arguments are wrong, or the dotted path cannot be imported.
     """
     if not isinstance(reward, str):
         return reward
@@ -97,7 +100,7 @@ def reward_function(reward: str | Reward, **worker_options: Any) -> Reward:
 
 
 def with_arguments(text: str, example: str) -> tuple[str, dict[str, Any]]:
-    """`length(limit=2048)` as a name and its arguments. The example is shown to who writes it otherwise."""
+    """Split `length(limit=2048)` into a name and its arguments. The error for another form shows the example."""
     name, bracket, rest = text.partition("(")
     if not bracket:
         return text.strip(), {}
@@ -116,7 +119,7 @@ def _imported(path: str) -> Any:
         raise ValueError(f"There is no reward {path!r}. Names: {', '.join(NAMES)}; or a dotted path, module.function.")
     try:
         found = getattr(importlib.import_module(module), name)
-    except Exception as error:  # whatever the module raises
+    except Exception as error:  # importing a module may raise anything
         raise ValueError(f"The reward {path!r} cannot be imported: {str(error) or type(error).__name__}") from error
     if not callable(found):
         raise ValueError(f"The reward {path!r} is no function, but {found!r}.")

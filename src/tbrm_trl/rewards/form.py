@@ -1,4 +1,4 @@
-"""Rewards of form and length: what they give does not depend on the answer being right."""
+"""Rewards for form and length, which do not depend on whether the answer is right."""
 
 import re
 from collections.abc import Mapping, Sequence
@@ -10,20 +10,20 @@ _THINKING = re.compile(r"\s*(?:<think>)?(?:(?!</?think>).)*</think>\s*(?=\S)(?:(
 
 
 def boxed(completions: Sequence[Any], **columns: Any) -> list[float]:
-    """1 where the completion gives an answer in a box that is closed and not empty, else 0."""
+    """1 where the completion has an answer in a closed box that is not empty, else 0."""
     return [float(bool(boxes(completion_text(one).rpartition("</think>")[2]))) for one in completions]
 
 
 def thinking(completions: Sequence[Any], **columns: Any) -> list[float]:
-    """1 where reasoning ends with `</think>`, once, and an answer follows, else 0. The prompt may hold `<think>`.
+    """1 where reasoning ends with exactly one `</think>` and an answer follows, else 0. The prompt may hold `<think>`.
 
-    TRL takes the marks away from a response that it parses: reasoning then stands beside the content of the message.
+    TRL removes the marks from a response that it parses. The reasoning is then in its own field of the message.
     """
     return [float(_THINKING.fullmatch(_with_reasoning(one)) is not None) for one in completions]
 
 
 def _with_reasoning(completion: Any) -> str:
-    """The text of a completion, in marks what its last message of the policy holds as reasoning beside the content."""
+    """The text of a completion, after the reasoning field of the policy's last message in `<think>` marks."""
     text = completion_text(completion)
     if isinstance(completion, str):
         return text
@@ -34,9 +34,12 @@ def _with_reasoning(completion: Any) -> str:
 
 
 class Length:
-    """0 up to `free` tokens, then falling in a straight line to -1 at `limit` and beyond, as DAPO punishes length.
+    """0 up to `free` tokens, then falling linearly to -1 at `limit` and beyond, like DAPO's length penalty.
 
-    The length is the number of completion tokens; called without token ids, the number of characters.
+    The length is the number of completion tokens, or of characters if called without token ids.
+
+    Raises:
+        ValueError: unless 0 ≤ free < limit.
     """
 
     __name__ = "length"

@@ -1,4 +1,4 @@
-"""Golds, before training: which column holds them, which of them cannot be read, and what becomes of those rows."""
+"""Read golds before training: find their column, and report or refuse the rows with unreadable golds."""
 
 import re
 from collections.abc import Iterable, Mapping, Sequence
@@ -10,7 +10,7 @@ from .mathematics import read_gold
 from .quantities import number
 from .units import split_unit
 
-# Names that an answer may stand under, the likeliest first. What is in the column decides; the order breaks ties.
+# Names that columns of answers have, the likeliest first. The content decides; the order only breaks ties.
 _NAMES = (
     "final_answer", "answer", "ground_truth", "gold", "target", "expected_answer", "reward_model", "solution", "label",
     "result", "extra_info",
@@ -21,11 +21,11 @@ _SHOWN = 10
 
 @dataclass(frozen=True)
 class Golds:
-    """The golds of a data set: where they stand, their text for each row, and the rows that need one and hold none."""
+    """The golds of a data set: their column, the text for each row, and the rows that need a gold but have none."""
 
     column: str
     texts: list[str | None]
-    unreadable: dict[int, Any]  # row: what stands there
+    unreadable: dict[int, Any]  # row: content of its cell
     needed: int  # rows that need one
 
     def __str__(self) -> str:
@@ -46,15 +46,17 @@ def read_golds(
 
     Args:
         rows: a data set, or a sequence of mappings.
-        column: where they stand; `reward_model.ground_truth` is a key of a column of mappings, unless a column has that
-            whole name. By default the column whose cells can best be read as answers, among those with a name that
-            answers have.
-        unreadable: what becomes of rows whose answer cannot be read: "refuse" raises an error that names them,
-            "leave_out" leaves that to the caller, who finds them in `unreadable`.
-        needed: which rows need one; by default all. Logged rows that bring their reward need none.
+        column: the golds' column. `reward_model.ground_truth` is a key in a column of mappings, unless a column has
+            that whole name. By default the column most readable as answers, among those with a likely name.
+        unreadable: what to do with rows whose answer cannot be read. "refuse" raises an error that names them.
+            "leave_out" only lists them in the result's `unreadable`, for the caller to leave out.
+        needed: which rows need a gold; by default all. Logged rows that bring their reward need none.
 
     Returns:
-        The golds, with the text of each, which `mathematics.verdict` takes.
+        The golds, each with its text for `mathematics.verdict`.
+
+    Raises:
+        ValueError: if there is no such column, no column can be read as answers, or answers are refused.
     """
     if unreadable not in ("refuse", "leave_out"):
         raise ValueError(f'unreadable must be "refuse" or "leave_out", not {unreadable!r}.')
@@ -75,7 +77,7 @@ def read_golds(
 
 
 def find_column(rows: Any) -> str | None:
-    """The column whose cells can best be read as answers; None if none of those with a likely name can."""
+    """The column most readable as answers, among those with a likely name; None if none is readable enough."""
     best, best_score = None, 0.0
     for column in sorted(_candidates(rows), key=_rank):
         cells = [cell for cell, _ in zip(cells_of(rows, column), range(_SAMPLE), strict=False)]
@@ -94,7 +96,7 @@ def cells_of(rows: Any, column: str) -> Iterable[Any]:
 
 
 def _place(rows: Any, column: str) -> tuple[str, str]:
-    """The column, and the key in it or "". A column of flattened data has dots in its name: the longest name counts."""
+    """The column, and the key in it or "". The longest match is the column, as flattened data has dots in names."""
     columns, parts = _columns(rows), column.split(".")
     end = next((end for end in range(len(parts), 0, -1) if ".".join(parts[:end]) in columns), 1)
     return ".".join(parts[:end]), ".".join(parts[end:])
@@ -126,7 +128,7 @@ def _rank(name: str) -> int:
 
 
 def _clarity(cell: Any) -> float:
-    """How much a cell looks like an answer: 1 for a number, a formula or a choice, little for a worked text."""
+    """How much a cell looks like an answer: 1 for a number, a formula or a choice, little for a long text."""
     text, gold = reading.gold_text(cell), read_gold(cell)
     if text is None or gold is None:
         return 0.0

@@ -1,8 +1,8 @@
-"""reasoning-gym: data sets that do not repeat a problem, and verdicts from scores that are not verdicts.
+"""reasoning-gym: data sets without repeated problems, and 0 or 1 verdicts from the tasks' graded scores.
 
-A task's own verifier may give part of the credit to an answer inside a sentence, a hundredth to any text, or 4.9e8.
-Here the reward is 1 where it gives full marks and what it does not check holds too, else 0. Its own score, cut to
-[0, 1], is logged beside it.
+A task's own verifier may give partial credit to an answer inside a sentence, 0.01 to any text, or 4.9e8. Here the
+reward is 1 if the verifier gives full marks and the checks that it lacks pass too, else 0. The verifier's own score,
+clipped to [0, 1], is logged as well.
 """
 
 import json
@@ -20,25 +20,28 @@ from .notation import normal
 from .quantities import number
 
 COLUMN = "gym"
-_TRIES = 50  # problems drawn for each that is wanted, before a task counts as exhausted
+_TRIES = 50  # problems drawn per requested problem before a task counts as exhausted
 _PLAIN_NUMBER = re.compile(r"-?(?:0|[1-9]\d*)(?:\.\d+)?")
 
 
 def train_and_test(task: str, train: int, test: int, seed: int = 0, **settings: Any) -> tuple[list[dict], list[dict]]:
-    """Rows for training and for testing, no question twice in either or in both.
+    """Rows for training and for testing, with no question twice over both.
 
-    All are drawn from one sequence of problems, and `seed` shuffles them: reasoning-gym's own seeds s and s + 1 share
-    99 of 100 problems.
+    All rows come from one sequence of problems, which `seed` shuffles. reasoning-gym's own seeds would not do, since
+    seeds s and s + 1 share 99 of 100 problems.
 
     Args:
         task: name of a reasoning-gym data set.
         train: number of rows for training.
         test: number of rows for testing.
-        seed: of the shuffle.
-        settings: the task's own, such as `min_terms=2`.
+        seed: seed of the shuffle.
+        settings: the task's settings, such as `min_terms=2`.
 
     Returns:
-        Two lists of rows, with the columns `question`, `answer` and `gym`, from which `solved` has the verdict.
+        The training rows and the test rows, with the columns `question`, `answer` and `gym`. `solved` reads `gym`.
+
+    Raises:
+        ValueError: if the task has too few distinct problems.
     """
     entries = distinct_problems(task, train + test, **settings)
     random.Random(seed).shuffle(entries)
@@ -47,7 +50,11 @@ def train_and_test(task: str, train: int, test: int, seed: int = 0, **settings: 
 
 
 def distinct_problems(task: str, count: int, **settings: Any) -> list[dict[str, Any]]:
-    """So many problems of a task, distinct by question. Of `chain_sum`'s small questions 62% would repeat."""
+    """`count` problems of a task with distinct questions. Without this, 62% of `chain_sum`'s small questions repeat.
+
+    Raises:
+        ValueError: if the task has too few distinct problems.
+    """
     import reasoning_gym
 
     by_question: dict[str, dict[str, Any]] = {}
@@ -67,7 +74,7 @@ def solved(
     log_extra: Callable[[str, list], None] | None = None,
     **columns: Any,
 ) -> list[float | None]:
-    """1 where the completion solves the reasoning-gym problem of its row, else 0. Logs the task's score as `score`."""
+    """1 where the completion solves its row's reasoning-gym problem, else 0. Logs the task's score as `score`."""
     verdicts: list[float | None] = []
     scores: list[float] = []
     for problem, completion in zip(gym, completions, strict=True):
@@ -81,12 +88,12 @@ def solved(
 
 
 def judge(task: str, entry: Mapping[str, Any], completion: str) -> tuple[float, float]:
-    """The verdict on a completion, and the task's own score of its answer, in [0, 1]."""
+    """The verdict on a completion, and the task's own score of its answer, both in [0, 1]."""
     verdict = best = 0.0
     for answer in readings(completion, entry.get("answer")):
         try:
             score = float(_verifier(task)(answer, entry))
-        except Exception:  # a verifier that raises at an answer has not accepted it
+        except Exception:  # a verifier that raises has not accepted the answer
             continue
         right = math.isclose(score, 1.0, abs_tol=1e-9) and _ALSO.get(task, _nothing)(answer, entry)
         verdict, best = max(verdict, float(right)), max(best, min(1.0, score))
@@ -94,9 +101,9 @@ def judge(task: str, entry: Mapping[str, Any], completion: str) -> tuple[float, 
 
 
 def readings(completion: str, stored: str | None) -> list[str]:
-    """The answer of a completion as the task writes answers; two where its end is not clear from the text.
+    """The completion's answer as the task writes answers; two candidates if it is unclear where the answer ends.
 
-    A number is read by its value, so that "4.0" and "−4" are the stored 4 and -4.
+    Numbers are compared by value, so "4.0" and "−4" become the stored 4 and -4.
     """
     text = completion.rpartition("</think>")[2]
     tagged = re.findall(r"<answer>(.*?)</answer>", text, re.DOTALL)
@@ -107,7 +114,7 @@ def readings(completion: str, stored: str | None) -> list[str]:
         answers = [re.sub(r"^\\text\{(.*)\}$", r"\1", found[-1][2])] if found else []
     elif stored is not None and _PLAIN_NUMBER.fullmatch(stored):
         answers = [text]  # its last number
-    else:  # a grid, a list of moves, a sentence: all that follows the announcement, or its first clause
+    else:  # a grid, a list of moves or a sentence: everything after the announcement, or its first clause
         rest = next(reading.announcements(text), None)
         answers = [text.strip()] if rest is None else [rest, reading.announced(text) or ""]
     if stored is not None and _PLAIN_NUMBER.fullmatch(stored):
@@ -116,9 +123,9 @@ def readings(completion: str, stored: str | None) -> list[str]:
 
 
 def _as_stored(answer: str, stored: str) -> str:
-    """An answer to a task of numbers: the stored one if it has its value, else its own number.
+    """A numeric answer in the task's spelling: the stored answer if the values are equal, else its own number.
 
-    A number with more digits than Python writes out, or beyond what a float can be, stays as it was given.
+    A number with too many digits for Python to print, or outside a float's range, stays as given.
     """
     given = number(normal(answer)) or number(reading.last_number(answer) or "")
     if given is None:
@@ -139,7 +146,7 @@ def _plain(value: Fraction) -> str:
     return repr(float(value))
 
 
-# --- what some verifiers of reasoning-gym 0.1.25 do not check ---
+# --- checks that some verifiers of reasoning-gym 0.1.25 lack ---
 
 
 def _nothing(answer: str, entry: Mapping[str, Any]) -> bool:
@@ -147,12 +154,12 @@ def _nothing(answer: str, entry: Mapping[str, Any]) -> bool:
 
 
 def _is_stored(answer: str, entry: Mapping[str, Any]) -> bool:
-    """`game_of_life_halting` gives 1 to any text, `spell_backward` to a letter too many."""
+    """`game_of_life_halting` gives 1 to any text, `spell_backward` to an answer with one letter too many."""
     return answer.strip().casefold() == str(entry["answer"]).strip().casefold()
 
 
 def _is_close(answer: str, entry: Mapping[str, Any]) -> bool:
-    """`coin_flip` gives 1 to "0": a prefix of the probability's digits."""
+    """`coin_flip` gives 1 to any prefix of the probability's digits, such as "0"."""
     try:
         return abs(Fraction(answer.replace(",", "")) - Fraction(entry["answer"])) <= Fraction(1, 10**4)
     except (ValueError, ZeroDivisionError):
@@ -160,7 +167,7 @@ def _is_close(answer: str, entry: Mapping[str, Any]) -> bool:
 
 
 def _uses_its_numbers(answer: str, entry: Mapping[str, Any]) -> bool:
-    """`puzzle24` gives 1 to the solution of any other puzzle, and to 24.5."""
+    """`puzzle24` gives 1 to solutions of other puzzles, and to 24.5."""
     from sympy.parsing.sympy_parser import parse_expr
 
     if not re.fullmatch(r"[\d\s+\-*/()]+", answer) or "**" in answer or "//" in answer:
@@ -190,8 +197,8 @@ def _verifier(task: str) -> Callable[[str, Mapping[str, Any]], float]:
 def encode(task: str, entry: Mapping[str, Any]) -> str:
     """A problem as text that `decode` reads back unchanged.
 
-    JSON alone makes lists of tuples, and `arc_agi` then refuses its own answer. Drawing the problem again would not do:
-    six tasks depend on Python's hash seed.
+    Plain JSON turns tuples into lists, and `arc_agi` then refuses its own answer. Drawing the problem again does not
+    work either, because six tasks depend on Python's hash seed.
     """
     return json.dumps({"task": task, "entry": _tagged(dict(entry))}, ensure_ascii=False)
 
@@ -216,7 +223,7 @@ def _tagged(value: Any) -> Any:
         return value
     if hasattr(value, "tolist"):  # numpy
         return _tagged(value.tolist())
-    return {"<str>": str(value)}  # an object of the task's, for reading only
+    return {"<str>": str(value)}  # an object of the task, kept only as text
 
 
 def _untagged(value: Any) -> Any:
@@ -236,5 +243,5 @@ def _untagged(value: Any) -> Any:
 
 
 def warm_up() -> None:
-    """Import reasoning-gym: a worker does it before its first row."""
+    """Import reasoning-gym. A worker calls this before its first row."""
     import reasoning_gym  # noqa: F401

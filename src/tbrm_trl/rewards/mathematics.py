@@ -1,6 +1,6 @@
-"""Mathematical equality: is the answer of a completion that of the data set? The gold decides by which convention.
+"""Compare a completion's answer with the data set's gold, mathematically. The gold decides which convention applies.
 
-`verdict` compares one pair, and `correct` is the reward function. docs/rewards.md has the conventions.
+`verdict` compares one pair, and `correct` is the reward function. docs/rewards.md lists the conventions.
 """
 
 import re
@@ -15,10 +15,10 @@ from .quantities import in_base, number
 from .times import date, time_of_day
 from .units import split_unit
 
-_DEEPEST = 6  # collections in collections
+_DEEPEST = 6  # deepest nesting of collections that is compared
 _APPROXIMATELY = re.compile(rf"^({scalars.NAME.pattern})\s*\\approx(?![a-zA-Z])")
 
-# The kinds of gold, the first that reads it decides: how a gold is read, and how an answer is held against it.
+# The kinds of gold: how to read a gold, and how to compare an answer with it. The first kind that reads a gold is used.
 _KINDS: list[tuple[Callable[[str], Any], Callable[[Any, str, Any], bool]]] = [
     (words.sentences, words.same_sentences),
     (intervals.both_ways, intervals.same_either_way),
@@ -41,12 +41,12 @@ _KINDS: list[tuple[Callable[[str], Any], Callable[[Any, str, Any], bool]]] = [
 
 
 def correct(completions: Sequence[Any], solution: Sequence[Any], **columns: Any) -> list[float | None]:
-    """1 where the answer of the completion is that of the column `solution`, else 0; None where that is unreadable."""
+    """1 where the completion's answer equals the one in the column `solution`, else 0; None for an unreadable gold."""
     return [verdict(gold, completion) for gold, completion in zip(solution, completions, strict=True)]
 
 
 def verdict(gold: Any, completion: Any) -> float | None:
-    """1.0 if the completion gives the gold's answer, 0.0 if not, None if the gold holds no answer that can be read."""
+    """1.0 if the completion gives the gold's answer, 0.0 if not, None if no answer can be read from the gold."""
     wanted = read_gold(gold)
     if wanted is None:
         return None
@@ -62,13 +62,13 @@ def verdict(gold: Any, completion: Any) -> float | None:
 
 
 def _equal_number(gold: str, answer: str) -> bool:
-    """Whether the only number of a clause is the gold, which is a number too."""
+    """Whether the gold is a number and equals the only number in the answer's clause."""
     alone = reading.only_number(answer)
     return alone is not None and number(split_unit(gold)[0]) is not None and equal(gold, alone)
 
 
 def read_gold(gold: Any) -> str | None:
-    """The gold's answer in normal spelling; None if there is none."""
+    """The gold's answer in normal spelling; None if it has no readable answer."""
     text = reading.gold_text(gold)
     return None if text is None else _normal_gold(text)
 
@@ -81,7 +81,7 @@ def _normal_gold(text: str) -> str | None:
 
 
 def equal(gold: str, answer: str) -> bool:
-    """Whether an answer says the same as a gold in normal spelling. Never raises."""
+    """Whether an answer equals a gold in normal spelling; False if comparing them raises an error."""
     try:
         answer = normal(answer[: 4 * len(gold) + 2000])
         value = words.without_label(answer)
@@ -101,7 +101,7 @@ def _same(gold: str, answer: str, depth: int = 0) -> bool:
 
 
 def warm_up() -> None:
-    """Have math-verify's parser meet what is common, which takes a second: a worker does it before its first row."""
+    """Parse common expressions once, which takes a second. A worker calls this before its first row."""
     for gold in (
         "x+1",
         "\\frac{\\sqrt{3}}{2}",

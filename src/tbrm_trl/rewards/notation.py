@@ -1,4 +1,4 @@
-"""One spelling for what LaTeX and Unicode can spell in several ways, and cuts at the top level of brackets."""
+"""Bring LaTeX and Unicode into one normal spelling, and cut texts outside brackets."""
 
 import re
 
@@ -65,7 +65,7 @@ _RULES = [
     (r"(?<![a-zA-Z\\])(?:np|math)\.(?=[a-z])", ""),
     (r"(?<![a-zA-Z\\])(arcsin|arccos|arctan|sin|cos|tan|log|ln|exp|pi)(?![a-zA-Z])", r"\\\1 "),
 ]
-# Once every upright word is in \\text.
+# Rules that apply once every upright word is in \\text.
 _WORD_RULES = [
     (r"\\text\{\\text\{([^{}]*)\}\}", r"\\text{\1}"),
     (r"\\text\{(\(?[A-Z]\)?|[.:])\}\s*\\text\{([).:]*)\}", r"\\text{\1\2}"),
@@ -75,7 +75,7 @@ _WORD_RULES = [
     ),
     (r"^\\text\{([A-Z]+(?:(?:,|\s|and|or|only)+[A-Z]+)+)(?:\s+only)?\}$", r"\1"),  # I and III
     (r"^\\text\{([^{}]*\d[^{}]*)\}$", r"\1"),  # \text{18 dollars}
-    # What leads to the answer: \text{The sum is } x + 1, and without \text if a formula follows.
+    # An introduction to the answer: \text{The sum is } x + 1; without \text only if a formula follows.
     (r"^\\text\{[^{}]*(?:\b(?:is|are|equals?|be)|=|:)\s*\}(?=\s*[^\s.])(?!.*\b(?:is|are)\b)", ""),
     (r"(?i)^(?:[a-z]{2,}[^{}\\\d=]*\b(?:is|are|equals?|be)|(?:final )?answer:)\s+(?=[\\\d(\[{-]|.{1,3}$)", ""),
     (r"\\text\{[\s.,;]*\}", " "),
@@ -111,7 +111,7 @@ def normal(text: str) -> str:
 
 
 def _lines(text: str) -> str:
-    """Several lines that are each an equation, as a list of equations."""
+    """Join lines that are all equations into a list of equations. Other text stays as it is."""
     lines = [line.strip().rstrip(",;") for line in text.split("\n") if line.strip()]
     return "; ".join(lines) if len(lines) > 1 and "\\begin" not in text and all("=" in line for line in lines) else text
 
@@ -122,7 +122,7 @@ def _braces(match: re.Match) -> str:
 
 
 def unwrap(text: str) -> str:
-    """The text without the signs that mark mathematics; a dollar sign that stands for money stays, as `\\$`."""
+    """The text without the delimiters of mathematics. A dollar sign for money stays, as `\\$`."""
     text = text.strip().strip("`").strip()
     text = re.sub(r"^\*+(.*?)\*+$", r"\1", text)
     whole = re.fullmatch(
@@ -139,7 +139,7 @@ def unwrap(text: str) -> str:
 
 
 def trimmed(text: str) -> str:
-    """The text without full stops, quotes and asterisks around it."""
+    """The text without surrounding full stops, quotes, asterisks, and labels such as "solution:"."""
     text = re.sub(r"(?<=\S)\s*(?:solution|answer):\s*$", "", text)
     text = re.sub(r"^(?:the\s+)?solutions?\s*(?:is|are)?\s*:\s*", "", text.strip(), flags=re.IGNORECASE) or text
     text = re.sub(r",?\s+for (?:all|any|every) (?:real )?(?:numbers?|values?)?[^.]{0,30}$", "", text) or text
@@ -159,7 +159,7 @@ def upright(text: str) -> str:
 
 
 def squeezed(text: str) -> str:
-    """For comparing letter by letter: without spaces, and without braces around one character."""
+    """The text without spaces and without braces around one character, for comparing letter by letter."""
     text = upright(text)
     text = re.sub(r"(\\[a-zA-Z]+) (?=[a-zA-Z])", "\\1\0", text)  # \pi r is not \pir
     text = re.sub(r"\{\s*(\w)\s*\}", r"\1", text)
@@ -168,7 +168,7 @@ def squeezed(text: str) -> str:
 
 
 def plain(text: str) -> str:
-    """For comparing words: no markup, one case."""
+    """The text without markup, articles and upper case, for comparing words."""
     words = re.sub(r"[^\w\s+\-*/=<>^().,:\\]", " ", upright(text)).casefold().strip(" .").split()
     return " ".join(word for word in words if word not in ("a", "an", "the")) or " ".join(words)
 
@@ -177,7 +177,7 @@ OPENING = {"(": ")", "[": "]", "{": "}"}
 
 
 def cut(text: str, separator: str) -> list[str]:
-    """The parts of a text between matches of `separator` outside brackets. One part if brackets do not match."""
+    """The parts of a text between matches of `separator` outside brackets. Unmatched brackets give one part."""
     pattern = re.compile(separator)
     parts, depth, start, at = [], 0, 0, 0
     half_open = not balanced(text)
@@ -206,7 +206,7 @@ def cut(text: str, separator: str) -> list[str]:
 
 
 def balanced(text: str) -> bool:
-    """Whether every brace that opens is closed."""
+    """Whether all braces match."""
     depth = 0
     for brace in re.findall(r"\\.|[{}]", text):
         depth += {"{": 1, "}": -1}.get(brace, 0)
@@ -216,7 +216,7 @@ def balanced(text: str) -> bool:
 
 
 def complete(text: str) -> bool:
-    """Whether nothing is cut off: what `\\begin` and `\\left` open is closed."""
+    """Whether the text is not cut off: every `\\begin` and `\\left` is closed."""
     opened, closed = (len(re.findall(rf"\\{side}(?![a-zA-Z])", text)) for side in ("left", "right"))
     return opened <= closed and text.count("\\begin{") == text.count("\\end{")
 

@@ -1,4 +1,4 @@
-"""Numbers without rounding: decimals, fractions, powers of ten, mixed numbers, repeating decimals, and bases."""
+"""Read numbers without rounding: decimals, fractions, powers of ten, mixed numbers, repeating decimals, bases."""
 
 import re
 from collections.abc import Callable
@@ -7,8 +7,8 @@ from fractions import Fraction
 
 from .notation import upright
 
-EXACT = 10  # significant digits from which a decimal stands for an exact number
-_LONGEST = 2000  # digits; more are compared as text
+EXACT = 10  # a decimal of this many significant digits counts as an exact number
+_LONGEST = 2000  # characters of a number; a longer one is compared as text
 _APART = re.compile(r"\d\s*,\s+\d|\d\.\s+\d|\d\s+\.\d|[eE]\s+[-+]|[eE][-+]\s")  # two numbers; a letter and a difference
 _DECIMAL = r"(?:\d{1,3}(?:,\d{3})+(?:\.\d+)?|\d+(?:\.\d*)?|\.\d+)"
 _THOUSANDS = re.compile(r"\d{1,3}(?: \d{3})+(?:\.\d+)?")  # 1 234 567, as in French
@@ -18,14 +18,14 @@ _WORD_BASES = dict(two=2, three=3, four=4, five=5, six=6, seven=7, eight=8, nine
 
 @dataclass(frozen=True)
 class Number:
-    """A number, and the value of one unit in its last decimal place if it was written as a decimal."""
+    """A number, with the value of one unit in its last decimal place if it was written as a decimal."""
 
     value: Fraction
     step: Fraction | None = None
 
     @property
     def digits(self) -> int:
-        """Significant digits of a decimal."""
+        """Significant digits of a decimal; 0 if it is not one."""
         return 0 if self.step is None or not self.value else len(str(abs(self.value) // self.step))
 
     def __neg__(self) -> "Number":
@@ -33,7 +33,7 @@ class Number:
 
 
 def number(text: str) -> Number | None:
-    """The number that a text in normal spelling is, or None."""
+    """The number that a text in normal spelling stands for; None if it is not one number."""
     text = text.strip()
     if not text or len(text) > _LONGEST or not re.search(r"\d", text) or _APART.search(text):
         return None
@@ -55,7 +55,7 @@ def number(text: str) -> Number | None:
 def _decimal(digits: str, exponent: str | None) -> Number:
     digits, power = digits.replace(",", ""), int(exponent or 0)
     places = len(digits.partition(".")[2])
-    # 4.5e33 is a decimal in spite of being whole; 45 is exact.
+    # 4.5e33 is a decimal although it is whole; 45 is exact.
     step = Fraction(10) ** (power - places) if places or power else None
     return Number(Fraction(digits.rstrip(".")) * Fraction(10) ** power, step)
 
@@ -86,13 +86,13 @@ _FORMS: list[tuple[str, Callable[..., Number | None]]] = [
 
 
 def same_number(gold: Number, answer: Number) -> bool:
-    """Whether two numbers are the same, or the answer rounds to a decimal gold of three significant digits or more.
+    """Whether two numbers are equal, or the answer rounds to a decimal gold of three significant digits or more.
 
-    An exact gold wants an exact answer, or one of ten significant digits.
+    An exact gold needs an exact answer, or a decimal of ten significant digits or more to which the gold rounds.
     """
     if gold.value == answer.value:
         return True
-    if gold.step is not None and gold.digits >= 15 and answer.step is not None and answer.digits >= 12:  # of a float
+    if gold.step is not None and gold.digits >= 15 and answer.step is not None and answer.digits >= 12:  # a float
         return abs(gold.value - answer.value) <= abs(gold.value) / 10**14
     if gold.step is None:
         return answer.step is not None and rounds_to(gold.value, answer, EXACT)
@@ -100,7 +100,7 @@ def same_number(gold: Number, answer: Number) -> bool:
 
 
 def rounds_to(exact: Fraction, decimal: Number, digits: int) -> bool:
-    """Whether a value rounds to a decimal that has so many significant digits."""
+    """Whether a value rounds to a decimal, which must have at least `digits` significant digits."""
     if decimal.step is None or decimal.digits < digits:
         return False
     return abs(exact - decimal.value) * 2 <= decimal.step
@@ -116,5 +116,5 @@ def in_base(text: str) -> int | None:
     base = int(match[2]) if match[2].isdecimal() else _WORD_BASES.get(match[2], 0)
     try:
         return int(match[1], base) if 2 <= base <= 36 else None
-    except ValueError:  # a digit that the base does not have: a letter with an index
+    except ValueError:  # the base lacks a digit, so this is a letter with an index
         return None

@@ -1,7 +1,7 @@
-"""Where the answer stands: in a completion, and in a cell of a data set.
+"""Find the answer in a completion, and in a cell of a data set.
 
-In a completion it is what is boxed last; else what is announced last ("The answer is", "Answer:", "####"); else the
-last mathematics. A cell may hold the answer alone, a worked solution with a box or GSM8K's mark, a number, or a list.
+In a completion it is the last box, else what the last announcement announces ("The answer is", "Answer:", "####"), else
+the last mathematics. A cell may hold only the answer, a worked solution with a box or GSM8K's mark, a number or a list.
 """
 
 import ast
@@ -13,13 +13,13 @@ from collections.abc import Iterator, Mapping, Sequence
 from itertools import islice
 from typing import Any
 
-# Markdown's headings may begin with GSM8K's mark too: several words, a number or the name of a part, and text below.
+# A Markdown heading may begin with GSM8K's mark too. It has several words, a number or a part's name, and text below.
 _HEADING = (
     r"(?-i:\s*[*_]*(?:[A-Z][a-z]+[*_:]*[ ](?=[A-Za-z\d])|[A-Z][a-z]+[ ]?:|\d+[.)]\s*[*_]*[A-Za-z]"
     r"|(?:Solution|Answer|Explanation|Reasoning|Calculation|Verification|Check|Proof|Conclusion|Result|Summary)\b))"
 )
 _STEPS = r"[*_\s]{0,9}[:：][*_\s]{0,9}(?:(?!no\b)[a-z]{2,}\s|\d+[.)]\s*[a-z])"  # "Solution: We have"
-# Announcements, each with what stands between it and the answer. The last one in the text counts.
+# Announcements, each with the words between it and the answer. The last one in the text counts.
 _ANNOUNCED = re.compile(
     rf"""(?:
       (?<!\#)\#{{4,}}(?!\#) (?!{_HEADING}[^\n]{{0,100}}\n\s{{0,9}}\S)
@@ -52,8 +52,8 @@ _CLAUSE_END = re.compile(
     r"(?<=[\w)\]}%$*°!])[.!?](?=\s|$|\*)|。|(?<!\s)\s+(?:because|since|which|where|as\s+(?:required|desired|needed)|when)\b|[,;]?\s+so\b",
     re.IGNORECASE,
 )
-# A minus that touches a digit, a letter or a bracket on its left subtracts; one apart from its number is a sign only
-# after an equals sign, a colon or an opening bracket.
+# A minus right after a digit, a letter or a closing bracket subtracts. A minus with a space before its number is a sign
+# only after an equals sign, a colon or an opening bracket.
 _SIGN = r"(?:(?<![\w)\]}])[-+−–](?=[\d.$€£\\])|(?<=[=:(] )[-−–](?= \d)|(?<=[=:(])[-−–](?= \d))?"
 _PLAIN = r"\d{1,3}(?:,\d{3})+(?:\.\d+)?(?!\d)|\d+\.\d+|\d+\.(?=/)|\d+|(?<![\w.])\.\d+"
 _NUMBER = re.compile(
@@ -65,7 +65,7 @@ _NUMBER = re.compile(
 _BOLD = re.compile(r"(?<![\w)\]}])\*\*(?=\S)(.{1,200}?)(?<=\S)\*\*")  # after an operand, ** is a power
 _BARE_NAME = re.compile(r"\\?[a-zA-Z]+(?:_\{?\w+\}?)?'*")
 _SAID = re.compile(r"\s*(?:is|are|equals?|=)\s*(?:equal\s+to\s*)?(?=\$|\\\(|[-−]?\d)")
-# A number, and words about it that are no second answer: `6 (six apples)`, `6, Tom is happy`.
+# A number with a remark that is no second answer: `6 (six apples)`, `6, Tom is happy`.
 _REMARK = re.compile(
     r"([-−]?(?:\\?[$€£¥]\s?)?\d[\d,.]*(?<=\d)%?(?:[ ][a-z]{3,})?)\s*"
     r"(?:\((?!mod|base|in\b|or\b|and\b)[^\W\d]{3,}[^()\d=]*\)"
@@ -77,11 +77,11 @@ _NO_ANSWER = re.compile(
     r"|reasonable|right|unique|clear|as\s+follows|in\s+agreement)\b(?!\s*[,/;])",
     re.IGNORECASE,
 )
-_NOTHING = ("none", "null", "nan", "n/a", "[]")  # of Python and JSON, as text
+_NOTHING = ("none", "null", "nan", "n/a", "[]")  # missing values of Python and JSON, as text
 
 
 def completion_text(completion: Any) -> str:
-    """The text of a completion: a string, or the last message of the policy in a list of messages."""
+    """The text of a completion: the string itself, or the policy's last message in a list of messages."""
     if isinstance(completion, str):
         return _SPECIAL.sub("", completion)
     if isinstance(completion, Mapping):
@@ -106,10 +106,10 @@ def final_answer(text: str) -> str | None:
 
 
 def boxes_together(text: str) -> list[str]:
-    """The boxes at the end that only commas, "and" or "or" part: `\\boxed{3}, \\boxed{4}` is a list."""
+    """The last boxes, as far as only commas, "and" or "or" separate them: `\\boxed{3}, \\boxed{4}` is a list."""
     text = text.rpartition("</think>")[2]
     together: list[str] = []
-    start = None  # of the box that follows
+    start = None  # where the next box begins
     for first, end, content in reversed(boxes(text) or []):
         if start is not None and not _SEPARATORS.fullmatch(text[end:start]):
             break
@@ -119,9 +119,10 @@ def boxes_together(text: str) -> list[str]:
 
 
 def boxes(text: str) -> list[tuple[int, int, str]] | None:
-    """Start, end and content of every box with a content; None if there is no box.
+    """Start, end and content of every box that is not empty; None if there is no such box.
 
-    A box that the text ends inside of has no content that can be known: the list is then empty.
+    If the text ends inside a box, that box's content is unknown. It and the boxes before it are left out, and the list
+    may be empty.
     """
     found: list[tuple[int, int, str]] = []
     seen = False
@@ -144,7 +145,7 @@ def boxes(text: str) -> list[tuple[int, int, str]] | None:
 
 
 def _closing_braces(text: str) -> dict[int, int]:
-    """Where the brace closes that opens at a place."""
+    """For the place of each opening brace, the place of its closing brace."""
     closing, opened = {}, []
     for brace in re.finditer(r"\\.|[{}]", text, re.DOTALL):
         if brace[0] == "{":
@@ -155,9 +156,9 @@ def _closing_braces(text: str) -> dict[int, int]:
 
 
 def announced(text: str) -> str | None:
-    """What follows the last announcement, up to the end of its sentence; None if there is none.
+    """The text after the last announcement, up to the end of its sentence; None if there is no announcement.
 
-    "The solution is complete" announces nothing where another sentence announces an answer.
+    "The solution is complete" is passed over if an earlier announcement gives an answer.
     """
     last = None
     for rest in islice(announcements(text), 10):
@@ -169,20 +170,20 @@ def announced(text: str) -> str | None:
 
 
 def announcements(text: str) -> Iterator[str]:
-    """What follows each announcement, all of it; the last announcement first."""
+    """All of the text after each announcement, from the last announcement to the first."""
     for mark in reversed([*_ANNOUNCED.finditer(text)]):
         yield text[mark.end() :].split("</answer>")[0].strip()
 
 
 def _clause(rest: str, named: bool = False) -> str | None:
-    """The answer that a text opens with: its mathematics where it has some, else its first clause."""
+    """The answer at the start of a text: its mathematics if it has some, else its first clause."""
     block = re.match(r"[*\s]*(\$\$|\\\[)", rest)
     line = rest if block else _BOLD.sub(r"\1", rest.split("\n", 1)[0])
     first = _MATHEMATICS.search(line)
     if first and not re.search(r"\w", re.sub(r"[a-z]+|\\text", "", line[: first.start()], flags=re.IGNORECASE)):
         if block:
             return _inside(first)
-        # The value of $x$ is $5$: what is said of a bare name is the answer.
+        # The value of $x$ is $5$: the answer is the value, not the bare name.
         said = None if named else _SAID.match(line, first.end())
         if said and _BARE_NAME.fullmatch(_inside(first)) and (value := _clause(line[said.end() :], named=True)):
             return f"{_inside(first)} = {value}"
@@ -209,7 +210,7 @@ def _inside(match: re.Match) -> str:
 
 
 def last_mathematics(text: str) -> str | None:
-    """The last formula or number of a text; the whole text where it is short and has neither."""
+    """The last formula or number of a text; all of a short text that has neither."""
     last = next(iter([*_MATHEMATICS.finditer(text)][-1:]), None)
     number = next(iter([*_NUMBER.finditer(text, last.end() if last else 0)][-1:]), None)
     stripped = _BOLD.sub(r"\1", text.strip()).strip("*`\"'").strip()
@@ -222,7 +223,7 @@ def last_mathematics(text: str) -> str | None:
 
 
 def only_number(text: str) -> str | None:
-    """The one number of a clause of words, with its unit: `16 dollars` of "that he has 16 dollars"."""
+    """The only number in a clause of words, with its unit: `16 dollars` in "that he has 16 dollars"."""
     found = list(_NUMBER.finditer(text))
     if len(found) != 1 or re.search(r"[=^<>{}]|\\[a-zA-Z]|\b(?:not|least|most|more|less|over|under|than|or)\b", text):
         return None
@@ -230,7 +231,7 @@ def only_number(text: str) -> str | None:
 
 
 def last_number(text: str) -> str | None:
-    """The last number of a text, with its sign and decimals but no separators: for tasks that are answered by one."""
+    """The last number of a text, with sign and decimals but no separators, for tasks with numeric answers."""
     found = re.findall(rf"({_SIGN})[ ]?(?:\\?[$€£¥])?({_PLAIN})", text)
     if not found:
         return None
@@ -239,7 +240,7 @@ def last_number(text: str) -> str | None:
 
 
 def gold_text(gold: Any) -> str | None:
-    """The answer in a cell of a data set, or None if it holds none that can be read."""
+    """The answer in a cell of a data set; None if no answer can be read."""
     if isinstance(gold, str):
         return _text_of_string(gold.strip())
     if isinstance(gold, Mapping):  # DAPO's `reward_model`
@@ -251,19 +252,19 @@ def gold_text(gold: Any) -> str | None:
     if isinstance(gold, float) and math.isfinite(gold) and gold == int(gold) and abs(gold) < 1e15:
         return str(int(gold))
     if isinstance(gold, float) and math.isfinite(gold):
-        return f"{gold:.15g}"  # the digits that a float holds; those after them are noise, as in 0.1 + 0.2
+        return f"{gold:.15g}"  # a float's reliable digits; the rest is noise, as in 0.1 + 0.2
     return repr(gold) if isinstance(gold, int) else None
 
 
 def _text_of_string(text: str) -> str | None:
-    """Of a worked solution its box, what follows GSM8K's mark, or what it announces; else all of it."""
+    """The answer in a text: its box, the text after GSM8K's mark, or what it announces; else the whole text."""
     if text[:1] == "[" and text[-1:] == "]" and ("'" in text or '"' in text):  # a list that was stored as text
         with contextlib.suppress(ValueError):
             return gold_text(json.loads(text))
-        if "\\" not in text.replace("\\\\", ""):  # else no text that Python wrote
+        if "\\" not in text.replace("\\\\", ""):  # else Python did not write it
             with contextlib.suppress(ValueError, SyntaxError, MemoryError, RecursionError):
                 listed = ast.literal_eval(text)
-                if repr(listed) == text:  # as Python writes it, and pandas with it; not numpy's ['2' '3']
+                if repr(listed) == text:  # as Python and pandas write lists; not numpy's ['2' '3']
                     return gold_text(listed)
     found = boxes(text)
     if found is not None or re.search(r"\\boxed\s*\{\s*\}", text):

@@ -1,8 +1,8 @@
-"""Expressions with letters, roots and functions: read by math-verify, compared at random points in high precision.
+"""Expressions with letters, roots and functions: parsed by math-verify, compared at random points in high precision.
 
-math-verify's own comparison rounds to six decimals, and simplifies for up to five seconds. Two expressions that agree
-to thirty digits at points drawn at random are equal; two that differ at one of them are not. Where they cannot be
-evaluated (matrices, sets), math-verify's comparison decides.
+math-verify's own comparison rounds to six decimals and may simplify for up to five seconds. Here, two expressions are
+equal if they agree to thirty digits at random points, and different if they differ at one of them. math-verify's
+comparison decides only if expressions cannot be evaluated (matrices, sets).
 """
 
 import contextlib
@@ -20,7 +20,7 @@ from .quantities import EXACT, Number, rounds_to
 
 _LONGEST = 600
 _POINTS = 4
-# Written out, these have more digits than fit: towers of powers, exponents of six digits, factorials of five.
+# Expressions with too many digits to evaluate: towers of powers, and exponents and factorials of five or more digits.
 _SMALL_TOWER = re.compile(r"(?<![\d.^{])([1-4])\s*\^\s*\{?\s*([1-4])\s*\^\s*\{?\s*([1-4])\s*\}*(?![\d^!.}])")
 _TOO_LARGE = re.compile(
     r"""\^\s*\{?\s*-?\s*(?:\d{5,} | [\d.]+[eE]\+?\d)
@@ -33,7 +33,7 @@ _TOO_LARGE = re.compile(
 
 @lru_cache(maxsize=4096)
 def expression(text: str) -> Any | None:
-    """The sympy object that a text in normal spelling is, or None if it cannot be read."""
+    """The sympy object for a text in normal spelling; None if it cannot be read."""
     fits = len(text) <= _LONGEST and not _TOO_LARGE.search(_SMALL_TOWER.sub("1", text))
     if not fits or not re.search(r"\w", text) or ":" in text:
         return None
@@ -45,7 +45,7 @@ def expression(text: str) -> Any | None:
             [_extraction()],
             fallback_mode="no_fallback",
             extraction_mode="first_match",
-            parsing_timeout=None,  # the worker has a limit; an alarm works in the main thread only
+            parsing_timeout=None,  # the worker has its own limit, and an alarm works only in the main thread
         )
     except RecursionError:
         return None
@@ -54,7 +54,7 @@ def expression(text: str) -> Any | None:
 
 @cache
 def _extraction() -> Any:
-    """What math-verify is to look for: only a box, with nothing changed that `_readable` has brought into order."""
+    """math-verify's settings: look only for a box, and do not change what `_readable` has prepared."""
     from latex2sympy2_extended import NormalizationConfig
     from math_verify import LatexExtractionConfig
 
@@ -65,14 +65,14 @@ def _extraction() -> Any:
 
 
 def _readable(text: str) -> str:
-    """What math-verify reads rightly, from a text in normal spelling."""
+    """Rewrite a text in normal spelling so that math-verify reads it correctly."""
     for pattern, replacement in _RULES:
         text = re.sub(pattern, replacement, text)
     return text
 
 
-# math-verify 0.9.0 reads capitals as small letters: M + m as 2m. A capital gets its own name; so does e with an index.
-# It reads \gamma as infinity, a value of the gamma function: Greek letters get names of their own too.
+# math-verify 0.9.0 reads capitals as small letters, so M + m would be 2m. Capitals, and e with an index, get names of
+# their own. It reads \gamma as infinity, a value of the gamma function, so Greek letters get their own names too.
 _CAPITALS = (
     "Gamma Delta Theta Lambda Xi Pi Sigma Upsilon Phi Psi Omega alpha beta gamma delta epsilon zeta eta theta iota "
     "kappa lambda mu nu xi rho sigma tau upsilon phi chi psi omega varepsilon vartheta varphi varrho ell"
@@ -104,7 +104,7 @@ def _mixed(match: re.Match) -> str:
     return match[0].replace(match[0].lstrip(), f"{{\\frac{{{whole * bottom + top}}}{{{bottom}}}}}")
 
 
-# In this order: math-verify reads each letter that touches another as one symbol, and a mixed number as a product.
+# The order matters. math-verify reads adjacent letters as one symbol, and a mixed number as a product.
 _RULES: list[tuple[str, Any]] = [
     (r"\\text\{\s*([a-zA-Z])\s*\}", r" \1 "),  # an upright letter is a letter here
     (r"\\text\{([^{}]*)\}", r"\\mathrm{\1}"),
@@ -126,7 +126,7 @@ _RULES: list[tuple[str, Any]] = [
 
 
 def _same_letters(parsed: Any) -> Any:
-    """The same letter is the same symbol however math-verify understood it: `i` is the imaginary unit, `e` Euler's."""
+    """Give each letter one symbol, however math-verify read it. `i` is the imaginary unit, `e` Euler's number."""
     constants = {"i": sympy.I, "e": sympy.E, "pi": sympy.pi}
     letters = {one: constants.get(str(one), sympy.Symbol(str(one))) for one in getattr(parsed, "free_symbols", ())}
     with contextlib.suppress(Exception):
@@ -135,7 +135,7 @@ def _same_letters(parsed: Any) -> Any:
 
 
 def same_value(gold: str, answer: str) -> bool:
-    """Whether two texts in normal spelling are the same expression."""
+    """Whether two texts in normal spelling stand for equal expressions."""
     first, second = expression(gold), expression(answer)
     if first is None or second is None:
         return False
@@ -155,7 +155,10 @@ def _by_math_verify(first: Any, second: Any) -> bool:
 
 
 def proportional(gold: str, answer: str, positive: bool = False) -> bool:
-    """Whether two differences are multiples of one another, as those of the two sides of equal equations are."""
+    """Whether two expressions are multiples of each other, as left minus right sides of equivalent equations are.
+
+    With `positive`, the factor must be positive too.
+    """
     first, second = expression(gold), expression(answer)
     if not isinstance(first, sympy.Expr) or not isinstance(second, sympy.Expr):
         return False
@@ -170,13 +173,13 @@ def proportional(gold: str, answer: str, positive: bool = False) -> bool:
 
 
 def same_at_points(first: Any, second: Any) -> bool | None:
-    """Whether two expressions have the same values at random points; None if too few values can be had."""
+    """Whether two expressions have the same values at random points; None if too few points give values."""
     values = [] if first.has(sympy.Float) or second.has(sympy.Float) else _values(first, second)
     if len(values) < (2 if first.free_symbols or second.free_symbols else 1):
         return None
     if all(_near(a, b) for a, b in values):
         return True
-    # Roots and logarithms of letters: textbooks mean positive ones, where √x√y = √(xy).
+    # In roots and logarithms, textbooks assume positive letters, for which √x√y = √(xy).
     roots = re.search(r"sqrt|log|\*\*\(", str((first, second)))
     if not roots or ("Abs" in str(first)) != ("Abs" in str(second)):
         return False
@@ -189,7 +192,7 @@ def _near(first: Any, second: Any) -> bool:
 
 
 def _values(first: Any, second: Any, positive: bool = False) -> list[tuple[Any, Any]]:
-    """Values of two expressions at the same points, where both have one."""
+    """Pairs of values of two expressions at the same points, from points where both are finite."""
     first, second = (_opaque(one) for one in (first, second))
     letters = sorted(first.free_symbols | second.free_symbols, key=str)
     pairs: list[tuple[Any, Any]] = []
@@ -206,7 +209,7 @@ def _values(first: Any, second: Any, positive: bool = False) -> list[tuple[Any, 
 
 
 def _point(letters: list[Any], at: int, positive: bool) -> dict[Any, Any]:
-    """Fixed, so that a verdict never changes; of no special form, so that only identities hold at all of them."""
+    """A value for each letter. Points are fixed, so verdicts never change, and arbitrary, so only identities pass."""
     point = {}
     for index, letter in enumerate(letters):
         spread = (at + 1) * 7919 + (index + 1) * 104729 + sum(map(ord, str(letter)))
@@ -216,8 +219,11 @@ def _point(letters: list[Any], at: int, positive: bool) -> dict[Any, Any]:
 
 
 def _opaque(parsed: Any) -> Any:
-    """The expression with a letter for each part that has no value at a point: values of functions that are only named,
-    derivatives, integrals, limits, and sums but short ones. Such parts are the same where they are written alike."""
+    """The expression with a letter for each part that has no value at a point.
+
+    Such parts are undefined functions, derivatives, integrals, limits, products and long sums. Two of them are equal if
+    they are written alike.
+    """
     kinds = (AppliedUndef, sympy.Derivative, sympy.Integral, sympy.Limit, sympy.Sum, sympy.Product)
     parts = sorted(parsed.atoms(*kinds), key=lambda one: -len(str(one)))
     return parsed.xreplace({one: _short_sum(one) or sympy.Symbol(_spelled(one)) for one in parts}) if parts else parsed
@@ -235,7 +241,7 @@ def _spelled(part: Any) -> str:
 
 
 def value(text: str) -> Fraction | None:
-    """A number without letters, to forty digits: for comparing with decimals."""
+    """The value of an expression without letters, to forty digits, for comparing with decimals; None if it has none."""
     parsed = expression(text)
     if not isinstance(parsed, sympy.Expr) or parsed.free_symbols or parsed.has(sympy.Float):
         return None
@@ -246,7 +252,7 @@ def value(text: str) -> Fraction | None:
 
 
 def rounds_as(gold: str | Number, answer: str | Number) -> bool:
-    """Whether one side is a decimal that the other, exact one rounds to: a gold of three digits, an answer of ten."""
+    """Whether one side is exact and rounds to the other, a decimal: a gold of three digits or an answer of ten."""
     for decimal, other, digits in ((gold, answer, 3), (answer, gold, EXACT)):
         if isinstance(decimal, Number) and isinstance(other, str) and decimal.digits >= digits:
             exact = value(other)

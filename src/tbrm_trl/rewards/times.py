@@ -1,4 +1,4 @@
-"""Times of day, dates, and angles in degrees, minutes and seconds."""
+"""Read times of day, dates, and angles in degrees, minutes and seconds."""
 
 import re
 from fractions import Fraction
@@ -24,7 +24,7 @@ _ANGLE = re.compile(
 
 
 def time_of_day(text: str) -> TimeOfDay | None:
-    """`6:30`, `18:30:15`, `6:30 p.m.` or `6 p.m.`."""
+    """Read `6:30`, `18:30:15`, `6:30 p.m.` or `6 p.m.`; None for anything else."""
     match = _TIME.fullmatch(upright(text))
     if match is None or not (match[2] or match[4]) or int(match[1]) > 24 or int(match[2] or 0) > 59:
         return None
@@ -32,14 +32,14 @@ def time_of_day(text: str) -> TimeOfDay | None:
 
 
 def same_time(gold: TimeOfDay, answer: TimeOfDay) -> bool:
-    """The same time of day. Where one side names no half of the day, the hands must stand alike."""
+    """Whether two times of day are the same. If one side lacks a.m. or p.m., the same hour on the clock is enough."""
     first, second = (time[0] % 12 + 12 * (time[3] == "pm") if time[3] else time[0] for time in (gold, answer))
     either = bool(gold[3]) != bool(answer[3]) and gold[0] == answer[0]
     return gold[1:3] == answer[1:3] and (first == second or either)
 
 
 def date(text: str) -> tuple[int, int, int] | None:
-    """Year (0 if there is none), month and day; of `05/01/2024` the month comes first."""
+    """Year (0 if there is none), month and day; None for no date. `05/01/2024` has the month first."""
     text = " ".join(upright(text).replace(",", " ").split())
     match = next((match for pattern in _DATES if (match := pattern.fullmatch(text))), None)
     if match is None:
@@ -52,7 +52,7 @@ def date(text: str) -> tuple[int, int, int] | None:
 
 
 def angle(text: str) -> Fraction | None:
-    """Degrees of an angle in degrees, minutes and seconds, or of one that is a number of degrees."""
+    """Degrees of an angle, given as degrees, minutes and seconds or as a number of degrees; None for anything else."""
     if match := _ANGLE.fullmatch(text.strip()):
         degrees = Fraction(match[2]) + Fraction(match[3]) / 60 + Fraction(match[4] or 0) / 3600
         return -degrees if match[1] else degrees

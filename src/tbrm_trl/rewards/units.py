@@ -1,4 +1,4 @@
-"""Units: what a text measures, and how much of it, and a text without its unit."""
+"""Read units: what a unit measures and its size, and a text without its unit."""
 
 import re
 from dataclasses import dataclass
@@ -41,14 +41,14 @@ _LETTERS = rf"{_LETTER}(?:\s*(?:/|\\cdot|\s)\s*{_LETTER})*"  # m/s, kg m/s^2
 
 @dataclass(frozen=True)
 class Unit:
-    """Powers of what is measured, and the size in basic units. Words that measure nothing (apples) have no powers."""
+    """The power of each measure, and the size in basic units. Words that measure nothing (apples) have no powers."""
 
     powers: tuple[tuple[str, int], ...]
     size: Fraction
 
 
 def unit(text: str) -> Unit | None:
-    """The unit that a text is: "cm^2", "\\text{ft} / \\text{s}", "square inches", "apples"; None if it is none."""
+    """The unit in a text: "cm^2", "\\text{ft} / \\text{s}", "square inches", "apples"; None if it is none."""
     words = _words_of(text)
     if not 0 < len(words) <= 8:
         return None
@@ -71,7 +71,7 @@ def unit(text: str) -> Unit | None:
 
 
 def several_units(text: str) -> tuple[Fraction, Unit] | None:
-    """The sum of `3 hours 20 minutes`, in basic units: numbers with ever smaller units of one measure; else None."""
+    """The sum, in basic units, of numbers with ever smaller units of one measure (`3 hours 20 minutes`); else None."""
     parts = _PAIRS.split(upright(text).strip())
     if not 2 <= len(parts) <= 4:
         return None
@@ -89,7 +89,7 @@ def several_units(text: str) -> tuple[Fraction, Unit] | None:
 
 
 def _words_of(text: str) -> list[str]:
-    """Names with their powers, slashes, and signs of currency."""
+    """Split a unit into names with powers, slashes, and currency signs."""
     text = re.sub(r"\^\\circ\s*([CF])(?![a-zA-Z])", lambda m: {"C": "celsius", "F": "fahrenheit"}[m[1]], upright(text))
     text = re.sub(r"\s*\^\s*\{?\s*(-?\d)\s*\}?", r"^\1", text.replace("^\\circ", " degree "))
     text = re.sub(r"\\cdot|\\times|-(?!\d)|\*|~|\\(?=%)", " ", re.sub(r"\bmph\b", "mile/hour", text))
@@ -97,7 +97,7 @@ def _words_of(text: str) -> list[str]:
 
 
 def _known(name: str) -> tuple[str, Fraction] | None:
-    """What a name measures, and how much: as it is written, in small letters, or without the ending of its plural."""
+    """A unit's measure and size, by its name as written, in lower case, or without its plural ending."""
     small = name.lower()
     spellings = [name, small, *([small.removesuffix("s"), small.removesuffix("es")] if len(name) > 2 else [])]
     return next((_UNITS[one] for one in spellings if one in _UNITS), None)
@@ -121,14 +121,14 @@ _FRONT = re.compile(
 
 
 def split_unit(text: str, loose: bool = False) -> tuple[str, Unit | None]:
-    """A text without its unit, and the unit. Single letters that are not upright are units only if `loose`."""
+    """A text without its unit, and the unit. Single letters outside `\\text` count as units only if `loose`."""
     if match := _FRONT.match(text):
         rest, tail = split_unit(match["sign"] + match["rest"], loose)
         return rest, tail if tail and tail.powers else unit(match["unit"])
     match = _END.match(text)
     if match and (found := unit(match["unit"])) and re.search(r"[\w})]", match["rest"]):
         is_word = not match["unit"].lstrip().startswith(("\\", "^", "%", "€", "£", "¥", "₹", "¢"))
-        # Plain words after anything but a number may be a product of letters or part of a sentence.
+        # Words that do not follow a number may be a product of letters or part of a sentence.
         if not is_word or number(match["rest"]) or (found.powers and re.search(r"[\d})]\s*$", match["rest"])):
             return match["rest"].strip(), found
     if loose and (match := _LOOSE.match(text)) and (found := unit(match["unit"])):

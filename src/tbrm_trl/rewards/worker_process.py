@@ -1,6 +1,6 @@
-"""A worker process of `workers.py`: started by its path, it scores rows until its parent closes the connection.
+"""A worker process of `workers.py`: it is started by path, and scores rows until its parent closes the connection.
 
-It does not import `tbrm_trl` as a whole, which would load torch into every worker, but only what the function needs.
+It imports only the modules that the function needs. Importing all of `tbrm_trl` would load torch into every worker.
 """
 
 import contextlib
@@ -20,14 +20,14 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
-STARTED, DONE, VALUES = 0, 1, 2  # doubles in the shared page: when the row began, rows done, then a value for each row
+STARTED, DONE, VALUES = 0, 1, 2  # in the shared page of doubles: start time of the row, rows done, one value per row
 FAILED, LEFT_OUT = math.inf, math.nan
 
 
 def main() -> None:
     connection, shared = Connection(int(sys.argv[1])), int(sys.argv[2])
     page = memoryview(mmap.mmap(shared, 0)).cast("d")
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent's to handle; it closes the connection
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent handles it and closes the connection
     threading.Thread(target=_end_with, args=(os.getppid(),), daemon=True).start()
     try:
         job = connection.recv()
@@ -46,7 +46,7 @@ def _prepare(job: dict):
     sys.path[:] = job["path"]
     if job["memory_limit"]:
         resource.setrlimit(resource.RLIMIT_DATA, (job["memory_limit"], job["memory_limit"]))
-    if job["main"]:  # the function stands in the script that was started
+    if job["main"]:  # the function is defined in the user's script
         module = types.ModuleType("__mp_main__")
         module.__dict__.update(runpy.run_path(job["main"], run_name="__mp_main__"))
         sys.modules["__main__"] = sys.modules["__mp_main__"] = module
@@ -56,7 +56,7 @@ def _prepare(job: dict):
         sys.modules["tbrm_trl"] = package
     function = pickle.loads(job["function"])
     warm_up = getattr(sys.modules.get(getattr(function, "__module__", "") or ""), "warm_up", None)
-    if warm_up is not None:  # what the first row would pay for, such as building a parser
+    if warm_up is not None:  # slow setup, such as building a parser, must not count as the first row's time
         warm_up()
     return function
 
@@ -64,9 +64,11 @@ def _prepare(job: dict):
 def _score(
     function, completions: list, columns: dict[str, list], page: Any, stops: bool
 ) -> tuple[dict, dict, str | None]:
-    """Score rows, each on its own, up to the first that raises if it `stops` there.
+    """Score rows one at a time; with `stops`, end at the first row that raises.
 
-    Returns what the function logged, columns with None where it did not, and metrics; and where it stopped, and why.
+    Returns:
+        The logged columns, with None for rows that logged nothing; the logged metrics; and a description of the error
+        that ended the scoring, else None.
     """
     page[DONE] = 0
     extra: dict[str, list] = {}
@@ -74,7 +76,7 @@ def _score(
     for at, completion in enumerate(completions):
         page[STARTED] = time.monotonic()
 
-        def log_extra(column, values, at=at):  # TRL's names of the arguments
+        def log_extra(column, values, at=at):  # the arguments have TRL's names
             extra.setdefault(column, [None] * len(completions))[at] = values[0]
 
         def log_metric(name, value):
@@ -96,8 +98,8 @@ def _score(
 
 
 def _described(error: BaseException, completion: Any) -> str:
-    """What was raised, where, and at which completion."""
-    places = traceback.extract_tb(error.__traceback__)[1:]  # without the line above that called the function
+    """The error, the line that raised it, and the completion."""
+    places = traceback.extract_tb(error.__traceback__)[1:]  # without the call in `_score`
     where = f", {places[-1].filename}:{places[-1].lineno}" if places else ""
     return f"{type(error).__name__}: {error}{where}. The completion: {str(completion)[:400]!r}"
 

@@ -1,7 +1,7 @@
-"""Reward functions in worker processes: what hangs is killed, what crashes is replaced, what raises is counted.
+"""Run reward functions in worker processes: kill those that hang, replace those that crash, count exceptions.
 
-math-verify stops itself by SIGALRM, which works in the main thread only, and which neither a long C call nor a big
-integer lets through. A process can always be killed.
+math-verify stops itself by SIGALRM. That works only in the main thread, and not during a long C call or a computation
+with big integers. A process can always be killed.
 """
 
 import contextlib
@@ -25,39 +25,42 @@ import dill
 
 from .worker_process import DONE, FAILED, STARTED, VALUES
 
-ROWS_AT_ONCE = 2048  # rows that a worker is given in one message, at most
-SMALLEST = 4  # rows below which a message costs more than it evens out
+ROWS_AT_ONCE = 2048  # most rows in one message to a worker
+SMALLEST = 4  # rows; smaller messages cost more time than they save by balancing workers
 STARTUP_LIMIT = 300.0  # seconds for a worker's imports
 PROGRAM = Path(__file__).with_name("worker_process.py")
-_Logged = tuple[dict[str, list], dict[str, list], str | None]  # columns, metrics, and what was raised
+_Logged = tuple[dict[str, list], dict[str, list], str | None]  # columns, metrics, and the error if there was one
 
 
 class RewardError(RuntimeError):
-    """A reward function raised at a completion."""
+    """A reward function raised an exception for a completion, or could not judge."""
 
 
 class InWorkers:
-    """A reward function, with each row scored in a worker process under a time limit.
+    """A reward function that scores each row in a worker process under a time limit.
 
-    It can be called from several threads at once: they share the workers, each has one at least or waits for one.
+    Several threads may call it at once. They share the workers: each call has at least one, or waits for one.
 
     The function is called with one completion at a time, and with the columns that are lists with a value for each
-    completion. It must be importable, at the top level of a module or of the script that is run, or stand in a
-    notebook. It gets `log_extra` and `log_metric` as from TRL, but no `trainer_state`, and no `environments`: these are
-    objects of this process.
+    completion. It must be defined at the top level of a module or of the user's script, or in a notebook. It gets
+    `log_extra` and `log_metric` as from TRL. It gets no `trainer_state` and no `environments`, since these are objects
+    of this process.
 
-    `counts` has the rows that were `late`, that `crashed` their worker and that `raised`; their shares are logged as
+    `counts` counts the rows that were `late`, that `crashed` their worker and that `raised`. Their shares are logged as
     metrics.
 
     Args:
-        function: takes `(completions, **columns)` and gives one number, or None, for each completion.
+        function: takes `(completions, **columns)` and returns one number, or None, for each completion.
         time_limit: seconds that one row may take. Starting a worker does not count.
-        workers: number of processes; by default as many as this process has cores for, at most eight.
-        failed: reward of a row that was late, crashed or raised. None leaves it out of the loss: a verdict that is not
-            known is not a wrong one.
+        workers: number of processes; by default this process's share of the cores, at most eight.
+        failed: reward of a row that was late, crashed or raised. None leaves it out of the loss, since an unknown
+            verdict is not a wrong one.
         memory_limit: bytes that a worker may allocate; 0 for no limit.
-        raises: whether a call ends with `RewardError` where the function raises at a row, as a call of the function
-            itself would. If not, that row gets `failed`.
+        raises: whether an exception of the function ends the call with `RewardError`. If not, that row gets `failed`.
+
+    Raises:
+        TypeError: if the function is a coroutine function, or at the first call if it cannot be sent to a worker.
+        ValueError: if `time_limit` is not positive.
     """
 
     def __init__(
@@ -84,7 +87,7 @@ class InWorkers:
         self.counts: Counter[str] = Counter()
         self._returned = threading.Condition()
         self._idle: list[_Worker] = []
-        self._lent = 0  # places for workers that calls have
+        self._lent = 0  # number of workers that calls hold
         self._process = os.getpid()
 
     def __call__(self, completions: Sequence[Any], **columns: Any) -> list[float | None]:
@@ -108,7 +111,7 @@ class InWorkers:
         if log_metric is not None and completions:
             for name, values in batch.metrics.items():
                 log_metric(name, sum(values) / len(values))
-            for kind in ("late", "crashed", "raised"):  # each time, so that all processes log the same metrics
+            for kind in ("late", "crashed", "raised"):  # also if 0, so that all processes log the same metrics
                 log_metric(f"{self.__name__}/{kind}", batch.counts[kind] / len(completions))
         return batch.rewards
 
@@ -120,21 +123,21 @@ class InWorkers:
         self._take_signature()
 
     def _take_signature(self) -> None:
-        """Show the function's own arguments, so that what it needs and is not given is found before training."""
+        """Show the function's own signature, so that a missing argument is found before training."""
         self.__signature__: inspect.Signature | None = None
         with contextlib.suppress(TypeError, ValueError):  # a built-in may have none
             self.__signature__ = inspect.signature(self.function)
 
     def close(self) -> None:
-        """End the workers that no call is using. A later call starts new ones."""
+        """End the idle workers. A later call starts new ones."""
         with self._returned:
             _end(self._idle)
 
     @contextlib.contextmanager
     def _borrowed(self, rows: int) -> Iterator["list[_Worker]"]:
-        """Workers for so many rows: as many as are to be had, one at least."""
+        """Workers for this many rows: all that are free, but no more than rows; waits until one is free."""
         with self._returned:
-            if os.getpid() != self._process:  # forked: the workers are the parent's
+            if os.getpid() != self._process:  # after a fork, the workers belong to the parent
                 self._idle, self._lent, self._process = [], 0, os.getpid()
             self._returned.wait_for(lambda: self._lent < self.workers)
             count = min(rows, self.workers - self._lent)
@@ -154,7 +157,7 @@ class InWorkers:
                 self._returned.notify_all()
 
     def _score(self, batch: "_Batch", pool: "list[_Worker]") -> None:
-        """Score all rows: a worker that is free gets the next ones, a row that ends its worker is written off."""
+        """Score all rows: free workers get the next ones, and a row that crashes or blocks its worker fails."""
         while True:
             for worker in pool:
                 if worker.ready and not worker.rows and (rows := batch.next_rows(len(pool))):
@@ -170,7 +173,11 @@ class InWorkers:
                     pool[at] = self._new_worker()
 
     def _has_ended(self, worker: "_Worker", answered: bool, batch: "_Batch") -> bool:
-        """Write down what a worker has done, if it is done; whether it must be replaced."""
+        """Record the results of a worker that answered or is late, and return whether to replace it.
+
+        Raises:
+            RewardError: if the function raised and `raises` is set.
+        """
         if not worker.ready:
             worker.start(answered)
             return False
@@ -218,13 +225,13 @@ class InWorkers:
 
 
 def _is_in_script(function: Any) -> bool:
-    """Whether a worker that runs the script finds the function there. It does not for a notebook, or in an actor."""
+    """Whether a worker that runs the script finds the function there. It does not in a notebook or an actor."""
     main, named = sys.modules["__main__"], function if hasattr(function, "__qualname__") else type(function)
     return hasattr(main, "__file__") and getattr(main, named.__qualname__, None) is named
 
 
 class _Batch:
-    """The rows of one call: those that wait for a worker, and what has been written down of the others."""
+    """The rows of one call: those waiting for a worker, and the results of the others."""
 
     def __init__(self, completions: list[Any], columns: dict[str, list[Any]]) -> None:
         self.completions, self.columns = completions, columns
@@ -235,9 +242,9 @@ class _Batch:
         self.counts: Counter[str] = Counter()
 
     def next_rows(self, workers: int) -> list[int]:
-        """Rows for a worker: half of its share of what is left, so that all workers end together.
+        """Rows for one worker: half of its share of the waiting rows, so that all workers end together.
 
-        They are neighbours. Rollouts of one prompt then share what the worker remembers of the gold.
+        The rows are neighbours, so that rollouts of one prompt share the worker's cache for the gold.
         """
         share = len(self.waiting) / workers
         count = min(ROWS_AT_ONCE, math.ceil(max(share / 2, min(share, SMALLEST))))
@@ -245,7 +252,7 @@ class _Batch:
         return rows
 
     def write(self, rows: list[int], values: list[float], failed: float | None, logged: _Logged | None) -> int:
-        """Write down values and what was logged; the number of rows at which the function raised."""
+        """Record values and logged columns and metrics. Returns the number of rows for which the function raised."""
         for row, value in zip(rows, values, strict=True):
             self.rewards[row] = failed if value == FAILED else None if math.isnan(value) else value
         extra, metrics, _ = logged or ({}, {}, None)
@@ -258,16 +265,16 @@ class _Batch:
 
 
 class _Worker:
-    """One process, the connection to it, and the page of memory in which it says how far it is."""
+    """One process, the connection to it, and the shared page of memory to which it writes its progress."""
 
     def __init__(self, job: dict[str, Any]) -> None:
         self.connection, theirs = Pipe()
-        self.rows: list[int] = []  # that it scores
+        self.rows: list[int] = []  # rows it is scoring
         self.ready = False  # whether it has imported its function
         with tempfile.TemporaryFile() as file:
             file.truncate(8 * (VALUES + ROWS_AT_ONCE))
             self.page = memoryview(mmap.mmap(file.fileno(), 0)).cast("d")
-            # Started by its path, not forked: safe beside threads and CUDA, and the user's script needs no guard.
+            # Started by path, not forked: this is safe with threads and CUDA, and the user's script needs no guard.
             self.process = subprocess.Popen(
                 [sys.executable, str(PROGRAM), str(theirs.fileno()), str(file.fileno())],
                 pass_fds=(theirs.fileno(), file.fileno()),
@@ -279,7 +286,11 @@ class _Worker:
         self.connection.send(job)
 
     def start(self, answered: bool) -> None:
-        """Note that it has imported its function. Raises if it could not, or not in time."""
+        """Mark the worker as ready once it has imported its function.
+
+        Raises:
+            RuntimeError: if the worker could not import the function, or not in time.
+        """
         if not answered and self.time_left(STARTUP_LIMIT) > 0:
             return
         error: Any = f"it was not ready after {STARTUP_LIMIT:.0f} s"
@@ -297,18 +308,18 @@ class _Worker:
         self.page[DONE] = 0
         self.page[STARTED] = time.monotonic()
         columns = {name: [values[row] for row in rows] for name, values in batch.columns.items()}
-        with contextlib.suppress(BrokenPipeError):  # it has died; the connection says so when it is read
+        with contextlib.suppress(BrokenPipeError):  # it has died, which reading from the connection will show
             self.connection.send(([batch.completions[row] for row in rows], columns))
 
     def answer(self) -> _Logged | None:
-        """What was logged for all the rows it was sent; None if it died instead."""
+        """The logged columns and metrics for the rows it was sent; None if it died."""
         try:
             return self.connection.recv()
         except (EOFError, OSError):
             return None
 
     def time_left(self, limit: float) -> float:
-        """Seconds until the row that it scores is late; for one that is starting, until that has taken too long."""
+        """Seconds until its current row is late, or until its start has taken too long."""
         return self.page[STARTED] + (limit if self.ready else STARTUP_LIMIT) - time.monotonic()
 
     def end(self) -> None:
@@ -332,6 +343,6 @@ def _is_column(values: Any, rows: int) -> bool:
 
 
 def _cores() -> int:
-    """This process's share of the cores it may use."""
+    """This process's share of the available cores, from 1 to 8."""
     processes = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     return max(1, min(8, len(os.sched_getaffinity(0)) // processes))

@@ -1,4 +1,4 @@
-"""Mean rewards that are subtracted from R: that of a prompt's group, or that of a window."""
+"""Mean rewards that are subtracted from R: of a prompt's group, or of a window."""
 
 import math
 from collections.abc import Callable, Sequence
@@ -12,14 +12,14 @@ from ..trajectory import Trajectory
 
 
 class Baselines:
-    """The baselines of the latest windows: those of a prompt's trajectories are equal whenever they are trained on.
+    """The latest windows' baselines. A prompt's trajectories have equal ones whenever they are trained on.
 
-    V learns `V* − b/β`, so two trajectories of a prompt with different b would ask it for two values.
+    V learns `V* − b/β`. Trajectories of one prompt with different b would therefore pull it to different values.
 
     Args:
         kind: "none", "batch_mean" over the window of all processes, or "group_mean".
-        reward_of: gives R(τ), or NaN if nothing scored it.
-        remembered: how many prompts' group means are kept, the latest ones; 0 if nothing is replayed.
+        reward_of: returns R(τ), or NaN if no function scored it.
+        remembered: number of prompts whose group means are kept, the latest ones; 0 if nothing is replayed.
     """
 
     def __init__(self, kind: str, reward_of: Callable[[Trajectory], float], remembered: int = 0):
@@ -28,7 +28,7 @@ class Baselines:
 
     def clear(self) -> None:
         self._of_window: float | None = None
-        self._of_prompts: dict[str, float] = {}  # in the order in which their last groups came
+        self._of_prompts: dict[str, float] = {}  # ordered by their last groups, oldest first
 
     def set(
         self,
@@ -37,13 +37,13 @@ class Baselines:
         gather: Callable[[Sequence[float]], Tensor],
         learn: bool,
     ) -> None:
-        """Give each trajectory of a window the mean reward that is subtracted from its own.
+        """Set the baseline of each trajectory of a window: the mean reward that is subtracted from its own.
 
         Args:
-            window: of this process. Trajectories of a group follow one another.
+            window: this process's trajectories. Those of a group are adjacent.
             group_size: number of trajectories in a group.
-            gather: gives the numbers of all processes, `(P, n)`, for this one's n.
-            learn: keep the means for what is replayed later.
+            gather: takes n numbers of this process and returns those of all processes, `(P, n)`.
+            learn: keep the means for trajectories that are replayed later.
         """
         if self.kind == "batch_mean":
             given = [reward for t in window if not math.isnan(reward := self.reward_of(t))]
@@ -56,7 +56,7 @@ class Baselines:
             means: list[tuple[str, float]] = []
             for group in chunks(window, group_size):
                 given = [reward for t in group if not math.isnan(reward := self.reward_of(t))]
-                mean = sum(given) / len(given) if len(given) > 1 else math.nan  # one would be its own baseline
+                mean = sum(given) / len(given) if len(given) > 1 else math.nan  # alone it would be its own baseline
                 for trajectory in group:
                     trajectory.baseline = mean
                 if len(given) > 1:
@@ -69,7 +69,7 @@ class Baselines:
                     del self._of_prompts[prompt]
 
     def renew(self, replayed: Sequence[Trajectory]) -> None:
-        """Give replayed trajectories the latest mean: that of the window, or that of their prompt's last group."""
+        """Give replayed trajectories the latest mean: of the window, or of their prompt's last group."""
         for trajectory in replayed:
             if self.kind == "batch_mean" and self._of_window is not None:
                 trajectory.baseline = self._of_window
@@ -81,5 +81,5 @@ class Baselines:
         return {"window": self._of_window, "prompts": self._of_prompts}
 
     def restore(self, state: dict[str, Any]) -> None:
-        """Go on from what `state` returned."""
+        """Continue from what `state` returned."""
         self._of_window, self._of_prompts = state["window"], dict(state["prompts"])

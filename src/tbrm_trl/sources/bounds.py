@@ -41,7 +41,7 @@ class Bounds:
             )
 
     def staleness(self, row: int, step: int) -> int:
-        """The most updates that the policy makes between a start of this row at this step and its first use."""
+        """The most updates the policy makes between starting this row at this step and first training on it."""
         return row // self.rows_per_window * self.updates_per_window + self.fresh_updates - 1 - step
 
     def may_start(self, row: int, step: int) -> bool:

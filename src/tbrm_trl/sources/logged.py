@@ -20,10 +20,10 @@ from .parquet import from_row
 
 _COMPLETION_COLUMNS = ("completion_ids", "completion")
 _INDEX = "_row"  # column with the number of the row in the training set
-# Columns of this library's making. No reward function is given them.
+# Columns that this library adds. Reward functions do not get them.
 _ADDED_COLUMNS = frozenset(("optimal_value", "reference_rewards", _INDEX))
 # Columns that describe a logged row's own trajectory. All others go to the reward functions. In a data set without
-# logged rows they are columns like any other.
+# logged rows they are ordinary columns.
 OWN_COLUMNS = _ADDED_COLUMNS | frozenset(
     """
     completion prompt_ids completion_ids loss_mask end reward ref_log_probs ref_soft_value ref_end_value ref_key
@@ -66,10 +66,10 @@ def prompt_numbers(dataset: Dataset, logged: np.ndarray) -> np.ndarray:
 
 
 def without_none(value: Any) -> Any:
-    """The value without the keys of its dictionaries that hold None, however deep.
+    """Remove the keys that hold None from all dictionaries in the value, at any depth.
 
-    Arrow gives the dictionaries of a column one set of keys, and fills up with None: of what a row said and what was
-    filled up, nobody can tell any more. A column of JSON keeps each row's own keys. Both are the same after this.
+    Arrow gives all dictionaries of a column the same keys and fills missing ones with None. A None of the row itself
+    then looks the same as a filled one. A JSON column keeps each row's own keys. This makes both alike.
     """
     if isinstance(value, dict):
         return {name: without_none(one) for name, one in value.items() if one is not None}
@@ -77,9 +77,9 @@ def without_none(value: Any) -> Any:
 
 
 def normal_prompt(prompt: Any) -> Any:
-    """A prompt or a completion in one form, however its data set was stored.
+    """A prompt or a completion in a form that does not depend on how its data set was stored.
 
-    Messages lose the keys that hold None, and a message without content has the content "". Text stays as it is.
+    Messages lose the keys that hold None, and a message without content gets the content "". Text stays as it is.
     """
     if not isinstance(prompt, list):
         return prompt
@@ -92,7 +92,7 @@ class CompletionTokenizer:
 
     Attributes:
         tokenizer: the policy's.
-        end_token_ids: tokens that end a completion: those at which generation stops.
+        end_token_ids: tokens that end a completion, those at which generation stops.
         prompt_ids: prompt (text or messages) → ids, as generation makes them.
         template: messages → ids by the chat template. The second argument says whether to open the assistant's turn.
     """
@@ -141,7 +141,7 @@ class CompletionTokenizer:
             raise ValueError("the last message of `completion` must be the assistant's.")
         ids, mask = list(prompt_ids), [False] * len(prompt_ids)
         for turn, message in enumerate(completion):
-            if message["role"] != "assistant":  # an inserted message: the opening of the next turn holds it
+            if message["role"] != "assistant":  # an inserted message: the next turn's opening contains it
                 if self._render([*prompt, *completion[:turn]]) == self._render([*prompt, *completion[: turn + 1]]):
                     raise ValueError(
                         f"the chat template drops message {turn} of `completion`, whose role is "
@@ -152,7 +152,7 @@ class CompletionTokenizer:
             try:
                 opening = self.template([*prompt, *completion[:turn]], True)
                 through = self.template([*prompt, *completion[: turn + 1]], False)
-            except Exception as error:  # a template raises what it likes
+            except Exception as error:  # a template may raise anything
                 raise ValueError(
                     f"the chat template cannot write message {turn} of `completion` ({type(error).__name__}: {error}). "
                     "Give the message the form that it expects, or `prompt_ids` and `completion_ids` instead."
@@ -189,7 +189,7 @@ class CompletionTokenizer:
     def _check_parts(
         self, before: list[dict[str, Any]], turn: int, message: dict[str, Any], through: list[int]
     ) -> None:
-        """Refuse a message if the template writes the same without one of its parts, or one element of a part."""
+        """Refuse a message if the template renders the same without one of its parts, or one element of a part."""
         for name, part in message.items():
             if name == "role" or not part or (name == "content" and isinstance(part, str)):
                 continue
@@ -208,10 +208,10 @@ class CompletionTokenizer:
                     )
 
     def _render(self, messages: list[dict[str, Any]]) -> list[int] | None:
-        """Ids of messages by the chat template; None if it refuses them."""
+        """Token ids of messages, rendered by the chat template; None if it refuses them."""
         try:
             return self.template(messages, False)
-        except Exception:  # a template raises what it likes
+        except Exception:  # a template may raise anything
             return None
 
     def refuse_impossible(
@@ -220,15 +220,15 @@ class CompletionTokenizer:
         """Refuse ids that no policy could have produced: padding, and anything it chose after an end token.
 
         Args:
-            prompt_ids: the prompt's.
-            ids: the completion's.
-            mask: which of them the policy chose.
-            end: how the row says that the completion ended.
-            drawn_here: whether this library drew and unpadded the completion. Its policy chose what it chose, be it
-                the padding token.
+            prompt_ids: the prompt's ids.
+            ids: the completion's ids.
+            mask: which of the completion's ids the policy chose.
+            end: how the completion ended, according to the row.
+            drawn_here: whether this library drew and unpadded the completion. Padding is then not refused: the policy
+                may have chosen the padding token.
 
         Raises:
-            ValueError: saying where, and what to change.
+            ValueError: if there are such ids. The message says where, and what to change.
         """
         ends, pad = self.end_token_ids, self.tokenizer.pad_token_id
         for place, token in enumerate(ids[:-1]):
@@ -269,7 +269,7 @@ class CompletionTokenizer:
 
     @cached_property
     def _opening_padding(self) -> int:
-        """Padding tokens that a prompt may begin with, because the tokenizer has one token for several purposes."""
+        """How many padding tokens may begin a prompt, because the tokenizer uses one token for several purposes."""
         pad = self.tokenizer.pad_token_id
         return max(int(pad == self.tokenizer.bos_token_id), _run(self.tokenizer(text="a")["input_ids"], pad))
 
@@ -278,7 +278,7 @@ class CompletionTokenizer:
 
 
 def _run(ids: list[int], token: int | None) -> int:
-    """How often the token stands at the beginning of the ids."""
+    """How many times the token is repeated at the beginning of the ids."""
     return next((place for place, other in enumerate(ids) if other != token), len(ids))
 
 
@@ -287,7 +287,7 @@ def _short(text: str) -> str:
 
 
 def scratch_folder(dataset: Dataset) -> TemporaryDirectory | None:
-    """A folder for the tokenized rows of a data set, which vanishes with the object; None if they stay in memory.
+    """A folder for a data set's tokenized rows, deleted with the returned object; None if they stay in memory.
 
     Raises:
         OSError: if the data set's cache cannot be written to.
@@ -307,7 +307,7 @@ def tokenize_logged_rows(
     context: int | None,
     scratch: TemporaryDirectory | None = None,
 ) -> Dataset:
-    """Give every logged row the columns of its trajectory. Rows without a completion get None in these columns.
+    """Add the columns of its trajectory to every logged row. Rows without a completion get None in these columns.
 
     Args:
         dataset: the training set, checked by `check_logged_rows`.
@@ -315,7 +315,7 @@ def tokenize_logged_rows(
         tokenize: tokenizes completions that are text or messages.
         vocabulary: number of token ids of the model.
         context: largest number of tokens that the model can read; None if unlimited.
-        scratch: where the result lies on disk, from `scratch_folder`.
+        scratch: where the result is kept on disk, from `scratch_folder`.
 
     Raises:
         ValueError: for ids outside the vocabulary, ids that no policy could have produced, a trajectory longer than the
@@ -334,7 +334,7 @@ def tokenize_logged_rows(
         columns,
         with_indices=True,
         features=Features({**dataset.features, **_FEATURES}),
-        load_from_cache_file=False,  # the checks are the point
+        load_from_cache_file=False,  # a cached result would skip the checks
         cache_file_name=str(Path(scratch.name) / "rows.arrow") if scratch is not None else None,
         new_fingerprint=generate_random_fingerprint(),
         desc="Tokenizing logged trajectories",
@@ -384,7 +384,7 @@ def logged_trajectory(row: Mapping[str, Any]) -> Trajectory:
     origin = {"source": Source.LOGGED.value, "group": xxhash.xxh3_64_intdigest(prompt) >> 1}
     own = {name: row.get(name) for name in OWN_COLUMNS}
     if own["ref_key"] is None and own["ref_log_probs"] is not None:
-        own["ref_key"] = f"{PREVIOUS}unknown"  # scores that the user brings: the policy's that produced the trajectory
+        own["ref_key"] = f"{PREVIOUS}unknown"  # the user's scores: of the policy that produced the trajectory
     return from_row({**own, **origin})
 
 
@@ -401,20 +401,21 @@ def completion_of(row: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase) ->
 
 
 def own_columns(some_logged: bool) -> frozenset[str]:
-    """The columns that describe trajectories, which no reward function is given.
+    """The columns that describe trajectories. Reward functions do not get them.
 
     Args:
-        some_logged: whether the data set has logged rows. In another, `reward`, `end`, … are columns like any other.
+        some_logged: whether the data set has logged rows. Without any, `reward`, `end`, … are ordinary columns.
     """
     return OWN_COLUMNS if some_logged else _ADDED_COLUMNS
 
 
 def columns_for_rewards(rows: Sequence[Mapping[str, Any]], some_logged: bool) -> list[dict[str, Any]]:
-    """What generation and the reward functions are given of the rows: the same however their data set was stored.
+    """The columns that generation and the reward functions get, independent of how the data set was stored.
 
     Args:
         rows: of a training set or an evaluation set.
-        some_logged: whether their data set has logged rows, whose own columns (`reward`, `end`, …) are then left out.
+        some_logged: whether their data set has logged rows. Columns of a logged row's own (`reward`, `end`, …) are then
+            left out.
     """
     hidden = own_columns(some_logged)
     return [
@@ -428,7 +429,7 @@ def columns_for_rewards(rows: Sequence[Mapping[str, Any]], some_logged: bool) ->
 
 
 def rewarded_rows(dataset: Dataset, logged: np.ndarray) -> np.ndarray:
-    """`(N,)` bool: which of the logged rows bring their reward."""
+    """`(N,)` bool: which of the logged rows have a reward."""
     if "reward" not in dataset.column_names:
         return np.zeros_like(logged)
     column = dataset.select_columns(["reward"]).with_format("arrow")[:]["reward"]
@@ -436,7 +437,7 @@ def rewarded_rows(dataset: Dataset, logged: np.ndarray) -> np.ndarray:
 
 
 def some_unrewarded(dataset: Dataset, logged: np.ndarray) -> bool:
-    """Whether a logged row brings no reward."""
+    """Whether any logged row has no reward."""
     return bool((logged & ~rewarded_rows(dataset, logged)).any())
 
 
@@ -449,25 +450,25 @@ class LoggedRows:
     Args:
         dataset: the training set, with the columns that `tokenize_logged_rows` adds.
         logged: `(N,)` bool, which rows are logged.
-        scored: whether the rows bring all reference scores that they need.
-        reward: gives the rewards of rows and their trajectories, for rows that bring none.
+        scored: whether the rows already have all reference scores that they need.
+        reward: returns the rewards of rows and their trajectories. It is used for rows without a reward.
     """
 
     def __init__(self, dataset: Dataset, logged: np.ndarray, scored: bool, reward: RewardRows):
         self.scored, self.reward = scored, reward
         self.some_unrewarded = some_unrewarded(dataset, logged)
-        self._by_row: dict[int, Trajectory] = {}  # those taken so far, which keep the scores they are given
+        self._by_row: dict[int, Trajectory] = {}  # rows taken so far, with the scores they were given
 
     def take(self, rows: Sequence[Mapping[str, Any]]) -> list[Trajectory]:
         """The trajectories of these rows. A row's trajectory is the same object whenever the row comes up again."""
-        if self.scored:  # the data set holds all there is to know
+        if self.scored:  # the data set holds everything
             trajectories = [logged_trajectory(row) for row in rows]
         else:
             for row in rows:
                 if row[_INDEX] not in self._by_row:
                     self._by_row[row[_INDEX]] = logged_trajectory(row)
             trajectories = [self._by_row[row[_INDEX]] for row in rows]
-            # A stream that begins anew within a window may give a row twice, in two groups.
+            # A stream that restarts within a window may give a row twice, in two groups.
             first = {id(one): place for place, one in reversed(list(enumerate(trajectories)))}
             trajectories = [one if first[id(one)] == i else replace(one) for i, one in enumerate(trajectories)]
         if self.some_unrewarded:
@@ -477,9 +478,9 @@ class LoggedRows:
         return trajectories
 
     def state(self) -> tuple[list[int], list[Trajectory]]:
-        """Numbers and trajectories of the rows taken so far, with the scores that they were given."""
+        """Numbers and trajectories of the rows taken so far, with the scores they were given."""
         return list(self._by_row), list(self._by_row.values())
 
     def restore(self, rows: Sequence[int], trajectories: Sequence[Trajectory]) -> None:
-        """Go on from what `state` returned."""
+        """Continue from what `state` returned."""
         self._by_row = dict(zip(rows, trajectories, strict=True))

@@ -1,4 +1,4 @@
-"""Trajectories as Parquet, one row each. Saved rollouts, logged data and checkpoints share this form."""
+"""Trajectories as Parquet, one row each. Saved rollouts, logged data and checkpoints share this format."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -63,7 +63,7 @@ def to_row(trajectory: Trajectory) -> dict[str, Any]:
 
 
 def from_row(row: Mapping[str, Any]) -> Trajectory:
-    """The inverse of `to_row`; columns that are not a trajectory's are ignored."""
+    """The inverse of `to_row`. Other columns are ignored."""
     log_probs = row.get("ref_log_probs")
     return Trajectory(
         prompt_ids=torch.as_tensor(np.asarray(row["prompt_ids"]), dtype=torch.long),
@@ -100,7 +100,7 @@ def write_trajectories(
 ) -> None:
     """Write trajectories without their vision inputs, and `extra` columns of the same length, to one Parquet file.
 
-    The file appears under its name only when it is whole.
+    The file appears under its name only when it is complete.
     """
     rows = [to_row(trajectory) for trajectory in trajectories]
     by_function = sorted({name for row in rows for name in row if name.startswith(REWARD_PREFIX)})
@@ -110,5 +110,5 @@ def write_trajectories(
 
 
 def read_trajectories(path: Path) -> list[Trajectory]:
-    """The trajectories of one file, as they were written."""
+    """Read the trajectories of one file."""
     return [from_row(row) for batch in pq.ParquetFile(path).iter_batches() for row in batch.to_pylist()]

@@ -1,4 +1,4 @@
-"""Completions of coming windows, drawn in the places that rows of the present one leave free."""
+"""Draws completions of later windows in the slots that rows of the current window leave free."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -7,14 +7,14 @@ from typing import Any, Protocol
 
 @dataclass
 class PoolRow:
-    """A completion, whole or in part.
+    """A completion, finished or not.
 
     Attributes:
-        window: number of the window that it belongs to.
-        place: its place among the rows of that window on this process.
+        window: number of its window.
+        place: its index among the rows of that window on this process.
         prompt_ids: its prompt.
-        completion_ids: the tokens that were drawn.
-        steps: for each of them, the updates that the policy had made when it drew it.
+        completion_ids: the tokens drawn so far.
+        steps: per completion token, the number of updates the policy had made when it drew the token.
     """
 
     window: int
@@ -25,7 +25,7 @@ class PoolRow:
 
 
 class Decoder(Protocol):
-    """What draws the tokens: `model.decoding.Slots`."""
+    """The interface of `model.decoding.Slots`, which draws the tokens."""
 
     def has_ended(self, row: PoolRow) -> bool: ...
 
@@ -33,30 +33,30 @@ class Decoder(Protocol):
 
 
 class RolloutPool:
-    """The rows of this process that are under way, or done before their window's turn.
+    """This process's unfinished rows, and rows that finished before their window's turn.
 
     A window is done when its own rows are. Rows of later windows start in the sampler's order, whatever their length,
-    when places are free and fewer than `ahead` rows of later windows have been started. A row that is under way when
-    the policy moves goes on under the new one: its tokens are kept, and read again.
+    when slots are free and fewer than `ahead` rows of later windows have been started. A row that is unfinished when
+    the policy is updated keeps its tokens and continues under the new policy, which reads them again.
 
     Args:
-        ahead: how many rows of later windows may be under way or done.
-        prompts_of: gives the prompts of a window on this process, as token ids, by its number.
-        windows: gives the number of windows of the run.
+        ahead: how many rows of later windows may be started, finished ones included.
+        prompts_of: returns this process's prompts of a window, as token ids, given the window's number.
+        windows: returns the number of windows of the run.
     """
 
     def __init__(self, ahead: int, prompts_of: Callable[[int], list[list[int]]], windows: Callable[[], int]):
         self.ahead, self.prompts_of, self.windows = ahead, prompts_of, windows
-        self.rows: list[PoolRow] = []  # in the order in which they started
-        self._prompts: dict[int, list[list[int]]] = {}  # of windows that are not wholly started
+        self.rows: list[PoolRow] = []  # in the order they started
+        self._prompts: dict[int, list[list[int]]] = {}  # by window, the current one and later ones
 
     def draw(self, window: int, prompts: list[list[int]], step: int, decoder: Decoder) -> list[PoolRow]:
-        """The completions of a window, in its order.
+        """Draw the completions of a window and return them in its order.
 
         Args:
             window: its number.
             prompts: its prompts, as token ids.
-            step: updates that the policy has made.
+            step: number of updates the policy has made.
             decoder: draws the tokens.
         """
         self._prompts[window] = prompts
@@ -66,7 +66,7 @@ class RolloutPool:
         own += [self._started(window, place) for place in range(len(own), len(prompts))]
         waiting = [row for row in self.rows if not decoder.has_ended(row)]
         waiting.sort(key=lambda row: (row.window, row.place))
-        whole = False  # once it is, it stays so
+        whole = False  # once true, it stays true
 
         def more(count: int) -> list[PoolRow]:
             while len(waiting) < count and (row := self._next(window)):
@@ -88,7 +88,7 @@ class RolloutPool:
         return own
 
     def _next(self, window: int) -> PoolRow | None:
-        """The next row of a window after this one, if it may start."""
+        """Start the next row of the later windows and return it, or None if no row may start."""
         later = [row for row in self.rows if row.window > window]
         if len(later) >= self.ahead:
             return None
@@ -111,5 +111,5 @@ class RolloutPool:
         return [dict(vars(row)) for row in self.rows]
 
     def restore(self, state: Sequence[dict[str, Any]]) -> None:
-        """Go on from what `state` returned."""
+        """Continue from what `state` returned."""
         self.rows, self._prompts = [PoolRow(**values) for values in state], {}

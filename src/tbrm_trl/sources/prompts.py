@@ -1,4 +1,4 @@
-"""Prompts that are longer than they may be, or of which the tokenizer knows nothing: found before a model is loaded."""
+"""Finds prompts that are too long or have only unknown characters, before a model is loaded."""
 
 import warnings
 from collections.abc import Iterator, Sequence
@@ -23,7 +23,7 @@ _UNUSED = "\U0010fffd"  # a character that no text uses
 
 @dataclass(frozen=True)
 class PromptLimit:
-    """How long a prompt may be, and what becomes of longer ones.
+    """How long a prompt may be, and what happens to longer ones.
 
     Attributes:
         tokens: the limit; None if there is none.
@@ -36,7 +36,7 @@ class PromptLimit:
     policy: str
 
     def check(self, length: int, name: str, more: str = "") -> None:
-        """Refuse a prompt of this many tokens, which an error calls by `name`, if it is too long."""
+        """Raise ValueError if a prompt of this many tokens is too long. The message calls it `name`."""
         if self.tokens is not None and length > self.tokens:
             advice = (
                 "Give its data set to the trainer at construction, where long prompts are dropped"
@@ -49,7 +49,7 @@ class PromptLimit:
             )
 
     def applied(self, prompts: Sequence[Any], ids: Sequence[list[int]]) -> Sequence[list[int]]:
-        """The ids of prompts that are about to be rolled out, cut on the left if long ones are, or else refused."""
+        """The ids of prompts to roll out. Long ones are cut on the left if the policy is "cut", else refused."""
         if self.tokens is None:
             return ids
         if self.policy == "cut":
@@ -60,19 +60,19 @@ class PromptLimit:
 
 
 class PromptRenderer:
-    """Makes token ids of prompts as generation will, before the model is loaded.
+    """Converts prompts to token ids as generation will, before the model is loaded.
 
     Args:
         model: id, folder or model.
         processing_class: tokenizer or processor; None loads the model's own, as TRL would.
         args: the options.
-        tools: that the chat template is given.
-        other: a rollout function or environment factory, which render prompts by themselves.
+        tools: the tools that the chat template gets.
+        other: a rollout function or environment factory. Either renders prompts by itself.
 
     Attributes:
         processing_class: as given or loaded.
-        tokenizer: the text tokenizer of it.
-        is_exact: whether generation renders nothing else.
+        tokenizer: its text tokenizer.
+        is_exact: whether generation reads exactly these ids.
     """
 
     def __init__(self, model: Any, processing_class: Any, args: TBRMOptions, tools: Any, other: Any):
@@ -105,14 +105,14 @@ class PromptRenderer:
         )["input_ids"]
 
     def limit(self, sets: Sequence[Any], generates: bool = True) -> PromptLimit:
-        """`max_prompt_length`, or what the model's context leaves beside a completion.
+        """`max_prompt_length`, or the tokens that a completion leaves in the model's context if they are fewer.
 
         Args:
             sets: the training set and the evaluation sets.
             generates: whether any row of them is rolled out. A log alone needs no room for `max_completion_length`.
 
         Raises:
-            ValueError: if that leaves nothing, or for a policy that cannot be kept.
+            ValueError: if no room is left, or if `long_prompts` cannot be applied here.
         """
         args, policy = self.args, self.args.long_prompts
         if policy != "refuse" and not self.is_exact:
@@ -140,18 +140,18 @@ class PromptRenderer:
 def fitting_prompts(
     dataset: Dataset, title: str, asked: np.ndarray, limit: PromptLimit, renderer: PromptRenderer
 ) -> Dataset:
-    """The data set without prompts that are too long, if they are to be dropped.
+    """Drop or refuse prompts that are too long, as the limit says, and return the data set.
 
     Args:
         dataset: rows with a column `prompt`.
-        title: what errors call it.
+        title: its name in errors.
         asked: `(N,)` bool, the rows that are to be rolled out.
-        limit: how long they may be.
+        limit: how long their prompts may be.
         renderer: prompts → ids, as for generation.
 
     Raises:
-        ValueError: for a prompt of nothing but unknown characters, and for one that is too long if that is refused. It
-            names the row.
+        ValueError: for a prompt that has only unknown characters, and for one that is too long if such prompts are
+            refused. The message names the row. Also if every row would be dropped.
     """
     _refuse_unknown(dataset, title, asked, renderer.tokenizer)
     if limit.tokens is None or limit.policy == "cut":
@@ -179,7 +179,7 @@ def fitting_prompts(
 def _lengths_of_suspects(
     dataset: Dataset, asked: np.ndarray, limit: int, renderer: PromptRenderer
 ) -> Iterator[tuple[int, int]]:
-    """Rows that may be too long, with their tokens. A token has at least one byte, so most rows are cleared unread."""
+    """Rows that may be too long, with their lengths. A token has at least one byte, so most rows need no tokenizing."""
     rows = dataset.select_columns(["prompt"]).with_format(None)
     around: int | None = None  # tokens that the template puts around the first prompt
     for first, column in column_parts(dataset, "prompt"):
@@ -197,7 +197,7 @@ def _lengths_of_suspects(
 
 
 def _bytes_of(column: pa.Array) -> np.ndarray | None:
-    """`(n,)` bytes of text in each prompt, at least; None if they cannot be counted in bulk."""
+    """`(n,)` an upper bound on the bytes of text in each prompt; None if they cannot be counted in bulk."""
     if is_text(column):
         return _text_bytes(column)
     inner = column.type.value_type if pa.types.is_list(column.type) else None
@@ -215,7 +215,7 @@ def _text_bytes(column: pa.Array) -> np.ndarray:
 
 
 def _refuse_unknown(dataset: Dataset, title: str, asked: np.ndarray, tokenizer: PreTrainedTokenizerBase) -> None:
-    """Refuse prompts of which the tokenizer knows no character. One that knows every byte has none to look for."""
+    """Refuse prompts without any character that the tokenizer knows. One that knows every byte needs no check."""
     unknown = unknown_tokens(tokenizer)
     if unknown is None:
         return
@@ -232,7 +232,7 @@ def _refuse_unknown(dataset: Dataset, title: str, asked: np.ndarray, tokenizer: 
 
 
 def unknown_tokens(tokenizer: PreTrainedTokenizerBase) -> set[int] | None:
-    """The ids, if any, that the tokenizer makes of a character it does not know; None if it knows every one."""
+    """The ids that the tokenizer gives for an unknown character, if any; None if it knows every character."""
     ids = tokenizer(text=_UNUSED, add_special_tokens=False)["input_ids"]
     return None if _UNUSED in tokenizer.decode(ids) else set(ids)
 

@@ -1,4 +1,4 @@
-"""Readers for what other libraries write: each gives a data set of logged rows, to be passed as `train_dataset`."""
+"""Readers for other libraries' rollouts. Each returns a data set of logged rows to pass as `train_dataset`."""
 
 import json
 import warnings
@@ -22,17 +22,17 @@ def read_verl_dump(paths: Paths, prompt: Callable[[dict[str, Any]], Any] | None 
     """Read the rollouts that verl writes where `trainer.rollout_data_dir` is set, as logged rows.
 
     Each line of its files has `input`, `output` and `score`, which become `prompt`, `completion` and `reward`. All
-    other entries (`gts`, `step`, what the reward function added) are kept as columns, those with the
-    name of a column that a logged row has for itself under `verl/<name>`.
+    other entries (`gts`, `step`, what the reward function added) are kept as columns. An entry with the name of a
+    logged row's own column is kept as `verl/<name>`.
 
     verl decodes both texts without special tokens. So `input` is what the policy read only if no chat template wrote
-    the prompt. For a conversation give `prompt`: without it the policy is trained after a prompt that it never had. Of
-    several turns, `output` holds the tools' text too, and nothing tells it from the policy's: do not read such dumps.
-    Nor does a line say whether its completion was cut at the length limit. It counts as ended.
+    the prompt. For a conversation pass `prompt`. Without it the policy is trained after a prompt that it never read.
+    With several turns, `output` also holds the tools' text, which cannot be told from the policy's: do not read such
+    dumps. A line does not say whether its completion was cut at the length limit. It counts as ended.
 
     Args:
         paths: files, or folders with files `<step>.jsonl`.
-        prompt: makes the prompt, text or messages, of an entry. None takes `input`.
+        prompt: returns an entry's prompt, text or messages. None takes `input`.
 
     Raises:
         FileNotFoundError: if there are no files.
@@ -61,16 +61,16 @@ def read_verl_dump(paths: Paths, prompt: Callable[[dict[str, Any]], Any] | None 
 def read_verifiers_traces(paths: Paths) -> Dataset:
     """Read the traces of verifiers (`traces.jsonl`, as its evaluations and prime-rl write them) as logged rows.
 
-    Each trace becomes a row. `prompt` holds the messages before the policy's first, `completion` those from it to the
-    policy's last. Where the trace has the policy's tokens (the renderer client records them), `prompt_ids`,
-    `completion_ids` and `loss_mask` are what the policy read and chose; else the messages are tokenized by the
-    trainer's chat template, which must be the policy's and get the same `tools`. `reward` is the weighted sum of the
-    trace's rewards, None if it has none. `end` is "length" if the last model call was cut, "tool_limit" if it called a
-    tool that was not run. `task` holds the task's data, `trace` and `agent` say where the row comes from.
+    Each trace becomes a row. `prompt` holds the messages before the policy's first message, `completion` those from
+    there to the policy's last. If the trace has the policy's tokens (the renderer client records them), `prompt_ids`,
+    `completion_ids` and `loss_mask` are what the policy read and chose. Otherwise the trainer's chat template tokenizes
+    the messages. It must be the policy's and get the same `tools`. `reward` is the weighted sum of the trace's rewards,
+    None if it has none. `end` is "length" if the last model call was cut, "tool_limit" if it called a tool that was not
+    run. `task` holds the task's data. `trace` and `agent` say where the row comes from.
 
-    Left out, with one warning that counts them, are traces that failed, traces of agents that are not trained (judges,
-    users), traces with images, traces without a message of the policy, and traces whose conversation branched: their
-    reward belongs to several token sequences together, and a residual takes one.
+    Some traces are left out, with one warning that counts them: those that failed, those of agents that are not trained
+    (judges, users), those with images, those without a message of the policy, and those with several branches. A
+    branched trace's reward belongs to several token sequences together, and a residual takes one.
 
     Args:
         paths: files, or folders with a file `traces.jsonl`.
@@ -142,7 +142,7 @@ def _row_of_trace(trace: Mapping[str, Any]) -> dict[str, Any] | str:
 
 
 def _branches(nodes: Sequence[Mapping[str, Any]]) -> Iterator[list[Mapping[str, Any]]]:
-    """The paths from a root to a leaf that verifiers trains on: not an attempt to compact that was not gone on from."""
+    """The paths from a root to a leaf that verifiers trains on: no compaction attempts that were not continued."""
     parents = {node.get("parent") for node in nodes}
     links = [[(link["type"], link["node"]) for link in node.get("semantic_parents", ())] for node in nodes]
     accepted = {source for one in links for kind, source in one if kind == "compaction"}

@@ -1,8 +1,8 @@
-"""Rollouts that others draw: files in a folder, taken in order as they come.
+"""Reads rollouts that other programs draw: files in a folder, taken in order as they appear.
 
-A record is a Parquet file `<writer>-<number>.parquet`, of any number of rows. A writer numbers its files from 0 on and
-leaves none out. Each appears under its name when it is whole. Of every writer the next file is known; the one of the
-lowest number that is there is taken first. So a slow writer loses nothing, and neither does a reader that is resumed.
+A record is a Parquet file `<writer>-<number>.parquet` with any number of rows. A writer numbers its files from 0
+without gaps. A file appears under its name when it is complete. The reader knows each writer's next file. Of those that
+are there, it takes the lowest number first. So no file of a slow writer is lost, and none when the reader is resumed.
 """
 
 import json
@@ -22,14 +22,14 @@ from .parquet import REWARD_PREFIX, SCHEMA, from_row
 from .returns import unique_names
 from .saved_rollouts import ROW_PREFIX, read_rollouts, record_files, record_name
 
-_POLL, _SAY = 0.1, 60.0  # seconds between two looks at the folder, and between two lines of a reader that waits
-# What a record says of a trajectory. Other columns of SCHEMA are the learner's own to fill.
+_POLL, _SAY = 0.1, 60.0  # seconds between two looks at the folder, and between two progress lines while waiting
+# Trajectory columns that are read from a record. The learner fills the other columns of SCHEMA itself.
 _READ = (
     "prompt_ids", "completion_ids", "loss_mask", "reward", "end", "policy_step", "first_policy_step", "policy_version",
     "first_policy_version",
 )  # fmt: skip
 
-# Columns of what is logged of a rollout: numbers, and what the table of completions shows.
+# Prefixes of columns that are only logged: metrics, and entries of the table of completions.
 METRIC_PREFIX, EXTRA_PREFIX = "metrics/", "extra/"
 
 ColumnsOf = Callable[[Mapping[str, Any]], Mapping[str, Any]]
@@ -37,7 +37,7 @@ ColumnsOf = Callable[[Mapping[str, Any]], Mapping[str, Any]]
 
 @dataclass(frozen=True)
 class Part:
-    """Rows of one file: from `first` on, up to the one before `last`."""
+    """The rows of one file from `first` up to but not including `last`."""
 
     file: str
     first: int
@@ -50,8 +50,8 @@ class Record:
 
     Attributes:
         trajectory: the rollout, without a group.
-        row: what its row said, by column.
-        name: what an error calls it.
+        row: the values of its row, by column.
+        name: its name in error messages.
     """
 
     trajectory: Trajectory
@@ -60,7 +60,7 @@ class Record:
 
     @property
     def columns(self) -> dict[str, Any]:
-        """What the row says beside the trajectory: columns of a data set, the prompt among them."""
+        """The row's columns of a data set, including the prompt: neither the trajectory's nor the logged ones."""
         known = {*SCHEMA, "completion"}
         return {
             name.removeprefix(ROW_PREFIX): value
@@ -69,7 +69,7 @@ class Record:
         }
 
     def logged(self, prefix: str) -> dict[str, Any]:
-        """What is logged of it, by name."""
+        """The logged values with this column prefix, by name without the prefix."""
         given = {name.removeprefix(ROW_PREFIX): value for name, value in self.row.items()}
         return {name.removeprefix(prefix): value for name, value in given.items() if name.startswith(prefix)}
 
@@ -79,11 +79,11 @@ class Taken:
     """The rows of a window.
 
     Attributes:
-        parts: where they stand, in order.
-        functions: the reward functions that the writers name, in the order of the columns.
-        rows: how many there are of them in the folder beyond these.
-        seconds: how long they were waited for.
-        versions: how many policies drew them.
+        parts: the parts of files that hold them, in order.
+        functions: the reward functions that the writers name, in column order.
+        rows: number of further rows that were waiting in the folder.
+        seconds: how long the reader waited for them.
+        versions: number of policies that drew them.
     """
 
     parts: list[Part]
@@ -93,7 +93,7 @@ class Taken:
     versions: int
 
     def share(self, first: int, last: int) -> list[Part]:
-        """The parts that hold these rows of the window."""
+        """The parts that hold the window's rows from `first` up to but not including `last`."""
         shares, place = [], 0
         for part in self.parts:
             begin, end = max(first - place, 0), min(last - place, part.last - part.first)
@@ -105,7 +105,7 @@ class Taken:
 
 @dataclass(frozen=True, order=True)
 class _File:
-    """A file that may be taken. `taken` of its rows are."""
+    """A file that may be taken, and how many of its rows (`taken`) have been."""
 
     number: int
     writer: str
@@ -115,19 +115,19 @@ class _File:
 
 
 class RecordFolder:
-    """The rollouts in a folder, in the order in which they are trained on.
+    """The rollouts in a folder, in the order they are trained on.
 
     Args:
         folder: where they appear.
-        columns_of: gives the columns of a row's trajectory, as `sources.logged.trajectory_columns`. It raises
+        columns_of: returns the columns of a row's trajectory, as `sources.logged.trajectory_columns` does. It raises
             ValueError for a row that cannot be trained on.
-        functions: names of the learner's reward functions; none if R is what the column `reward` says.
-        group_size: rollouts of one prompt that follow one another.
-        needs_steps: whether each row must say when its policy was made, as a replay buffer needs it.
-        timeout: seconds after which waiting for a window is given up.
-        watch: called while it waits; it may raise, when it knows that nothing will come.
-        last_words: what is known of the writer, for errors.
-        say: takes a line for the terminal.
+        functions: names of the learner's reward functions; empty if R is the column `reward`.
+        group_size: number of adjacent rollouts of one prompt.
+        needs_steps: whether each row must have a `policy_step`, which a replay buffer needs.
+        timeout: seconds to wait for a window before giving up.
+        watch: called while waiting. It may raise if it knows that nothing will come.
+        last_words: returns what is known about the writer, for errors.
+        say: prints a line to the terminal.
     """
 
     def __init__(
@@ -145,7 +145,7 @@ class RecordFolder:
         self.folder, self.columns_of, self.functions = folder, columns_of, list(functions)
         self.group_size, self.needs_steps, self.timeout = group_size, needs_steps, timeout
         self.watch, self.last_words, self.say = watch, last_words, say
-        self._rows: dict[str, int] = {}  # by file, of those that are not taken
+        self._rows: dict[str, int] = {}  # rows per file, for files that are not taken yet
         self.restore({})
 
     # ---- the cursor
@@ -155,14 +155,14 @@ class RecordFolder:
         return {"next": dict(self._next), "open": self._open, "functions": self._functions}
 
     def restore(self, state: Mapping[str, Any]) -> None:
-        """Go on from what `state` returned; from nothing, begin with the first file."""
-        self._next: dict[str, int] = dict(state.get("next", {}))  # by writer, number of the file that is read next
-        self._open: list[Any] | None = state.get("open")  # writer of the file that is taken in part, and how many rows
-        # What the first file named. In a resumed run the learner's functions may be others, and then the files' are.
+        """Continue from what `state` returned. An empty state begins with the first file."""
+        self._next: dict[str, int] = dict(state.get("next", {}))  # by writer, the number of the next file to read
+        self._open: list[Any] | None = state.get("open")  # writer of a partly taken file, and its rows taken
+        # The functions that the first file named. If a resumed run has other functions, its files name others, too.
         self._functions: list[str] | None = None if self.functions else state.get("functions")
 
     def untaken(self) -> list[Path]:
-        """The files of which no row is taken."""
+        """The files from which no row has been taken."""
         begun = self._open[0] if self._open is not None else None
         cursor = {writer: number + (writer == begun) for writer, number in self._next.items()}
         named = ((file, *record_name(file)) for file in record_files(self.folder))
@@ -171,11 +171,11 @@ class RecordFolder:
     # ---- waiting
 
     def take(self, rows: int) -> tuple[Taken, list[Record]]:
-        """The next rows, once they are there, and where they stand. Only then does the cursor move.
+        """Wait for the next rows, and return where they are and the rows. The cursor moves only if all are valid.
 
         Raises:
-            TimeoutError: if they are not there in time; it says what is missing.
-            ValueError: for a file or a row that cannot be trained on, by its name.
+            TimeoutError: if they do not appear in time. The message says what is missing.
+            ValueError: for a file or a row that cannot be trained on. The message names it.
         """
         began = said = time.monotonic()
         while True:
@@ -215,7 +215,7 @@ class RecordFolder:
         return Taken(parts, self._functions or [], found - rows, waited, len(drawn)), records
 
     def _waiting(self) -> list[_File]:
-        """The files that may be taken, in order. Others wait for one that is taken in part."""
+        """The files that may be taken, in order. A partly taken file comes first. Until it is there, none may be."""
         there: dict[str, dict[int, str]] = {}
         for file in record_files(self.folder):
             writer, number = record_name(file)
@@ -254,10 +254,10 @@ class RecordFolder:
     # ---- reading
 
     def read(self, parts: Sequence[Part]) -> list[Record]:
-        """The rows of these parts.
+        """Read the rows of these parts.
 
         Raises:
-            ValueError: for a file or a row that cannot be trained on, by its name.
+            ValueError: for a file or a row that cannot be trained on. The message names it.
         """
         return [record for part in parts for record in self._read(part)]
 
@@ -314,10 +314,10 @@ class RecordFolder:
     def rewards_of(
         self, trajectories: Sequence[Trajectory], given: Sequence[str]
     ) -> tuple[list[str], list[list[float]]]:
-        """What R is the weighted sum of: names, and numbers for each trajectory, NaN where there is none.
+        """The terms whose weighted sum is R: names, and each trajectory's numbers, NaN where it has none.
 
-        If the writers give rewards by function, and the learner has these functions, R is made of them anew. Else it is
-        the column `reward`, which comes first. What it was made of stands beside it, to be logged.
+        If the writers give rewards by function and the learner has these functions, R is computed from them. Otherwise
+        R is the column `reward`, which comes first, and the writers' rewards by function follow it for logging.
 
         Args:
             trajectories: as they were read.
@@ -372,7 +372,7 @@ def _versions_of(trajectory: Trajectory) -> list[tuple[int | None, str | None]]:
 
 
 def _with_types(table: pa.Table) -> pa.Table:
-    """The table with the columns that are read in the types that they are written in here. Writers have others."""
+    """Cast the columns that are read to the types that this library writes. Other programs may write others."""
     for name in ("prompt_ids", "completion_ids"):
         if name not in table.column_names:
             raise ValueError(f"it has no column `{name}`. A rollout is made of the ids that were drawn.")

@@ -1,4 +1,4 @@
-"""The reference scores of a log, computed once for all runs on it and kept on disk."""
+"""Reference scores of a log, computed once, kept on disk and shared by all runs on it."""
 
 import shutil
 from collections.abc import Callable, Sequence
@@ -31,23 +31,23 @@ def precompute_scores(
     block: int = 1024,
     show_progress: bool = False,
 ) -> Dataset:
-    """Give every row of a data set of logged trajectories its reference scores.
+    """Add reference scores to every row of a data set of logged trajectories.
 
-    The scores are kept in `folder` under a digest of the reference and of the trajectories, so that another run on the
-    same ones reads them back, and one that was interrupted goes on with the next block. All processes must see the same
-    folder.
+    The scores are kept in `folder` under a digest of the reference and the trajectories. Another run on the same
+    reference and trajectories reads them back. An interrupted run continues with the next block. All processes must see
+    the same folder.
 
     Args:
         dataset: rows as `logged.logged_trajectory` reads them.
         folder: where scores are kept.
         reference_key: digest of the reference, which the scores carry.
         accelerator: the trainer's.
-        score: writes the scores onto trajectories. Its second argument is run where a process has none left.
+        score: writes the scores onto trajectories. A process with none left runs the second argument instead.
         block: trajectories in memory at once, on each process.
-        show_progress: whether the main process shows a bar.
+        show_progress: whether the main process shows a progress bar.
 
     Raises:
-        ValueError: for a score that is not finite; it names the row.
+        ValueError: for a score that is not finite. The message names the row.
     """
     digest = xxhash.xxh3_128(reference_key.encode())
     ids = dataset.select_columns(["prompt_ids", "completion_ids", "loss_mask"])
@@ -84,16 +84,16 @@ def precompute_scores(
 
 
 def _check_stored(scores: Dataset, file: Path) -> None:
-    """Refuse stored scores that are not finite, from an earlier version or a damaged disk. No row is read for that."""
+    """Refuse stored scores that are not finite, from an earlier version or a damaged disk. It reads whole columns."""
     for name in ("ref_log_probs", "ref_soft_value"):
         for _, column in column_parts(scores, name):
             values = column.flatten() if pa.types.is_list(column.type) else column
-            if pc.any(pc.invert(pc.is_finite(values))).as_py():  # None if there is none
+            if pc.any(pc.invert(pc.is_finite(values))).as_py():  # None if there are no values
                 raise ValueError(f"{file} holds reference scores (`{name}`) that are not finite. Delete it.")
 
 
 def _in_turn(files: Sequence[Path]) -> pa.Table:
-    """Scores of a block, of which each process has written every so-manieth row."""
+    """The scores of a block in row order. Process p of P has written the block's rows p, p + P, p + 2P, …"""
     tables = [read_table(file, list(_SCORES)) for file in files]
     before = np.cumsum([0, *map(len, tables)])
     rows = np.arange(before[-1])

@@ -1,4 +1,4 @@
-"""The replay buffer: this process's share of past trajectories. The oldest are evicted first, by age or for room."""
+"""The replay buffer: this process's share of past trajectories. The oldest are evicted first, by age or for space."""
 
 import random
 from collections.abc import Callable, Iterable, Sequence
@@ -21,7 +21,7 @@ class ReplaySample:
     """Trajectories drawn for one update.
 
     Attributes:
-        numbers: number of each in the buffer. Prioritized sampling may draw one twice.
+        numbers: each trajectory's number in the buffer. Prioritized sampling may draw one twice.
         trajectories: the trajectories.
         weights: factor on each squared residual; 1 with uniform sampling.
         ages: updates since each was generated.
@@ -41,16 +41,17 @@ class ReplayBuffer:
     residual by `(N P(i))^-correction`, divided by the largest such weight in the buffer. N and the largest weight are
     those of all processes; P(i) is the probability on the process that holds the trajectory. A trajectory that was not
     replayed yet has the largest priority of all processes. TBRM's minimiser is the same for every distribution with
-    coverage, so the correction chooses an emphasis; the target is valid without it. A uniform draw takes equally long
-    from a buffer of any size. A prioritized draw reads one number per 1,024 trajectories and the blocks it draws from.
+    coverage, so the correction chooses an emphasis; the target is valid without it. The time of a uniform draw does not
+    depend on the buffer's size. A prioritized draw reads one number per 1,024 trajectories and the blocks that it draws
+    from.
 
     Args:
-        capacity: trajectories that this shard may hold; the oldest make room.
+        capacity: largest number of trajectories in this shard. When it is reached, the oldest is dropped for a new one.
         max_age: updates after which a trajectory is dropped; None keeps it until room is needed.
         prioritized: draw by |residual| instead of uniformly.
         exponent: 0 is uniform, 1 fully prioritized.
         correction: 0 leaves the draws' distribution as it is, 1 undoes it.
-        group_size: trajectories of one prompt that are added and drawn as one; 1 if each stands alone.
+        group_size: trajectories of one prompt that are added and drawn together; 1 if there are no groups.
     """
 
     def __init__(
@@ -82,7 +83,7 @@ class ReplayBuffer:
         self._priorities.changed(number)
 
     def drop(self, trajectories: Iterable[Trajectory]) -> None:
-        """Take trajectories out, with the groups that they are in. The time it takes grows with the buffer."""
+        """Remove trajectories together with their groups. The time grows with the buffer."""
         first, size = self.stored.first, self.group_size
         groups = {(number - first) // size for one in trajectories for number in self.stored.find(one)}
         if groups:
@@ -94,17 +95,17 @@ class ReplayBuffer:
         self._priorities = _Priorities(self.stored, self.exponent)
 
     def restore(self, state: dict[str, Any], arrays: dict[str, np.ndarray]) -> None:
-        """Go on from what `stored.state` returned."""
+        """Continue from what `stored.state` returned."""
         self.stored.restore(state, arrays)
         self._priorities = _Priorities(self.stored, self.exponent)
 
     def sample(self, size: int, update: int, gather: Callable[[Sequence[float]], torch.Tensor]) -> ReplaySample | None:
-        """Draw `size` trajectories, or None on every process alike if any of them holds fewer.
+        """Draw `size` trajectories; return None on every process if any process holds fewer.
 
         Args:
-            size: rows that each process needs.
+            size: number of rows that each process needs.
             update: number of the update that is about to be made.
-            gather: gives the numbers of all processes, `(P, n)`, for this one's n. Called once.
+            gather: takes n numbers of this process and returns those of all processes, `(P, n)`. Called once.
         """
         stored = self.stored
         while self.max_age is not None and stored and update - stored.policy_step(stored.first) > self.max_age:
@@ -135,16 +136,16 @@ class ReplayBuffer:
         top = highests.max() if replayed.sum() else 1.0
         drawn, power, total = own.draw(size, top)
         everywhere = powers + (fills - replayed) * own.power_of(top)  # (P,) sums of powers
-        expected = fills.sum() / len(fills) * power / total  # (size,) N P(i): each process draws one Pth
+        expected = fills.sum() / len(fills) * power / total  # (size,) N P(i): each process draws 1/P of the rows
         least = (fills.sum() / len(fills) * own.power_of(np.minimum(lowests, top)) / everywhere).min()
         return drawn, ((expected / least) ** -self.correction).tolist()
 
 
 class _Priorities:
-    """Sums and extremes of priorities, kept for blocks of places in the ring of a store.
+    """Sums and extremes of priorities, kept for each block of positions in a store's ring.
 
-    A draw reads the blocks that changed and the blocks that it draws from. Its work grows with the size of the draw,
-    and by one number per block.
+    A draw reads the blocks that changed and the blocks that it draws from. Its cost grows with the size of the draw,
+    plus one number per block.
 
     Attributes:
         power: per block, the sum of powers of the rows that were replayed.

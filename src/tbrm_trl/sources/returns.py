@@ -1,4 +1,4 @@
-"""From raw rewards to the return that the residual takes: checked numbers, weighted sums, lower bounds."""
+"""Turns raw rewards into the return of the residual: checks numbers, sums them by weight, takes lower bounds."""
 
 from collections.abc import Iterable, Mapping, Sequence, Set
 from numbers import Real
@@ -10,19 +10,19 @@ from torch import Tensor
 
 
 class NotRewardsError(ValueError):
-    """A reward function returned something else than a list of rewards."""
+    """A reward function returned something other than a list of rewards."""
 
 
 def rewards_of(returned: Any, count: int, name: str) -> list[float | None]:
-    """What a reward function returned, as one number or None for each completion.
+    """Convert what a reward function returned to one number or None per completion.
 
     Args:
         returned: a list, tuple, array or tensor.
         count: number of completions.
-        name: of the reward function.
+        name: the reward function's name.
 
     Raises:
-        NotRewardsError: for anything else. It names the function and says what it returned.
+        NotRewardsError: for anything else. The message names the function and shows what it returned.
     """
     wanted = f"Return a list of {count} numbers, one for each completion (None where the function does not apply)."
     if isinstance(returned, (str, bytes, Mapping, Set)) or not isinstance(returned, Iterable):
@@ -53,9 +53,9 @@ def _shown(value: Any) -> str:
 
 
 def largest_return(beta: float) -> float:
-    """The largest |R|, in reward units, of whose `R/β` float32 can sum the squares.
+    """The largest |R|, in reward units, for which float32 can sum the squares of `R/β`.
 
-    The sum of 100 squares of `1e18` is 1e38, of float32's 3.4e38.
+    100 squares of `1e18` sum to 1e38. float32 reaches 3.4e38.
     """
     return 1e18 * beta
 
@@ -66,11 +66,11 @@ def check_magnitude(rewards: Tensor, weights: Tensor, names: Sequence[str], beta
     Args:
         rewards: `(N, F)`, NaN where a function did not apply.
         weights: `(F,)`.
-        names: of the F functions.
+        names: the F functions' names.
         beta: β.
 
     Raises:
-        ValueError: it names the function, the rollout and the reward.
+        ValueError: if a reward is infinite or too large. The message names the function, the rollout and the reward.
     """
     beyond = rewards.isinf() | ((weights * rewards).abs() > largest_return(beta))  # (N, F)
     if beyond.any():
@@ -83,7 +83,7 @@ def check_magnitude(rewards: Tensor, weights: Tensor, names: Sequence[str], beta
 
 
 def unique_names(names: Sequence[str]) -> list[str]:
-    """The names, those that come again with a number: `["f", "f"]` becomes `["f", "f_2"]`."""
+    """Number repeated names: `["f", "f"]` becomes `["f", "f_2"]`."""
     unique: list[str] = []
     for name in names:
         number, candidate = 1, name
@@ -95,21 +95,21 @@ def unique_names(names: Sequence[str]) -> list[str]:
 
 
 def total_reward(rewards: Tensor, weights: Tensor, pessimism: float = 0.0) -> Tensor:
-    """The weighted sum of the raw rewards, less `pessimism` standard errors of it.
+    """The weighted sum of the raw rewards, minus `pessimism` of its standard errors.
 
-    Pessimism takes the functions for verdicts on the same thing. Let n of them apply, with weights w that sum to W,
+    Pessimism assumes that all functions judge the same thing. Let n of them apply, with weights w that sum to W,
     weighted mean m and weighted variance `s² = n/(n − 1) Σ w (r − m)²/W`. Their sum W·m has the standard error
-    `W s/√n`, so the result is a lower confidence bound. It is the sum itself if they agree or only one applies.
+    `W s/√n`, so the result is a lower confidence bound. It equals the sum if they agree or only one applies.
 
     Args:
         rewards: `(B, F)` raw rewards, NaN where a function did not apply.
         weights: `(F,)`.
-        pessimism: standard errors, ≥ 0.
+        pessimism: number of standard errors, ≥ 0.
 
     Returns:
         `(B,)` in reward units; NaN where no function applied.
 
-    Source: a lower confidence bound in place of the mean, after MICRO, arXiv 2312.03991.
+    Source: a lower confidence bound instead of the mean, after MICRO, arXiv 2312.03991.
     """
     applied = ~rewards.isnan()  # (B, F)
     weight = torch.where(applied, weights, 0.0)  # (B, F)

@@ -1,4 +1,4 @@
-"""Calls of the user's reward functions: under a time limit, said when they are slow, their failures kept."""
+"""Calls the user's reward functions: limits their time, warns when they are slow, and keeps their failures."""
 
 import asyncio
 import contextvars
@@ -18,7 +18,7 @@ from .returns import NotRewardsError, rewards_of
 
 logger = get_logger(__name__)
 
-SLOW_AFTER = 60.0  # seconds in one call until a line says so
+SLOW_AFTER = 60.0  # seconds in one call before a warning is logged
 SHOWN = 3  # failures that are logged with their completion; later ones are only counted
 REASONS = ("raised", "late")
 
@@ -28,10 +28,10 @@ class Failure:
     """A call that gave no rewards.
 
     Attributes:
-        function: its name.
-        reason: "raised", "late", or "wrong" for a return value that is no list of rewards.
+        function: the function's name.
+        reason: "raised", "late", or "wrong" for a return value that is not a list of rewards.
         error: what was raised.
-        completions: how many the call was given.
+        completions: number of completions in the call.
     """
 
     function: str
@@ -41,20 +41,20 @@ class Failure:
 
 
 class LateError(TimeoutError):
-    """A reward function took longer than it may."""
+    """A reward function took longer than its time limit."""
 
 
 @dataclass
 class RewardCalls:
-    """Calls reward functions, so that a failure ends no process while the others wait for it.
+    """Calls reward functions so that a failure does not end one process while the others wait for it.
 
-    A call that fails gives every completion of it the same reward, and is kept in `failures`. The caller agrees on
-    them with the other processes.
+    If a call fails, all its completions get the same reward, and the failure is kept in `failures`. The caller agrees
+    on failures with the other processes.
 
     Args:
-        limit: seconds that one call may take, or None. A synchronous function that is late goes on in its thread,
-            where nothing waits for it; only a worker process can be ended (`tbrm_trl.rewards.InWorkers`).
-        failed: reward of each completion of a call that failed; None leaves it without one of this function.
+        limit: seconds that one call may take, or None. A late synchronous function continues in its thread, and nothing
+            waits for it. Only a worker process can be ended (`tbrm_trl.rewards.InWorkers`).
+        failed: reward of each completion in a failed call; None gives them no reward from this function.
     """
 
     limit: float | None = None
@@ -63,9 +63,9 @@ class RewardCalls:
     _shown: int = 0
 
     def guarded(self, function: Callable[..., Any], name: str) -> Callable[..., Any]:
-        """The function, which gives a list of one number or None per completion, whatever happens inside.
+        """Wrap a function so that it returns a list of one number or None per completion even if it fails.
 
-        A reward model is given back as it is: TRL runs it.
+        A reward model is returned unchanged, since TRL runs it.
         """
         if isinstance(function, torch.nn.Module):
             return function
@@ -97,7 +97,7 @@ class RewardCalls:
         return call
 
     def taken(self) -> list[Failure]:
-        """The failures since this was last called."""
+        """Return the failures since the last call of this method, and forget them."""
         failures, self.failures = self.failures, []
         return failures
 
@@ -126,7 +126,7 @@ class RewardCalls:
 
 
 def _within(limit: float, run: Callable[..., Any], kwargs: dict[str, Any]) -> Any:
-    """Call a function in a thread of its own, and wait for it no longer than this many seconds."""
+    """Call a function in its own thread, and wait for it at most `limit` seconds."""
     result: Future[Any] = Future()
     given_up = threading.Event()
 
@@ -140,7 +140,7 @@ def _within(limit: float, run: Callable[..., Any], kwargs: dict[str, Any]) -> An
     def target() -> None:
         try:
             if device is not None:
-                torch.cuda.set_device(device)  # a new thread would be on the first one, whatever its process is on
+                torch.cuda.set_device(device)  # a new thread starts on the first device
             result.set_result(run(**kwargs))
         except BaseException as error:
             result.set_exception(error)
@@ -154,7 +154,10 @@ def _within(limit: float, run: Callable[..., Any], kwargs: dict[str, Any]) -> An
 
 @contextmanager
 def _cancelled_within() -> Iterator[None]:
-    """Make an error of a cancellation that began in the function. It is no `Exception`, and would end one process."""
+    """Turn a cancellation that began in the function into a RuntimeError.
+
+    `CancelledError` is not an `Exception`, so it would end this process alone.
+    """
     try:
         yield
     except asyncio.CancelledError as error:

@@ -1,4 +1,4 @@
-"""From TRL's generation dictionary to trajectories: the one place that reads TRL's keys."""
+"""Turns TRL's generation dictionary into trajectories. No other module reads TRL's keys."""
 
 import functools
 from collections.abc import Callable, Collection, Sequence
@@ -24,15 +24,15 @@ VISION_INPUTS = (
 
 @dataclass
 class Rewards:
-    """The verdicts of the reward functions on this process's rows.
+    """What the reward functions were given for this process's rows, and what they returned.
 
     Attributes:
         total: `(B,)` weighted sum over the functions that applied; NaN if none did.
-        by_function: per row, the raw reward by function's name; NaN if it did not apply.
-        tool_limit: per row, whether its last message calls a tool that was not run any more.
-        rows: what the functions were given of the data set's rows.
-        prompts: what they were given, text or messages.
-        completions: what they were given, text or messages.
+        by_function: per row, each function's raw reward by name; NaN if it did not apply.
+        tool_limit: per row, whether its last message calls a tool that was not run.
+        rows: the data set's rows, as the functions were given them.
+        prompts: text or messages, as the functions were given them.
+        completions: text or messages, as the functions were given them.
     """
 
     total: Tensor
@@ -54,7 +54,7 @@ class Rewards:
         prompts: Sequence[Any],
         completions: Sequence[Any],
     ) -> "Rewards":
-        """The verdicts `(B, F)` of functions with these weights `(F,)` and names."""
+        """Build it from the raw rewards `(B, F)` and the functions' weights `(F,)` and names."""
         return cls(
             total_reward(raw, weights.to(raw.device), pessimism),
             [dict(zip(names, row, strict=True)) for row in raw.tolist()],
@@ -66,11 +66,11 @@ class Rewards:
 
 
 def checked_rollouts(rollout_func: Callable[[list[Any], Any], dict[str, Any]]) -> Callable:
-    """A rollout function of the user's whose rows are checked: no policy could have produced some of them.
+    """Wrap a user's rollout function so that it refuses rows that no policy could have produced.
 
     Raises:
-        ValueError: by row, for no token, a token outside the vocabulary, a mask of another length, and an action after
-            an action that ended the completion.
+        ValueError: for a row without tokens, with a token outside the vocabulary, with a mask of another length, or
+            with an action after an action that ended the completion. The message names the row.
     """
 
     @functools.wraps(rollout_func)
@@ -115,13 +115,13 @@ def trajectories_from_trl(
     """Unpad what `GRPOTrainer._generate_and_score_completions` returned.
 
     Args:
-        output: the dictionary that it returned, with prompts padded on the left and completions on the right.
+        output: that dictionary, with prompts padded on the left and completions on the right.
         rewards: the rewards of these rows.
         end_token_ids: tokens that end a completion (TRL counts the padding token among them).
         group_ids: per row, the number that rollouts of one prompt share.
-        policy_steps: per row, the updates that the policy had made at its first token and at its last.
+        policy_steps: per row, the number of updates the policy had made at its first token and at its last.
     """
-    # Idefics pads images to one entry per sample. These need no split, but TRL would split them if there are as many
+    # Idefics pads images to one entry per sample. They need no split, but TRL would split them if there are as many
     # images as samples.
     if "pixel_attention_mask" not in output:
         output = split_pixel_values_by_grid(output)

@@ -1,4 +1,4 @@
-"""Which rows make up a generation window: prompts to roll out and logged trajectories, in two streams."""
+"""Chooses the rows of each generation window: prompts to roll out and logged trajectories, in two streams."""
 
 import math
 from collections.abc import Callable, Iterator
@@ -13,26 +13,27 @@ from ..options import TBRMOptions
 
 @dataclass(frozen=True)
 class WindowMix:
-    """How many trajectories of one generation window come from where, over all processes."""
+    """How many rollouts and logged trajectories one generation window has, over all processes."""
 
     rollouts: int
     logged: int
 
 
 def window_mix(fresh_rows: int, logged_rows: int, args: TBRMOptions, group_size: int) -> WindowMix:
-    """Divide a generation batch between the two kinds of rows of a data set.
+    """Divide a generation batch between the two kinds of rows in a data set.
 
     The rollouts must be whole groups of `num_generations` and the same number on every process. A given
-    `logged_fraction` must come out exactly; by default the share is that of the data set, as nearly as fits.
+    `logged_fraction` must be met exactly. By default the share is the possible one closest to the data set's.
 
     Args:
         fresh_rows: prompts in the data set.
         logged_rows: rows with a completion.
         args: the options.
-        group_size: trajectories of one prompt that must stand on one process; 1 if none are compared.
+        group_size: trajectories of one prompt that must be on one process; 1 if none are compared.
 
     Raises:
-        ValueError: for a fraction that does not come out, or is given where only one kind of row exists.
+        ValueError: for a fraction that cannot be met, or that is given although only one kind of row exists. Also for a
+            batch that cannot be divided.
     """
     size, wanted = args.generation_batch_size, args.logged_fraction
     if not (fresh_rows and logged_rows):
@@ -66,7 +67,7 @@ def window_mix(fresh_rows: int, logged_rows: int, args: TBRMOptions, group_size:
 
 @dataclass(frozen=True)
 class DataPlan:
-    """How generation windows are made of a training set.
+    """How generation windows are made from a training set.
 
     Attributes:
         logged: `(N,)` bool, which rows are logged.
@@ -80,26 +81,26 @@ class DataPlan:
 
 
 class WindowSampler(Sampler[int]):
-    """Row indices, window after window; each process's share holds its rollouts first, then its logged rows.
+    """Yields row indices window by window; each process's share holds its rollouts first, then its logged rows.
 
     An epoch is one pass over the prompts, or over the logged rows if there are no prompts. A pass draws every prompt
     `num_generations` times and every logged row once. If logged rows are compared, `group_size` rows of one prompt
-    follow one another; rows that fill no group are left out of this pass, and others in the next. The logged stream
-    begins anew, in another order, as often as needed, across windows and epochs. A window is repeated for each
-    micro-step that trains on it, as TRL's loader expects.
+    are adjacent. Rows that fill no group are left out of this pass; the next pass leaves out others. The logged stream
+    restarts in another order as often as needed, across windows and epochs. A window is repeated for each micro-step
+    that trains on it, as TRL's loader expects.
 
-    The order is a function of seed and epoch alone, so a run resumed in any epoch sees the rows it would have seen.
+    The order depends only on seed and epoch, so a run resumed in any epoch sees the rows it would have seen.
 
     Args:
         logged: `(N,)` bool, which rows are logged.
-        mix: what a window is made of.
+        mix: how many rollouts and logged trajectories a window has.
         generations: rollouts per prompt.
         processes: number of processes that share a window.
         repeats: micro-steps per window.
         epoch: returns the number of the epoch that begins.
         seed: of the shuffling; None keeps the order of the data set.
-        group_size: logged rows of one prompt that follow one another, so that they can be compared.
-        prompt_numbers: `(N,)` equal for rows of one prompt; needed where `group_size` is not 1.
+        group_size: number of adjacent logged rows of one prompt, which can then be compared.
+        prompt_numbers: `(N,)` equal for rows of one prompt; needed if `group_size` is not 1.
     """
 
     def __init__(
@@ -135,7 +136,7 @@ class WindowSampler(Sampler[int]):
                 yield from indices
 
     def window(self, number: int) -> list[int]:
-        """The row indices of a window of all processes, counted from the first window of the first epoch."""
+        """All processes' row indices of a window. Windows are counted from the first one of the first epoch."""
         epoch, place = divmod(number, self.windows)
         prompts = self._prompts_of(epoch)[place * self.mix.rollouts : (place + 1) * self.mix.rollouts]
         logged = self._logged_stream(number * self.mix.logged, self.mix.logged)
@@ -148,7 +149,7 @@ class WindowSampler(Sampler[int]):
         return self.window(number)[process * size : process * size + own]
 
     def _prompts_of(self, epoch: int) -> np.ndarray:
-        """The prompts of an epoch in order, each as often as it is drawn. The last two that were asked for are kept."""
+        """The prompts of an epoch in order, each as often as it is drawn. The last two epochs asked for are cached."""
         prompts = self._prompts.get(epoch)
         if prompts is None:
             order = self._order(self.prompts, epoch) if self.mix.rollouts else self.prompts
@@ -157,7 +158,7 @@ class WindowSampler(Sampler[int]):
         return prompts
 
     def _order(self, rows: np.ndarray, number: int) -> np.ndarray:
-        """The order of the pass with this number: the same draws as TRL's sampler makes one after the other."""
+        """The rows in the order of the pass with this number, which is the order of TRL's sampler in that pass."""
         if self.seed is None:
             return rows
         generator = torch.Generator().manual_seed(self.seed)

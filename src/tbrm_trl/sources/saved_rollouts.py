@@ -1,8 +1,8 @@
-"""Rollouts that a run saves, and their way back as a data set of logged trajectories.
+"""Saves a run's rollouts and loads them as a data set of logged trajectories.
 
-A window is one file per process, `step-<step>-process-<process>.parquet`. Of every `MERGED` windows the main process
-makes one file, `step-<first>-to-<last>.parquet`, of every `MERGED` such files again one, and so on. So there are few
-files after any number of windows, and a resumed run can take apart the one that reaches past its checkpoint.
+A window is one file per process, `step-<step>-process-<process>.parquet`. The main process merges every `MERGED`
+windows into one file, `step-<first>-to-<last>.parquet`, every `MERGED` such files into one again, and so on. So there
+are few files after any number of windows. A resumed run can split the file that reaches past its checkpoint.
 """
 
 import json
@@ -22,10 +22,10 @@ from ..files import appearing, plain_value, read_table
 from ..trajectory import Trajectory
 from .parquet import REWARD_PREFIX, SCHEMA, write_trajectories
 
-ROW_PREFIX = "row/"  # followed by the name of a data set's column that is also the name of a trajectory's
-ROLLOUTS_VERSION = 2  # 1: text alone, and none of the data set's columns
+ROW_PREFIX = "row/"  # before the name of a data set's column if a trajectory's column has the same name
+ROLLOUTS_VERSION = 2  # 1: text only, without the data set's columns
 _VERSION = "tbrm_trl.rollouts.version"  # in the metadata of a file of rollouts
-_PARTS = b"tbrm_trl.rollouts.parts"  # in that of a merged file: the files that it was made of, a row group each
+_PARTS = b"tbrm_trl.rollouts.parts"  # in the metadata of a merged file: the files it was made from, a row group each
 MERGED = 32
 _NAME = re.compile(r"step-(\d+)-(?:process-\d+|to-(\d+))\.parquet")
 _RECORD = re.compile(r"(?!step-)([^-]+)-(\d+)\.parquet")
@@ -39,12 +39,12 @@ def save_rollouts(
     prompts: Sequence[Any],
     completions: Sequence[Any],
 ) -> None:
-    """Write the rollouts of one window on one process with all that they were made of.
+    """Write one process's rollouts of a window, with everything they were made from.
 
     Args:
         file: from `rollouts_file`.
         trajectories: the rollouts.
-        rows: what the reward functions were given of the data set's rows.
+        rows: the data set's rows, as the reward functions were given them.
         prompts: text or messages, as the reward functions were given them.
         completions: text or messages, as the reward functions were given them.
     """
@@ -56,15 +56,14 @@ def save_rollouts(
 
 
 def rollouts_file(folder: Path, step: int, process: int) -> Path:
-    """Where `load_rollouts` finds the rollouts of a window on one process."""
+    """The file in which `load_rollouts` finds one process's rollouts of a window."""
     return folder / f"step-{step:08d}-process-{process}.parquet"
 
 
 def rollout_files(folder: Path) -> list[Path]:
     """The files of rollouts in a folder, in the order of their steps.
 
-    A kill in the middle of merging or of taking apart leaves files beside the one that holds their rows: they are left
-    out.
+    A kill during merging or splitting leaves files next to the one that holds their rows. Those files are left out.
     """
     files = sorted(folder.glob("step-*.parquet"))
     merged = [(file, *_steps(file)) for file in files if _is_merged(file)]
@@ -93,11 +92,11 @@ def record_name(file: Path) -> tuple[str, int]:
 
 
 def merge_rollouts(folder: Path, before: int) -> None:
-    """Make one file of every `MERGED` windows, and of every `MERGED` files of as many windows each.
+    """Merge every `MERGED` windows into one file, and every `MERGED` files with equally many windows into one.
 
     Args:
-        folder: of the rollouts.
-        before: the step of the window that processes may be writing now.
+        folder: the folder of the rollouts.
+        before: the step of the window that processes may be writing now. Only earlier windows are merged.
     """
     files = [file for file in rollout_files(folder) if _steps(file)[0] < before]
     if not files or _is_merged(files[-1]):
@@ -113,7 +112,7 @@ def merge_rollouts(folder: Path, before: int) -> None:
 
 
 def rewind_rollouts(folder: Path, step: int) -> None:
-    """Leave the rollouts as they were when a checkpoint of this step was written: drop what came after it."""
+    """Restore the rollouts to what they were at this step's checkpoint: remove the windows from this step on."""
     kept = rollout_files(folder)
     for file in set(folder.glob("step-*.parquet")) - set(kept):
         file.unlink()
@@ -137,7 +136,7 @@ def _is_merged(file: Path) -> bool:
 
 
 def _parts(file: Path) -> list[Path]:
-    """The files of windows that a file holds, a row group each."""
+    """The window files that a file was made from, a row group each."""
     names = (pq.read_metadata(file).metadata or {}).get(_PARTS)
     return [file.with_name(name) for name in json.loads(names)] if names else [file]
 
@@ -147,7 +146,7 @@ def _merged_of_size(folder: Path, windows: int) -> list[Path]:
 
 
 def _merge(files: Sequence[Path]) -> None:
-    """Put these files into one, and remove them after that."""
+    """Merge these files into one, then remove them."""
     parts = [part for file in files for part in _parts(file)]
     target = files[0].with_name(f"step-{_steps(files[0])[0]:08d}-to-{_steps(files[-1])[1]:08d}.parquet")
     pieces = ((pq.ParquetFile(file), group) for file in files for group in range(len(_parts(file))))
@@ -168,7 +167,7 @@ def _merge(files: Sequence[Path]) -> None:
 
 
 def _take_apart(file: Path, parts: Sequence[Path], step: int) -> None:
-    """Write again the files that a merged one was made of, as far as they lie before a step."""
+    """Split a merged file: write again the files that it was made from, for windows before a step."""
     opened, place = pq.ParquetFile(file), {part: group for group, part in enumerate(_parts(file))}
     metadata = {name: value for name, value in (opened.schema_arrow.metadata or {}).items() if name != _PARTS}
     windows = [list(window) for _, window in groupby(parts, _steps)]
@@ -188,7 +187,7 @@ def _take_apart(file: Path, parts: Sequence[Path], step: int) -> None:
 
 
 def _write(path: Path, schema: pa.Schema, metadata: Mapping[Any, Any], tables: Iterable[pa.Table]) -> None:
-    """Write a file with a row group for each table, of which one is held at a time."""
+    """Write a file with one row group per table. One table is in memory at a time."""
     whole = schema.with_metadata(metadata)
     with appearing(path) as partial, pq.ParquetWriter(partial, whole, write_page_checksum=True) as writer:
         for table in tables:
@@ -218,14 +217,14 @@ def load_rollouts(folder: str | Path | Iterable[str | Path], unrewarded: bool = 
     """Read the rollouts that runs with `save_rollouts=True` wrote, or records, as a data set of logged trajectories.
 
     Pass it, or a selection of its rows, as `train_dataset`. Nothing is generated again. To have other reward functions
-    score the rollouts, drop the column `reward`: the functions get prompts and completions in the form that they had,
-    and the columns of the data set that the prompts came from. Such a column with the name of one of the trajectory's
-    own comes back under its name, in place of `source`, `group`, `value`, `baseline`, `priority` or `rewards/…`, and
-    else as `row/<name>`.
+    score the rollouts, drop the column `reward`. The functions get prompts and completions in the form that they had,
+    and the columns of the data set that the prompts came from. A data set column with the name of a trajectory's column
+    replaces it if it is `source`, `group`, `value`, `baseline`, `priority` or `rewards/…`. Otherwise it is named
+    `row/<name>`.
 
     Args:
-        folder: an output directory, its `rollouts` or `records` folder, or several of these. Of an output directory
-            with both the `rollouts` are read: what was trained on.
+        folder: an output directory, its `rollouts` or `records` folder, or several of these. If an output directory has
+            both, `rollouts` is read: it holds what was trained on.
         unrewarded: whether to keep rollouts that no reward function scored.
 
     Raises:
@@ -237,7 +236,7 @@ def load_rollouts(folder: str | Path | Iterable[str | Path], unrewarded: bool = 
     as_json = _json_columns([table.schema for table in tables])
     tables = [_with_json(table, as_json) for table in tables]
     rollouts = Dataset(pa.concat_tables(tables, promote_options="permissive"))
-    if "reward" not in rollouts.column_names:  # of a writer that gives rewards by function
+    if "reward" not in rollouts.column_names:  # the writer gives rewards by function only
         return rollouts
     rewards = enumerate(rollouts["reward"][:])
     rewarded = [index for index, reward in rewards if reward is not None and not math.isnan(reward)]
@@ -255,9 +254,9 @@ def _folder_in(folder: Path) -> Path:
 
 
 def read_files(folder: Path, read: Callable[[list[Path]], list[Any]]) -> list[Any]:
-    """What `read` makes of the files of rollouts in a folder; an empty list if there are none.
+    """Apply `read` to the files of rollouts in a folder. The result is an empty list if there are none.
 
-    A run that is under way may merge files while they are read. Then they are read again.
+    A run may merge its files while they are read. They are then read again.
     """
     while files := rollout_files(folder):
         try:
@@ -269,7 +268,7 @@ def read_files(folder: Path, read: Callable[[list[Path]], list[Any]]) -> list[An
 
 
 def _tables_in(folder: Path) -> list[pa.Table]:
-    """The rollouts of each file of a folder."""
+    """The rollouts of each file in a folder."""
     if tables := read_files(folder, lambda files: [_as_logged(read_rollouts(file)) for file in files]):
         return tables
     if files := record_files(folder):
@@ -278,11 +277,11 @@ def _tables_in(folder: Path) -> list[pa.Table]:
 
 
 def read_rollouts(file: Path, columns: list[str] | None = None) -> pa.Table:
-    """The table of a file, without metadata.
+    """Read the table of a file, without metadata.
 
     Args:
         file: of saved rollouts or of records.
-        columns: the columns to read, by default all. The file has each of them.
+        columns: the columns to read, by default all. The file must have each of them.
 
     Raises:
         ValueError: for a file of a later version of this library, or a damaged one.
@@ -298,7 +297,7 @@ def read_rollouts(file: Path, columns: list[str] | None = None) -> pa.Table:
 
 
 def _as_logged(table: pa.Table) -> pa.Table:
-    """Columns of the data set that had to give way to a trajectory's take their names back."""
+    """Rename `row/<name>` to `<name>` where a logged row does not need the trajectory's column of that name."""
     for name in [name for name in table.column_names if name.startswith(ROW_PREFIX)]:
         own = name.removeprefix(ROW_PREFIX)
         if own in _DESCRIPTIVE or own.startswith(REWARD_PREFIX):  # a logged row is read without these
@@ -308,7 +307,7 @@ def _as_logged(table: pa.Table) -> pa.Table:
 
 
 def _json_columns(schemas: Sequence[pa.Schema]) -> set[str]:
-    """Columns that are JSON in one file, or of types in several files that are no one type."""
+    """Columns that are JSON in some file, or that have types in the files which cannot be unified."""
     types: dict[str, set[pa.DataType]] = {}
     for field in (field for schema in schemas for field in schema):
         types.setdefault(field.name, set()).add(field.type)
@@ -324,7 +323,7 @@ def _have_one_type(types: Iterable[pa.DataType]) -> bool:
 
 
 def _with_json(table: pa.Table, as_json: Set[str]) -> pa.Table:
-    """The table with these columns as JSON. Another file may have held values of one plain type there."""
+    """Convert these columns of the table to JSON. In some files they hold values of one plain type."""
     for place, field in enumerate(table.schema):
         if field.name in as_json and field.type != pa.json_():
             table = table.set_column(place, pa.field(field.name, pa.json_()), _as_json(table[field.name].to_pylist()))

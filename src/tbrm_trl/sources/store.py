@@ -30,21 +30,21 @@ _RECORD = np.dtype(
         ("masked", np.bool_),
     ]
 )
-_SEGMENT = 1 << 14  # int32 words that are allocated, and let go, together
+_SEGMENT = 1 << 14  # int32 words that are allocated and freed together
 
 
 class TrajectoryStore:
     """A queue of text trajectories in flat arrays: int32 ids end to end, and one record of 62 bytes each.
 
     A loss mask that is not all true is kept as bits in the words after the ids. The reference's log-probabilities are
-    kept as their sum over the actions, since a trajectory residual takes no more. None is kept as NaN. Trajectories are
-    numbered in the order in which they came, and keep their numbers until one of them is removed.
+    kept as their sum over the actions, since a trajectory residual needs no more. None is kept as NaN. Trajectories are
+    numbered in the order they came, and keep their numbers until one of them is removed.
 
-    A trajectory that comes out has no raw rewards by function, no group and no vision inputs. Each of its actions has
-    the mean of the reference's log-probabilities.
+    A trajectory read from the store has no raw rewards by function, no group and no vision inputs. Each of its actions
+    has the mean of the reference's log-probabilities.
 
     Args:
-        capacity: trajectories that fit; the oldest make room.
+        capacity: the largest number of trajectories. When it is reached, the oldest is dropped for a new one.
     """
 
     def __init__(self, capacity: int):
@@ -52,12 +52,12 @@ class TrajectoryStore:
         self.clear()
 
     def clear(self) -> None:
-        self.first = self.end = 0  # numbers of the oldest trajectory, and of the next to come
+        self.first = self.end = 0  # numbers of the oldest trajectory and of the next one
         self._records = np.empty(self.capacity, _RECORD)  # (capacity,) at number % capacity
         self._segments: list[np.ndarray] = []  # (words,) int32 each
         self._starts: list[int] = []  # per segment, the number of its first trajectory
         self._used = 0  # words of the last segment
-        self._keys: list[str | None] = []  # keys of references, in the order in which they came
+        self._keys: list[str | None] = []  # keys of references, in the order they came
 
     def __len__(self) -> int:
         return self.end - self.first
@@ -92,7 +92,7 @@ class TrajectoryStore:
             self.popleft()
         if not self._segments or self._used + len(words) > len(self._segments[-1]):
             if self._segments:
-                self._segments[-1] = self._segments[-1][: self._used].copy()  # gives back what stayed empty
+                self._segments[-1] = self._segments[-1][: self._used].copy()  # frees the unused rest
             self._segments.append(np.empty(max(_SEGMENT, len(words)), np.int32))
             self._starts.append(self.end)
             self._used = 0
@@ -105,12 +105,12 @@ class TrajectoryStore:
     def popleft(self) -> int:
         """Drop the oldest, and return its number."""
         self.first += 1
-        while len(self._starts) > 1 and self._starts[1] <= self.first:  # one may hold nothing any more
+        while len(self._starts) > 1 and self._starts[1] <= self.first:  # the first segment is empty
             del self._segments[0], self._starts[0]
         return self.first - 1
 
     def find(self, trajectory: Trajectory) -> list[int]:
-        """The numbers under which a trajectory is stored: equal tokens of the same policy's."""
+        """The numbers of stored trajectories with this one's tokens and `policy_step`."""
         numbers = np.arange(self.first, self.end)
         records = self._records[numbers % self.capacity]  # (N,)
         alike = np.ones(len(numbers), bool)  # (N,)
@@ -124,7 +124,7 @@ class TrajectoryStore:
         return [n for n in numbers[alike].tolist() if np.array_equal(self._ids(n), ids)]
 
     def remove(self, numbers: set[int]) -> None:
-        """Drop trajectories wherever they stand. Those behind them get lower numbers. It copies the whole store."""
+        """Drop trajectories at any position. Later ones get lower numbers. It copies the whole store."""
         state, arrays = self.state()
         kept = np.array([number not in numbers for number in range(self.first, self.end)], bool)  # (N,)
         arrays["words"] = arrays["words"][np.repeat(kept, arrays["words_of"])]
@@ -143,7 +143,7 @@ class TrajectoryStore:
         self._records["priority"][number % self.capacity] = priority
 
     def keep_scores(self, number: int, trajectory: Trajectory) -> None:
-        """Replace the stored reference scores of a trajectory by those that it carries now."""
+        """Replace a trajectory's stored reference scores by those it carries now."""
         record = self._records[number % self.capacity]
         log_probs = trajectory.ref_log_probs
         record["ref_log_prob"] = math.nan if log_probs is None else log_probs[trajectory.loss_mask].double().sum()
@@ -190,11 +190,11 @@ class TrajectoryStore:
         )
 
     def state(self) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
-        """JSON-able values and arrays, from which `restore` makes the same store."""
+        """JSON-able values and arrays from which `restore` rebuilds the store."""
         words = [self._words(number, self._records[number % self.capacity]) for number in range(self.first, self.end)]
         records = self._records[np.arange(self.first, self.end) % self.capacity]  # (N,)
-        records["first_word"] = 0  # `restore` lays them out anew
-        used, records["ref_key"] = np.unique(records["ref_key"], return_inverse=True)  # a key a window may have come
+        records["first_word"] = 0  # `restore` sets them again
+        used, records["ref_key"] = np.unique(records["ref_key"], return_inverse=True)  # without unused keys
         arrays = {
             "words": np.concatenate([np.empty(0, np.int32), *words]),
             "words_of": np.array([len(one) for one in words], np.int64),

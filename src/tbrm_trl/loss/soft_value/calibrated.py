@@ -1,4 +1,4 @@
-"""ReVal: the policy's soft value, less the reference's."""
+"""ReVal: the policy's soft value minus the reference's."""
 
 from torch import Tensor
 
@@ -8,7 +8,7 @@ from .base import SoftValue, ValueInputs
 class CalibratedValue(SoftValue):
     """`V_θ(s_1) − V_ref(s_1)`, with gradient (ReVal, arXiv 2603.23355).
 
-    It is 0 before training, so that R = 0 moves nothing.
+    It is 0 before training, so R = 0 changes nothing.
     """
 
     name = "calibrated"

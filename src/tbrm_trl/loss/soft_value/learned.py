@@ -1,4 +1,4 @@
-"""DRO-V: a value of its own, trained by the square that trains the policy."""
+"""DRO-V: a separate value, trained on the same squared residual as the policy."""
 
 from collections.abc import Iterator
 

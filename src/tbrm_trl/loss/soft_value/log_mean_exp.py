@@ -30,10 +30,10 @@ def problem_of_temperature(soft_value_beta: float | None) -> Iterator[str]:
 
 
 class LogMeanExpValue(ConstantValue):
-    """`V̂ = β₁ log mean_i exp(r_i/β₁)` of the group, fixed when it is drawn; `V = V̂/β`.
+    """`V̂ = β₁ log mean_i exp(r_i/β₁)` of the group, fixed when the group is drawn; `V = V̂/β`.
 
-    OAPL (arXiv 2602.19362) with `soft_value_beta=1`; Kimi k1.5 with β₁ = β (the default) or `inf`, the mean. From few
-    samples it is too small on average, and with β₁ ≠ β another constant than `log E_ref exp(R/β)`.
+    OAPL (arXiv 2602.19362) with `soft_value_beta=1`; Kimi k1.5 with β₁ = β (the default) or `inf`, the mean. With few
+    samples it is too small on average. With β₁ ≠ β it estimates another constant than `log E_ref exp(R/β)`.
     """
 
     name = "log_mean_exp"

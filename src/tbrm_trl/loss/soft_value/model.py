@@ -20,7 +20,7 @@ class ModelValue(ConstantValue):
     """`V = v(s_1)/β`: a frozen value model scores the tokens up to s_1, in reward units (after DVPO, arXiv 2502.16944).
 
     `soft_value_model` is a sequence classifier with one label and the policy's vocabulary. Every process holds a whole
-    copy. Its score takes the place of `β log E_ref exp(R/β)`; if it is wrong, the target depends on the data.
+    copy. Its score replaces `β log E_ref exp(R/β)`. If it is wrong, the target depends on the data.
     """
 
     name = "model"
@@ -55,7 +55,7 @@ class ModelValue(ConstantValue):
     def on_window(self, trajectories: Sequence[Trajectory], rows: Sequence[Mapping[str, Any]], group_size: int) -> None:
         states = [tuple(_until_first_action(trajectory)) for trajectory in trajectories]
         values: dict[tuple[int, ...], float] = {}
-        # Prompts of one length at a time need no padding. Its place would depend on the architecture.
+        # Prompts of equal length need no padding. The side to pad on would depend on the architecture.
         for _, same_length in groupby(sorted(set(states), key=len), key=len):
             for alike in self.args.microbatch_size.split(list(same_length)):
                 scores = self.model(torch.tensor(alike, device=self.model.device)).logits.flatten()  # (B,)

@@ -17,7 +17,7 @@ from .sampled import SampledValue
 class OptimalValue(SampledValue):
     """`V̂*(x) = β₁ log mean_i exp(r_i/β₁)` over N samples of the reference, once per prompt; `V = V̂*/β`.
 
-    A*-PO (arXiv 2505.20686) has N = 8, β₁ = 0.5 and β = 1e-3. A column `optimal_value` brings V̂*, in reward units.
+    A*-PO (arXiv 2505.20686) has N = 8, β₁ = 0.5 and β = 1e-3. A column `optimal_value` may give V̂*, in reward units.
     """
 
     name = "optimal"

@@ -17,8 +17,8 @@ class PartitionValue(ConstantValue):
     """`V = log Σ_i π_ref(y_i|x) exp(r_i/β)` over the distinct logged completions of the prompt (RPO, arXiv 2506.13702).
 
     δ = 0 on all of them forces `Σ_i π_θ(y_i|x) = 1`: all mass goes to the logged completions, and the target is π* only
-    if the log holds everything that π_ref can say. `soft_value_self_normalized` divides the sum by `Σ_i π_ref(y_i|x)`;
-    the logged completions then keep the mass that they have under π_ref.
+    if the log holds every completion that π_ref can draw. `soft_value_self_normalized` divides the sum by
+    `Σ_i π_ref(y_i|x)`. The logged completions then keep the mass that they have under π_ref.
     """
 
     name = "partition"
@@ -55,7 +55,7 @@ class PartitionValue(ConstantValue):
         completions: dict[str, dict[bytes, tuple[float, list[float]]]] = defaultdict(dict)
         for trajectory in run.logged_trajectories():
             if not run.counts(trajectory):
-                continue  # a fragment or a row without an action is no completion
+                continue  # a fragment, or a row without an action, is not a completion
             assert trajectory.ref_log_probs is not None, "precomputed, as checked above"
             log_prob = trajectory.ref_log_probs[trajectory.loss_mask].double().sum().item()
             completion = trajectory.completion_ids.numpy().tobytes()

@@ -1,4 +1,4 @@
-"""QRPO: the quantile of a reward among those of reference samples, whose partition function is known."""
+"""QRPO: the quantile of a reward among the rewards of reference samples. Its partition function is known."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -14,7 +14,8 @@ from .sampled import SampledValue
 def quantile(reward: float, samples: Tensor) -> float:
     """Share of the samples below a reward. Those that equal it count half (mid-ranks).
 
-    Both are compared in float32, in which reward functions are read: 0.3 of a data set is 0.3 of a function.
+    They are compared in float32, the precision in which reward functions are read. So 0.3 in a data set equals 0.3 from
+    a function.
     """
     given, own = samples.float(), torch.tensor(reward, dtype=torch.float32)
     return ((given < own).double() + 0.5 * (given == own).double()).mean().item()
@@ -23,7 +24,7 @@ def quantile(reward: float, samples: Tensor) -> float:
 def log_partition(samples: Tensor, beta: float) -> float:
     """`log E_ref exp(q/β)` of the quantile q: uniform, `log ∫₀¹ e^{q/β} dq = log β(e^{1/β} − 1)`, unless samples tie.
 
-    Rewards that tie have few quantiles. The expectation is then the mean over the samples.
+    Tied rewards have few distinct quantiles. The expectation is then the mean over the samples.
     """
     distinct, counts = samples.float().unique(return_counts=True)  # (D,) each, ascending
     if len(distinct) == len(samples):
@@ -35,9 +36,9 @@ def log_partition(samples: Tensor, beta: float) -> float:
 
 class QuantileValue(SampledValue):
     """`δ = log Z + log-ratio − q/β`: q is the quantile of R among N samples of the reference, and `Z = E_ref exp(q/β)`
-    is known without an estimate (QRPO, arXiv 2507.08068). Ties, as of 0/1 rewards, have mid-ranks.
+    is known without an estimate (QRPO, arXiv 2507.08068). Tied rewards, such as 0/1, have mid-ranks.
 
-    It takes R − q as baseline, so that q is what the residual has of R. A column `reference_rewards` brings the
+    It sets R − q as baseline, so the residual contains q in place of R. A column `reference_rewards` may give the
     rewards of the samples, a list for each prompt.
     """
 

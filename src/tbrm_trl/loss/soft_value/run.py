@@ -1,4 +1,4 @@
-"""What an estimator may ask of the run that it is part of."""
+"""What an estimator may use of the run that it is part of."""
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, Protocol
@@ -12,12 +12,12 @@ from ...trajectory import Trajectory
 
 
 class Run(Protocol):
-    """The run, as an estimator of the soft value sees it. `TBRMTrainer` is one; a test needs no more than these names.
+    """The run as a soft value estimator sees it. `TBRMTrainer` is one; a test needs only these names.
 
     Attributes:
-        accelerator: device, and what processes tell one another.
+        accelerator: gives the device, and exchanges data between processes.
         train_dataset: the training set. Logged rows have the columns of their trajectories.
-        evaluating: whether an evaluation is under way. Nothing may be learned from its trajectories.
+        evaluating: whether an evaluation is running. Nothing may be learned from its trajectories.
     """
 
     accelerator: Accelerator
@@ -26,15 +26,15 @@ class Run(Protocol):
 
     @property
     def tokenizer(self) -> PreTrainedTokenizerBase:
-        """The policy's."""
+        """The policy's tokenizer."""
 
     @property
     def reference_key(self) -> str | None:
-        """Digest of π_ref and of how it scores; None where each trajectory has a reference of its own."""
+        """Digest of π_ref and of how it scores; None if each trajectory has its own reference."""
 
     @property
     def rollout_settings(self) -> dict[str, Any]:
-        """What a rollout and its reward depend on besides policy, data and options: functions, template, tools."""
+        """What rollouts and rewards depend on besides policy, data and options: functions, template, tools."""
 
     def counts(self, trajectory: Trajectory) -> bool:
         """Whether the trajectory would enter the loss if it had a soft value."""
@@ -47,20 +47,20 @@ class Run(Protocol):
         """
 
     def sample(self, rows: Sequence[Mapping[str, Any]]) -> list[Trajectory]:
-        """Roll out rows of the training set before training, equally many on every process. Nothing of it is logged.
+        """Roll out rows of the training set before training, equally many on every process. Nothing is logged.
 
         Raises:
             ValueError: if DeepSpeed or FSDP shards the model once training starts.
         """
 
     def replace_prompts(self, dataset: Dataset) -> None:
-        """Go on with another training set of prompts, before any is drawn."""
+        """Continue with another training set of prompts, before any is drawn."""
 
     def train_module(self, module: nn.Module, learning_rate: float) -> None:
         """Train a module beside the policy, on the same loss.
 
-        The module stands whole on every process. Its gradients are averaged over processes, AdamW moves it in every
-        optimizer step at this constant learning rate, and checkpoints hold both.
+        Every process holds the whole module. Its gradients are averaged over processes, AdamW updates it in every
+        optimizer step at this constant learning rate, and checkpoints hold the module and AdamW's state.
         """
 
     def value_head(self, learning_rate: float) -> Callable[[Tensor], Tensor]:

@@ -1,4 +1,4 @@
-"""Estimators that read what samples of the reference earn: one draw of them before training, kept on disk."""
+"""Estimators that use the rewards of samples from the reference, drawn once before training and kept on disk."""
 
 import json
 from collections.abc import Iterator, Sequence
@@ -24,16 +24,16 @@ FOLDER = "optimal_values"
 
 
 class SampledValue(ConstantValue):
-    """A constant made of the rewards of N samples of the reference for each prompt.
+    """A constant computed from the rewards of N samples of the reference per prompt.
 
-    A training set may bring what is made of them in a column. Without that column `train` begins by sampling, through
-    the same generation and rewards as training. The sampled rewards are kept in `output_dir/optimal_values`, under a
-    digest of the reference, the data and the sampling settings. An interrupted run goes on with the next block, and
-    another run on the same reads them all, with another of these estimators too.
+    A training set may already have the result in a column. Without that column `train` begins by sampling, through the
+    same generation and rewards as training. The sampled rewards are kept in `output_dir/optimal_values`, under a digest
+    of the reference, the data and the sampling settings. An interrupted run continues with the next block. Another run
+    with the same digest reads them all, also with another of these estimators.
 
     Class attributes:
-        column: of the training set.
-        content: what an error says that the column holds.
+        column: name of that column.
+        content: what the column holds, for error messages.
     """
 
     column: ClassVar[str]
@@ -62,7 +62,7 @@ class SampledValue(ConstantValue):
         raise NotImplementedError
 
     def cells(self, rewards: Sequence[torch.Tensor]) -> list[Any]:
-        """The column, from the sampled rewards of each prompt that are not NaN."""
+        """The cells of the column, from each prompt's sampled rewards without the NaN ones."""
         raise NotImplementedError
 
     def check_data(self, dataset: Any, logged: np.ndarray) -> None:
@@ -95,7 +95,7 @@ class SampledValue(ConstantValue):
             )
 
     def samples(self, dataset: Dataset) -> bool:
-        """Whether the reference is sampled before training: the training set brings nothing of it."""
+        """Whether the reference is sampled before training, because the training set lacks the column."""
         return self.column not in dataset.column_names
 
     def prepare(self, run: Run) -> None:
@@ -110,7 +110,7 @@ class SampledValue(ConstantValue):
         return dataset
 
     def _sampled_rewards(self, run: Run) -> torch.Tensor:
-        """`(prompts, N)` rewards of the reference's samples, NaN if unscored. What is on disk is not sampled again."""
+        """`(prompts, N)` rewards of the reference's samples, NaN if unscored. Blocks on disk are not sampled again."""
         accelerator, args, prompts = run.accelerator, self.args, run.train_dataset
         file = Path(args.output_dir) / FOLDER / f"{self._key(run)}.parquet"
         if not all(gather_object([file.exists()])):
@@ -126,7 +126,7 @@ class SampledValue(ConstantValue):
                 parts.append(part)
                 if all(gather_object([part.exists()])):
                     continue
-                mine = [min(first + process * size + i, len(prompts) - 1) for i in range(size)]  # filled up
+                mine = [min(first + process * size + i, len(prompts) - 1) for i in range(size)]  # padded by the last
                 rows = [prompts[index] for index in mine for _ in range(args.soft_value_samples)]
                 # Processes that share an engine must draw alike.
                 engine = args.vllm_tensor_parallel_size if args.use_vllm and args.vllm_mode == "colocate" else 1
@@ -156,7 +156,7 @@ class SampledValue(ConstantValue):
             "max_completion_length": args.max_completion_length,
             "generation": [args.generation_kwargs, args.chat_template_kwargs, args.use_vllm],
             **run.rollout_settings,
-            # At their defaults these two are not named, so that what was sampled before there were any is found.
+            # These two are left out at their defaults, so that samples from before they existed are found.
             **({"prompts are cut to": args.max_prompt_length} if args.long_prompts == "cut" else {}),
             **({"rewards of failures": str(args.reward_on_error)} if args.reward_on_error != "raise" else {}),
         }
@@ -165,7 +165,7 @@ class SampledValue(ConstantValue):
 
 @contextmanager
 def _random_state_of(*seed: int) -> Iterator[None]:
-    """Make draws depend on the seed alone inside the block, and leave those after it as they would have been."""
+    """Make draws inside the block depend only on the seed, and do not change the draws after it."""
     devices = [torch.cuda.current_device()] if torch.cuda.is_available() else []
     with torch.random.fork_rng(devices):
         torch.manual_seed(hash(seed) % 2**63)

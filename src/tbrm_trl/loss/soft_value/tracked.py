@@ -1,4 +1,4 @@
-"""SPO: what each prompt's trajectories have earned so far, forgotten as the policy moves."""
+"""SPO: a running mean of each prompt's rewards, discounted as the policy moves."""
 
 import math
 from collections import defaultdict
@@ -13,7 +13,7 @@ from ...trajectory import Source, Trajectory
 from .base import ConstantValue
 from .run import Run
 
-LEAST_KEPT = 0.875  # of a prompt's counts from one window to the next, however far the policy has moved; as published
+LEAST_KEPT = 0.875  # of a prompt's counts, at least, from window to window; as published
 EVERY_PROMPT = ""
 
 
@@ -23,11 +23,12 @@ class TrackedValue(ConstantValue):
 
     With rewards 0 and 1, s and n − s are SPO's Beta counts. D is the KL moved since the prompt's last window, in nats
     per token. It is measured by the distance from the reference, `d = √(2 KL(π‖π_ref))`: `D = (d − d_last)²/2`, the
-    least that the two distances allow. A window's own rewards are counted when the next one begins, so no fresh
-    trajectory has its reward in its value. A prompt that is new has the mean of all prompts, with the weight of one.
+    least KL that the two distances allow. A window's own rewards are counted when the next one begins, so the value of
+    a fresh trajectory does not contain its reward. A new prompt starts from the mean of all prompts, which counts as
+    one reward.
 
-    With `soft_value_tracks="value"` s is the sum of `R − β log-ratio` over the trajectories of all updates. That is
-    what each says of β V, so that the mean is the V that minimises the prompt's squared residuals, and V is free.
+    With `soft_value_tracks="value"` s is the sum of `R − β log-ratio` over the trajectories of all updates. Each term
+    is a trajectory's estimate of β V. Their mean is the free V that minimises the prompt's squared residuals.
     """
 
     name = "tracked"
@@ -59,7 +60,7 @@ class TrackedValue(ConstantValue):
 
     def prepare(self, run: Run) -> None:
         self.counts: dict[str, tuple[float, float, float]] = {}  # by prompt: n, s, and d at its last window
-        self.earned: list[tuple[str, float]] = []  # of this window and process: prompts, and what is tracked of each
+        self.earned: list[tuple[str, float]] = []  # on this process in this window: prompt, and the tracked number
         self.distance = 0.0  # d of the last update
 
     def on_window(self, trajectories: Sequence[Trajectory], rows: Sequence[Mapping[str, Any]], group_size: int) -> None:
@@ -87,7 +88,7 @@ class TrackedValue(ConstantValue):
     def _count(self) -> None:
         rewards: dict[str, list[float]] = defaultdict(list)
         for prompt, reward in gather_object(self.earned):
-            rewards[EVERY_PROMPT].append(reward)  # first, so that a prompt that is new begins with this mean
+            rewards[EVERY_PROMPT].append(reward)  # first, so that a new prompt starts from this mean
             rewards[prompt].append(reward)
         for prompt, given in rewards.items():
             number, total, last = self.counts.get(prompt, (1.0, self._value(prompt), self.distance))

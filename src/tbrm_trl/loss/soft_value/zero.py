@@ -6,7 +6,7 @@ from .base import SoftValue, ValueInputs
 
 
 class ZeroValue(SoftValue):
-    """0: right only where rewards are centred so that `E_ref exp(R/β) = 1`; else the target depends on the data."""
+    """0: right only if rewards are centred so that `E_ref exp(R/β) = 1`. Otherwise the target depends on the data."""
 
     name = "zero"
     takes_baseline = True

@@ -1,4 +1,4 @@
-"""Equations: a name and what it equals, or two sides that say the same as two others."""
+"""Equations: a name with its value, or two sides compared with two other sides."""
 
 import re
 
@@ -30,7 +30,7 @@ def same_equation(gold: list[str], answer: str, same: Same) -> bool:
 
 
 def _same_sides(gold: list[str], given: list[str], same: Same) -> bool:
-    """Whether two equations have the same sides, in either order, or are multiples of one another."""
+    """Whether two equations have the same sides, in either order, or are multiples of each other."""
     for first, second in (given, given[::-1]):
         if same_scalar(gold[0], first, same) and same_scalar(gold[1], second, same):
             return True
@@ -38,7 +38,7 @@ def _same_sides(gold: list[str], given: list[str], same: Same) -> bool:
 
 
 def _same_name(gold: str, answer: str) -> bool:
-    """Whether two sides name the same: letters must agree, f(x) is f(t), and words may be any."""
+    """Whether two sides are the same name. Letters must agree, f(x) matches f(t), and any words match."""
     first, second = (squeezed(re.sub(r"\(.*", "", text)).strip("{}") for text in (gold, answer))
     if re.search(r"[a-z]{3}", second) and not second.startswith("\\"):
         return True

@@ -1,4 +1,4 @@
-"""Intervals, unions, inequalities and sets given by a condition: one kind, for each can be written as another."""
+"""Intervals, unions, inequalities and sets given by a condition: one kind, as each can be written as another."""
 
 import re
 from fractions import Fraction
@@ -12,7 +12,7 @@ from .words import EVERYTHING, whole_line
 
 End = tuple[str, bool]  # a bound, and whether it belongs to the interval
 Region = tuple[list[tuple[End, End]], str]  # intervals and points, and the variable's name if it has one
-Chain = tuple[list[str], list[str]]  # a < b ≤ c: what stands between the signs, and these
+Chain = tuple[list[str], list[str]]  # a < b ≤ c: the parts between the signs, and the signs
 
 _LOWEST: End = ("-\\infty", False)
 _HIGHEST: End = ("\\infty", False)
@@ -32,7 +32,7 @@ def region(text: str) -> Region | None:
 
 
 def _of_condition(text: str) -> Region | None:
-    """`\\{x \\mid x < 2\\}`, or a set of points."""
+    """Read `\\{x \\mid x < 2\\}`, or a set of points."""
     whole = bracketed(text)
     if whole is None or whole[0] not in ("\\{", "{"):
         return None
@@ -46,7 +46,7 @@ def _of_condition(text: str) -> Region | None:
 
 
 def _of_member(text: str) -> Region | None:
-    """`x \\in (2, 5)`."""
+    """Read `x \\in (2, 5)`."""
     match = re.fullmatch(r"(.{1,12}?)\s*\\in(?![a-zA-Z])\s*(.*)", text)
     inner = region(match[2].strip()) if match and _VARIABLE.fullmatch(match[1].strip()) else None
     return (inner[0], match[1].strip()) if inner and match else None
@@ -85,7 +85,10 @@ def _inequalities(text: str) -> Region | None:
 
 
 def _overlap(intervals: list[tuple[End, End]]) -> tuple[End, End] | None:
-    """What `x > 2` and `x < 5` have in common. Of half-lines that do not meet, data sets mean the union."""
+    """The overlap of two half-lines, such as `x > 2` and `x < 5`.
+
+    None if they do not meet, since data sets then mean their union.
+    """
     low = [one[0] for one in intervals if one[1] == _HIGHEST]
     high = [one[1] for one in intervals if one[0] == _LOWEST]
     if len(low) != 1 or len(high) != 1:
@@ -100,7 +103,7 @@ def _value_of(bound: str) -> Fraction | None:
 
 
 def _inequality(text: str) -> Region | None:
-    """One of `x < a`, `a < x`, `a < x < b` and `x ≠ a`."""
+    """Read one of `x < a`, `a < x`, `a < x < b` and `x ≠ a`."""
     parts, signs = ascending(text) or ([], [])
     named = [at for at, part in enumerate(parts) if _VARIABLE.fullmatch(part)]
     if len(parts) not in (2, 3) or len(named) != 1 or (len(parts) == 3 and named != [1]):
@@ -117,7 +120,7 @@ def _inequality(text: str) -> Region | None:
 
 
 def ascending(text: str) -> Chain | None:
-    """A chain of relations, turned so that it ascends."""
+    """A chain of relations, reversed if it descends; None for anything else."""
     parts, signs = cut(text, RELATION), re.findall(RELATION, text)
     if not signs or len(parts) != len(signs) + 1 or not all(parts):
         return None
@@ -125,7 +128,7 @@ def ascending(text: str) -> Chain | None:
 
 
 def gold_region(gold: str) -> Region | None:
-    """A gold that is no ordered pair: a bracket, an infinity, a union or a relation says so."""
+    """Read a gold as a region if a bracket, an infinity, a union or a relation shows that it may be one."""
     if not re.search(RELATION + rf"|\\infty|\\cup|{_IN}|^\(.*\]$|^\[.*\)$|^\[[^,]*,[^,]*\]$|\\mathbb", gold):
         return None
     return region(gold)
@@ -156,7 +159,7 @@ def _same_end(gold: End, answer: End, same: Same) -> bool:
 
 
 def both_ways(gold: str) -> list[str] | None:
-    """An inequality and the interval that it means, `-1 < x \\le 2 : (-1, 2]`."""
+    """Read an inequality together with its interval, `-1 < x \\le 2 : (-1, 2]`."""
     parts = [part.strip() for part in gold.split(":")]
     return parts if len(parts) == 2 and re.search(RELATION, parts[0]) and all(region(part) for part in parts) else None
 
@@ -166,7 +169,7 @@ def same_either_way(gold: list[str], answer: str, same: Same) -> bool:
 
 
 def same_chain(gold: Chain, answer: str, same: Same) -> bool:
-    """Relations of formulas: side by side, or as one difference against nothing."""
+    """Whether two chains have the same relations between the same formulas, or proportional differences of sides."""
     given = ascending(answer)
     if given is None or given[1] != gold[1]:
         return False

@@ -1,4 +1,4 @@
-"""Sets, bare lists, tuples, vectors and matrices: taken apart, and compared part by part."""
+"""Sets, bare lists, tuples, vectors and matrices: split into parts and compared part by part."""
 
 import re
 from collections.abc import Sequence
@@ -20,11 +20,11 @@ _MATRIX = re.compile(
 )
 
 
-# --- what is compared of each ---
+# --- comparing parts ---
 
 
 def matched(gold: Sequence[str], answer: Sequence[str], same: Same) -> bool:
-    """Whether the parts are the same in some order."""
+    """Whether the parts are the same in any order."""
     if len(gold) != len(answer) or len(gold) > _MOST:
         return False
     left = list(answer)
@@ -42,7 +42,7 @@ def in_order(gold: Sequence[str], answer: Sequence[str], same: Same) -> bool:
 
 
 def _same_part(gold: str, answer: str, same: Same) -> bool:
-    """Within a collection {2} is not 2."""
+    """Whether two parts of a collection are the same. Here {2} is not 2."""
     return (gold[:2] == "\\{") == (answer[:2] == "\\{") and same(gold, answer)
 
 
@@ -50,7 +50,7 @@ def _same_part(gold: str, answer: str, same: Same) -> bool:
 
 
 def items(text: str) -> list[str]:
-    """The parts of a list, with both values of a ±."""
+    """The parts of a list. A part with ± gives two."""
     if _is_number(text) or several_units(text):  # 2,125; 3 hours and 20 minutes
         return [text]
     parts: list[str] = []
@@ -64,7 +64,7 @@ def _is_number(text: str) -> bool:
 
 
 def both_signs(text: str) -> list[str]:
-    """`2 \\pm \\sqrt{3}` with either sign."""
+    """`2 \\pm \\sqrt{3}` with each of the two signs; other text as it is."""
     if not re.search(r"\\(?:pm|mp)(?![a-zA-Z])", text):
         return [text]
     plus, minus = (
@@ -80,7 +80,7 @@ def bare_list(text: str) -> list[str] | None:
 
 
 def same_list(gold: list[str], answer: str, same: Same) -> bool:
-    """A bare list has no order; if the answer puts it in parentheses, it has the gold's."""
+    """Whether an answer has the gold's parts: in the same order if it is in parentheses, else in any order."""
     names, values = _names_and_values(gold)
     parts = _one_by_one(answer) if len(set(names)) > 1 else []
     inside = tuple_(value_side(answer)) if bare_list(answer) is None and not parts else None
@@ -95,7 +95,7 @@ def same_list(gold: list[str], answer: str, same: Same) -> bool:
 
 
 def _names_and_values(parts: Sequence[str]) -> tuple[list[str], list[str]]:
-    """`x = 1` as name and value; a part without a name has that of the part before: `x = 1, 2`."""
+    """Split `x = 1` into name and value. A part without a name has the name of the part before: `x = 1, 2`."""
     names: list[str] = []
     values: list[str] = []
     for part in parts:
@@ -136,7 +136,7 @@ def _distinct(parts: list[str]) -> list[str]:
 
 
 def _one_by_one(text: str) -> list[str]:
-    """`x = 1` and `y = 2` of `(x, y) = (1, 2)`; nothing of any other text."""
+    """`x = 1` and `y = 2` from `(x, y) = (1, 2)`; an empty list for any other text."""
     sides = cut(text, "=")
     names = names_of(sides[0]) if len(sides) == 2 else None
     values = tuple_(sides[1]) if names else None
@@ -146,7 +146,7 @@ def _one_by_one(text: str) -> list[str]:
 
 
 def components(text: str) -> list[str]:
-    """Within brackets, `(2,251,252)` has three components; with spaces, `(1,000, 2,000)` has two."""
+    """The parts inside brackets: `(2,251,252)` has three, but `(1,000, 2,000)`, with a space, has two."""
     spaced = re.search(r"\d, \d", text) and re.search(r"\d,\d{3}(?!\d)", text)
     return [part for cutting in cut(text, r";|,(?=\s)" if spaced else r"[,;]") if (part := trimmed(cutting))]
 
@@ -170,7 +170,7 @@ def same_tuple(gold: list[str], answer: str, same: Same) -> bool:
     whole = _POINT.sub("", value_side(answer))
     given = tuple_(whole)
     if given is not None and len(gold) == 2 and squeezed(whole)[0] == "[":
-        return False  # the open interval or the pair, against the closed interval
+        return False  # a gold pair or open interval is not a closed interval
     if given is None and len(gold) == 2 and re.search(RELATION + r"|\\in(?![a-zA-Z])", answer):
         interval: Region = ([((gold[0], False), (gold[1], False))], "")
         return same_region(interval, answer, same)
@@ -184,7 +184,7 @@ def same_tuple(gold: list[str], answer: str, same: Same) -> bool:
 
 
 def matrix(text: str) -> list[list[str]] | None:
-    """The rows of a matrix; a factor in front of it stands in every cell."""
+    """The rows of a matrix. A factor in front of it multiplies every cell."""
     match = _MATRIX.fullmatch(text.strip())
     if match is None or "\\begin" in match["factor"] + match["body"] or re.search("[=,<>]", match["factor"]):
         return None

@@ -12,12 +12,12 @@ from .scalars import RELATION, same_scalar
 
 
 def alike(read: Callable[[str], Any]) -> Callable[[Any, str, Same], bool]:
-    """The comparison of a kind whose golds and answers are right where they are read alike."""
+    """A comparison for kinds where an answer is right if `read` gives the same as for the gold."""
     return lambda gold, answer, same: read(answer) == gold
 
 
 def minutes_of_arc(gold: str) -> Fraction | None:
-    """Degrees of a gold in degrees and minutes."""
+    """Degrees of a gold in degrees and minutes; None for other golds."""
     return angle(gold) if "\\prime" in gold or "'" in gold else None
 
 
@@ -37,7 +37,7 @@ def ratio(text: str) -> list[str] | None:
 
 def same_ratio(gold: list[str], answer: str, same: Same) -> bool:
     given = ratio(answer) or [answer, "1"]
-    # a : b = c : d exactly where ad = bc.
+    # a : b = c : d if and only if ad = bc.
     return len(given) == len(gold) and all(
         same_scalar(f"({gold[0]})\\cdot({theirs})", f"({given[0]})\\cdot({ours})", same)
         for ours, theirs in zip(gold[1:], given[1:], strict=True)

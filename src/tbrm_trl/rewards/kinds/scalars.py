@@ -1,4 +1,4 @@
-"""Single values: numbers without rounding, then units, then expressions. What is of no other kind is one."""
+"""Single values: numbers without rounding, then units, then expressions. A gold of no other kind is a single value."""
 
 import re
 from fractions import Fraction
@@ -30,12 +30,12 @@ def equation(text: str) -> list[str] | None:
 
 
 def several_equations(text: str) -> bool:
-    """Whether a text names several values, as `x = 3 or x = 5` does: it says of no one value that it is the answer."""
+    """Whether a text names several values, like `x = 3 or x = 5`, so that no single value is the answer."""
     return sum("=" in part for part in cut(text, JOIN)) > 1
 
 
 def value_side(text: str) -> str:
-    """What a name is said to be: 5 of `x = 5`, `(3, -2)` of `(x, y) = (3, -2)`, `\\{1, 2\\}` of `x \\in \\{1, 2\\}`."""
+    """A name's value: 5 in `x = 5`, `(3, -2)` in `(x, y) = (3, -2)`, `\\{1, 2\\}` in `x \\in \\{1, 2\\}`."""
     sides = None if several_equations(text) else equation(text)
     if sides and (len(sides) > 2 or NAME.fullmatch(sides[0]) or names_of(sides[0])):
         return sides[-1]
@@ -44,7 +44,7 @@ def value_side(text: str) -> str:
 
 
 def names_of(text: str) -> list[str] | None:
-    """The names of `(x, y)`."""
+    """The names in `(x, y)`; None for anything else."""
     whole = bracketed(text)
     names = cut(whole[1], ",") if whole and whole[0] in ("(", "\\langle") else []
     return names if len(names) > 1 and all(NAME.fullmatch(name) for name in names) else None
@@ -64,7 +64,7 @@ def same_scalar(gold: str, answer: str, same: Same) -> bool:
 
 
 def _amount(text: str, whole: tuple[Fraction, Unit] | None) -> tuple[Fraction, tuple[tuple[str, int], ...]] | None:
-    """How much a text says of what, in basic units."""
+    """The amount in basic units and the powers of its measures; None without a number or unit."""
     if whole:
         return whole[0], whole[1].powers
     rest, found = split_unit(text, loose=True)
@@ -73,7 +73,7 @@ def _amount(text: str, whole: tuple[Fraction, Unit] | None) -> tuple[Fraction, t
 
 
 def _equation_for_value(gold: str, answer: str, same: Same) -> bool | None:
-    """5 against `x = 5`, `5 = x`, `m + n = 5` and `m + n = 2 + 3 = 5`; but no formula against one of two sides."""
+    """Compare 5 with `x = 5`, `5 = x`, `m + n = 5` or `m + n = 2 + 3 = 5`. A gold formula is no side of `a + b = c`."""
     sides = equation(answer)
     if sides is None or equation(gold) is not None:
         return None
@@ -84,14 +84,14 @@ def _equation_for_value(gold: str, answer: str, same: Same) -> bool | None:
         return same_scalar(gold, first, same) or same_scalar(gold, last, same)
     value = number(gold)
     is_formula = re.search(r"(?<![\\a-zA-Z])[a-zA-Z]", first) and not NAME.fullmatch(first)
-    is_curve = re.search(r"\^|x.*y|y.*x", first)  # x² + y² = 1 says nothing of 1, m + n = 40 of 40
+    is_curve = re.search(r"\^|x.*y|y.*x", first)  # x² + y² = 1 does not answer 1, but m + n = 40 answers 40
     if len(sides) == 2 and is_formula and (is_curve or value is None or not value.value):
         return False
     return same_scalar(gold, last, same)
 
 
 def _approximation(gold: str, answer: str, same: Same) -> bool | None:
-    """An exact value with its decimal, `\\sqrt{2} \\approx 1.414`: either of them, but both where both have both."""
+    """Compare values with their decimals, `\\sqrt{2} \\approx 1.414`. If both sides have both, both must agree."""
     if "\\approx" not in gold + answer:
         return None
     wanted, given = ([part for part in cut(text, _APPROXIMATELY) if part] for text in (gold, answer))
@@ -109,7 +109,10 @@ def _within_brackets(gold: str, answer: str, same: Same) -> bool | None:
 
 
 def _units_apart(gold: str, answer: str) -> tuple[str, Unit | None, str, Unit | None]:
-    """Gold and answer without their units, and these. If one has a unit, a letter apart may be that of the other."""
+    """Gold and answer without their units, and the units.
+
+    If only one has a unit, a single letter after the other may be its unit too.
+    """
     gold_rest, gold_unit = split_unit(gold)
     answer_rest, answer_unit = split_unit(answer)
     if gold_unit and not answer_unit:
@@ -142,7 +145,7 @@ def _same_quantity(gold: str, gold_unit: Unit | None, answer: str, answer_unit: 
 
 
 def _same_value(gold: str, answer: str, scale: Fraction = Fraction(1)) -> bool:
-    """Whether the gold times `scale` is the answer; neither has a unit."""
+    """Whether the gold times `scale` equals the answer, both without units."""
     if squeezed(gold) == squeezed(answer) and scale == 1:
         return True
     first, second = number(gold), number(answer)
@@ -157,11 +160,11 @@ def _same_value(gold: str, answer: str, scale: Fraction = Fraction(1)) -> bool:
         gold = f"({gold if first is None else 1})\\cdot\\frac{{{factor.numerator}}}{{{factor.denominator}}}"
     if not _could_be_formula(answer) or not _could_be_formula(gold):
         return plain(gold) == plain(answer) and len(plain(gold)) > 1
-    if "\\ln" in gold + answer:  # a logarithm without a base is the natural one beside an \ln
+    if "\\ln" in gold + answer:  # beside an \ln, a logarithm without a base is natural too
         gold, answer = (re.sub(r"\\log(?!\s*_)(?![a-zA-Z])", r"\\ln", text) for text in (gold, answer))
     return symbols.same_value(gold, answer) or symbols.rounds_as(first or gold, second or answer)
 
 
 def _could_be_formula(text: str) -> bool:
-    """Whether a text is not made of words."""
+    """Whether a text has no words and so may be a formula."""
     return not re.search(r"(?<![\\a-zA-Z{_])[a-zA-Z]{4,}(?![a-zA-Z}])|\\text\{[^{}]*[a-zA-Z]{3,}", text)

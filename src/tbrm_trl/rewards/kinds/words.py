@@ -1,4 +1,4 @@
-"""Choices, words and sentences: what is compared letter by letter rather than by value."""
+"""Choices, words and sentences, which are compared by letters instead of values."""
 
 import re
 
@@ -29,7 +29,7 @@ _SYNONYMS = (
 
 
 def choice(text: str) -> str | None:
-    """The letter of a choice: `B`, `(B)`, `\\text{(B)}`, `B) 7`, `option B`."""
+    """The letter of a choice: `B`, `(B)`, `\\text{(B)}`, `B) 7`, `option B`; None for anything else."""
     match = _CHOICE.match(re.sub(r"(?i)^\s*(?:option|choice|answer)\s+", "", upright(text)).strip())
     return match and (match[1] or match[2])
 
@@ -40,7 +40,7 @@ def _several_choices(text: str) -> bool:
 
 
 def choice_with_value(gold: str) -> tuple[str, str | None] | None:
-    """The letter of a gold, and the value that stands beside it: `B) 7`."""
+    """Read a gold's letter, and its value if there is one: `B) 7`."""
     letter = choice(gold)
     if letter is None or _several_choices(gold):
         return None
@@ -64,13 +64,13 @@ def same_choice(gold: tuple[str, str | None], answer: str, same: Same) -> bool:
 
 
 def without_label(answer: str) -> str | None:
-    """The value of a choice that stands with it, `(C) 1/2`."""
+    """The value after a choice's label, `(C) 1/2`; None without a label."""
     match = _LABELLED.fullmatch(answer)
     return match and match[1]
 
 
 def sentences(gold: str) -> str | None:
-    """A gold of sentences, or one that depends on conditions."""
+    """Read a gold of sentences, or a gold with conditions."""
     words = re.findall(r"(?<![\\a-zA-Z])[a-zA-Z]{3,}", re.sub(r"\\(?:begin|end)\{[^{}]*\}", "", gold))
     return gold if len(words) > 4 or (_CONDITION.search(gold) and re.search(r"[\d=]", gold)) else None
 
@@ -80,7 +80,7 @@ def same_sentences(gold: str, answer: str, same: Same) -> bool:
 
 
 def words(gold: str) -> str | None:
-    """A gold of words: no digits, no formula."""
+    """Read a gold of words, without digits or formulas."""
     bare = upright(gold).strip()
     if any(bare.casefold() in names for names in _SYNONYMS):
         return bare
@@ -103,7 +103,7 @@ def same_words(gold: str, answer: str, same: Same) -> bool:
 
 
 def whole_line(text: str) -> bool:
-    """Whether a text is a name of all real numbers: `\\mathbb{R}`, `x \\in (-\\infty, \\infty)`."""
+    """Whether a text stands for all real numbers: `\\mathbb{R}`, `x \\in (-\\infty, \\infty)`."""
     return squeezed(text).rpartition("\\in ")[2] in _WHOLE_LINE
 
 
