@@ -58,6 +58,7 @@ def boxed(answer: str) -> str:
         ("\\gamma^2 - 1", ["(\\gamma - 1)(\\gamma + 1)"], ["\\gamma^2 - 4", "\\gamma"]),
         ("\\sqrt{18}", ["3\\sqrt2", "18^{1/2}"], ["4.243", "3\\sqrt{3}"]),
         ("41.80", ["41.8", "41.799"], ["41.9", "42"]),
+        ("May 5", ["5 May", "May 5th"], ["5 marbles", "June 5"]),
         ("\\pm 2", ["2, -2", "\\pm2", "x = \\pm 2"], ["2", "-2"]),
         ("I(0) e^{-t/(RC)}", ["I(0) e^{-\\frac{t}{RC}}"], ["0", "I(0) e^{-t}", "I(0) e^{-t/(rc)}"]),
         ("\\begin{pmatrix} 1 & 2 \\\\ 3 & 4 \\end{pmatrix}", ["\\begin{bmatrix}1&2\\\\3&4\\end{bmatrix}"],

@@ -9,12 +9,13 @@ from .units import split_unit
 
 TimeOfDay = tuple[int, int, int, str]  # hours, minutes, seconds, and "am", "pm" or ""
 
-_MONTHS = "jan feb mar apr may jun jul aug sep oct nov dec".split()
+_NAMES = "january february march april may june july august september october november december".split()
+_MONTHS = {"sept": 9} | {text: at for at, name in enumerate(_NAMES, start=1) for text in (name, name[:3])}
 _DATES = [
     re.compile(r"(?P<year>\d{4})\s*[-/.]\s*(?P<month>\d{1,2})\s*[-/.]\s*(?P<day>\d{1,2})"),
     re.compile(r"(?P<month>\d{1,2})/(?P<day>\d{1,2})/(?P<year>\d{4})"),
-    re.compile(r"(?P<name>[a-zA-Z]{3})[a-zA-Z]{0,6}\.? (?P<day>\d{1,2})(?:st|nd|rd|th)?(?: (?P<year>\d{4}))?"),
-    re.compile(r"(?P<day>\d{1,2})(?:st|nd|rd|th)? (?P<name>[a-zA-Z]{3})[a-zA-Z]{0,6}\.?(?: (?P<year>\d{4}))?"),
+    re.compile(r"(?P<name>[a-zA-Z]{3,9})\.? (?P<day>\d{1,2})(?:st|nd|rd|th)?(?: (?P<year>\d{4}))?"),
+    re.compile(r"(?P<day>\d{1,2})(?:st|nd|rd|th)? (?P<name>[a-zA-Z]{3,9})\.?(?: (?P<year>\d{4}))?"),
 ]
 _TIME = re.compile(r"\s*(\d{1,2})(?:\s*:\s*(\d{2})(?:\s*:\s*(\d{2}))?)?\s*(?:([ap])\.?\s*m\.?)?\s*", re.IGNORECASE)
 _ANGLE = re.compile(
@@ -45,8 +46,7 @@ def date(text: str) -> tuple[int, int, int] | None:
     if match is None:
         return None
     found = match.groupdict()
-    name = found.get("name", "").lower()
-    month = _MONTHS.index(name) + 1 if name in _MONTHS else int(found.get("month") or 0)
+    month = _MONTHS.get(found["name"].lower(), 0) if "name" in found else int(found["month"])
     day = int(found["day"])
     return (int(found["year"] or 0), month, day) if 1 <= month <= 12 and 1 <= day <= 31 else None
 
