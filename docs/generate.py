@@ -1,9 +1,9 @@
-"""Rewrites what the documents take from the code: tables of options, and the line numbers of links to code.
+"""Rewrite the parts of the documents that come from the code: tables of options, and line numbers of links to code.
 
     python docs/generate.py            # rewrite
     python docs/generate.py --check    # rewrite nothing; fail if something is out of date
 
-The tables stand between `<!-- name: begin -->` and `<!-- name: end -->`. A link to code has an identifier as its text:
+The tables are between `<!-- name: begin -->` and `<!-- name: end -->`. A link to code has an identifier as its text:
 [`TBRMTrainer._collect`](../src/tbrm_trl/trainer.py#L1-L2); its lines are those of the identifier's definition.
 """
 
@@ -26,7 +26,7 @@ CODE_LINK = re.compile(r"\[`([\w.]+)`\]\((\S+\.py)#L(\d+)-L(\d+)\)")
 
 
 def option_defaults(options: type) -> dict[str, str]:
-    """The default that the docstring of a class of options gives each; "None" where it gives none."""
+    """The default of each option from the docstring of its class; "None" if the docstring gives none."""
     entry = re.compile(r"^    (\w+) \(.+?(?:, defaults to `(.+?)`)?\):$", flags=re.M)
     return {name: default or "None" for name, default in entry.findall(inspect.cleandoc(options.__doc__ or ""))}
 
@@ -62,7 +62,7 @@ def kept() -> str:
 
 
 def options_of(arguments: type) -> str:
-    """Of a command: its fields, with their help."""
+    """A table of a command's options, from the fields of its arguments."""
     rows = ["| option | default | what it says |", "|---|---|---|"]
     for field in fields(arguments):
         default = field.default_factory() if field.default_factory is not MISSING else field.default
@@ -93,7 +93,7 @@ def tree_of(file: Path) -> ast.Module:
 
 
 def definition(file: Path, name: str) -> tuple[int, int]:
-    """First and last line of a class, function, method or constant; a name inside another is joined to it by a dot."""
+    """First and last line of a class, function, method or constant. Dots join nested names."""
     node: ast.AST = tree_of(file.resolve())
     for part in name.split("."):
         for child in list(ast.walk(node))[1:]:

@@ -2,7 +2,8 @@
 
 README.md is the site's home. Every other file that a page links to becomes a page that shows it, with an anchor for
 each line; a folder becomes a list of its files. So links to code work without a network, and show the code that the
-page was written for. Links that show a page's file name show its title. The repository keeps what it has.
+page was written for. A link with a page's file name as its text gets the page's title instead. No file of the
+repository changes.
 """
 
 import json
@@ -32,7 +33,7 @@ def page_of(path: str) -> str:
 
 
 def relinked(markdown: str, path: str) -> str:
-    """The text of the repository's file `path` with links as its page needs them."""
+    """The text of the repository's file `path`, with its links changed for its page."""
 
     def link(match: re.Match) -> str:
         target = page_of(normpath(f"{dirname(path)}/{match[1]}".lstrip("/")))
@@ -104,5 +105,5 @@ def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, **_: Any) 
 
 
 def on_page_content(html: str, page: Page, **_: Any) -> None:
-    """Tell MkDocs, which checks anchors, of those of lines of code: highlighted text passes it by."""
+    """Tell MkDocs the anchors of code lines, since it checks anchors and does not see those in highlighted text."""
     page.present_anchor_ids = {*(page.present_anchor_ids or ()), *re.findall(r'id="(__codelineno-0-\d+)"', html)}
