@@ -4,7 +4,7 @@
     python benchmarks/ablations.py --quick                # a minute, to a temporary folder
 
 Everything is written to docs/benchmarks/ablations.{json,md,png}. A run whose result is already in the JSON is not
-repeated; delete the JSON to start over. The task is that of benchmarks/comparison.py; nothing is downloaded.
+repeated; delete the JSON to start over. The task is the one of benchmarks/comparison.py; nothing is downloaded.
 """
 
 import statistics
@@ -36,7 +36,7 @@ from tbrm_trl.loss.soft_value import ValueInputs
 
 VERSIONS = versions("torch", "transformers", "trl", "tbrm-trl")
 ROWS, GROUP = 64, 4  # trajectories per update, and per prompt in (d)
-SELECTION_SEED = 100  # its words are in no final run
+SELECTION_SEED = 100  # no final run uses its words
 
 
 class FrozenValue(SoftValue):
@@ -50,7 +50,7 @@ class FrozenValue(SoftValue):
 
 @dataclass(frozen=True)
 class Variant:
-    """What differs between runs: TBRM by default. Its text is part of a run's key in the JSON."""
+    """The settings that differ between runs, by default TBRM's. As text they are part of a run's key in the JSON."""
 
     soft_value: str = "policy"
     beta: float = 0.02
@@ -70,7 +70,7 @@ PAIRS = [(name, beta) for beta in (0.2, 0.02, 0.002) for name in ("policy", "cal
 
 @dataclass(frozen=True)
 class Ablation:
-    """Variants by label, each against the first, or in `pairs` the second against the first."""
+    """Variants by label. Each is compared with the first, or with `pairs` the second of each pair with its first."""
 
     title: str
     published: str
@@ -121,7 +121,7 @@ class Scale:
 
 
 class Results:
-    """What has been measured, by run. What is missing is trained when it is asked for."""
+    """The results by run. A missing run is trained when its result is needed."""
 
     def __init__(self, runs: Store, scale: Scale, models: Path) -> None:
         self.runs, self.scale, self.models = runs, scale, models
@@ -157,7 +157,7 @@ class Results:
         return self.runs[key]
 
     def selection(self, variant: Variant) -> dict[float, float]:
-        """Final accuracy by learning rate, on the seed and words that are only for this."""
+        """Final accuracy by learning rate, on the seed and words reserved for the selection."""
         runs = {rate: self.run(variant, "selection", rate, SELECTION_SEED) for rate in self.scale.learning_rates}
         return {rate: run["points"][-1][1] for rate, run in runs.items()}
 
@@ -210,7 +210,7 @@ def selection_section(results: Results) -> str:
 
 
 def report(results: Results) -> str:
-    sections = "\n\n".join(section(ablation, results) for ablation in ABLATIONS)  # trains what is missing
+    sections = "\n\n".join(section(ablation, results) for ablation in ABLATIONS)  # trains missing runs
     base, seeds, updates = results.final(TBRM), len(results.scale.seeds), results.scale.updates
     start, value = (statistics.mean(of) for of in ([r["points"][0][1] for r in base], [r["soft_value"] for r in base]))
     seconds = sum(run["seconds"] for run in results.runs.values())

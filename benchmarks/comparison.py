@@ -1,15 +1,16 @@
-"""TBRM beside TRL's GRPO and RLOO and beside A*-PO: accuracy against rollouts and seconds, all tuned alike.
+"""TBRM compared with TRL's GRPO and RLOO and with A*-PO: accuracy against rollouts and seconds, all tuned alike.
 
     python benchmarks/comparison.py                             # the tiny model, a quarter of an hour on two cores
-    python benchmarks/comparison.py --tasks sums --minutes 60   # SmolLM2-135M: the next hour of it
+    python benchmarks/comparison.py --tasks sums --minutes 60   # SmolLM2-135M: continues for an hour
     python benchmarks/comparison.py --quick                     # two short runs of each method, to a temporary folder
 
 Each method has a learning rate and one knob of its own. A coordinate search selects both, on problems and seeds that no
-final run sees: first the rate at the knob's first value, then the knob at that rate. Where the best rate is the lowest
-or the highest, the next one is tried, and every method is given as many. What decides is the area under the curve of
-accuracy against rollouts. The final runs are paired by seed: it gives the model's start, the problems, and their order.
+final run sees: first the rate at the knob's first value, then the knob at that rate. If the best rate is the lowest or
+the highest, the search tries the next one, and every method gets as many rates. The criterion is the area under the
+curve of accuracy against rollouts. The final runs are paired by seed, which sets the model's start, the problems and
+their order.
 
-Every finished run is kept in docs/benchmarks/comparison.json, and is not made again. Delete it to start over.
+Finished runs are kept in docs/benchmarks/comparison.json and are not repeated. Delete the file to start over.
 """
 
 import itertools
@@ -51,7 +52,7 @@ PEER, GAIN = "GRPO", 0.1
 
 @dataclass(frozen=True)
 class Method:
-    """A trainer, what it is told, and its knob: by name of the value, the options that it sets."""
+    """A trainer, its options, and its knob: for each named value, the options that it sets."""
 
     trainer: str  # a key of `tasks.METHODS`
     knob: dict[str, dict[str, Any]]
@@ -98,8 +99,8 @@ class Setting:
     updates: int
     rows: int  # trajectories per update
     every: int  # updates between two measurements of a final run
-    of_selection: int  # the same of a run of the search
-    rates: tuple[float, ...]  # to begin with
+    of_selection: int  # updates between two measurements of a search run
+    rates: tuple[float, ...]  # where the search begins
     beta: float  # TBRM's and A*-PO's
     buffer: int
     selection_seeds: tuple[int, ...]
@@ -131,7 +132,7 @@ QUICK = replace(
 
 @dataclass(frozen=True)
 class Run:
-    """One training run. Its text is its key in the JSON."""
+    """One training run. As text it is its key in the JSON."""
 
     task: str  # a key of SETTINGS
     method: str
@@ -147,9 +148,9 @@ class Run:
 
 
 def result(run: Run, setting: Setting) -> dict[str, Any]:
-    """Carry out one run, in the process of a worker.
+    """Carry out one run, in a worker process.
 
-    A method that uses a window K times makes K times as many updates: all draw equally many rollouts.
+    A method that uses a window K times makes K times as many updates, so that all draw equally many rollouts.
     """
     set_up(1)
     method = METHODS[run.method]
@@ -185,14 +186,14 @@ class Comparison:
     def __init__(self, task: str, setting: Setting, runs: Store):
         self.task, self.setting, self.runs = task, setting, runs
 
-    # -- what is selected
+    # -- selection
 
     def curve(self, run: Run) -> np.ndarray:
-        """`(M,)` accuracies at equally many rollouts for every method."""
+        """`(M,)` accuracies, at the same numbers of rollouts for every method."""
         return np.array([point[2] for point in self.runs[str(run)]["points"]])
 
     def area(self, runs: Sequence[Run]) -> float:
-        """Mean area under the curves, as a mean accuracy over the rollouts. Raises KeyError while a run is missing."""
+        """Accuracy averaged over the rollouts of each run and over runs. Raises KeyError while a run is missing."""
         return statistics.mean(area(self.curve(run)) for run in runs)
 
     def candidates(self, method: str, knob: str, rates: Sequence[float]) -> dict[tuple[str, float], list[Run]]:
@@ -202,12 +203,12 @@ class Comparison:
         }
 
     def best(self, of: dict[tuple[str, float], list[Run]]) -> tuple[str, float]:
-        """The candidate of the largest area. Raises KeyError while a run is missing."""
+        """The candidate with the largest area. Raises KeyError while a run is missing."""
         areas = {choice: self.area(runs) for choice, runs in of.items()}
         return max(areas, key=areas.__getitem__)
 
     def rates(self, method: str, count: int = 0) -> list[float]:
-        """The learning rates of a method: widened until the best is inside, then up to `count` of them."""
+        """The learning rates of a method: widened until the best is not at the edge, then until there are `count`."""
         rates, knob = sorted(self.setting.rates), next(iter(METHODS[method].knob))
         while len(self.setting.rates) > 1:
             try:
@@ -232,7 +233,7 @@ class Comparison:
 
     @property
     def count(self) -> int:
-        """The learning rates that every method is given: as many as the one that needed most."""
+        """How many learning rates every method gets: as many as the one that needed most."""
         return max(len(self.rates(method)) for method in METHODS)
 
     def selected(self, method: str) -> tuple[str, float]:
@@ -243,16 +244,16 @@ class Comparison:
         return [Run(self.task, method, *self.selected(method), seed) for seed in self.setting.final_seeds]
 
     def finished(self, method: str) -> list[Run]:
-        """Those of its final runs that are there."""
+        """The finished final runs of a method; none until it is tuned."""
         try:
             return [run for run in self.final(method) if str(run) in self.runs]
         except KeyError:
             return []
 
-    # -- carrying it out
+    # -- execution
 
     def stages(self) -> Iterator[list[Run]]:
-        """The runs in the order in which they are to be made. A stage may ask for results of those before it."""
+        """The runs, stage by stage, in the order in which they are made. A stage may need results of earlier ones."""
         for count in (0, None):  # as many rates as each needs, then as many as the one that needed most
             count = self.count if count is None else count
             yield [
@@ -266,12 +267,12 @@ class Comparison:
             yield list(runs)
 
     def wanted(self) -> list[Run]:
-        """The runs of the first stage that is not finished."""
+        """The missing runs of the first unfinished stage."""
         missing = ([run for run in runs if str(run) not in self.runs] for runs in self.stages())
         return next(filter(None, missing), [])
 
     def execute(self, processes: int, until: float) -> None:
-        """Go on until all is made, or until that moment of `time.monotonic`."""
+        """Make runs until none is missing, or until `time.monotonic()` reaches `until`."""
         carry_out(
             lambda: {str(run): (run, self.setting) for run in self.wanted()},
             result,
@@ -286,7 +287,7 @@ class Comparison:
 
 
 def first_at(points: Sequence[Sequence[float]], target: float, place: int) -> float:
-    """The cost at which the accuracy first reaches the target, straight between two points; infinite if never."""
+    """The cost at which the accuracy first reaches the target, linear between two points; infinite if never."""
     for before, after in itertools.pairwise(points):
         if after[2] >= target:
             share = (target - before[2]) / (after[2] - before[2]) if after[2] > before[2] else 0.0
@@ -347,7 +348,7 @@ def section(comparison: Comparison) -> str:
 
 
 def selection(comparison: Comparison) -> str:
-    """Every candidate of the search, with its area."""
+    """A table of every candidate of the search and its area."""
     made = [Run(**one["run"]) for one in comparison.runs.values()]
     areas: dict[str, set[tuple[str, float, float]]] = {method: set() for method in METHODS}
     for run in made:

@@ -1,12 +1,12 @@
-"""Throughput of an evaluation with transformers, against a plain loop over `generate` at equal batch.
+"""Throughput of an evaluation with transformers, compared with a plain loop over `generate` at equal batch size.
 
     python benchmarks/evaluation.py           # writes docs/benchmarks/evaluation.{json,md}; half an hour on two cores
     python benchmarks/evaluation.py --quick   # a tiny model, to see that it runs
 
-Questions whose answers are short and questions whose answers are long give lengths with a long tail. The plain loop
-sorts its prompts by length and draws batch after batch; each batch waits for its longest row.
+Questions with short answers and questions with long answers give lengths with a long tail. The plain loop sorts its
+prompts by length and draws batch after batch; each batch waits for its longest row.
 
-Every finished repetition is kept in docs/benchmarks/evaluation.json, and is not made again. Delete it to start over.
+Finished repetitions are kept in docs/benchmarks/evaluation.json and are not repeated. Delete the file to start over.
 """
 
 import os
@@ -24,7 +24,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 from tbrm_trl.evaluation.sampling import Request, Sampling, end_ids_of, generate, prompt_ids_of, seed_of
 
-# As long as one another, whatever the length of their answers, so that sorting by prompt does not sort the answers.
+# Questions with short and with long answers are equally long, so that sorting by prompt does not sort by answer.
 COUNTRIES = ("France", "Peru", "Japan", "Kenya", "Norway", "Egypt", "Canada", "Greece")
 THINGS = ("lighthouse", "river", "clock", "violin", "volcano", "library", "bridge", "garden")
 SHORT = [
@@ -41,7 +41,7 @@ PACKAGES = ("torch", "transformers")
 
 
 def plain_loop(model: Any, tokenizer: Any, requests: list[Request], sampling: Sampling, batch: int) -> list[int]:
-    """The lengths of the completions that a loop over `generate` draws."""
+    """Draw completions in a loop over `generate`, and return their lengths."""
     ends, lengths = end_ids_of(model, tokenizer), []
     config = GenerationConfig(
         do_sample=True,
@@ -65,7 +65,7 @@ def evaluation(model: Any, tokenizer: Any, requests: list[Request], sampling: Sa
 
 
 def measure(model: Any, tokenizer: Any, repetition: int, batch: int, samples: int, limit: int) -> dict[str, Any]:
-    """Seconds and lengths of both, one after the other."""
+    """Run the plain loop and then the evaluation, and return seconds and completion lengths of both."""
     prompts = [prompt_ids_of(tokenizer, [{"role": "user", "content": text}]) for text in SHORT + LONG]
     requests = [
         Request(ids, seed_of(repetition, prompt, sample))

@@ -1,4 +1,4 @@
-"""Where TBRM and GRPO end on one log of off-policy trajectories, against the optimum in closed form.
+"""Where TBRM and GRPO end on one log of off-policy trajectories, compared with the optimum in closed form.
 
     python benchmarks/exact_optimum.py        # writes docs/benchmarks/exact_optimum.{md,png}
 
@@ -43,7 +43,7 @@ class BehaviourAsOldPolicy(GRPOTrainer):
 
 
 def from_log() -> Callable[..., dict[str, list]]:
-    """GRPO's `rollout_func`: for each prompt its next logged completion, in random order, all before any again."""
+    """A `rollout_func` for GRPO: each prompt gets its logged completions in random order, all before any repeats."""
     rng = random.Random(0)
 
     def deck(prompt: list[int]) -> Iterator[list[int]]:
@@ -66,7 +66,7 @@ def from_log() -> Callable[..., dict[str, list]]:
     return roll_out
 
 
-# By method, what `Task.trainer_on` is given besides the learning rate.
+# By method, the arguments of `Task.trainer_on` besides the learning rate.
 GRPO: dict[str, Any] = dict(
     rows=TREE.prompt_rows(len(TREE.prompts) * BATCH // GROUP), trainer_class=GRPOTrainer, config_class=GRPOConfig,
     num_generations=GROUP, scale_rewards="none",
@@ -101,11 +101,11 @@ def outcome_of(policy: Policy, task: Task) -> Outcome:
 class Run:
     learning_rate: float
     outcome: Outcome
-    curve: dict[int, float]  # by step, total variation
+    curve: dict[int, float]  # total variation by step
 
 
 class Distance(TrainerCallback):
-    """Keeps the total variation to π* every tenth step."""
+    """Records the total variation to π* at every tenth step."""
 
     def __init__(self, best: Policy):
         self.best = best
@@ -119,7 +119,7 @@ class Distance(TrainerCallback):
 
 
 def best_run(name: str, beta: float, folder: Path) -> Run:
-    """The run that ends nearest to π*, of one for each learning rate. TBRM has one rate."""
+    """Train once per learning rate, and return the run that ends nearest to π*. TBRM has one rate."""
     task, runs = Task(TREE, beta, folder), []
     for rate in TBRM_LEARNING_RATES if "TBRM" in name else GRPO_LEARNING_RATES:
         distance = Distance(task.best)

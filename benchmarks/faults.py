@@ -1,11 +1,11 @@
-"""How many faults a run survives: kills at random moments, and every damage to every file of a checkpoint.
+"""How many faults a run survives: kills at random moments, and three kinds of damage to every file of a checkpoint.
 
     python benchmarks/faults.py                  # writes docs/benchmarks/faults.{json,md}; 90 minutes, two cores
-    python benchmarks/faults.py --minutes 10     # the next ten minutes of it: finished cases are not run again
+    python benchmarks/faults.py --minutes 10     # continues for ten minutes; finished cases are not repeated
 
-A tiny model makes 16 updates with a checkpoint at every fourth, in seven kinds of run, by this trainer and, where it
-has the kind, by TRL's GRPOTrainer. A run survives a fault if, started once more by the same line, it ends with the bits
-of a run that nothing disturbed: weights, optimizer, schedule, random states.
+A tiny model makes 16 updates with a checkpoint at every fourth, in seven kinds of run, with this trainer and, where
+TRL's GRPOTrainer has the kind, with that one. A run survives a fault if, started again with the same command, it ends
+with the same bits as an undisturbed run: weights, optimizer, schedule and random states.
 """
 
 import itertools
@@ -45,12 +45,12 @@ def fresh_folder(root: Path, name: str) -> Path:
 
 
 class Bench:
-    """Runs cases and keeps what came of them.
+    """Runs cases and stores their outcomes.
 
     Args:
         root: a folder for the runs.
         store: the results by case.
-        until: the moment, of `time.monotonic`, from which on no further case is begun.
+        until: the value of `time.monotonic` after which no further case begins.
     """
 
     def __init__(self, root: Path, store: Store, until: float):
@@ -59,13 +59,13 @@ class Bench:
         self.whole: dict[tuple[str, str], tuple[list[str], float]] = {}
 
     def undisturbed(self, method: str, kind: str) -> tuple[list[str], float]:
-        """How a run ends that nothing disturbs, and how many seconds its updates take."""
+        """How an undisturbed run ends, and how many seconds its updates take."""
         if (method, kind) not in self.whole:
             folder = fresh_folder(self.root, f"whole/{method}/{kind}")
             codes = fault_runs.run(method, kind, self.model, folder)
             assert not any(codes), (folder / "log-0").read_text()[-3000:]
             self.whole[method, kind] = fault_runs.ends(folder), float((folder / "seconds").read_text())
-            if (name := f"twice/{method}/{kind}") not in self.store:  # or "other bits" would say nothing
+            if (name := f"twice/{method}/{kind}") not in self.store:  # else "other bits" would mean nothing
                 folder = fresh_folder(self.root, name)
                 fault_runs.run(method, kind, self.model, folder)
                 same = fault_runs.ends(folder) == self.whole[method, kind][0]
@@ -73,7 +73,7 @@ class Bench:
         return self.whole[method, kind]
 
     def kill(self, method: str, kind: str, signum: signal.Signals, number: int) -> None:
-        """One run, killed at a random moment of its updates and started once more."""
+        """Kill one run at a random moment of its updates, and start it again."""
         name = f"kill/{method}/{kind}/{signum.name}/{number}"
         if name in self.store or time.monotonic() > self.until:
             return
@@ -81,7 +81,7 @@ class Bench:
         rng = random.Random(f"{kind}/{signum.name}/{number}")
         moment, which = rng.random(), rng.randrange(2)
         options: dict[str, Any] = {"enable_jit_checkpoint": True} if signum == signal.SIGTERM else {}
-        for _ in range(6):  # a faster machine than a moment ago has ended before the signal
+        for _ in range(6):  # if the machine is faster than before, the run ends before the signal
             folder = fresh_folder(self.root, name)
             disturb = fault_runs.send(signum, moment * seconds, which)
             codes = fault_runs.run(method, kind, self.model, folder, disturb, **options)
@@ -101,7 +101,7 @@ class Bench:
         shutil.rmtree(folder)
 
     def damaged(self, method: str, kind: str) -> None:
-        """Every file of the newer of two checkpoints, removed, truncated and with a bit flipped; resumed each time."""
+        """Remove, truncate or flip a bit of every file of the newer of two checkpoints, and resume each time."""
         if time.monotonic() > self.until:
             return
         source = fresh_folder(self.root, f"source/{method}/{kind}")
@@ -124,7 +124,7 @@ class Bench:
             (folder / "log-0").unlink()
             codes = fault_runs.run(method, kind, self.model, folder, save_total_limit=None)
             found, said = fault_runs.ends(folder), (folder / "log-0").read_text().lower()
-            if not fault:  # resumed without damage: GRPO's end is another than undisturbed
+            if not fault:  # resumed without damage: GRPO does not end as undisturbed
                 expected = found
                 assert expected, said[-3000:]
                 continue
@@ -138,7 +138,7 @@ class Bench:
             print(f"{name}: {outcome}", flush=True)
 
     def speed(self) -> None:
-        """Verification of a large file out of a warm cache."""
+        """Measure how fast a large checkpoint is verified from a warm cache."""
         if "speed" in self.store or time.monotonic() > self.until:
             return
         folder = fresh_folder(self.root, "speed/checkpoint-1")
@@ -176,7 +176,7 @@ def inflict(file: Path, how: str) -> None:
 
 
 def cell(outcomes: Counter, good: tuple[str, ...]) -> str:
-    """How many of how many survived; and what became of the others."""
+    """How many of how many cases survived, and the outcomes of the others."""
     total = sum(outcomes.values())
     if not total:
         return "–"
@@ -266,7 +266,7 @@ def main() -> None:
         bench = Bench(Path(root), store, time.monotonic() + 60 * arguments.minutes)
         if not arguments.quick:
             bench.speed()
-        # A stop leaves equally many of every kind.
+        # In this order every kind has equally many cases, give or take one, whenever the time is up.
         for number, kind, signum, method in itertools.product(range(kills), kinds, SIGNALS, METHODS):
             if has(method, kind):
                 bench.kill(method, kind, signum, number)

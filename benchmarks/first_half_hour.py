@@ -1,8 +1,8 @@
-"""The first half hour of a user: docs/first-run.md word for word, in a clone, each command with what it printed.
+"""A user's first half hour: run docs/first-run.md word for word in a clone, and show each command with its output.
 
     python benchmarks/first_half_hour.py    # half an hour on two cores; writes docs/benchmarks/first_half_hour.md
 
-At the end the trained model is evaluated once more, from its folder: every completion is the same again.
+At the end the trained model is evaluated again from its folder: every completion is the same.
 """
 
 import re
@@ -15,7 +15,7 @@ from pathlib import Path
 from common.report import ROOT, parse, printed, processor, wrapped, write
 
 PAGE = ROOT / "docs/first-run.md"
-ELSEWHERE = "pip install"  # what is for an environment of one's own
+ELSEWHERE = "pip install"  # marks blocks for the user's own environment, which are left out
 AGAIN = [
     'tbrm eval --model_name_or_path out $eval --system_prompt "Reply with a number." --output_dir again',
     "tbrm eval --compare after again",
@@ -26,7 +26,7 @@ ENDED = "-- ended --"
 
 
 class Shell:
-    """One shell, as of a user: folder, variables and environment last from command to command."""
+    """A user's shell: folder, variables and environment last from command to command."""
 
     def __init__(self, folder: Path):
         self.process = subprocess.Popen(
@@ -34,7 +34,7 @@ class Shell:
         )
 
     def run(self, command: str) -> tuple[str, float]:
-        """What it printed, and the seconds it took. Ends the program if it fails."""
+        """Run a command, and return its output and its seconds. Exits with the output if the command fails."""
         assert self.process.stdin is not None and self.process.stdout is not None
         print(f"$ {command}", file=sys.stderr, flush=True)
         began, lines = time.perf_counter(), list[str]()
@@ -50,7 +50,7 @@ class Shell:
 
 
 def steps() -> list[tuple[str, str]]:
-    """The page's blocks in order: a file's name and its text, or "" and a command."""
+    """The page's blocks in order: a file's name and its text, or "" and a command of a shell block."""
     found, named = list[tuple[str, str]](), ""
     for text, language, block in re.findall(r"(.*?)^```(\w*)\n(.*?)^```$", PAGE.read_text(), flags=re.M | re.S):
         named = next(iter(re.findall(r"`([\w.]+\.(?:py|yaml))`", text)), named)

@@ -1,10 +1,10 @@
-"""How a step's cost grows with model width, completion length, rollouts and processes: TBRM beside TRL's GRPO.
+"""How a step's cost grows with model width, completion length, rollouts and processes: TBRM and TRL's GRPO.
 
     python benchmarks/growth.py              # models of random weights; within half an hour on two quiet cores
     python benchmarks/growth.py --quick      # small sizes, to a temporary folder
 
-Writes docs/benchmarks/growth.{json,md,png}. On a CUDA device, where there is one: growth_cuda.{json,md,png}, without
-the processes.
+Writes docs/benchmarks/growth.{json,md,png}. With a CUDA device it uses that, writes growth_cuda.{json,md,png}, and
+leaves out the processes.
 """
 
 import math
@@ -45,7 +45,7 @@ LAUNCHES = ((1, 1), (1, 2), (2, 1))
 
 @dataclass(frozen=True)
 class Sizes:
-    """The points of each axis; where another axis varies, the base."""
+    """The points of each axis, and its base, which holds while another axis varies."""
 
     width: tuple[int, ...] = (128, 256, 512, 1024)
     length: tuple[int, ...] = (64, 128, 256, 512, 1024)
@@ -70,7 +70,7 @@ def model_of(width: int, folder: Path) -> str:
 
 
 def work_of(sizes: Sizes, folder: Path, width: int = 0, length: int = 0, rollouts: int = 0) -> Work:
-    """Equal completions, prompts half as long; what is not given is at its base."""
+    """Work with equal completions and prompts half as long. Sizes that are not given have their base value."""
     length, rollouts = length or sizes.base_length, rollouts or sizes.base_rollouts
     lengths = (length,) * rollouts
     warm_up = lengths if CUDA else (4,) * rollouts
@@ -86,7 +86,7 @@ def along(axis: str, sizes: Sizes, repetitions: int, folder: Path) -> Axis:
 
 
 def over_processes(sizes: Sizes, repetitions: int, folder: Path) -> dict[str, Repetitions]:
-    """The same rollouts per step, on one process and on two, each in a run of its own."""
+    """Measure the same rollouts per step on one process and on two, each in a launch of its own."""
     measured: dict[str, Repetitions] = {}
     model_of(sizes.base_width, folder)
     for repetition in range(repetitions):

@@ -1,9 +1,9 @@
-"""Peak memory of training on saved rollouts alone, against the run that made them.
+"""Peak memory of training on saved rollouts alone, compared with the run that made them.
 
     python benchmarks/logged_memory.py        # writes docs/benchmarks/logged_memory.{json,md}; a few minutes
 
 SmolLM2-135M on the demo's task. One run rolls out and saves its rollouts; another starts from the same weights and
-trains on these alone. Each has its own process, and the operating system reports the peak of its resident memory.
+trains on those alone. Each has its own process, and the operating system reports the peak of its resident memory.
 """
 
 import os
@@ -25,7 +25,7 @@ PACKAGES = ("torch", "transformers", "trl", "accelerate", "reasoning-gym")
 
 
 def train(folder: str, logged: bool) -> dict[str, float]:
-    """One of the two runs, in this process."""
+    """Carry out one of the two runs in this process."""
     task = tasks.of_gym("sums", seed=0)
     trainer = TBRMTrainer(
         task.model,

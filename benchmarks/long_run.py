@@ -31,7 +31,7 @@ PROMPTS = [f"{a}+{b}=" for a in range(10) for b in range(10)]
 
 @dataclass
 class Seen:
-    """The process after so many updates: seconds per update since the last look, MiB, and counts."""
+    """The process after `update` updates: seconds per update since the last measurement, MiB, and counts."""
 
     update: int
     seconds: float
@@ -51,7 +51,7 @@ class Look(TrainerCallback):
         if state.global_step % self.every:
             return
         seconds = (time.perf_counter() - self.began) / self.every
-        gc.collect()  # what waits to be collected is no leak
+        gc.collect()  # uncollected garbage is no leak
         resident = self.process.memory_info().rss / 2**20
         files = sum(1 for _ in (self.folder / "rollouts").glob("*.parquet"))
         self.seen.append(
@@ -66,7 +66,7 @@ def run(folder: Path, updates: int) -> list[Seen]:
         beta=0.1, learning_rate=1e-4, max_steps=updates, max_completion_length=8, per_device_train_batch_size=8,
         num_iterations=2, replay_buffer_size=512, save_rollouts=True, log_completions=True, num_completions_to_print=0,
         bf16=False, use_cpu=True, save_steps=max(1, updates // 10), save_total_limit=2, logging_steps=10,
-        generation_kwargs={"min_new_tokens": 8},  # the policy learns to write longer texts, and would seem to slow down
+        generation_kwargs={"min_new_tokens": 8},  # else the policy learns longer texts, and updates seem to slow down
     )  # fmt: skip
     with quiet():
         trainer = TBRMTrainer(

@@ -1,11 +1,11 @@
-"""What `tbrm_trl.memory` says beforehand, against the measured peak of training.
+"""The estimate of `tbrm_trl.memory`, compared with the measured peak of training.
 
     python benchmarks/memory_estimate.py        # writes docs/benchmarks/memory_estimate.{json,md}; some ten minutes
 
 Every configuration trains two steps in a process of its own, on random weights of the given sizes. Rollouts are given
-unless the table says that they are generated: generation is slow on a CPU and seldom where the peak is. The peak of
-tensor memory is measured. On a CPU that is what the allocator handed out (the profiler's events) on top of what was
-live when training began, on a GPU `torch.cuda.max_memory_allocated`.
+unless the table says that they are generated: generation is slow on a CPU, and the peak is seldom there. The benchmark
+measures the peak of tensor memory: on a GPU `torch.cuda.max_memory_allocated`, on a CPU the bytes that were live when
+training began plus those that the allocator handed out afterwards (the profiler's events).
 """
 
 import gc
@@ -31,7 +31,7 @@ from tbrm_trl.memory.estimate import estimate_memory
 
 PACKAGES = ("torch", "transformers", "trl", "peft", "bitsandbytes", "deepspeed")
 TARGET = 0.15
-FIRST_CHARACTER = 0x20000  # a long range of characters
+FIRST_CHARACTER = 0x20000  # of a long range of characters
 MODELS: dict[str, dict[str, Any]] = {
     "llama-256": dict(
         model_type="llama", hidden_size=256, intermediate_size=688, num_hidden_layers=6, num_attention_heads=4,
@@ -53,9 +53,10 @@ MODELS: dict[str, dict[str, Any]] = {
 
 
 def run_of(model: str, **changes: Any) -> dict[str, Any]:
-    """A configuration of training, as arguments of `estimate_memory`: by default one process that trains every weight.
+    """A configuration of training as arguments of `estimate_memory`. By default one process trains every weight.
 
-    Three are no arguments: `model` names one of `MODELS`, `lora` is a rank, `generates` is for rollouts of its own.
+    Three entries are not its arguments: `model` is a key of `MODELS`, `lora` is a rank (0: no adapter), and `generates`
+    says whether the run generates its rollouts.
     """
     return {
         "model": model, "rows": 4, "prompt_length": 32, "completion_length": 96, "accumulation": 1,
@@ -128,7 +129,7 @@ def estimate(run: dict[str, Any], device: str) -> dict[str, dict[str, int]]:
 
 
 def launcher(run: dict[str, Any]) -> list[str]:
-    """What starts the configuration's processes."""
+    """The launcher of the configuration's processes; empty for a single process."""
     file = "fsdp2" if run["fsdp"] else f"zero{run['zero_stage']}" if run["zero_stage"] else "ddp"
     return launcher_of(file, run["processes"]) if run["processes"] > 1 else []
 
@@ -144,20 +145,20 @@ def save_model(model: str, dtype: torch.dtype, folder: Path) -> PreTrainedTokeni
 def live_bytes() -> int:
     """Bytes of all tensors that Python can reach."""
     gc.collect()
-    # A DTensor has no storage of its own: its part is another tensor.
+    # A DTensor has no storage of its own: its local part is another tensor.
     tensors = [it for it in gc.get_objects() if isinstance(it, torch.Tensor) and not isinstance(it, DTensor)]
     storages = [it.untyped_storage() for it in tensors if it.device.type == "cpu" and it.layout is torch.strided]
     return sum({storage.data_ptr(): storage.nbytes() for storage in storages}.values())
 
 
 def measure(name: str) -> int:
-    """Train two steps in this process; the peak in bytes."""
+    """Train two steps in this process, and return the peak in bytes."""
     run, on_gpu = SimpleNamespace(**RUNS[name]), torch.cuda.is_available()
     dtype = getattr(torch, run.dtype)
     if run.fsdp and not on_gpu:
         allow_fsdp_on_cpu()
     rows, ids = run.rows * run.accumulation, range(FIRST_CHARACTER + 3, FIRST_CHARACTER + 3 + 1000)
-    # Prompts of different lengths, so that rows are padded; the longest among them.
+    # Prompts of different lengths, so that rows are padded; some have the full length.
     prompts = ["".join(map(chr, ids[i:][: run.prompt_length - i % rows % 4])) for i in range(2 * rows)]
     quantization = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=dtype)
 

@@ -1,14 +1,14 @@
-"""Which small changes of the code the tests notice: mutation testing of the parts on which a result rests.
+"""Which small changes of the code the tests notice: mutation testing of the parts that determine results.
 
     python benchmarks/mutants.py                  # writes docs/benchmarks/mutants.{json,md}; two hours on two cores
-    python benchmarks/mutants.py --minutes 10     # the next ten minutes of it: mutants that were tried are kept
-    python benchmarks/mutants.py --only store --anew    # the survivors of files whose names hold this, once more
+    python benchmarks/mutants.py --minutes 10     # continues for ten minutes; results so far are kept
+    python benchmarks/mutants.py --only store --anew    # tries survivors in files with this in their name again
 
-A mutant is the code with one change. It is killed if one of its named tests fails. These are the tests that enter the
-changed function, the fastest first, as far as they take five seconds together.
+A mutant is the code with one change. It is killed if one of its named tests fails. These are the fastest tests that
+enter the changed function, up to five seconds in total.
 
-Everything is imported once, and the tests are collected once. Each mutant is a forked process. It compiles the changed
-file, puts code, defaults and constants into the functions, classes and modules that are there, and runs the tests.
+Modules are imported and tests collected only once. Each mutant is a forked process. It compiles the changed file, puts
+code, defaults and constants into the loaded functions, classes and modules, and runs the tests.
 """
 
 import ast
@@ -54,9 +54,9 @@ TESTS = """
     estimators exact_resume fuzz lock_and_stop marks metrics oracle replay residual returns skipped_updates soft_values
     store terms trajectory_loss truncation checkpoints
 """.split()
-LIMIT = 5.0  # seconds of processor time of the tests of a mutant, as they take without one
-HANGS = 30.0  # seconds of processor time after which a mutant counts as noticed: it does not end
-# Survivors that compute the same as the original, by the reason why.
+LIMIT = 5.0  # seconds of processor time of a mutant's tests, measured on the original code
+HANGS = 30.0  # seconds of processor time after which a mutant counts as killed because it does not end
+# Survivors that compute the same as the original, by reason.
 _SAME_RESULT: dict[str, tuple[str, ...]] = {
     "A tensor of two dimensions: its last one is dimension 1.": (
         "loss/residual.py sum_over: -1 → 1",
@@ -203,7 +203,7 @@ EQUIVALENT = {name: reason for reason, names in _SAME_RESULT.items() for name in
 
 
 def files_changed() -> list[str]:
-    """The files that are changed, below the package."""
+    """The files to change, relative to the package."""
     found = [
         one for part in CHANGED for one in ([SOURCE / part] if part.endswith(".py") else (SOURCE / part).rglob("*.py"))
     ]
@@ -243,11 +243,11 @@ _WITHOUT_EFFECT = (
     "device",
     "strict",
     "stacklevel",
-)  # keywords: the tests have one device, and what is zipped is as long
+)  # keywords; the tests have one device and zip only equal lengths
 
 
 def variants(node: ast.AST) -> Iterator[ast.AST | None]:
-    """What may stand in the place of a node; None deletes a statement."""
+    """The possible replacements of a node. None deletes a statement."""
 
     def with_(**parts: Any) -> Any:
         changed = copy.copy(node)
@@ -293,7 +293,7 @@ def variants(node: ast.AST) -> Iterator[ast.AST | None]:
 
 
 def _is_left(parent: ast.AST, name: str, node: Any) -> bool:
-    """Whether nothing below a node is changed: annotations, decorators, docstrings, assertions, messages."""
+    """Whether a node stays unchanged with all below it: annotations, decorators, docstrings, assertions, messages."""
     return (
         name in ("annotation", "returns", "decorator_list", "bases")
         or (isinstance(node, ast.keyword) and node.arg in _WITHOUT_EFFECT)
@@ -308,12 +308,12 @@ class Mutant:
     """One change of a file.
 
     Attributes:
-        file: below the package.
-        line: of what is changed.
-        function: the outermost function that is changed, with its class; a class or "" outside of functions.
-        change: what stood there, and what stands there now.
-        number: of this change in this function, from 1.
-        source: of the whole changed file.
+        file: path relative to the package.
+        line: line of the change in the original file.
+        function: the outermost function around the change, with its class; a class or "" outside of functions.
+        change: the original code and its replacement.
+        number: number of this change among equal ones in the function, from 1.
+        source: the whole changed file.
     """
 
     file: str
@@ -329,7 +329,7 @@ class Mutant:
 
 
 def mutants_of(file: str) -> Iterator[Mutant]:
-    """Every mutant of a file, in the order of its text. Changes that give the same text are one."""
+    """Every mutant of a file, in the order of its text. Changes that give the same text count once."""
     tree = ast.parse((SOURCE / file).read_text())
     made = {ast.unparse(tree)}
     numbers: Counter[tuple[str, str]] = Counter()
@@ -371,11 +371,11 @@ def _shown(node: ast.AST) -> str:
     return first + " …" * bool(more)
 
 
-# ---- into what is loaded ---------------------------------------------------------------------------------------------
+# ---- installing a mutant ---------------------------------------------------------------------------------------------
 
 
 def exchange(old: Any, new: Any) -> bool:
-    """Give the functions, defaults and constants of a loaded module or class what a changed one has.
+    """Give a loaded module or class the code, defaults and constants of a changed one.
 
     Returns:
         Whether a constant or a default differs.
@@ -398,12 +398,12 @@ def exchange(old: Any, new: Any) -> bool:
 
 
 def _home(owner: Any) -> str:
-    """The name of the module that something stands in, or is."""
+    """The name of a module, or of the module in which a class is defined."""
     return str(owner.__name__ if isinstance(owner, ModuleType) else owner.__module__)
 
 
 def _functions(value: Any) -> Iterator[FunctionType]:
-    """The functions of this code behind a name: also of properties, class methods and what decorators wrap."""
+    """The functions behind a value: also those of properties and class methods, and those that decorators wrap."""
     if isinstance(value, classmethod | staticmethod):
         value = value.__func__
     for one in (value.fget, value.fset) if isinstance(value, property) else (value,):
@@ -412,13 +412,13 @@ def _functions(value: Any) -> Iterator[FunctionType]:
 
 
 def install(mutant: Mutant) -> bool:
-    """Change what is loaded. Returns whether the change has arrived there."""
+    """Change the loaded code. Returns whether the change has taken effect there."""
     from tbrm_trl.loss.soft_value import SoftValue
 
     module = import_module(_module_name(mutant.file))
     changed = ModuleType(module.__name__)
     changed.__package__, changed.__file__ = module.__package__, module.__file__
-    registry = dict(SoftValue.registry)  # a class that is made anew enters it
+    registry = dict(SoftValue.registry)  # executing the file registers its classes again
     exec(compile(mutant.source, str(module.__file__), "exec"), vars(changed))
     SoftValue.registry.clear()
     SoftValue.registry.update(registry)
@@ -441,12 +441,12 @@ def _module_name(file: str) -> str:
 
 
 class Runner:
-    """A pytest plug-in. In place of running the collected tests once, it lets a function run some of them often.
+    """A pytest plug-in. Instead of running the collected tests once, it lets a function run some of them repeatedly.
 
-    What tests of a session share is made once, and stays.
+    Session fixtures are made once and stay.
 
     Args:
-        work: what is done with the runner.
+        work: called with the runner in place of pytest's test loop.
     """
 
     def __init__(self, work: Callable[["Runner"], None]):
@@ -462,11 +462,11 @@ class Runner:
         self.failed |= report.failed
 
     def failing(self, names: Sequence[str]) -> str | None:
-        """Run tests until one fails. Returns the name of that one."""
+        """Run tests until one fails. Returns its name, or None if all pass."""
         self.failed = False
         for name, following in zip(names, [*names[1:], None], strict=True):
             item = self.items[name]
-            # A test of another file keeps what belongs to the session, and nothing else.
+            # If the next test is in another file, pytest keeps session fixtures and tears down all others.
             other = next(one for one in self.items.values() if one.path != item.path)
             item.config.hook.pytest_runtest_protocol(item=item, nextitem=self.items[following] if following else other)
             if self.failed:
@@ -476,12 +476,12 @@ class Runner:
 
 @dataclass
 class Child:
-    """A forked process that does something and says how it went.
+    """A forked process that calls a function and writes its result into a file.
 
     Args:
-        work: what to run. It returns what it has to say.
-        folder: for the file in which it says so.
-        seconds: of processor time that it may take, and six times those by the clock.
+        work: the function. Its result must fit into JSON.
+        folder: folder of the file.
+        seconds: processor time that it may take. By the clock it may take six times as long.
     """
 
     work: Callable[[], dict[str, Any]]
@@ -509,7 +509,7 @@ class Child:
         return os.waitpid(self.pid, os.WNOHANG) != (0, 0)
 
     def said(self) -> dict[str, Any] | None:
-        """What it said; None if it was ended. What it has started is ended with it."""
+        """The result of `work`, or None if the process did not get there. Kills what the process has started."""
         with suppress(ProcessLookupError):
             os.killpg(self.pid, signal.SIGKILL)
         file = self.folder / str(self.pid)
@@ -521,7 +521,7 @@ class Child:
 
 
 def wait_for(children: Sequence[Child]) -> Child:
-    """The first child that ends."""
+    """Wait for the first child to end, and return it."""
     while True:
         for child in children:
             if child.has_ended():
@@ -535,7 +535,7 @@ def spent() -> float:
 
 
 def refuse_processes() -> None:
-    """From here on a test that starts a process fails: the process would read the files, not what is changed here."""
+    """Make tests that start a process fail from here on: it would read the files, not the code changed in memory."""
 
     def on_event(event: str, _: Any) -> None:
         if event == "subprocess.Popen":
@@ -549,7 +549,7 @@ def refuse_processes() -> None:
 
 
 def measure(runner: Runner, file: Path) -> dict[str, Any]:
-    """Note of each test how long it takes and which functions it enters. One that starts processes enters none."""
+    """Record each test's seconds and the functions it enters: none if it fails, as tests that start processes do."""
     refuse_processes()
     codes = {code: f"{changed} {name}" for changed in files_changed() for code, name in _codes(changed)}
     measured = Store(file)
@@ -602,7 +602,7 @@ def _nested(code: CodeType) -> Iterator[CodeType]:
 
 
 def named_tests(mutant: Mutant, measured: dict[str, Any]) -> list[str]:
-    """The tests of a mutant: those that enter its function, or any of its class or file outside of functions."""
+    """The tests of a mutant: those that enter its function, or, outside of functions, any of its class or file."""
     place = f"{mutant.file} {mutant.function}"
     named, seconds = [], 0.0
     for name in sorted(measured, key=lambda name: measured[name]["seconds"]):
@@ -616,7 +616,7 @@ def named_tests(mutant: Mutant, measured: dict[str, Any]) -> list[str]:
 
 
 def outcome(mutant: Mutant, runner: Runner, names: Sequence[str]) -> dict[str, Any]:
-    """What the tests make of a mutant."""
+    """Install a mutant, run its tests, and return the result."""
     refuse_processes()
     try:
         has_arrived = install(mutant)
@@ -653,14 +653,14 @@ def main() -> None:
             every = [mutant for file in files for mutant in mutants_of(file)]
             again = {name for name, one in store.items() if one["result"] == "survived" and name not in EQUIVALENT}
             known = store.keys() - (again if arguments.anew else set())
-            # Those tried first are a sample of all. Old survivors come before them.
+            # In the order of their digests, the first ones are a random sample. Old survivors come before them.
             left = sorted(
                 (mutant for mutant in every if mutant.name not in known),
                 key=lambda one: (one.name not in store, xxhash.xxh3_64_intdigest(one.name.encode())),
             )
             try_all(left, runner, measured, store, until, Path(folder), arguments.processes)
 
-        chosen = ["-m", "not launch and not vllm", "-k", "not two_processes"]  # what is launched reads files
+        chosen = ["-m", "not launch and not vllm", "-k", "not two_processes"]  # launched processes read the files
         options = ["-p", "no:cacheprovider", "--capture", "no", *chosen, "--basetemp", f"{folder}/tests", "--rootdir"]
         tests = [str(ROOT / f"tests/test_{name}.py") for name in TESTS]
         pytest.main([*options, str(ROOT), *tests], plugins=[Runner(work)])
@@ -668,11 +668,11 @@ def main() -> None:
 
 
 def measured_tests(runner: Runner, folder: Path) -> dict[str, Any]:
-    """Of each test, its seconds and what it enters. What is known of unchanged test files is read from a file."""
+    """Seconds and entered functions of each test. Known ones of unchanged test files are read from a file."""
     file = Path(tempfile.gettempdir()) / "tbrm-mutants-tests.json"
     for fixture in ("llama", "qwen2"):
         runner.failing([next(name for name, one in runner.items.items() if fixture in one.fixturenames)])  # type: ignore[attr-defined]
-    gc.freeze()  # a collection, as at the beginning of a training, need not go over what is here for good
+    gc.freeze()  # later collections, as at the beginning of a training, skip what is permanent
     child = wait_for([Child(partial(measure, runner, file), folder, 3600)])
     assert child.said() is not None, "the tests could not be measured"
     print("measured", file=sys.stderr, flush=True)
@@ -688,14 +688,14 @@ def try_all(
     folder: Path,
     processes: int,
 ) -> None:
-    """Try mutants one after the other, and keep the result of each."""
+    """Try mutants, `processes` at a time, and store the result of each."""
     kills: Counter[str] = Counter(one["by"] for one in store.values() if "by" in one)
     running: dict[int, tuple[Child, Mutant, int]] = {}
     waiting = list(reversed(mutants))
     while running or (waiting and time.monotonic() < until):
         while waiting and len(running) < processes and time.monotonic() < until:
             mutant = waiting.pop()
-            # Those that have noticed many mutants are asked first; which ones are asked does not change.
+            # Tests that have killed many mutants run first. Only the order changes, not which tests run.
             names = sorted(
                 named_tests(mutant, measured), key=lambda name: -kills[name] / (0.1 + measured[name]["seconds"])
             )
@@ -705,7 +705,7 @@ def try_all(
         said = child.said() or {"result": "killed", "by": "does not end"}
         kills[said.get("by", "")] += 1
         seconds = round(time.monotonic() - child.began, 2)
-        late = {"late": True} if mutant.name in store else {}  # it had survived other tests
+        late = {"late": True} if mutant.name in store else {}  # it had survived earlier
         store[mutant.name] = {"line": mutant.line, **said, "tests": tests, "seconds": seconds, **late}
         print(f"{said['result']:10} {seconds:6.2f} {mutant.line:4} {mutant.name}", file=sys.stderr, flush=True)
 
@@ -776,7 +776,7 @@ def _row(name: str, counts: Counter[str]) -> list[str]:
 
 
 def wilson(killed: int, tried: int) -> tuple[float, float]:
-    """The 95% interval of a share of which a sample is known (Wilson)."""
+    """Wilson's 95% interval of a share, from a sample."""
     z, share = 1.96, killed / tried
     middle, width = share + z**2 / (2 * tried), z * math.sqrt(share * (1 - share) / tried + z**2 / (4 * tried**2))
     return (middle - width) / (1 + z**2 / tried), (middle + width) / (1 + z**2 / tried)

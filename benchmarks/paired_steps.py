@@ -1,11 +1,11 @@
-"""A step of TBRM, without and with a pool of rollouts, beside one of TRL's GRPO: three processes that take turns.
+"""A step of TBRM, without and with a pool of rollouts, compared with one of TRL's GRPO: processes that take turns.
 
     python benchmarks/paired_steps.py              # SmolLM2-135M; about an hour, on the cores that it may use
     python benchmarks/paired_steps.py --quick      # a tiny model, to a temporary folder
 
-Every step generates its rollouts, of lengths that are planned. `benchmarks/step.py` has the parts of a step, and
-`benchmarks/pool.py` counts what a pool saves. What is finished is kept in docs/benchmarks/paired_steps.json, and is not
-measured again. Delete it to start over.
+Every step generates its rollouts, with planned lengths. `benchmarks/step.py` times the parts of a step, and
+`benchmarks/pool.py` counts what a pool saves. Finished measurements are kept in docs/benchmarks/paired_steps.json and
+are not repeated. Delete the file to start over.
 """
 
 import itertools
@@ -33,23 +33,23 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoModelForCausalLM, DynamicCache, LogitsProcessor
 
 POOL = 48
-# The methods by kind of lengths, and the rows that may run ahead.
+# By kind of lengths: the methods, each with the number of rows that may run ahead.
 COMPARED = {
     "equal": {step.PEER: 0, "TBRM": 0},
     "long_tail": {step.PEER: 0, "TBRM": 0, "TBRM with a pool": POOL},
 }
 ASKED = {("equal", "TBRM"): 1.02, ("long_tail", "TBRM"): 0.62, ("long_tail", "TBRM with a pool"): 0.56}
-WARMED_UP = 5  # updates: the optimizer's states are there, and the pool is full
+WARMED_UP = 5  # updates, after which the optimizer has its states and the pool is full
 
 
 class ByPrompt(LogitsProcessor):
-    """Each prompt's completion ends at its own length, not before, wherever and whenever it is drawn."""
+    """Ends each prompt's completion exactly at its planned length, in whatever batch and step it is drawn."""
 
     def __init__(self, lengths: dict[tuple[int, ...], int], prompt: int, end_token: int):
         self.lengths, self.prompt, self.end_token = lengths, prompt, end_token
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
-        drawn = input_ids.shape[1] - self.prompt + 1  # with the token that is drawn now
+        drawn = input_ids.shape[1] - self.prompt + 1  # counting the token being drawn
         keys = map(tuple, input_ids[:, : self.prompt].tolist())
         ends = torch.tensor([drawn >= self.lengths[key] for key in keys], device=scores.device)  # (B,)
         scores = scores.masked_fill(ends.unsqueeze(1), -torch.inf)  # (B, V)
@@ -58,7 +58,7 @@ class ByPrompt(LogitsProcessor):
 
 
 def worker(method: str, ahead: int, given: dict[str, Any], windows: int) -> None:
-    """In a process of its own: an update for each line on stdin. Every window has the same lengths."""
+    """Train in this process, one update for each line on stdin. Every window has the same lengths."""
     turns = Turns(lambda: FlopCounterMode(display=False), lambda counter: counter.get_total_flops())
     set_up(len(os.sched_getaffinity(0)))
     work = step.Work(**{**given, **{name: tuple(given[name]) for name in ("lengths", "warm_up")}})
@@ -89,8 +89,8 @@ def by_prompt(trainer: Any, work: step.Work) -> None:
 
 
 def measure(work: step.Work, methods: dict[str, int], updates: int) -> dict[str, Any]:
-    """Seconds of each update by method, and the floating-point operations of one."""
-    windows = WARMED_UP + 1 + updates + 2 * POOL // len(work.lengths)  # nothing runs ahead of the last ones
+    """Seconds of each update and floating-point operations of one update, by method."""
+    windows = WARMED_UP + 1 + updates + 2 * POOL // len(work.lengths)  # the last windows have none ahead
     given = json.dumps(asdict(replace(work, warm_up=work.lengths)))
     processes = {
         name: Process(
@@ -111,7 +111,7 @@ REPEATS = 9
 
 @torch.no_grad()
 def decoding(work: step.Work) -> dict[str, Any]:
-    """Seconds of a decode step, by the rows in it, and of each token that is read; medians."""
+    """Median seconds of a decode step by the number of rows in it, and the seconds of reading one token."""
     model = AutoModelForCausalLM.from_pretrained(work.model).eval()
     context = work.prompt + sum(work.lengths) // len(work.lengths)
     steps: dict[str, float] = {}
@@ -128,9 +128,9 @@ def decoding(work: step.Work) -> dict[str, Any]:
 
 
 def floor(work: step.Work, seconds: dict[str, list[float]], decoding: dict[str, Any]) -> float:
-    """A step with full batches and with prefixes read again, as a multiple of the peer's.
+    """The least that a step with a pool takes, as a multiple of the peer's step.
 
-    It is the step without a pool, whose decoding is replaced by the same tokens in steps of all rows.
+    It is the step without a pool, but with the same tokens decoded in steps of all rows and with prefixes read again.
     """
     xs, ys = zip(*((int(rows), took) for rows, took in decoding["steps"].items()), strict=True)
     alive = [sum(length >= at for length in work.lengths) for at in range(1, max(work.lengths) + 1)]
@@ -151,7 +151,7 @@ def report(runs: dict[str, Any], environment: dict[str, Any], works: dict[str, s
         for name, took in found["seconds"].items():
             if name == step.PEER:
                 continue
-            # A step with a pool decodes more than its window or less, so that only sums are comparable.
+            # A step with a pool decodes more or fewer tokens than its window has, so only sums are comparable.
             ratio, low, high = interval(took, peer, totals=kind != "equal")
             limit = ASKED[kind, name]
             bound = high if kind == "equal" else ratio

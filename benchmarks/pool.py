@@ -3,7 +3,7 @@
     python benchmarks/pool.py              # seconds: counts are exact, and no model is needed
     python benchmarks/pool.py --quick      # fewer windows, to a temporary folder
 
-Writes docs/benchmarks/pool.{json,md,png}. `benchmarks/paired_steps.py` has the seconds.
+Writes docs/benchmarks/pool.{json,md,png}. `benchmarks/paired_steps.py` measures seconds.
 """
 
 import random
@@ -25,14 +25,14 @@ SIZES = (0, 4, 8, 16, 32, 48, 64)  # of `rollout_pool`
 
 @dataclass
 class Counts:
-    """What decoding `windows` windows takes. The prompts are read once each in any case, and are not counted.
+    """The work of decoding `windows` windows. Prompts are not counted: each is read once in any case.
 
     Attributes:
         steps: forward passes that draw a token for every row in them.
-        row_steps: rows of these, summed.
-        read_again: tokens of rows that went on under a new policy.
-        staleness: of each row, updates from its first token to its window.
-        mixed: rows that several policies have drawn.
+        row_steps: rows in these passes, summed.
+        read_again: tokens that are read again because their row goes on under a new policy.
+        staleness: for each row, the updates from its first token to its window.
+        mixed: rows that more than one policy has drawn.
     """
 
     windows: int
@@ -49,7 +49,7 @@ class Counts:
 
 
 class PlannedDecoder:
-    """A decoder that counts and draws no tokens: each row ends at the length that it has in the plan."""
+    """A decoder that counts steps instead of drawing tokens. Each row ends at its planned length."""
 
     def __init__(self, lengths: Sequence[Sequence[int]], counts: Counts):
         self.lengths, self.counts = lengths, counts

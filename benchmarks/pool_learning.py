@@ -1,12 +1,12 @@
-"""Whether a policy learns as well from rollouts that ran ahead: accuracy with a pool, beside without, paired by seed.
+"""Whether a policy learns as well from rollouts that ran ahead: accuracy with and without a pool, paired by seed.
 
     python benchmarks/pool_learning.py                      # the tiny model: some minutes
     python benchmarks/pool_learning.py --tasks sums         # SmolLM2-135M: an hour
     python benchmarks/pool_learning.py --quick              # two short pairs, to a temporary folder
 
-The pool holds three windows' rows. Rates and β are those of `benchmarks/comparison.py`; the tiny model sorts words of 4
-and 5 letters, so that its completions are of several lengths. Every finished run is kept in
-docs/benchmarks/pool_learning.json, and is not made again. Delete it to start over.
+The pool holds the rows of three windows. Rates and β are those of `benchmarks/comparison.py`; the tiny model sorts
+words of 4 and 5 letters, so that completions have different lengths. Finished runs are kept in
+docs/benchmarks/pool_learning.json and are not repeated. Delete the file to start over.
 """
 
 import tempfile
@@ -39,11 +39,11 @@ SETTINGS = {
     "sorting": Setting("Tiny model, sorting letters", 384, 64, 2e-3, 0.05, 10),
     "sums": Setting("SmolLM2-135M, one-digit sums", 24, 16, 2e-5, 0.02, 3, measurements=4),
 }
-SOFT_VALUES = ("calibrated", "policy")  # of the tiny model; of the other the first alone
+SOFT_VALUES = ("calibrated", "policy")  # the tiny model trains with both, SmolLM2 with the first
 
 
 def accuracies(task: str, setting: Setting, soft_value: str, windows_ahead: int, seed: int) -> dict[str, Any]:
-    """One run, in the process of a worker."""
+    """Carry out one run in a worker process, and return its accuracies and staleness."""
     set_up(1)
     with tempfile.TemporaryDirectory() as folder:
         every = setting.updates // setting.measurements
@@ -65,7 +65,7 @@ def name_of(task: str, soft_value: str, windows_ahead: int, seed: int) -> str:
 
 
 def rows_of(task: str, setting: Setting, soft_value: str, runs: Store) -> list[str] | None:
-    """A line of the table, of the pairs that are there."""
+    """A line of the table from the finished pairs, or None with fewer than two."""
     names = [[name_of(task, soft_value, ahead, seed) for ahead in (0, 3)] for seed in range(setting.seeds)]
     pairs = [[runs[name] for name in pair] for pair in names if all(name in runs for name in pair)]
     if len(pairs) < 2:

@@ -1,9 +1,9 @@
-"""From a run to a page on a hub and back: each command and what it printed, for docs/publishing.md.
+"""Publish a run to a hub and load it back: each command with its output, for docs/publishing.md.
 
     PYTHONPATH=tests python benchmarks/publish.py        # two minutes on a CPU
 
-The hub is the one of the tests, on the loopback: it keeps what `huggingface_hub` sends it. The model is tiny and made
-here. A hub of yours needs HF_TOKEN alone.
+The hub is the tests' server on the loopback, which keeps what `huggingface_hub` sends it. The model is tiny and made
+here. A real hub only needs HF_TOKEN.
 """
 
 import json
@@ -31,7 +31,7 @@ COMMANDS = [
     "tbrm train --model_name_or_path base --dataset_name me/rollouts --max_steps 1 --per_device_train_batch_size 8 "
     "--beta 0.1 --output_dir again",
 ]
-# What a machine of one's own does not need: this one has no GPU, and half precision is slow on it.
+# Options added to the printed commands, which a user with a GPU does not need: half precision is slow on a CPU.
 HERE = {"tbrm train": " --use_cpu true --bf16 false", "tbrm eval": " --use_cpu true"}
 
 

@@ -3,8 +3,8 @@
     python benchmarks/replay_buffer.py        # writes docs/benchmarks/replay_buffer.{json,md,png}; a few minutes
 
 Trajectories of random tokens with a prompt of 64 and a log-normal number of completion tokens (median 128, at most
-1,024), one in four with tokens that a tool inserted, in buffers that hold 1,000 to 1,000,000 of them. Each is filled
-once over, so that it evicts, then drawn from.
+1,024), one in four with tokens that a tool inserted, in buffers that hold 1,000 to 1,000,000 of them. Each buffer is
+filled beyond its size, so that it evicts, and then drawn from.
 """
 
 import os
@@ -22,7 +22,7 @@ from tbrm_trl.trajectory import End, Trajectory
 
 SIZES = (1_000, 10_000, 100_000, 1_000_000)
 PROMPT, MEDIAN, LONGEST = 64, 128, 1024  # tokens
-DRAWN, REPEATS = 64, 25  # trajectories of an update; draws that are timed
+DRAWN, REPEATS = 64, 25  # trajectories per draw; timed draws
 
 
 def trajectories(count: int, rng: np.random.Generator) -> list[Trajectory]:

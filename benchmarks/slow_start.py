@@ -5,9 +5,9 @@
     python benchmarks/slow_start.py --quick            # 64 rollouts of the tiny model, to a temporary folder
 
 The untrained model answers 125 prompts 8 times each. At θ_ref the calibrated residual is −R/β, so the gradient of a
-trajectory is −2β R (∇V + ∇log π): REINFORCE without a baseline, and a push on V. Each part is taken block by block, in
-blocks of 16 trajectories as an update has them: 16 prompts once, or 2 prompts 8 times. Nothing of the library is used:
-these are gradients of a model, written out.
+trajectory is −2β R (∇V + ∇log π): REINFORCE without a baseline, and a push on V. Each part is computed in blocks of 16
+trajectories, as many as in an update: 16 prompts once, or 2 prompts 8 times. The gradients are written out here,
+without the library.
 """
 
 import math
@@ -31,10 +31,10 @@ NAMES = {"sorting": "Tiny model, sorting letters", "sums": "SmolLM2-135M, one-di
 
 @dataclass
 class Rollouts:
-    """N completions of one length of prompt and answer, with the rewards of `(prompts, each)`."""
+    """Completions of P prompts, E of each, with their rewards."""
 
-    ids: list[Tensor]  # of each: prompt and completion
-    starts: list[int]  # of each: the length of its prompt
+    ids: list[Tensor]  # prompt and completion of each rollout
+    starts: list[int]  # prompt length of each rollout
     rewards: Tensor  # (P, E)
 
 
@@ -83,7 +83,7 @@ def log_probs_and_values(model: PreTrainedModel, rollouts: Rollouts, rows: list[
 
 @dataclass
 class Signal:
-    """Sums over blocks of one kind of gradient, from which its mean and its noise are estimated without bias."""
+    """Sums over blocks of one kind of gradient, for unbiased estimates of its mean and its noise."""
 
     total: Tensor
     squares: list[float] = field(default_factory=list)
@@ -135,7 +135,7 @@ def measure(name: str, task: tasks.Task, prompts: int) -> dict[str, Any]:
             cosines.append(torch.cosine_similarity(value, policy, dim=0).item())
             flips.append(((policy + value).sign() != policy.sign()).double().mean().item())
             norms.append(2 * beta * (policy + value).norm().item())
-    # As GRPO has them: 2 prompts, 8 completions of each.
+    # GRPO's blocks: 2 prompts, 8 completions of each.
     for block in rows.reshape(-1).split(BLOCK):
         if len(block) < BLOCK:
             continue

@@ -44,7 +44,7 @@ VOCABULARY = BOS + 1 + len(TREE.letters)
 
 @dataclass
 class Point:
-    """Total variation to π*: of the target computed in float64, and of the trained policy; and between the two."""
+    """Total variations: exact target (float64) to π*, trained policy to π*, and trained policy to exact target."""
 
     exact: float
     trained: float
@@ -52,18 +52,18 @@ class Point:
 
 
 class Bias:
-    """Trains on logs that hold every trajectory in a known proportion, and sets the result beside its exact target."""
+    """Trains on logs with every trajectory in a known proportion, and compares the result with its exact target."""
 
     def __init__(self, folder: Path):
         self.task = Task(TREE, BETA, folder, SEED)
         uniform = TREE.counts(TREE.uniform)  # (P, N)
-        # In proportion to π_ref, rounded to at least one row each; the commonest takes up what rounding left over.
+        # In proportion to π_ref, rounded to at least one row each; the most frequent one absorbs the rounding.
         like_ref = (LOG_SIZE * self.task.reference.probs).round().long().clamp(min=1)
         like_ref.scatter_add_(1, like_ref.argmax(dim=1, keepdim=True), LOG_SIZE - like_ref.sum(dim=1, keepdim=True))
         self.logs = {"uniform": uniform * LOG_SIZE // uniform.sum(dim=1, keepdim=True), "π_ref": like_ref}
 
     def target(self, value: Tensor, log: str) -> Policy:
-        """`value`: nats, `(P, 1)` or `(P, N)`."""
+        """The exact target on a log. `value` is in nats, `(P, 1)` or `(P, N)`."""
         return targets.minimiser(self.task.reference, self.task.rewards, BETA, value, self.logs[log])
 
     def point(self, target: Policy, trained: Policy) -> Point:
@@ -72,18 +72,18 @@ class Bias:
 
     @quiet()
     def train(self, log: str, soft_value: str, value: Tensor | None = None, **options) -> Policy:
-        """`value`: V̂* of each prompt, in reward units, `(P,)`."""
+        """Train on a log. `value`, `(P,)`, is V̂* of each prompt in reward units."""
         rows = self.task.tree.exact_log(self.task.rewards, self.logs[log])
         if value is not None:
             rows = self.task.with_values(rows, value)
-        noisy = soft_value == "log_mean_exp"  # its groups are other ones in every pass: small steps, more of them
+        noisy = soft_value == "log_mean_exp"  # its groups change in every pass: smaller and more steps
         return self.task.train(
             rows, soft_value=soft_value, per_device_train_batch_size=len(rows),
             learning_rate=0.05 if noisy else 0.3, max_steps=200 if noisy else 150, **options,
         )  # fmt: skip
 
     def by_group_size(self, log: str) -> tuple[dict[int, Point], dict[int, Point]]:
-        """`log_mean_exp` and `group`, by k."""
+        """The points of `log_mean_exp` and of `group`, by group size k."""
         mixed, grouped = {}, {}
         for k in GROUP_SIZES:
             value = targets.group_value(self.task.rewards, BETA, self.logs[log], k)  # (P, N)
@@ -93,7 +93,7 @@ class Bias:
         return mixed, grouped
 
     def by_samples(self) -> tuple[dict[int, list[float]], dict[int, Point]]:
-        """`optimal`, β₁ = β, uniform log: many draws of V̂* from N samples, and for some N one of them trained."""
+        """`optimal`, β₁ = β, uniform log: distances of many draws of V̂* from N samples; for some N, one is trained."""
         distances, points = {}, {}
         for n in SAMPLES:
             values = targets.sampled_value(self.task.reference, self.task.rewards, BETA, n, DRAWS)  # (DRAWS, P)
@@ -118,11 +118,11 @@ class Bias:
 
 
 class Drift(TrainerCallback):
-    """What becomes of a policy where there is nothing to learn. Means over prompts of sums over all it can say.
+    """Records how a policy drifts without reward, as means over prompts of sums over all possible completions.
 
     Attributes:
         kl: KL(π_θ‖π_ref) every `KL_EVERY` steps, from 0 on; nats.
-        logged_mass: probability of what the log holds, at the same steps.
+        logged_mass: probability of the completions that the log covers, at the same steps.
         residual: root mean square of δ over the last of these intervals; nats.
     """
 
@@ -144,7 +144,7 @@ class Drift(TrainerCallback):
 
 
 class NoReward:
-    """R = 0, on the skewed log of a bad behaviour: the target is π_ref, where training starts."""
+    """Training with R = 0 on the skewed log of a bad behaviour policy. The target is π_ref, the start."""
 
     def __init__(self, network: str, folder: Path, seed: int = SEED):
         self.task, self.network = Task(TREE, BETA, folder, seed), network
@@ -163,7 +163,7 @@ class NoReward:
         )  # fmt: skip
 
     def first_step(self, soft_value: str) -> tuple[float, float]:
-        """Root mean square of δ (nats) before, and the largest move of a parameter in, one step of SGD at rate 1."""
+        """One step of SGD at rate 1: root mean square of δ before it (nats), and largest change of a parameter."""
         trainer = self.trainer(soft_value, optim="sgd", learning_rate=1.0, max_steps=1, logging_steps=1)
         before = [parameter.detach().clone() for parameter in trainer.model.parameters()]
         with quiet():
@@ -188,7 +188,7 @@ def ends_once(said: tuple[int, ...]) -> bool:
     return EOS not in said or set(said[said.index(EOS) :]) == {EOS}
 
 
-# All that can be said, <pad> and <bos> too; what ends early is filled up with <eos>. The log holds letters and <eos>.
+# All possible completions, also with <pad> and <bos>, filled up with <eos>. The log has only letters and <eos>.
 SAID = torch.tensor(list(filter(ends_once, itertools.product(range(VOCABULARY), repeat=TREE.depth))))  # (N, depth)
 ACTED = (SAID == EOS).cumsum(dim=1) - (SAID == EOS).int() == 0  # (N, depth) no <eos> before
 LOGGED = torch.isin(SAID, torch.tensor(TREE.actions)).all(dim=1)  # (N,)
@@ -196,7 +196,7 @@ LOGGED = torch.isin(SAID, torch.tensor(TREE.actions)).all(dim=1)  # (N,)
 
 @torch.no_grad()
 def log_probs(model: PreTrainedModel) -> Tensor:
-    """`(P, N)` log π of all that can be said after each prompt, float64."""
+    """`(P, N)` log π of all possible completions of each prompt, float64."""
     rows = []
     for prompt in TREE.prompt_ids:
         ids = torch.cat([torch.tensor(prompt).expand(len(SAID), -1), SAID], dim=1)  # (N, T)
@@ -247,12 +247,12 @@ def draw(results: Results) -> plt.Figure:
     figure, axes = plt.subplot_mosaic("AABBCC;DDDEEE", figsize=(12, 7))
 
     def compare(name: str, x: Sequence[float], points: Mapping[Any, Point], color: str, label: str) -> None:
-        """The exact targets as a line, the trained policies as dots."""
+        """Draw the exact targets as a line and the trained policies as dots."""
         axes[name].plot(x, [p.exact for p in points.values()], color=color, label=label)
         axes[name].plot(x, [p.trained for p in points.values()], "o", color=color)
 
     finite = [ratio for ratio in RATIOS if math.isfinite(ratio)]
-    places = [*finite, 2 * finite[-1]]  # ∞ one step further
+    places = [*finite, 2 * finite[-1]]  # ∞ is drawn one step further
     for color, log in (("C0", "uniform"), ("C1", "π_ref")):
         mixed, grouped = results.by_group_size[log]
         compare("A", GROUP_SIZES, mixed, color, f"log_mean_exp, log {log}")

@@ -1,15 +1,15 @@
-"""Accuracy against the age of the rollouts: every window is trained on exactly so many updates after it was drawn.
+"""Accuracy against the age of the rollouts: every window is trained on a fixed number of updates after it was drawn.
 
     python benchmarks/staleness.py                 # the tiny model, a quarter of an hour of one core
     python benchmarks/staleness.py --tasks sums    # SmolLM2-135M, an hour of one core
     python benchmarks/staleness.py --quick         # two short runs of each method, to a temporary folder
 
 TBRM follows a folder (`follow_rollouts`) into which a writer in the same process puts windows: after v updates it draws
-window v + lag. GRPO keeps its own generations in a queue of that length, with the log-probabilities that they were
-drawn with, which its clipped ratio takes: the correction that TRL has. The first windows of a run are all of the
-untrained policy. All have one learning rate, which `comparison.py` found good for every method without a lag.
+window v + lag. GRPO keeps its own generations in a queue of length lag, with the log-probabilities under which they
+were drawn. Its clipped ratio uses these: the correction that TRL has. The untrained policy draws the first windows of
+every run. All runs on a task have one learning rate, which `comparison.py` found good for every method without a lag.
 
-Every finished run is kept in docs/benchmarks/staleness.json, and is not made again. Delete it to start over.
+Finished runs are kept in docs/benchmarks/staleness.json and are not repeated. Delete the file to start over.
 """
 
 import math
@@ -86,7 +86,7 @@ QUICK = replace(SETTINGS["sorting"], updates=4, rows=8, every=2, lags=(0, 2), se
 
 
 class Writer(TrainerCallback):
-    """Draws window v + lag when the policy has made v updates, and before the first all windows up to lag."""
+    """Draws window v + lag after v updates, and before the first update windows 0 to lag."""
 
     def __init__(self, folder: Path, measure: tasks.Measure, tokenizer: Any, lag: int, rows: int, each: int) -> None:
         self.folder, self.measure, self.tokenizer = folder, measure, tokenizer
@@ -134,14 +134,14 @@ class Writer(TrainerCallback):
 
 
 class DelayedGRPO(GRPOTrainer):
-    """GRPO on its own generations of `lag` updates ago, with their log-probabilities as the old ones of its ratio."""
+    """GRPO on its generations from `lag` updates ago, with their log-probabilities as the old ones in its ratio."""
 
     def __init__(self, *args: Any, lag: int, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.lag, self.queue, self.ages = lag, deque[tuple[int, Any]](), list[int]()
 
     def _generate_and_score_completions(self, inputs):
-        while len(self.queue) < self.lag:  # at the start: other prompts, drawn by the untrained policy
+        while len(self.queue) < self.lag:  # at the start: other prompts, answered by the untrained policy
             some = random.sample(range(len(self.train_dataset)), len(inputs) // self.num_generations)
             self.queue.append(self._drawn([self.train_dataset[i] for i in some for _ in range(self.num_generations)]))
         self.queue.append(self._drawn(inputs))
@@ -164,7 +164,7 @@ class DelayedGRPO(GRPOTrainer):
 
 
 def result(task_name: str, setting: Setting, method: str, lag: int, seed: int) -> dict[str, Any]:
-    """The accuracies of one run, in the process of a worker, and the ages of what it was trained on."""
+    """Carry out one run in a worker process; return its accuracies and the ages of its rollouts, among others."""
     set_up(1)
     random.seed(seed)
     options = dict(
@@ -191,7 +191,7 @@ def result(task_name: str, setting: Setting, method: str, lag: int, seed: int) -
 
 
 def _follower(writer: Writer, **given: Any) -> TBRMTrainer:
-    """A trainer that has no data and no rewards, beside a writer that has both."""
+    """A trainer without data and reward functions. The writer has both."""
     callbacks = [writer, *given.pop("callbacks")]
     return TBRMTrainer(**{**given, "reward_funcs": None, "train_dataset": None}, callbacks=callbacks)
 
@@ -214,7 +214,7 @@ class Runs:
 
 
 def differences(runs: Runs, method: str, lag: int) -> str:
-    """Final accuracy less that without a lag, paired by seed."""
+    """Final accuracy minus that at lag 0, paired by seed."""
     without = {run["seed"]: run for run in runs.of(method, 0)}
     pairs = [
         run["points"][-1][1] - without[run["seed"]]["points"][-1][1]

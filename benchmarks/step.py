@@ -1,9 +1,9 @@
-"""What a training step costs: TBRM beside TRL's GRPO, RLOO and A2PO and a minimal loop, in time and memory.
+"""What a training step costs in time and memory: TBRM compared with TRL's GRPO, RLOO and A2PO and a minimal loop.
 
     python benchmarks/step.py              # SmolLM2-135M; about half an hour on two quiet cores
     python benchmarks/step.py --quick      # a tiny model, in seconds, to a temporary folder
 
-Writes docs/benchmarks/step.{json,md,png}. On a CUDA device, where there is one: step_cuda.{json,md,png}.
+Writes docs/benchmarks/step.{json,md,png}. With a CUDA device it uses that, and writes step_cuda.{json,md,png}.
 """
 
 import contextlib
@@ -50,8 +50,8 @@ os.environ.setdefault("TRL_EXPERIMENTAL_SILENCE", "1")
 from trl.experimental.a2po import A2POConfig, A2POTrainer
 
 PARTS = ("generation", "reward", "reference", "old policy", "policy forward", "backward", "optimizer", "rest")
-BETA, LEARNING_RATE = 0.002, 1e-6  # β is that of TBRM
-# The options of each, besides those that are equal for all. GRPO and RLOO take at least two generations.
+BETA, LEARNING_RATE = 0.002, 1e-6  # β of TBRM
+# The options of each method besides those that all share. GRPO and RLOO need at least two generations per prompt.
 METHODS: dict[str, dict[str, Any]] = {
     "GRPO β>0": dict(beta=0.04, num_generations=2),
     "TBRM": dict(beta=BETA),
@@ -62,7 +62,7 @@ METHODS: dict[str, dict[str, Any]] = {
     "A2PO": {},
 }
 COMPARED = ("TBRM", "minimal loop")
-PEER = "GRPO β>0"  # what the others are divided by
+PEER = "GRPO β>0"  # ratios are to this method
 PACKAGES = ("torch", "transformers", "trl", "accelerate", "tbrm-trl")
 CUDA = torch.cuda.is_available()
 SUFFIX = "_cuda" if CUDA else ""
@@ -80,9 +80,9 @@ class Work:
     Attributes:
         model: folder of policy and reference.
         prompt: tokens of every prompt.
-        lengths: tokens of each completion, the end token included: one rollout each.
+        lengths: tokens of each rollout's completion, the end token included.
         micro_batch: rollouts of one forward and backward.
-        warm_up: the same for a first step, which is not timed: it allocates gradients and optimizer states.
+        warm_up: `lengths` of a first step, which is not timed: it allocates gradients and optimizer states.
     """
 
     model: str
@@ -103,10 +103,10 @@ class Work:
 def works(
     model: str, rollouts: int, micro_batch: int, equal: int, longest: int, warm_up: int | None
 ) -> dict[str, Work]:
-    """Both length distributions; prompts are half as long as the mean completion.
+    """The work under both length distributions. Prompts are half as long as the mean completion.
 
-    The long tail is log-normal: its quantiles at the middle of `rollouts` equal parts, with a median of a quarter of
-    the longest.
+    The long tail is log-normal with a median of a quarter of the longest: its lengths are the quantiles at the middles
+    of `rollouts` equal parts.
     """
     normal = [statistics.NormalDist().inv_cdf((i + 0.5) / rollouts) for i in range(rollouts)]
     tail = tuple(max(2, round(longest / 4 * math.exp(math.log(4) * z / normal[-1]))) for z in normal)
@@ -130,21 +130,21 @@ def prompts(tokenizer: Any, length: int, count: int, seed: int) -> list[str]:
     texts: list[str] = []
     while len(texts) < count:
         text = "".join(drawn.choices(single, k=length))
-        if len(tokenizer(text=text)["input_ids"]) == length and text not in texts:  # neighbours may merge
+        if len(tokenizer(text=text)["input_ids"]) == length and text not in texts:  # neighbouring words may merge
             texts.append(text)
     return texts
 
 
 def reward(prompts: Sequence[Any], completions: Sequence[str], **kwargs: Any) -> list[float]:
-    """0 or 1, as A2PO wants it. Which of them does not matter here."""
+    """0 or 1, as A2PO requires. The value does not matter here."""
     return [float(len(completion) % 2) for completion in completions]
 
 
 class Clock:
-    """Seconds by part, every moment counted once: what runs inside another part is not the other's too."""
+    """Seconds by part. Every moment counts once: time in an inner part does not count for the outer part."""
 
     def __init__(self) -> None:
-        self.marks: list[tuple[float, str]] = []  # when a part began, and which
+        self.marks: list[tuple[float, str]] = []  # the start of each part, and its name
         self.mark("rest")
 
     def mark(self, part: str) -> None:
@@ -184,19 +184,19 @@ class Clock:
 
 
 class Plan(LogitsProcessor):
-    """Puts a model's `generate` under one sampling for all, and each row's end token at its own length, not before."""
+    """Gives a model's `generate` the same sampling for all methods, and ends each row exactly at its planned length."""
 
     def __init__(self, work: Work, windows: int, tokenizer: Any, clock: Clock):
         self.upcoming = list(work.warm_up + work.lengths * (windows - 1))
         self.prompt, self.end_token, self.clock = work.prompt, tokenizer.eos_token_id, clock
-        self.generated: list[tuple[Tensor, Tensor]] = []  # the lengths that were planned, (B,), and ids, (B, P + C)
+        self.generated: list[tuple[Tensor, Tensor]] = []  # planned lengths, (B,), and ids, (B, P + C)
         self.config = GenerationConfig(
             max_new_tokens=max(self.upcoming), do_sample=True, temperature=1.0, top_p=1.0, top_k=0,
             pad_token_id=tokenizer.pad_token_id, eos_token_id=self.end_token, disable_compile=True,
         )  # fmt: skip
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
-        ends = input_ids.shape[1] - self.prompt + 1 >= self.lengths  # (B,) with the token that is drawn now
+        ends = input_ids.shape[1] - self.prompt + 1 >= self.lengths  # (B,) counting the token being drawn
         scores = scores.masked_fill(ends.unsqueeze(1), -torch.inf)  # (B, V)
         scores[:, self.end_token] = torch.where(ends, 0.0, -torch.inf).to(scores.dtype)  # (B,)
         return scores
@@ -218,7 +218,7 @@ class Plan(LogitsProcessor):
         model.generate = generate
 
     def check(self) -> None:
-        """Whether the whole plan was generated, and nothing else."""
+        """Assert that the whole plan was generated, and nothing else."""
         assert not self.upcoming, "every method generates the whole plan"
         for planned, output in self.generated:
             ends = (output[:, self.prompt :] == self.end_token).int().argmax(dim=1) + 1  # (B,)
@@ -234,14 +234,14 @@ class Measurement:
 
     Attributes:
         updates: seconds by part of each optimizer step after the warm-up: one, or with replay a fresh and a replay one.
-        memory: MiB by name, where it was asked for.
+        memory: MiB by name, if memory was measured.
     """
 
     updates: list[dict[str, float]]
     memory: dict[str, float] | None = None
 
     def seconds(self, part: str = "total") -> float:
-        """Mean over the updates. `without generation` is a part too."""
+        """Mean over the updates. `without generation` also counts as a part."""
         if part == "without generation":
             return self.seconds() - self.seconds("generation")
         return statistics.mean(update[part] for update in self.updates)
@@ -267,7 +267,7 @@ def above_floor(measured: Repetitions) -> float:
 class Stages(TrainerCallback):
     """Ends a lap after every update, and measures memory in the updates after the timed ones.
 
-    As a callback it also times the optimizer. A lap ends with the log of the update, so that logging is part of it.
+    As a callback it also times the optimizer. A lap ends when the update has been logged, so it includes logging.
     """
 
     def __init__(self, clock: Clock, updates: int, memory: bool):
@@ -337,7 +337,7 @@ def trainer_of(method: str, work: Work, folder: Path, seed: int, windows: int, *
     trainer = trainer_class(work.model, reward, config_class(**options), rows, processing_class=tokenizer)
     trainer.remove_callback(PrinterCallback)
     if method == "A2PO":
-        trainer._optimal_values = dict.fromkeys(rows["prompt"], 0.5)  # its first stage comes before all steps
+        trainer._optimal_values = dict.fromkeys(rows["prompt"], 0.5)  # its first stage precedes all steps
     return trainer
 
 
@@ -346,7 +346,7 @@ def updates_per_window(method: str) -> int:
 
 
 def time_parts(trainer: Any, clock: Clock) -> None:
-    """Charge the functions of a trainer to the parts. What none of them covers is the rest."""
+    """Charge the functions of a trainer to the parts. Time outside them is `rest`."""
     own_scoring = {TBRMTrainer: "_score_stale", A2POTrainer: "_get_sequence_logps"}
 
     def scored(model: Any, *args: Any, **kwargs: Any) -> str:
@@ -365,7 +365,7 @@ def time_parts(trainer: Any, clock: Clock) -> None:
 
 
 def measure(method: str, work: Work, seed: int, memory: bool = False) -> Measurement:
-    """One warm-up window, one that is timed, and for memory one more."""
+    """Run one warm-up window, one timed window, and with `memory` one more."""
     clock = Clock()
     stages = Stages(clock, updates_per_window(method), memory)
     with tempfile.TemporaryDirectory() as folder, quiet():
@@ -398,7 +398,7 @@ class Rollout:
 
 
 class MinimalLoop:
-    """TBRM by hand: generate, reward, score the reference, forward, backward, AdamW. Micro-batches by length."""
+    """TBRM by hand: generate, reward, score the reference, forward, backward, AdamW. Micro-batches are by length."""
 
     def __init__(self, work: Work, clock: Clock, seed: int):
         self.work, self.clock, self.seed = work, clock, seed
@@ -417,7 +417,7 @@ class MinimalLoop:
         ends = torch.tensor([[len(row)] for row in rows], device=model.device)  # (B, 1)
         acting = (columns >= self.work.prompt - 1) & (columns < ends - 1)  # (B, T) states in which a token is chosen
         with torch.autocast(model.device.type, torch.bfloat16, enabled=CUDA):
-            # Rows are padded on the right, where no causal state sees it: a mask would only cost time.
+            # Rows are padded on the right, which no causal state sees: a mask would only cost time.
             states = model.base_model(ids, use_cache=False).last_hidden_state  # (B, T, hidden)
             head = model.get_output_embeddings()
             value = head(states[:, self.work.prompt - 1]).float().logsumexp(dim=-1)  # (B,)
@@ -499,19 +499,19 @@ def losses_on_the_same_rollouts(work: Work) -> tuple[float, float]:
 # ---- all of it ------------------------------------------------------------------------------------------------------
 
 
-Measurements = dict[Any, dict[str, Repetitions]]  # by length distribution, or another name of the work, and method
+Measurements = dict[Any, dict[str, Repetitions]]  # by name of the work (here its length distribution) and method
 
 
 @dataclass
 class Results:
     works: dict[str, Work]
     measurements: Measurements
-    overhead: Measurements  # TBRM and the minimal loop alone. They are so alike that it takes more and closer pairs.
+    overhead: Measurements  # TBRM and the minimal loop alone: they cost almost the same, so take more and closer pairs
     losses: tuple[float, float]  # the trainer's and the loop's
 
 
 def run(all_works: dict[Any, Work], repetitions: int, methods: Sequence[str], memory: bool) -> Measurements:
-    """The methods in turn, each repetition in another order; in the first, memory too."""
+    """Measure the methods in turn, in another order each repetition. `memory` is measured in the first repetition."""
     results: Measurements = {work: {m: [] for m in methods} for work in all_works}
     for repetition, name in itertools.product(range(repetitions), all_works):
         turn = repetition % len(methods)
@@ -529,7 +529,7 @@ def spread(values: Sequence[float]) -> str:
 
 
 def targets(results: Results) -> list[tuple[str, float, list[float]]]:
-    """What is asked, the most it may be, and the paired ratios."""
+    """The targets: description, largest allowed ratio, and the paired ratios."""
     equal, tail = (results.measurements[work] for work in ("equal", "long_tail"))
     memory = [above_floor(tail["TBRM"]) / above_floor(tail[PEER])]
     found = [
@@ -556,7 +556,7 @@ def seconds_table(results: Results, work: str) -> str:
                 lines[kind] = [Measurement([one.updates[number]]) for one in measured]
         for name, of in lines.items():
             total = middle(of)
-            # The repetition with the median total, so that the parts add up to what stands beside them.
+            # The repetition with the median total, so that the parts add up to the total in their row.
             one = min(of, key=lambda one: abs(one.seconds() - total))
             parts = [one.seconds(part) for part in PARTS]
             numbers = [f"{number:.2f}" for number in (one.seconds(), *parts, sum(parts))]
@@ -691,7 +691,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         model = arguments.model or (tiny.save(Path(folder) / "tiny", "llama") if quick else tasks.smollm2())
         equal, longest = (8, 16) if quick else (arguments.equal, arguments.longest)
-        # A device's allocator wants to have seen every size; on a CPU a short step will do.
+        # The allocator of a GPU must have seen every size; on a CPU a short step is enough.
         warm_up = None if quick or CUDA else 4
         repetitions = arguments.repetitions or (2 if quick else 5)
         all_works = works(model, arguments.rollouts, arguments.micro_batch, equal, longest, warm_up)

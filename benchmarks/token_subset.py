@@ -1,9 +1,10 @@
-"""Memory and time of one gradient through all tokens, half of them scattered, and those before a random cut.
+"""Memory and time of a gradient through all tokens, through a scattered half, and through those before a random cut.
 
     python benchmarks/token_subset.py        # writes docs/benchmarks/token_subset.{json,md}; ten minutes on one core
 
 SmolLM2-135M's shapes with fewer layers, random weights and a long completion. Everything runs in one process, the
-variants in turn within each round. Linux only: the peak of resident memory is the kernel's, reset before each gradient.
+variants in turn within each round. It needs Linux, whose kernel reports the peak of resident memory; the peak is reset
+before each gradient.
 """
 
 import argparse
@@ -39,7 +40,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "0.5, scatter": {"token_fraction": 0.5, "token_selection": "scatter"},
     "0.5, cut": {"token_fraction": 0.5, "token_selection": "cut"},
 }
-# TRL's head computes the logits of so many tokens at a time: of all of them here, as it is; of few of a real batch's.
+# TRL's head computes the logits of this many tokens at a time. TRL's tile holds all tokens here, few of a real batch.
 TILE, SMALL_TILE = chunked_logprob.TOKEN_CHUNK_SIZE, 128
 SETTINGS = {
     f"Head in tiles of {TILE} tokens (TRL's), activations kept": (TILE, False),
@@ -47,7 +48,7 @@ SETTINGS = {
     f"Head in tiles of {SMALL_TILE} tokens, `gradient_checkpointing=True` (TRL's default)": (SMALL_TILE, True),
 }
 MEASURED = ("peak_mib", "forward_s", "backward_s", "total_s")
-# Every tensor gets pages of its own, which go back when it is freed: resident memory is then what is in use.
+# Every tensor gets its own pages, which are returned when it is freed, so that resident memory is what is in use.
 MALLOC = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
 
 
@@ -83,7 +84,7 @@ def resident_mib(name: str) -> float:
 
 
 def gradient(model: PreTrainedModel, rows: list[UpdateRow], batch: Batch, options: dict[str, Any]) -> dict[str, float]:
-    """Loss and gradient of a trajectory: seconds of CPU, and the most memory they take beside weights and gradients."""
+    """CPU seconds of loss and gradient of a trajectory, and their peak memory besides weights and gradients (MiB)."""
     args = TBRMConfig(tempfile.gettempdir(), bf16=False, use_cpu=True, report_to="none", **options)
     loss_of = TrajectoryLoss(args, SoftValue.registry["policy"](args))
     loss_of.mark_left_out(rows)
@@ -100,11 +101,11 @@ def gradient(model: PreTrainedModel, rows: list[UpdateRow], batch: Batch, option
 
 
 def measure(arguments: argparse.Namespace) -> dict[str, dict[str, list[dict[str, float]]]]:
-    """By setting and variant, a measurement for each round."""
+    """The measurements of all rounds, by setting and variant."""
     model = smollm2(arguments.layers).train()
     row = trajectory(arguments.completion)
     rows, batch = [UpdateRow(row, "fresh")], collate([row], pad_token_id=0)
-    gradient(model, rows, batch, {})  # allocates the gradients, among others
+    gradient(model, rows, batch, {})  # allocates the gradients, among other things
     results: dict[str, dict[str, list[dict[str, float]]]] = {}
     for setting, (tile, checkpointing) in SETTINGS.items():
         chunked_logprob.TOKEN_CHUNK_SIZE = tile
@@ -112,7 +113,7 @@ def measure(arguments: argparse.Namespace) -> dict[str, dict[str, list[dict[str,
             model.gradient_checkpointing_enable()
         results[setting] = {name: [] for name in VARIANTS}
         for number in range(arguments.rounds):
-            # The cuts are spread evenly over what may be drawn.
+            # The cuts of the rounds are spread evenly over the possible ones.
             trajectory_loss.random_prefix = functools.partial(random_prefix, draw=(number + 0.5) / arguments.rounds)
             for name, options in VARIANTS.items():
                 model.zero_grad(set_to_none=False)
@@ -126,7 +127,7 @@ def middle(rounds: list[dict[str, float]], what: str) -> float:
 
 
 def percent(by_variant: dict[str, list[dict[str, float]]], name: str, what: str) -> str:
-    """The median ratio, within the rounds, to all tokens."""
+    """The ratio to `all tokens` within a round, the median of all rounds, in percent."""
     mine, all_tokens = ([one[what] for one in by_variant[variant]] for variant in (name, "all tokens"))
     return f"{100 * statistics.median(ratios(mine, all_tokens)):.0f}%"
 
@@ -185,7 +186,7 @@ def main() -> None:
     sizes = dict(rounds=7, layers=LAYERS, completion=COMPLETION)
     options: dict[str, Any] = {name: dict(type=int, default=size) for name, size in sizes.items()}
     arguments = parse(__doc__, **options)
-    if not os.environ.keys() >= MALLOC.keys():  # read when the process starts
+    if not os.environ.keys() >= MALLOC.keys():  # malloc reads them when the process starts
         os.execve(sys.executable, [sys.executable, *sys.argv], {**os.environ, **MALLOC})
     torch.set_num_threads(1)
     results = {

@@ -1,12 +1,12 @@
-"""An update of this version beside one of another: what a change to the trainer costs.
+"""What a change to the trainer costs: an update of this version compared with one of another version.
 
     git worktree add ../before eb01c68
     python benchmarks/update_cost.py --before ../before --quick    # a few pairs, to a temporary folder
     python benchmarks/update_cost.py --before ../before            # 300 pairs: docs/benchmarks/update_cost.{json,md}
 
 Two processes, one with each version's `src/`, hold the same tiny model and the same scripted rollouts on one core. They
-take turns: each update of one is followed by one of the other, and the order changes from pair to pair. The operations
-that an update dispatches are counted in both.
+take turns: each update of one is followed by one of the other, and the order changes from pair to pair. Both also
+count the operations that an update dispatches.
 """
 
 import os
@@ -29,7 +29,7 @@ ROWS, LENGTH = 16, 32
 
 
 def worker(folder: str) -> None:
-    """In a process of its own: an update for each line on stdin, its milliseconds and its operations on stdout."""
+    """Train in this process: an update for each line on stdin, with its seconds and operations on stdout."""
     from datasets import Dataset
     from torch.utils._python_dispatch import TorchDispatchMode
 

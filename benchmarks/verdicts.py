@@ -1,11 +1,11 @@
-"""Verdicts on the golds of public benchmarks: by `tbrm_trl.rewards`, by examples/train.py before it, and by TRL.
+"""Verdicts on the gold answers of public benchmarks by `tbrm_trl.rewards`, the earlier examples/train.py, and TRL.
 
     python benchmarks/verdicts.py path/to/answers                    # writes docs/benchmarks/verdicts.{json,md}
     python benchmarks/verdicts.py path/to/answers --only throughput  # measures that again, and keeps the other figures
 
-The folder holds a file {"row": …, "answer": …} a line for each benchmark. Each gold is put into a box and held against
-itself (right: 1), against the next row's gold and against itself with one digit changed (right: 0), and is written in
-the forms that a model would write instead (right: 1). The tables of pairs in tests/data are judged too.
+The folder holds one file for each benchmark, with {"row": …, "answer": …} on each line. Each gold is put into a box and
+compared with itself (right verdict: 1), and with the next row's gold and itself with one digit changed (right: 0). It
+is also written in other forms that a model might use (right: 1). The tables of pairs in tests/data are judged too.
 """
 
 import ast
@@ -30,9 +30,9 @@ from tbrm_trl.rewards import InWorkers, correct
 BEFORE = "f8ecbad"  # the last commit whose examples/train.py has its own reading of answers
 PACKAGES = ("math-verify", "latex2sympy2-extended", "sympy", "trl")
 TABLES = {"open": "verdicts.jsonl", "hidden": "verdicts_hidden.jsonl", "third": "verdicts_third.jsonl"}
-MOST = 40  # pairs of each kind, drawn at random from a set, that all three judge
-WARM, BATCHES, BATCH = 10, 20, 64  # of the throughput: batches before it is measured, measured batches, their rows
-SLOW = 16  # one of so many rows there is a product of powers and logarithms
+MOST = 40  # randomly drawn pairs of each kind and set, which all three judge
+WARM, BATCHES, BATCH = 10, 20, 64  # for throughput: warm-up batches, measured batches, rows of each
+SLOW = 16  # for throughput: one row in so many is a product of powers and logarithms
 UNITS = ("cm", "dollars", "hours", "apples")
 
 
@@ -121,7 +121,7 @@ def changed_digit(text: str) -> str | None:
 
 
 def pairs_of(golds: list[Any]) -> dict[str, list[tuple[Any, str, float]]]:
-    """Gold, completion and right verdict, by what is asked."""
+    """Triples of gold, completion and right verdict, by kind."""
     texts = [bare(gold) for gold in golds]
     asked: dict[str, list[tuple[Any, str, float]]] = {"itself": [], "next": [], "digit": [], "forms": []}
     for row, (gold, text) in enumerate(zip(golds, texts, strict=True)):
@@ -152,11 +152,11 @@ def same_text(first: str, second: str) -> bool:
     return plain(first) == plain(second)
 
 
-# --- the three that judge ---
+# --- the three judges ---
 
 
 def verifiable_before() -> Callable[[Any], str]:
-    """`verifiable` of examples/train.py as it was."""
+    """`verifiable` of examples/train.py at `BEFORE`."""
     source = subprocess.run(
         ["git", "show", f"{BEFORE}:examples/train.py"], cwd=ROOT, capture_output=True, text=True, check=True
     ).stdout
@@ -172,7 +172,7 @@ def verifiable_before() -> Callable[[Any], str]:
 
 
 def by_trl(completions: list[str], solution: list[Any], **columns: Any) -> list[float | None]:
-    """TRL's reward on the gold as it stands in the data."""
+    """TRL's reward on the unchanged gold of the data."""
     golds = [str(gold[0] if isinstance(gold, list) else gold) for gold in solution]
     return accuracy_reward([[{"content": one}] for one in completions], golds)
 
@@ -196,7 +196,7 @@ def by_now(completions: list[str], solution: list[Any], log_extra: Any, **column
 
 
 def judges(workers: int) -> dict[str, InWorkers]:
-    """Each in workers. A row that is late or raises is wrong: -1 is no verdict."""
+    """Each judge in workers. A row that is late or raises gets -1, which is always wrong."""
     functions: dict[str, Any] = {"now": by_now, "before": by_example_before, "TRL": by_trl}
     return {name: InWorkers(one, time_limit=20.0, workers=workers, failed=-1.0) for name, one in functions.items()}
 
@@ -220,7 +220,7 @@ def share(values: list[bool]) -> float | None:
 
 
 def on_answers(golds_of: dict[str, list[Any]], score_by: dict[str, InWorkers]) -> dict[str, Any]:
-    """Shares of right verdicts by set and by what is asked: on all pairs now, and by all judges on those drawn."""
+    """Shares of right verdicts by set and kind: `now` on all pairs, and all judges on the drawn pairs."""
     sets: dict[str, Any] = {}
     seconds: list[float] = []
     for name, golds in golds_of.items():
@@ -251,7 +251,7 @@ def times(seconds: list[float]) -> dict[str, Any]:
 
 
 def on_tables(score_by: dict[str, InWorkers]) -> dict[str, Any]:
-    """Right verdicts on the pairs that a person calls clear, by table and by kind; the verdicts now on the others."""
+    """Right verdicts on the pairs that a person calls clear, by kind and by table, and verdicts on the other pairs."""
     found: dict[str, Any] = {}
     unclear = []
     for named, file in TABLES.items():
@@ -301,7 +301,7 @@ def reasoning(rng: random.Random) -> str:
 
 
 def throughput(golds: list[Any], workers: int) -> dict[str, Any]:
-    """Time in this process by time in workers, on batches that both see once, in alternating order.
+    """Time in this process divided by time in workers, on batches that both score once, in alternating order.
 
     Half of the answers are wrong, and one row of 16 takes a hundred times as long as most.
     """
@@ -326,7 +326,7 @@ def throughput(golds: list[Any], workers: int) -> dict[str, Any]:
         **{name: round(BATCH / statistics.median(seconds)) for name, seconds in spent.items()},
         "workers_used": in_workers.workers,
         "share": round(statistics.median(shares), 2),
-        # The order statistics between which the median of 20 lies with 95.9%.
+        # The order statistics that contain the median with probability 95.9% (of 20 values).
         "interval": [round(shares[5], 2), round(shares[14], 2)],
     }
 
@@ -345,7 +345,7 @@ def measure(golds_of: dict[str, list[Any]], workers: int, only: str | None, resu
     if only in (None, "throughput"):
         everything = [gold for golds in golds_of.values() for gold in golds]
         some = {"gsm8k": golds_of["gsm8k"], "college_math": golds_of["college_math"], "all eight": everything}
-        # Each in a new process: what this one has read it remembers, sympy too.
+        # Each in a new process: this one and sympy remember what they have read.
         fresh = ProcessPoolExecutor(1, multiprocessing.get_context("spawn"), max_tasks_per_child=1)
         results["throughput"] = {
             f"{name}, {count}": fresh.submit(throughput, golds, count).result()

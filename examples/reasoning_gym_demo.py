@@ -1,4 +1,4 @@
-"""`tbrm demo` as a script: teach a real language model a real reasoning task, on whatever machine this is."""
+"""`tbrm demo` as a script: teach a real language model a real reasoning task, on any machine."""
 
 from tbrm_trl.cli.demo import main
 

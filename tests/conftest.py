@@ -1,8 +1,8 @@
-"""Settings of every test, and fixtures that many ask for."""
+"""Settings of every test, and fixtures that many tests use."""
 
 import os
 
-# Before anything imports torch. The processes that a test starts have them too.
+# Set before anything imports torch. Processes that a test starts inherit these variables.
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # nothing in the tests may depend on a hub
 os.environ.setdefault("TRL_EXPERIMENTAL_SILENCE", "1")
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # the models are tiny: more threads only get in each other's way
@@ -37,7 +37,7 @@ def train_script():
 
 @pytest.fixture(scope="session")
 def uninterrupted(qwen2, tmp_path_factory):
-    """The folder of a run of `helpers.resume` that nothing disturbed, by its case."""
+    """A function that gives the folder of an undisturbed run of `helpers.resume`, by its case."""
     from helpers.resume_processes import printed, train
 
     done: dict[str, Path] = {}

@@ -1,4 +1,4 @@
-"""The actor against a server with real weights: what it draws, under which policy, and what a fault of either does."""
+"""The actor against a server with real weights: what it draws, under which policy, and what faults of either do."""
 
 from __future__ import annotations
 
@@ -72,7 +72,7 @@ class Run:
 
     @contextmanager
     def drawing(self, concurrency: int = 8) -> Iterator[threading.Thread]:
-        """Inside, an actor is at work; at the end it must have written every window."""
+        """Run an actor during the block. At the end it must have written every window."""
         failed: list[BaseException] = []
 
         def work() -> None:
@@ -119,7 +119,7 @@ def until(holds: Callable[[], bool], seconds: float = 60.0) -> None:
 
 @torch.no_grad()
 def distance(policy: torch.nn.Module, rows: list[dict[str, Any]]) -> float:
-    """Mean difference, in nats, between what the server said of the tokens it drew and what a policy says of them."""
+    """Mean difference, in nats, between the log-probabilities that the server gave for its tokens and a policy's."""
     differences = []
     for row in rows:
         ids, first = torch.tensor([row["prompt_ids"] + row["completion_ids"]]), len(row["prompt_ids"])
@@ -131,7 +131,7 @@ def distance(policy: torch.nn.Module, rows: list[dict[str, Any]]) -> float:
 
 @pytest.mark.parametrize("lora", [True, False], ids=["lora", "full"])
 def test_every_row_is_of_the_version_that_it_says(lora, llama, server, tmp_path):
-    """In the sampler's order, each started as early as the bound allows; neighbouring versions lie far apart."""
+    """Rows have the sampler's order, and start as early as the bound allows. Neighbouring versions differ clearly."""
     run = Run(llama, server, tmp_path, lora=lora)
     with run.drawing():
         run.publish_all()
@@ -148,7 +148,7 @@ def test_every_row_is_of_the_version_that_it_says(lora, llama, server, tmp_path)
     for step, drawn in drawn_by.items():
         folder = run.output / "policy" / run.versions[step].name
         if not folder.exists():
-            continue  # too old to be asked for
+            continue  # too old to be kept
         assert distance(policy_of(llama, folder, lora), drawn) < 1e-4
         if (other := run.output / "policy" / run.versions[step + 1].name).exists():
             assert distance(policy_of(llama, other, lora), drawn) > 0.05
@@ -158,14 +158,14 @@ def test_every_row_is_of_the_version_that_it_says(lora, llama, server, tmp_path)
 
 
 def policy_of(base: str, folder: Path, lora: bool) -> torch.nn.Module:
-    """A version as anyone would load it."""
+    """Load a version as a user would."""
     if not lora:
         return AutoModelForCausalLM.from_pretrained(folder).eval()
     return PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), folder).eval()
 
 
 def test_kills_lose_and_repeat_no_row(llama, server, tmp_path):
-    """The actor is killed at random moments and started again, until all is drawn."""
+    """The actor is killed at random moments and started again until all rows are drawn."""
     run, moments, kills = Run(llama, server, tmp_path, max_staleness=UPDATES), random.Random(3), 0
     server.delay = 0.1
     while not all(run.file(window).exists() for window in range(UPDATES)):
@@ -183,7 +183,7 @@ def test_kills_lose_and_repeat_no_row(llama, server, tmp_path):
     rows = run.rows()
     assert kills >= 4 and [row["prompt"] for row in rows] == run.expected_prompts()
     assert [row["group"] for row in rows] == list(range(UPDATES * ROWS))
-    # Only rows under way at a kill are asked for again: four for each of three requests at most.
+    # Only rows under way at a kill are requested again: at most four for each of three requests.
     assert len(set(server.seen.seeds)) == len(rows) <= len(server.seen.seeds) <= len(rows) + 12 * kills
     assert not list((run.output / "actor/unfinished").glob("*"))
 
@@ -212,7 +212,7 @@ def test_a_line_that_a_kill_has_cut_short_was_never_written(tmp_path):
 
 
 def test_a_server_that_dies_and_comes_back(llama, server, tmp_path):
-    """Its adapters have gone with it: they are loaded again, the rows under way are asked for again, and it is said."""
+    """It has lost its adapters. They are loaded again, rows under way are requested again, and messages say so."""
     run = Run(llama, server, tmp_path, max_staleness=UPDATES)
     server.delay = 0.1
     with run.drawing(concurrency=2):
@@ -231,7 +231,7 @@ def test_a_server_with_another_base_is_found_out(lora, llama, server, tmp_path, 
     other = save(tmp_path / "other", "llama", initializer_range=0.4, tie_word_embeddings=True)
     server.stop()
     server.model = other
-    if not lora:  # it takes the weights that it is sent, unless it says so and keeps its own
+    if not lora:  # such a server would take the new weights; this one only claims to, and keeps its own
         monkeypatch.setattr(server, "reload", lambda asked: (200, {"results": [None]}))
     server.start()
     with pytest.raises(
@@ -249,7 +249,7 @@ def test_a_server_without_adapters_says_how_to_start_it(llama, server, tmp_path)
 
 
 def test_a_request_that_does_not_end(llama, server, tmp_path):
-    """Asked three times, each time for a third of what the run waits; then it is an error."""
+    """It is made three times, each time for a third of the time that the run waits. Then it is an error."""
     server.delay = 5.0
     version = Version("step-0", 0, adapter=False)
     said: list[str] = []
@@ -266,7 +266,7 @@ async def later(completions, **kwargs):
 
 
 def test_slow_rewards_overlap(llama, server, tmp_path):
-    """Half a second a row; 24 rows by turns would take 12 seconds. They are drawn two at a time all the while."""
+    """At half a second a row, 24 rows in sequence would take 12 seconds. Rows are still drawn two at a time."""
 
     def slow(completions, **kwargs):
         time.sleep(0.5)
@@ -283,7 +283,7 @@ def test_slow_rewards_overlap(llama, server, tmp_path):
 
 @pytest.mark.parametrize(("on_error", "reward"), [("raise", None), ("skip", None), ("-1", -1.0)])
 def test_rewards_that_fail(on_error, reward, llama, server, tmp_path):
-    """As in a run that draws for itself. A row that no function scored is unscored, and not worth 0."""
+    """The same happens as in a run without an actor. A row that no function scored has no reward, instead of 0."""
 
     def failing(prompts, **kwargs):
         raise KeyError("no such answer")
@@ -301,7 +301,7 @@ def test_rewards_that_fail(on_error, reward, llama, server, tmp_path):
 
 
 def test_what_rewards_log_and_know(llama, server, tmp_path):
-    """A row's record has what was logged of it, and the length of the run is known."""
+    """A row's record has what its reward logged, and reward functions know the length of the run."""
 
     def telling(completion_ids, log_metric, log_extra, trainer_state, **kwargs):
         log_metric("tokens", float(len(completion_ids[0])))
@@ -317,7 +317,7 @@ def test_what_rewards_log_and_know(llama, server, tmp_path):
 
 
 def test_a_resumed_run_is_drawn_for_from_its_next_window_on(llama, server, tmp_path):
-    """In a new folder, earlier windows would be read by nobody."""
+    """In a new folder nobody would read the earlier windows."""
     run = Run(llama, server, tmp_path, max_staleness=UPDATES)
     run.trainer._actor.plan(UPDATES, 2).write(run.output)
     run.actor().run()
@@ -331,7 +331,7 @@ DESCRIPTION = "Double a number.\n\nArgs:\n    x: the number."
 
 
 class Till:
-    """An environment that owns its reward: what it started with, and what its tool added. No two begin alike."""
+    """An environment that owns its reward: its start plus what its tool added. No two begin alike."""
 
     numbers = itertools.count()
 
@@ -350,10 +350,10 @@ class Till:
 
 
 def test_environments_and_their_tools(tmp_path):
-    """Many at once, each row with an environment of its own; its last call is not made any more.
+    """Many rows run at once, each with an environment of its own. A row's last call is not made.
 
-    The server has room for a prompt and a completion, and none for what a later turn may not write any more. The
-    environment's reward stands beside that of a list of functions, which stays the user's.
+    The server has room for a prompt and a completion, but not for tokens that a later turn may not write. The
+    environment's reward is added to those of the functions, without changing the user's list.
     """
     words = tokenizer()
     words.chat_template = qwen3_chat_template
@@ -394,7 +394,7 @@ def test_environments_and_their_tools(tmp_path):
 
 
 def test_functions_of_the_script_go_by_value(llama, server, tmp_path):
-    """With the globals that they name, and none that they do not. What cannot be pickled is refused."""
+    """They are pickled with the globals that they name, and no others. What cannot be pickled is refused."""
     script: dict[str, Any] = {"__name__": "__main__", "answers": (i for i in range(3))}
     exec("BONUS = 3.0\ndef bonus(completions, **kwargs):\n    return [BONUS] * len(completions)", script)
     exec("def told(completions, **kwargs):\n    return [next(answers) for _ in completions]", script)
@@ -405,7 +405,7 @@ def test_functions_of_the_script_go_by_value(llama, server, tmp_path):
 
 
 def test_a_function_of_the_script_is_sent_on_to_workers(tmp_path):
-    """From the actor, whose own script is another. So it goes from a notebook, which is no script."""
+    """The actor, which runs another script, sends it on. This also works from a notebook, which is no script."""
     plan, program = tmp_path / "plan", "import sys, dill; print(dill.load(open(sys.argv[1], 'rb'))(['ab', 'abc']))"
     written = f"""
         import dill
@@ -457,7 +457,7 @@ class KillActor(TrainerCallback):
 
 @pytest.mark.launch
 def test_a_run_with_its_actor(llama, server, tmp_path):
-    """Killed once, the actor is started again; the run is resumed with another one; each row is trained on once."""
+    """The actor is killed once and started again. The run is resumed with another one. Each row is trained on once."""
     options: dict[str, Any] = dict(
         rollouts="async", async_server=server.url, max_staleness=1, per_device_train_batch_size=ROWS, peft_config=LORA,
         save_strategy="steps", save_steps=3, follow_timeout=200.0,

@@ -1,6 +1,6 @@
-"""Requests to a server of whole weights that is lost, fails or is started again: what it draws, under which version.
+"""Requests to a server of whole weights that fails, restarts or loses them: what it draws, under which version.
 
-The server draws no text. The tokens of a completion are the steps of the weights that it began and ended with.
+The server draws no text. The tokens of a completion are the steps of the weights at its beginning and at its end.
 """
 
 from __future__ import annotations
@@ -18,24 +18,24 @@ from common.loopback import Answering, Loopback
 from tbrm_trl.actor.server import Drawn, Server, ServerError
 from tbrm_trl.model.publisher import Version
 
-BASE = 99  # the step of the weights that the server is started with
-SOON = 0.3  # seconds in which what must not happen would have happened
+BASE = 99  # the step of the weights with which the server starts
+SOON = 0.3  # seconds after which an event counts as not happening
 
 
 class WeightsServer(Loopback):
-    """What vLLM answers, with a number for weights."""
+    """Answers as vLLM does, with a number in place of weights."""
 
     def __init__(self) -> None:
         self.weights, self.loaded, self.drawn_with, self.probes = BASE, list[str](), list[int](), 0
-        self.during: Callable[[int], int] = lambda seed: 200  # called in the middle of a completion, gives its status
+        self.during: Callable[[int], int] = lambda seed: 200  # called in the middle of a completion, returns its status
         self.on_load: Callable[[str], int] = lambda name: 200
         self.restarts_after_look = False
-        self.models_status, self.reasons, self.told = 200, list[str](), {}  # of completions: how they end, what is said
+        self.models_status, self.reasons, self.told = 200, list[str](), {}  # of completions: why they end, other fields
         self.connections: list[socket.socket] = []
         super().__init__(Handler)
 
     def drop(self) -> None:
-        """Close the connections, as a server does with those that are not used for some seconds."""
+        """Close the connections, as a server does when they are not used for some seconds."""
         for one in self.connections:
             one.shutdown(socket.SHUT_RDWR)
         self.connections = []
@@ -109,7 +109,7 @@ def served() -> Iterator[WeightsServer]:
 
 
 def test_a_request_that_is_lost_loads_no_weights_under_others(served, tmp_path):
-    """Two requests are in flight when a version is published and one of them is lost: the other ends as it began."""
+    """Of two requests in flight, one is lost after a version is published. The other ends with its first weights."""
     client, both, reloaded = Client(served, tmp_path), threading.Barrier(2), threading.Event()
     lost: list[int] = []
 
@@ -138,7 +138,7 @@ def test_a_request_that_is_lost_loads_no_weights_under_others(served, tmp_path):
 
 
 def test_weights_that_were_loaded_in_part_are_not_taken_for_the_old_ones(served, tmp_path):
-    """A run that is resumed goes back to an earlier version, whose weights the server has no more."""
+    """A resumed run goes back to an earlier version, and the server no longer has those weights."""
     client = Client(served, tmp_path)
     assert client.draw().ids == [0, 0]
 
@@ -155,7 +155,7 @@ def test_weights_that_were_loaded_in_part_are_not_taken_for_the_old_ones(served,
 
 
 def test_a_request_that_always_fails_is_an_error(served, tmp_path):
-    """The server looks well meanwhile. The first 5 tries have pauses of 0, 0.1, 0.2 and 0.4 seconds between them."""
+    """Other checks of the server succeed. The first 5 tries have pauses of 0, 0.1, 0.2 and 0.4 seconds between them."""
     client = Client(served, tmp_path, patience=0.5)
     served.during = lambda seed: 500 if len(served.drawn_with) < 50 else 200
     with pytest.raises(ServerError, match=r"answers /v1/completions with 500.* Waited \d seconds \(follow_timeout\)"):
@@ -173,7 +173,7 @@ def test_a_request_that_fails_some_times_says_so_once(served, tmp_path):
 
 @pytest.mark.parametrize("reason", ["abort", "error"])
 def test_a_completion_that_is_broken_off_is_asked_for_again(reason, served, tmp_path):
-    """A server that is shut down answers with what there is of it: no rollout that was cut at the length limit."""
+    """A server that shuts down answers with a part of it. That is no rollout that was cut at the length limit."""
     client = Client(served, tmp_path)
     served.reasons = [reason, "length"]
     assert client.draw().ids == [0, 0] and len(served.drawn_with) == 2 and not served.reasons
@@ -201,7 +201,7 @@ def test_what_no_waiting_mends_is_said_at_once(served, tmp_path):
 
 @pytest.mark.parametrize("looked", [False, True], ids=["between requests", "between a look at it and a request"])
 def test_a_server_that_was_started_again_gets_its_weights_again(looked, served, tmp_path):
-    """It answers every request; by its connections alone it is found out."""
+    """It answers every request. Only its connections show that it was restarted."""
     client = Client(served, tmp_path)
     assert client.draw().ids == [0, 0]
     if looked:
@@ -214,7 +214,7 @@ def test_a_server_that_was_started_again_gets_its_weights_again(looked, served, 
 
 
 def test_weights_are_not_loaded_under_a_request_that_has_yet_to_be_looked_at(served, tmp_path):
-    """It began on a server that was started again. Weights loaded before it ends would make it look well."""
+    """It began on a restarted server. If weights were loaded before it ends, the check after it would pass."""
     client, begun, reloaded = Client(served, tmp_path), threading.Event(), threading.Event()
 
     def during(seed: int) -> int:

@@ -1,4 +1,4 @@
-"""Adapters in every form in which they come: which one is trained, what the reference is, and what is refused."""
+"""Adapters in every form: which one is trained, what the reference is, and what is refused."""
 
 from __future__ import annotations
 
@@ -144,7 +144,7 @@ def test_scores_are_those_of_the_adapted_logits(changes, tied, tmp_path):
 
 
 def test_adapters_of_experts(tmp_path):
-    """Parameters of a mixture of experts, which are no modules of their own."""
+    """Adapters of a mixture's expert parameters, which are not modules."""
     folder = save(tmp_path / "model", "qwen3_moe")
     config = LoraConfig(r=4, target_modules=["q_proj"], target_parameters=["mlp.experts.gate_up_proj"])
     trainer = build(folder, tmp_path, peft_config=config)

@@ -1,4 +1,4 @@
-"""What is said before the first step and after the first window."""
+"""Messages before the first step and after the first window."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def test_it_is_printed(tmp_path, capsys):
 def window(
     rewards: list[float], soft_value=0.0, size=None, updates=100, each=1, cut: range = range(0), **fields: Any
 ) -> FirstWindow:
-    """A window of rollouts of 600 tokens, `each` a prompt, and some of them cut."""
+    """A window of rollouts of 600 tokens, `each` per prompt, with those in `cut` cut."""
     given = dict(baseline=0.0, value=math.nan, length=600, drawn=True, counted=True) | fields
     return FirstWindow(
         [Seen(prompt=str(i // each), reward=reward, cut=i in cut, **given) for i, reward in enumerate(rewards)],
@@ -68,7 +68,7 @@ HALF = [0.0, 1.0] * 4
 
 
 def test_power_laws():
-    """The published points, half-way between them on a log-log line: √(600·5000) ↦ √(0.02·0.002); the nearer end."""
+    """At a published point; half-way on a log-log line, √(600·5000) ↦ √(0.02·0.002); beyond an end, the end's value."""
     assert power_law(BETA_BY_LENGTH, 600) == pytest.approx(0.02)
     assert power_law(BETA_BY_LENGTH, 3_000_000**0.5) == pytest.approx(0.00004**0.5)
     assert power_law(BETA_BY_LENGTH, 10) == pytest.approx(0.02)
@@ -84,7 +84,7 @@ def test_power_laws():
         (window([0.0] * 7 + [1.0], size=1_543_714_304, length=2000), {"beta": 0.002, "learning_rate": 2.5e-6}),
         (window(HALF, soft_value=0.02 * 20, length=5000), {"beta": 0.002, "soft_value": "calibrated"}),
         (window(HALF, soft_value=0.002 * 30, length=5000), {"beta": 0.002, "soft_value": "policy"}),  # 30 of 500 nats
-        (window([0.0, 100.0] * 4), {"beta": 2.0}),  # R/β is all that the target knows
+        (window([0.0, 100.0] * 4), {"beta": 2.0}),  # the target depends on R/β alone
         (window([-1.0, 1.0] * 4), {}),  # the mean is 0
         (window(HALF, value=0.0), {"soft_value": "optimal"}),  # on fresh rollouts V is a baseline
         (window([], counted=False), {}),
@@ -207,7 +207,7 @@ def test_what_is_off_is_said_with_its_reason(seen, options, said):
         (window(HALF, value=0.45), {"soft_value": "optimal", "num_iterations": 2}),  # within two standard errors
         (window(HALF, updates=1000), {"soft_value": "zero", "num_iterations": 2, "soft_value_offset": True}),
         (window(HALF, size=134_515_008), {"learning_rate": 1e-3, "optim": "sgd"}),
-        (window(HALF, cut=range(8)), {}),  # what is cut may be right
+        (window(HALF, cut=range(8)), {}),  # cut completions may be right
         (window([1.0]), {}),  # one trajectory differs from no other
         (window([0.0] * 4 + [1.0] * 4, cut=range(4)), {}),  # no more than half
         (window([0.0] * 6 + [1.0] * 2, cut=range(6), drawn=False), {}),  # a log: no option of this run cut it
@@ -268,7 +268,7 @@ def test_it_is_not_said_again_on_resume(qwen2, tmp_path, capsys):
 
 
 def test_it_waits_for_an_update_that_counts(tmp_path, capsys):
-    """Nothing of the first generation can be scored: the second is judged, in which 8 trajectories are."""
+    """No row of the first generation can be scored. The advice comes from the second, which has 8 trajectories."""
     rows = script(rows=16, unscored=tuple(range(8)))
     scripted_trainer(save(tmp_path / "model"), rows, tmp_path, per_device_train_batch_size=8, max_steps=2).train()
     (line,) = [line for line in read_lines(tmp_path / "log.jsonl") if "advice" in line]
@@ -277,7 +277,7 @@ def test_it_waits_for_an_update_that_counts(tmp_path, capsys):
 
 
 def advised(folder: str, out: str, rows: int) -> dict[str, Any]:
-    """A short run: how many trajectories are looked at each time, how often it is printed, and what its log holds."""
+    """A short run: how many trajectories advice looks at each time, how often it is printed, and what the log holds."""
     looked_at: list[int] = []
     trainer_module.advice = lambda window, args: looked_at.append(len(window.rows)) or advice(window, args)
     trainer = build(folder, Path(out), beta=0.5, max_steps=2, per_device_train_batch_size=rows)
@@ -290,7 +290,7 @@ def advised(folder: str, out: str, rows: int) -> dict[str, Any]:
 
 @pytest.mark.launch
 def test_two_processes_look_at_one_window_and_one_of_them_speaks(llama, tmp_path):
-    """Two windows of 8, four rows on each process; the first is looked at, all 8 rows of it."""
+    """Two windows of 8, four rows on each process. Both processes look at all 8 rows of the first window."""
     first, second = launch("test_advice:advised", folder=llama, out=tmp_path, rows=4)
     assert first["looked at"] == second["looked at"] == [8]
     assert (first["said"], second["said"]) == (1, 0)

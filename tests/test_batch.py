@@ -64,7 +64,7 @@ def test_microbatches_of_so_many_rows():
         (MicrobatchSize(1, tokens=12), [[7], [5, 3], [2, 2]]),  # 7 rows of 2 would be 14
         (MicrobatchSize(1, tokens=12, packed=True), [[7, 5], [3, 2, 2]]),
         (MicrobatchSize(1, tokens=12, multiple=4), [[7], [5], [3, 2, 2]]),  # 5 is as wide as 8
-        (MicrobatchSize(1, tokens=6), [[7], [5], [3, 2], [2]]),  # a row above the budget is by itself
+        (MicrobatchSize(1, tokens=6), [[7], [5], [3, 2], [2]]),  # a row above the budget is alone
         (MicrobatchSize(1, tokens=1), [[7], [5], [3], [2], [2]]),
     ],
 )

@@ -51,7 +51,7 @@ def test_step(tmp_path):
             assert {part for part in step.PARTS if not fresh[part]} == idle
             assert measured["memory"]["above_floor"] > 0
         replay = of["TBRM with replay"][0]["updates"][1]
-        assert replay["generation"] == replay["reward"] == 0  # its scores are those of the window before
+        assert replay["generation"] == replay["reward"] == 0  # it draws nothing and calls no reward function
         floors = {method: measured[0]["memory"]["floor"] for method, measured in of.items()}
         assert floors["GRPO β=0"] == pytest.approx(floors["TBRM"] * 4 / 5, rel=1e-3)  # no reference
         assert floors["TBRM"] == pytest.approx(floors["minimal loop"], rel=1e-3)
@@ -73,7 +73,7 @@ def test_growth_over_processes(tmp_path):
 
 @pytest.mark.launch
 def test_faults(tmp_path):
-    """A quick run kills once with each signal, and is gone on with: what is finished is not run again."""
+    """A quick run kills once with each signal. A second call continues it: finished cases are not repeated."""
     command = [sys.executable, str(BENCHMARKS / "faults.py"), "--quick", "--output", str(tmp_path)]
     for _ in range(2):
         done = subprocess.run(command, capture_output=True, text=True, timeout=600)
@@ -108,7 +108,7 @@ def test_the_peak_is_counted_exactly():
 
 
 def test_long_run(tmp_path):
-    """Every look sees a process that goes on; the page says what its numbers say."""
+    """Every measurement is of a running process, and the page agrees with the numbers."""
     command = [sys.executable, str(BENCHMARKS / "long_run.py"), "--quick", "--output", str(tmp_path)]
     subprocess.run(command, check=True, capture_output=True, timeout=600)
     seen = json.loads((tmp_path / "long_run.json").read_text())["seen"]
@@ -118,7 +118,7 @@ def test_long_run(tmp_path):
 
 
 def test_update_cost(tmp_path):
-    """This version beside itself: the same operations."""
+    """This version compared with itself has the same operations."""
     command = [sys.executable, str(BENCHMARKS / "update_cost.py"), "--quick", "--output", str(tmp_path)]
     subprocess.run([*command, "--before", str(BENCHMARKS.parent)], check=True, capture_output=True, timeout=600)
     raw = json.loads((tmp_path / "update_cost.json").read_text())
@@ -127,7 +127,7 @@ def test_update_cost(tmp_path):
 
 
 def test_paired_steps(tmp_path):
-    """Every method takes its turns, on the planned lengths; TBRM multiplies no more than GRPO."""
+    """Every method takes its turns with the planned lengths, and TBRM needs no more operations than GRPO."""
     command = [sys.executable, str(BENCHMARKS / "paired_steps.py"), "--quick", "--output", str(tmp_path)]
     subprocess.run(command, check=True, capture_output=True, timeout=600)
     measured = json.loads((tmp_path / "paired_steps.json").read_text())["runs"]
@@ -154,7 +154,7 @@ def test_counts_of_a_pool_by_hand(lengths, ahead, steps, rows, read_again, stale
 
 @pytest.mark.launch
 def test_staleness(tmp_path):
-    """Every window is exactly as old as its lag, once the first ones are past; what is finished is not run again."""
+    """After the first ones, every window is exactly as old as its lag. Finished runs are not repeated."""
     command = [sys.executable, str(BENCHMARKS / "staleness.py"), "--quick", "--output", str(tmp_path)]
     for again in (False, True):
         done = subprocess.run(command, capture_output=True, text=True, timeout=600)

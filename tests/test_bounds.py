@@ -1,4 +1,4 @@
-"""How far rollouts may run ahead, against a run that is played update by update."""
+"""How far rollouts may run ahead, compared with a run that is simulated update by update."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ from tbrm_trl.sources.bounds import Bounds
 
 
 def last_use(row: int, rows: int, fresh: int, updates: int) -> int:
-    """The update in which a row may be taken for the first time at the latest: every update is looked at in turn."""
+    """The latest update that may be the first to take a row, found by a loop over updates."""
     uses = [
         number
         for number in range(40)
-        if number // updates == row // rows and number % updates < fresh  # of its window, and a fresh one
+        if number // updates == row // rows and number % updates < fresh  # a fresh update of its window
     ]
     return uses[-1]
 
@@ -30,7 +30,7 @@ def test_no_row_starts_that_could_be_older_than_allowed(rows, fresh, updates):
 
 
 def test_on_policy_and_one_window_ahead_by_hand():
-    """Windows of 8 rows, two updates each. With M = 1 only the present window may start; M = 3 allows the next one."""
+    """Windows of 8 rows, two updates each. With M = 1 only the current window may start; M = 3 allows the next one."""
     assert [Bounds(8, 2, 2, 1).last_row(step) for step in (0, 1, 2, 3, 4)] == [7, 7, 15, 15, 23]
     assert [Bounds(8, 2, 2, 3).last_row(step) for step in (0, 1, 2)] == [15, 15, 23]
     assert Bounds(8, 2, 2, 3).staleness(15, 0) == 3

@@ -1,4 +1,4 @@
-"""What a checkpoint is worth: damage is found, signals end a run well, a folder has one run, a full disk costs none."""
+"""Checkpoints: damage is found, signals end a run cleanly, a folder has one run, and a full disk loses none."""
 
 from __future__ import annotations
 
@@ -75,7 +75,7 @@ def again(qwen2: str, out: Path, **changes):
 
 
 def test_every_fault_of_every_file_is_found(out):
-    """Also of the mark itself. Nothing else counts as damage."""
+    """This includes faults of the mark itself. Nothing else counts as damage."""
     checkpoint = out / "checkpoint-14"
     whole = {file: file.read_bytes() for file in files_of(checkpoint)}
     assert {"optimizer.pt", "scheduler.pt", "rng_state.pth", "model.safetensors"} <= {file.name for file in whole}
@@ -182,7 +182,7 @@ def test_another_adapter_on_the_same_weights_is_refused(qwen2, tmp_path):
 
 
 def test_other_settings_are_said_once(qwen2, out):
-    """β, temperature, units, lengths and rewards apply; optimizer's numbers do not."""
+    """New β, temperature, units, lengths and rewards apply. New numbers of the optimizer do not."""
 
     def letters(completions, **kwargs):
         return [0.5] * len(completions)
@@ -205,7 +205,7 @@ def test_other_settings_are_said_once(qwen2, out):
 
 
 def test_what_is_said_to_have_no_effect_has_none(qwen2, out, three):
-    """Learning rate, weight decay and Adam's numbers are the checkpoint's: the same bits at the end."""
+    """Learning rate, weight decay and Adam's numbers come from the checkpoint, so the end has the same bits."""
     changed = dict(learning_rate=0.5, weight_decay=0.3, adam_beta1=0.5, adam_beta2=0.6, adam_epsilon=0.1)
     with pytest.warns(UserWarning, match="This has no effect"):
         again(qwen2, out, **changed).train(resume_from_checkpoint=str(out / "checkpoint-6"))
@@ -214,7 +214,7 @@ def test_what_is_said_to_have_no_effect_has_none(qwen2, out, three):
 
 
 def test_the_same_settings_say_nothing(qwen2, out, recwarn):
-    """From the checkpoint of its last update a run ends at once, with the buffer and the draws that it ended with."""
+    """Resumed from the checkpoint of its last update, a run ends at once, with the same buffer and draws as before."""
     trainer = again(qwen2, out)
     trainer.train(resume_from_checkpoint="True")
     assert not [one for one in recwarn if "settings have changed" in str(one.message)]
@@ -233,13 +233,13 @@ def test_a_new_run_does_not_take_a_folder_with_checkpoints(qwen2, out):
         with pytest.raises(ValueError, match=r"out holds checkpoint-6, checkpoint-12, checkpoint-14 of another run"):
             again(qwen2, out).train(resume_from_checkpoint=resume)
     (out / "checkpoint-12").rename(out.parent / "checkpoint-12")
-    with pytest.raises(ValueError, match="of another run"):  # a checkpoint of elsewhere does not open it either
+    with pytest.raises(ValueError, match="of another run"):  # nor with a checkpoint from elsewhere
         again(qwen2, out).train(resume_from_checkpoint=str(out.parent / "checkpoint-12"))
     assert all(file.read_bytes() == content for file, content in before.items() if file.exists())
 
 
 def test_a_folder_has_several_paths(qwen2, out, tmp_path):
-    """A checkpoint that is named by another path of the output directory is still the run's own."""
+    """A checkpoint given by another path of the output directory still belongs to the run."""
     (tmp_path / "link").symlink_to(tmp_path)
     for path in (tmp_path / "link" / "out", out / ".." / "out"):
         trainer = again(qwen2, path)
@@ -276,7 +276,7 @@ def hold(folder: str, started: str, fork: bool = False) -> None:
 
 @pytest.mark.parametrize("fork", [False, True])
 def test_a_second_run_in_a_folder_is_told_who_holds_it(fork, qwen2, tmp_path):
-    """The lock goes with the process that holds it, though a forked child of it lives on."""
+    """The lock ends with the process that holds it, even if a forked child lives on."""
     folder, started = tmp_path / "out", tmp_path / "started"
     import_once("helpers.resume")
     holder = PROCESSES.Process(target=hold, args=(str(folder), str(started), fork))
@@ -308,7 +308,7 @@ def test_a_lock_is_released_by_a_run_that_fails(qwen2, tmp_path):
 
 
 def answers(monkeypatch, writes: bool, *others: tuple) -> Any:
-    """A trainer among processes whose answers are given: whether they write, what they found, and their error."""
+    """A trainer beside processes with given answers: whether they write, what they found, and their error."""
     monkeypatch.setattr(processes, "gather_object", lambda mine: [*mine, *(error for *_, error in others)])
     monkeypatch.setattr(exact_resume, "gather_object", lambda mine: [*mine, *(found for *found, _ in others)])
     trainer = object.__new__(ExactResume)
@@ -317,7 +317,7 @@ def answers(monkeypatch, writes: bool, *others: tuple) -> Any:
 
 
 def test_what_writers_find_holds_for_all(monkeypatch):
-    """One process looks at the folder for those that share its disk, and an error of one is an error of each."""
+    """One process looks at the folder for all that share its disk, and an error of one is raised in each."""
     asked: list[int] = []
     for writes, others, expected in (
         (False, [(True, "there", None)], "there"),
@@ -375,7 +375,7 @@ def test_an_update_that_takes_too_long_is_dropped(qwen2, tmp_path):
 
 
 def test_a_second_interrupt_is_impatience():
-    """The first asks, the second is Ctrl-C as ever; the handlers of before are back after the block."""
+    """The first is a request; the second is an ordinary Ctrl-C. After the block the earlier handlers are back."""
     before = [signal.getsignal(one) for one in (signal.SIGTERM, signal.SIGINT)]
     request = StopRequest(timeout=60)
     with pytest.raises(KeyboardInterrupt), request.listening():
@@ -412,7 +412,7 @@ def test_a_time_limit_needs_signals():
 
 @pytest.fixture
 def mounted(tmp_path):
-    """Mounts a small file system, or the same folder again; what is mounted is taken away at the end."""
+    """Mounts a small file system, or the same folder again, and unmounts them at the end."""
     mounts: list[Path] = []
 
     def mount(*arguments: str) -> Path:
@@ -429,7 +429,7 @@ def mounted(tmp_path):
 
 
 def test_a_full_disk_leaves_the_last_sound_checkpoint(qwen2, mounted):
-    """It fills up after checkpoint 3. The error says where, and what to do; the run goes on once there is room."""
+    """It fills up after checkpoint 3. The error says where, and what to do. The run goes on when there is room."""
     disk = mounted("-t", "tmpfs", "-o", "size=12m", "tmpfs")
     out, ballast = disk / "out", disk / "ballast"
 
@@ -497,7 +497,7 @@ class WithSecrets(TBRMConfig):
 
 
 def test_secrets_are_known_by_their_names():
-    """In the text of a configuration, in what trackers are given, in what is pickled; not in copies in memory."""
+    """They are hidden in a configuration's text, in trackers and in pickles, but not in copies in memory."""
     secrets = dict(hub_token=SECRET, my_api_key=SECRET, database_password=SECRET, client_secret=SECRET)
     given = WithSecrets(
         "unused", use_cpu=True, bf16=False, report_to="none", model_init_kwargs={"token": SECRET, "revision": "main"},
@@ -532,7 +532,7 @@ def test_a_run_writes_its_token_nowhere(qwen2, tmp_path, capfd):
 
 
 def test_what_is_not_finite_is_named():
-    """Numbers so large that their sum overflows are finite; whole numbers and empty tensors are passed over."""
+    """Numbers are finite even if their sum overflows. Whole numbers and empty tensors are skipped."""
     fine = torch.full((10,), torch.finfo(torch.float32).max)
     bad = {"nan": torch.tensor([0.0, torch.nan]), "inf": torch.tensor([[torch.inf]]), "low": torch.tensor([-torch.inf])}
     others = {
@@ -574,7 +574,7 @@ def test_a_checkpoint_with_what_is_not_finite_is_not_written(where, qwen2, tmp_p
 
 @pytest.mark.parametrize("processes", [1, 2])
 def test_rollouts_are_few_files_with_the_same_rows(processes, monkeypatch, tmp_path):
-    """Written window by window, merged three by three, and rewound now and then: the rows of as many plain files."""
+    """They are written by window, merged by threes and sometimes rewound, and have the rows of one file per window."""
     monkeypatch.setattr(saved_rollouts, "MERGED", 3)
 
     def write(folder: Path, step: int, merged: bool) -> None:
@@ -616,7 +616,7 @@ def test_rollouts_are_few_files_with_the_same_rows(processes, monkeypatch, tmp_p
     assert sorted(file.name for file in merged.iterdir())[-1] == f"step-00000081-process-{processes - 1}.parquet"
     assert len(list(merged.iterdir())) <= 3 * processes + 2 * 3
 
-    # A kill between writing the merged file and removing what it was made of leaves both.
+    # A kill after the merged file is written and before its parts are removed leaves both.
     files = saved_rollouts.rollout_files(merged)
     rows = load_rollouts(merged).to_list()
     shutil.copy(plain / "step-00000004-process-0.parquet", merged)
@@ -637,7 +637,7 @@ def write_window(folder: Path, step: int, answer: Any) -> None:
 
 @pytest.mark.parametrize("merged", [False, True])
 def test_rollouts_of_a_stream_without_types(merged, monkeypatch, tmp_path):
-    """A stream may give a number in one window, and text or a list in the next. Merging them ends no run."""
+    """A stream may give a number in one window, and text or a list in the next. Merging them raises no error."""
     monkeypatch.setattr(saved_rollouts, "MERGED", 4 if merged else 32)
     answers = [4, "x", [1, 2], None, 2.5]
     for step, answer in enumerate(answers):
@@ -662,7 +662,7 @@ def test_rollouts_are_read_while_a_run_merges_them(monkeypatch, tmp_path):
 
 
 def test_rollouts_of_a_resumed_run_are_those_of_one_run(qwen2, tmp_path, monkeypatch):
-    """Windows of four updates are merged two by two; the run is resumed from within a file of four windows."""
+    """Windows of four updates are merged by twos. The run is resumed from within a file of four windows."""
     monkeypatch.setattr(saved_rollouts, "MERGED", 2)
     options = dict(save_steps=10, save_total_limit=None, max_steps=30)
     build("replay", qwen2, tmp_path / "whole", **options).train()
@@ -683,7 +683,7 @@ def test_rollouts_of_a_resumed_run_are_those_of_one_run(qwen2, tmp_path, monkeyp
 
 
 def test_the_documented_words_resume(train_script, qwen2, tmp_path, monkeypatch):
-    """Each `--resume_from_checkpoint` line of the documents, given to the example as it stands there."""
+    """The example takes each `--resume_from_checkpoint` value as the documents write it."""
     pages = [ROOT / "docs/launching.md", ROOT / "docs/long-runs.md", *(ROOT / "examples").rglob("*.sh")]
     words = {
         line.split("--resume_from_checkpoint ", 1)[1].split("`")[0].split()[0]

@@ -1,4 +1,4 @@
-"""What is refused or warned of before training, by data set, adapter, quantized base and launch."""
+"""What is refused or warned about before training: data set, adapter, quantized base and launch."""
 
 from __future__ import annotations
 
@@ -111,12 +111,12 @@ def test_quantized_models_as_objects(tmp_path):
 
 @pytest.fixture
 def no_vllm(monkeypatch):
-    """TRL's part of it is left out, so that what is checked of the loaded model is reached."""
+    """Replace TRL's vLLM part, so that the checks of the loaded model are reached."""
     monkeypatch.setattr("trl.trainer.grpo_trainer.VLLMGeneration", lambda **options: None)
 
 
 def test_quantized_checkpoints(no_vllm, tmp_path):
-    """Which only the loaded model tells."""
+    """Only the loaded model shows that it is quantized."""
     folder = save(tmp_path / "model")
     quantized(folder).save_pretrained(tmp_path / "quantized")
     AutoTokenizer.from_pretrained(folder).save_pretrained(tmp_path / "quantized")
@@ -127,7 +127,7 @@ def test_quantized_checkpoints(no_vllm, tmp_path):
 
 @pytest.mark.parametrize(("dtype", "deepspeed", "warned"), [("float32", 0, 0), ("bfloat16", 0, 1), ("float32", 1, 1)])
 def test_half_precision_bases_under_vllm(dtype, deepspeed, warned, no_vllm, tmp_path, recwarn):
-    """Merging and unmerging rounds them; in float32 that is exact enough, but DeepSpeed casts it."""
+    """Merging and unmerging rounds them. In float32 that is exact enough, but DeepSpeed casts a float32 base."""
     adapter = LoraConfig(target_modules="all-linear", lora_dropout=0.0)
     trainer = scripted_trainer(
         save(tmp_path / "model"), script(), tmp_path, peft_config=adapter, use_vllm=True,
@@ -145,7 +145,7 @@ def test_half_precision_bases_under_vllm(dtype, deepspeed, warned, no_vllm, tmp_
 
 
 def test_sharding_that_was_asked_for(monkeypatch):
-    """accelerate makes DDP of FSDP on CPUs; one process shards nothing anyway."""
+    """accelerate replaces FSDP by DDP on CPUs. A single process shards nothing anyway."""
     monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
     monkeypatch.setenv("FSDP_VERSION", "2")
     args = config()

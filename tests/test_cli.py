@@ -1,4 +1,4 @@
-"""The command line: what it says of what is wrong, and that its commands do what they say."""
+"""The command line: its errors, and that its commands do what they claim."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ TBRM = [sys.executable, "-m", "tbrm_trl.cli"]
 
 
 def said(capsys, *arguments: str) -> list[str]:
-    """The lines that a refused command ends with."""
+    """The error lines of a refused command."""
     with pytest.raises(SystemExit) as ended:
         main(list(map(str, arguments)))
     assert ended.value.code == 2
@@ -54,7 +54,7 @@ def test_help_of_a_command(command, capsys):
 
 
 def test_a_reward_beside_the_recipe(tmp_path, monkeypatch):
-    """The script of an installed command does not have the folder it is called in on its path."""
+    """The script of an installed command does not have the current folder on its path."""
     (tmp_path / "a_command_here.py").write_text("main = print")
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "path", [one for one in sys.path if one not in ("", str(tmp_path))])
@@ -66,7 +66,7 @@ def test_a_reward_beside_the_recipe(tmp_path, monkeypatch):
 
 
 def test_one_value_where_several_may_stand(tmp_path):
-    """In a recipe, as on the command line; and the recipe's file after an equals sign."""
+    """In a recipe as on the command line. The recipe's file may follow an equals sign."""
     recipe = tmp_path / "recipe.yaml"
     recipe.write_text("dataset_name: d\nreward_funcs: my_rewards.math_score\nreward_weights: 0.5\noutput_dir: o\n")
     data, config, _ = train.parse([f"--config={recipe}", "--use_cpu", "true", "--bf16", "false"])
@@ -74,7 +74,7 @@ def test_one_value_where_several_may_stand(tmp_path):
 
 
 def test_rewards_with_their_weights_in_a_recipe(llama, tmp_path, monkeypatch):
-    """A mapping, as `rewards.load` takes one. The weights of the command line go before."""
+    """They are a mapping, as for `rewards.load`. Weights of the command line come first."""
     path, file, built = tmp_path / "recipe.yaml", sums(tmp_path / "sums.json"), []
     path.write_text(json.dumps({"reward_funcs": {"math": 1.0, "format": 0.1}}))
     monkeypatch.setattr(train, "TBRMTrainer", lambda args, **given: built.append((args.reward_weights, given)) or 1 / 0)
@@ -87,7 +87,7 @@ def test_rewards_with_their_weights_in_a_recipe(llama, tmp_path, monkeypatch):
 
 
 def test_switches_of_the_launcher_take_a_word(tmp_path):
-    """On the command line and in a recipe. Accelerate's take none."""
+    """They do so on the command line and in a recipe, though accelerate's own switches take none."""
     path = tmp_path / "recipe.yaml"
     for given, recipe, expected in (
         (["--multi_gpu", "true"], {}, ["--multi_gpu"]),
@@ -134,7 +134,7 @@ def test_who_starts_the_launcher_on_a_machine_of_several_gpus(environment, optio
     ],
 )
 def test_who_was_launched_alone_sees_one_gpu(module, environment, seen):
-    """Once it is imported, before any library could ask for CUDA. The Trainer would spread the model over all."""
+    """The import restricts it, before a library can use CUDA. The Trainer would spread the model over all GPUs."""
     program = f"import os, {module}; print(os.environ['CUDA_VISIBLE_DEVICES'])"
     given = {**os.environ, "CUDA_VISIBLE_DEVICES": "2,3", **environment}
     printed = subprocess.run([sys.executable, "-c", program], env=given, capture_output=True, text=True, check=True)
@@ -143,7 +143,7 @@ def test_who_was_launched_alone_sees_one_gpu(module, environment, seen):
 
 @pytest.mark.parametrize("code", [2, 143])
 def test_the_exit_code_of_a_single_launched_process_is_the_commands(code, monkeypatch):
-    """Accelerate waits for it itself, and raises; the process has said why it ended."""
+    """Accelerate waits for it and raises, but the process has already printed why it ended."""
 
     def ended(options):
         raise subprocess.CalledProcessError(code, "python")
@@ -156,7 +156,7 @@ def test_the_exit_code_of_a_single_launched_process_is_the_commands(code, monkey
 
 
 def test_every_wrong_field_is_named(tmp_path, capsys):
-    """Of the file and the line: unknown, of another type, outside the choices, missing; with the nearest name."""
+    """In the file and on the line: unknown with the nearest name, of another type, outside the choices, or missing."""
     recipe = tmp_path / "recipe.yaml"
     recipe.write_text("lerning_rate: 1e-6\nmax_steps: many\nsave_strategy: step\nbeta: 1e-2\nnum_processes: 2\n")
     lines = said(
@@ -292,7 +292,7 @@ def test_what_cannot_be_evaluated(options, expected, llama, bare, tmp_path, caps
 
 
 def test_what_vllm_does_not_take(capsys):
-    """Options of transformers alone, which would change nothing."""
+    """Options for transformers alone, which would have no effect."""
     given = "--load_in_4bit true --attn_implementation eager --use_cpu true --batch_size 8".split()
     lines = said(capsys, "eval", "--model_name_or_path", "m", "--benchmarks", "math500", "--backend", "vllm", *given)
     assert lines == [f"tbrm eval: {name} is for --backend transformers: leave it out." for name in given[::2]]
@@ -322,7 +322,7 @@ def test_4_bits_compute_in_a_dtype(given, computed, monkeypatch):
     ],
 )  # fmt: skip
 def test_a_package_that_is_not_installed(where, absent, expected, tmp_path, capsys, monkeypatch):
-    """Of the judge it is said before there is a model; of the model by the name of the model."""
+    """A judge's package is checked before a model is loaded. A model's error has the name of the model."""
 
     def raises(name, **options):
         if name == absent or absent == "bitsandbytes":
@@ -342,7 +342,7 @@ def test_an_evaluation_is_one_process(capsys, monkeypatch):
 
 
 def test_a_checkpoint_that_is_none(llama, tmp_path, capsys):
-    """Said before training, as everything else is."""
+    """It is refused before training, like everything else."""
     given = [
         *ALMOST,
         sums(tmp_path / "sums.json"),
@@ -384,7 +384,7 @@ def test_a_dry_run_stops_before_the_first_rollout(llama, tmp_path, capsys, monke
 
 
 def test_evaluated_compared_and_evaluated_again(llama, qwen2, tmp_path, capsys):
-    """Two models on a file, with a reward of one's own; a finished evaluation draws nothing again."""
+    """Two models on a file, with the user's own reward. A finished evaluation draws nothing again."""
     file = sums(tmp_path / "sums.json")
 
     def evaluate(model: str, out: Path) -> None:
@@ -414,7 +414,7 @@ def test_evaluated_compared_and_evaluated_again(llama, qwen2, tmp_path, capsys):
 
 
 def test_a_reward_that_raises_ends_an_evaluation(llama, tmp_path, capsys):
-    """With what it raised and where, not with a score of nothing."""
+    """The error says what was raised and where. There is no score."""
     (line,) = said(
         capsys, "eval", "--model_name_or_path", llama, "--benchmarks", sums(tmp_path / "sums.json"), "--limit", "1",
         "--max_new_tokens", "4", "--reward_funcs", "helpers.reward_functions.value_below_six", "--use_cpu", "true",
@@ -428,7 +428,7 @@ def test_a_reward_that_raises_ends_an_evaluation(llama, tmp_path, capsys):
     [(r"Q: {question}\nA:", "Q: 0+0=\nA:"), ("2\n\\neq {question} A:", "2\n\\neq 0+0= A:")],
 )
 def test_a_plain_template(template, asked, bare, tmp_path):
-    r"""Without a chat template the question is asked as the template says; \n on one line is a line break."""
+    r"""Without a chat template the prompt is the plain template's; \n on one line is a line break."""
     file = sums(tmp_path / "sums.json")
     main([
         "eval", "--model_name_or_path", bare, "--benchmarks", str(file), "--limit", "1", "--temperature", "0",
@@ -496,7 +496,7 @@ def test_refusals_are_one_line_each():
     ],
 )
 def test_a_solution_that_becomes_its_answer_is_said(solution, answer, rewards, told, tmp_path, capsys):
-    """Other rewards than math are given its text, too: the 4 of the box, or of the column `answer`."""
+    """Rewards other than math get its text too: the 4 of the box, or of the column `answer`."""
     file = tmp_path / "rows.json"
     file.write_text(json.dumps([{"problem": "2+2?", "solution": solution, **({"answer": answer} if answer else {})}]))
     column = "answer" if answer else "solution"

@@ -1,4 +1,4 @@
-"""The comparison with other methods: an equal search for each, and what its curves say."""
+"""The comparison with other methods: an equal search for each, and numbers from its curves."""
 
 import math
 
@@ -12,7 +12,7 @@ RATES = SETTINGS["sorting"].rates  # 5e-4, 1e-3, 2e-3
 
 
 def searched(tmp_path, best_rate):
-    """A search over results that are as good as their rate is near to the best one of the method."""
+    """A search with made-up results, which are the better, the nearer their rate is to the method's best one."""
     search = Comparison("sorting", SETTINGS["sorting"], Store(tmp_path / "runs.json"))
     while wanted := search.wanted():
         for run in wanted:
@@ -47,7 +47,7 @@ def test_a_method_is_not_final_while_a_candidate_is_missing(tmp_path):
     del search.runs[missing]
     assert search.finished("TBRM") == [] and len(search.finished("GRPO")) == 5
     assert [str(run) for run in search.wanted()] == [missing]
-    comparison.report([search], "")  # a page of what is there
+    comparison.report([search], "")  # a page of the finished runs
 
 
 def test_numbers_of_a_curve():

@@ -1,4 +1,4 @@
-"""Options: every one of TRL's is accounted for, and what cannot work says which number to change."""
+"""Options: every one of TRL's is accounted for, and errors say which number to change."""
 
 from __future__ import annotations
 
@@ -106,7 +106,7 @@ AT_ONCE = {
 
 
 def test_all_that_is_refused_is_named_at_once():
-    """In one error, a line for each: TRL's options without a meaning, and contradictions of one's own."""
+    """One error has a line for each of TRL's options without a meaning and for each contradiction."""
     given = {name: value for name, (value, _) in AT_ONCE.items()}
     with pytest.raises(ValueError) as error:
         config(gradient_accumulation_steps=2, use_vllm=True, **given)
@@ -268,7 +268,7 @@ def test_launches_that_work():
 
 
 def test_fsdp_version_of_the_launcher(monkeypatch):
-    """`accelerate launch` tells it in the environment, and takes 1 where its file says nothing."""
+    """`accelerate launch` sets it in the environment, to 1 if its file has none."""
     monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
     with pytest.raises(ValueError, match="FSDP version 1 is refused"):
         config()

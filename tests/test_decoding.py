@@ -1,4 +1,4 @@
-"""Decoding of unfinished rows alone: the tokens of `generate`, and rows that take each other's places."""
+"""Decoding of only the unfinished rows: the tokens are those of `generate`, and new rows take free places."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def config(**options: Any) -> GenerationConfig:
 
 
 def prepared(policy: PreTrainedModel, given: GenerationConfig) -> GenerationConfig:
-    """The configuration as `generate` hands it on."""
+    """The configuration that `generate` passes on."""
     handed = []
 
     def keep(model, input_ids, generation_config, **kwargs):
@@ -59,7 +59,7 @@ def prompts(count: int, longest: int = 12, seed: int = 0) -> list[list[int]]:
 
 
 def test_a_cache_with_room_holds_what_any_other_does():
-    """After any tokens, selections of rows, repetitions and cuts; and a token more does not copy those before it."""
+    """After any tokens, selections of rows, repetitions and cuts. A further token does not copy the earlier ones."""
     rng = random.Random(0)
     for _ in range(50):
         ours, theirs = RoomyLayer(rng.choice([0, 6])), DynamicLayer()
@@ -106,7 +106,7 @@ def test_rows_close_up():
 
 
 def positions_read(policy: PreTrainedModel) -> list[int]:
-    """Of each forward pass from now on: rows times tokens."""
+    """A list with rows times tokens of each forward pass from now on."""
     read: list[int] = []
     policy.register_forward_pre_hook(
         lambda module, args, kwargs: read.append(kwargs["input_ids"].numel()), with_kwargs=True
@@ -120,7 +120,7 @@ def positions_read(policy: PreTrainedModel) -> list[int]:
 @pytest.mark.parametrize("options", [{}, {"do_sample": False}, COUNTED], ids=["sampled", "greedy", "processors"])
 @pytest.mark.parametrize("name", MODELS)
 def test_the_tokens_and_the_random_state_of_generate(name, options):
-    """And each row is read once for each of its tokens but the last, where `generate` reads all until the longest."""
+    """Each row is read once for each of its tokens but the last; `generate` reads all rows until the longest ends."""
     policy, rows = built(name), prompts(7, 5)
     width = max(map(len, rows))
     batch: dict[str, Tensor] = {
@@ -177,7 +177,7 @@ def test_rows_that_do_not_stay_where_they_are_are_not_taken_out():
 
 
 def decode(policy: PreTrainedModel, given: GenerationConfig, rows: list[Row], size: int, pauses: list[int]) -> None:
-    """Draw all rows. After each of these numbers of tokens the cache is dropped, as when the policy moves."""
+    """Draw all rows. The cache is dropped after each number of steps in `pauses`, as when the policy changes."""
     with torch.no_grad():
         for pause in [*pauses, 10**9]:
             slots = Slots(policy, given, size)
@@ -195,7 +195,7 @@ def decode(policy: PreTrainedModel, given: GenerationConfig, rows: list[Row], si
 @pytest.mark.parametrize("options", [{}, COUNTED], ids=["plain", "counted from the prompt"])
 @pytest.mark.parametrize("name", MODELS)
 def test_greedy_tokens_of_rows_that_take_each_others_places(name, options):
-    """13 rows in 4 places, with two pauses after which their beginnings are read again: each as if it were alone."""
+    """13 rows in 4 places, with two pauses after which prefixes are read again, get the same tokens as alone."""
     policy, given = built(name), config(do_sample=False, **options)
     rows = [Row(one) for one in prompts(13)]
     expected = [
@@ -227,7 +227,7 @@ def test_what_several_rows_begin_with_is_read_once(name):
 
 
 def test_two_processes_run_equally_many_forwards():
-    """One has three short rows, the other one long row; a sharded model would wait for the missing forward for ever."""
+    """One has three short rows, the other one long row. A sharded model would wait forever for a missing forward."""
     barrier, said, read = threading.Barrier(2, timeout=30), [[], []], [0, 0]
     works = [[Row([20]), Row([21, 22]), Row([23])], [Row([24] * 5)]]
     policies = [built("llama"), built("llama")]
@@ -287,7 +287,7 @@ def test_the_distribution_is_the_policys():
         counts[outcomes.index(row.completion_ids)] += 1
 
     def z_score(chance: Tensor) -> float:
-        """Of χ², which is nearly normal at so many degrees of freedom: mean n, variance 2n."""
+        """The z-score of χ², which is nearly normal at this many degrees of freedom: mean n, variance 2n."""
         seen = chance * len(rows) >= 5
         expected = torch.cat([chance[seen], chance[~seen].sum(dim=0, keepdim=True)]) * len(rows)
         found = torch.cat([counts[seen], counts[~seen].sum(dim=0, keepdim=True)])

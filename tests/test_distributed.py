@@ -1,4 +1,4 @@
-"""Every launch file on two processes: gradients, learning, saving, resuming; and that nothing fell back to DDP.
+"""Every launch file on two processes: gradients, learning, saving and resuming, and nothing falls back to DDP.
 
 The processes are CPUs over gloo. A file is used as it is, with what a CPU needs on the command line after it.
 """
@@ -59,7 +59,7 @@ NOISE = 0.15  # of accuracy after learning: five standard deviations over seeds
 
 
 def given(kind: str) -> dict[str, Any]:
-    """What makes a trainer's run a full one, one of LoRA, or one of QLoRA."""
+    """The trainer's arguments for full training, LoRA or QLoRA."""
     arguments: dict[str, Any] = {}
     if kind != "full":
         arguments["peft_config"] = LoraConfig(r=8, lora_alpha=16, target_modules="all-linear", lora_dropout=0.0)
@@ -69,17 +69,17 @@ def given(kind: str) -> dict[str, Any]:
 
 
 def trained(trainer: TBRMTrainer) -> dict[str, torch.Tensor]:
-    """Copies of the weights that are trained, whole."""
+    """Full copies of the trained weights."""
     model = trainer.accelerator.unwrap_model(trainer.model)
     return whole((name, p) for name, p in model.named_parameters() if p.requires_grad)
 
 
 def held(trainer: TBRMTrainer) -> dict[str, Any]:
-    """How a run that has trained is distributed, read off its model and its optimizer.
+    """How a finished run is distributed, from its model and its optimizer.
 
     Returns:
-        `strategy` of accelerate; `stage` of ZeRO; `offload` of optimizer and of weights; `weights`, `moments`: numbers
-        that this process holds, over those that one process alone would.
+        `strategy` of accelerate; `stage` of ZeRO; `offload` of optimizer and of weights; `weights` and `moments`: the
+        count of numbers that this process holds, divided by the count that a single process would hold.
     """
     weights = list(trainer.accelerator.unwrap_model(trainer.model).parameters())
     sizes = [getattr(p, "ds_numel", p.numel()) for p in weights]
@@ -144,7 +144,7 @@ def modules_of(model: torch.nn.Module | None) -> list[torch.nn.Module]:
 
 
 def check_published(trainer: TBRMTrainer, weights: dict[str, torch.Tensor]) -> None:
-    """The version that was published last holds the weights that are trained, whole, as any library loads them."""
+    """Assert that the last published version holds the trained weights in full, in a form that any library loads."""
     policy = Path(trainer.args.output_dir) / "policy"
     latest = read_latest(policy)
     assert latest.step == trainer.state.global_step == 2
@@ -161,10 +161,10 @@ def learn(
     """The task of test_learning.py, on policy; the trained model is saved to `out`.
 
     Args:
-        state_dict_type: of FSDP's checkpoints, if another than the launch file says.
+        state_dict_type: type of FSDP's checkpoints, if it is not the launch file's.
 
     Returns:
-        `log_probs` of the right answers by the trained model as it stands in the trainer.
+        `log_probs` of the right answers by the trainer's trained model.
     """
     trainer = trainer_of(folder, prompts(WORDS), out, **LEARNING | given(kind) | options)
     trainer.train()
@@ -176,11 +176,11 @@ def learn(
 
 
 def ahead(folder: str, out: str) -> dict[str, Any]:
-    """A greedy run whose rows run ahead, on both processes differently long.
+    """A greedy run with rows that run ahead, with different lengths on the two processes.
 
     Returns:
         `weights` of each version of the policy; `rows` that each process drew, with the step of each token; the
-        `prompts` of its windows as the sampler has them.
+        `prompts` of its windows from the sampler.
     """
     options = dict(soft_value="calibrated", num_generations=1, per_device_train_batch_size=4, max_completion_length=12,
                    max_steps=4, learning_rate=0.05, generation_kwargs={"do_sample": False})  # fmt: skip
@@ -211,7 +211,7 @@ def ahead(folder: str, out: str) -> dict[str, Any]:
 
 @torch.no_grad()
 def check_ahead(folder: str, seen: dict[str, Any]) -> None:
-    """Windows are the sampler's on each process; each token is what its policy says; some rows have two policies."""
+    """Assert that windows are the sampler's on each process, tokens are their policy's, and some rows have two."""
     tokenizer, plain = AutoTokenizer.from_pretrained(folder), AutoModelForCausalLM.from_pretrained(folder)
     rows = [row for windows in seen["rows"] for window in windows for row in window]
     prompts = [text for windows in seen["prompts"] for window in windows for text in window]
@@ -228,14 +228,14 @@ def check_ahead(folder: str, seen: dict[str, Any]) -> None:
 
 @torch.no_grad()
 def answers(model: torch.nn.Module, tokenizer: PreTrainedTokenizerBase) -> torch.Tensor:
-    """Log-probability of the right letter and of stopping after it, of every word. `(256, 2)`"""
+    """`(256, 2)` log-probabilities of the right letter and of stopping after it, for every word."""
     ids = torch.tensor([tokenizer(word + word[0])["input_ids"] + [tokenizer.eos_token_id] for word in WORDS])
     log_probs = model.eval()(input_ids=ids).logits.log_softmax(dim=-1)  # (256, 6, vocabulary)
     return log_probs[:, 3:5].gather(2, ids[:, 4:, None]).squeeze(2)
 
 
 def resumable(folder: str, out: str, case: str, resume: bool = False, **changes: Any) -> list[Any]:
-    """A run of helpers/resume.py with all its checkpoints, or the rest from one. Returns what each process has made."""
+    """A run of helpers/resume.py that keeps all checkpoints, or resumes. Returns what each process has produced."""
     changes = dict(per_device_train_batch_size=1, save_total_limit=None) | changes
     trainer = build(case, folder, Path(out), **changes)
     trainer.train(resume_from_checkpoint=resume)
@@ -249,7 +249,7 @@ def resumable(folder: str, out: str, case: str, resume: bool = False, **changes:
 
 
 def release_small_weights() -> None:
-    """ZeRO-3 keeps weights of fewer than 1e5 numbers whole once they were gathered: of a tiny model, all."""
+    """Make ZeRO-3 shard small weights. It keeps those of fewer than 1e5 numbers whole: all of a tiny model."""
     init = DeepSpeedPlugin.__post_init__
 
     def init_with_threshold(self):
@@ -261,7 +261,7 @@ def release_small_weights() -> None:
 
 
 def do(out: str, jobs: dict[str, dict[str, Any]]) -> dict[str, Any]:
-    """Jobs by the names of their functions, one after the other, in each of the processes."""
+    """Run jobs, given by the names of their functions, one after the other in this process."""
     allow_fsdp_on_cpu()
     release_small_weights()
     return {name: globals()[job.pop("job")](out=f"{out}/{name}", **job) for name, job in jobs.items()}
@@ -271,7 +271,7 @@ def do(out: str, jobs: dict[str, dict[str, Any]]) -> dict[str, Any]:
 
 
 def run(file: str, out: Path, jobs: dict[str, dict[str, Any]]) -> dict[str, Any]:
-    """Jobs under a launch file. Returns what rank 0 has seen of each."""
+    """Run jobs under a launch file. Returns rank 0's result of each."""
     return launch("test_distributed:do", file, processes=1 if file == "single" else 2, out=out, jobs=jobs)[0]
 
 
@@ -302,7 +302,7 @@ def folders(tmp_path_factory) -> dict[str, str]:
 
 @pytest.mark.parametrize("file", HOW)
 def test_the_line_that_uses_it(file):
-    """Opens the file; its update has as many trajectories as on the four processes that the recipe is for."""
+    """It is at the top of the file. Its update has as many trajectories as on the recipe's four processes."""
     command = command_of(LAUNCH_FILES / f"{file}.yaml")
     assert command[:4] == ["accelerate", "launch", "--config_file", f"examples/accelerate/{file}.yaml"]
     recipe = yaml.safe_load((ROOT / after(command, "--config")).read_text())
@@ -316,13 +316,13 @@ def test_every_file_is_tested():
 
 
 def change(seen: dict[str, Any], update: int) -> dict[str, torch.Tensor]:
-    """What an update subtracted from the weights, over the learning rate: plain SGD's gradient."""
+    """What an update subtracted from the weights, divided by the learning rate: plain SGD's gradient."""
     before, after = seen["weights"][update : update + 2]
     return {name: (before[name] - after[name]) / UPDATES["learning_rate"] for name in before}
 
 
 def updates(jobs: dict[str, dict[str, Any]], file: str, folders: dict[str, str], out: Path) -> dict[str, Any]:
-    """Jobs of two updates each, on two processes under a launch file and on one: their gradients must be equal."""
+    """Run jobs of two updates each on two processes under a launch file and on one. The gradients must be equal."""
     jobs = {name: {"job": "two_updates", "folder": folders["tiny"], **job} for name, job in jobs.items()}
     if file == "single":  # the same rows
         twice = {name: 2 * job["per_device_train_batch_size"] for name, job in jobs.items()}
@@ -359,7 +359,7 @@ BY_TOKENS = dict(per_device_train_batch_size=4, max_tokens_per_microbatch=50)  #
 
 @pytest.mark.parametrize("file", ["ddp", "fsdp2", "zero3"])
 def test_gradients_of_two_processes(file, folders, tmp_path):
-    """Those of one process, of two updates; the second is off-policy and away from the reference: every term counts."""
+    """They equal those of one process. The second update is off-policy and off the reference, so every term counts."""
     quantized = dict(per_device_train_batch_size=4, kind="QLoRA")
     jobs: dict[str, dict[str, Any]] = {"split": SPLIT, "one-sided": ONE_SIDED, "LoRA": ADAPTER}
     jobs["QLoRA"] = quantized
@@ -396,7 +396,7 @@ def base(kind: str) -> str:
 
 
 def reload(folders: dict[str, str], kind: str, saved: Path) -> torch.nn.Module:
-    """What a user loads of a saved run."""
+    """Load a saved run as a user would."""
     if kind == "full":
         return AutoModelForCausalLM.from_pretrained(saved)
     quantised = dict(quantization_config=BitsAndBytesConfig(**NF4)) if kind == "QLoRA" else {}
@@ -404,7 +404,7 @@ def reload(folders: dict[str, str], kind: str, saved: Path) -> torch.nn.Module:
 
 
 def accuracy(log_probs: torch.Tensor) -> float:
-    """Probability of the right answer, averaged over words: exact, where sampling would add noise."""
+    """Probability of the right answer, averaged over words. It is exact; sampling would add noise."""
     return log_probs.sum(dim=1).exp().mean().item()
 
 
@@ -423,14 +423,14 @@ def of_one_process(folders, tmp_path_factory) -> Callable[[str], float]:
 @pytest.mark.launch
 @pytest.mark.parametrize("file", ["ddp", "fsdp2", "zero1", "zero2", "zero3"])
 def test_learning_saving_and_resuming(file, folders, of_one_process, tmp_path):
-    """From random weights to a word's first letter and a stop, as well as one process; what is saved; what resumes.
+    """Random weights learn a word's first letter and a stop as well as on one process, are saved and resume.
 
-    Chance is 0.02. Two processes draw other rollouts than one, which draws others with another seed: 0.77 ± 0.03 of
-    full models. They must come within NOISE of one, or above.
+    Chance is 0.02. Two processes draw other rollouts than one, and one process draws others with another seed: 0.77 ±
+    0.03 for full models. Two must come within NOISE of one, or above.
     """
     kinds = {"ddp": ["full", "LoRA", "QLoRA"], "fsdp2": ["full", "LoRA"], "zero3": ["full", "LoRA"]}.get(file, ["full"])
     cases = ["two, mixed", "lora, reset"] if file in ("fsdp2", "zero3") else []
-    short = dict(max_steps=3) if cases else {}  # of an adapter, what is saved is the point
+    short = dict(max_steps=3) if cases else {}  # for an adapter the test is about saving
     jobs: dict[str, dict[str, Any]] = {
         kind: dict(job="learn", folder=folders[base(kind)], kind=kind, **short if kind == "LoRA" else {})
         for kind in kinds

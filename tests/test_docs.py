@@ -60,7 +60,7 @@ def test_every_option_of_ours_is_documented_with_its_default():
 
 
 def test_help_says_what_the_docstring_says():
-    """Whitespace aside, which argparse puts where a line ends."""
+    """The comparison ignores whitespace, since argparse breaks lines."""
     shown = "".join(TrlParser((TBRMConfig,)).format_help().split())
     texts = option_texts(TBRMOptions)
     assert texts
@@ -77,7 +77,7 @@ def prose(page: Path) -> str:
 
 
 def anchors(page: Path) -> set[str]:
-    """Of a page's headings, as GitHub makes them."""
+    """The anchors of a page's headings, as GitHub makes them."""
     headings = re.findall(r"^#+ (.+)$", prose(page), flags=re.M)
     return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
 
@@ -100,7 +100,7 @@ def test_every_relative_link_leads_somewhere(page):
 
 
 def test_every_file_that_is_named_exists():
-    """Paths from the repository's root, as the documents write them in backticks."""
+    """These are paths from the repository's root in backticks."""
     named = [
         (page.name, path)
         for page in pages()
@@ -111,7 +111,7 @@ def test_every_file_that_is_named_exists():
 
 
 def test_the_details_that_matter_link_to_what_they_name():
-    """Each entry is numbered in order, and each of its links begins where the identifier that it shows is defined."""
+    """Entries are numbered in order, and each link begins at the definition of the identifier that it shows."""
     page = ROOT / "docs/implementation-details.md"
     entries = re.findall(r"^(\d+)\. (.*(?:\n(?:   .*)?)*)", page.read_text(), flags=re.M)
     assert [int(number) for number, _ in entries] == list(range(1, len(entries) + 1))
@@ -168,7 +168,7 @@ def test_troubleshooting_names_what_exists():
 
 
 class Shown(HTMLParser):
-    """What a page of HTML shows: its text without blanks, and how many there are of what makes its form."""
+    """What a page of HTML shows: its text without blanks, and the counts of its formatting elements."""
 
     FORM = frozenset(("a", "code", "em", "h1", "h2", "h3", "img", "li", "strong", "table", "td", "th"))
 
@@ -188,7 +188,7 @@ class Shown(HTMLParser):
 
 @cache
 def site_markdown() -> Markdown:
-    """That of `mkdocs.yml`, but for links to headings and colours."""
+    """The Markdown of `mkdocs.yml`, without links to headings and colours."""
     config = load_config(str(ROOT / "mkdocs.yml"))
     extensions = [one for one in config.markdown_extensions if one not in ("toc", "pymdownx.highlight")]
     return Markdown(extensions=extensions, extension_configs=config.mdx_configs)
@@ -196,7 +196,7 @@ def site_markdown() -> Markdown:
 
 @pytest.mark.parametrize("page", pages(), ids=lambda page: str(page.relative_to(ROOT)))
 def test_the_site_shows_what_the_repository_shows(page):
-    """MkDocs reads another Markdown than CommonMark: lists within lists, and stars, may differ."""
+    """MkDocs reads a Markdown that differs from CommonMark, for example in nested lists and stars."""
     site = Shown(site_markdown().reset().convert(page.read_text()))
     repository = Shown(MarkdownIt("commonmark").enable("table").render(page.read_text()))
     assert site.form == repository.form
@@ -215,7 +215,7 @@ def test_the_example_of_an_estimator_is_the_documents_and_runs(tmp_path, monkeyp
     assert len(program.splitlines()) < 60
     assert program.startswith("# python examples/frozen_soft_value.py")
 
-    monkeypatch.setattr(SoftValue, "registry", dict(SoftValue.registry))  # the name goes with this test
+    monkeypatch.setattr(SoftValue, "registry", dict(SoftValue.registry))  # removes the name after this test
     monkeypatch.chdir(tmp_path)
     arguments = ["--model", save(tmp_path / "model"), "--output_dir", "out", "--max_steps", "2", "--use_cpu"]
     monkeypatch.setattr(sys, "argv", [str(example), *arguments])
@@ -285,9 +285,9 @@ def test_the_documents_estimator_with_state_remembers_each_prompt(tmp_path, monk
 
 
 def test_the_theorys_beta_falls(tmp_path):
-    """Each update has its own β, in the residual and what is logged of it: V stands still at learning rate 0.
+    """Each update has its own β, in the residual and in its metrics. V is constant at learning rate 0.
 
-    β V is logged, so that its values are to each other as 0.012 · 3^(−t/3) at t = 0, 1, 2 are. δ's mean is β V − R̄.
+    β V is logged, so its values are proportional to 0.012 · 3^(−t/3) at t = 0, 1, 2. δ's mean is β V − R̄.
     """
     names = {}
     exec(next(text for text in programs_of("docs/theory.md") if "FallingBeta" in text), names)
@@ -303,7 +303,7 @@ def test_the_theorys_beta_falls(tmp_path):
 
 
 def test_the_house_has_every_room_and_module():
-    """Kinds of which there are many files, such as estimators and answers, have one line."""
+    """Kinds with many files, such as estimators and answers, have one line."""
     house = (ROOT / "docs/internals.md").read_text()
     many = {"soft_value", "rewards", "kinds", "cli", "report", "memory"}
     modules = [file for file in (ROOT / "src/tbrm_trl").rglob("*.py") if not file.name.startswith("__")]

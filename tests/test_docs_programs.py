@@ -1,4 +1,4 @@
-"""Every program and every command of the documents: run, or read by the parser that would read it."""
+"""Every program and command of the documents is run, or read by the parser of its program."""
 
 import json
 import os
@@ -55,7 +55,7 @@ def model(tmp_path) -> str:
 
 
 def run(program: str, model: str, scope: dict | None = None) -> dict:
-    """A program word for word, but for the model, the number of steps and the machine. Returns what it defines."""
+    """Run a program with only model, number of steps and machine changed. Returns what it defines."""
     assert MODEL in program or "TBRMTrainer" not in program
     program = re.sub(r"max_steps=\d+,? ?", "", program.replace(f"{MODEL}-Instruct", model).replace(MODEL, model))
     program = program.replace("TBRMConfig(", 'TBRMConfig(max_steps=2, use_cpu=True, report_to="none", ')
@@ -72,7 +72,7 @@ def readme(model: str) -> None:
 
 
 def data(model: str) -> None:
-    """The rollouts in `out` are those of a run before; the traces and dumps have the form of their libraries."""
+    """The rollouts in `out` come from an earlier run. The traces and dumps have the form of their libraries."""
     options = dict(max_steps=2, use_cpu=True, report_to="none", max_completion_length=8, save_rollouts=True)
     TBRMTrainer(model, [letters], TBRMConfig("out", **options), PROMPTS).train()
     shutil.copytree(ROOT / "tests/data/verifiers", "outputs/my-env--my-model")
@@ -129,7 +129,7 @@ def publishing(model: str) -> None:
 
 
 def asynchronous(model: str) -> None:
-    """The writer's program first; the learner follows what its function writes."""
+    """The writer's program runs first. The learner follows what its function writes."""
     learner, writer, bounds = blocks("docs/asynchronous.md", "python")
     written = run(writer, model)
     row = {"prompt_ids": [5, 6], "completion_ids": [7, 8, 1], "reward": 1.0, "policy_step": 0}
@@ -162,7 +162,7 @@ RUN: dict[str, Callable[[str], None]] = {
     "docs/asynchronous.md": asynchronous,
     "docs/theory.md": theory,
 }
-# Those that other tests run: of each page by a test of its own.
+# Pages with programs that other tests run.
 RUN_ELSEWHERE = {
     "docs/extending.md": "tests/test_docs.py",
     "docs/first-run.md": "test_the_first_half_hour",
@@ -190,7 +190,7 @@ PROGRAMS = "tbrm accelerate vllm torchrun make pip python pytest git pre-commit 
 
 
 def commands_of(page: str, folder: Path) -> list[list[str]]:
-    """What a page's shell blocks start, in order, as a shell reads them: each program stands in for the real one."""
+    """The commands of a page's shell blocks, in order, as a shell runs them with substitutes for the real programs."""
     for program in PROGRAMS:
         stub = folder / "stubs" / program
         stub.parent.mkdir(parents=True, exist_ok=True)
@@ -206,7 +206,7 @@ def commands_of(page: str, folder: Path) -> list[list[str]]:
 
 
 def parsed(command: list[str], known: set[str], monkeypatch) -> None:
-    """Refuse a command that the program it starts would refuse for its words.
+    """Raise if a command's program would refuse its arguments.
 
     Args:
         known: files that the page makes before.
@@ -252,7 +252,7 @@ def parsed_script(launch, known: set[str], monkeypatch) -> None:
 
 
 def parsed_by_tbrm(words: list[str], monkeypatch) -> None:
-    """By the command's own parser; what it would then do is left out."""
+    """Parse by the command's own parser, without running the command."""
     if not words:
         return
     name, *rest = words
@@ -305,7 +305,7 @@ def test_the_forge_does_what_ci_does():
 
 
 def test_the_first_half_hour(model, tmp_path, monkeypatch, capsys):
-    """Its files and commands in order, with a tiny model and 2 updates; then the programs of docs/evaluation.md."""
+    """Its files and commands run in order, with a tiny model and 2 updates, then the programs of docs/evaluation.md."""
     page = "docs/first-run.md"
     commands = commands_of(page, tmp_path)
     monkeypatch.chdir(tmp_path)

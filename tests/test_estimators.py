@@ -1,4 +1,4 @@
-"""Estimators of the soft value by hand, from trajectories that are written down: no model, no trainer."""
+"""Estimators of the soft value by hand, from trajectories written in the test, without model and trainer."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def test_log_mean_exp_is_over_the_last_dimension():
 
 @pytest.mark.parametrize("soft_value_beta", [None, 0.5])
 def test_log_mean_exp_of_each_group(soft_value_beta):
-    """Of 0.1 twice, 0.1 to the last digit. A row without a reward has the value of the others; one alone has none."""
+    """For 0.1 twice it is 0.1 to the last digit. A row without a reward has its group's value, unless all lack one."""
     rewards = [0.1, 0.1, NAN, 0.3, NAN, NAN, 0.0, 1.0, 1.0]
     window = [row(place // 3, reward) for place, reward in enumerate(rewards)]
     of("log_mean_exp", num_generations=3, per_device_train_batch_size=3, beta=0.1, soft_value_beta=soft_value_beta)\
@@ -88,7 +88,7 @@ def after_window(estimator, *trajectories: Trajectory) -> list[float | None]:
 
 
 def test_a_tracker_by_hand():
-    """A window's rewards count from the next window on. From one to the next 0.96 of what is known is kept."""
+    """A window's rewards count from the next window on. From one window to the next, 0.96 of the counts is kept."""
     estimator, run = tracker(counts=lambda trajectory: trajectory.reward >= 0)
     assert after_window(estimator, row(1, 1.0), row(1, 0.0), row(2, 1.0), row(3, -1.0)) == [0.0] * 4
     log = row(1, 5.0, Source.LOGGED)
@@ -97,7 +97,7 @@ def test_a_tracker_by_hand():
     first, second = (0.96 * mean + 1) / 2.96, (0.96 * mean + 1) / 1.96
     found = after_window(estimator, row(1, 1.0), row(2, 0.0), row(3, 0.0), row(4, 0.5), log)
     assert found == pytest.approx([first, second, mean, mean, first])
-    run.evaluating = True  # nothing of an evaluation is counted, and nothing counted once more
+    run.evaluating = True  # an evaluation counts nothing, not even the last window again
     state = json.dumps(estimator.state())
     assert after_window(estimator, row(1, 9.0), row(5, 9.0)) == pytest.approx([first, mean])
     assert json.dumps(estimator.state()) == state
@@ -115,7 +115,7 @@ def test_a_tracker_by_hand():
     ("kl", "kept"), [(0.005, 2 ** (-1 / 12)), (0.5, 0.875), (0.0001, 0.96), (-1.0, 0.96), (None, 0.96)]
 )
 def test_a_tracker_forgets_as_the_policy_moves(kl, kept):
-    """At a KL of 0.005 the distance is 0.1, and D = 0.1²/2 a twelfth of the half-life; between 0.875 and 0.96."""
+    """At a KL of 0.005 the distance is 0.1, and D = 0.1²/2 is a twelfth of the half-life. Kept: 0.875 to 0.96."""
     estimator, _ = tracker()
     after_window(estimator, row(1, 1.0))
     after_window(estimator, row(1, 0.0))
@@ -171,7 +171,7 @@ def test_what_sampling_needs_of_the_data():
 
 
 def test_optimal_values_of_sampled_rewards():
-    """β₁ is β unless it is given. A prompt of which no sample was scored has no value."""
+    """β₁ is β unless it is given. A prompt without a scored sample has no value."""
     rewards = [torch.tensor([0.0, math.log(3)], dtype=torch.float64), torch.zeros(0), torch.tensor([0.25])]
     first, none, alone = of("optimal", soft_value_beta=1.0, beta=0.1).cells(rewards)
     assert (first, alone) == (pytest.approx(math.log(2)), 0.25) and math.isnan(none)
@@ -181,7 +181,7 @@ def test_optimal_values_of_sampled_rewards():
 
 @pytest.mark.parametrize("name", ["optimal", "quantile"])
 def test_prompts_of_an_evaluation_have_no_samples(name):
-    """They leave the loss. Of the samples 0.25 and 0.75, a half is below 0.5."""
+    """Those without samples leave the loss. Of the samples 0.25 and 0.75, half are below 0.5."""
     window = [row(1, 0.5), row(2, 0.5), row(3, 0.5)]
     given = [{"optimal_value": 0.75, "reference_rewards": [0.25, 0.75]}, {}, {"optimal_value": None}]
     of(name, beta=0.5).on_window(window, given, 1)
@@ -191,7 +191,7 @@ def test_prompts_of_an_evaluation_have_no_samples(name):
 
 
 def test_unsolved_prompts_are_dropped():
-    """Solved is what earns more than 0 in one sample. As many prompts as a window takes must be left."""
+    """A prompt is solved if one sample earns more than 0. Enough prompts for one window must be left."""
     rewards = torch.tensor([[0.0, 0.0], [0.0, 0.5], [-1.0, NAN], [1.0, NAN], [NAN, NAN]], dtype=torch.float64)
     data = Dataset.from_list([{"prompt": text} for text in "abcde"])
     said: list[str] = []
@@ -205,7 +205,7 @@ def test_unsolved_prompts_are_dropped():
 
 
 def test_draws_of_a_block_depend_on_its_seed_alone():
-    """Another block draws otherwise, and what is drawn later is as if none had been drawn."""
+    """Another block has other draws, and later draws are as if no block had been drawn."""
     torch.manual_seed(5)
     expected = torch.rand(2)
     torch.manual_seed(5)
@@ -219,7 +219,7 @@ def test_draws_of_a_block_depend_on_its_seed_alone():
 
 
 class SamplingRun:
-    """A run whose samples earn the number of their prompt, a tenth of it."""
+    """A run in which each sample earns a tenth of its prompt's number."""
 
     def __init__(self, **settings):
         self.train_dataset = Dataset.from_list([{"prompt": text, "number": i} for i, text in enumerate("abcde")])
@@ -249,7 +249,7 @@ def sampled(folder, run=None, **options) -> SamplingRun:
 
 
 def test_the_reference_is_sampled_in_blocks(tmp_path, capsys):
-    """The last one is filled up. Rewards come back as they were, each block with draws of its own."""
+    """The last block is filled up. Rewards are read back unchanged, and each block has draws of its own."""
     first = sampled(tmp_path)
     assert first.asked == [[0, 0, 1, 1], [2, 2, 3, 3], [4, 4, 4, 4]] and len(set(first.seeds)) == 3
     assert first.train_dataset["reference_rewards"] == [[i / 10] * 2 for i in range(5)]
@@ -270,7 +270,7 @@ def test_the_reference_is_sampled_in_blocks(tmp_path, capsys):
 
 
 def test_what_is_sampled_anew(tmp_path):
-    """Samples are kept for whoever would draw the same: not for another reference, reward or way to sample."""
+    """Samples are kept for runs that would draw the same, but not for another reference, reward or way to sample."""
     sampled(tmp_path)
     same = [dict(learning_rate=0.5), dict(beta=0.3), dict(reward_on_error="raise"), dict(num_generations=2)]
     for options in same:
@@ -313,7 +313,7 @@ def test_a_value_model_reads_up_to_the_first_action(mask, tokens):
 
 
 def test_a_value_model_scores_the_last_token_whatever_it_is(tmp_path):
-    """Ids that a tokenizer may pad or end with are tokens here. The model is frozen."""
+    """Ids that are padding or an end for a tokenizer count as tokens here. The model is frozen."""
     folder = save_value_model(tmp_path / "value")
     estimator = of("model", soft_value_model=folder, per_device_train_batch_size=3)
     estimator.attach(

@@ -1,7 +1,7 @@
 """Estimators written against the `Run` protocol alone: one with trained parameters, and one with state per prompt.
 
-Both are saved, resumed and equal on every process; and a plain object with the protocol's names is a run to all that
-ship.
+Both are saved, resumed and equal on every process. All estimators that ship accept a plain object with the protocol's
+names as a run.
 """
 
 from __future__ import annotations
@@ -90,7 +90,7 @@ def head_of(trainer) -> dict[str, Any]:
 
 
 def test_the_first_gradient(llama, tmp_path):
-    """Of `mean (β δ)²` in w and b, over two micro-batches; the policy's, for which V is a constant; and Adam's step.
+    """Gradients of `mean (β δ)²` in w and b, over two micro-batches, and in the policy (V constant), and Adam's step.
 
     AdamW's first step is `−rate · g/(|g| + 1e-8)`.
     """
@@ -132,7 +132,7 @@ def test_the_first_gradient(llama, tmp_path):
 
 
 def train_head(folder: str, out: str, batch: int, name: str) -> dict[str, Any]:
-    """Four updates on a log of eight rows, in each of the processes."""
+    """Make four updates on a log of eight rows, in this process."""
     allow_fsdp_on_cpu()
     trainer = build(
         folder, Path(out), None, Dataset.from_list(log()), soft_value=name, per_device_train_batch_size=batch,
@@ -152,7 +152,7 @@ def train_head(folder: str, out: str, batch: int, name: str) -> dict[str, Any]:
     ],
 )
 def test_two_processes_train_one_head(file, name, llama, tmp_path):
-    """They begin with the main process's weights, agree on every bit afterwards, and do what one process does."""
+    """They begin with the main process's weights, agree on every bit afterwards, and match a single process."""
     options = {"folder": llama, "name": name}
     first, second = launch("test_estimators_of_ones_own:train_head", file, **options, out=tmp_path, batch=4)
     assert first["start"] == second["start"] and first["kept"] == second["kept"]
@@ -169,7 +169,7 @@ def test_two_processes_train_one_head(file, name, llama, tmp_path):
 
 
 def track(folder: str, out: str) -> dict[str, Any]:
-    """Six windows of four prompts, with evaluations between, in each of the processes."""
+    """Train on six windows of four prompts, with evaluations between, in this process."""
     trainer = build(
         folder, Path(out), train_dataset=DATA.select(range(4)), eval_dataset=DATA.select(range(2)), max_steps=6,
         soft_value="running_mean", eval_strategy="steps", eval_steps=2, per_device_eval_batch_size=2,
@@ -190,7 +190,7 @@ def track(folder: str, out: str) -> dict[str, Any]:
 
 @pytest.mark.parametrize("processes", [1, 2])
 def test_a_mean_of_each_prompt(processes, llama, tmp_path):
-    """Each window is given the means of those before it, of both processes; evaluations get them and change nothing."""
+    """Each window gets the means of earlier windows on both processes. Evaluations get them and change nothing."""
     if processes == 1:
         seen = [track(llama, str(tmp_path))]
     else:
@@ -214,7 +214,7 @@ def test_a_mean_of_each_prompt(processes, llama, tmp_path):
 
 
 def track_spo(folder: str, out: str, rows: int, tracks: str) -> dict[str, Any]:
-    """Six windows with a replayed update each; returns what each saw and said, and the tracker at the end."""
+    """Train on six windows with a replayed update each. Returns each one's events, and the tracker at the end."""
     trainer = build(
         folder, Path(out), train_dataset=DATA.select(range(4)), max_steps=12, soft_value="tracked", num_iterations=2,
         replay_buffer_size=64, per_device_train_batch_size=rows, learning_rate=0.03, soft_value_tracks=tracks,
@@ -251,10 +251,10 @@ def track_spo(folder: str, out: str, rows: int, tracks: str) -> dict[str, Any]:
     [(1, "reward"), (1, "value"), pytest.param(2, "value", marks=pytest.mark.launch)],
 )
 def test_spos_tracker(processes, tracks, llama, tmp_path):
-    """The counts of arXiv 2509.13232 by a loop over windows, and each row's value from them, replayed ones included.
+    """The counts of arXiv 2509.13232 by a loop over windows, and each row's value from them, also in replay.
 
     `α ← ρ α + Σ r`, `n ← ρ n + k`, ρ = 2^(−D/0.06) between 0.875 and 0.96; a window's rewards count from the next on.
-    If values are tracked, r is what each row of each update says in its place.
+    If values are tracked, r is the value that each row of each update implies.
     """
     if processes == 1:
         of_processes = [track_spo(llama, str(tmp_path), rows=4, tracks=tracks)]
@@ -323,7 +323,7 @@ def test_a_resumed_run_ends_as_an_uninterrupted_one(name, case, options, qwen2, 
     def made(folder: str):
         return build_resumable(case, qwen2, tmp_path / folder, soft_value=name, max_steps=8, **options)
 
-    whole = made("whole")  # which seeds the random numbers
+    whole = made("whole")  # this seeds the random numbers
     whole.train()
     stopped = made("stopped")
     stopped.add_callback(Stop())
@@ -352,7 +352,7 @@ def test_a_resumed_run_ends_as_an_uninterrupted_one(name, case, options, qwen2, 
 
 
 class FakeRun:
-    """What the protocol names, and nothing else."""
+    """Has the protocol's names, and nothing else."""
 
     def __init__(self, rows: list[dict[str, Any]], trajectories: list[Trajectory]):
         self.train_dataset, self.evaluating = Dataset.from_list(rows), False
@@ -454,11 +454,11 @@ def test_model_needs_no_more(run, tmp_path):
 
 
 def test_what_trajectories_say_of_a_prompts_value(run):
-    """`R − β log-ratio` of each is β V − β δ. Two windows by hand; ρ = 0.96, as no KL is measured.
+    """`R − β log-ratio` of each is β V − β δ. Two windows by hand; ρ = 0.96, since no KL is measured.
 
-    In window 1, V is 0 and the trajectories say 0.5, 0.1 and 0.3. Over all prompts (n, s) is (0.96 + 3, 0.9). Both
+    In window 1, V is 0 and the trajectories imply 0.5, 0.1 and 0.3. Over all prompts (n, s) is (0.96 + 3, 0.9). Both
     prompts begin with that mean m = 0.9/3.96 at weight 1, so theirs are (2.96, 0.96 m + 0.6) and (1.96, 0.96 m + 0.3).
-    In window 2 the first prompt's trajectory says its V less 0.1.
+    In window 2 the first prompt's trajectory implies its V minus 0.1.
     """
     estimator = SoftValue.registry["tracked"](config(soft_value="tracked", soft_value_tracks="value"))
     estimator.check_data(None, np.ones(3, bool))  # logs alone
@@ -484,7 +484,7 @@ def test_what_trajectories_say_of_a_prompts_value(run):
 
 
 def test_metrics_are_read_for_those_that_learn_from_updates(llama, tmp_path, monkeypatch):
-    """An update of another estimator copies nothing from the device for it. The last log reads them once."""
+    """For other estimators an update copies nothing from the device. The last log reads them once."""
     read: list[int] = []
     means = Totals.means
     monkeypatch.setattr(Totals, "means", lambda self: read.append(1) or means(self))

@@ -75,7 +75,7 @@ def test_greedy_does_not_depend_on_the_batch():
 
 @pytest.mark.parametrize("shipped", [{"repetition_penalty": 3.0}, {"min_p": 0.9}, {"typical_p": 0.2}])
 def test_what_a_model_ships_with_changes_nothing(shipped):
-    """Accuracy is of softmax(logits / T), the policy that is trained, not of a penalised or filtered one."""
+    """Accuracy is that of the trained policy softmax(logits / T), not of a penalised or filtered one."""
     biased = model()
     biased.generation_config.update(**shipped)
     options = dict(max_new_tokens=6, batch_size=4, samples=4, temperature=1.0)
@@ -87,7 +87,7 @@ def test_what_a_model_ships_with_changes_nothing(shipped):
 
 
 def test_nor_under_an_adapter():
-    """PEFT hands `generate` to the model inside, whose own settings then count."""
+    """PEFT passes `generate` to the model inside, and that model's settings apply."""
     inside = model()
     inside.generation_config.update(repetition_penalty=3.0, max_new_tokens=9)
     shipped = inside.generation_config

@@ -1,4 +1,4 @@
-"""Benchmarks in the course of training: what is logged, which checkpoint is the best, and what training notices."""
+"""Benchmarks during training: what is logged, which checkpoint is the best, and that training does not change."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from tbrm_trl.evaluation.run import ModelPolicy, evaluate
 
 
 def test_the_best_checkpoint_is_that_of_the_benchmark(llama, tmp_path):
-    """Before training it is what `tbrm eval` finds, each step is logged, and the best one's weights are loaded."""
+    """Before training it logs what `tbrm eval` finds, then each step. At the end the best step's weights are loaded."""
     seen = train(llama, str(tmp_path / "run"))
     (evaluations,) = seen["evaluations"]
     assert [step for step, _ in evaluations] == [0, 1, 2, 3] and seen["training"] == [2, 3]
@@ -42,7 +42,7 @@ def test_the_best_checkpoint_is_that_of_the_benchmark(llama, tmp_path):
 
 @pytest.mark.parametrize("pool", [0, 4])
 def test_training_does_not_notice(llama, tmp_path, pool):
-    """The same weights, bit for bit, as without an evaluation; and the same rollouts under way."""
+    """It ends with the same weights, bit for bit, as without an evaluation, and has the same rollouts under way."""
     options = {"rollout_pool": pool, "max_completion_length": 16}
     evaluated = train(llama, str(tmp_path / "evaluated"), **options)
     plain = build(llama, tmp_path / "plain", max_steps=3, **options)
@@ -55,7 +55,7 @@ def test_training_does_not_notice(llama, tmp_path, pool):
 
 
 def test_an_evaluation_reads_the_weights_once(llama, tmp_path, monkeypatch):
-    """However many benchmarks it has: their digest costs a pass over all of them."""
+    """It does so once for any number of benchmarks, since the weights' digest costs a pass over all of them."""
     read, weights = [], ModelPolicy.weights
     monkeypatch.setattr(ModelPolicy, "weights", lambda policy: read.append(weights(policy)) or read[-1])
     benchmarks = [LETTERS.first(2), LETTERS.first(3)]
@@ -71,7 +71,7 @@ def test_an_evaluation_reads_the_weights_once(llama, tmp_path, monkeypatch):
 
 
 def test_two_benchmarks_of_one_name_are_refused():
-    """One would be judged by the answers of the other."""
+    """Otherwise one would be judged by the answers of the other."""
     with pytest.raises(ValueError, match=f"Several benchmarks are called {LETTERS.name}"):
         EvaluationCallback([LETTERS, LETTERS.first(2), LETTERS], SETTINGS)
 
@@ -87,7 +87,7 @@ def test_two_benchmarks_of_one_name_are_refused():
     ],
 )
 def test_sharded_weights_are_refused(stage, plugin, fsdp, refused, monkeypatch):
-    """Whether the arguments ask for it, or a launcher: that leaves `fsdp` and `hf_deepspeed_config` as they are."""
+    """They are, also if a launcher asks for it, which leaves `fsdp` and `hf_deepspeed_config` as they are."""
     monkeypatch.setenv("ACCELERATE_USE_FSDP", fsdp)
     monkeypatch.setenv("FSDP_VERSION", "2")
     deepspeed = None if stage is None else SimpleNamespace(deepspeed_config={"zero_optimization": {"stage": stage}})
@@ -127,7 +127,7 @@ def test_prompts_are_rendered_as_in_training(own, asked, tmp_path):
 @pytest.mark.launch
 @pytest.mark.parametrize("lora", [False, True])
 def test_in_two_processes(llama, tmp_path, lora):
-    """Both log the same, before training what one process logs, and the best is the largest."""
+    """Both log the same. Before training that is what one process logs. The best is the largest."""
     first, second = launch("helpers.benchmark_runs:train", model=llama, folder=str(tmp_path / "two"), lora=lora)
     (one, other), best = first["evaluations"], first["best"]
     assert one == other and best == second["best"] == max(value for step, value in one if step)

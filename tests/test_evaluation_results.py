@@ -34,7 +34,7 @@ def requests_of(words) -> list[Request]:
 
 @pytest.mark.parametrize("selectable", [True, False])
 def test_a_completion_depends_on_its_seed_alone(selectable, monkeypatch):
-    """Alone, in any batch, with places filled again or not, a request gives the same ids; another seed gives others."""
+    """A request gives the same ids alone and in any batch, with refilled places or not. Another seed gives others."""
     policy, words = model(), tokenizer()
     requests = requests_of(words)
     expected = [one.ids for one in sorted(generate(policy, words, requests, Sampling(max_new_tokens=8), 6))]
@@ -76,7 +76,7 @@ def test_the_batch_stays_full():
 
 
 def test_random_numbers_go_with_their_row(monkeypatch):
-    """There are those of rows under way, at most one for each place, and of those that have just ended."""
+    """Only rows under way, at most one for each place, and rows that have just ended have them."""
     drawn: list[weakref.ref] = []
     numbers_of = sampling._numbers
 
@@ -95,7 +95,7 @@ def test_random_numbers_go_with_their_row(monkeypatch):
 
 
 def test_draws_follow_the_distribution():
-    """χ² of 20,000 draws over five tokens, at a temperature, with each filter: expected shares by hand."""
+    """χ² of 20,000 draws over five tokens, at a temperature and with each filter, against shares computed by hand."""
     logits = torch.tensor([0.5, 0.3, 0.1, 0.06, 0.04]).log()
     numbers = torch.rand(20000, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     cold = [p**2 / 0.3552 for p in (0.5, 0.3, 0.1, 0.06, 0.04)]
@@ -170,7 +170,7 @@ def judge():
 
 
 def test_a_result_by_hand(tmp_path, judge):
-    """Right, wrong and without an answer: a third right; one of three cut; lengths 10, 10 and 1 with the end token."""
+    """One right, one wrong, one without an answer: a third right. One is cut. Lengths with end token: 10, 10, 1."""
     result = evaluate(Scripted(["\\boxed{2}", "\\boxed{5}", ""]), SUMS, SETTINGS, tmp_path / "a.jsonl", judge)
     assert result.metrics() == pytest.approx(
         {
@@ -185,7 +185,7 @@ def test_a_result_by_hand(tmp_path, judge):
 
 
 def test_a_verdict_of_nan_is_none(tmp_path):
-    """As in training. It would be the mean of all."""
+    """It is None as in training. NaN would make the mean of all NaN."""
     answers = Scripted(["2", "5", "6"])
     by_value = Benchmark("sums", SUMS.prompts, {}, "helpers.reward_functions.value_below_six")
     result = evaluate(answers, by_value, SETTINGS, tmp_path / "a.jsonl")
@@ -193,7 +193,7 @@ def test_a_verdict_of_nan_is_none(tmp_path):
 
 
 def test_an_interrupted_evaluation_goes_on(tmp_path, judge, monkeypatch):
-    """What was drawn stays, a line that was cut is drawn again, and no completion is drawn twice."""
+    """Finished completions are kept, one with a cut line is drawn again, and no other is drawn twice."""
     monkeypatch.setattr("tbrm_trl.evaluation.run.AT_ONCE", 1)
     path, answers = tmp_path / "a.jsonl", ["\\boxed{2}", "\\boxed{5}", ""]
     with pytest.raises(KeyboardInterrupt):
@@ -216,7 +216,7 @@ def test_another_evaluation_is_not_mixed_in(tmp_path, judge):
 
 
 def test_completions_hold_any_character(tmp_path):
-    """Some that JSON leaves as they are end a line for `str.splitlines`."""
+    """Some characters that JSON does not escape end a line for `str.splitlines`."""
     row = Row(
         0, 0, seed=1, ids=[1], completion="é\u2028\u2029\x85\x0b\x0c\x1c", truncated=False, answer=None, score=0.0
     )
@@ -226,7 +226,7 @@ def test_completions_hold_any_character(tmp_path):
 
 
 def test_variables_of_the_template_are_drawn_with_and_written(tmp_path, judge):
-    """Without them the header is as it was, so that older results are resumed. With others it is another evaluation."""
+    """Without them the header is as before, so older results can be resumed. Other variables are another evaluation."""
     policy = Scripted(["2", "4", "6"])
     policy.tokenizer = tokenizer()
     policy.tokenizer.chat_template = "{{ name }}:{{ messages[-1].content }}"
@@ -248,7 +248,7 @@ def test_variables_of_the_template_are_drawn_with_and_written(tmp_path, judge):
 
 @pytest.mark.parametrize(("template", "score"), [(None, 0.0), ("{question}", 1.0)])
 def test_a_judge_is_given_what_it_is_in_training(template, score, tmp_path, monkeypatch):
-    """Text for a prompt of text, and messages for messages."""
+    """It gets text for a text prompt, and messages for messages."""
     own = ModuleType("own_judge")
     code = "async def judge(completions, **columns):\n    return [float(isinstance(one, str)) for one in completions]\n"
     exec(compile(code, "own_judge.py", "exec"), own.__dict__)
@@ -259,14 +259,14 @@ def test_a_judge_is_given_what_it_is_in_training(template, score, tmp_path, monk
 
 
 def test_a_length_without_token_ids_is_of_characters():
-    """Other models of inspect-ai tell none. Four characters of at most eight are −½, two tokens −¼."""
+    """Other models of inspect-ai give no ids. Four characters of at most eight earn −½, two tokens −¼."""
     judge = Judge(Benchmark("sums", SUMS.prompts, {}, "length(limit=8)"))
     assert judge.verdicts(["1+1="], ["abcd"], None, [0]) == [-0.5]
     assert judge.verdicts(["1+1="], ["abcd"], [[7, 1]], [0]) == [-0.25]
 
 
 def without(path, *fields: str) -> None:
-    """Take fields out of a result's header: results that were written before do not have them."""
+    """Remove fields from a result's header, as in older results."""
     first, *lines = path.read_text().split("\n")
     header = {name: value for name, value in json.loads(first).items() if name not in fields}
     path.write_text("\n".join([json.dumps(header), *lines]))
@@ -277,7 +277,7 @@ def compared(first, second) -> dict[str, Comparison]:
 
 
 def test_a_judge_that_changed_is_noticed(tmp_path, monkeypatch):
-    """A function of one's own by what it would do; where a result is opened again, and where two are compared."""
+    """A user's function is identified by what it does, when a result is opened again and when two are compared."""
     own = ModuleType("own_judge")
     code = "RIGHT = 1.0\nasync def judge(completions, **columns):\n    return [RIGHT] * len(completions)\n"
     exec(compile(code, "own_judge.py", "exec"), own.__dict__)
@@ -313,7 +313,7 @@ def test_a_worker_that_cannot_start_says_why():
 
 @pytest.mark.parametrize("text", ["10^{5000}", "1e5000", "1e-5000", "-1e5000"])
 def test_numbers_that_python_does_not_write_out(text, judge):
-    """Of 5000 digits, and beyond a float: answers as they are given, which are not 0."""
+    """With 5000 digits, or beyond a float's range: the answer is the given text, and not 0."""
     assert judge.answer(rf"\boxed{{{text}}}", 0) == text
     for stored in ("4", "0"):
         task = Benchmark("task", [""], {"gym": [gym.encode("chain_sum", {"answer": stored})]}, "reasoning_gym")
@@ -321,7 +321,7 @@ def test_numbers_that_python_does_not_write_out(text, judge):
 
 
 def test_results_are_compared_problem_by_problem(tmp_path, judge):
-    """One of three becomes three of three: +2/3, and of four sign flips of two problems two are as far: p = ½."""
+    """One of three right becomes three: +2/3. Of the four sign flips of two problems two are as far from 0: p = ½."""
     evaluate(Scripted(["\\boxed{2}", "", ""]), SUMS, SETTINGS, tmp_path / "before.jsonl", judge)
     evaluate(Scripted(["2", "4", "6"]), SUMS, SETTINGS, tmp_path / "after.jsonl", judge)
     (comparison,) = compared(tmp_path / "before.jsonl", tmp_path / "after.jsonl").values()
@@ -356,7 +356,7 @@ def test_results_are_known_by_what_they_are_of(tmp_path):
     assert pairs(file, evaluated) == {"sums-avg2": [file, evaluated / "sums-avg2.jsonl"]}
     assert pairs(step, file) == {"sums-avg2": [step / "sums.jsonl", file]}
     single, greedy = evaluated / "other-avg4.jsonl", step / "other.jsonl"
-    assert pairs(greedy, single) == {"other": [greedy, single]}  # one each: how they were sampled is said, not refused
+    assert pairs(greedy, single) == {"other": [greedy, single]}  # one each: other sampling is reported, not refused
     with pytest.raises(ValueError, match="alike: other-greedy, sums-avg2 there, other-avg4 here"):
         pairs(step, single)
     with pytest.raises(ValueError, match="alike: sums-avg2 there, other-avg4 here"):
@@ -390,7 +390,7 @@ def test_how_weights_were_loaded_is_said():
 
 
 def test_vllm_knows_weights_by_their_files(tmp_path, judge, monkeypatch):
-    """After more training into the folder its result is another model's. Files beside the weights change nothing."""
+    """More training into the same folder makes it another model. Files other than weights change nothing."""
     monkeypatch.setitem(sys.modules, "vllm", SimpleNamespace(LLM=lambda **options: None))
     monkeypatch.setattr("tbrm_trl.evaluation.vllm.AutoTokenizer.from_pretrained", lambda name, **options: tokenizer())
     monkeypatch.setattr(VllmPolicy, "generate", lambda self, asked, how: Scripted(["2", "4", "6"]).generate(asked, how))
@@ -478,7 +478,7 @@ def test_a_file_of_ones_own(tmp_path):
 
 
 def test_a_task_of_reasoning_gym():
-    """Its own answers are right, and a wrong one is not."""
+    """Its own answers are judged right, and a wrong one is not."""
     task = load_benchmark("gym:chain_sum(size=5, min_terms=2, max_terms=2)")
     assert len(task) == 5 and task.reward == "reasoning_gym"
     answers = [json.loads(cell)["entry"]["answer"] for cell in task.columns["gym"]]

@@ -37,7 +37,7 @@ def test_pass_at_k_refuses_fewer_samples():
 
 
 def test_the_standard_error_is_the_spread_over_draws_of_problems():
-    """Problems and samples drawn anew 4,000 times: the mean standard error is the means' standard deviation."""
+    """Over 4,000 redraws of problems and samples, the mean standard error is the standard deviation of the means."""
     random = np.random.default_rng(0)
     means, errors = [], []
     for _ in range(4000):
@@ -57,7 +57,7 @@ def test_majority_by_hand():
 
 
 def flipped(differences) -> float:
-    """The share of all signs whose sum is as far from 0, counted one by one."""
+    """The share of all sign choices that give a sum as far from 0, counted one by one."""
     observed = abs(sum(differences))
     every = itertools.product((1, -1), repeat=len(differences))
     far = [abs(sum(s * d for s, d in zip(signs, differences, strict=True))) >= observed for signs in every]
@@ -74,7 +74,7 @@ def test_the_sign_flip_test_counts_every_sign(seed):
 @pytest.mark.parametrize("seed", range(3))
 @pytest.mark.parametrize("scale", [1, 1e-6, 12.5])
 def test_fractional_scores_are_counted_too(seed, scale):
-    """Of eighths, in units of any size: sums that are equal count as equal. The counts are of the whole eighths."""
+    """Scores are eighths in units of any size. Equal sums count as equal, as they do for the whole numbers."""
     random = np.random.default_rng(seed)
     first, second = random.integers(0, 9, size=(2, 10, 3))
     differences = [int(b.sum() - a.sum()) for a, b in zip(first, second, strict=True)]
@@ -84,14 +84,14 @@ def test_fractional_scores_are_counted_too(seed, scale):
 
 
 def test_tenths_are_exact():
-    """0.1 + 0.2 − 0.3 is 0, which all signs are as far from. Two signs of eight are as far as 0.1 + 0.2 + 0.3."""
+    """0.1 + 0.2 − 0.3 is 0, so all signs are as far from 0. Two signs of eight are as far as 0.1 + 0.2 + 0.3."""
     assert compare([[0.0]] * 3, [[0.1], [0.2], [0.3]]).p_value == 2 / 8
     assert compare([[0.0], [0.0], [0.3]], [[0.1], [0.2], [0.0]]).p_value == 1
 
 
 @pytest.mark.parametrize("shift", [0.0005, 0.001, 0.0015])
 def test_many_fractional_scores(shift):
-    """1,000 problems of 32 scores each, none whole: with so many signs the sum is normal, of variance Σ d²."""
+    """1,000 problems of 32 fractional scores each: with this many signs the sum is normal with variance Σ d²."""
     random = np.random.default_rng(0)
     first = random.random((1000, 32))
     second = np.clip(first + random.normal(shift, 0.1, size=first.shape), 0, None)
@@ -103,7 +103,7 @@ def test_many_fractional_scores(shift):
 
 
 def test_few_scores_of_many_digits():
-    """More steps than are counted: rounded to as many, which moves no sum of these past another."""
+    """They have more steps than can be counted, so they are rounded, which here changes no order of sums."""
     random = np.random.default_rng(2)
     first, second = random.random((2, 9, 7))
     found = compare(first.tolist(), second.tolist())

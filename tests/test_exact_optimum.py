@@ -1,4 +1,4 @@
-"""Off-policy, to the optimum: on the log of a policy that knows nothing, TBRM ends at π*, known in closed form."""
+"""Off-policy, to the optimum: on the log of a uniform policy, TBRM ends at π*, known in closed form."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ REWARDS = TREE.random_rewards()
 
 
 def test_the_model_is_the_table(tmp_path):
-    """Padding on either side changes nothing, <pad> and <bos> are never said, the trajectories have probability 1."""
+    """Padding on either side changes nothing, <pad> and <bos> have probability 0, and trajectories sum to 1."""
     model = AutoModelForCausalLM.from_pretrained(TREE.save(tmp_path))
     policy = enumerate_policy(model, TREE)
     torch.testing.assert_close(policy.probs.sum(dim=1), torch.ones(len(TREE.prompts), dtype=torch.float64))
@@ -57,7 +57,7 @@ def test_a_log_of_a_uniform_policy_leads_to_the_optimum(soft_value, beta, tmp_pa
     )  # fmt: skip
     reference = enumerate_policy(trainer.model, TREE)
     optimal = {b: optimum(reference, REWARDS, b) for b in BETAS}
-    # It is far to go, and the other β is another place.
+    # The start is far from π*, and the other β has another π*.
     assert total_variation(reference, optimal[beta]) > 0.1
     assert total_variation(optimal[BETAS[0]], optimal[BETAS[1]]) > 0.1
 

@@ -1,4 +1,4 @@
-"""`ExactResume` on the smallest of trainers, a line that is fitted: what it adds to `transformers.Trainer`."""
+"""`ExactResume` on a minimal trainer that fits a line: what it adds to `transformers.Trainer`."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ class Arguments(TrainingArguments):
 
 
 class Line(nn.Module):
-    """Noise, so that the random state decides how training goes on."""
+    """A line with noise, so that training depends on the random state."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -39,7 +39,7 @@ class Line(nn.Module):
 
 
 class Fit(ExactResume):
-    """Its own state is how many rows it has seen."""
+    """A trainer with a state of its own, the number of rows it has seen."""
 
     def run_identity(self) -> dict[str, Any]:
         return {"the data": len(self.train_dataset)}
@@ -87,7 +87,7 @@ def fit(out: Path, *callbacks: TrainerCallback, rows=ROWS, **options: Any) -> Fi
         max_steps=10, per_device_train_batch_size=2, learning_rate=0.1, save_steps=3, logging_steps=4, use_cpu=True,
         report_to="none", disable_tqdm=True, remove_unused_columns=False, save_total_limit=None,
     ) | options  # fmt: skip
-    stops = options.pop("enable_jit_checkpoint", False)  # transformers' own would hear of signals too
+    stops = options.pop("enable_jit_checkpoint", False)  # else transformers' own callback would catch signals too
     trainer = Fit(Line(), Arguments(str(out), **options), train_dataset=rows, callbacks=list(callbacks))
     trainer.args.enable_jit_checkpoint = stops
     return trainer
@@ -111,14 +111,14 @@ def interrupt() -> None:
 
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory) -> Fit:
-    """A run that nothing disturbed."""
+    """An undisturbed run."""
     trainer = fit(tmp_path_factory.mktemp("whole") / "out")
     trainer.train()
     return trainer
 
 
 def same(out: Path, trainer: Fit, whole: Fit) -> bool:
-    """Weights to the bit, logs, and the trainer's own state."""
+    """Whether weights (to the bit), logs and the trainer's own state are equal."""
     return (
         weight_of(out, 10) == weight_of(Path(whole.args.output_dir), 10)
         and losses(trainer) == losses(whole)
@@ -143,19 +143,19 @@ def test_what_is_logged(whole):
     ("stopped", "resume"), [(4, True), (5, "auto"), (7, "True"), (9, "checkpoint-6"), (10, "AUTO")]
 )
 def test_a_resumed_run_ends_as_an_uninterrupted_one(stopped, resume, whole, tmp_path):
-    """From updates that were logged and ones that were not, in the first epoch, at its end and after."""
+    """Runs resume from logged updates and from others, in the first epoch, at its end and after it."""
     with pytest.raises(KeyboardInterrupt):
         fit(tmp_path, Act(stopped, interrupt)).train()
     if resume == "checkpoint-6":
         resume = str(tmp_path / resume)
     trainer = fit(tmp_path)
-    trainer.train(resume, None)  # and no trial of a search
+    trainer.train(resume, None)  # no trial of a hyperparameter search
     assert same(tmp_path, trainer, whole)
     assert not (tmp_path / NAME).exists()
 
 
 def test_from_its_last_update_a_run_ends_at_once(whole, tmp_path):
-    """With the random state that it ended with, whatever was drawn before."""
+    """It has the random state of its end, whatever was drawn before."""
     fit(tmp_path).train()
     expected = torch.randn(3)
     again = fit(tmp_path, Act(10, interrupt), Act(11, interrupt))
@@ -166,7 +166,7 @@ def test_from_its_last_update_a_run_ends_at_once(whole, tmp_path):
 
 
 def test_the_summary_is_of_the_updates_after_the_checkpoint(tmp_path):
-    """Though what was not logged before it comes into the next log."""
+    """The next log, however, includes earlier updates that were not logged yet."""
     fit(tmp_path, max_steps=3).train()
     resumed = fit(tmp_path)
     summary = resumed.train(resume_from_checkpoint=True).metrics
@@ -175,7 +175,7 @@ def test_the_summary_is_of_the_updates_after_the_checkpoint(tmp_path):
 
 
 def test_what_the_end_of_an_epoch_does_is_in_its_checkpoint(tmp_path):
-    """An epoch has four updates. What is saved at its end is saved after what is logged there."""
+    """An epoch has four updates. At its end the checkpoint is saved after logging."""
     options: dict[str, Any] = dict(logging_strategy="epoch", save_steps=4)
     whole = fit(tmp_path / "whole", **options)
     whole.train()
@@ -195,7 +195,7 @@ def test_how_often_a_resumed_run_saves_and_logs_is_its_own(tmp_path):
 
 
 def test_checkpoints_of_a_branch_that_was_left_count_no_more(tmp_path):
-    """A run that goes on from an earlier one says so, and a restart goes on from its own."""
+    """A run that goes on from an earlier checkpoint says so. A restart goes on from its own checkpoints."""
     fit(tmp_path).train()
     assert steps(tmp_path) == [3, 6, 9, 10]
     with (
@@ -207,7 +207,7 @@ def test_checkpoints_of_a_branch_that_was_left_count_no_more(tmp_path):
 
 
 def test_one_trainer_trains_twice(whole, tmp_path):
-    """The second call forgets what the first left behind."""
+    """The second call forgets the state of the first."""
     trainer = fit(tmp_path, Act(4, interrupt))
     with pytest.raises(KeyboardInterrupt):
         trainer.train()
@@ -253,7 +253,7 @@ def test_a_run_does_not_displace_another(resume, tmp_path):
 
 
 def test_auto_starts_anew_over_what_is_damaged(tmp_path):
-    """But not over what another trainer has left, of which it knows nothing."""
+    """But it does not over the files of another trainer, about which it knows nothing."""
     fit(tmp_path / "out", max_steps=3).train()
     (tmp_path / "out/checkpoint-3/optimizer.pt").unlink()
     with pytest.raises(ValueError, match="No sound checkpoint"):
@@ -269,7 +269,7 @@ def test_auto_starts_anew_over_what_is_damaged(tmp_path):
 
 
 def test_another_folder_may_be_gone_on_from(whole, tmp_path):
-    """A checkpoint of elsewhere, in a folder that has none."""
+    """A run in a folder without checkpoints goes on from a checkpoint of another folder."""
     trainer = fit(tmp_path)
     trainer.train(resume_from_checkpoint=str(Path(whole.args.output_dir) / "checkpoint-6"))
     assert same(tmp_path, trainer, whole) and steps(tmp_path) == [9, 10]
@@ -287,7 +287,7 @@ def test_a_folder_that_cannot_be_written_to(tmp_path):
 
 
 def test_a_checkpoint_says_what_the_run_is_and_as_it_was_asked_for(tmp_path):
-    """Also if the number kept is limited, which holds for what is complete."""
+    """It does so also with a limited number of checkpoints. The limit counts complete ones."""
     trainer = fit(tmp_path, save_total_limit=2, max_steps=9)
     trainer.train()
     assert steps(tmp_path) == [6, 9] and not (tmp_path / "checkpoint-3").exists()
@@ -298,7 +298,7 @@ def test_a_checkpoint_says_what_the_run_is_and_as_it_was_asked_for(tmp_path):
 
 
 def test_a_checkpoint_that_is_written_over_is_incomplete_meanwhile(tmp_path):
-    """Killed in the middle of writing, it is not taken for what it was."""
+    """If writing is killed in the middle, it is not taken for the old checkpoint."""
     fit(tmp_path, max_steps=3).train()
     trainer = fit(tmp_path, save_steps=1)
     seen = []
@@ -321,7 +321,7 @@ def test_a_checkpoint_is_pushed_once_it_is_complete(tmp_path, monkeypatch):
 
 
 def test_only_the_model(tmp_path):
-    """No run can go on from it, and it is no complete checkpoint."""
+    """No run can go on from the model alone, which is no complete checkpoint."""
     fit(tmp_path, max_steps=3, save_only_model=True).train()
     assert steps(tmp_path) == [] and (tmp_path / "checkpoint-3/model.safetensors").exists()
     with pytest.raises(ValueError, match="holds the model alone"):
@@ -351,7 +351,7 @@ def test_what_is_not_finite_is_not_written(what, tmp_path):
     ("update", "signum"), [(1, signal.SIGTERM), (3, signal.SIGINT), (4, signal.SIGTERM), (8, signal.SIGINT)]
 )
 def test_a_run_that_is_told_to_stop_goes_on_later(update, signum, whole, tmp_path, capsys):
-    """After this update, with a checkpoint: at the end of an epoch, or where one is due anyway, with no second one."""
+    """It stops after this update with one checkpoint, also at the end of an epoch or where one is due anyway."""
     saved, before = [], signal.getsignal(signum)
     trainer = fit(tmp_path, Act(update, lambda: os.kill(os.getpid(), signum)), enable_jit_checkpoint=True)
     write = trainer._write_checkpoint
@@ -368,7 +368,7 @@ def test_a_run_that_is_told_to_stop_goes_on_later(update, signum, whole, tmp_pat
 
 
 def test_what_the_end_of_an_epoch_logs_comes_before_the_stop(tmp_path):
-    """Told to stop in its last update, a run ends the epoch first."""
+    """A run that is told to stop in an epoch's last update ends the epoch first."""
     stopped = fit(tmp_path / "out", Act(4, lambda: os.kill(os.getpid(), signal.SIGTERM)), enable_jit_checkpoint=True,
                   logging_strategy="epoch")  # fmt: skip
     with pytest.raises(SystemExit):

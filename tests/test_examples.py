@@ -1,4 +1,4 @@
-"""The launch lines of `examples/`, run as they stand: only model, data, sizes, output and machine are overridden.
+"""The launch lines of `examples/` run unchanged, with only model, data, sizes, output and machine overridden.
 
 A line for several processes runs on two.
 """
@@ -34,7 +34,7 @@ BATCH = re.compile(r"^# .*: (\d+) rows × (\d+) process\D*?(?:\(.*\) )?× (\d+)$
 
 @pytest.mark.parametrize("file", CONFIGS, ids=lambda file: file.stem)
 def test_batch_arithmetic(file, train_script, monkeypatch):
-    """Rows × processes × accumulation, as the comment says, is one update of the file on the processes of its line."""
+    """Rows × processes × accumulation, as in the comment, is one update of the file on the processes of its line."""
     command = command_of(file)
     assert after(command, "--config") == str(file.relative_to(ROOT))
     monkeypatch.setattr(TBRMConfig, "world_size", property(lambda self: processes_of(command)))
@@ -54,7 +54,7 @@ def test_batch_arithmetic(file, train_script, monkeypatch):
 @pytest.mark.launch
 @pytest.mark.parametrize("name", ["tbrm", "tbrm_7b"])
 def test_full_fine_tuning(name, tmp_path):
-    """The published recipes; their model is whole again after training, and another than before."""
+    """The published recipes. After training their saved model is complete and has changed."""
     printed = run_line(RECIPES / f"{name}.yaml", tmp_path)
     assert "(2 per device × 2 process(es) × 2 accumulation)" in printed
     logged_updates(tmp_path)
@@ -86,7 +86,7 @@ def test_adapters(name, tmp_path):
 
 @pytest.mark.launch
 def test_demo(tmp_path):
-    """On a tiny model: accuracies of the problems held out, before and after, a model, a curve."""
+    """On a tiny model it writes held-out accuracies before and after, a model, and a curve."""
     model = save(tmp_path / "model")
     sizes = dict(
         steps=2, rollouts_per_step=4, train_problems=8, eval_problems=4, eval_samples=2, output=tmp_path / "out"
@@ -104,7 +104,7 @@ def test_demo(tmp_path):
 
 @pytest.mark.launch
 def test_notebook(tmp_path):
-    """Top to bottom in a kernel, on a tiny model and with fewer of everything. It is kept without outputs."""
+    """It runs top to bottom in a kernel, on a tiny model with smaller numbers. It is stored without outputs."""
     notebook = nbformat.read(ROOT / "examples/quickstart.ipynb", as_version=4)
     assert not any(cell.get("outputs") or cell.get("execution_count") for cell in notebook.cells)
     (parameters,) = (cell for cell in notebook.cells if "parameters" in cell.metadata.get("tags", ()))
@@ -117,7 +117,7 @@ def test_notebook(tmp_path):
 
 @pytest.mark.launch
 def test_slurm(tmp_path):
-    """The whole file with its ZeRO-3, on one node, two CPU processes; `srun` and `scontrol` stand in for SLURM's."""
+    """The whole file with its ZeRO-3, on one node with two CPU processes and substitutes for `srun` and `scontrol`."""
     file = ROOT / "examples/slurm.sh"
     line = shlex.split(file.read_text().splitlines()[1].removeprefix("#"))
     assert line[:2] == ["sbatch", "examples/slurm.sh"]
@@ -143,7 +143,7 @@ def test_slurm(tmp_path):
 
 
 def test_slurm_keeps_the_recipe(train_script):
-    """On its nodes × GPUs, what it is submitted with makes one update of the recipe."""
+    """On its nodes × GPUs, its options give one update of the recipe."""
     text = (ROOT / "examples/slurm.sh").read_text()
     assert subprocess.run(["bash", "-n", ROOT / "examples/slurm.sh"], check=False).returncode == 0
     given = shlex.split(text.splitlines()[1])[3:]

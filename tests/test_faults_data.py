@@ -1,4 +1,4 @@
-"""Faults of data, by their number in the list of faults: what is refused by row, warned of, or comes out right."""
+"""Faults of data, by their number in the list of faults: what is refused by row, warned about, or handled right."""
 
 import functools
 import json
@@ -58,7 +58,7 @@ def windows_of(trainer) -> list:
 
 
 def refused(folder, tmp_path, rows, message, reward_funcs=None, **kwargs):
-    """The rows stand behind two good ones, so that the refused one has the number 2 or a later one."""
+    """Expect a refusal of rows behind two good ones, so that the refused row has number 2 or a later one."""
     good = [{"prompt_ids": [5], "completion_ids": [6, EOS], "reward": 0.0}] * 2
     if "prompt" in rows[0] and "prompt_ids" not in rows[0]:
         good = [{"prompt": "a", "completion": "b", "reward": 0.0}] * 2
@@ -114,7 +114,7 @@ def test_2_2_what_a_policy_can_produce_is_taken(folder, tmp_path):
 
 
 def test_2_2_padding_token_that_is_also_the_end_token(tmp_path):
-    """Several at the end are padding, one is the end. A prompt may begin with none: BOS is another token."""
+    """Several at the end are padding, a single one is the end. No prompt may begin with it: BOS is another token."""
     model = save(tmp_path / "model", "llama", pad_is_eos=True)
     good = [{"prompt_ids": [5], "completion_ids": [6, EOS], "loss_mask": None, "reward": 0.0}] * 2
     assert build(model, tmp_path, None, Dataset.from_list(good)).train_dataset["end"] == ["eos", "eos"]
@@ -134,7 +134,7 @@ def test_2_2_own_rollouts_may_hold_the_padding_token(folder, tmp_path):
 
 # ---- 2.3: all parts of a message -------------------------------------------------------------------------------------
 
-# Writes content alone, and closes the assistant's turn by <eos>.
+# Writes only the content, and closes the assistant's turn with <eos>.
 CONTENT = (
     "{% for m in messages %}{{ '<' + m['role'][0] + '>' + m['content'] }}"
     "{{ '<eos>' if m['role'] == 'assistant' else '' }}{{ '\n' }}{% endfor %}"
@@ -192,7 +192,7 @@ CHAT = [{"role": "user", "content": "hi"}]
 @pytest.mark.parametrize("stored", ["structs", "json"])
 @pytest.mark.parametrize("where", ["rolled out", "logged", "evaluated", "evaluated by name"])
 def test_2_4_an_assistants_message_at_the_end(where, stored, folder, tmp_path):
-    """By row, before a model is loaded, however messages are stored."""
+    """It is refused by row, before a model is loaded, however messages are stored."""
     rows = [{"prompt": prompt, "completion": "a", "reward": 0.0} for prompt in [CHAT] * 3 + [PREFILLED]]
     data = Dataset.from_list(rows)
     if stored == "json":
@@ -267,7 +267,7 @@ def test_2_5_the_trainer_warns(folder, tmp_path):
 
 
 def with_bos():
-    """A tokenizer that writes BOS before every text, and makes no token of an empty one but that."""
+    """A tokenizer that writes BOS before every text, so that an empty text has only this token."""
     from tokenizers.processors import TemplateProcessing
 
     adding = tokenizer()
@@ -441,7 +441,7 @@ def test_3_6_values_that_the_source_does_not_say(monkeypatch):
     ):
         assert digest(make(1)) == digest(make(1)) != digest(make(2))
     before = digest(reward_of_globals)
-    monkeypatch.setitem(globals(), "THRESHOLD", 2)  # named by a function that the reward function names
+    monkeypatch.setitem(globals(), "THRESHOLD", 2)  # used by a function that the reward function calls
     assert before != digest(reward_of_globals)
     monkeypatch.setitem(globals(), "THRESHOLD", 1)
     assert before == digest(reward_of_globals)
@@ -487,7 +487,7 @@ def test_3_7_names():
 
 
 def test_4_9_rows_are_the_same_however_they_were_stored(folder, tmp_path):
-    """Arrow fills keys up with None, JSON keeps each row's own: trajectories and reward arguments are the same."""
+    """Arrow adds missing keys with None, JSON keeps each row's own. Trajectories and reward arguments are the same."""
     calls = [CALL, OTHER]
     rows = [
         {
@@ -526,7 +526,7 @@ def test_4_9_rows_are_the_same_however_they_were_stored(folder, tmp_path):
 
 
 def test_4_9_columns_of_prompts(folder, tmp_path):
-    """What is rolled out has them in the same form, and so has an evaluation set."""
+    """Rolled out prompts and evaluation sets have them in the same form."""
     asked = []
 
     def reward(completions, facts, **kwargs):
@@ -595,7 +595,7 @@ def test_6_an_empty_prompt_that_is_rolled_out(folder, tmp_path):
 
 
 def test_6_an_empty_prompt_beside_logged_rows(folder, tmp_path):
-    """Only rows that are drawn need one: the ids of a logged row stand for its text."""
+    """Only rows to roll out need one. A logged row may have ids in place of text."""
     ids = {"prompt_ids": [5], "completion_ids": [7, EOS], "reward": 1.0}
     none = {"prompt_ids": None, "completion_ids": None, "reward": None}
     rows = [{"prompt": "", **ids}, {"prompt": "a", **none}, {"prompt": "", **ids}, {"prompt": "", **none}]
@@ -772,7 +772,7 @@ def chat_rows():
 
 
 def test_saved_rollouts_are_scored_anew(folder, tmp_path):
-    """Messages, the rows' own columns, also those with a trajectory's name; another function scores them the same."""
+    """They keep messages and the rows' columns, even with a trajectory's names. Another function scores them alike."""
     asked = []
 
     def reward(completions, prompts, answer, facts, source, **kwargs):
@@ -806,7 +806,7 @@ def test_saved_rollouts_of_text_and_without_reward(folder, tmp_path):
 
 
 def test_saved_rollouts_of_several_types(folder, tmp_path):
-    """A column whose values have another type in each window."""
+    """A column may have values of another type in each window."""
     rows = [{"prompt": "a", "x": value} for value in ({"a": 1}, {"a": None}, "1.0", None, [{"b": 1}], 2)]
     features = Features({"prompt": Dataset.from_list([{"prompt": "a"}]).features["prompt"], "x": Json()})
     texts = [row["x"] if not isinstance(row["x"], str) else f'"{row["x"]}"' for row in rows]

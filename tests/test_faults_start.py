@@ -1,4 +1,4 @@
-"""What practitioners ran into: a policy, a reference or an evaluation that is silently another one."""
+"""Faults that practitioners met: a policy, a reference or an evaluation that is silently a wrong one."""
 
 import functools
 import json
@@ -58,7 +58,7 @@ def test_1_2_an_adapter_that_begins_at_0_trains(initialisation, sync, folder, tm
 
 
 def test_1_2_a_given_adapter_keeps_its_base(folder, tmp_path):
-    """The adapter `ref` is made without the initialisation that rewrote the base: the policy stays what it was."""
+    """The adapter `ref` is made without the initialisation that rewrote the base, so the policy does not change."""
     base = AutoModelForCausalLM.from_pretrained(folder)
     given = get_peft_model(base, LoraConfig(**ADAPTER, init_lora_weights="pissa"))
     given.save_pretrained(tmp_path / "adapter")
@@ -73,7 +73,7 @@ def test_1_2_a_given_adapter_keeps_its_base(folder, tmp_path):
 
 
 def starts(folder: str, out: str) -> list[str]:
-    """In each process of a sharded launch: how runs of sound policies begin, and of moved ones."""
+    """In each process of a sharded launch: how runs begin with unchanged policies, and with changed ones."""
     from pathlib import Path
 
     allow_fsdp_on_cpu()
@@ -223,7 +223,7 @@ def test_1_5_rows_that_depend_on_the_batch_are_found_by_asking(kind):
     parameters, limit = ROPES[kind]
     built = model("llama", rope_parameters=parameters, max_position_embeddings=32)
     assert rotary_limit(built) == limit
-    if limit is not None:  # what the limit says is what the model does
+    if limit is not None:  # the limit determines what the model does
         row = torch.arange(3, 3 + limit)[None]
         with torch.no_grad():
             alone = built(row).logits
@@ -424,7 +424,7 @@ def test_4_8_a_schedule_that_has_ended_is_said(folder, tmp_path):
     build(folder, tmp_path, letters, PROMPTS, max_steps=2, **same).train()
     longer = build(folder, tmp_path, letters, PROMPTS, max_steps=4, **same)
     with pytest.warns(UserWarning, match="the next update has a learning rate of 0, though 2 updates are left"):
-        longer.train(resume_from_checkpoint="true")  # the word, as a command line gives it
+        longer.train(resume_from_checkpoint="true")  # as a word, like on a command line
 
 
 def test_a_vocabulary_of_another_size_is_refused(folder, tmp_path):
@@ -451,7 +451,7 @@ def evaluated(folder, tmp_path, evaluation, reward_funcs=number, **options):
 
 
 def advantages_and_expected(folder, out, step, reward="letters") -> list[tuple[float, float]]:
-    """The table's column `advantage`, and what it must hold at the reference: `β V(s_1) − R`, by the model alone."""
+    """The table's column `advantage`, and its value at the reference, `β V(s_1) − R`, computed from the model alone."""
     table = pandas.read_parquet(f"{out}/completions/completions_{step:05d}.parquet")
     plain = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float64)
     with torch.no_grad():
@@ -465,7 +465,7 @@ def is_right(advantage: float, expected: float) -> bool:
 
 
 def test_4_5_the_advantage_of_logged_completions_is_the_residual(folder, tmp_path):
-    """`β δ` as soon as a row was in an update; the two updates of a window come one after the other."""
+    """It is `β δ` once the row has been in an update. The two updates of a window come one after the other."""
     trainer = evaluated(
         folder, tmp_path, NUMBERED, reward_funcs=letters, log_completions=True, max_steps=4, steps_per_generation=2,
         per_device_eval_batch_size=2, learning_rate=0.0,
@@ -492,7 +492,7 @@ def test_4_5_rows_that_do_not_count_have_none(folder, tmp_path):
 
 @pytest.mark.parametrize("form", ["text", "messages", "extra"])
 def test_6_control_characters_of_completions_do_not_reach_the_terminal(form, folder, tmp_path, capsys):
-    """They are written out by their property; the table on disk keeps them."""
+    """They are printed escaped. The table on disk keeps them."""
     clear = "\x1b[2J\x9b31m\x07 a\r\x00"
 
     trainer = evaluated(folder, tmp_path, NUMBERED, log_completions=True, max_steps=1)
@@ -540,7 +540,7 @@ def test_4_2_pessimism_is_not_in_the_logged_reward(folder, tmp_path):
 
 
 def mean_over_two(folder: str, out: str) -> tuple[float, float]:
-    """Run in each of two processes: 5 rows in batches of 2 are 3 batches, so one process fills up with rows again."""
+    """In each of two processes: 5 rows in batches of 2 are 3 batches, so one process repeats rows."""
     from pathlib import Path
 
     metrics = evaluated(
@@ -598,7 +598,7 @@ class EvaluateBetween(TrainerCallback):
 
 
 def test_4_4_evaluation_within_an_update_leaves_its_loss_as_it_was(folder, tmp_path):
-    """5 evaluated rows in batches of 5: its denominator is not that of the update under way, whose rows are 4."""
+    """The evaluation has 5 rows in batches of 5, so its denominator differs from the update's, which has 4 rows."""
     options = dict(max_steps=1, gradient_accumulation_steps=2, per_device_eval_batch_size=5, logging_steps=1)
     plain = evaluated(folder, tmp_path / "plain", NUMBERED, **options)
     plain.train()
@@ -619,7 +619,7 @@ def test_4_2_predict_and_streams_count_each_row_once(folder, tmp_path):
 
 
 def test_3_4_evaluation_by_continuous_batching_reaches_neither_window_nor_metrics(folder, tmp_path):
-    # By default it takes most of the memory there is for its cache, and fills it with zeros each time.
+    # By default it takes most of the memory for its cache, and fills it with zeros each time.
     small = dict(max_batch_tokens=256, num_blocks=64)
     batching = dict(
         use_transformers_continuous_batching=True, transformers_continuous_batching_config=small,

@@ -1,4 +1,4 @@
-"""Values as JSON holds them, and rows of a file."""
+"""Values in JSON, and rows of a file."""
 
 import json
 import math

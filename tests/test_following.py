@@ -1,4 +1,4 @@
-"""Rollouts that others write: taken in order, each once, trained on as one's own; what is wrong has file and row."""
+"""Rollouts from other writers: taken in order, once, and trained on like a run's own. Errors name file and row."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ RUN: dict[str, Any] = dict(
 
 
 def follow(model, tmp_path: Path, records: Path, reward_funcs=None, **options: Any):
-    """A trainer that has none of the data, and what it took of each window."""
+    """A trainer without data that follows records, and keeps the trajectories that it takes for each window."""
     options = {**RUN, "num_generations": 1, "train_dataset": None, "follow_timeout": 5.0, **options}
     trainer = build(model, tmp_path, reward_funcs, follow_rollouts=str(records), **options)
     trainer.taken = kept_returns(trainer, "_new_window")
@@ -97,7 +97,7 @@ def test_following_what_a_run_drew_is_that_run(llama, tmp_path):
 
 
 def test_the_documents_writer_is_followed(llama, tmp_path, monkeypatch):
-    """The program of the document, with the token ids that it names, then its function with rows of one's own."""
+    """It runs the document's program with its token ids, then the document's function with other rows."""
     page = (ROOT / "docs/asynchronous.md").read_text()
     blocks = re.findall(r"```python\n(.+?)```", page, flags=re.S)
     (program,) = (block for block in blocks if "def write_record" in block)
@@ -114,7 +114,7 @@ def test_the_documents_writer_is_followed(llama, tmp_path, monkeypatch):
 
 
 def test_replay_logged_rows_and_evaluation_beside_followed_rollouts(llama, tmp_path):
-    """Windows of 2 followed and 2 logged rows, then an update of replayed ones: only the followed are replayed."""
+    """Windows have 2 followed and 2 logged rows. Then an update replays rows: only followed ones."""
     write_record(tmp_path / "records", "other", 0, [{**row, "policy_step": 7} for row in made_rows(16)])
     data = Dataset.from_list([*LOGGED, *({"prompt": p, "completion": None, "reward": None} for p in PROMPTS)])
     trainer = follow(
@@ -139,12 +139,12 @@ def test_replay_logged_rows_and_evaluation_beside_followed_rollouts(llama, tmp_p
 
 
 def test_rows_are_taken_once_in_order_however_files_are_cut(llama, tmp_path, capsys):
-    """Windows of 4 rows out of files of 1 to 7, which are written while the learner waits for them."""
+    """Windows have 4 rows, from files of 1 to 7 rows that are written while the learner waits for them."""
     records, rows = tmp_path / "records", made_rows(32)
     trainer = follow(llama, tmp_path, records, max_steps=8)
     assert f"each generation takes 4 rollouts from {records}, for 1 update(s) on 4 each" in capsys.readouterr().out
     writer = threading.Thread(target=write_slowly, args=(records, rows, 7, 0, 0.01))
-    trainer._followed.watch = lambda: None if writer.ident else writer.start()  # it begins when it is waited for
+    trainer._followed.watch = lambda: None if writer.ident else writer.start()  # it starts when the learner waits
     trainer.train()
     writer.join()
     assert [sorted(numbers([window])) for window in trainer.taken] == [list(range(4 * w, 4 * w + 4)) for w in range(8)]
@@ -166,7 +166,7 @@ def taken(reader: RecordFolder, rows: int) -> list[int]:
 
 
 def test_a_slow_writer_loses_nothing_and_a_cursor_goes_on_anywhere(tmp_path):
-    """Two writers. What `a` writes late comes in turn when it is there. A new reader goes on in the midst of a file."""
+    """Of two writers, `a` is late; its rows come in turn once written. A new reader goes on in the middle of a file."""
     rows = made_rows(12)
     for number in range(3):
         write_record(tmp_path, "b", number, rows[2 * number : 2 * number + 2])
@@ -178,7 +178,7 @@ def test_a_slow_writer_loses_nothing_and_a_cursor_goes_on_anywhere(tmp_path):
     again = folder(tmp_path)
     again.restore(reader.state())
     for one in (reader, again):
-        assert taken(one, 4) == [3, 6, 7, 8]  # what is open first, then the lowest number that is there
+        assert taken(one, 4) == [3, 6, 7, 8]  # the open file first, then the lowest number present
         assert one.state() == {"next": {"a": 1, "b": 2}, "open": None, "functions": []}
     write_record(tmp_path, "a", 2, rows[9:])  # its file 1 is not there yet
     reader.timeout = 0.0
@@ -220,7 +220,7 @@ def test_a_reader_that_waits_says_so_and_hears_that_nothing_will_come(tmp_path, 
 
 @pytest.fixture(scope="module")
 def reader(llama, tmp_path_factory):
-    """That of a trainer, which knows what its policy could have drawn: 4 rows of a folder are read by it."""
+    """A function that reads 4 rows of a folder with a trainer's reader, which knows what its policy can draw."""
     place = tmp_path_factory.mktemp("reader")
     reader = follow(llama, place, place / "none")._followed
 
@@ -367,7 +367,7 @@ def named(row: dict, letters: float | None, digits: float | None, reward: float 
 
 
 def test_rewards_by_function_are_summed_anew_and_rows_without_any_are_unscored(llama, tmp_path):
-    """By hand, with weights 2 and 0.5: the writer's own sum does not count. Nothing is no zero."""
+    """By hand, with weights 2 and 0.5: the writer's own sum does not count. A missing reward is not 0."""
     verdicts = [(1.0, 4.0), (None, 2.0), (math.nan, None), (-1.0, None)]
     rows = [named(row, *pair) for row, pair in zip(made_rows(4), verdicts, strict=True)]
     write_record(tmp_path / "records", "other", 0, rows)
@@ -390,11 +390,11 @@ def test_without_functions_the_writers_sum_counts_and_its_parts_are_logged(llama
     assert [rewards[k] for k in (0, 1)] == [7.0, 1.0] and math.isnan(rewards[2]) and math.isnan(rewards[3])
     (entry, *_) = trainer.state.log_history
     assert (entry["reward"], entry["rewards/reward/mean"], entry["left_out/unscored"]) == (4.0, 4.0, 0.5)
-    assert (entry["rewards/letters/mean"], entry["rewards/digits/mean"]) == (1.0, 3.0)  # of what is scored
+    assert (entry["rewards/letters/mean"], entry["rewards/digits/mean"]) == (1.0, 3.0)  # over scored rows
 
 
 def test_what_writers_logged_is_logged(llama, tmp_path):
-    """A metric as the mean over the rows that have it, a column of the completions for all of them."""
+    """A metric is logged as the mean over the rows that have it, a column of the completions for all rows."""
     records = tmp_path / "records"
     rows = made_rows(4)
     for number, row in enumerate(rows):
@@ -413,7 +413,7 @@ def test_what_writers_logged_is_logged(llama, tmp_path):
 
 
 def test_records_are_read_back_as_data(tmp_path):
-    """Of a writer that gives rewards by function alone, and of one that could not judge a row."""
+    """Records may have only rewards by function, or a row that their writer could not judge."""
     rows = [named(row, 1.0, 0.5) for row in made_rows(4)]
     write_record(tmp_path / "by_function", "other", 0, [{k: v for k, v in r.items() if k != "reward"} for r in rows])
     assert load_rollouts(tmp_path / "by_function")["rewards/letters"][:] == [1.0] * 4
@@ -493,11 +493,10 @@ def ids_of(row: dict) -> tuple[torch.Tensor, torch.Tensor]:
 @pytest.mark.launch
 @pytest.mark.parametrize("processes", [1, 2])
 def test_kills_at_random_moments_lose_and_repeat_no_row(processes, qwen2, tmp_path):
-    """A learner and a writer, each in processes of its own, are killed by turns and started again until the end.
+    """A learner and a writer, each in processes of its own, are killed in turn and started again until the end.
 
-    The history of what was trained on is `output_dir/updates`. Windows of 8 rows and two updates, 16 updates: rows 0 to
-    63, each in its window, and each once. After each kill there are more rows, so that no learner gets to the end
-    before its time.
+    `output_dir/updates` is the history of trained rows. 16 updates on windows of 8 rows with two updates each take rows
+    0 to 63, each in its window and once. After each kill there are more rows, so that no learner ends too early.
     """
     rng, rows = random.Random(processes), made_rows(70, vocabulary=60)
     records, out = tmp_path / "records", tmp_path / "out"

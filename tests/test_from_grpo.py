@@ -1,4 +1,4 @@
-"""Scripts for `GRPOTrainer`: changed by two names they run, and what has no meaning here is said at once."""
+"""Scripts for `GRPOTrainer` run after two names are changed. Options without a meaning here are reported at once."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ trainer = GRPOTrainer(
 trainer.train()
 """
 
-# With options, and a reward function of one's own, as in the documentation's further examples.
+# With options and a reward function of the user's own, as in the documentation's further examples.
 WITH_OPTIONS = f"""
 from datasets import load_dataset
 from trl import GRPOConfig, GRPOTrainer
@@ -67,7 +67,7 @@ def hub(tmp_path_factory) -> Path:
 
 @pytest.fixture
 def run(hub, monkeypatch):
-    """Runs a script there; a CPU computes in bfloat16 too, which transformers refuses without a GPU."""
+    """Runs a script there. It allows bfloat16, which a CPU can compute but transformers refuses without a GPU."""
     monkeypatch.chdir(hub)
     monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", hub / "cache")
     monkeypatch.setattr("transformers.training_args.is_torch_bf16_gpu_available", lambda: True)

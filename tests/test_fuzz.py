@@ -1,4 +1,4 @@
-"""What anyone may hand over, drawn at random: accepted, or refused in one clear sentence. Nothing else escapes."""
+"""Random input of every kind is accepted, or refused in one clear sentence. No other error escapes."""
 
 import json
 import random
@@ -60,7 +60,7 @@ def tables(draw) -> list[dict[str, Any]]:
 @FEW
 @given(tables(), st.booleans(), st.booleans())
 def test_rows_of_a_training_set(rows, rewarded, previous):
-    """Every refusal is a ValueError that says what of the set is meant."""
+    """Every refusal is a ValueError that names the place in the set."""
     try:
         dataset = Dataset.from_list(rows)
     except (pa.ArrowInvalid, pa.ArrowTypeError, OverflowError, TypeError, ValueError):
@@ -95,7 +95,7 @@ stored = st.builds(
 @given(st.lists(st.one_of(stored, st.sampled_from(["popleft", "restore"]), st.integers(0, 30)), max_size=40),
        st.integers(1, 8))  # fmt: skip
 def test_a_store_is_a_list_that_forgets(operations, capacity):
-    """Append, drop the oldest, remove anywhere, save and restore: always the same as a plain list of what is left."""
+    """After appending, dropping the oldest, removing anywhere, saving and restoring, it equals a plain list."""
     store, plain = TrajectoryStore(capacity), []
     for one in operations:
         if isinstance(one, Trajectory):
@@ -152,7 +152,7 @@ def damaged(data: st.DataObject, good: bytes, last: int) -> bytes:
 @settings(FEW, max_examples=60)
 @given(st.data())
 def test_damaged_rollouts(rollouts, data):
-    """Any changed bit or hole among the pages, and any cut, is said by the file's name, or changes no row.
+    """Any changed bit or hole among the pages, and any cut, gives an error with the file's name, or changes no row.
 
     The footer has no checksum of its own.
     """
@@ -180,7 +180,7 @@ values = st.recursive(
 @settings(FEW, max_examples=60)
 @given(st.sampled_from(sorted(TBRMOptions.__annotations__)), values)
 def test_a_recipe_with_any_value_of_an_option(train_script, name, value):
-    """It is taken, or refused by the option's name, before anything is loaded. No list or table is taken."""
+    """It is accepted, or refused with the option's name, before anything is loaded. No list or table is accepted."""
     recipe = yaml.safe_load((RECIPES / "tbrm.yaml").read_text()) | {name: value}
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "recipe.yaml"
@@ -208,7 +208,7 @@ def checkpoint(tmp_path_factory) -> Path:
 @FEW
 @given(st.sampled_from(["tbrm/complete.json", "tbrm/process-0/state.json", "trainer_state.json"]), st.data())
 def test_a_damaged_file_of_a_checkpoint(checkpoint, name, data):
-    """It is called damaged, by its name, and no run resumes from it; or it says what it said."""
+    """It is reported as damaged, by its name, and no run resumes from it; or it reads as before."""
     said, file = read_mark(checkpoint), checkpoint / name
     good = file.read_bytes()
     anything = values.map(lambda value: json.dumps(value).encode())
@@ -231,7 +231,7 @@ def test_a_damaged_file_of_a_checkpoint(checkpoint, name, data):
 @FEW
 @given(st.one_of(values.map(lambda value: json.dumps(value).encode()), st.binary(max_size=9), st.just(b"[" * 10**5)))
 def test_a_damaged_lock(content):
-    """Whatever the file of a held lock says, a second run is told that the folder is taken."""
+    """Whatever is in the file of a held lock, a second run is told that the folder is taken."""
     with tempfile.TemporaryDirectory() as folder:
         lock = FolderLock(folder)
         lock.acquire()

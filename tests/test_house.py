@@ -1,4 +1,4 @@
-"""The house's plan, read off the import statements of `src/`: who may know whom."""
+"""The architecture, read from the import statements of `src/`: which modules may import which."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def modules(root: Path) -> dict[str, Path]:
 
 
 def imported(statement: ast.Import | ast.ImportFrom, name: str, file: Path, package: str) -> Iterator[str]:
-    """Dotted names, within the package, that a statement in one of its modules asks for; '' is the package itself."""
+    """Dotted names within the package that a statement in one of its modules imports; '' is the package itself."""
     if isinstance(statement, ast.Import):
         absolute = [alias.name for alias in statement.names]
     elif statement.level:
@@ -42,9 +42,9 @@ def imported(statement: ast.Import | ast.ImportFrom, name: str, file: Path, pack
 
 
 def imports_of(root: Path) -> Graph:
-    """Which modules each module imports: anywhere in it, for type checkers alone as well.
+    """The modules that each module imports anywhere in it, also only for type checkers.
 
-    A name that is imported from a package is that of a module in it, or it comes from its `__init__`.
+    A name that is imported from a package is a module in it, or it comes from the package's `__init__`.
     """
     found, graph = modules(root), {}
     for name, file in found.items():
@@ -55,11 +55,11 @@ def imports_of(root: Path) -> Graph:
 
 
 def cycles(graph: Graph) -> list[list[str]]:
-    """For every module that is in one: a shortest way from it back to it."""
+    """For every module in a cycle, a shortest way from it back to itself."""
 
     def way_back(start: str) -> list[str] | None:
         ways, seen = [[start]], set()
-        for way in ways:  # which grows
+        for way in ways:  # the list grows
             for following in sorted(graph[way[-1]]):
                 if following == start:
                     return [*way, start]
@@ -81,7 +81,7 @@ def importers(graph: Graph, package: str) -> set[str]:
 
 
 def intrusions(graph: Graph) -> set[tuple[str, str]]:
-    """Imports of a room from another one, or from above."""
+    """Imports that a room makes from another room, or from a module above the rooms."""
     return {
         (name, other)
         for room in ROOMS
@@ -92,7 +92,7 @@ def intrusions(graph: Graph) -> set[tuple[str, str]]:
 
 
 def private_reads(file: Path) -> list[str]:
-    """Private attributes read of what is called a trainer or a run, or of what is annotated as one."""
+    """Private attributes that are read from names such as trainer or run, or from arguments annotated as one."""
     tree = ast.parse(file.read_text())
     objects = {"trainer", "run"} | {
         argument.arg
@@ -179,7 +179,7 @@ def test_a_cycle_is_seen(statement, tmp_path):
 
 
 def test_a_cycle_through_a_packages_names_is_seen(tmp_path):
-    """`room.__init__` passes on a name of room.a, which asks for one of b."""
+    """`room.__init__` passes on a name of room.a, and room.a imports from b."""
     root = package(tmp_path, room__a="from ..b import x", b="from .room import thing")
     assert cycles(imports_of(root)) == []
     (root / "room/__init__.py").write_text("from .a import thing")
@@ -229,7 +229,7 @@ def test_a_wide_protocol_is_seen():
 
 
 def test_no_test_module_imports_another():
-    """What they share is in `helpers`, which imports none of them either."""
+    """Shared code is in `helpers`, which imports no test module either."""
     tests = Path(__file__).parent
     modules_of_tests = {file.stem for file in tests.glob("*.py")}
     for file in tests.rglob("*.py"):

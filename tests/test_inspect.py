@@ -1,4 +1,4 @@
-"""inspect-ai beside `tbrm eval`: the same problems and checkpoint, the same completions and the same numbers."""
+"""inspect-ai and `tbrm eval` on the same problems and checkpoint give the same completions and numbers."""
 
 import asyncio
 from concurrent.futures import Future
@@ -13,11 +13,11 @@ from tbrm_trl.evaluation.results import read_result
 from tbrm_trl.evaluation.sampling import Completion, Request, Sampling
 
 inspect_ai = pytest.importorskip("inspect_ai")
-LETTERS = "helpers.reward_functions.letters"  # which the untrained model differs in
+LETTERS = "helpers.reward_functions.letters"  # the untrained model's completions differ in it
 
 
 def judged(model: str, name: str, folder, temperature: float, samples: int, tokens: int = 16):
-    """One benchmark by `tbrm eval` and by inspect-ai: the result of one and the log of the other."""
+    """Evaluate one benchmark by `tbrm eval` and by inspect-ai. Returns the first one's result and the other's log."""
     from tbrm_trl.evaluation.inspect_adapter import benchmark
 
     given = f"--samples {samples} --temperature {temperature} --max_new_tokens {tokens} --use_cpu true".split()
@@ -71,7 +71,7 @@ def test_what_the_sampler_has_not_is_refused(given, said, llama, tmp_path):
 
 
 def test_another_model_has_no_token_ids(tmp_path):
-    """The length of what it says is then that of its text, not 0."""
+    """The length of its completion is then that of the text, not 0."""
     from tbrm_trl.evaluation.inspect_adapter import benchmark
 
     name = str(sums(tmp_path / "sums.json"))
@@ -104,7 +104,7 @@ def test_a_chat_template_is_given_its_variables(monkeypatch):
 
 
 def test_a_cancelled_sample_leaves_the_others_alone(monkeypatch):
-    """Cancelled before it is drawn, or while it is; those that wait beside it get their completions."""
+    """It is cancelled before or while it is drawn. The others that wait get their completions."""
     from tbrm_trl.evaluation.inspect_adapter import ModelPolicy
 
     futures: list[Future] = [Future() for _ in range(3)]

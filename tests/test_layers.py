@@ -1,4 +1,4 @@
-"""What makes layers cheaper leaves the loss as it is: gradient checkpointing, torch.compile, Liger and Hub kernels."""
+"""Cheaper layers do not change the loss: gradient checkpointing, torch.compile, Liger and Hub kernels."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from torch._dynamo.utils import counters
 from transformers import TrainerCallback
 from transformers.utils import is_kernels_available, is_liger_kernel_available
 
-COMPILED = dict(torch_compile=True, torch_compile_backend="aot_eager")  # the whole way but code generation
+COMPILED = dict(torch_compile=True, torch_compile_backend="aot_eager")  # everything except code generation
 UPDATES = dict(
     per_device_train_batch_size=2, gradient_accumulation_steps=2, max_steps=4, learning_rate=0.01,
     lr_scheduler_type="constant",
@@ -28,7 +28,7 @@ def fresh_compiler():
 
 
 def trained(tmp_path, lora=False, architecture="qwen2", callback=None, **options):
-    """Four updates on sixteen rows; the reference is another policy than the one that starts."""
+    """Four updates on sixteen rows. In full fine-tuning the reference differs from the starting policy."""
     adapter = LoraConfig(r=4, target_modules="all-linear", lora_dropout=0.0) if lora else None
     trainer = scripted_trainer(
         save(tmp_path / "model", architecture), script(rows=16), tmp_path, peft_config=adapter, **UPDATES | options
@@ -42,7 +42,7 @@ def trained(tmp_path, lora=False, architecture="qwen2", callback=None, **options
 
 
 def assert_same_updates(trainer, plain):
-    """The first gradients agree to rounding; over later updates Adam amplifies it."""
+    """Assert that the first gradients agree up to rounding, which Adam amplifies over later updates."""
     assert len(trainer.losses) == len(plain.losses) == 8
     assert trainer.losses[:2] == pytest.approx(plain.losses[:2], rel=TOLERANCE)
     assert trainer.losses == pytest.approx(plain.losses, rel=1e-3)
@@ -74,7 +74,7 @@ def test_gradient_checkpointing(use_reentrant, lora, tmp_path):
 
 
 class Graphs(TrainerCallback):
-    """How many there are after each update."""
+    """Records how many graphs there are after each update."""
 
     def __init__(self):
         self.compiled = []
@@ -100,7 +100,7 @@ def test_compiled(architecture, tmp_path):
 
 @pytest.mark.launch
 def test_compiled_reference_is_reset(tmp_path):
-    """A sync finds the parameters inside the compiled reference, and its scores are stale afterwards."""
+    """A sync finds the parameters inside the compiled reference, and makes its scores stale."""
     options = dict(sync_ref_model=True, ref_model_sync_steps=2, ref_model_mixup_alpha=1.0)
     plain, compiled = trained(tmp_path, **options), trained(tmp_path, **options, **COMPILED)
     assert_same_updates(compiled, plain)
@@ -123,7 +123,7 @@ def test_compiled_by_inductor(tmp_path):
 
 
 def test_liger_leaves_the_head_alone(tmp_path):
-    """Its layer kernels are Triton's and need a GPU; its fused loss would take the place of the trajectory head."""
+    """Its layer kernels use Triton and need a GPU. Its fused loss would replace the trajectory head."""
     folder = save(tmp_path / "model")
     with pytest.raises(ValueError, match=r"fused_linear_cross_entropy.*is not supported"):
         scripted_trainer(

@@ -39,7 +39,7 @@ def test_copying_the_first_letter(seed, soft_value, tmp_path):
 
 
 def test_from_saved_rollouts_alone(tmp_path):
-    """2,000 rollouts that one run saved teach a fresh copy of its model, which never generates to learn.
+    """2,000 rollouts that one run saved teach a fresh copy of its model, which never generates in training.
 
     Held-out words are in neither run. The rise must exceed three standard errors of the difference.
     """

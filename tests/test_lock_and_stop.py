@@ -1,4 +1,4 @@
-"""The lock on an output directory and the request to stop, without a run: forks of this process stand for others."""
+"""The lock on an output directory and the request to stop, without a run: forks play other processes."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from tbrm_trl.resume.stop import StopRequest
 
 
 def status_of(work: Callable[[], None]) -> int:
-    """Do something in a fork. Returns its exit code, or minus the signal that killed it; 99 at the end."""
+    """Call a function in a fork. Returns the exit code (99 if the function ends), or minus the signal of a kill."""
     child = os.fork()
     if not child:
         try:
@@ -33,7 +33,7 @@ def status_of(work: Callable[[], None]) -> int:
 
 
 def test_one_at_a_time(tmp_path):
-    """The folder need not exist. Who is refused learns who holds it; what was released can be taken."""
+    """The folder need not exist. A refusal says who holds the lock. A released lock can be taken."""
     folder = tmp_path / "deep" / "out"
     first, second = FolderLock(folder), FolderLock(folder)
     begun = datetime.now(UTC).replace(microsecond=0)
@@ -45,7 +45,7 @@ def test_one_at_a_time(tmp_path):
     since, _, advice = since.partition(". ")
     assert begun <= datetime.fromisoformat(since) <= datetime.now(UTC) and "." not in since  # to the second
     assert advice == "Give this run another output_dir, or end that one first."
-    second.release()  # it never had it
+    second.release()  # it does not hold the lock
     assert (folder / NAME).exists()
     first.release()
     assert not (folder / NAME).exists()
@@ -67,7 +67,7 @@ def test_what_a_crash_left_behind_does_no_harm(tmp_path):
 
 
 def test_a_forked_child_does_not_keep_it(tmp_path):
-    """It lives on after its parent has died, which is here that the parent's descriptor is closed."""
+    """The child outlives its parent. Closing the parent's descriptor plays the parent's death."""
     lock, (end, begun) = FolderLock(tmp_path), os.pipe()
     lock.acquire()
     child = os.fork()
@@ -85,7 +85,7 @@ def test_a_forked_child_does_not_keep_it(tmp_path):
 
 
 def test_a_file_that_its_holder_just_removed_is_no_lock(tmp_path, monkeypatch):
-    """Between opening and locking, the holder released it: the lock must be on the file that is there now."""
+    """If the holder releases it between opening and locking, the lock must be on the new file."""
     flock, calls = fcntl.flock, []
 
     def late(descriptor: int, how: int) -> None:
@@ -104,7 +104,7 @@ def test_a_file_that_its_holder_just_removed_is_no_lock(tmp_path, monkeypatch):
 
 
 def test_a_file_system_without_locks(tmp_path, monkeypatch):
-    """Said, and no reason to stop; whoever may be in there keeps the file."""
+    """It gives a warning and no error. The file stays, since another run may use the folder."""
 
     def none(descriptor: int, how: int) -> None:
         raise OSError(errno.ENOLCK, "No locks available")
@@ -134,7 +134,7 @@ def test_refusals_and_releases_leave_no_file_open(tmp_path):
 
 @pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_is_a_request_until_the_time_is_over(signum, monkeypatch, capsys):
-    """The process goes on, and is ended after the limit with 128 and the signal's number."""
+    """The process goes on, and ends after the limit with code 128 plus the signal's number."""
     codes: list[int] = []
     monkeypatch.setattr(os, "_exit", codes.append)
     request, name = StopRequest(timeout=0.3), signal.Signals(signum).name
@@ -152,7 +152,7 @@ def test_a_signal_is_a_request_until_the_time_is_over(signum, monkeypatch, capsy
 
 
 def test_a_stop_that_nobody_reads_of_is_one():
-    """The other side of stderr has gone, as that of a pipe does on Ctrl-C."""
+    """The reader of stderr is gone, as that of a pipe is after Ctrl-C."""
 
     def work() -> None:
         reads, writes = os.pipe()

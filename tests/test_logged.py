@@ -58,7 +58,7 @@ def windows_of(trainer) -> list:
 
 
 def test_ids_as_they_are(llama, tmp_path):
-    """Ids, mask and reward come through, and loss and gradient are the oracle's: never a call to generate."""
+    """Ids, mask and reward are kept, loss and gradient are the oracle's, and nothing calls generate."""
     rows = [{**row, "loss_mask": [1, 0, 1] if i % 2 else None} for i, row in enumerate(IDS)]
     trainer = on(build(llama, tmp_path, None, Dataset.from_list(rows), per_device_train_batch_size=8, max_steps=1,
                        max_grad_norm=0.0, precompute_ref_log_probs=False, shuffle_dataset=False))  # fmt: skip
@@ -78,7 +78,7 @@ def test_ids_as_they_are(llama, tmp_path):
 
 @pytest.mark.parametrize("data", ["text", "messages", "text answers to messages"])
 def test_tokenized_as_the_policy_would_have(data, llama, tmp_path):
-    """What the policy generated, decoded and logged, has the ids that were generated: prompt, completion, <eos>."""
+    """Generated text that is decoded and logged gets the generated ids again: prompt, completion, <eos>."""
     chats = data != "text"
     tokenizer = closing(llama)
     texts = [f"{i}: ab?" for i in range(32)]
@@ -117,9 +117,9 @@ def test_tokenized_as_the_policy_would_have(data, llama, tmp_path):
 
 
 def test_turns_of_a_conversation(llama, tmp_path):
-    """Only what the assistant said is an action; the tool's turn, and the opening of the next, are not.
+    """Only the assistant's own tokens are actions; the tool's turn, and the opening of the next, are not.
 
-    The template writes `<u>hi\n<a>` for the prompt, and closes each of the assistant's turns by <eos>.
+    The template writes `<u>hi\n<a>` for the prompt, and closes each of the assistant's turns with <eos>.
     """
     rows = [{
         "prompt": [{"role": "user", "content": "hi"}],
@@ -194,7 +194,7 @@ def test_templates_that_guarantee_nothing(template, message, llama, tmp_path):
 
 
 def test_mixed(llama, tmp_path):
-    """Groups of 4 rollouts beside logged rows, whose own reward counts; where there is none, the function's does."""
+    """Groups of 4 rollouts beside logged rows. A logged row's own reward counts, or else the function's."""
     rows = [{"prompt": f"{i}", "completion": None, "reward": None} for i in range(8)]
     rows += [{"prompt": f"{i}!", "completion": "abc", "reward": 7.0 if i % 2 else None} for i in range(8)]
     trainer = build(llama, tmp_path, train_dataset=Dataset.from_list(rows), per_device_train_batch_size=8,
@@ -210,7 +210,7 @@ def test_mixed(llama, tmp_path):
 
 
 def test_columns_of_the_user_reach_the_reward_functions(llama, tmp_path):
-    """Also those whose names a trajectory has for itself, such as `source` and `group`."""
+    """They do also if a trajectory has a field of the name, such as `source` and `group`."""
     asked = []
 
     def reward(completions, source, group, **kwargs):
@@ -312,7 +312,7 @@ def test_evaluation_needs_a_reward(tmp_path):
 
 
 def test_given_scores_of_the_producing_policy_are_kept(llama, tmp_path):
-    """With `reference="previous"` the user's own scores stand; those of another reference are refused."""
+    """With `reference="previous"` the user's own scores are kept. Those of another reference are refused."""
     rows = [{**row, "ref_log_probs": [-1.0, -2.0, -3.0], "ref_soft_value": 4.0} for row in IDS]
     trainer = on(build(llama, tmp_path, None, Dataset.from_list(rows), reference="previous"))
     windows = windows_of(trainer)
@@ -320,7 +320,7 @@ def test_given_scores_of_the_producing_policy_are_kept(llama, tmp_path):
     for window in windows:
         assert all(t.ref_log_probs.tolist() == [-1, -2, -3] and t.ref_soft_value == 4 for t in window)
     trained = build(llama, tmp_path, None, Dataset.from_list(rows), reference="previous", trainer_class=TBRMTrainer)
-    trained.train()  # it is not asked whether the policy is these scores' reference
+    trained.train()  # nothing checks whether the policy is these scores' reference
     assert trained.state.global_step == 2
     with pytest.raises(ValueError, match=r"Row 0 .*these are another reference's"):
         rows = [{**row, "ref_key": "0123"} for row in rows]
@@ -328,7 +328,7 @@ def test_given_scores_of_the_producing_policy_are_kept(llama, tmp_path):
 
 
 def test_scores_of_a_log_are_kept_block_by_block(tmp_path):
-    """Interrupted in the third of four blocks, the next run scores two. Each row has its own score."""
+    """After an interruption in the third of four blocks, the next run scores two. Each row has its own score."""
     scored: list[int] = []
 
     def score(trajectories, filler, last=math.inf) -> None:
@@ -359,7 +359,7 @@ def test_streams_cannot_be_divided(tmp_path):
 
 
 def test_evaluation_keeps_the_reference(llama, tmp_path):
-    """With an evaluation set the scores are precomputed all the same, but the reference stays for its rollouts."""
+    """With an evaluation set the scores are also precomputed, but the reference stays for the set's rollouts."""
     trainer = build(llama, tmp_path, train_dataset=Dataset.from_list(IDS), eval_dataset=DATA)
     assert trainer.ref_model is not None and trainer.train_dataset["ref_key"] == [trainer._reference.key] * 8
 

@@ -1,4 +1,4 @@
-"""What is read of a checkpoint before anything is loaded, on folders made by hand: marks, choices, notes, removals."""
+"""Checkpoints before anything is loaded, on hand-made folders: marks, which to resume, messages, removals."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ SETTINGS = {"beta": 0.1, "learning_rate": 1e-3, "versions": {"torch": "2"}, "ref
 
 
 def write(out: Path, step: int, marked: bool = True, model_only: bool = False, **settings) -> Path:
-    """A checkpoint of two files, and of one process's state."""
+    """Write a checkpoint of two files and one process's state."""
     folder = out / f"checkpoint-{step}"
     process_folder(folder, 0).mkdir(parents=True)
     (folder / "optimizer.pt").write_bytes(b"moments of %d" % step)
@@ -65,7 +65,7 @@ def test_the_newest_sound_one_is_taken_in_the_order_of_steps(tmp_path):
 
 
 def test_what_is_passed_over_is_said(tmp_path):
-    write(tmp_path, 1, marked=False)  # an older one is not missed
+    write(tmp_path, 1, marked=False)  # older than the checkpoint taken, so not mentioned
     second, _, sixth, _ = (
         write(tmp_path, 2),
         write(tmp_path, 4, marked=False),
@@ -141,7 +141,7 @@ def test_another_run_and_other_settings(tmp_path):
         "weights to change them."
     )
     changed = dict(beta=np.float64(0.2), versions={"torch": "3", "trl": "1"}, learning_rate=1.0)
-    changed |= {"reference key": "other"}  # another identity says so
+    changed |= {"reference key": "other"}  # another identity has its own error
     _, [said] = checkpoint_to_resume(True, str(tmp_path), IDENTITY, SETTINGS | changed, no_effect=("learning_rate",))
     assert said == (
         start
@@ -155,7 +155,7 @@ def test_another_run_and_other_settings(tmp_path):
 
 
 def test_a_run_is_described_by_arrays_too(tmp_path):
-    """They are written as lists, and compared as such."""
+    """Arrays are written as lists, and compared as lists."""
     (tmp_path / "checkpoint-1").mkdir()
     identity = {"sizes": np.arange(3)}
     mark_complete(tmp_path / "checkpoint-1", {"identity": identity, "settings": {"scale": np.ones(2)}})
@@ -240,7 +240,7 @@ def test_a_mark_that_says_nothing_is_damaged(mark, tmp_path):
 
 
 def test_checkpoints_that_a_new_run_would_displace(tmp_path):
-    """All but one that was cut short: those with a mark, and those of another trainer that are whole."""
+    """These are all complete ones: those with a mark, and whole ones of another trainer."""
     write(tmp_path, 1), write(tmp_path, 2, model_only=True)
     write(tmp_path, 3, marked=False)
     for step, name in ((4, "trainer_state.json"), (5, "optimizer.pt")):
@@ -254,7 +254,7 @@ def test_checkpoints_that_a_new_run_would_displace(tmp_path):
     (2, None, [3, 4]), (2, 1, [1, 4]), (3, 1, [1, 3, 4]), (1, 1, [1, 4]), (9, None, [1, 2, 3, 4, 9]), (2, 4, [3, 4]),
 ])  # fmt: skip
 def test_so_many_are_kept(limit, best, left, tmp_path):
-    """The one just written is 4. 9 was left by an interrupted run, and was written before 3."""
+    """4 was just written. 9 is left from an interrupted run, and was written before 3."""
     for age, step in enumerate((1, 2, 9, 3, 4)):
         folder = write(tmp_path, step)
         os.utime(folder, (age, age))
@@ -263,7 +263,7 @@ def test_so_many_are_kept(limit, best, left, tmp_path):
 
 
 def test_a_checkpoint_loses_its_mark_before_its_files(tmp_path, monkeypatch):
-    """A removal that is cut short leaves none that seems complete."""
+    """An interrupted removal leaves no checkpoint that seems complete."""
     monkeypatch.setattr(shutil, "rmtree", lambda folder, ignore_errors: None)
     for step in (1, 2):
         write(tmp_path, step)

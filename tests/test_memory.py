@@ -39,7 +39,7 @@ QWEN_MATH = {
 
 
 def lora() -> LoraConfig:
-    """PEFT writes into what it is given."""
+    """A new configuration for each use, since PEFT writes into it."""
     return LoraConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM")
 
 
@@ -143,7 +143,7 @@ def test_what_changes_activations():
     assert activations() < 0.7 * kept  # of two layers, one at a time, and what enters each
     # eager keeps scores before and after softmax, (4, 2, 128, 128) in each of two layers, at least once
     assert activations(gradient_checkpointing=False, attn_implementation="eager") > kept + 2 * 4 * 4 * 2 * 128 * 128
-    # sdpa is given no mask of padded rows, of which each layer would keep its own
+    # sdpa gets no mask for padded rows; each layer would keep its own
     assert activations(gradient_checkpointing=False, attn_implementation="flash_attention_2") == kept
 
 

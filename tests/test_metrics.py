@@ -1,4 +1,4 @@
-"""Metrics by hand: sums and weights that are added by name, and the residuals beside logged completions."""
+"""Metrics by hand: sums and weights that are added by name, and the residuals in the table of completions."""
 
 import json
 import math
@@ -32,7 +32,7 @@ def totals(**pairs):
 
 def row(origin: str = "fresh", steps: tuple[int, int] = (0, 0), ref: tuple[float, float] = (0.0, 0.0),
         mask: tuple[bool, bool] = (True, True), **given: Any) -> UpdateRow:  # fmt: skip
-    """A prompt of one token and two tokens after it. `steps`: of the policy at the first and at the last."""
+    """A prompt of one token and two tokens after it. `steps` are the policy's at the first and at the last token."""
     first, last = steps
     trajectory = Trajectory(
         torch.tensor([5]), torch.tensor([6, 7]), torch.tensor(mask), reward=1.0, end=End.EOS, policy_step=last,
@@ -47,7 +47,7 @@ def test_a_mean_is_over_the_weights_of_all_that_was_added():
 
 
 def test_what_one_side_lacks_counts_there_as_nothing():
-    """An evaluation adds its loss to the totals of its rows, and a checkpoint of another version has other metrics."""
+    """An evaluation adds its loss to its rows' totals, and another version's checkpoint has other metrics."""
     old = Totals.from_state({"kl": [6.0, 2.0], "gone": [1.0, 1.0]}, torch.device("cpu"))
     assert (old + totals(entropy=[4.0, 1.0], kl=[0.0, 1.0])).means() == {"kl": 2.0, "gone": 1.0, "entropy": 4.0}
     assert (Totals() + old).state() == (old + Totals()).state() == old.state()
@@ -117,7 +117,7 @@ def test_the_loss_of_an_evaluation():
 
 
 def test_an_evaluation_by_hand():
-    """Two prompts of two rows and a prompt that only fills up the batch; a row that no function scored."""
+    """Two prompts with two rows each and a prompt that only fills up the batch. No function scored one of the rows."""
     numbers = torch.tensor([[0, 3, 0, 1, 2], [0, 5, 1, 3, NAN], [0, 4, 1, NAN, NAN], [0, 8, 0, 2, 2], [1, 9, 0, 7, 7],
                             [1, 9, 1, 7, 7]])  # fmt: skip
     metrics = evaluation_metrics(numbers, ["f", "g"], torch.tensor([1.0, 0.5]), 2)
@@ -138,7 +138,7 @@ def test_an_evaluation_by_hand():
 
 
 def test_the_numbers_of_an_evaluations_rows():
-    """Whether it only fills up, the tokens that the policy chose, whether it was cut, and its rewards."""
+    """For each row: whether it only fills up, the number of chosen tokens, whether it was cut, and its rewards."""
     rows = [row(left_out="repeated"), row(mask=(True, False), left_out="truncated")]
     rows[0].trajectory.rewards, rows[1].trajectory.end = {"f": 0.5, "g": 2.0}, End.LENGTH
     numbers = evaluated_numbers(rows, ["g", "f"])
@@ -156,7 +156,7 @@ def set_advantages(table: CompletionsTable, rows: list[UpdateRow], values: list[
 
 
 def test_the_column_of_advantages():
-    """A table of four rows, of generations of two: as many as it shows are kept, each with its value if trained on."""
+    """A table of four rows, from generations of two. It keeps the rows that it shows, with values of trained ones."""
     table, rows = CompletionsTable(4), [row() for _ in range(6)]
     for generation in (rows[:2], rows[2:4]):
         table.add([one.trajectory for one in generation], "train")
@@ -173,7 +173,7 @@ def test_the_column_of_advantages():
 
 
 def test_the_column_goes_on_after_a_resume():
-    """Rows of the window are known again; those of an evaluation, or of another window, are not."""
+    """After a resume the window's rows are recognized, but not those of an evaluation or of another window."""
     rows, other = [row() for _ in range(3)], row()
     table = CompletionsTable(3)
     table.add([one.trajectory for one in rows], "train")
@@ -191,7 +191,7 @@ def test_the_column_goes_on_after_a_resume():
 
 
 def test_a_recorder_counts_what_was_taken_since_the_last_log():
-    """Micro-batches until their step ends; of several processes; a step that is not kept is in no mean."""
+    """It adds up micro-batches until their step ends, and processes. A step that is not kept is in no mean."""
     doubled = SimpleNamespace(sync_gradients=False, reduce=lambda pairs, reduction: 2 * pairs)
     recorder = Recorder()
     assert recorder.means("train") == recorder.means("eval") == {}

@@ -1,4 +1,4 @@
-"""An update divided into micro-batches, by rows or by tokens, has the loss and the gradient of one that is not."""
+"""An update has the same loss and gradient whether or not it is divided into micro-batches, by rows or by tokens."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from tbrm_trl.trajectory import UpdateRow
 
 
 def shapes_with_gradient(trainer) -> list[tuple[int, int]]:
-    """Keeps rows and width of each forward pass of the policy with gradient."""
+    """A list with rows and width of each forward pass of the policy with gradient."""
     shapes: list[tuple[int, int]] = []
 
     def keep(module, args, kwargs):
@@ -90,7 +90,7 @@ def test_router_loss_is_the_mean_over_rows(tmp_path):
 
 @pytest.mark.parametrize("budget", [60, 25])
 def test_groups_under_a_token_budget(budget, tmp_path):
-    """Whole where each fits; else one pass beforehand gives their value, and any split the same gradient."""
+    """Groups that fit stay whole. Else a pass beforehand gives their value, and any split gives the same gradient."""
     folder = save(tmp_path / "model", "llama")
     options = dict(soft_value="group", num_generations=2)
     plain = one_update(folder, tmp_path, **options)
@@ -162,7 +162,7 @@ class CountReductions(TrainerCallback):
 
 
 def count_in_each_process(folder: str, rows: list[dict], out: str, **options) -> dict[str, Any]:
-    """Train, in each of the processes. Returns how often each ran and reduced, and what came out."""
+    """Train in this process. Returns how often it ran and reduced, and the results."""
     allow_fsdp_on_cpu()
     trainer = scripted_trainer(
         folder, [Row(**row) for row in rows], out, per_device_train_batch_size=len(rows) // 2, **options
@@ -184,7 +184,7 @@ def count_in_each_process(folder: str, rows: list[dict], out: str, **options) ->
 
 @pytest.mark.parametrize("kind", ["ddp", "fsdp2", pytest.param("zero2", marks=pytest.mark.launch), "zero3"])
 def test_every_process_runs_as_many_micro_batches(kind, tmp_path):
-    """The first process has the long rows and needs more; the second divides its own further, and adds no filler."""
+    """The first process has long rows and needs more. The second divides its rows further instead of adding filler."""
     folder, rows = save(tmp_path / "model"), script(tools=False)
     rows[:4] = [replace(row, prompt=row.prompt + "x" * 20) for row in rows[:4]]
     options = dict(max_tokens_per_microbatch=80, num_iterations=2, max_steps=2, learning_rate=0.01,

@@ -1,4 +1,4 @@
-"""The trainer's own loss and gradient, out of `train()`, against brute force in float64."""
+"""The loss and gradient of the trainer's `train()`, against brute force in float64."""
 
 from __future__ import annotations
 
@@ -202,7 +202,7 @@ def test_qlora(tmp_path):
 
 _SMALL = dict(vocab_size=97, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
               num_key_value_heads=2, head_dim=8)  # fmt: skip
-UNMASKED = {  # what could take its distances, windows or states from a mask
+UNMASKED = {  # models that could take distances, windows or states from a mask
     "bloom": dict(vocab_size=97, hidden_size=32, n_layer=2, n_head=4),
     "mpt": dict(vocab_size=97, d_model=32, n_layers=2, n_heads=4, expansion_ratio=2),
     "falcon": dict(vocab_size=97, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, alibi=True),
@@ -220,7 +220,7 @@ UNMASKED = {  # what could take its distances, windows or states from a mask
 
 @pytest.mark.parametrize("architecture", list(UNMASKED))
 def test_padding_on_the_right_needs_no_mask(architecture):
-    """Behind the real tokens stands what it likes, without a mask: their logits are those of the row alone."""
+    """Without a mask, real tokens have the logits of the row alone, whatever the padding behind them is."""
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(AutoConfig.for_model(architecture, **UNMASKED[architecture])).eval()
     ids = torch.randint(3, 90, (2, 24))  # (B, T)

@@ -46,8 +46,8 @@ def test_built_installed_and_used(tmp_path):
     binaries = tmp_path / "venv/bin"
     install = ["pip", "--python", binaries / "python", "install", "--quiet", "--no-deps", "--no-index", wheel]
     subprocess.run([*python, *install], check=True)
-    # Everything else comes from here: a .pth file's folder is searched, but its own .pth files, as that of an editable
-    # installation, are not read.
+    # Everything else comes from this environment: a folder in a .pth file is searched, but .pth files in that folder,
+    # such as that of an editable installation, are not read.
     (installed,) = (tmp_path / "venv/lib").glob("python*/site-packages")
     (installed / "dependencies.pth").write_text(sysconfig.get_path("purelib"))
 

@@ -78,7 +78,7 @@ def test_scores_equal_padded_ones(architecture):
 
 
 def test_trajectories_do_not_see_each_other():
-    """Other tokens in one of them leave every bit of the others' scores where it was."""
+    """Other tokens in one of them change no bit of the others' scores."""
     policy, rows = scorer("qwen2"), trajectories()
     changed = replace(rows[1], completion_ids=rows[1].completion_ids.flip(0), prompt_ids=rows[1].prompt_ids + 1)
     wanted = dict(end_value=True, every_value=True)
@@ -116,7 +116,7 @@ def flash_varlen(
 
 @pytest.fixture
 def flash_in_torch(monkeypatch):
-    """transformers' own flash-attention path, but for the kernel, which no CPU can run."""
+    """transformers' own flash-attention path with only the kernel replaced, which no CPU can run."""
     monkeypatch.setattr(flash, "_loaded_implementation", "flash_attention_2")
     monkeypatch.setattr(flash, "_flash_fn", flash_attention)
     monkeypatch.setattr(flash, "_flash_varlen_fn", flash_varlen)
@@ -134,7 +134,7 @@ SIZES = dict(
 
 
 def small(model_type: str):
-    """Two layers of an architecture, one of each of its kinds, the sliding window shorter than the sequences."""
+    """Two layers of an architecture, one of each kind, with a sliding window shorter than the sequences."""
     defaults = CONFIG_MAPPING[model_type]()
     sizes = {name: size for name, size in SIZES.items() if hasattr(defaults, name)}
     if "kv_lora_rank" in sizes:  # multi-head latent attention
@@ -153,7 +153,7 @@ def small(model_type: str):
 
 
 def mixes(policy, attention: str) -> float:
-    """How far the logits of two sequences in one row are from those of each alone, relatively."""
+    """Relative distance between the logits of two sequences in one row and those of each alone."""
     policy.config._attn_implementation = attention
     first, second = torch.arange(3, 12)[None], torch.arange(20, 33)[None]
     with torch.no_grad():
@@ -168,7 +168,7 @@ def mixes(policy, attention: str) -> float:
 
 @pytest.mark.parametrize("model_type", sorted(PACKED_MODEL_TYPES))
 def test_the_list_of_architectures(model_type, flash_in_torch):
-    """Each of them keeps two sequences of a row apart, whichever attention it is asked for."""
+    """Each of them keeps two sequences of a row apart, with every attention."""
     policy = small(model_type)
     check_packing(policy)
     attentions = ["eager", *["sdpa"] * policy._supports_sdpa, *["flash_attention_2"] * policy._supports_flash_attn]
@@ -182,7 +182,7 @@ def test_the_list_of_architectures(model_type, flash_in_torch):
     [("gpt_oss", "eager"), ("opt", "sdpa"), ("gpt_bigcode", "flash_attention_2"), ("qwen3_next", "sdpa")],
 )
 def test_why_there_is_a_list(model_type, attention, flash_in_torch):
-    """All of these take `position_ids`, only the last carries a state, and each lets the second see the first."""
+    """All of these take `position_ids`, only the last has a state, and each lets a second sequence see the first."""
     policy = small(model_type)
     assert mixes(policy, attention) > 0.1
     with pytest.raises(ValueError, match=f"`padding_free=True` is refused for {type(policy).__name__} of type"):
@@ -222,7 +222,7 @@ def test_refused_before_training(tmp_path):
 
 @pytest.mark.parametrize("architecture", list(ARCHITECTURES))
 def test_architectures(architecture, tmp_path):
-    """Loss and gradient of a step are the brute force's, of one unpadded row at a time."""
+    """Loss and gradient of a step are those of brute force, which takes one unpadded row at a time."""
     folder = save(tmp_path / "model", architecture)
     trainer = scripted_trainer(folder, script(unscored=(3,)), tmp_path, temperature=0.7, padding_free=True)
     trainer.router_aux_loss_coef, trainer.aux_loss_enabled = 0.0, False  # the oracle has no load-balancing loss
@@ -305,7 +305,7 @@ def test_lora(tmp_path):
 
 
 def test_load_balancing_loss_and_evaluation(tmp_path):
-    """Padding never entered the router's loss, so it is the same without; so is everything that is evaluated."""
+    """Padding never entered the router's loss, so it is the same without padding. So are all evaluation metrics."""
     results = []
     for padding_free in (False, True):
         trainer = scripted_trainer(

@@ -1,4 +1,4 @@
-"""Rollouts that run ahead: windows stay what they were, and every token is one policy's."""
+"""Rollouts that run ahead: windows do not change, and every token comes from the policy named for it."""
 
 from __future__ import annotations
 
@@ -22,14 +22,14 @@ RUN: dict[str, Any] = dict(
 
 
 def policy(folder: str) -> PreTrainedModel:
-    """One whose completions also end at a digit or one of 15 letters, so that some are short."""
+    """A policy with completions that also end at a digit or one of 15 letters, so that some are short."""
     model = AutoModelForCausalLM.from_pretrained(folder)
     model.generation_config.eos_token_id = [1, *range(3, 28)]
     return model
 
 
 def run(folder: str, tmp_path, **options: Any):
-    """A run: of each update what the pool held after its draw, and the rows; of each window what the pool drew."""
+    """A run that keeps the rows and the pool of each update, and what the pool drew for each window."""
     trainer = build(policy(folder), tmp_path, **{**RUN, **options})
     make, trainer.held, trainer.drawn = trainer._make_pool, [], []
 
@@ -59,7 +59,7 @@ def row_of(trajectory: Trajectory) -> tuple:
 
 
 def test_windows_are_those_of_a_synchronous_run(llama, tmp_path):
-    """The same prompts in each window, whatever the lengths; the first one token for token; none left in the end."""
+    """Windows have the same prompts for all lengths, and the first has the same tokens. No row is left at the end."""
     alone, pooled = (run(llama, tmp_path / str(size), rollout_pool=size) for size in (0, 5))
     prompts = [list(map(prompt, window)) for window in pooled.windows]
     assert prompts == [list(map(prompt, window)) for window in alone.windows]
@@ -77,7 +77,7 @@ def test_windows_are_those_of_a_synchronous_run(llama, tmp_path):
 
 
 def test_every_token_is_drawn_by_the_policy_that_it_names(llama, tmp_path):
-    """A greedy run is decided by the policies alone. Each is asked again for the tokens that it should have drawn."""
+    """In a greedy run the policies decide everything. Each one must choose its tokens again."""
     trainer = run(llama, tmp_path, rollout_pool=9, generation_kwargs={"do_sample": False})
     rows = [row for window in trainer.drawn for row in window]
     trained = [one for window in trainer.windows for one in window]

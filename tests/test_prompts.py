@@ -1,4 +1,4 @@
-"""Prompts that are too long or unknown, found before a model is loaded, and what becomes of them."""
+"""Prompts that are too long or have unknown characters: found before a model is loaded, and how they are handled."""
 
 import re
 import string
@@ -140,7 +140,7 @@ def test_prompts_of_unknown_characters_are_refused(tmp_path, no_model):
 
 
 def test_the_tokens_of_unknown_characters(tmp_path):
-    """One has a token for them, another drops them without a word, and the last knows even that one."""
+    """The first tokenizer has a token for them, the second drops them silently, and the last knows the tested one."""
     assert unknown_tokens(tokenizer()) == {0}
     assert unknown_tokens(AutoTokenizer.from_pretrained(save(tmp_path / "model"))) == set()
     assert unknown_tokens(tokenizer(alphabet=string.printable + "\U0010fffd")) is None
@@ -149,7 +149,7 @@ def test_the_tokens_of_unknown_characters(tmp_path):
 def test_prompts_are_rendered_without_the_keys_that_arrow_adds():
     """Two prompts have a tool call each, so Arrow gives every message `tool_calls`, and both calls both arguments.
 
-    The template tells the number of calls and the names of the first one's arguments. "abc" has 3 tokens, "1xab" and
+    The template writes the number of calls and the names of the first one's arguments. "abc" has 3 tokens, "1xab" and
     "1yab" have 4.
     """
 
@@ -175,7 +175,7 @@ def test_prompts_are_rendered_without_the_keys_that_arrow_adds():
 
 
 def test_a_message_without_content_is_rendered_as_in_a_rollout():
-    """With the content "". The template puts one token before a content: that makes 1, and 3 for "ab"."""
+    """It is rendered with the content "". The template puts one token before it: that makes 1, and 3 for "ab"."""
     letters = tokenizer()
     letters.chat_template = "{% for m in messages %}{{ '<' + m['content'] }}{% endfor %}"
     renderer = PromptRenderer(None, letters, TBRMConfig("unused", use_cpu=True), None, None)
@@ -202,7 +202,7 @@ texts = st.text(st.sampled_from(string.ascii_letters + " é日"), max_size=40)
 @settings(max_examples=60, deadline=None)
 @given(st.lists(texts, min_size=1, max_size=12), st.booleans(), st.integers(1, 60), st.data())
 def test_bulk_and_row_by_row_agree(prompts, as_messages, limit, drawn):
-    """What is dropped is what is longer when each prompt is rendered alone, among the rows that are asked for."""
+    """Among the selected rows, those are dropped that are too long when rendered alone."""
     prompts = [*prompts, "one that is not asked for"]
     given = [chat(one) if as_messages else one for one in prompts]
     asked = np.array([*drawn.draw(st.lists(st.booleans(), min_size=len(given) - 1, max_size=len(given) - 1)), False])

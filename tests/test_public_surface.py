@@ -1,4 +1,4 @@
-"""What users call, pinned: a change here is one that they see, and belongs into the changelog."""
+"""The public API, pinned: users see a change here, and it belongs in the changelog."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from tbrm_trl import TBRMConfig, evaluation, memory, report
 from tbrm_trl.loss import soft_value
 from tbrm_trl.loss.soft_value import Run, SoftValue, ValueInputs
 
-# Module: every public name, with the signature of what can be called.
+# By module: every public name, with its signature if it can be called.
 NAMES = {
     tbrm_trl: {
         "SoftValue": "(args)",

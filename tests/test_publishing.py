@@ -1,4 +1,4 @@
-"""What is pushed to a hub: its card, its files, and that they load back. The client is `huggingface_hub` as it is."""
+"""What is pushed to a hub: its card, its files, and that they load back. The client is the real `huggingface_hub`."""
 
 import hashlib
 import os
@@ -61,7 +61,7 @@ def test_values_of_options_are_as_they_are_given():
 
 
 def test_the_card_is_of_the_weights_that_are_pushed(llama, tmp_path):
-    """The best checkpoint's, after training; and it names no file of this machine as its data."""
+    """After training these are the best checkpoint's. The card names no file of this machine as its data."""
     data = tmp_path / "sums.jsonl"
     data.touch()
     trainer = build(
@@ -115,7 +115,7 @@ def test_what_stays_at_home_is_added_to_what_a_user_ignores(tmp_path):
 
 
 def test_every_folder_that_a_run_makes_stays_at_home(llama, tmp_path):
-    """But for checkpoints, which transformers leaves out by itself."""
+    """The exception is checkpoints, which transformers leaves out itself."""
     trainer = build(
         llama, tmp_path, soft_value="optimal", soft_value_samples=2, save_rollouts=True, log_completions=True,
         publish_policy=True, save_strategy="steps", save_steps=1,

@@ -1,4 +1,4 @@
-"""Recipes: each loads to the published settings, with batches as stated for its processes; the script runs them."""
+"""Recipes: each gives the published settings and the stated batches for its processes, and the script runs them."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ MACHINE = {"use_cpu": True, "bf16": False}  # of these tests, not of the recipes
 FLAGS = ["--use_cpu", "true", "--bf16", "false"]
 
 
-# What makes each method itself, from the papers' tables, written down apart from the files. `rows_per_update` and
+# What defines each method, from the papers' tables, independent of the files. `rows_per_update` and
 # `updates` (of a window, fresh and further) hold for the number of processes in the recipe's command.
 TBRM = dict(
     soft_value="policy", beta=0.002, num_generations=1, rows_per_update=128, updates=1, reference="initial",
@@ -70,7 +70,7 @@ def test_every_recipe_is_tested():
 
 @pytest.mark.parametrize("name", DEFINING)
 def test_recipe(name, train_script, monkeypatch):
-    """The file gives what the fields written by hand give, on the processes that its own command starts."""
+    """The file gives the hand-written fields, on the processes that its own command starts."""
     recipe = RECIPES / f"{name}.yaml"
     command = command_of(recipe)
     assert command[:2] == ["accelerate", "launch"] and "examples/train.py" in command
@@ -146,7 +146,7 @@ def test_an_answer_that_takes_the_place_of_a_solution_is_said(train_script, tmp_
 
 
 def test_answers_that_cannot_be_read(train_script, tmp_path):
-    """They stand in the column where most answers are, and are refused or left out."""
+    """They are in the column with most answers, and are refused or left out."""
     rows = [{"question": "½?", "solution": ["A long way. " * 30], "final_answer": [text]} for text in ("0.5", "", "1")]
     data = tmp_path / "olympiad.json"
     data.write_text(json.dumps(rows))
@@ -188,7 +188,7 @@ def flags(recipe: str, model: str, out: Path, **options) -> list[str]:
 
 
 def log_of(out: Path, model: str) -> list[dict]:
-    """What was logged of each update, from the checkpoint at the end; the saved model must be another than before."""
+    """The log of each update, from the last checkpoint. The saved model must differ from the first one."""
     (state,) = out.glob("checkpoint-*/trainer_state.json")
     saved, before = (AutoModelForCausalLM.from_pretrained(folder).state_dict() for folder in (out, model))
     assert any(not torch.equal(saved[name], before[name]) for name in before)

@@ -1,4 +1,4 @@
-"""The reference moves when asked to: full models and adapters, one process and every way to shard over two."""
+"""Syncs of the reference: full models and adapters, one process and every way to shard over two."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def lora_config() -> LoraConfig:
 
 
 def test_scores_under_fsdp2_keep_their_precision():
-    """By its default accelerate has the whole model's output rounded to the computed dtype."""
+    """By default accelerate rounds the whole model's output to the compute dtype."""
     policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.bfloat16, output_dtype=torch.bfloat16)
     for given, expected in ((policy, replace(policy, output_dtype=None)), (None, None)):
         plugin = SimpleNamespace(mixed_precision_policy=given)
@@ -64,7 +64,7 @@ def test_a_reference_by_name_is_not_spread_over_gpus(distributed, given, qwen2, 
 
 @pytest.mark.parametrize("alpha", [1.0, 0.3])
 def test_the_reference_follows_the_formula(alpha, tmp_path):
-    """After every second update, to the bit; and each loss is that of the reference of its time, by brute force."""
+    """It does so after every second update, to the bit. Each loss is that of brute force with the current reference."""
     trainer = scripted_trainer(
         save(tmp_path / "model"), script(), tmp_path, num_iterations=5, max_steps=5, ref_model_mixup_alpha=alpha, **SYNC
     )
@@ -251,7 +251,7 @@ def run(folder: str, out: str, lora=False, loaded=False, resume: str | None = No
 
 
 def runs(folder: str, out: str, runs: dict[str, dict[str, Any]]) -> dict[str, Any]:
-    """All of them, one after the other, in each of the processes."""
+    """Make all runs, one after the other, in this process."""
     allow_fsdp_on_cpu()
     return {name: run(folder, f"{out}/{options.pop('out', name)}", **options) for name, options in runs.items()}
 

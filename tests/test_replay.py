@@ -31,7 +31,7 @@ def drawn_at(step: int, name: int = 0, priority: float | None = None) -> Traject
 
 
 def alone(values) -> torch.Tensor:
-    """What a single process gathers."""
+    """Gather over a single process."""
     return torch.tensor([values])
 
 
@@ -137,7 +137,7 @@ def test_uniform_draws_differ():
 
 @pytest.mark.parametrize("prioritized", [False, True])
 def test_a_trajectory_is_dropped_with_its_group(prioritized):
-    """Of groups (2, 3), (4, 5) and (6, 7), after an eviction, the one that holds 5 leaves."""
+    """From groups (2, 3), (4, 5) and (6, 7), left after an eviction, the one with 5 is dropped."""
     buffer = ReplayBuffer(capacity=6, prioritized=prioritized, group_size=2)
     everyone = [drawn_at(0, name, priority=1.0) for name in range(8)]
     buffer.add(everyone)
@@ -150,7 +150,7 @@ def test_a_trajectory_is_dropped_with_its_group(prioritized):
 
 
 def test_a_new_row_has_the_largest_priority_there_is():
-    """Also if that is below 1: of 0.25, 0.5 and a new row, the weights are 1, 1/2 and 1/2."""
+    """It has also if that is below 1: for 0.25, 0.5 and a new row, the weights are 1, 1/2 and 1/2."""
     torch.manual_seed(0)
     buffer = ReplayBuffer(capacity=3, prioritized=True, exponent=1.0, correction=1.0)
     buffer.add([drawn_at(0, 0, priority=0.25), drawn_at(0, 1, priority=0.5), drawn_at(0, 2)])
@@ -171,7 +171,7 @@ def test_a_cleared_buffer_begins_anew(prioritized):
 
 
 def test_groups_are_drawn_from_what_is_there():
-    """Two groups of a buffer for eight."""
+    """There are two groups of two in a buffer for eight rows."""
     buffer = ReplayBuffer(capacity=8, group_size=2)
     buffer.add(drawn_at(0, name) for name in range(4))
     for _ in range(20):
@@ -180,7 +180,7 @@ def test_groups_are_drawn_from_what_is_there():
 
 
 def test_what_is_dropped_weighs_no_more():
-    """The smallest priority leaves. Of the others, 2 and 4, the weights are 1 and 1/2 then."""
+    """After the row of smallest priority is dropped, the weights of the others, 2 and 4, are 1 and 1/2."""
     torch.manual_seed(0)
     buffer = ReplayBuffer(capacity=8, prioritized=True, exponent=1.0, correction=1.0)
     everyone = [drawn_at(0, name, priority=priority) for name, priority in enumerate([1.0, 2.0, 4.0])]
@@ -193,7 +193,7 @@ def test_what_is_dropped_weighs_no_more():
 
 
 def test_prioritized_draws_from_a_large_buffer_are_as_often_as_they_should_be():
-    """Over several blocks, after evictions, changed priorities and rows that were never replayed: 40,000 draws."""
+    """40,000 draws over several blocks, after evictions, with changed priorities and with rows never replayed."""
     torch.manual_seed(0)
     buffer = ReplayBuffer(capacity=2500, prioritized=True, exponent=0.7, correction=0.5)
     buffer.add(drawn_at(0, name) for name in range(3100))
@@ -244,7 +244,7 @@ class At(TrainerCallback):
 
 
 def test_the_buffer_feeds_the_loss(llama, tmp_path):
-    """Two runs that differ in the rewards stored in the buffer alone: the fresh update agrees, the next does not."""
+    """Two runs differ only in the rewards stored in the buffer. The fresh update agrees, the next does not."""
     runs = []
     for change in (0.0, 1.0):
         trainer = build(llama, tmp_path, **REPLAY)
@@ -260,7 +260,7 @@ def test_the_buffer_feeds_the_loss(llama, tmp_path):
 
 @pytest.mark.parametrize("sampling", ["uniform", "prioritized"])
 def test_a_replay_update_is_the_oracles(sampling, llama, tmp_path):
-    """The gradient of a replay update is the weighted mean over what was drawn, stored reference scores included."""
+    """The gradient of a replay update is the weighted mean over the drawn rows with their stored reference scores."""
     trainer = build(
         llama, tmp_path, **{**REPLAY, "learning_rate": 0.05, "max_grad_norm": 0.0}, replay_sampling=sampling
     )
@@ -370,7 +370,7 @@ def test_two_processes(llama, tmp_path):
 
 @pytest.mark.parametrize(("kind", "group"), [("batch_mean", 1), ("group_mean", 2)])
 def test_a_replayed_row_takes_the_latest_baseline(kind, group, llama, tmp_path):
-    """That of the window it is replayed beside, or that of the last group of its prompt, whichever window that was in.
+    """It is that of the window beside which it is replayed, or that of the last group of its prompt in any window.
 
     Rewards grow by 1 with every window, so that a stored baseline would be far off.
     """

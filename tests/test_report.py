@@ -69,7 +69,7 @@ def test_lines_of_a_resumed_run_are_read_once(tmp_path):
 
 
 def test_lines_of_a_run_that_was_in_the_folder_before_are_dropped(tmp_path):
-    """It logged every update, and the new one logs every tenth: its first line is of a later step."""
+    """The old run logged every update, the new one logs every tenth, so its first line is of a later step."""
     for folder, name in ((tmp_path, "log.jsonl"), (tmp_path / "updates", "process-1.jsonl")):
         for step in (1, 2, 3):
             append_line(folder / name, {"step": step, "loss": 0.0})
@@ -144,7 +144,7 @@ def test_a_run_without_its_own_log_is_read_from_its_checkpoint(trained, tmp_path
 
 
 def test_skips_that_count(tmp_path):
-    """Two processes; a line under way; and a resumed run, which has gone back behind one of them."""
+    """Two processes, an unfinished line, and a resumed run that has gone back to before one skip."""
     file = tmp_path / "skipped_updates/process-0.jsonl"
     for line in ({"update": 2}, {"update": 5}, {"step": 4}, {"update": 6}):
         append_line(file, line)
@@ -172,7 +172,7 @@ def write_windows(folder: Path, windows: int) -> None:
 
 
 def damage(file: Path, column: str, row_group: int) -> None:
-    """Change the last byte of a column in a row group. Whoever reads it there is told that its checksum is wrong."""
+    """Change the last byte of a column in a row group, so that reading it there gives a checksum error."""
     group = pq.read_metadata(file).row_group(row_group)
     chunk = next(c for c in map(group.column, range(group.num_columns)) if c.path_in_schema.split(".")[0] == column)
     held = bytearray(file.read_bytes())
@@ -181,7 +181,7 @@ def damage(file: Path, column: str, row_group: int) -> None:
 
 
 def test_of_saved_rollouts_only_what_is_shown_is_read(tmp_path, monkeypatch):
-    """Of six rollouts the page has room for the first and the last. What is damaged cannot have been read.
+    """The page has room for the first and the last of six rollouts. Damaged ones cannot have been read.
 
     The run merges its three windows between the two times that they are read.
     """
@@ -304,7 +304,7 @@ def test_a_long_log_is_averaged_and_says_so():
 
 
 def test_the_chart_of_evaluations_shows_rewards_and_accuracies_alone():
-    """Neither their errors and deviations, nor shares of failures, nor times. A set may have any name."""
+    """It shows no errors, deviations, shares of failures or times. A set may have any name."""
     shown = [
         "eval_m/avg@1", "eval_low_std/pass@4", "eval_reward", "eval_set_reward", "eval_rewards/f/mean",
         "eval_set_rewards/f/mean",
@@ -432,7 +432,7 @@ def chromium():
 
 @pytest.fixture
 def opened(chromium):
-    """Opens a page from disk. Nothing may reach its console, and nothing may be asked of a network."""
+    """Opens a page from disk. It must print nothing to its console and request nothing from a network."""
     complaints: list[str] = []
 
     def open_page(file: Path, **options):
@@ -499,7 +499,7 @@ def test_in_a_browser_two_runs_are_laid_over_each_other_on_a_phone(opened, tmp_p
 
 
 def test_in_a_browser_each_run_says_what_is_its_own(opened, tmp_path):
-    """Settings that differ are marked. Of 2,500 log entries three are a point, and a note says so. Of 10 each is."""
+    """Differing settings are marked. With 2,500 log entries a point is three, and a note says so; with 10 it is one."""
     runs = [
         RunFolder(
             name, [{"step": step, "reward": 0.5} for step in range(1, entries + 1)], NONE,

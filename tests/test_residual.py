@@ -51,7 +51,7 @@ def test_per_action_by_hand():
 
 
 def test_gradient_by_hand():
-    """dL/dV = 2 δ / n: with δ = (1.75, 1) and n = 2 that is (1.75, 1), and the same for each unmasked log-prob."""
+    """dL/dV = 2 δ / n. With δ = (1.75, 1) and n = 2 it is (1.75, 1), and the same for each unmasked log-prob."""
     value = torch.tensor([3.0, 3.0], requires_grad=True)
     policy = torch.tensor([[-1.0, -0.5], [-9.0, -3.0]], requires_grad=True)
     reference = torch.tensor([[-2.0, -0.25], [-1.0, -1.0]])

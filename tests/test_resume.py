@@ -22,14 +22,14 @@ from tbrm_trl.resume.checkpoint import (
     save_state,
 )
 
-# Points at which the checkpoint of that step is not complete yet, and at which it is.
+# Points at which the checkpoint of that step is not yet complete, and points at which it is.
 WRITING = (
     "nothing written", "model written", "optimizer written", "random state written", "trajectories half-written",
     "state half-written", "own state written", "reference written", "all written", "mark half-written",
 )  # fmt: skip
 WRITTEN = ("marked", "old one unmarked", "old one half-removed", "old one removed", "ending")
 
-# By case, one after the other in the same run: the point, how many updates were made by then, and in which process.
+# By case, the kills of one run in order: the point, the updates made by then, and the process.
 KILLS: dict[str, list[tuple]] = {
     "fresh": [
         ("generating", 0), ("model written", 3), ("between micro-batches", 4), ("generating", 5),
@@ -118,7 +118,7 @@ def test_under_a_launcher(qwen2, uninterrupted, tmp_path):
 
 
 def test_an_interrupted_call_of_train_resumes_in_its_process(qwen2, uninterrupted, tmp_path):
-    """As in a notebook: what the interrupted update had begun is forgotten."""
+    """As in a notebook. The state of the interrupted update is discarded."""
     assert not any(train(tmp_path, "unlogged", qwen2, interrupt=True)), printed(tmp_path)
     assert differing(tmp_path, uninterrupted("unlogged")) == []
 
@@ -150,7 +150,7 @@ def test_the_data_cannot_be_started_anew(qwen2, tmp_path):
 
 
 def test_no_complete_checkpoint(qwen2, uninterrupted, tmp_path):
-    """None at all; one that holds the model alone; one that does not exist."""
+    """There is none, or it holds only the model, or it does not exist."""
     out = tmp_path / "out"
     trainer = build("replay", qwen2, out, save_only_model=True, max_steps=3)
     with pytest.raises(ValueError, match=rf"No complete checkpoint in {out}. Start without `resume_from_checkpoint`"):

@@ -1,4 +1,4 @@
-"""Reward functions that raise, hang or return nonsense: what becomes of their completions, on every process."""
+"""Reward functions that raise, hang or return nonsense: how their completions are treated, on every process."""
 
 import asyncio
 import functools
@@ -107,7 +107,7 @@ def test_by_default_the_run_ends_with_the_functions_own_error(function, error, m
 @pytest.mark.parametrize("function", [cancels_a_task, cancels_a_loop])
 @pytest.mark.parametrize("limit", [None, 30.0])
 def test_a_task_that_is_cancelled_inside_is_a_failure(function, limit, tmp_path):
-    """`asyncio.CancelledError` is no `Exception`: it would end this process alone."""
+    """`asyncio.CancelledError` is no `Exception`: it would end only this process."""
     trainer = build(save(tmp_path / "model"), tmp_path, [function, letters], reward_on_error="skip", max_steps=1,
                     reward_timeout=limit)  # fmt: skip
     trainer.train()

@@ -1,4 +1,4 @@
-"""The column of the answers is found by what is in it; rows without an answer are named before training."""
+"""The column of the answers is found by its content, and rows without an answer are named before training."""
 
 import pytest
 from datasets import Dataset

@@ -1,4 +1,4 @@
-"""reasoning-gym: no problem twice, and verdicts where the task's own score is not one."""
+"""reasoning-gym: no problem twice, and verdicts for tasks with a score that is no verdict."""
 
 import pytest
 
@@ -21,7 +21,7 @@ def test_no_problem_twice():
 
 
 def test_reasoning_gym_seeds_overlap():
-    """Why seeds are not used to part training from testing."""
+    """This is why seeds do not separate training from test problems."""
     first, second = (
         {e["question"] for e in reasoning_gym.create_dataset("chain_sum", size=100, seed=s)} for s in (1, 2)
     )
@@ -36,7 +36,7 @@ def problem(task, **settings):
     "task", ["arc_agi", "chain_sum", "mini_sudoku", "calendar_arithmetic", "n_queens", "caesar_cipher"]
 )
 def test_own_answer(task):
-    """The stored answer is right in every dress, also after a problem has been text; another text is wrong."""
+    """The stored answer is right in every form, also after a problem was stored as text. Another text is wrong."""
     name, entry = decode(encode(task, problem(task)))
     assert name == task and entry == problem(task)
     for said in ("\\boxed{%s}", "<answer>%s</answer>", "Let us see.\nThe answer is: %s", "%s"):

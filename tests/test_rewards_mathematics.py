@@ -1,7 +1,7 @@
 """Verdicts: the tables of pairs written from the data sets' formats, and the conventions of docs/rewards.md.
 
-`verdicts.jsonl` and `verdicts_hidden.jsonl` were written before the code, and by other eyes; the code was written with
-the first in sight. `verdicts_third.jsonl` was written before the misses of the second were mended, and measured after.
+`verdicts.jsonl` and `verdicts_hidden.jsonl` were written before the code, and by others. The code's author saw only the
+first. `verdicts_third.jsonl` was written before the misses of the second were mended, and measured afterwards.
 """
 
 import json
@@ -23,7 +23,7 @@ KINDS = sorted({row["kind"] for row in TABLE})
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_table(kind):
-    """All that a person would call clear."""
+    """All pairs that a person would call clear."""
     wrong = []
     for row in TABLE:
         if row["kind"] == kind and row["clear"]:
@@ -84,7 +84,7 @@ def test_conventions(gold, right, wrong):
 @pytest.mark.parametrize(
     ("gold", "right", "wrong"),
     [
-        # Several equations name no one value.
+        # Several equations do not name a single value.
         ("5", ["m + n = 2 + 3 = 5", "x = 5"],
          ["x=3 \\text{ or } x=5", "x = -5, x = 5", "x = 3; y = 5", "a = 4, b = 5"]),
         ("x=5", ["x=5"], ["x=3, x=5"]),
@@ -93,7 +93,7 @@ def test_conventions(gold, right, wrong):
         # Noise of a float's last digits; 0.3 stays another number than 0.31.
         (1.1 * 1.1, ["1.21"], ["1.22"]), (0.1 + 0.2, ["0.3"], ["0.4"]), (4.35 * 100, ["435"], ["434"]),
         (0.3, ["0.3"], ["0.31"]), (1 / 3, ["\\frac{1}{3}", "0.3333333333333333"], ["0.333"]),
-        # Several choices are no one choice.
+        # Several choices are not a single choice.
         ("B", ["(B)", "B) 7"], ["(B) and (C)", "(B), (C)", "(B) or (C)", "\\text{(B) and (C)}"]),
         ("A", ["A"], ["(A), (B), (C), (D)"]),
         ("(A), (C)", ["A, C", "(C), (A)"], ["(A)", "(A), (B)"]),
@@ -199,7 +199,7 @@ LARGE = [
 
 
 def test_no_completion_raises_or_hangs():
-    """In a worker, so that a limit can be held: every verdict takes at most that, and a second for the kill."""
+    """A worker enforces the limit: every verdict takes at most that, plus a second for the kill."""
     workers = InWorkers(correct, time_limit=5.0, workers=1)
     cases = [(GOLDS[at % len(GOLDS)], write % one) for at, one in enumerate(LARGE) for write in ("%s", "\\boxed{%s}")]
     for gold, completion in cases:
@@ -213,7 +213,7 @@ def test_no_completion_raises_or_hangs():
 
 
 def mutated(text: str, rng: random.Random) -> str:
-    """The text with a few places cut, doubled, swapped or filled with what means something."""
+    """The text with a few places cut, doubled, swapped or filled with meaningful pieces."""
     pieces = (
         r"\frac{ \sqrt{ { } ( ) [ ] ^ _ 1 0 , = < \le $ \{ \} | \\ \text{ & % e5 . - : \pm \cup \boxed{ ! √ ² −".split()
     )

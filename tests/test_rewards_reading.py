@@ -1,4 +1,4 @@
-"""Where the answer stands in a completion and in a cell of a data set."""
+"""How the answer is found in a completion and in a cell of a data set."""
 
 import pytest
 

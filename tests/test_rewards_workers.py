@@ -24,7 +24,7 @@ def misbehaving():
 
 
 def test_rows_that_fail(misbehaving):
-    """Each costs itself alone; the others have their rewards, in order."""
+    """Each loses only its own reward. The others have their rewards, in order."""
     misbehaving.counts.clear()
     completions = ["a", "hang", "ccc", "die", "raise", "recurse", "fill memory", "dddd", "sleep", "eeeee"]
     started = time.perf_counter()
@@ -50,7 +50,7 @@ def test_from_threads(misbehaving):
 
 
 def test_threads_share_the_workers(tmp_path):
-    """Two rows of two threads are judged at once: each waits until the other one is there, too."""
+    """Two rows of two threads are judged at once: each waits for the other."""
     workers = InWorkers(reward_functions.both_there, time_limit=20, workers=2)
     rewards: dict[str, list] = {}
 
@@ -78,7 +78,7 @@ def test_what_is_logged(misbehaving):
 
 def test_columns_and_failed_rewards():
     with_column = InWorkers(reward_functions.weighted_column, workers=1, failed=-1.0)
-    # Columns are lists with a value a row; what else TRL passes stays here.
+    # Columns are lists with a value per row; other arguments from TRL are not sent to workers.
     assert with_column(["a", "b"], weight=[1, "no number"], trainer_state=object(), other=[1, 2, 3]) == [1.0, -1.0]
     assert with_column([], weight=[]) == []
     with_column.close()
@@ -90,7 +90,7 @@ def test_columns_and_failed_rewards():
 
 
 def test_environments_stay_here():
-    """TRL passes one for each completion. A lock can be sent to no process."""
+    """TRL passes one for each completion. A lock cannot be sent to a process."""
     workers = InWorkers(mathematics.correct, workers=1)
     assert workers(["\\boxed{4}"], solution=["4"], environments=[threading.Lock()]) == [1.0]
     assert workers.counts["crashed"] == 0
@@ -98,7 +98,7 @@ def test_environments_stay_here():
 
 
 def test_a_row_that_raises_ends_the_call_where_that_is_asked():
-    """With the exception, its place and its completion; what hangs still costs itself alone, and workers go on."""
+    """The error has the exception, its place and its completion. A row that hangs loses only itself; workers go on."""
     workers = InWorkers(reward_functions.misbehaving, time_limit=0.5, workers=1, raises=True)
     with pytest.raises(RewardError, match=r"misbehaving raised ValueError: raise, .*functions.py:\d+.*'raise'"):
         workers(["a", "raise", "recurse"])
@@ -129,7 +129,7 @@ def test_what_cannot_run_in_workers():
 
 @pytest.mark.launch
 def test_in_a_script_without_a_guard(tmp_path):
-    """The function stands in the script that is run, which starts no workers of its own when a worker reads it."""
+    """The function is in the main script, which starts no workers of its own when a worker reads it."""
     script = tmp_path / "script.py"
     script.write_text(
         textwrap.dedent("""
@@ -156,7 +156,7 @@ def test_a_worker_does_not_load_torch():
 
 
 def test_a_worker_ends_by_itself_once_nothing_asks_it():
-    """Also if a kill left no time to end it: a process that waits for ever would keep its memory."""
+    """It does so also if a kill left no time to end it. A process that waits forever would keep its memory."""
     workers = InWorkers(reward_functions.length, workers=1)
     assert workers(["abc"]) == [3.0]
     (worker,) = workers._idle
@@ -169,7 +169,7 @@ def test_throughput():
     workers, spent = InWorkers(mathematics.correct), {True: 0.0, False: 0.0}
     workers(["\\boxed{1}"] * 8, solution=["1"] * 8)
     for round_ in range(2):
-        letter = "kmn"[round_]  # new expressions: what was read before is remembered
+        letter = "kmn"[round_]  # new expressions, since earlier ones are remembered
         golds = [f"\\frac{{{row}}}{{{letter}+{row % 7 + 1}}}" for row in range(64)]
         completions = ["Let us see. " * 100 + f"\\boxed{{{row}/({row % 7 + 1}+{letter})}}" for row in range(64)]
         for in_workers in (True, False):
@@ -188,7 +188,7 @@ def test_by_name():
     assert functions[1](["abc", "x" * 7, "x" * 20]) == [0.0, -0.5, -1.0]
     assert functions[1](["abc"], completion_ids=[[0] * 10]) == [-1.0]
     assert isinstance(functions[2], InWorkers) and functions[2](["abc"]) == [3.0]
-    assert functions[2].raises and not functions[0].raises  # an error in the user's own code is not to be passed over
+    assert functions[2].raises and not functions[0].raises  # an error in the user's own code must be raised
     assert not load("helpers.reward_functions.length", raises=False)[0][0].raises
     functions[2].close()
     assert load(["format", reward_functions.length])[0][1] is reward_functions.length
@@ -210,7 +210,7 @@ def test_by_name():
     ],
 )
 def test_reasoning_beside_the_content(message, reward):
-    """Where TRL parses responses. The policy's last message counts, whatever came before it."""
+    """TRL puts it there when it parses responses. The policy's last message counts, whatever came before."""
     thinking = load("thinking")[0][0]
     before = {"role": "assistant", "content": "a", "reasoning_content": "" if reward else "b"}
     assert thinking([[{"role": "assistant", **message}], message]) == [reward] * 2

@@ -1,4 +1,4 @@
-"""Which rows a window is made of, and in what order: prompts to roll out beside logged rows."""
+"""The rows of a window and their order: prompts to roll out beside logged rows."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ def sampler(logged_mask, mix: WindowMix, generations=1, processes=1, repeats=1, 
 
 @pytest.mark.parametrize("sorted_rows", [True, False])
 def test_every_process_rolls_out_the_same_number(sorted_rows):
-    """n = 4, two processes, half of a window of 16 logged; also where all logged rows come first in the data set."""
+    """n = 4, two processes, windows of 16 with half of them logged, also if all logged rows come first in the data."""
     mask = [True] * 40 + [False] * 10 if sorted_rows else [True, True, False, True, True] * 10
     indices = sampler(mask, WindowMix(8, 8), generations=4, processes=2)
     assert len(indices) == 5 * 16  # ten prompts, two per window
@@ -32,7 +32,7 @@ def test_every_process_rolls_out_the_same_number(sorted_rows):
 
 
 def test_the_logged_stream_goes_on():
-    """40 logged draws from 20 rows, in windows that do not divide them, over epochs: every row before any twice."""
+    """36 logged draws from 20 rows over epochs, in windows that do not divide them: all rows before any repeats."""
     mask = [False] * 6 + [True] * 20
     drawn = []
     for epoch in range(4):

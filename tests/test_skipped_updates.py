@@ -1,4 +1,4 @@
-"""Updates that are not finite: what they leave alone, what goes on, and what is written down."""
+"""Updates that are not finite: what stays unchanged, what goes on, and what is recorded."""
 
 import json
 import math
@@ -30,7 +30,7 @@ UPDATES: dict[str, Any] = dict(max_steps=5, learning_rate=0.01, weight_decay=0.1
 
 
 class Inject(TrainerCallback):
-    """Multiplies what the first layer gives, or the gradient that it gets, by a number in one update of one process."""
+    """Multiplies the first layer's output, or the gradient of it, by a number in one update of one process."""
 
     def __init__(self, trainer: RecordingTrainer, where: str, value: float, update: int, process: int = 0):
         self.trainer, self.where, self.value, self.update = trainer, where, value, update
@@ -53,7 +53,7 @@ class Inject(TrainerCallback):
 
 
 class WithoutStep(TrainerCallback):
-    """Takes the gradients away before one update: what a skipped update must amount to."""
+    """Removes the gradients before one update. A skipped update must have the same effect."""
 
     def __init__(self, update: int):
         self.update = update
@@ -78,7 +78,7 @@ def equal(some: dict[str, torch.Tensor], others: dict[str, torch.Tensor]) -> boo
 def culprits(output_dir: Path) -> list[dict[str, Any]]:
     files = sorted((output_dir / SKIPPED).glob("process-*.jsonl"))
     lines = [json.loads(line) for file in files for line in file.read_text().splitlines() if line]
-    return [line for line in lines if "update" in line]  # others say to which step a resumed run has gone back
+    return [line for line in lines if "update" in line]  # others name the step to which a resumed run goes back
 
 
 KINDS: dict[str, dict[str, Any]] = {
@@ -93,7 +93,7 @@ KINDS: dict[str, dict[str, Any]] = {
 @pytest.mark.parametrize("value", [math.nan, math.inf], ids=["nan", "inf"])
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_skipped_update_is_one_without_a_step(kind, value, where, tmp_path):
-    """Weights, moments and schedule go on as where the gradients of that one update were thrown away."""
+    """Weights, moments and schedule go on as if the gradients of that update were removed."""
     folder, options = save(tmp_path / "model"), {**UPDATES, **KINDS[kind]}
     skips = scripted_trainer(folder, script(), tmp_path / "skips", **options)
     Inject(skips, where, value, update=2)
@@ -129,7 +129,7 @@ def test_the_logged_loss_is_the_mean_of_the_updates_taken(tmp_path):
 
 @pytest.mark.parametrize("skipped", [2, 4])
 def test_the_summary_of_a_resumed_run_is_of_its_own_updates(skipped, tmp_path):
-    """At learning rate 0 every update has the same loss, whichever of them is skipped, before or after the resume."""
+    """At learning rate 0 every update has the same loss. One is skipped, before or after the resume."""
     options = UPDATES | {"learning_rate": 0.0, "save_strategy": "steps", "save_steps": 3}
     for resume in (None, str(tmp_path / "out" / "checkpoint-3")):
         trainer = scripted_trainer(save(tmp_path / "model"), script(), tmp_path / "out", **options)
@@ -140,7 +140,7 @@ def test_the_summary_of_a_resumed_run_is_of_its_own_updates(skipped, tmp_path):
 
 
 def test_the_trajectory_at_fault_is_written_down(tmp_path):
-    """One reward whose square is no float32: its row is named, the others are not."""
+    """One reward has a square beyond float32. Its row is named, and no other."""
     rows = script(tools=False)
     trainer = scripted_trainer(save(tmp_path / "model"), rows, tmp_path / "out", **UPDATES | {"max_steps": 2})
     new_window = trainer._new_window
@@ -325,7 +325,7 @@ def test_logged_numbers_that_cannot_be_trained_on(values, message, tmp_path):
 
 @pytest.mark.parametrize("precomputed", [True, False])
 def test_a_reference_that_overflows_is_refused(precomputed, tmp_path):
-    """On one prompt alone, whose row is named where it has one."""
+    """It overflows on one prompt only. That prompt's row is named if it has one."""
     rows = log()
     build_it = lambda: build(save(tmp_path / "model"), tmp_path, None, Dataset.from_list(rows),  # noqa: E731
                              precompute_ref_log_probs=precomputed, per_device_train_batch_size=8)  # fmt: skip

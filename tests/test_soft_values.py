@@ -1,4 +1,4 @@
-"""Each estimator of the soft value, out of `train()`, against loops in float64; and what each refuses."""
+"""Each estimator of the soft value in `train()`, against loops in float64, and what each refuses."""
 
 from __future__ import annotations
 
@@ -87,7 +87,7 @@ def group_value(seen: Update, trajectory: Trajectory) -> float:
 
 @pytest.mark.parametrize("options", [{}, {"token_fraction": 0.5}], ids=str)
 def test_learned(options, llama, tmp_path):
-    """A head that says something else in every s_1. It moves no logit: V is a constant to the policy.
+    """A head with another value in every s_1. It changes no logit: V is a constant for the policy.
 
     Adam's first step moves each weight by the learning rate, or by nothing where it has no gradient.
     """
@@ -173,7 +173,7 @@ def test_group(llama, tmp_path):
 
 @pytest.mark.parametrize("size", [1, 2, 3, 6])
 def test_a_group_split_over_micro_batches(size, llama, tmp_path):
-    """Groups of 3 in micro-batches of 1, 2, 3 and 6: where they are split, a pass of its own gives the same value."""
+    """Groups of 3 in micro-batches of 1, 2, 3 and 6. If a group is split, an extra pass gives the same value."""
     rows = log(prompts=2, each=3)
     options = dict(soft_value="group", num_generations=3, gradient_accumulation_steps=6 // size)
     seen = one_update(llama, tmp_path, rows, per_device_train_batch_size=size, **options)
@@ -182,7 +182,7 @@ def test_a_group_split_over_micro_batches(size, llama, tmp_path):
 
 
 def test_a_group_with_one_scored_row_leaves_the_loss(llama, tmp_path):
-    """Of 4 pairs one has a row that nobody can score: 6 count, one is `unscored`, its partner has `no_value`."""
+    """One of 4 pairs has a row without a score: 6 rows count, one is `unscored`, and its partner has `no_value`."""
     rows = log(unscored=(3,))
     seen = one_update(
         llama, tmp_path, rows, lambda prompts, **kwargs: [None] * len(prompts), soft_value="group", num_generations=2
@@ -225,7 +225,7 @@ def test_variance_with_gradient_in_the_mean(llama, tmp_path):
 
 
 def group_and_sample(folder: str, out: str) -> dict[str, Any]:
-    """Groups of logged pairs, then sampling of optimal values. Returns what both processes saw."""
+    """Train on groups of logged pairs, then sample optimal values. Returns what both processes saw."""
     options = dict(beta=0.1, learning_rate=0.0, max_steps=1, max_grad_norm=0.0)
     grouped = build(
         folder, Path(out) / "group", None, Dataset.from_list(log()), soft_value="group", num_generations=2,
@@ -424,7 +424,7 @@ PROMPTS = Dataset.from_list([{"prompt": text} for text in ("1+1=", "Say: ab", "c
 
 
 def test_optimal_by_sampling(llama, tmp_path):
-    """V̂* of 4 samples per prompt, kept on disk: a second run reads them and samples nothing; training is unmoved."""
+    """V̂* of 4 samples per prompt is kept on disk. A second run reads it and samples nothing, and trains the same."""
     options = dict(
         soft_value="optimal", soft_value_samples=4, soft_value_beta=0.5, per_device_train_batch_size=3, max_steps=2
     )
@@ -452,7 +452,7 @@ def test_optimal_by_sampling(llama, tmp_path):
 
 
 def test_optimal_goes_on_where_it_was_interrupted(llama, tmp_path):
-    """Blocks of one prompt (4 samples, windows of 3): killed in the fourth, the next run samples three more."""
+    """Blocks of one prompt (4 samples, windows of 3). After a kill in the fourth, the next run samples the rest."""
     options = dict(soft_value="optimal", soft_value_samples=4, per_device_train_batch_size=3, max_steps=1)
     state = SimpleNamespace(calls=[], dies=True)  # a list would be a value, and make it another reward function
 
@@ -475,7 +475,7 @@ def test_optimal_goes_on_where_it_was_interrupted(llama, tmp_path):
 
 
 def test_another_reward_or_template_is_sampled_again(llama, tmp_path):
-    """The name on disk is made of what the functions do, not of what they are called."""
+    """The name on disk depends on what the functions do, not on their names."""
     options = dict(soft_value="optimal", soft_value_samples=2, per_device_train_batch_size=3, max_steps=1)
 
     def reward(completions, **kwargs):
@@ -498,7 +498,7 @@ def test_another_reward_or_template_is_sampled_again(llama, tmp_path):
 
 
 def test_prompts_cut_otherwise_and_failures_rewarded_otherwise_are_sampled_again(llama, tmp_path):
-    """The samples on disk are those of these prompts, with these rewards."""
+    """The samples on disk are only for these prompts with these rewards."""
     options = dict(soft_value="optimal", soft_value_samples=2, per_device_train_batch_size=3, max_steps=1)
 
     def rewarded_or_not(completions, **kwargs):
@@ -761,7 +761,7 @@ def test_without_reward_the_reference_is_the_optimum(soft_value, llama, tmp_path
 
 
 def test_with_the_policys_value_it_is_not(llama, tmp_path):
-    """What the bound above is measured against: V itself, some nats, is then the residual of TBRM."""
+    """For comparison with the bound above: TBRM's residual is then V itself, some nats."""
     rows = [{**row, "reward": 0.0} for row in log()]
     seen = one_update(llama, tmp_path, rows, soft_value="policy")
     assert seen.trainer.state.log_history[0]["residual/rms"] > 0.1
@@ -840,7 +840,7 @@ def test_options_that_an_estimator_cannot_work_with(options, message, tmp_path):
     ],
 )  # fmt: skip
 def test_data_that_an_estimator_cannot_work_with(rows, options, message, tmp_path):
-    """Before any model is loaded: there is none of that name."""
+    """It is refused before a model is loaded: there is no model of that name."""
     with pytest.raises(ValueError, match=message):
         build("no/such-model", tmp_path, letters, Dataset.from_list(rows), **options)
 

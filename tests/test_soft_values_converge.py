@@ -1,4 +1,4 @@
-"""Every estimator through the real trainer: to π*, or to the target that its data give it. Both are known exactly."""
+"""Every estimator converges in the real trainer to π* or to its data's target, which are both known exactly."""
 
 from __future__ import annotations
 
@@ -60,14 +60,14 @@ TRACKED = {"soft_value_tracks": "value", "soft_value_kept": 0.5}
 
 
 def trained_value(trainer, tree: Tree, beta: float) -> torch.Tensor:
-    """`(P,)` nats: what the head says of each prompt."""
+    """`(P,)` nats: the head's value of each prompt."""
     with torch.no_grad():
         hidden = [trainer.model.base_model(torch.tensor([ids])).last_hidden_state[0, -1] for ids in tree.prompt_ids]
         return trainer._soft_value.head(torch.stack(hidden)) / beta
 
 
 def tracked_value(trainer, tree: Tree, beta: float) -> torch.Tensor:
-    """`(P,)` nats: what the tracker says of each prompt."""
+    """`(P,)` nats: the tracker's value of each prompt."""
     keys = [trajectory.prompt_key for trajectory in trainer._window]
     ids = [trajectory.prompt_ids.tolist() for trajectory in trainer._window]
     return torch.tensor([trainer._soft_value._value(keys[ids.index(one)]) for one in tree.prompt_ids]) / beta
@@ -102,8 +102,8 @@ def test_converges_to_the_optimum(soft_value, data, tree, beta, options, tmp_pat
     """Total variation to π* below 0.01, on-policy or from 2,048 trajectories of a uniform or a bad behaviour.
 
     Where V is learned it ends at log Z: β V_θ(s_1), or when calibrated β (V_θ − V_ref)(s_1), is β log E_ref exp(R/β)
-    within 0.002. A head of its own, a trained constant and a tracker, whose rates do not fall, end within 0.005 of it.
-    Elsewhere V_θ goes where it likes: only the policy is in the loss.
+    within 0.002. A separate head, a trained constant and a tracker have rates that do not fall, and end within 0.005 of
+    it. With other estimators V_θ is free: only the policy is in the loss.
     """
     task = Task(tree, beta, tmp_path, seed=1)
     rate = 0.1 if data == "on-policy" else 0.5
@@ -154,8 +154,8 @@ def test_a_wrong_constant_converges_to_a_target_of_its_data(soft_value, data, tr
     """The minimiser of `E_μ (V̂ + log π/π_ref − R/β)²` within 0.01 in total variation, where π* is more than 0.1 away.
 
     The log holds every trajectory in the exact proportion μ, and each update sees all of it. `optimal` is given the
-    exact `V̂* = β₁ log E_ref exp(R/β₁)` of another β₁ than β. The groups of `log_mean_exp` are other ones in every pass,
-    which is noise: within 0.02.
+    exact `V̂* = β₁ log E_ref exp(R/β₁)` with a β₁ other than β. The groups of `log_mean_exp` change in every pass, which
+    is noise: within 0.02.
     """
     task = Task(tree, beta, tmp_path, seed=2)
     counts = tree.counts(tree.uniform if data == "uniform" else tree.bad(task.rewards))  # (P, N)
@@ -172,7 +172,7 @@ def test_a_wrong_constant_converges_to_a_target_of_its_data(soft_value, data, tr
         options = {"soft_value_beta": other_beta, "num_generations": size}
     target = targets.minimiser(task.reference, task.rewards, beta, value, counts)
 
-    # Groups drawn anew are noise, and the residuals do not vanish at the target: small steps, more of them.
+    # Redrawn groups are noise, and the residuals do not vanish at the target: smaller and more steps.
     rate, steps, bound = (0.05, 200, 0.02) if soft_value == "log_mean_exp" else (0.3, 150, 0.01)
     trained = task.train(
         rows, soft_value=soft_value, learning_rate=rate, max_steps=steps,
@@ -258,9 +258,9 @@ def mid_ranks(rewards: torch.Tensor, samples: torch.Tensor) -> torch.Tensor:
 
 @pytest.mark.parametrize("data", ["on-policy", "uniform", "bad"])
 def test_quantiles(data, tmp_path):
-    """π_ref exp(q/β)/Z within 0.02, q the mid-rank among samples that hold each trajectory as often as π_ref says it.
+    """π_ref exp(q/β)/Z within 0.02. q is the mid-rank among samples with each trajectory in its share under π_ref.
 
-    Rewards are rounded to tenths, so that they tie, after a fourth power, so that their quantiles say something else:
+    Rewards are raised to the fourth power, so that quantiles differ from them, and rounded to tenths, so that they tie:
     π* of the rewards themselves is more than 0.1 away.
     """
     tree, task = SMALL, Task(SMALL, 0.3, tmp_path, seed=1)
@@ -291,10 +291,11 @@ def test_quantiles(data, tmp_path):
 @pytest.mark.parametrize("self_normalized", [False, True])
 @pytest.mark.parametrize("logged", ["all", "half"])
 def test_partition(logged, self_normalized, tmp_path):
-    """π* where the log enumerates what can be said. Else the logged completions take all the mass, within 0.01.
+    """π* if the log has every possible completion. Else the logged completions take all the mass, within 0.01.
 
-    Half of the completions, drawn at random, once or twice each. On them the residuals all vanish. Self-normalised,
-    they together keep the mass that they had, and of the rest nothing is said. π* is more than 0.1 away.
+    The log then has half of the completions, drawn at random, once or twice each. All their residuals vanish. If
+    self-normalised, they together keep the mass that they had, and the rest is not determined. π* is more than 0.1
+    away.
     """
     task = Task(DEEP, 0.3, tmp_path, seed=3)
     draw = torch.rand(task.rewards.shape, generator=torch.Generator().manual_seed(0))
@@ -326,7 +327,7 @@ def test_groups_of_one_are_refused(soft_value, tmp_path):
 
 
 def two_turn_policy(model, tree: Tree, answers: list[list[int]]) -> targets.TwoTurns:
-    """What the model says first, and what after each answer of the environment: `answers[a]` after first action a."""
+    """The model's log-probabilities of first actions, and of second ones after `answers[a]` to the first action a."""
     (prompt,), actions = tree.prompt_ids, list(tree.actions)
 
     def log_probs(*read: int) -> torch.Tensor:
@@ -338,13 +339,13 @@ def two_turn_policy(model, tree: Tree, answers: list[list[int]]) -> targets.TwoT
 
 @pytest.mark.parametrize("environment", ["random", "deterministic"])
 def test_a_random_environment_biases_the_residual(environment, tmp_path):
-    """The policy stops, or says a letter, the environment inserts another (`loss_mask` 0), and the policy acts again.
+    """The policy stops or emits a letter, the environment inserts another (`loss_mask` 0), and the policy acts again.
 
     One V(s_1) + log π/π_ref of the first letter cannot fit the values after three different answers: the squared
-    residual pays for their variance too (double sampling). On 240 trajectories of a uniform behaviour, answers
-    drawn at random, the policy ends within 0.01 of the biased minimiser of the expected squared residual, and more than
-    0.1 away from the optimum for an environment that answers as often as it did. Where the answer is a function of the
-    first letter, the policy ends within 0.01 of the optimum.
+    residual includes their variance too (double sampling). On 240 trajectories of a uniform behaviour with random
+    answers, the policy ends within 0.01 of the biased minimiser of the expected squared residual, and more than 0.1
+    from the optimum for an environment with the answers' frequencies. If the answer is a function of the first letter,
+    the policy ends within 0.01 of the optimum.
     """
     tree = Tree(depth=3, letters="abc", prompts=("a",))
     task = Task(tree, 0.15, tmp_path, seed=4)
@@ -388,9 +389,9 @@ def test_a_random_environment_biases_the_residual(environment, tmp_path):
 
 
 def rows_of_a_short_horizon(task: Task, horizon: int) -> tuple[list[dict], list[dict]]:
-    """Each trajectory as a sampler with a length limit sees it: from the prompt, and on from the states it was cut in.
+    """Each trajectory as a sampler with a length limit sees it: from the prompt, and from the states at the cuts.
 
-    What goes beyond `horizon` tokens is cut; the verdict on the fragment, 0.7, is not a reward of the task.
+    Rows are cut after `horizon` tokens. The verdict on a fragment, 0.7, is not a reward of the task.
     """
     tree, from_prompt, from_cut = task.tree, {}, []
     for p, n in tree.trajectories:
@@ -407,9 +408,9 @@ def rows_of_a_short_horizon(task: Task, horizon: int) -> tuple[list[dict], list[
 def test_bootstrapped_truncation_joins_what_the_limit_cut(soft_value, tmp_path):
     """No trajectory is longer than 2 tokens of a task of 3, and the policy is still π* of the whole task.
 
-    A cut row says V(s_1) + log-ratio = V(s_3), a complete one from s_3 on says V(s_3) + log-ratio = R/β; together they
-    say of a trajectory of 3 tokens what a row of all of it says. Taken for terminal, with the verdict for a reward, the
-    same rows contradict the task.
+    A cut row requires V(s_1) + log-ratio = V(s_3), a complete one from s_3 on requires V(s_3) + log-ratio = R/β.
+    Together they require the same as a row with all 3 tokens. If the same rows are taken as terminal, with the verdict
+    as the reward, they contradict the task.
     """
     task = Task(DEEP, 0.3, tmp_path, seed=5)
     from_prompt, from_cut = rows_of_a_short_horizon(task, 2)
@@ -430,7 +431,7 @@ def test_bootstrapped_truncation_joins_what_the_limit_cut(soft_value, tmp_path):
 def test_bootstrapping_cannot_tell_what_nothing_anchors(tmp_path):
     """Without a row that goes on from the cuts, their values are free: π* is learned up to the mass of the fragments.
 
-    What remains identified is the residual of the complete trajectories, 0, hence their odds among each other.
+    The complete trajectories still have residual 0, which determines their odds among each other.
     """
     task = Task(DEEP, 0.3, tmp_path, seed=5)
     rows, _ = rows_of_a_short_horizon(task, 2)

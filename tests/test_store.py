@@ -1,4 +1,4 @@
-"""Trajectories in flat arrays: what goes in comes out, within the memory promised."""
+"""Trajectories in flat arrays: they come out as they went in, within the promised memory."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from tbrm_trl.trajectory import End, Trajectory
 
 
 def drawn(rng: random.Random, longest: int = 70) -> Trajectory:
-    """Anything that the buffer may be given."""
+    """A random trajectory of any kind that the buffer may get."""
     completion = rng.randint(1, longest)
     kind = rng.randrange(3)
     mask = [True] * completion if kind else [rng.random() < 0.5 for _ in range(completion)]
@@ -40,7 +40,7 @@ def drawn(rng: random.Random, longest: int = 70) -> Trajectory:
 
 
 def same(stored: Trajectory, given: Trajectory) -> bool:
-    """In all that is kept; of the reference's log-probabilities, the sum and where they are 0."""
+    """Whether all stored fields are equal; for the reference's log-probabilities, their sum and where they are 0."""
     if given.ref_log_probs is None:
         equal = stored.ref_log_probs is None
     else:
@@ -87,14 +87,14 @@ def test_it_is_restored_as_it_was():
         assert len(one) == 50 and same(one[130], more)
     words = [len(one) + -(-len(one.completion_ids) // 32) * (not one.loss_mask.all()) for one in store]
     assert store.state()[1]["words_of"].tolist() == words
-    assert len(store.state()[0]["keys"]) <= 50 < len(store._keys)  # those that came and went are not kept
+    assert len(store.state()[0]["keys"]) <= 50 < len(store._keys)  # keys of removed trajectories are not kept
     empty = TrajectoryStore(50)
     empty.restore(*TrajectoryStore(50).state())
     assert len(empty) == 0
 
 
 def test_an_emptied_store_gives_its_memory_back():
-    """Trajectories of which a segment holds three, all of them dropped, then many more."""
+    """A segment holds three trajectories. All are dropped, then many more are added."""
     store = TrajectoryStore(8)
     long = drawn(random.Random(0), longest=1)
     long.prompt_ids = torch.zeros(_SEGMENT // 3 - 100, dtype=torch.long)
@@ -109,13 +109,13 @@ def test_an_emptied_store_gives_its_memory_back():
 
 
 def of_words(prompt: int, completion: int = 1, step: int = 0) -> Trajectory:
-    """A trajectory of so many tokens."""
+    """A trajectory with these numbers of tokens."""
     return Trajectory(torch.full((prompt,), 7), torch.arange(completion), torch.ones(completion, dtype=torch.bool),
                       reward=1.0, end=End.EOS, policy_step=step)  # fmt: skip
 
 
 def test_segments_by_hand():
-    """Two halves fill a segment. A third opens another, which gives back what a fifth leaves empty."""
+    """Two halves fill a segment. A third opens another, which gives back its empty rest when a fifth does not fit."""
     half, record = _SEGMENT // 2, 62
     store = TrajectoryStore(4)
     given = [of_words(half - 1), of_words(half - 1), of_words(half - 1), of_words(9), of_words(half - 1)]
@@ -177,7 +177,7 @@ def test_memory():
         )  # fmt: skip
         tokens.append(len(ones))
         store.append(ones)
-    of_the_store = tracemalloc.Filter(True, inspect.getfile(TrajectoryStore))  # not what other threads allocate
+    of_the_store = tracemalloc.Filter(True, inspect.getfile(TrajectoryStore))  # leaves out allocations of other threads
     traces = tracemalloc.take_snapshot().filter_traces([of_the_store])
     tracemalloc.stop()
     allocated = sum(statistic.size for statistic in traces.statistics("filename"))

@@ -70,7 +70,7 @@ def test_advantage_weighted_entropy_by_hand():
 
 SFT = {"sft_coef": 0.5, "sft_threshold": 1.2}
 ENTROPY = {"entropy_advantage_coef": 0.05}
-CENTRED = {"reward_baseline": "batch_mean"}  # the threshold is one of rewards, not of what is left of them
+CENTRED = {"reward_baseline": "batch_mean"}  # the threshold is for rewards, not for centred ones
 
 
 @pytest.mark.parametrize(
@@ -116,7 +116,7 @@ def test_token_residuals_by_a_loop():
 
 @pytest.mark.parametrize("accumulation", [1, 2, 4])
 def test_token_residual(accumulation, qwen2, tmp_path):
-    """With rows that no function could score, and whose NaN may not reach the gradient."""
+    """Some rows have no score, and their NaN must not reach the gradient."""
     trainer = scripted_trainer(
         qwen2, script(unscored=(3,)), tmp_path, residual="token", truncation="mask", temperature=0.7,
         reward_baseline="batch_mean", per_device_train_batch_size=8 // accumulation,
@@ -131,7 +131,7 @@ def test_token_residual(accumulation, qwen2, tmp_path):
 
 
 def test_pessimism(qwen2, tmp_path):
-    """Three functions judge every completion, one of them not all: the residual has the lower bound of their sum."""
+    """Three functions judge the completions, one of them only some. The residual has the lower bound of their sum."""
 
     def first(completion_ids, **kwargs):
         return [float(ids[0] % 2) for ids in completion_ids]
@@ -152,7 +152,7 @@ def test_pessimism(qwen2, tmp_path):
 
 @pytest.mark.parametrize("accumulation", [1, 2, 4])
 def test_batch_mean(accumulation, qwen2, tmp_path):
-    """Of the window, whatever its micro-batches; rows that nobody could score or that are masked enter as they can."""
+    """It is the window's mean for any micro-batches. Unscored or masked rows enter as far as they can."""
     trainer = scripted_trainer(
         qwen2, script(unscored=(0, 3)), tmp_path, reward_baseline="batch_mean", soft_value="calibrated",
         truncation="mask", per_device_train_batch_size=8 // accumulation, gradient_accumulation_steps=accumulation,
@@ -165,7 +165,7 @@ def test_batch_mean(accumulation, qwen2, tmp_path):
 
 @pytest.mark.parametrize("soft_value", ["policy", "zero"])
 def test_group_mean(soft_value, qwen2, tmp_path):
-    """Of the prompt's rows, in whatever order and micro-batch they stand. One has no reward; its partner no mean."""
+    """It is the mean of the prompt's rows, in any order and micro-batch. One has no reward, its partner no mean."""
     seen = one_update(
         qwen2, tmp_path, log(unscored=(3,)), lambda prompts, **kwargs: [None] * len(prompts), soft_value=soft_value,
         reward_baseline="group_mean", num_generations=2, per_device_train_batch_size=4, gradient_accumulation_steps=2,
@@ -178,7 +178,7 @@ def test_group_mean(soft_value, qwen2, tmp_path):
 
 
 def test_batch_mean_over_two_processes(tmp_path):
-    """The mean is over both processes' rows, whose own means differ."""
+    """The mean is over the rows of both processes, and their own means differ."""
     folder, rows = save(tmp_path / "model"), script()
     options = {"reward_baseline": "batch_mean", "soft_value": "calibrated", "per_device_train_batch_size": 4}
     seen = on_two_processes(folder, rows, tmp_path, **options)
@@ -336,7 +336,7 @@ def test_all_cuts_average_to_the_full_gradient(fraction, precision):
 
 
 def test_squaring_a_part_of_the_residual_is_biased():
-    """What the surrogate avoids: the mean of the squares' gradients is another one."""
+    """This is what the surrogate avoids: the mean gradient of the squares is another one."""
     scores, probability = Scores(), random_subset(MASK, 0.5)[1]
     mean = 0.0
     for chosen, p in all_scattered(0.5):
@@ -352,7 +352,7 @@ def test_squaring_a_part_of_the_residual_is_biased():
 @pytest.mark.parametrize("accumulation", [1, 2, 4])
 @pytest.mark.parametrize(("soft_value", "truncation"), [("policy", "bootstrap"), ("calibrated", "terminal")])
 def test_a_given_subset(soft_value, truncation, accumulation, qwen2, tmp_path, monkeypatch):
-    """Every other action, as if each stood in with probability 1/2, in any split into micro-batches."""
+    """Every other action, as if each were kept with probability 1/2, in any split into micro-batches."""
 
     def every_other(mask, fraction):
         chosen = mask & (mask.cumsum(dim=1) % 2 == 1)
@@ -368,7 +368,7 @@ def test_a_given_subset(soft_value, truncation, accumulation, qwen2, tmp_path, m
 
 @pytest.mark.parametrize(("accumulation", "checkpointing"), [(1, False), (2, False), (4, False), (2, True)])
 def test_a_given_cut(accumulation, checkpointing, qwen2, tmp_path, monkeypatch):
-    """The first ⌈0.4 n⌉ of n actions; what comes later is not even computed a second time."""
+    """The first ⌈0.4 n⌉ of n actions. Later ones are not computed a second time."""
     monkeypatch.setattr(
         trajectory_loss, "random_prefix", lambda mask, fraction: random_prefix(mask, fraction, draw=0.4)
     )
@@ -442,7 +442,7 @@ def test_each_update_draws_anew(selection, qwen2, tmp_path):
 @pytest.mark.parametrize("size", [1, 4])
 @pytest.mark.parametrize("selection", ["scatter", "cut"])
 def test_a_row_without_an_action(selection, size, qwen2, tmp_path):
-    """Alone in its micro-batch, or beside others that are cut: nothing of it counts, in part as in full."""
+    """Alone in its micro-batch or beside others that are cut, it does not count, in part or in full."""
     rows = [*script(3), Row("only a tool's, and longer than the others", [10] * 15 + [1], [0] * 16, 1.0)]
     trainer = scripted_trainer(
         qwen2, rows, tmp_path, token_fraction=0.5, token_selection=selection, per_device_train_batch_size=size,

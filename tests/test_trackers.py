@@ -1,4 +1,4 @@
-"""What trackers and the table of completions are given, read back from where they keep it."""
+"""What trackers and the table of completions get, read back from their files."""
 
 import json
 import math
@@ -18,7 +18,7 @@ from transformers.integrations.integration_utils import rewrite_logs
 LOG = [{"prompt": text, "completion": "abc", "reward": 0.5} for text in ("1", "2", "3", "4")]
 MIXED = Dataset.from_list([{"prompt": one, "completion": None, "reward": None} for one in runs.PROMPTS[:4]] + LOG)
 AT_THE_REFERENCE = dict(log_completions=True, learning_rate=0.0)
-Values = dict[str, list[tuple[int, float]]]  # of each metric: its steps and its values
+Values = dict[str, list[tuple[int, float]]]  # by metric: its steps and values
 OF_THE_WHOLE_RUN = ("train_runtime", "train_loss", "train_samples_per_second", "train_steps_per_second", "total_flos")
 
 
@@ -48,7 +48,7 @@ def installed() -> list[str]:
 
 
 def expected(trainer) -> Values:
-    """What the Trainer's own log holds, by the names that transformers hands to trackers."""
+    """The Trainer's own log, by the names that transformers passes to trackers."""
     values: Values = {}
     for entry in trainer.state.log_history:
         for name, value in rewrite_logs(entry).items():
@@ -61,7 +61,7 @@ def in_training(trainer) -> Values:
 
 
 def by_step(entries) -> Values:
-    """Of a tracker that keeps the update's number as a metric: what it was given in each call."""
+    """The values of each call to a tracker that keeps the update's number as a metric."""
     values: Values = {}
     for entry in entries:
         for name, value in entry.items():
@@ -189,7 +189,7 @@ def digits_of_some(completions, log_extra, **kwargs) -> list[float | None]:
 
 
 def test_columns_stay_beside_their_rows_where_a_function_failed(llama, tmp_path):
-    """It logs of the windows in which it is called to its end; TRL alone would put the last cells beside new rows."""
+    """The function logs only in windows where it finishes. TRL alone would put old cells beside new rows."""
     called = []
 
     def noted(completions, log_extra, **kwargs):
@@ -213,7 +213,7 @@ def test_columns_stay_beside_their_rows_where_a_function_failed(llama, tmp_path)
 
 
 def test_evaluation_and_followed_rollouts_may_have_other_functions(llama, tmp_path):
-    """The rollouts bring their reward alone, and the evaluation calls a function: NaN in the other's column."""
+    """The rollouts have only their reward, and the evaluation calls a function. The other's column is NaN."""
     write_record(tmp_path / "records", "other", 0, made_rows(8))
     trainer = runs.build(
         llama, tmp_path, runs.letters, eval_dataset=runs.DATA, eval_strategy="steps", eval_steps=1, max_steps=1,

@@ -1,4 +1,4 @@
-"""What GRPOTrainer gives keeps working: real generation by tiny models, real reward functions, `train()`."""
+"""GRPOTrainer's features keep working: real generation by tiny models, real reward functions, `train()`."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def trajectories(trainer) -> list[Trajectory]:
 
 @dataclass
 class OnCPU(TBRMConfig):
-    """All defaults but the machine."""
+    """All defaults except the machine."""
 
     use_cpu: bool = True
     bf16: bool = False
@@ -70,7 +70,7 @@ def test_without_args(tmp_path, monkeypatch):
 
 
 def test_model_object(llama, tmp_path):
-    """A loaded model trains; one that is no longer what its llama holds would get another reference."""
+    """A loaded model trains. One that differs from its folder would get another reference."""
     model = AutoModelForCausalLM.from_pretrained(llama)
     assert train(model, tmp_path).model is model
     changed = AutoModelForCausalLM.from_pretrained(llama)
@@ -356,7 +356,7 @@ def doubling(later: bool):
 
 
 class Till:
-    """An environment that owns its reward: what it started with, and what its tool added."""
+    """An environment that owns its reward: its start plus what its tool added."""
 
     def reset(self, start: int, **kwargs) -> str:
         self.total = start
@@ -373,12 +373,12 @@ class Till:
 
 
 def check_calls(trainer) -> None:
-    """The policy's tokens are its calls and ends; the tool's answer stands between them, out of the loss."""
+    """Assert that the policy's tokens are its calls and ends, with the tool's answer between them, out of the loss."""
     for row in trajectories(trainer):
         assert row.completion_ids[row.loss_mask].tolist() == [CALL_ID, 1, CALL_ID, 1]
         assert "<tool_response>\n42\n</tool_response>" in TOKENIZER.decode(row.completion_ids[~row.loss_mask])
         assert row.ref_log_probs.ne(0).tolist() == row.loss_mask.tolist()
-        assert row.end is End.TOOL_LIMIT  # its last call is not made any more
+        assert row.end is End.TOOL_LIMIT  # its last call is not made
     assert logged(trainer, "tools/call_frequency") == [1, 1] and logged(trainer, "tools/failure_frequency") == [0, 0]
 
 
@@ -405,7 +405,7 @@ def test_environment_owns_the_reward(caller, tmp_path):
     ],
 )
 def test_logged_rows_beside_environments(logged_row, problem, caller, tmp_path):
-    """TRL would reward a logged row by the environment of the rollout that has its place."""
+    """TRL would reward a logged row by the environment of the rollout at its place."""
     names = ("prompt_ids", "completion_ids", "completion", "reward")
     rows = [{**row, **dict.fromkeys(names)} for row in CHATS.select(range(4))]
     data = Dataset.from_list(rows + [{**row, **logged_row} for row in rows])
@@ -420,7 +420,7 @@ def test_logged_rows_beside_environments(logged_row, problem, caller, tmp_path):
 
 
 def test_environments_by_name(caller, tmp_path):
-    """The column `environment` chooses: one adds what its tool returns, the other is worth nothing."""
+    """The column `environment` chooses. One environment adds what its tool returns, the other's reward is 0."""
 
     class Nothing(Till):
         def get_reward(self) -> float:
@@ -452,7 +452,7 @@ def test_a_tool_that_raises(caller, tmp_path):
 
 
 def test_saved_model_and_card(llama, tmp_path):
-    """What is saved is a plain model with the trained weights; its card tells of TBRM, not of GRPO."""
+    """The saved model is a plain one with the trained weights. Its card describes TBRM, not GRPO."""
     trainer = train(llama, tmp_path)
     trainer.save_model()
     trainer.create_model_card(model_name="tiny")

@@ -1,4 +1,4 @@
-"""The loss of each trajectory by hand, from scores that are written down: no model runs."""
+"""The loss of each trajectory by hand, from scores written in the test: no model runs."""
 
 from __future__ import annotations
 
@@ -84,7 +84,7 @@ def test_by_hand(soft_value, options, losses, residuals):
 
 
 def test_a_baseline_is_taken_off_the_reward():
-    """But not where the reward is compared with `sft_threshold`."""
+    """It is not taken off where the reward is compared with `sft_threshold`."""
     rows = two()
     rows[0].trajectory.baseline = 0.5  # δ is 2 + 1 − 1
     assert values(loss_of(reward_baseline="batch_mean", sft_coef=0.1), rows)[0] == pytest.approx([1.3, 0.49])

@@ -1,4 +1,4 @@
-"""What this library overrides in TRL or reaches into, pinned: an upgrade that changes one of these fails here first."""
+"""The parts of TRL that this library overrides or uses, pinned: an upgrade that changes one fails here first."""
 
 from __future__ import annotations
 
@@ -64,7 +64,7 @@ CALLED_METHODS = {
     "_get_output_dir": "(self, trial)",
     "_push_from_checkpoint": "(self, checkpoint_folder)",
 }
-# What stands in for the loop of `generate` calls these of the model, as that loop does.
+# The replacement of `generate`'s loop calls these methods of the model, as that loop does.
 CALLED_OF_GENERATION = {
     "_prefill": "(self, input_ids, generation_config, model_kwargs, is_first_iteration=True)",
     "_sample": (

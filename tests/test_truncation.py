@@ -1,4 +1,4 @@
-"""What a completion cut at the length limit is: an end, nothing, or a state whose soft value follows."""
+"""How a completion cut at the length limit counts: as an end, not at all, or as a state with a soft value."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ from tbrm_trl.trajectory import End
 @pytest.mark.parametrize("soft_value", ["policy", "calibrated"])
 @pytest.mark.parametrize(("truncated_reward", "temperature"), [(0.0, 1.0), (0.3, 0.6)])
 def test_bootstrap(soft_value, truncated_reward, temperature, qwen2, tmp_path):
-    """Of 8 rows 2 and 5 are cut. No verdict on the fragment matters: row 2 has none and counts, row 3 leaves."""
+    """Rows 2 and 5 of 8 are cut. Their verdicts do not matter: row 2 has none and counts, row 3 leaves the loss."""
     options = dict(truncation="bootstrap", truncated_reward=truncated_reward)
     trainer = scripted_trainer(
         qwen2, script(unscored=(2, 3)), tmp_path, soft_value=soft_value, temperature=temperature, **options
@@ -93,9 +93,9 @@ def test_a_trajectory_is_the_sum_of_its_parts(soft_value, reward_baseline, qwen2
 
 @pytest.mark.parametrize(("soft_value", "precompute"), [("policy", True), ("calibrated", True), ("calibrated", False)])
 def test_logged_rows(soft_value, precompute, qwen2, tmp_path):
-    """Scored beforehand or on the way, the reference's value after the cut travels with the trajectory.
+    """The trajectory carries the reference's value after the cut, scored beforehand or during training.
 
-    Nobody can score rows 0 and 1: the first of them ended and leaves the loss, the other was cut and needs no verdict.
+    Rows 0 and 1 have no verdict: the first of them ended and leaves the loss, the other was cut and needs no verdict.
     """
     seen = one_update(
         qwen2, tmp_path, log(unscored=(0, 1)), lambda prompts, **kwargs: [None] * len(prompts), soft_value=soft_value,

@@ -41,20 +41,20 @@ def test_same_gradient_with_exclusions_on_one_process(accumulation, tmp_path):
 
 
 def test_fsdp_that_became_ddp_is_refused(tmp_path):
-    """As accelerate makes of it on CPUs, without a word."""
+    """accelerate silently replaces FSDP by DDP on CPUs."""
     with pytest.raises(AssertionError, match="FSDP was asked for, and accelerate made MULTI_CPU of it"):
         on_two_processes(save(tmp_path / "model"), script(), tmp_path, "fsdp2", per_device_train_batch_size=4)
 
 
 class Unsendable(Exception):
-    """Cannot be built again from its arguments, as a process that is sent it would do."""
+    """An error that cannot be rebuilt from its arguments, as a receiving process would do."""
 
     def __init__(self, where: str, why: str):
         super().__init__(f"{why} at {where}")
 
 
 def errors_of_this_process() -> list[str]:
-    """What each of three blocks raises: no process fails in the first, the second in the second, both in the third."""
+    """What each of three blocks raises. None fails in the first, process 1 in the second, and both in the third."""
     process, seen = PartialState(cpu=True).process_index, []
     for failing in ((), (1,), (0, 1)):
         try:

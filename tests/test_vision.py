@@ -1,7 +1,7 @@
 """Vision-language models that generate for real: loss and gradient out of `train()` against brute force in float64.
 
 There is a model for each layout of image inputs that can be built without torchvision. The oracle never sees the
-library's image inputs: it gets what the processor makes of each row alone, unpadded.
+library's image inputs: it gets the processor's inputs for each row alone, unpadded.
 """
 
 from __future__ import annotations
@@ -84,7 +84,7 @@ SIZE = {"height": 16, "width": 16}
 
 
 def image_only(processor: type[hf.ProcessorMixin], image_processor, **parts) -> hf.ProcessorMixin:
-    """A processor without its part for videos, which needs torchvision."""
+    """A processor without its video part, which needs torchvision."""
 
     class ImageOnly(processor):
         def check_argument_for_proper_class(self, name, argument):
@@ -150,7 +150,7 @@ def save(model_type: str, config: dict, processor: hf.ProcessorMixin, folder: Pa
 
 
 def dataset(counts: tuple[int, ...]) -> list[dict]:
-    """Prompts of different lengths with so many images each, of different sizes."""
+    """Prompts of different lengths with these numbers of images, of different sizes."""
     rng = np.random.default_rng(0)
     sizes = [[(*rng.choice([8, 16, 24, 32], 2), 3) for _ in range(count)] for count in counts]
     return [
@@ -192,7 +192,7 @@ def trainer_on(data: list[dict], folder: Path, processor: hf.ProcessorMixin | No
 
 
 def rollout(prompts: list, trainer: RecordingTrainer) -> dict[str, list]:
-    """Made-up completions: TRL generates no batch in which only some prompts have images, but lets others do so."""
+    """Made-up completions, since TRL itself generates no batch in which only some prompts have images."""
     encode = trainer.processing_class.apply_chat_template
     ids = [encode(p, add_generation_prompt=True, tokenize=True, return_dict=True)["input_ids"][0] for p in prompts]
     completions = [[33 + row, 5, 40, 1][: 1 + row % 4] for row in range(len(prompts))]
@@ -208,7 +208,7 @@ def plain(model: hf.PreTrainedModel) -> torch.nn.Module:
 
 
 def alone(trajectory: Trajectory, row: dict, processor: hf.ProcessorMixin) -> Trajectory:
-    """The trajectory with the image inputs that its row gives by itself."""
+    """The trajectory with the image inputs of its row alone."""
     images = [{"type": "image", "image": image} for image in row["images"]]
     text = {"type": "text", "text": row["prompt"][0]["content"]}
     inputs = processor.apply_chat_template(

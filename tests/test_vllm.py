@@ -1,7 +1,7 @@
-"""Rollouts by vLLM: the launch lines as they stand, and that vLLM samples from the policy in training.
+"""Rollouts by vLLM: the unchanged launch lines, and that vLLM samples from the policy in training.
 
-Run where vLLM for CPUs is (`make vllm`); helpers/vllm_on_cpu.py says what it needs there. Sleep mode, which the
-colocate setup asks for, exists on GPUs alone.
+These tests run where vLLM for CPUs is installed (`make vllm`); helpers/vllm_on_cpu.py says what it needs there. Sleep
+mode, which the colocate setup requests, exists only on GPUs.
 """
 
 from __future__ import annotations
@@ -44,14 +44,14 @@ pytestmark = [
     pytest.mark.skipif(find_spec("vllm") is None, reason="no vLLM here: `make vllm` has it"),
 ]
 
-BFLOAT16 = 0.1  # of a token's log-probability, nats, on average: vLLM computes float32 checkpoints in it
+BFLOAT16 = 0.1  # mean difference of a token's log-probability, nats: vLLM computes float32 checkpoints in it
 EXACT = 0.02  # the same for a server in float32
-AWAY = 1.0  # what the updates move it by, at least
+AWAY = 1.0  # the least by which the updates move it
 
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> str:
-    """One model for all: a server and its trainers must name the same. Heads of 32, which its CPU kernels take."""
+    """One model for all tests, since server and trainers must name the same. vLLM's CPU kernels take heads of 32."""
     folder = tmp_path_factory.mktemp("vllm")
     return save(folder / "model", hidden_size=128, intermediate_size=128, head_dim=32)
 
@@ -65,7 +65,7 @@ def environment(model: str) -> dict[str, str]:
 
 @pytest.fixture(scope="module")
 def server(model: str, environment: dict[str, str]) -> Iterator[int]:
-    """The server of the setup's comment; its port."""
+    """The port of a server that is started by the command in the setup's comment."""
     text = re.search(r"in another shell:\n((?:# {5}.*\n)+)", (SETUPS / "vllm_server.yaml").read_text())[1]
     line = shlex.split(re.sub(r"^# *", "", text, flags=re.MULTILINE).replace("\\\n", " "))
     at = line.index("vllm")
@@ -112,7 +112,7 @@ def server(model: str, environment: dict[str, str]) -> Iterator[int]:
 
 
 def serve(port: int, folder: str) -> None:
-    """Give the server these weights: an earlier test may have left others."""
+    """Give the server these weights, since an earlier test may have left others."""
     asked = {"method": "reload_weights", "kwargs": {"weights_path": folder}}
     requests.post(f"http://localhost:{port}/collective_rpc", json=asked).raise_for_status()
     requests.post(f"http://localhost:{port}/reset_prefix_cache").raise_for_status()
@@ -181,7 +181,7 @@ def train_and_compare(model: str, folder: str, **options: Any) -> dict[str, Any]
 
 
 def trained(model: str, out: Path, environment: dict[str, str], file: str, **options: Any) -> dict[str, Any]:
-    """What the first process has seen under a launch file."""
+    """The first process's result under a launch file."""
     processes = 1 if file == "single" else 2
     return launch(
         "test_vllm:train_and_compare", file, processes, environment, model=model, folder=out, **options
@@ -200,7 +200,7 @@ def test_colocated_samples_are_of_the_trained_policy(file, model, environment, t
 
 
 def distinct_samples(model: str, folder: str, vllm_mode: str) -> int:
-    """How many completions of one prompt are different, of 8 that vLLM draws for a trainer."""
+    """The number of different completions among 8 that vLLM draws for one prompt of a trainer."""
     in_trainer()
     options = dict(use_cpu=True, bf16=False, use_vllm=True, vllm_mode=vllm_mode, vllm_max_model_length=64)
     args = TBRMConfig(folder, max_completion_length=8, report_to="none", **options)
@@ -232,7 +232,7 @@ def test_server_setup(model, server, environment, tmp_path):
 @pytest.mark.parametrize("lora", [False, True])
 @pytest.mark.parametrize("file", ["single", "fsdp2", "zero3"])
 def test_served_samples_are_of_the_trained_policy(file, lora, model, server, environment, tmp_path):
-    """The server takes adapters by their names and gathered shards, and of one run after the other."""
+    """The server takes named adapters and gathered shards, from one run after the other."""
     serve(server, model)
     options: dict[str, Any] = {"lora": True, "learning_rate": 0.05} if lora else {}
     ports = dict(vllm_server_port=server, vllm_group_port=free_port())
@@ -246,7 +246,7 @@ UPDATES = 20
 
 
 def policy_of(base: Path | str, version: Path) -> PreTrainedModel:
-    """A version as anyone would load it."""
+    """Load a version as a user would."""
     if not (version / "adapter_config.json").is_file():
         return AutoModelForCausalLM.from_pretrained(version, dtype=torch.float32).eval()
     return PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32), version).eval()
@@ -258,7 +258,7 @@ def base_of(policy: Any) -> dict[str, torch.Tensor]:
 
 @pytest.mark.parametrize("kind", ["lora", "qlora", "full"])
 def test_what_is_drawn_beside_training_is_of_the_version_that_it_says(kind, model, server, environment, tmp_path):
-    """20 updates that the actor and vLLM draw for. The tokens' log-probabilities are those of the version named."""
+    """The actor and vLLM draw for 20 updates. The tokens' log-probabilities are those of the named version."""
     if kind == "qlora" and find_spec("bitsandbytes") is None:
         pytest.skip("no bitsandbytes here")
     for name, value in environment.items():
@@ -302,13 +302,13 @@ def test_what_is_drawn_beside_training_is_of_the_version_that_it_says(kind, mode
     waits = [row["rollouts/learner_wait_time"] for row in trainer.state.log_history if "rollouts/queue" in row]
     stale = [row["staleness/max"] for row in trainer.state.log_history if "staleness/max" in row]
     print(kind, f"own {max(own):.2g}, neighbours {min(others):.2g} to {max(others):.2g}, waited {sum(waits):.1f} s")
-    assert max(own) <= EXACT < min(others)  # one version off would be seen, whichever it is
+    assert max(own) <= EXACT < min(others)  # an error of one version would be seen
     assert statistics.mean(others) >= 10 * EXACT
     assert len(waits) == UPDATES and max(stale) <= 1
 
 
 def test_async_setup(model, server, environment, tmp_path):
-    """Its own line; the server takes the adapter of the run's rank."""
+    """Its own line. The server takes an adapter of the run's rank."""
     serve(server, model)
     options = ["--model_name_or_path", model, "--async_server", f"http://localhost:{server}", "--lora_r", "8"]
     run_line(SETUPS / "vllm_async.yaml", tmp_path, *options, "--dtype", "float32", **environment)
@@ -316,7 +316,7 @@ def test_async_setup(model, server, environment, tmp_path):
 
 
 def test_an_evaluation_by_vllm_gives_the_completions_of_transformers(model, environment, tmp_path):
-    """Greedy completions of each, of a model whose logits lie far apart: bfloat16 turns few tokens."""
+    """Greedy completions of both, from a model with logits so far apart that bfloat16 changes few tokens."""
     file = sums(tmp_path / "sums.json")
     rows = {}
     for backend, on_cpu in (("transformers", ["--use_cpu", "true"]), ("vllm", [])):

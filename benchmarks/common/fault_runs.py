@@ -1,4 +1,4 @@
-"""Tiny runs of TBRM and of TRL's GRPO, in processes that are killed from outside; and how they ended."""
+"""Tiny runs of TBRM and of TRL's GRPO in processes that can be killed from outside, and how they ended."""
 
 import hashlib
 import json
@@ -34,7 +34,7 @@ SHARED: dict[str, Any] = dict(
     save_strategy="steps", save_steps=SAVED_EVERY, gradient_checkpointing=False, bf16=False, use_cpu=True,
     logging_steps=1, report_to="none", disable_tqdm=True,
 )  # fmt: skip
-# What TBRM is told in each kind of run. GRPO has those without replay and logs.
+# TBRM's options in each kind of run. GRPO has only the kinds of `OF_GRPO`.
 KINDS: dict[str, dict[str, Any]] = {
     "fresh": dict(save_rollouts=True),
     "replay": dict(replay_buffer_size=12, replay_sampling="prioritized"),
@@ -48,7 +48,7 @@ OF_GRPO = ("fresh", "LoRA", "two processes")
 
 
 class Begin(TrainerCallback):
-    """Leaves a file when the first update begins, and one with the seconds from there to the end."""
+    """Writes a file when training begins, and at its end one with the seconds that it took."""
 
     def __init__(self, folder: Path):
         self.folder = folder
@@ -69,7 +69,7 @@ def build(method: str, kind: str, model: str, folder: Path, **changes: Any) -> A
     trainer_class, config_class = (TBRMTrainer, TBRMConfig) if method == "TBRM" else (GRPOTrainer, GRPOConfig)
     trainer = trainer_class(model, letters, config_class(**options), rows, peft_config=lora)
     trainer.add_callback(Begin(folder))
-    for callback in trainer.callback_handler.callbacks:  # transformers' own waits 3 s, longer than these runs take
+    for callback in trainer.callback_handler.callbacks:  # transformers' own waits 3 s, longer than these runs last
         if getattr(callback, "jit_manager", None) is not None:
             callback.jit_manager.kill_wait = 0
     return trainer
@@ -86,13 +86,13 @@ def end_of(trainer: Any) -> str:
 
 
 def child(job: dict[str, Any], process: int, processes: int, port: int) -> None:
-    """One process of a run. It leaves how the run ended, if it got there."""
+    """One process of a run. If the run makes all updates, it writes a file with the digest of its end."""
     method, kind, folder = job["method"], job["kind"], Path(job["folder"])
     become(folder / f"log-{process}", process, processes, port)
     trainer = build(method, kind, job["model"], folder, **job["changes"])
     if method == "TBRM":
         trainer.train(resume_from_checkpoint="auto")
-    else:  # what a script writes around TRL for the same
+    else:  # what a script around TRL does for the same
         out = folder / "out"
         trainer.train(resume_from_checkpoint=bool(out.exists() and get_last_checkpoint(str(out))) or None)
     if trainer.state.global_step == UPDATES:
@@ -112,11 +112,11 @@ def run(
 
     Args:
         method: "TBRM" or "GRPO".
-        kind: of `KINDS`.
+        kind: a key of `KINDS`.
         model: folder of the policy.
-        folder: holds the output directory, and what the run says of itself.
-        disturb: called with the processes when the first update begins.
-        changes: to the options.
+        folder: holds the output directory, the logs and the files about the run.
+        disturb: called with the processes when training begins.
+        changes: changed options.
     """
     for name in ("begun", "seconds", "end-0.json", "end-1.json"):
         (folder / name).unlink(missing_ok=True)
@@ -131,7 +131,7 @@ def run(
         disturb(processes)
     deadline = time.monotonic() + 120
     while any(process.is_alive() for process in processes) and time.monotonic() < deadline:
-        if any(process.exitcode for process in processes):  # a launcher ends the others
+        if any(process.exitcode for process in processes):  # a launcher would end the others
             deadline = min(deadline, time.monotonic() + 20)
         time.sleep(0.01)
     for process in processes:
@@ -141,7 +141,7 @@ def run(
 
 
 def ends(folder: Path) -> list[str]:
-    """How the processes of a run ended; none if it did not."""
+    """The digests of the processes that reached the end of a run; none if none did."""
     return [json.loads(file.read_text()) for file in sorted(folder.glob("end-*.json"))]
 
 

@@ -1,6 +1,6 @@
-"""Start processes, also several at once with a launch file of the examples, on CPUs too.
+"""Start processes, one or several with a launch file of the examples, also on CPUs.
 
-python -m common.launch MODULE:FUNCTION ARGUMENTS FOLDER    # in each process, under a launcher: what `launch` runs
+python -m common.launch MODULE:FUNCTION ARGUMENTS FOLDER    # what `launch` runs in each process, under a launcher
 """
 
 import gc
@@ -40,14 +40,14 @@ def free_port() -> int:
 
 
 def launcher_of(file: str, processes: int = 2) -> list[str]:
-    """A launch file of the examples, with what CPUs need."""
+    """The command for a launch file of the examples, with the options that CPUs need."""
     config = LAUNCH_FILES / f"{file}.yaml"
     arguments = ["accelerate.commands.launch", "--config_file", str(config), "--mixed_precision", "no"]
     return [*arguments, "--num_processes", str(processes), "--main_process_port", str(free_port())]
 
 
 def allow_fsdp_on_cpu() -> None:
-    """Without an accelerator, accelerate makes DDP of FSDP; torch runs it there just as well."""
+    """Make accelerate keep FSDP on a CPU. It would use DDP instead, although torch can run FSDP there."""
     init = AcceleratorState.__init__
 
     def init_with_fsdp(self, *args, fsdp_plugin=None, **kwargs):
@@ -60,7 +60,7 @@ def allow_fsdp_on_cpu() -> None:
 
 
 def import_once(module: str) -> None:
-    """Have the processes of `PROCESSES` forked from one that has imported a module. Nothing happens if it is there."""
+    """Fork the processes of `PROCESSES` from one that has imported a module. Does nothing if that one is running."""
     searched = os.pathsep.join(filter(None, [SEARCHED, os.environ.get("PYTHONPATH")]))
     with mock.patch.dict(os.environ, PYTHONPATH=searched):
         PROCESSES.set_forkserver_preload([module])
@@ -68,7 +68,7 @@ def import_once(module: str) -> None:
 
 
 def become(log: str | Path, process: int, processes: int, port: int) -> None:
-    """In a process that was forked: print into a file, and be one of a group."""
+    """Make a forked process print into a file, and set the variables of its process group."""
     descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     os.dup2(descriptor, 1)
     os.dup2(descriptor, 2)
@@ -77,11 +77,11 @@ def become(log: str | Path, process: int, processes: int, port: int) -> None:
             "RANK": str(process), "LOCAL_RANK": str(process), "WORLD_SIZE": str(processes),
             "LOCAL_WORLD_SIZE": str(processes), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port),
         }  # fmt: skip
-    gc.freeze()  # what was imported: the Trainer collects garbage when it starts
+    gc.freeze()  # the Trainer collects garbage when it starts, and can skip what was imported
 
 
 def flat(value: Any, path: str = "") -> Iterator[tuple[str, Any]]:
-    """Every value in it by its place, as something that is equal only if all bits are."""
+    """Every value in a nested one with its path, in a form that is equal only if all bits are."""
     if isinstance(value, dict):
         for name, inner in value.items():
             yield from flat(inner, f"{path}/{name}")
@@ -95,7 +95,7 @@ def flat(value: Any, path: str = "") -> Iterator[tuple[str, Any]]:
 
 
 def run(command: Sequence[str | Path], timeout: float = 600, **environment: str) -> str:
-    """Run a command in the repository's root, which must succeed in time. Returns what it printed."""
+    """Run a command in the repository's root. It must succeed in time. Returns its output."""
     paths = {name: os.pathsep.join(filter(None, [first, os.environ.get(name)]))
              for name, first in (("PATH", str(Path(sys.executable).parent)), ("PYTHONPATH", SEARCHED))}  # fmt: skip
     environment = {**os.environ, **paths, **environment}
@@ -107,13 +107,13 @@ def run(command: Sequence[str | Path], timeout: float = 600, **environment: str)
             env=environment,
             stdout=output,
             stderr=subprocess.STDOUT,
-            start_new_session=True,  # a group to be ended as one
+            start_new_session=True,  # a process group, to end it as a whole
         )
         try:
             with suppress(subprocess.TimeoutExpired):
                 process.wait(timeout)  # DeepSpeed compiles an operator on its first launch
         finally:
-            with suppress(ProcessLookupError):  # it is over
+            with suppress(ProcessLookupError):  # it has ended already
                 os.killpg(process.pid, signal.SIGTERM)  # on which torchrun ends its processes too
         code = process.wait(timeout=60)
         output.seek(0)
@@ -130,16 +130,16 @@ def launch(
     timeout: float = 600,
     **arguments: Any,
 ) -> list[Any]:
-    """What a function returns in each of several processes, in the order of their ranks.
+    """Call a function in each of several processes, and return its results in the order of their ranks.
 
     Args:
         function: `module:name`, of a module of the benchmarks or the tests.
-        under: a launch file of the examples, by its name, or another launcher with its options, none of them for a
-            process of its own. By default torchrun.
-        processes: how many, unless `under` is a launcher with its options.
+        under: the name of a launch file of the examples, or another launcher with its options; an empty sequence for
+            one process without a launcher. By default torchrun.
+        processes: number of processes, unless `under` is a launcher with its options.
         environment: variables of the processes, besides this one's.
         timeout: seconds that they may take.
-        arguments: of the function, as JSON.
+        arguments: arguments of the function, passed as JSON.
     """
     if isinstance(under, str):
         nodes = yaml.safe_load((LAUNCH_FILES / f"{under}.yaml").read_text()).get("num_machines", 1)
@@ -166,9 +166,9 @@ def main(function: str, arguments: str, folder: str) -> None:
 
 
 def end_process() -> NoReturn:
-    """End a process of a group, without the interpreter's own end.
+    """End a process of a group, without the interpreter's shutdown.
 
-    FSDP2's modules hold the process group, so that gloo's threads may still run when the interpreter lets it go. The
+    FSDP2's modules hold the process group, so gloo's threads may still run when the interpreter releases it. The
     process then aborts, about once in twenty runs (torch 2.13).
     """
     PartialState().destroy_process_group()

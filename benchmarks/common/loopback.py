@@ -7,16 +7,16 @@ from typing import Any
 
 
 class Loopback(ThreadingHTTPServer):
-    """Serves until it is closed. It says nothing of clients that were killed.
+    """Serves until it is closed. It prints no errors, such as those of clients that were killed.
 
     Args:
         handler: answers requests.
         owner: what the handler finds as `server.owner`.
-        port: 0 for any that is free.
+        port: 0 for any free port.
     """
 
     daemon_threads = True
-    request_queue_size = 128  # five at once, and the next connections would wait for a second
+    request_queue_size = 128  # with the default of 5, further connections would wait for a second
 
     def __init__(self, handler: type["Answering"], owner: Any = None, port: int = 0):
         super().__init__(("127.0.0.1", port), handler)
@@ -32,7 +32,7 @@ class Loopback(ThreadingHTTPServer):
 
 
 class Answering(BaseHTTPRequestHandler):
-    """Answers with bytes, or with what JSON can hold."""
+    """Answers with bytes or with JSON."""
 
     server: Loopback
     protocol_version = "HTTP/1.1"
@@ -42,7 +42,7 @@ class Answering(BaseHTTPRequestHandler):
         pass
 
     def asked(self) -> dict[str, Any]:
-        """The body of a request, of JSON."""
+        """The body of a request, read as JSON."""
         return json.loads(self.rfile.read(int(self.headers["Content-Length"])))
 
     def answer(self, body: Any = b"", status: int = 200, **headers: str) -> None:

@@ -1,4 +1,4 @@
-"""Measuring: the peak of tensor memory, counted exactly on a CPU and on a CUDA device; training without chatter."""
+"""Measuring: the exact peak of tensor memory on a CPU or a CUDA device, and training without output."""
 
 import io
 import warnings
@@ -12,7 +12,7 @@ import torch
 import transformers
 from torch.autograd.profiler import profile
 
-# What every measured trainer is told.
+# Options of every measured trainer.
 QUIET: dict[str, Any] = dict(
     gradient_checkpointing=False, save_strategy="no", report_to="none", logging_strategy="no", disable_tqdm=True
 )
@@ -27,7 +27,7 @@ def quiet() -> Iterator[None]:
 
 
 def set_up(threads: int = 1) -> None:
-    """Use so many threads, and let transformers report errors alone."""
+    """Use this many threads, and let transformers log only errors."""
     torch.set_num_threads(threads)
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
@@ -44,9 +44,9 @@ class Peak:
 def peak_memory(device: torch.device | str = "cpu") -> Iterator[Peak]:
     """Measure the block's peak of allocated tensor bytes, relative to its start.
 
-    On a CPU the profiler records every allocation, those inside a kernel too, and they are summed up in their order.
-    If the block frees memory from before, that is not subtracted. The operating system's peak of resident memory would
-    count the allocator's leftovers as well. Recording slows the block down, so time it elsewhere.
+    On a CPU the profiler records every allocation, also inside kernels, and they are summed in their order. Memory from
+    before that the block frees is not subtracted. The operating system's peak of resident memory would also count the
+    allocator's leftovers. Recording slows the block down, so time it elsewhere.
     """
     device, peak = torch.device(device), Peak()
     if device.type == "cuda":

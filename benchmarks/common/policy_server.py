@@ -1,4 +1,4 @@
-"""A server on the loopback that draws from real weights, as vLLM's does over HTTP: adapters by name, whole weights."""
+"""A server on the loopback with vLLM's HTTP interface. It draws from real weights and loads adapters or weights."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from common.loopback import Answering, Loopback
 
 @dataclass
 class Seen:
-    """What requests were made under, for a test to look at."""
+    """What the server saw in requests, for a test to look at."""
 
     versions: list[str] = field(default_factory=list)
     seeds: list[int] = field(default_factory=list)
@@ -28,11 +28,11 @@ class Seen:
 
 
 class PolicyServer:
-    """Serves until it is stopped; `start` serves again on the same port, without what was loaded.
+    """Serves until it is stopped. `start` serves again on the same port, with the base alone.
 
     Args:
         model: folder of the base.
-        adapters: whether it can load any.
+        adapters: whether it can load adapters.
         delay: seconds that a completion takes at least.
     """
 
@@ -57,7 +57,7 @@ class PolicyServer:
 
     def stop(self) -> None:
         self._server.close()
-        with self._lock:  # what a request is loading; transformers loads one model at a time
+        with self._lock:  # wait for a request that is loading: transformers loads one model at a time
             self._is_up = False
 
     def load(self, asked: dict[str, Any]) -> tuple[int, Any]:

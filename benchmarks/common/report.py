@@ -51,14 +51,14 @@ def processor() -> str:
 def parse(
     doc: str | None, quick: str = "", output: Path = DOCS, positional: dict[str, Any] | None = None, **options: Any
 ) -> argparse.Namespace:
-    """The arguments of a benchmark. The output folder is made if it is missing.
+    """Parse the arguments of a benchmark, and make the output folder if it is missing.
 
     Args:
         doc: what the benchmark does.
-        quick: what its quick run is, if it has one. `--quick` asks for it.
-        output: folder that is written to, unless `--output` names another.
-        positional: its arguments without a name, each with those of `add_argument`.
-        options: the benchmark's own, each with the arguments of `add_argument`.
+        quick: what its quick run (`--quick`) does, or "" if it has none.
+        output: folder to write to, unless `--output` names another.
+        positional: the positional arguments, each with the arguments of `add_argument`.
+        options: the benchmark's own options, each with the arguments of `add_argument`.
     """
     parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
     options |= {"output": dict(type=Path, help=f"folder (default: {output.relative_to(ROOT)})")}
@@ -76,7 +76,7 @@ def parse(
 
 
 def write(folder: Path, name: str, text: str, raw: Any = None, figure: Figure | None = None) -> None:
-    """Write the page, the raw numbers and the picture that there are, and print the page. Data classes are numbers."""
+    """Write and print the page. Write the raw numbers, which may hold data classes, and the picture if given."""
     (folder / f"{name}.md").write_text(text)
     if raw is not None:
         (folder / f"{name}.json").write_text(json.dumps(raw, indent=1, default=vars) + "\n")
@@ -87,12 +87,12 @@ def write(folder: Path, name: str, text: str, raw: Any = None, figure: Figure | 
 
 
 def area(accuracies: np.ndarray) -> float:
-    """The mean along a curve, of points at equal distances."""
+    """The mean along a curve of equidistant points, by the trapezoidal rule."""
     return float(np.trapezoid(accuracies) / (len(accuracies) - 1))
 
 
 class Store(dict[str, Any]):
-    """Results by the name of their run. The JSON file is rewritten after each, one line a run."""
+    """Results by the name of their run. Each new result rewrites the JSON file, which has one line per run."""
 
     def __init__(self, path: Path, **head: Any) -> None:
         super().__init__(json.loads(path.read_text())["runs"] if path.exists() else {})
@@ -139,7 +139,7 @@ def mean_and_error(values: Sequence[float]) -> tuple[float, float]:
 
 
 def show(values: Sequence[float], sign: str = "") -> str:
-    """The mean and its standard error; nothing for no values. A sign of "+" shows that of the mean in any case."""
+    """The mean and its standard error, or "" without values. With `sign="+"` a positive mean has its sign too."""
     if not values:
         return ""
     mean, error = mean_and_error(values)
@@ -156,7 +156,7 @@ def interval(differences: Sequence[float]) -> str:
 
 
 def table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    """In Markdown."""
+    """A table in Markdown."""
     return "\n".join(f"| {' | '.join(cells)} |" for cells in (header, ["---"] * len(header), *rows))
 
 
@@ -169,7 +169,7 @@ def bullets(texts: Iterable[str]) -> str:
 
 
 def band(axes: Axes, x: Sequence[float], samples: Iterable[Sequence[float]], style: str = "-", **options: Any) -> None:
-    """A line through the means, in a band of one standard error."""
+    """Draw a line through the means, in a band of one standard error."""
     means, errors = np.transpose([mean_and_error(values) for values in samples])
     axes.plot(x, means, style, marker="o", markersize=3, **options)
     axes.fill_between(x, means - errors, means + errors, color=options["color"], alpha=0.15, linewidth=0)

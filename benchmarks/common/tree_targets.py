@@ -1,8 +1,8 @@
 """Where each estimator must end on a token tree, in float64, computed without the library and without training.
 
-With a value V(x) of their own per prompt, the squared residuals `E_μ (V + log π/π_ref − R/β)²` can all be 0 only where
-V = V*(x). With any other V the minimiser over π (under Σπ = 1) is a compromise, weighted by the distribution μ of the
-data. Tensors over trajectories are `(P, N)`.
+With one value V(x) per prompt, the squared residuals `E_μ (V + log π/π_ref − R/β)²` can all be 0 only if V = V*(x).
+With any other V the minimiser over π (under Σπ = 1) is a compromise, weighted by the distribution μ of the data.
+Tensors over trajectories are `(P, N)`.
 """
 
 import math
@@ -35,13 +35,13 @@ def bisect(function, low: Tensor, high: Tensor) -> Tensor:
 
 
 def minimiser(reference: Policy, rewards: Tensor, beta: float, value: Tensor, data: Tensor) -> Policy:
-    """The π of least `Σ μ (value + log π/π_ref − R/β)²` under Σπ = 1.
+    """The π that minimises `Σ μ (value + log π/π_ref − R/β)²` under Σπ = 1.
 
     With u the residual of each trajectory, π = exp(u + b), where b = log π_ref + R/β − value. Stationarity under a
     multiplier λ is `2 μ u = λ π`, that is `u e^−u = λ e^b / 2μ`: given the residual t of one trajectory, those of all
-    others follow by Lambert's W. If t is that of the trajectory with the largest e^b / μ, the others are real and below
-    1, whatever t is; Σπ = 1 determines it. Where `value` is below V* the problem is convex, and this its one minimum;
-    far above V* there are others, in which one trajectory has nearly all the probability.
+    others follow by Lambert's W. If t belongs to the trajectory with the largest e^b / μ, the others are real and below
+    1 for every t, and Σπ = 1 determines t. Where `value` is below V*, the problem is convex and this is its only
+    minimum. Far above V* there are other minima, in which one trajectory has nearly all the probability.
 
     Args:
         value: the value term in nats; `(P, 1)`, or `(P, N)` where it depends on the trajectory.
@@ -95,9 +95,9 @@ def group_value(rewards: Tensor, beta: float, counts: Tensor, size: int) -> Tens
 
     Exact, by `log S = ∫ (exp(−e^s) − exp(−S e^s)) ds` over all s (Frullani): with y = exp(−exp(R/β) e^s) of each row,
     the expectation of exp(−S e^s) is the mean product of y over subsets of the log, an elementary symmetric polynomial.
-    Beside τ itself, a group holds size − 1 of the other rows.
+    Besides τ itself, a group holds size − 1 of the other rows.
 
-    The minimiser over random groups is that for `E[V | τ]`: what remains of (V + log π/π_ref − R/β)² is V's variance.
+    The minimiser over random groups is the one for `E[V | τ]`: the rest of (V + log π/π_ref − R/β)² is V's variance.
     """
     s = torch.arange(-45, 5 + (rewards.max() - rewards.min()).item() / beta, 0.05, dtype=torch.float64)  # (S,)
     value = torch.empty_like(rewards)
@@ -118,7 +118,7 @@ def group_value(rewards: Tensor, beta: float, counts: Tensor, size: int) -> Tens
 def length_normalized(reference: Policy, rewards: Tensor, beta: float, lengths: Tensor) -> Policy:
     """π_ref exp(|τ| (R/β − V)), where each V + (log π/π_ref)/|τ| − R/β is 0. `lengths`: `(N,)` actions of each.
 
-    V is the one root of Σπ = 1, which falls with V.
+    V is the only root of Σπ = 1, since Σπ falls with V.
     """
 
     def log_probs(value: Tensor) -> Tensor:
@@ -131,10 +131,11 @@ def length_normalized(reference: Policy, rewards: Tensor, beta: float, lengths: 
 
 
 def partition(reference: Policy, rewards: Tensor, beta: float, logged: Tensor, self_normalized: bool) -> Tensor:
-    """Probabilities `(P, N)` of the logged trajectories where each residual is 0; elsewhere 0.
+    """Probabilities `(P, N)` at which each residual of a logged trajectory is 0; 0 for the others.
 
-    V = log Σ_logged π_ref exp(R/β), so π = π_ref exp(R/β − V) there, and they have all the probability. V divided by
-    Σ_logged π_ref inside the log leaves them, together, the probability that they had.
+    V = log Σ_logged π_ref exp(R/β), so the logged trajectories have π = π_ref exp(R/β − V) and all the probability.
+    With `self_normalized`, V has a division by Σ_logged π_ref inside the log, and together they keep the probability
+    that they have under π_ref.
     """
     best = torch.where(logged, optimum(reference, rewards, beta).probs, 0.0)
     mass = torch.where(logged, reference.probs, 0.0).sum(dim=1, keepdim=True) if self_normalized else 1.0
@@ -146,18 +147,18 @@ def partition(reference: Policy, rewards: Tensor, beta: float, logged: Tensor, s
 
 @dataclass
 class TwoTurns:
-    """A policy that stops, or acts, is answered by an environment, and acts again: A, E and B choices.
+    """A policy that stops at once, or takes one of A actions, gets one of E answers, and takes one of B actions.
 
     Attributes:
         first: `(1 + A,)` log-probabilities of stopping, and of the first actions.
-        second: `(A, E, B)` of the second action, after each answer.
+        second: `(A, E, B)` log-probabilities of the second action, after each answer.
     """
 
     first: Tensor
     second: Tensor
 
     def distance(self, other: "TwoTurns", chance: Tensor) -> float:
-        """Total variation over all that is said, the environment's answers included: `chance`, `(A, E)`."""
+        """Total variation over whole episodes. `chance`, `(A, E)`, has the probabilities of the answers."""
 
         def joint(policy: TwoTurns) -> Tensor:
             acted = policy.first[1:, None, None].exp() * chance[:, :, None] * policy.second.exp()  # (A, E, B)
@@ -167,7 +168,7 @@ class TwoTurns:
 
 
 def two_turn_optimum(reference: TwoTurns, stopped: Tensor, rewards: Tensor, beta: float, chance: Tensor) -> TwoTurns:
-    """The π of largest `E R − β KL`. Before an answer, the value is the mean of the values after it.
+    """The π that maximises `E R − β KL`. Before an answer, the value is the mean of the values after it.
 
     Args:
         stopped: reward of stopping, a scalar.
@@ -181,10 +182,10 @@ def two_turn_optimum(reference: TwoTurns, stopped: Tensor, rewards: Tensor, beta
 
 
 def two_turn_minimiser(reference: TwoTurns, stopped: Tensor, rewards: Tensor, beta: float, data: Tensor) -> TwoTurns:
-    """The π of least expected squared residual, V(s_1) and π both free, on data with `(A, E, B)` counts.
+    """The π that minimises the expected squared residual on data with `(A, E, B)` counts; V(s_1) is free too.
 
     V(s_1) + log π/π_ref of a first action is one number, and it must serve every answer. After each answer it is a
-    wrong constant, and `minimiser` the best that can be done; of the numbers, that with mean residual 0 is best.
+    wrong constant, for which `minimiser` gives the best policy. The best number is the one with mean residual 0.
     """
     actions, answers, _ = data.shape
     frequency = data / data.sum(dim=(1, 2), keepdim=True)  # (A, E, B)

@@ -1,13 +1,13 @@
 """Language models small enough to write their optimal policy down: token trees with a table of logits.
 
 The model is real to TRL (a `PreTrainedModel` in a folder, with a backbone and an output embedding), but its backbone
-only looks up which prefix it has read, as a one-hot state, so that its logits are a table: logits[s, a] = W[a, s].
-Every trajectory can be enumerated, hence π_θ, π* and V* are known exactly.
+only looks up which prefix it has read, as a one-hot state. So its logits are a table: logits[s, a] = W[a, s]. Every
+trajectory can be enumerated, and π_θ, π* and V* are known exactly.
 
-After a prompt the policy says letters until it says <eos>, at most `depth` tokens in all; completions without <eos> are
-cut at that limit. The actions are <eos> and the letters. <pad> and <bos> are none: their logits are −10⁴ in policy and
-reference alike, where the probability is exactly 0 in float32, and so is its gradient. No step moves them (weight decay
-is off), and the enumerated trajectories have all the probability.
+After a prompt the policy emits letters and then <eos>, at most `depth` tokens in all; completions without <eos> are cut
+at that limit. The actions are <eos> and the letters. <pad> and <bos> are not: their logits are −10⁴ in policy and
+reference alike, so that their probability and its gradient are exactly 0 in float32. No step moves these logits (weight
+decay is off), and the enumerated trajectories have all the probability.
 """
 
 import itertools
@@ -40,8 +40,8 @@ FORBIDDEN = -1e4
 
 ELSEWHERE, ROOT = 0, 1  # states: outside the tree, and nothing read yet
 
-# A behaviour policy: (prompt, completion so far) → an urn, from which the next action is drawn. As the probabilities
-# are fractions of small integers, a finite log can hold every trajectory in exactly its proportion.
+# A behaviour policy: (prompt, completion so far) → an urn, from which the next action is drawn. Its probabilities are
+# fractions of small integers, so a finite log can hold every trajectory in exactly its proportion.
 Urn = Callable[[int, list[int]], Sequence[int]]
 
 
@@ -54,8 +54,8 @@ class Tree:
 
     Attributes:
         depth: most tokens of a completion.
-        letters: what the policy may say, besides <eos>.
-        prompts: as text, after <bos>; none begins with another.
+        letters: what the policy may emit besides <eos>.
+        prompts: texts, which follow <bos>; none begins with another.
     """
 
     depth: int = 3
@@ -75,7 +75,7 @@ class Tree:
 
     @cached_property
     def completions(self) -> list[list[int]]:
-        """Everything that the policy can say: letters and then <eos>, or `depth` letters."""
+        """Every possible completion: letters and then <eos>, or `depth` letters."""
         letters = self.actions[1:]
         ended = [[*words, EOS] for n in range(self.depth) for words in itertools.product(letters, repeat=n)]
         return ended + [list(words) for words in itertools.product(letters, repeat=self.depth)]
@@ -118,13 +118,13 @@ class Tree:
     # ---- data --------------------------------------------------------------------------------------------------------
 
     def uniform(self, prompt: int, said: list[int]) -> Sequence[int]:
-        """The urn of a behaviour policy that knows nothing."""
+        """The urn of a uniform behaviour policy."""
         return self.actions
 
     def bad(self, rewards: Tensor) -> Urn:
-        """A behaviour policy that prefers what leads to low rewards, with coverage.
+        """A behaviour policy that prefers actions with low rewards and takes all actions.
 
-        The action after which the reward is lowest, averaged over what may follow, is drawn half the time; each of the
+        Half the time it draws the action with the lowest reward, averaged over all continuations. It draws each of the
         A − 1 others with probability 1 / (2A − 2).
         """
 
@@ -139,7 +139,7 @@ class Tree:
         return urn
 
     def counts(self, urn: Urn) -> Tensor:
-        """`(P, N)`: how often each trajectory stands in a log that holds them in the exact proportions of an urn."""
+        """`(P, N)` copies of each trajectory in a log that has the exact proportions of a behaviour policy."""
 
         def count(prompt: int, completion: list[int]) -> int:
             urns = [urn(prompt, completion[:h]) for h in range(len(completion))]
@@ -198,11 +198,11 @@ class TokenTreeConfig(PreTrainedConfig):
     pad_token_id: int | None = PAD
     eos_token_id: int | None = EOS
     bos_token_id: int | None = BOS
-    auto_map: ClassVar[dict] = {}  # TRL reads it of every architecture that transformers does not ship
+    auto_map: ClassVar[dict] = {}  # TRL reads it for every architecture that transformers does not ship
 
 
 class TokenTreeModel(PreTrainedModel):
-    """The backbone: which prefix was read so far, as a one-hot vector. Padding on either side leaves it where it is."""
+    """The backbone: the prefix read so far, as a one-hot vector. Padding on either side does not change it."""
 
     config_class = TokenTreeConfig
 
@@ -261,7 +261,7 @@ class Policy:
 
 @torch.no_grad()
 def logits_after(model: PreTrainedModel, read: list[int]) -> Tensor:
-    """`(vocabulary,)` the logits, that is the soft Q-values, at the state in which these tokens were read; float64."""
+    """`(vocabulary,)` the logits, that is the soft Q-values, in the state after these tokens; float64."""
     state = ROOT
     for token in read:
         state = model.config.transitions[state][token]
@@ -289,7 +289,7 @@ def optimum(reference: Policy, rewards: Tensor, beta: float) -> Policy:
 
 
 def total_variation(policy: Policy, other: Policy) -> float:
-    """Half the L1 distance between two distributions over trajectories; of the prompts, the worse."""
+    """Half the L1 distance between two distributions over trajectories, for the prompt where it is largest."""
     return 0.5 * (policy.probs - other.probs).abs().sum(dim=1).max().item()
 
 
@@ -303,7 +303,7 @@ class Task:
         start: the model of π_ref.
         reference: π_ref, enumerated.
         best: π* and V*.
-        trainer: the last that `train` made.
+        trainer: the trainer of the last `train`.
     """
 
     def __init__(self, tree: Tree, beta: float, folder: Path, seed: int = 0):
@@ -317,7 +317,7 @@ class Task:
     def with_values(
         self, rows: list[dict[str, Any]], values: Tensor, column: str = "optimal_value"
     ) -> list[dict[str, Any]]:
-        """The rows with a column from `(P,)` values by prompt, in reward units; or `(P, N)`, a list for each."""
+        """The rows with a column of their prompts' values in reward units: numbers from `(P,)`, lists from `(P, N)`."""
         by_prompt: dict[Any, Any] = {}
         for ids, text, value in zip(self.tree.prompt_ids, self.tree.prompts, values.tolist(), strict=True):
             by_prompt[tuple(ids)] = by_prompt[tuple(f"<bos>{text}")] = value
@@ -327,7 +327,7 @@ class Task:
         self, rows: list[dict[str, Any]], trainer_class: Any = TBRMTrainer, config_class: Any = TBRMConfig,
         rollout_func: Callable | None = None, callbacks: Sequence[TrainerCallback] = (), **options: Any,
     ) -> Any:  # fmt: skip
-        """A trainer on prompts or logged rows; what is neither in `options` nor here is at the library's defaults."""
+        """A trainer on prompts or logged rows. Options set neither here nor in `options` keep the library's default."""
         settings = dict(
             beta=self.beta, learning_rate=0.3, lr_scheduler_type="linear", max_grad_norm=0.0,
             per_device_train_batch_size=128, max_completion_length=self.tree.depth,
@@ -344,7 +344,7 @@ class Task:
         )
 
     def train(self, rows: list[dict[str, Any]], **options: Any) -> Policy:
-        """Train, and enumerate the policy that comes of it."""
+        """Train, and enumerate the trained policy."""
         self.trainer = self.trainer_on(rows, **options)
         self.trainer.train()
         return enumerate_policy(self.trainer.model, self.tree)

@@ -1,7 +1,7 @@
-"""Processes that train, an update at a time, each in its turn: what they take is compared pair by pair.
+"""Training processes that take turns, one update at a time, so that their costs can be compared in pairs.
 
 A process reads a line from stdin before each update and answers with one line of JSON. `Turns` is the callback that
-does so in it, `Process` the other end.
+does this in the process, and `Process` is the other end.
 """
 
 import json
@@ -21,11 +21,11 @@ Counter = Callable[[], AbstractContextManager[Any]]
 
 
 class Turns(TrainerCallback):
-    """Waits for its turn before an update, and says afterwards what it took.
+    """Waits for its turn before an update, and reports the update's cost afterwards.
 
     Args:
-        counter: gives a context that counts what is dispatched inside it, for the updates that are asked to `count`.
-        counted: reads that context when it is over, as plain values.
+        counter: gives a context that counts what is dispatched inside it, for updates that are requested with `count`.
+        counted: returns the counts of that context as plain values, when it is over.
     """
 
     def __init__(self, counter: Counter = nullcontext, counted: Callable[[Any], Any] = lambda context: None):
@@ -47,7 +47,7 @@ class Turns(TrainerCallback):
 
 
 class Process:
-    """One that trains, on the cores that it is given. Its command ends with `Turns`."""
+    """A training process on the given cores. Its program trains with `Turns`."""
 
     def __init__(self, command: Sequence[str], cores: set[int], searched: str | None = None):
         environment = {**os.environ, "OMP_NUM_THREADS": str(len(cores)), "TRL_EXPERIMENTAL_SILENCE": "1"}
@@ -75,7 +75,7 @@ class Process:
 def take_turns(
     processes: Mapping[str, Process], warm_up: int, updates: int
 ) -> tuple[dict[str, list[float]], dict[str, Any]]:
-    """Seconds of each update of each process, who goes first changing at random; and what one counts. They end then."""
+    """Seconds of each update by process, in random order within a turn, and one update's counts. Ends the processes."""
     rng, seconds = random.Random(0), {name: list[float]() for name in processes}
     try:
         for process in processes.values():
@@ -94,7 +94,7 @@ def take_turns(
 
 
 def interval(mine: Sequence[float], theirs: Sequence[float], totals: bool = False) -> tuple[float, float, float]:
-    """Median of the ratios of pairs, or the ratio of the sums, and the 95% interval of it over resampled pairs."""
+    """Median ratio of the pairs, or with `totals` the ratio of the sums, and its 95% interval over resampled pairs."""
     ours, others = np.array(mine), np.array(theirs)
     places = np.random.default_rng(0).integers(len(ours), size=(10_000, len(ours)))
 

@@ -1,4 +1,4 @@
-"""Training that is evaluated on a benchmark, in this process or in several."""
+"""Training runs that are evaluated on a benchmark, in this process or in several."""
 
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,10 @@ NAME = "eval_letters/avg@3"
 
 
 def train(model: str, folder: str, lora: bool = False, **options: Any) -> dict[str, Any]:
-    """Three updates, evaluated before and after each, with the best kept. What each process logged, and the best."""
+    """Make three updates, evaluate before and after each, and keep the best.
+
+    Returns what each process logged, and the best.
+    """
     if lora:
         from peft import LoraConfig
 

@@ -1,4 +1,4 @@
-"""The files of `examples/`, and their launch lines: run as they stand but for model, data, sizes and machine."""
+"""Run the files of `examples/` by their launch lines, with only model, data, sizes and machine changed."""
 
 import json
 import math
@@ -10,7 +10,7 @@ from common.launch import ROOT, free_port, run
 from common.tiny import save
 
 RECIPES, SETUPS = ROOT / "examples/recipes", ROOT / "examples/setups"
-# Of each file: strategy, ZeRO stage, and the share of weights and of optimizer that one of two processes holds.
+# By file: strategy, ZeRO stage, and the shares of weights and of optimizer that one of two processes holds.
 HOW: dict[str, tuple[str, int | None, float, float]] = {
     "single": ("NO", None, 1, 1),
     "ddp": ("MULTI_CPU", None, 1, 1),
@@ -24,7 +24,7 @@ HOW: dict[str, tuple[str, int | None, float, float]] = {
 
 
 def command_of(recipe: Path) -> list[str]:
-    """The command in the comment that the file opens with; a backslash continues it."""
+    """The command in the comment at the top of the file. A backslash continues it."""
     lines, command = iter(recipe.read_text().splitlines()), "\\"
     while command.endswith("\\"):
         command = command.removesuffix("\\") + next(lines).removeprefix("#")
@@ -48,7 +48,7 @@ def sums(path: Path) -> Path:
 
 
 def small(tmp_path: Path) -> list[str]:
-    """What is overridden: a model whose sizes 4-bit kernels take, sums as data, a few short rows, no half precision."""
+    """Options that override: a model of sizes for 4-bit kernels, sums as data, few short rows, no half precision."""
     model = save(tmp_path / "model", hidden_size=64, intermediate_size=128, head_dim=16)
     options = dict(
         model_name_or_path=model, dataset_name=sums(tmp_path / "sums.json"), output_dir=tmp_path / "out",
@@ -59,10 +59,10 @@ def small(tmp_path: Path) -> list[str]:
 
 
 def run_line(file: Path, tmp_path: Path, *options: str, plugin: str | None = None, **environment: str) -> str:
-    """Run the line that a file opens with, on at most two CPUs, small. Returns what it printed.
+    """Run the command at the top of a file with small sizes, on at most two CPU processes. Returns its output.
 
     Args:
-        plugin: a script that runs the line's program.
+        plugin: a script that runs the command's program.
     """
     line = command_of(file)
     at, program = line.index("accelerate"), next(i for i, word in enumerate(line) if word.endswith(".py"))
@@ -81,7 +81,7 @@ def run_line(file: Path, tmp_path: Path, *options: str, plugin: str | None = Non
 
 
 def logged_updates(tmp_path: Path) -> list[dict]:
-    """What such a run logged of its two updates."""
+    """The log of the two updates of a run of `run_line`."""
     (state,) = tmp_path.glob("out/checkpoint-*/trainer_state.json")
     log = [row for row in json.loads(state.read_text())["log_history"] if "residual/rms" in row]
     assert len(log) == 2

@@ -1,4 +1,4 @@
-"""A hub on the loopback: what `huggingface_hub` asks of one over HTTP, with what it is sent kept in memory."""
+"""A hub on the loopback: it answers the HTTP requests of `huggingface_hub`, and keeps uploads in memory."""
 
 import base64
 import hashlib
@@ -13,7 +13,7 @@ from urllib.parse import parse_qs, unquote
 from common.loopback import Answering, Loopback
 
 TOKEN = "hf_of_the_test"
-LARGE = 10_000_000  # bytes from which on a file goes by LFS, as text files on the real hub
+LARGE = 10_000_000  # bytes from which a file is uploaded by LFS, as text files are on the real hub
 
 BINARY = (".safetensors", ".parquet", ".bin")  # by LFS whatever their size
 
@@ -34,7 +34,7 @@ def entries(repo: "Repo") -> list[dict[str, Any]]:
 
 @dataclass
 class Repo:
-    """A repository: its files at the last commit, and how often it was committed to."""
+    """A repository: its files at the last commit, and the summaries of its commits."""
 
     private: bool = False
     files: dict[str, bytes] = field(default_factory=dict)
@@ -47,7 +47,7 @@ class Repo:
 
 
 class HubServer(Loopback):
-    """Serves until it is closed. `drop_uploads` is how many uploads of large files it will cut off in the middle."""
+    """Serves until it is closed. It cuts off the next `drop_uploads` uploads of large files in the middle."""
 
     def __init__(self) -> None:
         self.repos: dict[str, Repo] = {}

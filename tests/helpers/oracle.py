@@ -1,7 +1,7 @@
 """The residual, loss and gradient by brute force: float64, one unpadded row at a time, full logits, Python loops.
 
 It shares no code with the library: it only reads trajectories (token ids, mask, reward, end). Its options have the
-names and meanings of `TBRMConfig`'s. At the end stands what compares a trainer with it.
+names and meanings of `TBRMConfig`'s. The functions at the end compare a trainer with it.
 """
 
 import copy
@@ -29,7 +29,7 @@ class Answer:
 
 @dataclass
 class Steps:
-    """What a model says of one trajectory, in nats: an entry per action, and V of the state after the last token."""
+    """A model's numbers for one trajectory, in nats: an entry per action, and V of the state after the last token."""
 
     log_probs: list[torch.Tensor]
     values: list[torch.Tensor]
@@ -62,7 +62,7 @@ def steps(model, trajectory, temperature: float) -> Steps:
 def reward_of(trajectory, truncation: str, truncated_reward: float, reward_pessimism: float) -> float:
     if truncation == "bootstrap" and trajectory.end.value == "length":
         return truncated_reward
-    if reward_pessimism:  # of functions that all weigh 1
+    if reward_pessimism:  # all functions have weight 1
         verdicts = [reward for reward in trajectory.rewards.values() if not math.isnan(reward)]
         spread = statistics.stdev(verdicts) if len(verdicts) > 1 else 0.0
         return sum(verdicts) - reward_pessimism * math.sqrt(len(verdicts)) * spread if verdicts else math.nan
@@ -106,10 +106,12 @@ def solve(
     entropy_advantage_coef: float = 0.0,
     subset: Callable[[int], dict[int, float]] | None = None,
 ) -> Answer:
-    """Mean over the counted trajectories; `policy` and `reference` are plain models in float64 and eval mode.
+    """Loss and gradient, means over the counted trajectories, and the residuals, one for each of these.
 
     Args:
-        subset: number of actions → those that are back-propagated through (from 0), each with its probability to be.
+        policy: a plain model in float64 and eval mode, as is `reference`.
+        subset: number of actions → the actions that are back-propagated through (from 0), each with the probability
+            that it is among them.
     """
     rewards = [reward_of(t, truncation, truncated_reward, reward_pessimism) for t in trajectories]
     counted = [
@@ -133,7 +135,7 @@ def solve(
         elif soft_value == "zero":
             value = torch.zeros_like(value)
         if truncation == "bootstrap" and trajectory.end.value == "length":
-            value, baseline = value - after, 0.0  # the value after the cut has it taken off
+            value, baseline = value - after, 0.0  # the value after the cut has the baseline taken off
         delta = value + sum(ours.log_probs) - sum(theirs.log_probs) - (reward - baseline) / beta
         residuals.append(delta.item())
 
@@ -184,7 +186,7 @@ def plain(model) -> torch.nn.Module:
 
 
 def options_of(trainer) -> dict:
-    """The trainer's options that the brute force knows, which calls them by the same names."""
+    """The trainer's options that `solve` takes, under the same names."""
     known = inspect.getfullargspec(solve).kwonlyargs
     return {name: getattr(trainer.args, name) for name in known if hasattr(trainer.args, name)}
 
@@ -206,7 +208,7 @@ def check(trainer, *, tolerance=TOLERANCE, subset=None):
 
 
 def merged(model: PeftModel) -> torch.nn.Module:
-    """A plain model that says what this one says with its trained adapter."""
+    """A plain model with the same outputs as this one with its trained adapter."""
     return plain(copy_of_adapter(model).merge_and_unload())
 
 

@@ -1,4 +1,4 @@
-"""Training runs in processes of their own, which may kill themselves at a named point; and what they made."""
+"""Training runs in processes of their own, which may kill themselves at a named point, and their outcomes."""
 
 import os
 import random
@@ -56,7 +56,7 @@ CASES: dict[str, dict[str, Any]] = {
         reference="previous", max_steps=16, logging_steps=3, save_steps=4, replay_buffer_size=16,
         replay_sampling="prioritized",
     ),
-    # The numbers of a case above, over two processes.
+    # The sizes of a case above, split over two processes.
     "two, prioritized": dict(
         replay_buffer_size=20, replay_max_age=9, replay_sampling="prioritized", per_device_train_batch_size=1
     ),
@@ -82,7 +82,7 @@ def build(case: str, model: str, output_dir: Path, **changes: Any) -> TBRMTraine
     options = {**OPTIONS, **CASES[case], **changes}
     data, lora = options.pop("data", PROMPTS), options.pop("lora", None)
     functions: list[Any] | None = [letters, digits]
-    if largest := options.pop("records", None):  # rows of a file, at most
+    if largest := options.pop("records", None):  # most rows of a file
         options["follow_rollouts"] = str(output_dir.parent / "records")
         write_slowly(output_dir.parent / "records", made_rows(120), largest, seed=1)
         functions = functions if data else None  # some of the logged rows have no reward
@@ -104,7 +104,7 @@ def kill_at(
     signum: signal.Signals = signal.SIGKILL,
     then_sleep: float = 0,
 ) -> None:
-    """Have this process send itself a signal at a point of the run, once `step` updates were made."""
+    """Make this process send itself a signal at a point of the run, once `step` updates have been made."""
     policy = trainer.model.get_base_model() if hasattr(trainer.model, "peft_config") else trainer.model
     before, after = True, False
     owner, name, when, file = {
@@ -126,7 +126,7 @@ def kill_at(
         "all written": (tbrm_trl.resume.exact_resume, "mark_complete", before, None),
         "mark half-written": (os, "replace", before, "complete.partial"),
         "marked": (tbrm_trl.resume.exact_resume, "mark_complete", after, None),
-        # Removing the one before.
+        # Removing the previous checkpoint.
         "old one unmarked": (shutil, "rmtree", before, None),
         "old one half-removed": (os, "unlink", after, "scheduler.pt"),
         "old one removed": (tbrm_trl.resume.exact_resume, "remove_old_checkpoints", after, None),
@@ -163,7 +163,7 @@ class ControlC(TrainerCallback):
 
 
 def outcome(trainer: TBRMTrainer) -> dict[str, Any]:
-    """Everything that training has made, of this process."""
+    """Everything that training has produced in this process."""
     logs = [
         {
             name: value
@@ -203,15 +203,15 @@ def run(
     """One training run, from the start or from the last complete checkpoint.
 
     Args:
-        case: its settings, of `CASES`.
+        case: a key of `CASES`, which has its settings.
         model: folder of the policy.
-        output_dir: of the run; what it made in the end is beside it.
-        kill: point, and updates made by then; None to reach the end.
-        resume: whether from the last complete checkpoint; or "auto".
+        output_dir: output folder of the run. Its outcome is written beside it.
+        kill: point of `kill_at`, and the updates made by then; None to reach the end.
+        resume: whether to resume from the last complete checkpoint, or "auto".
         signum: the signal of the kill.
-        then_sleep: seconds that the update takes longer after it.
+        then_sleep: seconds to sleep after the signal.
         interrupt: leave `train` in the middle, and call it again.
-        changes: to the settings.
+        changes: changed settings.
     """
     out = Path(output_dir)
     trainer = build(case, model, out, **changes)
@@ -227,7 +227,7 @@ def run(
 
 
 def child(log: str, process: int, processes: int, port: int, **job: Any) -> None:
-    """`run` in a process that was forked, with what it prints in a file."""
+    """`run` in a forked process, which prints into a file."""
     become(log, process, processes, port)
     run(**job)
     end_process()

@@ -1,4 +1,4 @@
-"""Runs of `helpers.resume` in processes of their own, forked from one that has imported everything and run nothing."""
+"""Runs of `helpers.resume` in processes of their own, forked from one that has only imported everything."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ def processes_of(case: str) -> int:
 
 
 def start(folder: Path, case: str, model: str, kill: tuple | None = None, **options: Any) -> list[Any]:
-    """The processes of a run, as many as the case has, with options of `helpers.resume.run`."""
+    """Start the processes of a run, as many as the case has, with options of `helpers.resume.run`."""
     number, port = processes_of(case), free_port()
     killed = kill[2] if kill and len(kill) > 2 else 0
     processes = [
@@ -37,11 +37,11 @@ def start(folder: Path, case: str, model: str, kill: tuple | None = None, **opti
 
 
 def train(folder: Path, case: str, model: str, kill: tuple | None = None, **options: Any) -> list[int]:
-    """One run, in as many processes as the case has, with options of `helpers.resume.run`. Returns their exit codes."""
+    """Make a run in as many processes as the case has, with options of `helpers.resume.run`. Returns the exit codes."""
     processes = start(folder, case, model, kill, **options)
     for process in processes:
         process.join(200)
-        process.kill()  # where it waits for one that is no more
+        process.kill()  # if it waits for a process that has ended
         process.join()
     return [process.exitcode for process in processes]
 

@@ -12,7 +12,7 @@ def length(completions, **columns):
 
 
 def misbehaving(completions, log_extra=None, log_metric=None, **columns):
-    """Hangs, sleeps, dies, raises, recurses or fills memory, as each completion says; else its length."""
+    """Hangs, sleeps, dies, raises, recurses or fills memory if the completion says so; else returns its length."""
     rewards = []
     for one in completions:
         if one == "hang":
@@ -36,7 +36,7 @@ def misbehaving(completions, log_extra=None, log_metric=None, **columns):
 
 
 def both_there(completions, folder, **columns):
-    """1, once files of the names a and b are in the folder. Writes that of the completion."""
+    """Write a file named after the completion, and return 1 once the folder has two files."""
     (Path(folder[0]) / completions[0]).touch()
     while len(os.listdir(folder[0])) < 2:
         time.sleep(0.01)
@@ -66,11 +66,11 @@ def _fail():
 
 
 def letters(completions, **columns):
-    """The share of lower-case letters among eight, of messages."""
+    """The number of lower-case letters in each message, divided by eight."""
     return [sum(map(str.islower, one[0]["content"])) / 8 for one in completions]
 
 
 def value_below_six(completions, **kwargs) -> list[float]:
-    """The number that a completion is, and NaN from 6 on."""
+    """Each completion as a number, or NaN from 6 on."""
     numbers = [float(completion[0]["content"]) for completion in completions]
     return [one if one < 6 else math.nan for one in numbers]

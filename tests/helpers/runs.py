@@ -1,4 +1,4 @@
-"""Trainers that generate and reward for themselves, or train on a log; and what a test looks at in any trainer."""
+"""Trainers that generate and score rollouts or train on a log, and functions that look into any trainer."""
 
 import math
 import random
@@ -75,7 +75,7 @@ def differ(some, others) -> bool:
 
 
 def kept_returns(owner: Any, name: str) -> list[Any]:
-    """What a method of the trainer returns, call by call: `_new_window`, `_collect`, `_microbatches_of`."""
+    """A list of what a method of the trainer returns, call by call: `_new_window`, `_collect`, `_microbatches_of`."""
     method, returned = getattr(owner, name), []
     setattr(owner, name, lambda *args: returned.append(method(*args)) or returned[-1])
     return returned
@@ -138,7 +138,7 @@ class Update:
 
 
 def one_update(folder: str, tmp_path: Path, rows=None, reward_funcs=None, watch=None, **options: Any) -> Update:
-    """An update on a log, by a policy that differs from its reference. `watch` is given the trainer beforehand."""
+    """An update on a log, by a policy that differs from its reference. `watch` gets the trainer before training."""
     defaults = dict(beta=0.1, learning_rate=0.0, max_steps=1, max_grad_norm=0.0, per_device_train_batch_size=8)
     data = Dataset.from_list(log() if rows is None else rows)
     trainer = build(folder, tmp_path, reward_funcs, data, **{**defaults, **options})

@@ -1,4 +1,4 @@
-"""What processes hold of a model, and all of it put together."""
+"""The part of a model that a process holds, and the whole model."""
 
 from collections.abc import Iterable
 
@@ -7,7 +7,7 @@ from torch.distributed.tensor import DTensor
 
 
 def whole(parameters: Iterable[tuple[str, torch.nn.Parameter]]) -> dict[str, torch.Tensor]:
-    """Copies of all of them, however they are sharded."""
+    """Copies of all parameters in full, however they are sharded."""
     parameters = list(parameters)
     if any(hasattr(parameter, "ds_id") for _, parameter in parameters):
         import deepspeed
@@ -23,5 +23,5 @@ def held_here(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def unwrapped(gradients: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """By the names that parameters have without DDP's wrapper."""
+    """The gradients by the parameters' names without DDP's prefix."""
     return {name.removeprefix("module."): gradient for name, gradient in gradients.items()}

@@ -1,4 +1,4 @@
-"""Signatures as text, to be compared with what stands in a test."""
+"""Signatures as text, for comparison with those written in a test."""
 
 import inspect
 import re
@@ -7,7 +7,7 @@ from typing import Any
 
 
 def signature(function: Callable[..., Any]) -> str:
-    """Names and defaults, without annotations."""
+    """The names and defaults of a function's parameters, without annotations."""
     bare = inspect.signature(inspect.unwrap(function))
     parameters = [p.replace(annotation=inspect.Parameter.empty) for p in bare.parameters.values()]
     shown = str(bare.replace(parameters=parameters, return_annotation=inspect.Signature.empty))

