@@ -102,6 +102,7 @@ class Setting:
     of_selection: int  # updates between two measurements of a search run
     rates: tuple[float, ...]  # where the search begins
     beta: float  # TBRM's and A*-PO's
+    bf16: bool  # forward and backward passes under autocast
     buffer: int
     selection_seeds: tuple[int, ...]
     final_seeds: tuple[int, ...]
@@ -109,13 +110,16 @@ class Setting:
 
 SETTINGS = {
     "sorting": Setting(
-        "Tiny model, sorting letters", 384, 64, 16, 16, (5e-4, 1e-3, 2e-3), 0.05, 256, (100, 101), (0, 1, 2, 3, 4)
+        "Tiny model, sorting letters", 384, 64, 16, 16, (5e-4, 1e-3, 2e-3), 0.05, False, 256, (100, 101),
+        (0, 1, 2, 3, 4),
     ),
     "sums": Setting(
-        "SmolLM2-135M, one-digit sums", 32, 16, 2, 4, (1e-5, 2e-5, 4e-5), 0.02, 64, (100,), (0, 1, 2, 3, 4)
+        "SmolLM2-135M, one-digit sums", 32, 16, 2, 4, (1e-5, 2e-5, 4e-5), 0.02, True, 64, (100,),
+        (0, 1, 2, 3, 4),
     ),
     "divisors": Setting(
-        "SmolLM2-135M, greatest common divisors", 32, 16, 2, 4, (1e-5, 2e-5, 4e-5), 0.02, 64, (100,), (0, 1, 2, 3, 4)
+        "SmolLM2-135M, greatest common divisors", 32, 16, 2, 4, (1e-5, 2e-5, 4e-5), 0.02, True, 64, (100,),
+        (0, 1, 2, 3, 4),
     ),
 }  # fmt: skip
 QUICK = replace(
@@ -165,13 +169,14 @@ def result(run: Run, setting: Setting) -> dict[str, Any]:
         measure = tasks.Measure(task, range(0, updates + 1, every))
         trainer = tasks.train(
             method.trainer, measure, learning_rate=run.rate, max_steps=updates, seed=run.seed,
-            per_device_train_batch_size=setting.rows, logging_strategy="steps", logging_steps=1, **options,
+            per_device_train_batch_size=setting.rows, bf16=setting.bf16, logging_strategy="steps", logging_steps=1,
+            **options,
         )  # fmt: skip
     logged = {
         name: [round(row[name], 4) for row in trainer.state.log_history if name in row]
         for name in ("soft_value", "grad_norm", "kl")
     }
-    return {"run": vars(run), "points": measure.points, "logged": logged}
+    return {"run": vars(run), "processor": processor(), "points": measure.points, "logged": logged}
 
 
 class Comparison:
@@ -306,6 +311,8 @@ def section(comparison: Comparison) -> str:
     finished = {method: comparison.finished(method) for method in METHODS}
     whole = [method for method, runs in finished.items() if runs]
     text = f"## {setting.title}\n\n"
+    if setting.bf16:
+        text += "Forward and backward passes are in bfloat16 (autocast), the weights and Adam in float32.\n\n"
     if PEER not in whole:
         return text + wrapped("The selection is not finished.") + "\n\n" + selection(comparison)
     seeds = [run.seed for run in finished[PEER]]
@@ -315,6 +322,7 @@ def section(comparison: Comparison) -> str:
     }
     ends = {method: [of[-1][2] for of in by_seed.values()] for method, by_seed in points.items()}
     target = statistics.mean(ends[PEER])
+    processors = sorted({results[str(run)]["processor"] for method in whole for run in finished[method]})
     rows, costs = [], []
     for method in whole:
         mine = points[method]
@@ -341,7 +349,8 @@ def section(comparison: Comparison) -> str:
     text += f"\n\n{table(header, rows)}\n\n"
     text += wrapped(
         f"Medians over seeds of what it takes to gain {GAIN} over the untrained model, and to reach {PEER}'s mean "
-        f"final accuracy, {target:.3f}. Seconds are of a processor, in one thread, without the measurements."
+        f"final accuracy, {target:.3f}. Seconds are of one thread of a processor ({', '.join(processors)}), without "
+        "the measurements."
     )
     header = ["", f"rollouts to gain {GAIN}", f"rollouts to {target:.3f}", f"seconds to {target:.3f}", "seconds in all"]
     return f"{text}\n\n{table(header, costs)}\n\n{selection(comparison)}"
@@ -378,7 +387,7 @@ def draw(comparisons: Sequence[Comparison]) -> plt.Figure:
     return figure
 
 
-def report(comparisons: Sequence[Comparison], facts: str) -> str:
+def report(comparisons: Sequence[Comparison], packages: str) -> str:
     settings = wrapped(
         "Every method draws equally many rollouts. A method that uses each window of rollouts K times makes K times "
         "as many updates. A*-PO also draws N completions of every prompt from the reference before training; they are "
@@ -388,7 +397,7 @@ def report(comparisons: Sequence[Comparison], facts: str) -> str:
     sections = "\n".join(map(section, comparisons))
     return f"""# TBRM, GRPO, RLOO and A*-PO, tuned alike
 
-Written by `python benchmarks/comparison.py`. {facts}. Every run: [comparison.json](comparison.json).
+Written by `python benchmarks/comparison.py`. {packages}. Every run: [comparison.json](comparison.json).
 
 {settings}
 
@@ -406,14 +415,14 @@ def main() -> None:
         processes=dict(type=int, default=os.cpu_count() or 1, help="runs at a time, of one thread each"),
     )
     settings = {"sorting": QUICK} if arguments.quick else SETTINGS
-    facts = f"{processor()}; {listed(versions('torch', 'transformers', 'trl', 'tbrm-trl', 'reasoning-gym'))}"
-    runs = Store(arguments.output / "comparison.json", facts=facts)
+    packages = listed(versions("torch", "transformers", "trl", "tbrm-trl", "reasoning-gym"))
+    runs = Store(arguments.output / "comparison.json", packages=packages)
     until = time.monotonic() + 60 * arguments.minutes
     comparisons = {task: Comparison(task, setting, runs) for task, setting in settings.items()}
     for task in arguments.tasks if not arguments.quick else settings:
         comparisons[task].execute(arguments.processes, until)
     begun = [one for one in comparisons.values() if any(key.startswith(f"{one.task}: ") for key in runs)]
-    write(arguments.output, "comparison", report(begun, facts), figure=draw(begun))
+    write(arguments.output, "comparison", report(begun, packages), figure=draw(begun))
 
 
 if __name__ == "__main__":

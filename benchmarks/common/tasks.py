@@ -243,7 +243,8 @@ def train(method: str | tuple[Any, Any], measure: Measure, **options: Any) -> An
         )
         trainer.remove_callback(PrinterCallback)
         if 0 in measure.evaluations:
-            measure.measure(0, trainer.model)
+            with trainer.accelerator.autocast():  # as in training
+                measure.measure(0, trainer.model)
         began, cpu_began = time.perf_counter(), time.process_time()
         trainer.train()
         measure.seconds = round(time.perf_counter() - began, 1)
