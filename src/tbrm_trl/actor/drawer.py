@@ -55,7 +55,7 @@ class RowDrawer(GRPOTrainer):
     Args:
         plan: the run's plan.
         server: draws the completions.
-        places: limits the requests at the server at once.
+        places: limits how many requests are at the server at once.
         workspace: folder for the Trainer's own output.
     """
 
@@ -87,7 +87,7 @@ class RowDrawer(GRPOTrainer):
         self.state.max_steps = plan.updates
 
     def for_one_thread(self) -> "RowDrawer":
-        """A drawer for one thread: it shares what no row changes, and has its own copy of everything else."""
+        """A drawer for one thread. It shares with this one what no row changes, and has its own copy of the rest."""
         own = copy.copy(self)
         own.state = copy.copy(self.state)
         own._metrics = {"train": defaultdict(list), "eval": defaultdict(list)}
@@ -140,7 +140,7 @@ class RowDrawer(GRPOTrainer):
             "top_k": args.top_k,
             "min_p": args.min_p or 0.0,
             "repetition_penalty": args.repetition_penalty,
-            # Only the run's own end tokens, not those that the model ships with.
+            # Only the run's own end tokens, and no others that the model may ship with.
             "stop_token_ids": self.plan.end_token_ids,
             "ignore_eos": True,
             **self.plan.generation_kwargs,

@@ -18,7 +18,7 @@ from ..model.publisher import Version
 TRIES = 3  # how often a request that times out is made
 SHORTEST_PAUSE, LONGEST_PAUSE = 0.1, 15.0  # seconds between two tries while the server is lost; each pause doubles
 SAID_EVERY = 60.0  # seconds between two lines about the same wait
-DISTANCE = 0.2  # nats, the largest mean difference of log-probabilities; rounding float32 to bfloat16 causes less
+DISTANCE = 0.2  # nats, the largest mean difference over the probe's tokens; rounding to bfloat16 causes less
 _ENDS = (None, "stop", "length")  # finish reasons of a whole completion
 _LATER = (408, 429)  # status codes of a server that may accept the request later
 TOLD = 5  # number of likeliest tokens the server is asked for
@@ -73,9 +73,9 @@ class Places:
 
 
 class Server:
-    """Loads the policy's versions into a server under their names, as requests need them.
+    """Draws from a server, and keeps the policy's versions loaded there under their names while requests need them.
 
-    Each adapter has its own name on the server, so requests in flight finish under the version they began with. Whole
+    An adapter is loaded under its own name, so requests in flight finish under the version they began with. Whole
     weights replace one another, so they are loaded only when no request is in flight.
 
     Args:
@@ -227,7 +227,7 @@ class Server:
             raise
 
     def _check(self, version: Version) -> None:
-        """Compare the server's likeliest next tokens after the probe's prefixes with the policy's own.
+        """Compare the log-probabilities of the likeliest next tokens after prefixes of the probe with the policy's own.
 
         Raises:
             _Lost: if the server serves another policy.

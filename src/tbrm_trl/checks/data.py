@@ -415,7 +415,7 @@ def check_logged_rows(
 
 
 def _problem_beside_environments(row: Mapping[str, Any]) -> str | None:
-    """Why a logged row fails beside environments, where TRL takes it for a rollout of one; None if it does not."""
+    """Why a logged row fails beside environments, where TRL takes it for a rollout of one; None if it is sound."""
     if row.get("reward") is None:
         return "it has no `reward`, and an environment rewards its own rollouts alone. Add the column."
     if row.get("completion_ids") is None and not isinstance(row["prompt"], str):

@@ -144,7 +144,7 @@ def _of_beta(window: FirstWindow, args: TBRMOptions) -> Iterator[str]:
 
 
 def _of_rate(window: FirstWindow, args: TBRMOptions) -> Iterator[str]:
-    """Only full models trained with Adam get advice, at sizes within a factor of 2 of those that trained well."""
+    """Nothing is known of adapters, optimizers other than Adam, and sizes below half or above twice those trained."""
     (least, _), *_, (most, _) = RATE_BY_SIZE
     if window.size is None or not least / 2 < window.size < 2 * most or "adam" not in str(args.optim.value):
         return

@@ -263,7 +263,7 @@ def warn_of_half_precision(model: nn.Module, learning_rate: float, samples: int 
 
 
 def check_backend(model: Any, args: TBRMOptions, has_reference_adapter: bool) -> None:
-    """Refuse rollouts for which TRL would change the trained model, or that would not serve all its weights."""
+    """Refuse rollouts for which TRL would change the trained model, or that could not be drawn from its weights."""
     wanted = torch.bfloat16 if args.bf16 else torch.float16 if args.fp16 else None
     held = {parameter.dtype for parameter in model.parameters() if parameter.is_floating_point()}
     if args.use_transformers_continuous_batching and wanted is not None and held != {wanted}:
@@ -341,7 +341,7 @@ def check_tied_layers(model: Any) -> None:
 
 
 def rotary_limit(model: PreTrainedModel, shortest: int = 8) -> int | None:
-    """The longest row for which rotary embeddings do not depend on the length of the batch; None if they never do.
+    """The longest row for which rotary embeddings do not depend on the batch's length; None if they never depend on it.
 
     Some rotary embeddings (`dynamic`, `longrope`) rescale every position once a batch is longer than the original
     context. A row's log-probabilities then depend on the rows beside it. The rotary modules are run to find this: the
@@ -429,7 +429,7 @@ def check_pool(
 
     Args:
         policy: the model, without adapters around it.
-        config: the generation's.
+        config: the generation config.
         has_vision: whether the policy reads images.
         dataset: the training set.
         mix: what its windows are made of.

@@ -34,7 +34,7 @@ def leave(prog: str, refused: Refused) -> NoReturn:
 
 
 def with_line_breaks(template: str | None) -> str | None:
-    """A one-line template with `\\n` as a line break, since a shell passes a backslash and an n."""
+    """A template, with each `\\n` made a line break if it is on one line: a shell passes a backslash and an n."""
     return template if template is None or "\n" in template else template.replace("\\n", "\n")
 
 
@@ -71,7 +71,7 @@ class Parser(TrlParser):
         return super().set_defaults_with_config(**{**fields, **alone})
 
     def parse(self, words: "Words") -> tuple[Any, ...]:
-        """Make the dataclasses from checked words. Raises `Refused` with all problems that the dataclasses find."""
+        """Make the dataclasses from checked words. Raises `Refused` with all problems that a dataclass finds."""
         try:
             return self.parse_args_and_config(words.own, fail_with_unknown_args=False)
         except (ValueError, TypeError) as error:

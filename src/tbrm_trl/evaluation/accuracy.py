@@ -12,7 +12,7 @@ from .statistics import accuracy_from_scores
 
 @dataclass(frozen=True)
 class Accuracy:
-    """Mean score over problems, where a problem's score is the mean over its samples (avg@n), with all samples.
+    """Mean score over problems, where a problem's score is the mean over its samples (avg@n), and the samples.
 
     Attributes:
         mean: mean over problems, in score units (1 = all correct).

@@ -71,7 +71,7 @@ class Benchmark:
         name: name under which results and metrics appear; it also names the result's file.
         prompts: the questions, as text or messages.
         columns: further columns that the reward gets, with one value per problem.
-        reward: name or dotted path of the reward in `tbrm_trl.rewards` that judges completions.
+        reward: name or dotted path of the reward that judges completions, as `tbrm_trl.rewards.load` takes it.
         samples: default n of avg@n.
     """
 

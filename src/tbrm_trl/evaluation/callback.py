@@ -51,7 +51,7 @@ class EvaluationCallback(TrainerCallback):
         # DeepSpeed, transformers turns the launcher's settings into a plugin.
         fsdp = args.fsdp_plugin_args is not None or os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true"
         deepspeed = {} if args.deepspeed_plugin is None else args.deepspeed_plugin.deepspeed_config
-        zero = deepspeed.get("zero_optimization") or {}  # null in a configuration file
+        zero = deepspeed.get("zero_optimization") or {}  # a configuration file may hold null
         if fsdp or zero.get("stage") == 3:
             raise ValueError(
                 "Benchmarks in the course of training need whole weights on each process: ZeRO-3 and FSDP shard them. "

@@ -1,4 +1,4 @@
-"""Use inspect-ai with `tbrm eval`: a checkpoint as its model, drawn by this sampler, and benchmarks as its tasks.
+"""inspect-ai beside `tbrm eval`: it draws from a checkpoint with this sampler, and runs these benchmarks as tasks.
 
     inspect eval inspect_evals/gsm8k --model tbrm/outputs/run        # a task of inspect-ai, a checkpoint or adapter
     inspect eval tbrm_trl/benchmark -T name=gsm8k --model tbrm/outputs/run
@@ -64,7 +64,7 @@ class TBRMModel(ModelAPI):
         super().__init__(model_name, base_url, api_key, [], config or GenerateConfig())
         self.policy = ModelPolicy.load(model_name, batch_size=batch_size, use_cpu=use_cpu, **options)
         self.variables = chat_template_kwargs
-        self.asked: Counter[str] = Counter()  # requests by prompt, so that each sample of a prompt gets its own seed
+        self.asked: Counter[str] = Counter()  # number of requests by prompt: each sample gets its own seed
         self.waiting: Queue[tuple[Request, Sampling, Future[Completion]]] = Queue()
         Thread(target=self._draw, daemon=True).start()
 

@@ -187,7 +187,7 @@ def drawn(
     places: Sequence[tuple[int, int]],
     judge: "Judge",
 ) -> Iterator[list[Row]]:
-    """Draw and judge the completions of these places (problem, sample), and yield them `AT_ONCE` at a time."""
+    """Draw and judge the completions of these places (problem, sample); yield `AT_ONCE` at a time as they finish."""
     prompts = settings.prompts(benchmark, policy)
     variables = settings.chat_template_kwargs
     asked = {one: prompt_ids_of(policy.tokenizer, prompts[one], variables) for one in {p for p, _ in places}}

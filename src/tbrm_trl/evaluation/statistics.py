@@ -1,4 +1,4 @@
-"""Statistics of an evaluation: means over problems, where a problem counts as one whatever its number of samples."""
+"""Statistics of an evaluation: means over problems, where each problem counts once however many samples it has."""
 
 import math
 from collections import defaultdict
@@ -8,7 +8,7 @@ from fractions import Fraction
 
 import numpy as np
 
-STEPS = 250_000  # limit on the steps of a sign-flip test; with it, a thousand problems take about a second
+STEPS = 250_000  # most steps of a sign-flip test's differences together; a thousand problems then take about a second
 
 
 def accuracy_from_scores(scores: Sequence[Sequence[float]]) -> tuple[float, float]:

@@ -97,7 +97,7 @@ class VllmPolicy:
 
 
 def digest_of_files(name: str, revision: str | None = None) -> str:
-    """A digest of the name, size and content of each of a model's weight files.
+    """One digest of the names, sizes and contents of a model's weight files.
 
     Args:
         name: a folder, a file, or an id on the Hub with a snapshot on this machine.

@@ -56,7 +56,8 @@ def read_golds(
         The golds, each with its text for `mathematics.verdict`.
 
     Raises:
-        ValueError: if there is no such column, no column can be read as answers, or answers are refused.
+        ValueError: if there is no such column, no column can be read as answers, or `unreadable` is "refuse" and an
+            answer cannot be read.
     """
     if unreadable not in ("refuse", "leave_out"):
         raise ValueError(f'unreadable must be "refuse" or "leave_out", not {unreadable!r}.')
@@ -128,7 +129,7 @@ def _rank(name: str) -> int:
 
 
 def _clarity(cell: Any) -> float:
-    """How much a cell looks like an answer: 1 for a number, a formula or a choice, little for a long text."""
+    """How much a cell looks like an answer: 1 for a number, formula or choice, little for long text without a mark."""
     text, gold = reading.gold_text(cell), read_gold(cell)
     if text is None or gold is None:
         return 0.0

@@ -25,7 +25,7 @@ _PLAIN_NUMBER = re.compile(r"-?(?:0|[1-9]\d*)(?:\.\d+)?")
 
 
 def train_and_test(task: str, train: int, test: int, seed: int = 0, **settings: Any) -> tuple[list[dict], list[dict]]:
-    """Rows for training and for testing, with no question twice over both.
+    """Rows for training and for testing, with no question twice in either or in both.
 
     All rows come from one sequence of problems, which `seed` shuffles. reasoning-gym's own seeds would not do, since
     seeds s and s + 1 share 99 of 100 problems.
@@ -88,7 +88,7 @@ def solved(
 
 
 def judge(task: str, entry: Mapping[str, Any], completion: str) -> tuple[float, float]:
-    """The verdict on a completion, and the task's own score of its answer, both in [0, 1]."""
+    """The verdict on a completion, 0 or 1, and the task's own score of its answer, clipped to [0, 1]."""
     verdict = best = 0.0
     for answer in readings(completion, entry.get("answer")):
         try:

@@ -7,7 +7,7 @@ from fractions import Fraction
 
 from .notation import upright
 
-EXACT = 10  # a decimal of this many significant digits counts as an exact number
+EXACT = 10  # a decimal of at least this many significant digits stands for an exact number
 _LONGEST = 2000  # characters of a number; a longer one is compared as text
 _APART = re.compile(r"\d\s*,\s+\d|\d\.\s+\d|\d\s+\.\d|[eE]\s+[-+]|[eE][-+]\s")  # two numbers; a letter and a difference
 _DECIMAL = r"(?:\d{1,3}(?:,\d{3})+(?:\.\d+)?|\d+(?:\.\d*)?|\.\d+)"
@@ -25,7 +25,7 @@ class Number:
 
     @property
     def digits(self) -> int:
-        """Significant digits of a decimal; 0 if it is not one."""
+        """Significant digits of a decimal; 0 for zero, and for a number that is no decimal."""
         return 0 if self.step is None or not self.value else len(str(abs(self.value) // self.step))
 
     def __neg__(self) -> "Number":

@@ -1,7 +1,8 @@
 """Find the answer in a completion, and in a cell of a data set.
 
-In a completion it is the last box, else what the last announcement announces ("The answer is", "Answer:", "####"), else
-the last mathematics. A cell may hold only the answer, a worked solution with a box or GSM8K's mark, a number or a list.
+In a completion it is the content of the last box; else the text after the last announcement ("The answer is",
+"Answer:", "####"); else the last mathematics. A cell may hold only the answer, a worked solution with a box or GSM8K's
+mark, a number or a list.
 """
 
 import ast

@@ -48,7 +48,7 @@ class Unit:
 
 
 def unit(text: str) -> Unit | None:
-    """The unit in a text: "cm^2", "\\text{ft} / \\text{s}", "square inches", "apples"; None if it is none."""
+    """The unit that a text is: "cm^2", "\\text{ft} / \\text{s}", "square inches", "apples"; None if it is none."""
     words = _words_of(text)
     if not 0 < len(words) <= 8:
         return None

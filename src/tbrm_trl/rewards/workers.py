@@ -173,7 +173,7 @@ class InWorkers:
                     pool[at] = self._new_worker()
 
     def _has_ended(self, worker: "_Worker", answered: bool, batch: "_Batch") -> bool:
-        """Record the results of a worker that answered or is late, and return whether to replace it.
+        """Record the results of a worker that has answered, crashed or is late, and return whether to replace it.
 
         Raises:
             RewardError: if the function raised and `raises` is set.

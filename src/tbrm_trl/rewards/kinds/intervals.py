@@ -128,7 +128,7 @@ def ascending(text: str) -> Chain | None:
 
 
 def gold_region(gold: str) -> Region | None:
-    """Read a gold as a region if a bracket, an infinity, a union or a relation shows that it may be one."""
+    """Read a gold as a region if a bracket, an infinity, a union or a relation shows that it is no ordered pair."""
     if not re.search(RELATION + rf"|\\infty|\\cup|{_IN}|^\(.*\]$|^\[.*\)$|^\[[^,]*,[^,]*\]$|\\mathbb", gold):
         return None
     return region(gold)

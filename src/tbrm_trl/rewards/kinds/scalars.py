@@ -73,7 +73,10 @@ def _amount(text: str, whole: tuple[Fraction, Unit] | None) -> tuple[Fraction, t
 
 
 def _equation_for_value(gold: str, answer: str, same: Same) -> bool | None:
-    """Compare 5 with `x = 5`, `5 = x`, `m + n = 5` or `m + n = 2 + 3 = 5`. A gold formula is no side of `a + b = c`."""
+    """Compare 5 with `x = 5`, `5 = x`, `m + n = 5` or `m + n = 2 + 3 = 5`.
+
+    A gold that is a formula, or 0, does not match an equation with a formula on its left, such as `a + b = c`.
+    """
     sides = equation(answer)
     if sides is None or equation(gold) is not None:
         return None
@@ -91,7 +94,10 @@ def _equation_for_value(gold: str, answer: str, same: Same) -> bool | None:
 
 
 def _approximation(gold: str, answer: str, same: Same) -> bool | None:
-    """Compare values with their decimals, `\\sqrt{2} \\approx 1.414`. If both sides have both, both must agree."""
+    """Compare texts that give a value with its decimal, `\\sqrt{2} \\approx 1.414`.
+
+    Either may match; if gold and answer both give both, both must.
+    """
     if "\\approx" not in gold + answer:
         return None
     wanted, given = ([part for part in cut(text, _APPROXIMATELY) if part] for text in (gold, answer))
