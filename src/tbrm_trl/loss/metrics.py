@@ -18,7 +18,7 @@ from .soft_value import ValueInputs
 from .trajectory_loss import LossOutput
 
 LEFT_OUT_REASONS = ("unscored", "truncated", "no_action", "no_value")
-# Where a trajectory of an update comes from: drawn for it, begun under an earlier policy, the same window again, the
+# Where a trajectory of an update comes from: drawn for it, begun under an earlier policy, a window used once more, the
 # replay buffer, or the log.
 ORIGINS = ("fresh", "ahead", "reused", "replayed", "logged")
 _OF_ROWS = (
@@ -119,7 +119,7 @@ def microbatch_totals(
 
     behind = batch.ref_log_probs - scores.log_probs  # (B, T) log π_ref − log π_θ
     # TRL logs this estimator of KL(π‖π_ref) under the same name. It estimates the KL only on the policy's own data,
-    # so trajectories that an earlier policy began are left out.
+    # so trajectories that an earlier policy began, replayed and logged ones are left out.
     is_fresh = is_of[ORIGINS.index("fresh")].unsqueeze(1)  # (B, 1)
     tokens = [(behind.exp() - behind - 1, batch.action_mask & is_fresh), (scores.entropy, batch.action_mask)]
     by_token = [torch.stack([torch.where(mask, at_least_float32(of), 0.0).sum(), mask.sum()]) for of, mask in tokens]
@@ -232,7 +232,7 @@ class Recorder:
         self.since_log[mode] += totals
 
     def means(self, mode: str) -> dict[str, float]:
-        """The means since the last call. It resets the totals."""
+        """The means since the last call. This call resets the totals."""
         totals, self.since_log[mode] = self.since_log[mode], Totals()
         return totals.means() if totals else {}
 

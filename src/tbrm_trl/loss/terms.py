@@ -46,7 +46,7 @@ def advantage_weighted_entropy(entropy: Tensor, mask: Tensor, residual: Tensor, 
 
 
 def subset_surrogate(residual: Tensor, value: Tensor, log_probs: Tensor, chosen: Tensor, probability: Tensor) -> Tensor:
-    """A loss with the value `δ²`, and on average over draws of the subset also its gradient.
+    """A loss equal to `δ²`; its gradient, averaged over draws of the subset, equals that of `δ²`.
 
     The gradient is that of `2 sg(δ) (V + Σ_{h∈S} log π_h / P_h)`. δ is taken over all tokens, so its square is right.
     The gradient of the log-ratio is a sum over tokens; a weighted subset estimates it without bias if every P_h > 0.

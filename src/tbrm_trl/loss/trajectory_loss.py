@@ -164,7 +164,7 @@ class TrajectoryLoss:
         known = rows[0].value is not None
         value = float_tensor([row.value for row in rows], inputs.reward.device) if known else self._value(inputs)
         if self.soft_value.compares == "ratios":
-            value = value.detach()  # as for split groups, so that any split gives the same gradient
+            value = value.detach()  # `value_beforehand` gives no gradient either: any split has the same
         if self.args.truncation != "bootstrap":
             return value, torch.zeros_like(value)
         assert scores.end_value is not None, "the scorer gives it where truncation is bootstrapped"

@@ -46,7 +46,7 @@ def sample(
     """A `custom_generate` that does not compute finished rows: `(B, P)` → `(B, P + C)`.
 
     Processors, criteria and random draws get all rows, so they work as in `generate`. The loop of `generate` runs
-    instead if rows cannot be taken out of the cache or the arguments, or if more than tokens is to be returned.
+    instead if rows cannot be taken out of the cache or the arguments, or if more than the tokens is to be returned.
 
     Args:
         model: the policy, unwrapped.

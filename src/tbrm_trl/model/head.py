@@ -41,9 +41,9 @@ def add_trajectory_head(model: PreTrainedModel, temperature: float, cast_lm_head
 
     The new forward takes padded rows or one packed row, and returns results per token in the layout of its input.
     `scored` marks the tokens that get a log-probability and an entropy. `first_state` and `last_state` are `(B,)`
-    places in the rows laid end to end. `first_state` is the state of each trajectory's first action, where V is always
-    computed. `last_state`, if given, is the state of its last token, where V is computed too. `every_value` asks for V
-    at every action.
+    places in the rows laid end to end. `first_state` points to the state of each trajectory's first action, where V
+    is always computed. `last_state`, if given, points to the state of its last token, where V is computed too.
+    `every_value` asks for V at every action.
 
     Everything happens inside the model's own forward, so that the hooks of DDP, FSDP and DeepSpeed ZeRO fire. The
     backbone runs once. Only the states of scored tokens go to TRL's chunked head, which the model must already have

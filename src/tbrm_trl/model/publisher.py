@@ -172,7 +172,7 @@ def gathered(parameters: Mapping[str, Tensor], keep: bool) -> dict[str, Tensor]:
 
 
 def write_base(folder: Path, model: Any, tokenizer: PreTrainedTokenizerBase) -> Path:
-    """Write the de-quantised weights of a quantised base, with which it computes. The model itself does not change.
+    """Write the weights that a quantised base computes with, de-quantised. The model itself does not change.
 
     Args:
         folder: holds the versions.

@@ -118,7 +118,7 @@ class Reference:
 
         Args:
             folder: where this process wrote.
-            main_folder: where the main process wrote, which is everything unless shards were written.
+            main_folder: where the main process wrote. It wrote everything, unless shards were written.
         """
         parameters = self._synced()
         sharded = any(isinstance(parameter, DTensor) for parameter in parameters.values())
@@ -170,7 +170,7 @@ class Reference:
 
 
 class PreviousPolicy:
-    """Makes the policy that produced a trajectory its reference, which scores it once, before it is trained on.
+    """Uses the policy that produced a trajectory as its reference, and scores it once, before it is trained on.
 
     Args:
         policy: returns the model being trained, wrapped or not.

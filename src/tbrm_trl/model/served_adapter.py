@@ -1,4 +1,4 @@
-"""TRL's generation by a vLLM server for a policy with an adapter: only the adapter is sent, and nothing is merged."""
+"""TRL's generation by a vLLM server for a policy with an adapter: the server loads the adapter; nothing is merged."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -14,7 +14,7 @@ from .publisher import Version
 class ServedAdapter(VLLMGeneration):
     """`VLLMGeneration` in mode "server" that makes the server load each version of the adapter under its own name.
 
-    TRL would merge the adapter into the base, send all weights, and unmerge it. That rounds a base in half precision
+    TRL would merge the adapter into the base, send all weights, and unmerge it. That rounds a half-precision base
     each time, and a quantised base cannot be sent at all. The overridden methods are
 
     - `_init_vllm`: joins no group for sending weights;

@@ -19,8 +19,8 @@ class Offset(nn.Module):
 class ValueHead(Offset):
     """`w · h/‖h‖₁ + b` of the policy's last hidden state h. It is 0 before training.
 
-    An Adam update moves no weight by more than about its learning rate η. The features sum to at most 1, so an update
-    moves the value by at most about 2 η, whatever the model's width.
+    An Adam update moves no weight by more than about its learning rate η. The features have a 1-norm of at most 1, so
+    an update moves the value by at most about 2 η, whatever the model's width.
     """
 
     def __init__(self, hidden_size: int):

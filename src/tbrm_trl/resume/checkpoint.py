@@ -190,7 +190,7 @@ def _missing(checkpoint: Path, said: Mapping[str, Any]) -> str | None:
     return next((name for name, found in needed.items() if not found), None)
 
 
-# ---- the choice of one -----------------------------------------------------------------------------------------------
+# ---- the choice of a checkpoint --------------------------------------------------------------------------------------
 
 
 def numbered_checkpoints(output_dir: str | Path) -> list[Path]:
@@ -289,7 +289,7 @@ def checkpoint_to_resume(
 
 
 def leave_later(checkpoint: str | None, output_dir: str) -> list[str]:
-    """Unmark the checkpoints after the one that a user names, and return a note: their updates will be others."""
+    """Unmark the checkpoints after the one that a user names, since their updates will be redone; return a note."""
     if checkpoint is None or Path(checkpoint).resolve().parent != Path(output_dir).resolve():
         return []
     step = step_of(Path(checkpoint))

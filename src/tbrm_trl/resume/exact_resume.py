@@ -51,11 +51,11 @@ class ExactResume(Trainer):
 
     - `train`: resumes only from a sound checkpoint of this run, and locks its folder;
     - `_save_checkpoint`: marks a checkpoint as complete, and removes old ones only after that;
-    - `_save_rng_state`, `_load_rng_state`: the Trainer calls them on every process; here they also write and read its
-      own part;
+    - `_save_rng_state`, `_load_rng_state`: the Trainer calls them on every process; here they also write and read each
+      process's own part;
     - `_init_training_state`: a resumed run's own options set how often it saves, evaluates and logs;
-    - `_maybe_log_save_evaluate`: called after every update, where it stops a run that was told to stop, and once more
-      at an epoch's end, where it writes a checkpoint that was due at the epoch's last update;
+    - `_maybe_log_save_evaluate`: called after every update, and once more at an epoch's end. It stops a run that was
+      told to stop. What is due at an epoch's last update, a checkpoint or the stop, waits for the second call;
     - `save_model`: writes the weights of a model that FSDP shards, even if its checkpoints stay sharded;
     - `_run_epoch`, `_finalize_training`: a run resumed from the checkpoint of its last update makes no further one.
     """
@@ -90,7 +90,7 @@ class ExactResume(Trainer):
         raise NotImplementedError
 
     def restore_run_state(self, state: RunState, folder: Path, main_folder: Path) -> None:
-        """Restore what `run_state` returned, and wrote into `folder`, or on the main process into `main_folder`."""
+        """Restore what `run_state` returned, and wrote into `folder`. `main_folder` is the main process's folder."""
         raise NotImplementedError
 
     def tensors(self) -> Iterator[tuple[str, Tensor]]:

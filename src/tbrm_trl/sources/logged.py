@@ -414,7 +414,7 @@ def columns_for_rewards(rows: Sequence[Mapping[str, Any]], some_logged: bool) ->
 
     Args:
         rows: of a training set or an evaluation set.
-        some_logged: whether their data set has logged rows. Columns of a logged row's own (`reward`, `end`, …) are then
+        some_logged: whether their data set has logged rows. A logged row's own columns (`reward`, `end`, …) are then
             left out.
     """
     hidden = own_columns(some_logged)
@@ -457,7 +457,7 @@ class LoggedRows:
     def __init__(self, dataset: Dataset, logged: np.ndarray, scored: bool, reward: RewardRows):
         self.scored, self.reward = scored, reward
         self.some_unrewarded = some_unrewarded(dataset, logged)
-        self._by_row: dict[int, Trajectory] = {}  # rows taken so far, with the scores they were given
+        self._by_row: dict[int, Trajectory] = {}  # of rows taken so far; they keep the scores they are given
 
     def take(self, rows: Sequence[Mapping[str, Any]]) -> list[Trajectory]:
         """The trajectories of these rows. A row's trajectory is the same object whenever the row comes up again."""

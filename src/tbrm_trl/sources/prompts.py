@@ -105,7 +105,7 @@ class PromptRenderer:
         )["input_ids"]
 
     def limit(self, sets: Sequence[Any], generates: bool = True) -> PromptLimit:
-        """`max_prompt_length`, or the tokens that a completion leaves in the model's context if they are fewer.
+        """The smaller of `max_prompt_length` and the room that a completion leaves in the model's context, if known.
 
         Args:
             sets: the training set and the evaluation sets.
@@ -215,7 +215,7 @@ def _text_bytes(column: pa.Array) -> np.ndarray:
 
 
 def _refuse_unknown(dataset: Dataset, title: str, asked: np.ndarray, tokenizer: PreTrainedTokenizerBase) -> None:
-    """Refuse prompts without any character that the tokenizer knows. One that knows every byte needs no check."""
+    """Refuse prompts of unknown characters only. A tokenizer that knows every byte needs no check."""
     unknown = unknown_tokens(tokenizer)
     if unknown is None:
         return

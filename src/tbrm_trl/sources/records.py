@@ -60,7 +60,7 @@ class Record:
 
     @property
     def columns(self) -> dict[str, Any]:
-        """The row's columns of a data set, including the prompt: neither the trajectory's nor the logged ones."""
+        """The row's data set columns, prompt included, without the trajectory's columns and the logged ones."""
         known = {*SCHEMA, "completion"}
         return {
             name.removeprefix(ROW_PREFIX): value
@@ -215,7 +215,7 @@ class RecordFolder:
         return Taken(parts, self._functions or [], found - rows, waited, len(drawn)), records
 
     def _waiting(self) -> list[_File]:
-        """The files that may be taken, in order. A partly taken file comes first. Until it is there, none may be."""
+        """The files that may be taken, in order. A partly taken file comes first; none may be taken before it."""
         there: dict[str, dict[int, str]] = {}
         for file in record_files(self.folder):
             writer, number = record_name(file)

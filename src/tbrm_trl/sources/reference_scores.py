@@ -42,7 +42,7 @@ def precompute_scores(
         folder: where scores are kept.
         reference_key: digest of the reference, which the scores carry.
         accelerator: the trainer's.
-        score: writes the scores onto trajectories. A process with none left runs the second argument instead.
+        score: writes the scores onto trajectories. Its second argument is run by a process with none left.
         block: trajectories in memory at once, on each process.
         show_progress: whether the main process shows a progress bar.
 

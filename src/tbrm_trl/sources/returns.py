@@ -95,7 +95,7 @@ def unique_names(names: Sequence[str]) -> list[str]:
 
 
 def total_reward(rewards: Tensor, weights: Tensor, pessimism: float = 0.0) -> Tensor:
-    """The weighted sum of the raw rewards, minus `pessimism` of its standard errors.
+    """The weighted sum of the raw rewards, minus `pessimism` times its standard error.
 
     Pessimism assumes that all functions judge the same thing. Let n of them apply, with weights w that sum to W,
     weighted mean m and weighted variance `s² = n/(n − 1) Σ w (r − m)²/W`. Their sum W·m has the standard error

@@ -307,7 +307,7 @@ def _as_logged(table: pa.Table) -> pa.Table:
 
 
 def _json_columns(schemas: Sequence[pa.Schema]) -> set[str]:
-    """Columns that are JSON in some file, or that have types in the files which cannot be unified."""
+    """Columns that are JSON in some file, or have types in several files that cannot be unified."""
     types: dict[str, set[pa.DataType]] = {}
     for field in (field for schema in schemas for field in schema):
         types.setdefault(field.name, set()).add(field.type)

@@ -26,10 +26,11 @@ FOLDER = "optimal_values"
 class SampledValue(ConstantValue):
     """A constant computed from the rewards of N samples of the reference per prompt.
 
-    A training set may already have the result in a column. Without that column `train` begins by sampling, through the
-    same generation and rewards as training. The sampled rewards are kept in `output_dir/optimal_values`, under a digest
-    of the reference, the data and the sampling settings. An interrupted run continues with the next block. Another run
-    with the same digest reads them all, also with another of these estimators.
+    A column of the training set may already hold these rewards, or what the estimator computes from them. Without that
+    column `train` begins by sampling, through the same generation and rewards as training. The sampled rewards are kept
+    in `output_dir/optimal_values`, under a digest of the reference, the data and the sampling settings. An interrupted
+    run continues with the next block. Another run with the same digest reads them all, also with another of these
+    estimators.
 
     Class attributes:
         column: name of that column.
@@ -126,7 +127,7 @@ class SampledValue(ConstantValue):
                 parts.append(part)
                 if all(gather_object([part.exists()])):
                     continue
-                mine = [min(first + process * size + i, len(prompts) - 1) for i in range(size)]  # padded by the last
+                mine = [min(first + process * size + i, len(prompts) - 1) for i in range(size)]  # then the last again
                 rows = [prompts[index] for index in mine for _ in range(args.soft_value_samples)]
                 # Processes that share an engine must draw alike.
                 engine = args.vllm_tensor_parallel_size if args.use_vllm and args.vllm_mode == "colocate" else 1

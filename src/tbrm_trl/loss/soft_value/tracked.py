@@ -13,7 +13,7 @@ from ...trajectory import Source, Trajectory
 from .base import ConstantValue
 from .run import Run
 
-LEAST_KEPT = 0.875  # of a prompt's counts, at least, from window to window; as published
+LEAST_KEPT = 0.875  # of a prompt's counts from one window to the next, however far the policy has moved; as published
 EVERY_PROMPT = ""
 
 
@@ -28,7 +28,8 @@ class TrackedValue(ConstantValue):
     one reward.
 
     With `soft_value_tracks="value"` s is the sum of `R − β log-ratio` over the trajectories of all updates. Each term
-    is a trajectory's estimate of β V. Their mean is the free V that minimises the prompt's squared residuals.
+    is a trajectory's estimate of β V. With V free, their mean is the β V that minimises the prompt's squared
+    residuals.
     """
 
     name = "tracked"
