@@ -32,6 +32,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, BitsAn
 
 from tbrm_trl import TBRMTrainer
 from tbrm_trl.model.publisher import read_latest
+from tbrm_trl.model.randomness import keep_weights_unpacked
 from tbrm_trl.resume.checkpoint import complete_checkpoints, damage
 
 NF4: dict[str, Any] = dict(
@@ -400,7 +401,9 @@ def reload(folders: dict[str, str], kind: str, saved: Path) -> torch.nn.Module:
     if kind == "full":
         return AutoModelForCausalLM.from_pretrained(saved)
     quantised = dict(quantization_config=BitsAndBytesConfig(**NF4)) if kind == "QLoRA" else {}
-    return PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(folders[base(kind)], **quantised), saved)
+    loaded = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(folders[base(kind)], **quantised), saved)
+    keep_weights_unpacked(loaded)  # processors with AVX512-BF16 would compute with other roundings than in training
+    return loaded
 
 
 def accuracy(log_probs: torch.Tensor) -> float:

@@ -73,8 +73,8 @@ def test_adapters(name, tmp_path):
     weights = load_file(tmp_path / "out/adapter_model.safetensors")
     assert all(weight.any() for weight in weights.values())  # B starts at zero
     assert not any("lm_head" in parameter for parameter in weights)
-    # TRL trains the adapter of a quantized base in bfloat16, that of another in float32.
-    assert {weight.dtype for weight in weights.values()} == {torch.bfloat16 if name == "qlora" else torch.float32}
+    # In bfloat16, as TRL makes it for a quantised base, most updates of an adapter would round to nothing.
+    assert {weight.dtype for weight in weights.values()} == {torch.float32}
     PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(tmp_path / "model"), str(tmp_path / "out"))
 
     (saved,) = tmp_path.glob("out/checkpoint-*/optimizer.pt")
