@@ -38,7 +38,6 @@ from common.report import (
     listed,
     parse,
     plt,
-    processor,
     show,
     table,
     versions,
@@ -293,7 +292,7 @@ def main() -> None:
         processes=dict(type=int, default=os.cpu_count() or 1, help="runs at a time, of one thread each"),
     )
     settings = {"sorting": QUICK} if arguments.quick else SETTINGS
-    facts = f"{processor()}; {listed(versions('torch', 'transformers', 'trl', 'tbrm-trl'))}"
+    facts = listed(versions("torch", "transformers", "trl", "tbrm-trl"))
     store = Store(arguments.output / "staleness.json", facts=facts)
     of_tasks = {task: Runs(store, task, setting) for task, setting in settings.items()}
     wanted = {
