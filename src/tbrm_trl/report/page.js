@@ -118,7 +118,9 @@
       });
     });
     const values = tables.length > 1 ? uPlot.join(tables) : tables[0];
-    put({ width: place.clientWidth, height: 240, series, bands, axes: axes(first.unit), scales: { x: { time: false } }, cursor: { sync: { key: cursor.key } } }, values, place);
+    // uPlot's own range, but for zeros alone, which it would show from 0 to 100.
+    const range = (u, low, high) => low === null ? [null, null] : low === 0 && high === 0 ? [0, 1] : uPlot.rangeNum(low, high, 0.1, true);
+    put({ width: place.clientWidth, height: 240, series, bands, axes: axes(first.unit), scales: { x: { time: false }, y: { range } }, cursor: { sync: { key: cursor.key } } }, values, place);
   }
 
   const places = titles.map((title) => {
