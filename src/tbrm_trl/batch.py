@@ -1,4 +1,4 @@
-"""Trajectories laid out for one forward pass, the scores it gives, and how many trajectories share one."""
+"""Batches of trajectories for one forward pass, their scores, and the sizes of micro-batches."""
 
 from collections.abc import Sequence, Sized
 from dataclasses import dataclass, replace
@@ -16,7 +16,7 @@ PER_TOKEN_INPUTS = ("token_type_ids", "mm_token_type_ids")
 
 @dataclass
 class Batch:
-    """Trajectories padded on the right to the longest of them. T counts prompt and completion.
+    """Trajectories padded on the right to the longest one. T counts prompt and completion tokens.
 
     Causal attention never looks right, so padding on the right changes no real token. The batch is as wide as its
     longest trajectory; padding prompts on the left would add the longest prompt to the longest completion.
@@ -24,13 +24,13 @@ class Batch:
 
     input_ids: Tensor  # (B, T)
     attention_mask: Tensor  # (B, T) 1 on real tokens
-    action_mask: Tensor  # (B, T) bool, m_h at the column of the token that was chosen; never true in column 0
+    action_mask: Tensor  # (B, T) bool, m_h in the column of the chosen token; never true in column 0
     ref_log_probs: Tensor  # (B, T) 0 where not an action; NaN until scored
     ref_soft_value: Tensor  # (B,) NaN until scored
     ref_end_value: Tensor  # (B,) NaN until scored
     vision: dict[str, Tensor]
-    packed: bool = False  # whether models read the real tokens alone, as one row (`model.scoring.score`)
-    pad_fraction: float = 0.0  # padding among the positions that models read, as a share
+    packed: bool = False  # whether models read only the real tokens, as one row (`model.scoring.score`)
+    pad_fraction: float = 0.0  # share of padding among the positions that models read
 
     def until(self, width: int) -> Self:
         """The first `width` columns."""
@@ -41,19 +41,19 @@ class Batch:
 
 @dataclass
 class TrajectoryScores(ModelOutput):
-    """What a model says of a batch of trajectories. All but `hidden` in float32 or wider.
+    """A model's scores of a batch of trajectories. All but `hidden` are in float32 or wider.
 
     Attributes:
         log_probs: `(B, T)` log π of the token in each column; 0 where `action_mask` is false.
         soft_value: `(B,)` V(s_1): logsumexp of the temperature-scaled logits at the state of the first action.
-        hidden: `(B, H)` last hidden state in that state, without gradient.
-        end_value: `(B,)` V of the state after the last token; None unless asked for.
-        state_values: `(B, T)` V of the state in which each column's token was chosen; None unless asked for.
+        hidden: `(B, H)` last hidden state at the first action, without gradient.
+        end_value: `(B,)` V of the state after the last token; None unless requested.
+        state_values: `(B, T)` V of the state in which each column's token was chosen; None unless requested.
         entropy: `(B, T)` entropy of the distribution that each action was drawn from; None from the reference.
-        aux_loss: load-balancing loss of a mixture-of-experts model; None unless router logits are asked for.
+        aux_loss: load-balancing loss of a mixture-of-experts model; None unless router logits are requested.
     """
 
-    # `ModelOutput` wants a default for every field but one.
+    # `ModelOutput` needs a default for every field but one.
     log_probs: Tensor = None  # type: ignore[assignment]
     soft_value: Tensor = None  # type: ignore[assignment]
     hidden: Tensor = None  # type: ignore[assignment]
@@ -76,7 +76,7 @@ def collate(
     pad_to_multiple_of: int | None = None,
     packed: bool = False,
 ) -> Batch:
-    """Pad trajectories to one batch on `device`. Only this function lays trajectories out as tensors."""
+    """Pad trajectories to one batch on `device`. Only this function turns trajectories into batched tensors."""
     width = padded_width(trajectories, pad_to_multiple_of)
 
     columns = torch.arange(width)  # (T,)
@@ -84,7 +84,7 @@ def collate(
     after_prompt = torch.tensor([len(t.prompt_ids) for t in trajectories])  # (B,)
 
     def padded(rows: Sequence[Tensor], fill: float | int | bool, first: Tensor = at_start) -> Tensor:
-        """Each row from its first column on, and the fill around it. Few operations, however many rows there are."""
+        """Put each row at its first column, and `fill` around it. Uses few operations, however many rows there are."""
         ends = first + torch.tensor([len(row) for row in rows])  # (B,)
         is_theirs = (columns >= first[:, None]) & (columns < ends[:, None])  # (B, T)
         joined = torch.cat(list(rows))
@@ -99,7 +99,7 @@ def collate(
     for name in trajectories[0].vision:
         rows = [trajectory.vision[name] for trajectory in trajectories]
         value = padded(rows, 0) if name in PER_TOKEN_INPUTS else torch.cat(rows).to(device)
-        if value.numel():  # a micro-batch without a single image is a text batch
+        if value.numel():  # a micro-batch without images is a text batch
             vision[name] = value
 
     return Batch(
@@ -130,19 +130,19 @@ Row = TypeVar("Row", bound=Sized)
 
 
 def chunks(items: Sequence[Item], size: int) -> list[Sequence[Item]]:
-    """Neighbours, `size` at a time; the last chunk may be smaller."""
+    """Split items into chunks of `size` neighbours; the last chunk may be smaller."""
     return [items[first : first + size] for first in range(0, len(items), size)]
 
 
 @dataclass(frozen=True)
 class MicrobatchSize:
-    """How much one forward pass takes: a number of rows, or a number of tokens with their padding.
+    """The largest batch of one forward pass: a number of rows, or a number of tokens including padding.
 
     Attributes:
-        rows: the largest number of rows. `tokens` takes its place if given.
-        tokens: the largest number of tokens. A row that is longer gets a micro-batch of its own.
-        packed: whether rows are laid end to end, without padding.
-        multiple: a padded batch's width is a multiple of it; None allows any width.
+        rows: the largest number of rows. If `tokens` is given, it replaces this limit.
+        tokens: the largest number of tokens. A longer row gets a micro-batch of its own.
+        packed: whether rows are concatenated without padding.
+        multiple: the width of a padded batch is a multiple of this; None allows any width.
     """
 
     rows: int
@@ -151,7 +151,7 @@ class MicrobatchSize:
     multiple: int | None = None
 
     def holds(self, rows: Sequence[Sized]) -> bool:
-        """Whether one forward pass takes all these rows."""
+        """Whether all these rows fit into one forward pass."""
         if self.tokens is None:
             return len(rows) <= self.rows
         return len(rows) == 1 or self._tokens_of(rows) <= self.tokens
@@ -165,8 +165,8 @@ class MicrobatchSize:
     def split(self, rows: Sequence[Row], group_size: int = 1) -> list[list[Row]]:
         """Divide rows into as few micro-batches as hold them, the longest rows first.
 
-        Rows of similar length share a micro-batch, so that little of it is padding. Starting with the longest makes a
-        run that does not fit into memory fail at once. Groups of `group_size` neighbours stay whole.
+        Rows of similar length share a micro-batch, which keeps padding small. The longest rows come first, so that a
+        run that does not fit into memory fails at once. Groups of `group_size` neighbours stay whole.
         """
         blocks = sorted(chunks(rows, group_size), key=lambda block: max(map(len, block)), reverse=True)
         batches: list[list[Row]] = []
@@ -178,7 +178,7 @@ class MicrobatchSize:
         return batches
 
     def spread(self, batches: Sequence[list[Row]], count: int, group_size: int = 1) -> list[list[Row]]:
-        """Halve the largest micro-batches until there are `count`, as many as another process needs."""
+        """Halve the largest micro-batches until there are `count`, the number that another process needs."""
         batches = list(batches)
         while len(batches) < count:
             divisible = [place for place, batch in enumerate(batches) if len(batch) > group_size]

@@ -1,4 +1,4 @@
-"""The table of completions that a run prints, keeps and hands to its trackers: TRL's, with more columns and rows."""
+"""The table of completions that a run prints, saves and sends to its trackers: TRL's with more columns and rows."""
 
 import math
 from collections import deque
@@ -10,26 +10,26 @@ from accelerate.utils import gather_object
 
 from .trajectory import Trajectory, UpdateRow
 
-Cells = dict[str, Any]  # of one row, by column: what TRL does not know of it
+Cells = dict[str, Any]  # one row's values by column, those that TRL's table lacks
 UNKNOWN: Cells = {"advantage": math.nan, "soft_value": math.nan, "reward": math.nan, "origin": None}
 
 
 class CompletionsTable:
-    """What TRL's table does not know of its rollouts, and the rows that an update has from elsewhere.
+    """Adds columns to TRL's table of rollouts, and rows for an update's replayed and logged trajectories.
 
-    A rollout is in TRL's table once it is generated. It has its residual and its origin once it was in an update.
+    A rollout enters TRL's table when it is generated. It gets its residual and its origin once it was in an update.
 
     Args:
-        size: the rows of TRL's table that this process generates.
+        size: number of rows of TRL's table that this process generates.
     """
 
     def __init__(self, size: int) -> None:
         self.size = size
-        self.generations: deque[list[Cells]] = deque()  # the cells of each generation's rows on this process
-        self.places: dict[str, dict[int, Cells]] = {}  # those of the last trajectories of each mode
+        self.generations: deque[list[Cells]] = deque()  # cells of this process's rows, by generation
+        self.places: dict[str, dict[int, Cells]] = {}  # by mode: id of a trajectory of the last generation → its cells
 
     def add(self, trajectories: Sequence[Trajectory], mode: str) -> None:
-        """Add the rollouts of a generation, in the order in which TRL returned them. `mode`: "train" or "eval"."""
+        """Add the rollouts of a generation, in the order TRL returned them. `mode` is "train" or "eval"."""
         cells = [UNKNOWN | {"reward": one.reward, "rewards": one.rewards} for one in trajectories]
         self.generations.append(cells)
         self.places[mode] = {id(one): of_one for one, of_one in zip(trajectories, cells, strict=True)}
@@ -37,7 +37,7 @@ class CompletionsTable:
             self.generations.popleft()
 
     def set(self, rows: Sequence[UpdateRow], residual: Sequence[float], soft_value: Sequence[float], mode: str) -> None:
-        """Take β δ and β V of a micro-batch's rows."""
+        """Fill in β δ and β V of a micro-batch's rows."""
         places = self.places.get(mode, {})
         for row, *values in zip(rows, residual, soft_value, strict=True):
             if id(row.trajectory) in places:
@@ -45,12 +45,13 @@ class CompletionsTable:
                 places[id(row.trajectory)].update(_cells(row, *values) | {"origin": origin})
 
     def beside(self, logs: dict[str, Any], scored: Iterable[tuple[UpdateRow, float, float]], tokenizer: Any) -> Any:
-        """The whole table, in the form of TRL's `_logs`. All processes call this.
+        """The whole table, in the format of TRL's `_logs`. All processes call this.
 
         Args:
-            logs: TRL's part of it, of the rollouts of all processes. It stays as it is.
-            scored: the rows of this process's last update, with β δ and β V. Replayed and logged ones are added.
-            tokenizer: gives their prompts and completions as text.
+            logs: TRL's table, with the rollouts of all processes. It is not changed.
+            scored: the rows of this process's last update, with β δ and β V. Replayed and logged rows are added to
+                the table.
+            tokenizer: decodes the prompts and completions of the added rows.
         """
         by_process = zip(*gather_object([list(self.generations)]), strict=True)
         rollouts = [cells for generation in by_process for of_process in generation for cells in of_process]
@@ -85,21 +86,21 @@ class CompletionsTable:
         }
 
     def state(self, window: Sequence[Trajectory]) -> dict[str, Any]:
-        """Plain values, for a checkpoint that holds these trajectories."""
+        """Plain values for a checkpoint. The checkpoint holds the trajectories of `window`."""
         number = {id(cells): (i, j) for i, of_one in enumerate(self.generations) for j, cells in enumerate(of_one)}
         places = self.places.get("train", {})
         found = [number.get(id(places.get(id(trajectory)))) for trajectory in window]
         return {"generations": list(self.generations), "places": found}
 
     def restore(self, state: dict[str, Any], window: Sequence[Trajectory]) -> None:
-        """Go on from what `state` returned."""
+        """Continue from the values that `state` returned."""
         self.generations = deque(state["generations"])
         found = [(id(one), place) for one, place in zip(window, state["places"], strict=True) if place]
         self.places = {"train": {one: self.generations[i][j] for one, (i, j) in found}}
 
 
 def _cells(row: UpdateRow, residual: float, soft_value: float) -> Cells:
-    """A row that does not count has no residual and no soft value."""
+    """Make the cells of a row. A row that does not count has no residual and no soft value."""
     numbers = {"advantage": residual, "soft_value": soft_value} if row.left_out is None else {}
     of_trajectory = {"reward": row.trajectory.reward, "rewards": row.trajectory.rewards}
     return UNKNOWN | numbers | of_trajectory | {"origin": row.origin}

@@ -52,20 +52,20 @@ class TBRMConfig(TBRMOptions):
         warn_of_drawing_ahead(self)
 
     def _derive(self) -> Iterator[str]:
-        """Have transformers and TRL derive what follows from the options, and pass on what they refuse."""
+        """Let transformers and TRL derive values from the options, and yield the problems they find."""
         if self.num_generations < 1:
-            return  # refused already, and TRL divides by it
+            return  # already refused, and TRL divides by it
         try:
             super().__post_init__()
         except ValueError as error:
             if self.generation_batch_size and self.generation_batch_size % self.num_generations:
                 yield options.broken_groups(self)
-            # GRPO's last word on batches, after it has derived all their sizes. Here one rollout is enough.
+            # GRPO checks this last, after it has derived all batch sizes. TBRM needs only one rollout.
             elif not (self.num_generations == 1 and str(error).startswith("GRPO requires at least 2 generations")):
                 yield str(error)
 
     def _keep_time_limit(self) -> None:
-        """Give the process group its `ddp_timeout`, which transformers drops with `use_cpu=True`."""
+        """Set the process group's timeout to `ddp_timeout`, which transformers ignores with `use_cpu=True`."""
         if self.use_cpu and not self.is_default("ddp_timeout") and torch.distributed.is_initialized():
             _set_pg_timeout(self.ddp_timeout_delta)
 
@@ -86,11 +86,11 @@ class TBRMConfig(TBRMOptions):
 
     @property
     def window_group_size(self) -> int:
-        """Trajectories of one prompt that stand together in one window of one process; 1 if none are compared."""
+        """Trajectories of one prompt that are adjacent in one process's window; 1 if none are compared."""
         compared = SoftValue.registry[self.soft_value].compares or self.reward_baseline == "group_mean"
         return self.num_generations if compared else 1
 
     @property
     def update_group_size(self) -> int:
-        """Trajectories of one prompt that stand together in one update of one process; 1 if no ratios are compared."""
+        """Trajectories of one prompt that are adjacent in one process's update; 1 if no ratios are compared."""
         return self.num_generations if SoftValue.registry[self.soft_value].compares == "ratios" else 1

@@ -1,4 +1,4 @@
-"""Settings that hold inside a `with` block and are undone after it."""
+"""Context managers that change settings inside a `with` block and undo the change after it."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -7,7 +7,7 @@ from typing import Any
 
 @contextmanager
 def temporarily(target: Any, **attributes: Any) -> Iterator[None]:
-    """Give `target` other values of some attributes inside the block: its own, not those of its class."""
+    """Set attributes on `target` itself, not on its class, inside the block, and restore them after it."""
     own = {name: vars(target)[name] for name in attributes if name in vars(target)}
     try:
         for name, value in attributes.items():
@@ -23,7 +23,7 @@ def temporarily(target: Any, **attributes: Any) -> Iterator[None]:
 
 @contextmanager
 def in_evaluation(module: Any) -> Iterator[None]:
-    """Have a module in its evaluation mode inside the block, and in the mode it came in after it."""
+    """Put a module into evaluation mode inside the block, and restore its mode after it."""
     was_training = module.training
     module.eval()
     try:

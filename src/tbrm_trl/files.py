@@ -1,4 +1,4 @@
-"""Files that appear under their name only when they are whole, and digests by which they are found again."""
+"""Files that appear under their name only when they are complete, and digests of files, data sets and functions."""
 
 import errno
 import functools
@@ -35,11 +35,11 @@ def write_table(path: Path, table: pa.Table) -> None:
 
 
 def read_table(path: str | Path, columns: list[str] | None = None) -> pa.Table:
-    """Read a Parquet file, and compare its pages with their checksums where it has some.
+    """Read a Parquet file, and check its pages against their checksums where it has some.
 
     Raises:
-        ValueError: for a file that is damaged, or no Parquet file.
-        FileNotFoundError: if there is none.
+        ValueError: if the file is damaged, or is not a Parquet file.
+        FileNotFoundError: if the file does not exist.
     """
     try:
         return pq.read_table(path, columns=columns, page_checksum_verification=True)
@@ -51,22 +51,22 @@ def read_table(path: str | Path, columns: list[str] | None = None) -> pa.Table:
 
 
 def write_json(path: Path, value: Any, durably: bool = False) -> None:
-    """Write a JSON file, with NaN and Infinity as the Trainer's own file has them. Tensors and arrays become lists."""
+    """Write a JSON file, with NaN and Infinity as in the Trainer's own file. Tensors and arrays become lists."""
     with appearing(path, durably) as partial:
         partial.write_text(json.dumps(value, default=plain_value))
 
 
 @contextmanager
 def appearing(path: Path, durably: bool = False) -> Iterator[Path]:
-    """Give the block a path to write to; what it wrote appears as `path` when the block has ended.
+    """Give the block a path to write to. The file appears as `path` when the block has ended.
 
     Args:
-        path: in a folder that is made if need be.
-        durably: whether it is to outlast a failure of power: the disk has taken what this process wrote to the file
-            before the file has its name.
+        path: final path of the file. Its folder is created if needed.
+        durably: whether the file survives a power failure: what this process wrote to the file is on the disk before
+            the file gets its name.
 
     Raises:
-        OSError: if nothing can be written there; says where, and what to do.
+        OSError: if the file cannot be written. The message names the path and says what to do.
     """
     with writing(path):
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -80,7 +80,7 @@ def appearing(path: Path, durably: bool = False) -> Iterator[Path]:
 
 @contextmanager
 def appearing_folder(path: Path) -> Iterator[Path]:
-    """Give the block a folder to write into; it appears as `path` when the block has ended. There must be none yet."""
+    """Give the block a folder to write into. It appears as `path` when the block has ended. `path` must be new."""
     partial = path.with_name(f"{path.name}.partial")
     with writing(path):
         shutil.rmtree(partial, ignore_errors=True)
@@ -91,9 +91,9 @@ def appearing_folder(path: Path) -> Iterator[Path]:
 
 @contextmanager
 def writing(path: Path) -> Iterator[None]:
-    """Make an error of the disk say what was written where, and what to do.
+    """Turn a disk error into an OSError that names the path and says what to do.
 
-    Libraries report a full disk in words of their own ("iostream error"). So after an error this tries the disk itself.
+    Libraries report a full disk in their own words ("iostream error"). So after an error this function tests the disk.
     """
     try:
         yield
@@ -109,10 +109,10 @@ def writing(path: Path) -> Iterator[None]:
 
 
 def require_writable(folder: Path, what: str) -> None:
-    """Write a little into a folder, which is made if need be, and take it away again.
+    """Check that a folder is writable by writing a small file and removing it. The folder is created if needed.
 
     Raises:
-        OSError: if that fails; says where, calling it `what`.
+        OSError: if that fails. The message names the folder and calls it `what`.
     """
     if error := _write_error(folder):
         raise OSError(error.errno, f"{_CANNOT} {what}, {folder.absolute()}: {error.strerror}. {_advice(folder, error)}")
@@ -147,18 +147,18 @@ def _advice(path: Path, error: OSError) -> str:
 
 
 def plain_value(value: Any) -> Any:
-    """What JSON cannot hold, as something that it can."""
+    """Convert a value that JSON cannot hold: a deque, tensor or array to its values, anything else to text."""
     if isinstance(value, deque):
         return list(value)
     return value.tolist() if hasattr(value, "tolist") else str(value)  # a user may log anything
 
 
 def plain(value: Any, digits: int | None = None) -> Any:
-    """The same in values that JSON holds. NaN is no value and becomes None; infinity becomes text, "inf" or "-inf".
+    """Convert a value to JSON values. NaN counts as no value and becomes None; infinity becomes "inf" or "-inf".
 
     Args:
-        value: anything. What JSON has no form for becomes a list or text, as in `plain_value`.
-        digits: significant digits of a number with a fraction; by default all.
+        value: any value. `plain_value` converts what JSON cannot represent.
+        digits: significant digits of floats; all by default.
     """
     if isinstance(value, Mapping):
         return {str(name): plain(one, digits) for name, one in value.items()}
@@ -173,12 +173,12 @@ def plain(value: Any, digits: int | None = None) -> Any:
     return plain(plain_value(value), digits)
 
 
-# What a file of rows may be, by its ending: how `datasets` calls it.
+# The endings that a file of rows may have, each with the name of its format in `datasets`.
 ROW_FILES = {".json": "json", ".jsonl": "json", ".parquet": "parquet", ".csv": "csv"}
 
 
 def rows_of_file(path: str | Path) -> Dataset:
-    """The rows of a file. Raises ValueError, in one line, if it is none that can be read."""
+    """Load the rows of a file. Raises a one-line ValueError if the file cannot be read."""
     kind = ROW_FILES.get(Path(path).suffix)
     if kind is None or not Path(path).is_file():
         raise ValueError(f"{str(path)!r} is no {', '.join(list(ROW_FILES)[:-1])} or {list(ROW_FILES)[-1]} file.")
@@ -186,15 +186,15 @@ def rows_of_file(path: str | Path) -> Dataset:
         if not Path(path).stat().st_size:
             raise ValueError("it is empty")
         return load_dataset(kind, data_files=str(path), split="train")
-    except Exception as error:  # of many classes: of the file's format, of datasets, of the disk
+    except Exception as error:  # many classes: from the file format, from datasets, from the disk
         raise ValueError(f"{path} cannot be read ({first_line(error.__cause__ or error)}).") from None
 
 
 def rows_of_hub(name: str, config: str | None = None, split: str = "train") -> Dataset:
-    """The rows of a data set of the Hub. Raises ValueError, in one line, if it cannot be loaded."""
+    """Load the rows of a data set of the Hub. Raises a one-line ValueError if it cannot be loaded."""
     try:
         return load_dataset(name, config, split=split)
-    except Exception as error:  # of the Hub's client, of datasets, of the network: any of many classes
+    except Exception as error:  # many classes: from the Hub's client, from datasets, from the network
         raise ValueError(f"{name} cannot be loaded from the Hub ({first_line(error)}).") from None
 
 
@@ -202,12 +202,12 @@ def first_line(error: BaseException) -> str:
     return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
-_CHUNK = 1 << 20  # bytes read at once: a core's cache holds them until they are digested
-_LISTED = 1000  # values of an array that are taken one by one; of a longer one, its digest
+_CHUNK = 1 << 20  # bytes per read: few enough to stay in a core's cache until they are digested
+_LISTED = 1000  # largest number of array values that are listed; a longer array is represented by its digest
 
 
 def sizes_and_digests(folder: Path, names: Sequence[str]) -> Iterator[tuple[int, str]]:
-    """Size and digest of each of these files; files are read side by side."""
+    """Yield size in bytes and digest of each of these files. Files are read in parallel."""
     with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
         yield from pool.map(lambda name: _digest_of_file(folder / name), names)
 
@@ -222,7 +222,7 @@ def _digest_of_file(file: Path) -> tuple[int, str]:
 
 
 def column_parts(dataset: Dataset, name: str) -> Iterator[tuple[int, pa.Array]]:
-    """A column in parts of a thousand rows, each with the number of its first row. Nothing is read row by row."""
+    """Yield a column in parts of a thousand rows, each with the number of its first row. Rows are not read singly."""
     arrow = dataset.select_columns([name]).with_format("arrow")
     for first in range(0, len(dataset), 1000):
         yield first, arrow[first : first + 1000][name].combine_chunks()
@@ -247,25 +247,25 @@ def dataset_digest(dataset: Any) -> str | None:
 
 
 def source_of(thing: Any) -> Any:
-    """What a function, class or callable object would do, as JSON-able values that change when it does.
+    """Describe the behaviour of a function, class or callable object by JSON-able values that change with it.
 
-    It holds the source of the function or class, and with it what the source alone does not say: values of the
+    The description contains the source of the function or class, and what the source does not show: values of the
     closure, defaults, arguments bound by `functools.partial`, attributes of a callable object, and the globals that
-    the code names. Of these, numbers, text, None and lists, sets and dictionaries of them are taken by value, NumPy
-    arrays and tensors too, and functions and classes in turn by all this.
+    the code names. Among these, numbers, text, None, lists, sets, dictionaries, NumPy arrays and tensors are described
+    by value. Functions and classes are described in the same way as the first one.
 
-    A list that the function itself fills is a value too: where it counts or caches, it does so in an object of another
-    kind, or is another function after each call.
+    A list that the function itself fills is described by value too. So a function that counts or caches in a list has
+    a new description after each call. It should use an object of another kind for that.
 
-    The limit: other objects are known by their type alone, modules by their name, installed packages by the names of
-    their functions, and a model by its name or folder. What a function reads from a file, the environment or a server
-    does not show here.
+    Limits: other objects are described only by their type, modules by their name, installed packages by the names of
+    their functions, and a model by its name or folder. The description does not cover what a function reads from a
+    file, the environment or a server.
     """
     return _describe(thing, {})
 
 
 def _describe(thing: Any, seen: dict[int, Any]) -> Any:
-    """`seen`: what is described already, by its id. It is not described again, even inside itself."""
+    """Describe a value. `seen` has the objects described so far, by id. Each is described once, even inside itself."""
     if thing is None or isinstance(thing, (bool, int, float, str)):
         return thing
     if id(thing) in seen:
@@ -309,7 +309,7 @@ def _describe_function(function: FunctionType, seen: dict[int, Any]) -> Any:
     names = f"{function.__module__}.{function.__qualname__}"
     if len(seen) > 1 and _is_installed(function.__code__.co_filename):
         return names
-    cells = [cell.cell_contents for cell in function.__closure__ or () if cell != CellType()]  # not the empty ones
+    cells = [cell.cell_contents for cell in function.__closure__ or () if cell != CellType()]  # without empty cells
     named = _names_in(function.__code__)
     return {
         "source": _text_of(function.__code__),
@@ -318,7 +318,7 @@ def _describe_function(function: FunctionType, seen: dict[int, Any]) -> Any:
         "globals": {
             name: _describe(function.__globals__[name], seen) for name in named if name in function.__globals__
         },
-        # What it reads from modules by attribute, such as `settings.THRESHOLD`.
+        # Values that the function reads from modules by attribute, such as `settings.THRESHOLD`.
         "attributes": {
             f"{module}.{name}": _describe(vars(value)[name], seen)
             for module in named
@@ -349,7 +349,7 @@ def _describe_class(one: type, seen: dict[int, Any]) -> Any:
 
 
 def _names_in(code: CodeType) -> list[str]:
-    """The globals and attributes that code names, and the functions inside it."""
+    """The globals and attributes that code and the functions inside it name."""
     inner = [name for part in code.co_consts if isinstance(part, CodeType) for name in _names_in(part)]
     return sorted({*code.co_names, *inner})
 
@@ -357,7 +357,7 @@ def _names_in(code: CodeType) -> list[str]:
 def _text_of(code: CodeType) -> str:
     try:
         return inspect.getsource(code)
-    except (TypeError, OSError):  # typed in by hand: the code itself, without the addresses of functions in it
+    except (TypeError, OSError):  # typed interactively: use the bytecode, without addresses of inner functions
         constants = [_text_of(part) if isinstance(part, CodeType) else repr(part) for part in code.co_consts]
         return f"{code.co_code.hex()} {code.co_names} {constants}"
 

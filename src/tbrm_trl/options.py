@@ -17,7 +17,7 @@ from .trajectory import End, Trajectory
 Options = TypeVar("Options", bound=type)
 
 _SAMPLING_FILTERS = ("top_p", "top_k", "min_p", "repetition_penalty")
-# What `generation_kwargs` may set without changing the sampled distribution.
+# Names in `generation_kwargs` that do not change the sampled distribution.
 HARMLESS = (
     "max_new_tokens",
     "max_length",
@@ -27,13 +27,13 @@ HARMLESS = (
     "seed",
     "disable_compile",
 )
-# Names of what must reach no log and no file.
+# Names of secrets, which must not reach a log or a file.
 _SECRET = re.compile(r"(token|api_key|secret|password)$", flags=re.I)
-# Of the options that this library and TRL declare: those that only say how a run is run, logged or stored.
+# Options of this library and of TRL that only control how a run is executed, logged or stored.
 _NOT_OF_THE_RUN = re.compile(
     r"(log_|vllm_server_|vllm_mode|vllm_gpu_|vllm_tensor_|num_completions_to_print|save_rollouts|follow_timeout|async_server|stop_timeout|reward_timeout|max_skipped_updates|ds3_gather)"
 )
-# Of those that transformers declares: what decides how training goes on.
+# Options of transformers that decide how training goes on.
 _OF_THE_RUN = (
     """
     max_steps num_train_epochs lr_scheduler_type lr_scheduler_kwargs warmup_steps weight_decay adam_beta1 adam_beta2
@@ -53,12 +53,12 @@ def refuse(problems: Iterable[str]) -> None:
 
 
 def option_texts(options: type) -> dict[str, str]:
-    """What the docstring of a class of options says of each, on one line."""
+    """Map each option to its text in the docstring of `options`, on one line."""
     return {name: " ".join(text.split()) for name, _, text in _OPTION.findall(inspect.cleandoc(options.__doc__ or ""))}
 
 
 def helped_by_docstring(options: Options) -> Options:
-    """Make `--help` say what the docstring of a dataclass says of its options. A percent sign needs no escape."""
+    """Use the option texts in a dataclass's docstring as its `--help`. A percent sign needs no escape."""
     texts = option_texts(options)
     for field in fields(options):
         if field.name in texts:
@@ -67,7 +67,7 @@ def helped_by_docstring(options: Options) -> Options:
 
 
 def without_secrets(value: Any, placeholder: Callable[[str], Any] = lambda name: f"<{name.upper()}>") -> Any:
-    """A value with a placeholder for each text in it that stands under the name of a secret."""
+    """Replace each text that a nested mapping has under the name of a secret with a placeholder."""
     if not isinstance(value, Mapping):
         return value
     return {
@@ -82,8 +82,8 @@ def without_secrets(value: Any, placeholder: Callable[[str], Any] = lambda name:
 @dataclass(repr=False)
 class TBRMOptions(GRPOConfig):
     r"""
-    Options of [`TBRMTrainer`]. Those of `transformers.TrainingArguments` and `trl.GRPOConfig` are inherited;
-    `docs/configuration.md` lists which of the latter are kept, given a meaning, or refused.
+    Options of [`TBRMTrainer`]. Those of `transformers.TrainingArguments` and `trl.GRPOConfig` are inherited.
+    `docs/configuration.md` lists which options of `trl.GRPOConfig` are kept, given a meaning, or refused.
 
     Parameters:
         > Parameters that control the residual
@@ -91,7 +91,7 @@ class TBRMOptions(GRPOConfig):
         beta (`float`, *optional*, defaults to `0.002`):
             KL coefficient β of the objective `E[R] − β KL(π‖π_ref)`, in reward units per nat. It must be positive.
         soft_value (`str`, *optional*, defaults to `"policy"`):
-            Name of the estimator that gives the value term V of the residual. `"policy"` is TBRM's `V_θ(s_1)`
+            Name of the estimator that computes the value term V of the residual. `"policy"` is TBRM's `V_θ(s_1)`
             (arXiv 2505.15311). `"calibrated"` is `V_θ(s_1) − V_ref(s_1)` (ReVal, arXiv 2603.23355): the residual of the
             untrained model is then `−R/β` instead of `V − R/β`, so choose it unless `1/β` dwarfs V. The others are
             `"group"` (VarGrad, REBEL, CoPG, GVPO), `"log_mean_exp"` (OAPL, Kimi k1.5), `"optimal"` (A*-PO),
@@ -99,8 +99,8 @@ class TBRMOptions(GRPOConfig):
             (a frozen value model), `"zero"`, and every subclass of [`SoftValue`]. `docs/theory.md` derives the target
             of each.
         soft_value_beta (`float` or `None`, *optional*):
-            β₁ of the estimators `"optimal"` and `"log_mean_exp"`, whose value is `β₁ log mean exp(r/β₁)` in reward
-            units. None takes β. `inf` gives the mean of the rewards.
+            β₁ of the estimators `"optimal"` and `"log_mean_exp"`. Their value is `β₁ log mean exp(r/β₁)`, in reward
+            units. None uses β. `inf` gives the mean of the rewards.
         soft_value_samples (`int`, *optional*, defaults to `8`):
             The estimators `"optimal"` and `"quantile"` draw this many samples of the reference per prompt. It must be a
             multiple of `num_generations`.
@@ -110,42 +110,43 @@ class TBRMOptions(GRPOConfig):
             The estimator `"partition"` divides its partition function by the reference's mass on the logged
             completions.
         soft_value_offset (`bool`, *optional*, defaults to `False`):
-            Add a trained constant to V, one for all states, 0 at the start. The residual's own square trains it, at
-            `soft_value_learning_rate`. It moves no logit. It does not go with `"group"`, whose residuals sum to 0, or
-            with `"learned"`, which has such a constant.
+            Add a trained constant to V. It is the same for all states and starts at 0. The squared residual trains it,
+            at `soft_value_learning_rate`. It changes no logit. It cannot be combined with `"group"`, whose residuals
+            sum to 0, or with `"learned"`, which has such a constant.
         soft_value_learning_rate (`float`, *optional*, defaults to `0.01`):
-            Learning rate of what is trained of V beside the policy: the head of the estimator `"learned"`, or the
-            constant of `soft_value_offset`. It is constant, in reward units: an update of Adam moves the constant by
-            about this much at most, and the head's value by about twice as much.
+            Learning rate of the trained part of V outside the policy: the head of the estimator `"learned"`, or the
+            constant of `soft_value_offset`. It stays constant and is in reward units: one Adam update moves the
+            constant by about this much at most, and the head's value by about twice as much.
         soft_value_half_life (`float`, *optional*, defaults to `0.06`):
-            The estimator `"tracked"` halves a prompt's counts when the policy has moved by this KL since its last
-            window, in nats per token. From one window to the next it keeps at least 0.875 of them.
+            The estimator `"tracked"` halves a prompt's counts when the policy has moved by this KL, in nats per token,
+            since the prompt's last window. It keeps at least 0.875 of the counts from one window to the next.
         soft_value_kept (`float`, *optional*, defaults to `0.96`):
-            The estimator `"tracked"` keeps at most this share of a prompt's counts from one window to the next. Less
-            makes V follow sooner, and is noisier.
+            The estimator `"tracked"` keeps at most this share of a prompt's counts from one window to the next. With a
+            smaller share, V follows the policy sooner and is noisier.
         soft_value_tracks (`"reward"` or `"value"`, *optional*, defaults to `"reward"`):
-            What the estimator `"tracked"` takes the mean of. `"reward"` is the reward of the policy's own rollouts, as
-            SPO has it: a baseline, right on fresh rollouts alone. `"value"` is `R − β log π_θ/π_ref` of every
-            trajectory that is trained on, which makes V a trained number for each prompt, right on replayed and logged
-            trajectories too.
+            Quantity that the estimator `"tracked"` averages. `"reward"` is the reward of the policy's own rollouts, as
+            in SPO: a baseline that is right only on fresh rollouts. `"value"` is `R − β log π_θ/π_ref` of every
+            trajectory that is trained on. V is then a trained number for each prompt and is right on replayed and
+            logged trajectories too.
         soft_value_model (`str` or `None`, *optional*):
-            Id or folder of the value model that the estimator `"model"` reads: a sequence classifier with one label and
+            Id or folder of the value model that the estimator `"model"` uses: a sequence classifier with one label and
             the policy's vocabulary.
         residual (`"trajectory"` or `"token"`, *optional*, defaults to `"trajectory"`):
-            `"token"` takes the classical Bellman residual of every token, which collapses on language models
-            (arXiv 2505.15311, App. H.3). It is meant for ablations and needs `soft_value="policy"`.
+            `"trajectory"` takes one residual per trajectory. `"token"` takes the classical Bellman residual of every
+            token, which collapses on language models (arXiv 2505.15311, App. H.3). It is meant for ablations and needs
+            `soft_value="policy"`.
         length_normalized (`bool`, *optional*, defaults to `False`):
             Divide a trajectory's log-ratio by the number of its actions, as FlowRL does (arXiv 2509.15207, with
-            `soft_value="learned"`). β is then in reward units per nat and token, and the target is another one:
-            `docs/theory.md`. Only an estimator whose V is free allows it: `"policy"`, `"calibrated"`, `"learned"`,
+            `soft_value="learned"`). β is then in reward units per nat and token, and the target differs: see
+            `docs/theory.md`. Only the estimators with a free V allow it: `"policy"`, `"calibrated"`, `"learned"`,
             `"group"`.
         truncation (`"terminal"`, `"mask"` or `"bootstrap"`, *optional*, defaults to `"terminal"`):
-            How a completion that was cut at the length limit counts. `"terminal"` takes the cut as an end like any
-            other, with its reward. `"mask"` leaves the completion out of the loss. `"bootstrap"` subtracts the soft
-            value of the state after its last token, and its reward is `truncated_reward`, whatever the reward functions
-            say of the fragment; only the estimators `"policy"` and `"calibrated"` allow it.
+            How to treat a completion that was cut at the length limit. `"terminal"` treats the cut as any other end,
+            with the completion's reward. `"mask"` leaves the completion out of the loss. `"bootstrap"` subtracts the
+            soft value of the state after its last token, and takes `truncated_reward` as its reward, whatever the
+            reward functions return. Only the estimators `"policy"` and `"calibrated"` allow `"bootstrap"`.
         truncated_reward (`float`, *optional*, defaults to `0.0`):
-            Reward that a cut completion has earned before the cut under `truncation="bootstrap"`.
+            Reward of a cut completion under `truncation="bootstrap"`: what it has earned before the cut.
         loss_units (`"reward"` or `"logits"`, *optional*, defaults to `"reward"`):
             `"reward"` squares `β δ`. `"logits"` squares `δ`, the paper's scale: the loss and its gradients are larger
             by `1/β²`, so that `max_grad_norm=1` clips every step. Both have the same minimiser.
@@ -153,66 +154,68 @@ class TBRMOptions(GRPOConfig):
         > Parameters that shape the reward
 
         reward_baseline (`"none"`, `"group_mean"` or `"batch_mean"`, *optional*, defaults to `"none"`):
-            Mean reward that is subtracted from R when a trajectory is trained on: that of its prompt's group, or that
-            of the generation window. A replayed trajectory takes the latest one. Only the estimators `"policy"`,
+            Mean reward that is subtracted from R when a trajectory is trained on: the mean over its prompt's group, or
+            over the generation window. A replayed trajectory takes the latest baseline. Only the estimators `"policy"`,
             `"calibrated"`, `"learned"` and `"zero"` allow one.
         reward_pessimism (`float`, *optional*, defaults to `0.0`):
-            Subtract this many standard errors of the reward functions' sum from it, where several functions (or one
-            listed several times) judge the same thing. R is then a lower confidence bound (after MICRO,
-            arXiv 2312.03991).
+            Subtract this many standard errors from the sum of the reward functions, where several functions (or one
+            listed several times) judge the same thing. R is then a lower confidence bound (after MICRO, arXiv
+            2312.03991).
 
         > Parameters that add terms to the loss
 
         sft_coef (`float`, *optional*, defaults to `0.0`):
-            Weight of `−log π_θ(τ)` on trajectories whose reward reaches `sft_threshold` (arXiv 2405.16436). It is added
-            to `(β δ)²`.
+            Weight of `−log π_θ(τ)` on trajectories whose reward reaches `sft_threshold` (arXiv 2405.16436). The term is
+            added to `(β δ)²`.
         sft_threshold (`float`, *optional*, defaults to `1.0`):
-            Reward, before any baseline, from which on `sft_coef` applies.
+            Lowest reward, before any baseline, at which `sft_coef` applies.
         entropy_advantage_coef (`float`, *optional*, defaults to `0.0`):
             Weight of an entropy bonus: each trajectory's summed token entropy times its advantage `A = −β δ` (IBRO,
             arXiv 2507.18391). The term is maximised.
         token_fraction (`float`, *optional*, defaults to `1.0`):
-            Share of the tokens that are back-propagated through. They are drawn at random and weighted so that the
+            Share of the tokens that the backward pass covers. They are drawn at random and weighted so that the
             gradient is right on average (after arXiv 2504.20834). A share below 1 costs a second forward pass without
-            gradient, and does not go with `residual="token"`, `sft_coef` or `entropy_advantage_coef`.
+            gradient. It cannot be combined with `residual="token"`, `sft_coef` or `entropy_advantage_coef`.
         token_selection (`"scatter"` or `"cut"`, *optional*, defaults to `"scatter"`):
-            How those tokens are drawn. `"scatter"` takes a random subset. `"cut"` takes all tokens before a random cut,
-            after which no activation is kept; it does not go with `truncation="bootstrap"`.
+            How the tokens of `token_fraction` are drawn. `"scatter"` takes a random subset. `"cut"` takes all tokens
+            before a random cut and keeps no activation after it; it cannot be combined with `truncation="bootstrap"`.
 
         > Parameters that control micro-batches
 
         max_tokens_per_microbatch (`int` or `None`, *optional*):
-            Size micro-batches by tokens, padding included. The `per_device_train_batch_size` rows are then one update;
-            they are divided into as few micro-batches as hold them, each of rows of similar length, equally many on
-            every process. A row that is longer than this gets a micro-batch of its own. `gradient_accumulation_steps`
-            must be 1. None makes each micro-batch `per_device_train_batch_size` rows, and an update
-            `gradient_accumulation_steps` of them.
+            Largest number of tokens in a micro-batch, padding included. One update is then
+            `per_device_train_batch_size` rows. They are divided into as few micro-batches as hold them. Each has rows
+            of similar length, and every process has the same number of micro-batches. A row that is longer than this
+            gets a micro-batch of its own. `gradient_accumulation_steps` must be 1. None makes each micro-batch
+            `per_device_train_batch_size` rows, and each update `gradient_accumulation_steps` micro-batches.
         padding_free (`bool`, *optional*, defaults to `False`):
-            Run the policy and the reference on the real tokens of a micro-batch as one row, without padding. It pays
-            with flash attention; with SDPA a row of N tokens has an N × N mask. It does not go with
+            Run the policy and the reference on the real tokens of a micro-batch as one row, without padding. This pays
+            with flash attention; with SDPA a row of N tokens has an N × N mask. It cannot be combined with
             `pad_to_multiple_of`.
 
         > Parameters that control replay
 
         replay_buffer_size (`int`, *optional*, defaults to `0`):
-            Trajectories that the first-in-first-out buffer holds, over all processes; 0 means no buffer. A window has S
-            fresh updates and `(num_iterations − 1) · S` others: with a buffer these take samples of it, without one
-            they take the window's trajectories again. ReVal uses 5120 with `num_iterations=2`.
+            Number of trajectories that the first-in-first-out buffer holds, over all processes; 0 means no buffer. A
+            window has S fresh updates and `(num_iterations − 1) · S` others. With a buffer, the others train on samples
+            of it. Without one, they train on the window's trajectories again. ReVal uses 5120 with `num_iterations=2`.
         replay_max_age (`int` or `None`, *optional*):
-            Updates after which a trajectory leaves the buffer. None keeps it until its place is needed.
+            Number of updates after which a trajectory leaves the buffer. None keeps it until its place is needed.
         replay_sampling (`"uniform"` or `"prioritized"`, *optional*, defaults to `"uniform"`):
-            `"prioritized"` draws by |residual| (Schaul et al. 2016, arXiv 1511.05952). It does not go with
+            `"prioritized"` draws by |residual| (Schaul et al. 2016, arXiv 1511.05952). It cannot be combined with
             `soft_value="group"`.
         replay_priority_exponent (`float`, *optional*, defaults to `0.6`):
-            Exponent of |residual| in the probability to be drawn. 0 is uniform.
+            Exponent of |residual| in the probability of being drawn. 0 is uniform.
         replay_priority_correction (`float`, *optional*, defaults to `0.4`):
-            Exponent c of the weight `(N P)^-c` on the squared residual, which makes up for being drawn more often.
+            Exponent c of the weight `(N P)^-c` on the squared residual, which corrects for drawing some trajectories
+            more often.
 
         > Parameters that control logged trajectories
 
         logged_fraction (`float` or `None`, *optional*):
-            Share of logged trajectories in every generation window, where the training set has both prompts and rows
-            with a completion. None takes their share in the data set, counting each prompt `num_generations` times.
+            Share of logged trajectories in every generation window, if the training set has both prompts and rows with
+            a completion. None takes the share of logged rows in the data set, counting each prompt `num_generations`
+            times.
         precompute_ref_log_probs (`bool` or `None`, *optional*):
             If every training row is logged, score them all with the reference before training, keep the scores in
             `output_dir` for the next run, and free the reference. None does so where it is possible.
@@ -220,78 +223,80 @@ class TBRMOptions(GRPOConfig):
         > Parameters that control rollouts ahead of training, or beside it
 
         rollout_pool (`int`, *optional*, defaults to `0`):
-            Rollouts of coming windows that may be under way or done, over all processes. They are drawn in the places
-            of a generation whose rows have ended, in the order of the data, so that a window waits for its own rows
-            alone. A rollout that is under way when the policy moves goes on under the new one. 0 draws each window by
-            itself.
+            Number of rollouts of coming windows that may be under way or done, over all processes. They take the places
+            of rows of a generation that have ended, in the order of the data, so that a window waits only for its own
+            rows. A rollout that is under way when the policy is updated continues under the new policy. 0 draws each
+            window by itself.
         rollouts (`"sync"` or `"async"`, *optional*, defaults to `"sync"`):
-            `"sync"` draws a window, then trains on it. `"async"` starts an actor as a child process, which draws coming
-            windows from a server while the run trains: `docs/asynchronous.md`. It needs `max_steps`.
+            `"sync"` draws a window, then trains on it. `"async"` starts an actor as a child process. The actor draws
+            coming windows from a server while the run trains: see `docs/asynchronous.md`. `"async"` needs `max_steps`.
         follow_rollouts (`str` or `None`, *optional*):
-            Folder of rollouts that others write, in the format of `docs/asynchronous.md`. The run takes them in order
-            in place of its own, as they come. It needs `max_steps`. None follows none, or `output_dir/records` with
-            `rollouts="async"`.
+            Folder of rollouts that another program writes, in the format of `docs/asynchronous.md`. The run takes them
+            in order as they come and draws none of its own. It needs `max_steps`. None follows no folder, or
+            `output_dir/records` with `rollouts="async"`.
         follow_timeout (`float`, *optional*, defaults to `1200.0`):
             Seconds that the run waits for the rollouts of a window before it stops with an error that says what is
             missing.
         max_staleness (`int`, *optional*, defaults to `4`):
-            Updates that the policy may make between the first token of a trajectory and the update that takes it for
-            the first time. The actor starts no trajectory that might exceed it. 0 lets it draw the present window
-            alone. A writer of another kind keeps the bound itself; the metric `staleness/max` says what came.
+            Largest number of updates between the first token of a trajectory and the update that takes it for the first
+            time. The actor starts no trajectory that might exceed it. 0 lets the actor draw only the present window.
+            Another program that writes rollouts must keep the bound itself. The metric `staleness/max` reports the
+            largest value that occurred.
         async_server (`str` or `None`, *optional*):
             Address of the OpenAI-compatible server that the actor draws from, such as `http://localhost:8000`.
         publish_policy (`bool` or `None`, *optional*):
-            Write the policy to `output_dir/policy` before training and after every update, for those who draw from it.
-            None does so with `rollouts="async"`.
+            Write the policy to `output_dir/policy` before training and after every update, for the programs that draw
+            from it. None does so with `rollouts="async"`.
 
         > Parameters that control what is saved
 
         save_rollouts (`bool`, *optional*, defaults to `False`):
             Write every rollout to `output_dir/rollouts` as Parquet. `load_rollouts` reads them back as a training set.
-            The residual and the soft value of each trajectory in each update go to `output_dir/updates`.
+            Also write the residual and the soft value of each trajectory in each update to `output_dir/updates`.
 
         > Parameters that control prompts
 
         max_prompt_length (`int` or `None`, *optional*):
-            Tokens that a prompt may have, with its chat template. None allows what the model's context leaves beside
-            `max_completion_length`.
+            Largest number of tokens in a prompt, with its chat template. None allows what `max_completion_length`
+            leaves of the model's context.
         long_prompts (`"refuse"`, `"drop"` or `"cut"`, *optional*, defaults to `"refuse"`):
-            What becomes of longer prompts. `"refuse"` names the first of them before the model is loaded. `"drop"`
-            leaves their rows out of the data sets, and counts them. `"cut"` keeps the last tokens of each.
+            How to treat prompts longer than `max_prompt_length`. `"refuse"` stops with an error that names the first of
+            them, before the model is loaded. `"drop"` leaves their rows out of the data sets, and counts them. `"cut"`
+            keeps the last tokens of each.
 
         > Parameters that keep a run alive
 
         reward_timeout (`float` or `None`, *optional*):
-            Seconds that a call of a reward function, with a batch of completions, may take. None waits for ever. A
-            synchronous function then runs in a thread, where a late one is left behind. `tbrm_trl.rewards.InWorkers`
-            runs it in processes that can be ended, with a limit for each completion.
+            Seconds that one call of a reward function, with a batch of completions, may take. None waits for ever. With
+            a limit, a synchronous function runs in a thread, and a late call is left behind in that thread.
+            `tbrm_trl.rewards.InWorkers` runs the function in processes that can be ended, with a limit for each
+            completion.
         reward_on_error (`str` or `float`, *optional*, defaults to `"raise"`):
-            What becomes of the completions of a call that raised or was late. `"raise"` ends the run, on every process
-            alike. `"skip"` gives them no reward of this function, and a number gives them that reward; both are counted
-            as `rewards/<function>/raised` and `/late`. A function that returns something else than rewards ends the run
-            in any case.
+            How to treat the completions of a reward call that raised or was late. `"raise"` ends the run, on every
+            process alike. `"skip"` gives them no reward of this function, and a number gives them that reward. Both are
+            counted as `rewards/<function>/raised` and `/late`. A function that returns anything but rewards always ends
+            the run.
 
         max_skipped_updates (`int`, *optional*, defaults to `3`):
-            An update with a loss or a gradient that is not finite is skipped: it reaches neither the weights nor the
-            optimizer's moments. After this many in a row training stops with an error.
+            Number of skipped updates in a row after which training stops with an error. An update with a loss or a
+            gradient that is not finite is skipped: it changes neither the weights nor the optimizer's moments.
 
         > Parameters that control the reference
 
         reference (`"initial"` or `"previous"`, *optional*, defaults to `"initial"`):
-            `"previous"` takes the policy that produced the trajectory as its reference, as REBEL, Kimi k1.5 and GVPO
-            do.
+            `"previous"` uses the policy that produced the trajectory as its reference, as REBEL, Kimi k1.5 and GVPO do.
 
         > Parameters that control stopping
 
         stop_timeout (`float`, *optional*, defaults to `300.0`):
             With `enable_jit_checkpoint=True`, SIGTERM and SIGINT stop the run after the update that is under way, with
-            a complete checkpoint and exit code 143 or 130. An update that takes more than this many seconds from the
-            signal on is dropped: the process then ends with the same code, and its last complete checkpoint stands.
+            a complete checkpoint and exit code 143 or 130. If that update takes more than this many seconds after the
+            signal, it is dropped: the process ends with the same code and keeps its last complete checkpoint.
 
         > Parameters whose defaults differ from GRPOConfig
 
         num_generations (`int`, *optional*, defaults to `1`):
-            Rollouts per prompt. One suffices: nothing is normalised over a group.
+            Rollouts per prompt. One is enough: nothing is normalised over a group.
         learning_rate (`float`, *optional*, defaults to `2.5e-6`):
             Initial learning rate of the optimizer, as published for Qwen2.5-Math-1.5B.
         disable_dropout (`bool`, *optional*, defaults to `True`):
@@ -301,7 +306,8 @@ class TBRMOptions(GRPOConfig):
             switched on.
 
     Raises:
-        ValueError: for an option without a meaning here, or numbers that do not fit together; it says what to change.
+        ValueError: for an option that has no meaning here, or for numbers that do not fit together. The error says
+            what to change.
     """
 
     beta: float = 0.002
@@ -318,7 +324,7 @@ class TBRMOptions(GRPOConfig):
     soft_value_model: str | None = None
     residual: str = "trajectory"
     length_normalized: bool = False
-    truncation: str | None = None  # read as "terminal", or "mask" if TRL's older option asks for it
+    truncation: str | None = None  # becomes "terminal", or "mask" if TRL's older option sets it
     truncated_reward: float = 0.0
     loss_units: str = "reward"
     reward_baseline: str = "none"
@@ -369,7 +375,7 @@ class TBRMOptions(GRPOConfig):
 
     @property
     def microbatch_size(self) -> MicrobatchSize:
-        """How much one forward pass of training takes."""
+        """The largest batch of one forward pass of training."""
         return MicrobatchSize(
             self.per_device_train_batch_size,
             self.max_tokens_per_microbatch,
@@ -379,41 +385,41 @@ class TBRMOptions(GRPOConfig):
 
     @property
     def fresh_updates(self) -> int:
-        """Updates of a generation window that take its trajectories for the first time."""
+        """Number of updates of a generation window that take its trajectories for the first time."""
         return self.steps_per_generation // self.gradient_accumulation_steps
 
     @property
     def followed_folder(self) -> Path | None:
-        """Where the rollouts come from that others draw; None if this run draws its own."""
+        """The folder of rollouts that other processes draw; None if this run draws its own."""
         if self.follow_rollouts is not None:
             return Path(self.follow_rollouts)
         return Path(self.output_dir) / "records" if self.rollouts == "async" else None
 
     @property
     def draws_prompts(self) -> bool:
-        """Whether the prompts of the training set are rolled out, by this run or by its actor."""
+        """Whether this run or its actor draws rollouts of the training set's prompts."""
         return self.follow_rollouts is None or self.rollouts == "async"
 
     @property
     def publishes_policy(self) -> bool:
-        """Whether the policy is written for those who draw from it."""
+        """Whether the run writes the policy for the programs that draw from it."""
         return self.rollouts == "async" if self.publish_policy is None else self.publish_policy
 
     def reward_of(self, trajectory: Trajectory) -> float:
-        """R(τ) before a baseline: what was earned. Under `truncation="bootstrap"` no verdict on a fragment counts."""
+        """R(τ) before a baseline. `truncation="bootstrap"` ignores the reward functions' score of a cut completion."""
         return self.truncated_reward if self.is_bootstrapped(trajectory) else trajectory.reward
 
     def is_bootstrapped(self, trajectory: Trajectory) -> bool:
-        """Whether V of the state in which a trajectory was cut stands for what it would have earned."""
+        """Whether V of the state at the cut replaces what a cut trajectory would have earned after it."""
         return self.truncation == "bootstrap" and trajectory.end is End.LENGTH
 
     @property
     def reward_of_failure(self) -> float | None:
-        """What a completion gets from a reward function that failed; None is no reward."""
+        """The reward of a completion from a reward function that failed; None gives no reward."""
         return None if self.reward_on_error in ("raise", "skip") else float(self.reward_on_error)
 
     def sampling_filters(self) -> dict[str, Any]:
-        """The options that make the sampler another policy than softmax(logits / temperature)."""
+        """The options that make the sampler's distribution differ from softmax(logits / temperature)."""
         chosen = {name: getattr(self, name) for name in _SAMPLING_FILTERS}
         chosen |= {name: value for name, value in (self.generation_kwargs or {}).items() if name not in HARMLESS}
         off = {name: type(self).__dataclass_fields__[name].default for name in _SAMPLING_FILTERS}
@@ -423,7 +429,7 @@ class TBRMOptions(GRPOConfig):
         return {name: value for name, value in chosen.items() if value is not None and value != off.get(name)}
 
     def settings(self) -> dict[str, Any]:
-        """The options that decide how a run goes on, without secrets, as a checkpoint tells them."""
+        """The options that decide how a run goes on, without secrets, as a checkpoint stores them."""
         declared = [*TBRMOptions.__annotations__, *GRPOConfig.__annotations__, *_OF_THE_RUN]
         names = [name for name in dict.fromkeys(declared) if not _NOT_OF_THE_RUN.match(name)]
         return without_secrets({name: getattr(self, name) for name in names if name in type(self).__dataclass_fields__})
@@ -438,7 +444,7 @@ class TBRMOptions(GRPOConfig):
         return without_secrets(super().to_dict())
 
     def __getstate__(self) -> dict[str, Any]:
-        """What is pickled, so what `training_args.bin` holds: no secrets."""
+        """The pickled state, also that of `training_args.bin`, without secrets."""
         return without_secrets(self.__dict__, lambda name: None)
 
     def __copy__(self) -> Any:
@@ -448,11 +454,11 @@ class TBRMOptions(GRPOConfig):
         return self._with(copy.deepcopy(self.__dict__, memo))
 
     def _with(self, attributes: dict[str, Any]) -> Any:
-        """A copy in memory, which keeps its secrets."""
+        """Make a copy in memory with these attributes. It keeps its secrets."""
         made = object.__new__(type(self))
         made.__dict__.update(attributes)
         return made
 
     def is_default(self, name: str) -> bool:
-        """Whether an option was left as it comes."""
+        """Whether an option has its default value."""
         return getattr(self, name) == type(self).__dataclass_fields__[name].default

@@ -1,4 +1,4 @@
-"""Text of models and data sets made safe to print."""
+"""Make text of models and data sets safe to print."""
 
 import unicodedata
 from collections import deque
@@ -6,9 +6,9 @@ from typing import Any
 
 
 def printable(value: Any) -> Any:
-    """The same text, messages or columns with control characters written out: `\\x1b` as four characters.
+    """Write out the control characters in text, messages or columns: `\\x1b` becomes four characters.
 
-    A terminal obeys control characters, and a completion may hold any. A line feed and a tab stay as they are.
+    A terminal obeys control characters, and a completion may contain any. Line feeds and tabs stay unchanged.
     """
     if isinstance(value, str):
         return "".join(map(_written_out, value))

@@ -1,4 +1,4 @@
-"""What the processes of a run agree on."""
+"""Errors that all processes of a run raise together."""
 
 import pickle
 from collections.abc import Iterator
@@ -9,9 +9,9 @@ from accelerate.utils import gather_object
 
 @contextmanager
 def failing_together() -> Iterator[None]:
-    """An error that is raised inside on one process is raised on every process, when all have left the block.
+    """Raise an error that one process raised inside the block on every process, once all have left the block.
 
-    Processes must not wait for one another inside: one that has failed would be missing.
+    Processes must not wait for one another inside the block: a process that has failed would never arrive.
     """
     failure: Exception | None = None
     try:
@@ -24,7 +24,7 @@ def failing_together() -> Iterator[None]:
 
 
 def _sendable(error: Exception) -> Exception:
-    """The error, or its text if its class cannot be built again from what it holds."""
+    """The error, or a RuntimeError with its text if it cannot be pickled and unpickled."""
     try:
         pickle.loads(pickle.dumps(error))
         return error

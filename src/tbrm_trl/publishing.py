@@ -1,4 +1,4 @@
-"""What a model that is pushed to a hub says of itself, and which files of its run stay at home."""
+"""The model card of a pushed model, and the list of the run's files that are not pushed."""
 
 import html
 import json
@@ -15,7 +15,7 @@ from .loss.soft_value.sampled import FOLDER as SAMPLES
 from .model.publisher import FOLDER as POLICY
 from .run_log import EVALUATED, LOG, SKIPPED, UPDATES
 
-# Prompts, completions and numbers of the run, in its output directory. A hub leaves out what `.gitignore` names.
+# Prompts, completions and numbers of the run, in its output directory. A push leaves out what `.gitignore` names.
 AT_HOME = (
     "rollouts/", f"{UPDATES}/", "completions/", f"{SKIPPED}/", "reference_scores/", "runs/", "evaluations/", "records/",
     f"{ACTOR}/", f"{POLICY}/", f"{SAMPLES}/", LOG, "report.html",
@@ -27,26 +27,26 @@ _RECIPE = (
     steps_per_generation num_iterations replay_buffer_size max_completion_length sft_coef entropy_advantage_coef
     """
 ).split()
-_POINTS = 10  # of the curve
+_POINTS = 10  # points of the training curve
 
 
 @dataclass
 class CardFacts:
-    """What a card tells.
+    """The content of a model card.
 
     Attributes:
-        name: of the model.
-        repo: its id on the hub; None before it has one.
+        name: name of the model.
+        repo: the model's id on the hub; None before it has one.
         base_model: id of the model that was trained; None if it came from a folder.
         adapter: whether only an adapter was trained.
         vision: whether the model reads images.
         dataset: id of the training data on the hub, if it has one.
         rewards: names of the reward functions.
-        updates: how many there were.
+        updates: number of updates.
         settings: options of the run, without secrets.
-        log: its entries, each with a `step`.
-        versions: of libraries, by name.
-        tags: of the model.
+        log: entries of the run's log, each with a `step`.
+        versions: versions of libraries, by name.
+        tags: tags of the model.
         method: title, arXiv id and citation of the paper.
     """
 
@@ -66,7 +66,7 @@ class CardFacts:
 
 
 def model_card(facts: CardFacts) -> ModelCard:
-    """The card, with `model-index` metadata of the last evaluation."""
+    """The card. Its `model-index` metadata has the results of the last evaluation."""
     data = ModelCardData(
         base_model=facts.base_model,
         datasets=_on_one_line(facts.dataset) if facts.dataset else None,
@@ -110,8 +110,8 @@ def model_card(facts: CardFacts) -> ModelCard:
 
 
 def snippet(repo: str, adapter: bool, vision: bool = False) -> str:
-    """A program that loads the model and has it answer."""
-    if vision:  # this loader reads an adapter too, and PEFT has none of the kind
+    """A program that loads the model and generates an answer."""
+    if vision:  # this loader reads an adapter too, and PEFT has no loader for vision models
         return (
             "from transformers import AutoModelForImageTextToText, AutoProcessor\n\n"
             f"name = {json.dumps(repo)}\nprocessor = AutoProcessor.from_pretrained(name)\n"
@@ -132,7 +132,7 @@ def snippet(repo: str, adapter: bool, vision: bool = False) -> str:
 
 
 def last_evaluation(log: Sequence[Mapping[str, Any]]) -> list[tuple[str, str, float]]:
-    """Data set's name ("" if it has none), metric and value of the last entry in which each was logged."""
+    """The last logged value of each metric, as data set's name ("" if it has none), metric and value."""
     found: dict[tuple[str, str], float] = {}
     for entry in log:
         for name, value in entry.items():
@@ -148,7 +148,7 @@ def _results(facts: CardFacts) -> list[EvalResult] | None:
             task_type="text-generation",
             dataset_type="custom",
             dataset_name=_on_one_line(where) or "evaluation set",
-            dataset_split=_on_one_line(where) or None,  # by which the client tells sets apart
+            dataset_split=_on_one_line(where) or None,  # the client tells sets apart by the split
             metric_type=metric,
             metric_name=metric,
             metric_value=value,
@@ -158,7 +158,7 @@ def _results(facts: CardFacts) -> list[EvalResult] | None:
 
 
 def _curve(log: Sequence[Mapping[str, Any]]) -> str | None:
-    """Ten points of training, from the first logged update to the last."""
+    """Make a table of ten points of training, from the first logged update to the last."""
     entries = [entry for entry in log if isinstance(entry.get("residual/rms"), (int, float))]
     if not entries:
         return None
@@ -178,7 +178,7 @@ def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 
 def escaped(text: str) -> str:
-    """Text that Markdown and HTML take for text, on one line."""
+    """Escape text for Markdown and HTML, on one line."""
     return html.escape(re.sub(r"([\\`*_{}\[\]()#!|~])", r"\\\1", _on_one_line(text)), quote=False)
 
 
@@ -187,7 +187,7 @@ def _on_one_line(text: str) -> str:
 
 
 def keep_at_home(folder: Path) -> None:
-    """Name what is not pushed in the folder's `.gitignore`. Lines that it has stay."""
+    """Add the files that are not pushed to the folder's `.gitignore`. Its existing lines stay."""
     file = folder / ".gitignore"
     lines = file.read_text().splitlines() if file.exists() else []
     missing = [name for name in AT_HOME if name not in lines]

@@ -1,7 +1,7 @@
-"""What a run writes line by line while it goes on: its metrics, and the trajectories of every update.
+"""The files a run appends to line by line: its metrics, and the trajectories of every update.
 
-A run that is resumed goes back to its checkpoint and writes lines of the same steps again. Nothing is rewritten then:
-whoever reads takes the last line of a step, and a line of an earlier step drops those of later steps before it.
+A resumed run goes back to its checkpoint and writes the lines of some steps again. The old lines stay in the file:
+`read_lines` merges the lines of a step, later values win, and a line of an earlier step drops later steps above it.
 """
 
 import json
@@ -19,18 +19,18 @@ from .files import plain
 from .trajectory import UpdateRow
 
 LOG = "log.jsonl"  # in the output directory
-UPDATES = "updates"  # likewise, a file for each process
-SKIPPED = "skipped_updates"  # likewise
-DIGITS = 6  # of a number in them
-# The metrics that say how good the policy is on an evaluation set or a benchmark, by its name if it has one.
+UPDATES = "updates"  # folder in the output directory, with one file per process
+SKIPPED = "skipped_updates"  # the same for skipped updates
+DIGITS = 6  # significant digits of a number in these files, by default
+# The metrics that measure the policy on an evaluation set or a benchmark, with the set's name if it has one.
 EVALUATED = re.compile(r"eval_(?:(?P<set>.+)[_/])?(?P<metric>reward|rewards/[^/]+/mean|(?:mean|avg|pass|maj)@\d+)")
 Scored = tuple[UpdateRow, float, float]  # a row of an update with β δ and β V
 
 
 def append_line(file: Path, values: dict[str, Any], digits: int | None = DIGITS) -> None:
-    """Append one line of JSON, whose numbers have so many digits, or all of theirs. NaN becomes null.
+    """Append one line of JSON with numbers rounded to `digits` significant digits, or unrounded if None.
 
-    The line break comes first: what a kill cut short stays on a line by itself.
+    NaN becomes null. The line break is written first, so that a line cut short by a kill does not spoil the next one.
     """
     file.parent.mkdir(parents=True, exist_ok=True)
     with file.open("a", encoding="utf-8") as lines:
@@ -38,9 +38,10 @@ def append_line(file: Path, values: dict[str, Any], digits: int | None = DIGITS)
 
 
 def go_back(output_dir: Path, process: int, processes: int, step: int) -> None:
-    """Before training: let lines that an earlier run wrote after this step count no more.
+    """Before training, append a line of this step, which discards the later lines of an earlier run.
 
-    The main process sees to the log, and to the files of processes that this run does not have.
+    Each process does this for its own files. The main process also does it for the log, and for the files of processes
+    that this run does not have.
     """
     files = [file for folder in (UPDATES, SKIPPED) for file in (output_dir / folder).glob("process-*.jsonl")]
     numbers = [int(file.stem.removeprefix("process-")) for file in files]
@@ -51,7 +52,7 @@ def go_back(output_dir: Path, process: int, processes: int, step: int) -> None:
 
 
 def whole_lines(file: Path) -> Iterator[dict[str, Any]]:
-    """The dictionary of each line, as it was written. What a kill cut short, or is under way, is left out."""
+    """The dictionary of each line, as written. A line cut short by a kill, or still being written, is left out."""
     for line in file.read_text(encoding="utf-8").splitlines():
         try:
             values = json.loads(line)
@@ -61,7 +62,7 @@ def whole_lines(file: Path) -> Iterator[dict[str, Any]]:
 
 
 def read_lines(file: Path) -> list[dict[str, Any]]:
-    """One dictionary for each `step`, in order: what is left after every resumption."""
+    """One dictionary for each `step`, in order, without the steps that resumed runs discarded."""
     by_step: dict[int, dict[str, Any]] = {}
     for values in whole_lines(file):
         while by_step and next(reversed(by_step)) > values["step"]:
@@ -71,11 +72,11 @@ def read_lines(file: Path) -> list[dict[str, Any]]:
 
 
 def append_update(folder: Path, process: int, step: int, beta: float, scored: Iterable[Scored]) -> None:
-    """Append what an update was made of on one process: a column each, by trajectory.
+    """Append one line with the rows of an update on one process. Each column is a list with one entry per trajectory.
 
     `id` and `prompt` are digests of tokens (`trajectory_ids`), which saved rollouts have too. `age` counts the updates
-    since the policy drew the trajectory, 0 for a later step that a resumed run has not come to. A row that does not
-    count has null for its residual and its soft value.
+    since the policy drew the trajectory. It is 0 if the trajectory is of a later step, which a resumed run has yet to
+    reach. A row that does not count has null for its residual and its soft value.
     """
     rows, residuals, soft_values = zip(*scored, strict=True)
     counts = [row.left_out is None for row in rows]
@@ -97,7 +98,7 @@ def append_update(folder: Path, process: int, step: int, beta: float, scored: It
 
 
 def trajectory_ids(tokens: Sequence[tuple[Any, Any]]) -> tuple[list[str], list[str]]:
-    """Digests of trajectories, and of their prompts, from token ids of prompt and completion."""
+    """Digests of trajectories and of their prompts, from the token ids of each prompt and completion."""
     ids, prompts = [], []
     for prompt, completion in tokens:
         digest = xxhash.xxh3_64(np.asarray(prompt, np.int64).tobytes())
@@ -108,7 +109,7 @@ def trajectory_ids(tokens: Sequence[tuple[Any, Any]]) -> tuple[list[str], list[s
 
 
 class Stopwatch:
-    """Seconds by name. What is timed inside something else counts for itself alone."""
+    """Seconds by name. Time inside a nested block counts for the nested name only."""
 
     def __init__(self) -> None:
         self.seconds: dict[str, float] = {}
@@ -132,6 +133,6 @@ class Stopwatch:
         self._since = now
 
     def taken(self) -> dict[str, float]:
-        """The seconds since the last call."""
+        """Return the seconds by name since the last call, and start again from 0."""
         seconds, self.seconds = self.seconds, {}
         return seconds

@@ -1,4 +1,4 @@
-"""Updates that were not finite: how many, in a row and in all, and what they were made of."""
+"""Updates skipped because they were not finite: how many, in a row and in total, and their trajectories."""
 
 import math
 from collections.abc import Iterable
@@ -14,11 +14,11 @@ class SkippedUpdates:
     """Counts of skipped updates.
 
     Attributes:
-        limit: updates in a row after which the run stops.
-        total: since the start of the run.
-        in_a_row: since the last update that was taken.
-        since_log: since the last log.
-        taken_since_log: updates that were taken since the last log.
+        limit: number of skipped updates in a row after which the run stops.
+        total: skipped updates since the start of the run.
+        in_a_row: skipped updates since the last update that was taken.
+        since_log: skipped updates since the last log.
+        taken_since_log: updates taken since the last log.
     """
 
     limit: int
@@ -34,7 +34,7 @@ class SkippedUpdates:
         self.total, self.in_a_row, self.since_log = self.total + 1, self.in_a_row + 1, self.since_log + 1
 
     def mean_over_taken(self, mean: float) -> float:
-        """The mean over the updates taken since the last log, from one that counts the skipped ones as 0."""
+        """Turn a mean since the last log that counts skipped updates as 0 into the mean over the taken updates."""
         if not self.since_log:
             return mean
         taken = self.taken_since_log
@@ -48,12 +48,13 @@ class SkippedUpdates:
 
 
 def write_culprits(file: Path, update: int, cause: str, culprits: Iterable[tuple[UpdateRow, float, float]]) -> None:
-    """Append what a skipped update was made of to a file of JSON lines.
+    """Append the rows of a skipped update to a file of JSON lines.
 
     Args:
-        file: this process's.
-        update: its number, from 1.
-        cause: "loss" if the rows have a loss that is not finite, "gradient" if the sum of their gradients is not.
+        file: the file of this process.
+        update: the update's number, counted from 1.
+        cause: "loss" if the rows have a loss that is not finite, "gradient" if only the sum of their gradients is not
+            finite.
         culprits: rows with their loss and their residual β δ.
     """
     for row, loss, residual in culprits:

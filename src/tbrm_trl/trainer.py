@@ -867,7 +867,7 @@ class TBRMTrainer(ExactResume, GRPOTrainer):
         if self.args.save_rollouts and rewards is not None:
             folder, process = Path(self.args.output_dir) / "rollouts", self.accelerator.process_index
             with failing_together():
-                if self.accelerator.is_main_process:  # every process has written its earlier windows by now
+                if self.accelerator.is_main_process:  # every process has written its earlier windows
                     merge_rollouts(folder, self.state.global_step)
                 file = rollouts_file(folder, self.state.global_step, process)
                 save_rollouts(file, rollouts, rewards.rows, rewards.prompts, rewards.completions)
@@ -879,7 +879,7 @@ class TBRMTrainer(ExactResume, GRPOTrainer):
         return [window[i] for i in random_order(len(window), group_size)]
 
     def _follow(self, folder: RecordFolder) -> list[Trajectory]:
-        """The next rollouts that others drew. TRL is given them in place of a generation, and logs them as its own."""
+        """Take the next rollouts that others drew. TRL gets them in place of a generation and logs them as its own."""
         with self._timed("rollouts"):
             taken, records = self._take_records(folder)
         trajectories = [record.trajectory for record in records]
@@ -916,7 +916,7 @@ class TBRMTrainer(ExactResume, GRPOTrainer):
         return trajectories
 
     def _pend_logged(self, records: Sequence[Record]) -> None:
-        """Hand TRL what is logged of rollouts, to be logged with them."""
+        """Hand TRL the metrics and extra columns of the records, so that it logs them with the rollouts."""
         for record in records:
             for name, value in record.logged(METRIC_PREFIX).items():
                 if value is not None:
@@ -926,7 +926,7 @@ class TBRMTrainer(ExactResume, GRPOTrainer):
             self._pending_extra_logs[name] = [one.get(name) for one in extras]
 
     def _take_records(self, folder: RecordFolder) -> tuple[Taken, list[Record]]:
-        """This process's share of the next rows. The main process waits for all of them, and says which they are."""
+        """This process's share of the next rows. The main process waits for all and tells the others which they are."""
         rows, process = self._plan.mix.rollouts, self.accelerator.process_index
         share = rows // self.args.world_size
         taken: list[Any] = [None]
@@ -941,15 +941,15 @@ class TBRMTrainer(ExactResume, GRPOTrainer):
         return found, records[:share]
 
     def _group_ids(self, rows: int) -> list[int]:
-        """A number for each row that this process draws, equal for rollouts of one prompt."""
+        """A group number for each of this process's rows. Rollouts of one prompt have the same number."""
         per_prompt = self.num_generations_eval if self.evaluating else self.num_generations
         first, of_step = self.accelerator.process_index * rows, self.state.global_step * self.args.generation_batch_size
         return [of_step + (first + i) // per_prompt for i in range(rows)]
 
     def _roll_out(self, rows: Sequence[Mapping[str, Any]]) -> list[Trajectory]:
-        """Generate a completion for every row, and reward it. TRL's dictionary is read in `trajectories_from_trl`."""
+        """Generate and reward a completion for every row. `trajectories_from_trl` reads TRL's dictionary."""
         given = columns_for_rewards(rows, some_logged=bool(self._plan.mix.logged) and not self.evaluating)
-        was_checked = isinstance(self.train_dataset, Sized) and not self.evaluating  # `evaluate` may be given any
+        was_checked = isinstance(self.train_dataset, Sized) and not self.evaluating  # `evaluate` accepts any set
         if not was_checked and self.environment_factories is None:
             with failing_together():
                 for prompt in (row.get("prompt") for row in given):
@@ -987,7 +987,7 @@ class TBRMTrainer(ExactResume, GRPOTrainer):
         generation_config: GenerationConfig,
         **prepared: Any,
     ) -> Tensor:
-        """The `custom_generate` of a window: its completions `(B, P + C)`, and a part of those of windows to come."""
+        """A `custom_generate` that returns a window's rows `(B, P + C)` and draws part of later windows' rows."""
         assert self._pool is not None
         window = self._step // (self.args.steps_per_generation * self.args.num_iterations)
         anywhere = (lambda flags: (self._gather(flags) > 0).any(dim=0).tolist()) if synced else list
@@ -1022,7 +1022,7 @@ class TBRMTrainer(ExactResume, GRPOTrainer):
         if self._given_rewards is not None:
             self._fill_extra_logs(len(prompts))
             return self.accelerator.gather(self._given_rewards)
-        self.model.train(not self.evaluating)  # TRL's continuous batching leaves a model that it evaluates in training
+        self.model.train(not self.evaluating)  # TRL's continuous batching leaves an evaluated model in training mode
         guarded = list(map(self._reward_calls.guarded, self.reward_funcs, self.reward_func_names))
         with temporarily(self, reward_funcs=guarded), self._timed("rewards"):
             rewards_per_func = super()._calculate_rewards(inputs, prompts, completions, completion_ids_list)  # (N, F)
@@ -1039,14 +1039,14 @@ class TBRMTrainer(ExactResume, GRPOTrainer):
         return rewards_per_func
 
     def _fill_extra_logs(self, rows: int) -> None:
-        """What functions log of rows has a cell for each row, also where they logged nothing this time."""
+        """Fill the extra columns that functions logged earlier, but not this time, with None for each row."""
         for column in self._logs["extra"]:
             self._pending_extra_logs.setdefault(column, [None] * rows)
 
     def _agree_on_failures(self, failures: Sequence[Failure], completions: int) -> None:
-        """Raise on every process what a reward function raised on one, or count it where `reward_on_error` says so."""
+        """Raise on every process if a reward function failed on one, or count it if `reward_on_error` says so."""
         for column in [n for n, values in self._pending_extra_logs.items() if failures and len(values) != completions]:
-            del self._pending_extra_logs[column]  # of a function that failed half-way
+            del self._pending_extra_logs[column]  # its function failed half-way
         raises = self.args.reward_on_error == "raise"
         fatal = [one for one in failures if raises or one.reason == "wrong"]
         lost = Counter({(one.function, one.reason): one.completions for one in failures})
@@ -1063,13 +1063,13 @@ class TBRMTrainer(ExactResume, GRPOTrainer):
                 self._metrics[self._mode][f"rewards/{name}/{reason}"].append(count / total)
 
     def _get_per_token_logps_and_entropies(self, *args, **kwargs):
-        return None, None, None  # TBRM has no old policy, and scores the reference on trajectories
+        return None, None, None  # TBRM has no old policy and scores the reference on trajectories
 
     def _reward_logged(self, rows: Sequence[Mapping[str, Any]], trajectories: Sequence[Trajectory]) -> list[float]:
         prompts, completions = zip(*(completion_of(row, self._tokenizer) for row in rows), strict=True)
         ids = [trajectory.completion_ids.tolist() for trajectory in trajectories]
         self._calculate_rewards(columns_for_rewards(rows, some_logged=True), list(prompts), list(completions), ids)
-        # TRL would count what the functions log here among the next rollouts.
+        # Otherwise TRL would log what the functions logged here with the next rollouts.
         self._pending_metrics.clear()
         self._pending_extra_logs.clear()
         return self._rewards.total.tolist()
@@ -1090,14 +1090,14 @@ class TBRMTrainer(ExactResume, GRPOTrainer):
         return {*self.eos_token_ids, self._tokenizer.pad_token_id}
 
     def _give_values(self, window: Sequence[Trajectory], rows: Sequence[Mapping[str, Any]], group_size: int) -> None:
-        """Set the baselines of a window, and have the estimator give its constants."""
+        """Set the baselines of a window and let the estimator set its constants."""
         self._baselines.set(window, group_size, self._gather, learn=not self.evaluating)
         self._soft_value.on_window(window, rows, group_size)
 
     def _microbatches_of(self, rows: list[UpdateRow]) -> list[list[UpdateRow]]:
-        """The update's micro-batches, equally many on every process: a sharded model's forward needs all of them.
+        """The update's micro-batches, equally many per process: a sharded model's forward needs every process.
 
-        Groups stay whole if micro-batches can hold them. If not, their soft value takes a forward pass of its own.
+        Groups stay whole if micro-batches can hold them. Otherwise their soft value takes a separate forward pass.
         """
         size, group_size = self.args.microbatch_size, self.args.update_group_size
         whole = size.keeps_whole(rows, group_size)
@@ -1134,7 +1134,7 @@ class TBRMTrainer(ExactResume, GRPOTrainer):
 
     @torch.no_grad()
     def _score_stale(self, trajectories: Sequence[Trajectory], filler: Trajectory | None = None) -> None:
-        """Have π_ref score those of the trajectories that do not carry its scores. Every process calls this."""
+        """Score with π_ref the trajectories that lack its scores. Every process calls this."""
         stale = [t for t in {id(t): t for t in trajectories}.values() if self._is_stale(t)]
         size = MicrobatchSize(self.args.per_device_eval_batch_size) if self.evaluating else self.args.microbatch_size
         batches = size.split(stale)
@@ -1155,15 +1155,16 @@ class TBRMTrainer(ExactResume, GRPOTrainer):
                 partial(self._score, reference),
                 filler or trajectories[0],
             )
-        if filler is None:  # otherwise the caller knows what they are called
+        if filler is None:  # otherwise the caller checks them, under their own names
             with failing_together():
                 check_scores(stale, ["a trajectory of this window"] * len(stale))
 
     @torch.no_grad()
     def _check_new_adapter(self, rows: Sequence[UpdateRow]) -> None:
-        """Compare the adapter `ref`, which is the policy before the first update, with the model that it was put on.
+        """Check before the first update that the adapter `ref` leaves the model under it unchanged.
 
-        This costs one forward pass of a micro-batch. A new adapter without `ref` has that model as its reference.
+        At this point `ref` equals the policy. The check costs one forward pass of a micro-batch. A new adapter without
+        `ref` has the model under it as its reference.
         """
         batch = self._collate([row.trajectory for row in rows])
         with use_adapter(self.accelerator.unwrap_model(self.model, keep_torch_compile=False), None):
@@ -1171,7 +1172,7 @@ class TBRMTrainer(ExactResume, GRPOTrainer):
         self._check_start(batch, log_probs, of_adapter=True)
 
     def _check_start(self, batch: Batch, log_probs: Tensor, of_adapter: bool = False) -> None:
-        """Before the first update, the reference's log-probabilities must be those of another model: `(B, T)`."""
+        """Check before the first update that the reference's log-probabilities match another model's `(B, T)`."""
         parameters = list(self.model.parameters())
         is_half = self.accelerator.mixed_precision != "no" or any(p.itemsize < 4 for p in parameters)  # or quantized
         difference = torch.where(batch.action_mask, (log_probs.detach() - batch.ref_log_probs).abs(), 0.0).sum()
@@ -1183,8 +1184,8 @@ class TBRMTrainer(ExactResume, GRPOTrainer):
     def _compute_loss(self, model: nn.Module, inputs: dict[str, Any]) -> Tensor:
         """The loss of this step's micro-batches. All but the last are back-propagated here.
 
-        The Trainer back-propagates the last, and processes exchange gradients then. Under ZeRO-2 and -3 they do so in
-        every backward.
+        The Trainer back-propagates the last one, and processes exchange gradients in that backward. Under ZeRO-2 and
+        ZeRO-3 they exchange gradients in every backward.
         """
         *earlier, last = inputs["microbatches"]
         done = torch.zeros((), device=self.accelerator.device)
@@ -1197,7 +1198,7 @@ class TBRMTrainer(ExactResume, GRPOTrainer):
 
     @contextmanager
     def _reduction_deferred(self, model: nn.Module) -> Iterator[None]:
-        """Inside, gradients stay on their process, as in the Trainer's accumulation, unless told otherwise."""
+        """Keep gradients on their process, as in the Trainer's accumulation, unless `sync_each_batch` is set."""
         state = self.accelerator.gradient_state
         state._set_sync_gradients(False)
         try:
@@ -1216,7 +1217,7 @@ class TBRMTrainer(ExactResume, GRPOTrainer):
             self._starts_at_reference = False
             self._check_start(batch, output.scores.log_probs)
         weight = float_tensor([row.weight for row in rows], output.loss.device)  # (B,)
-        # Gradients are averaged over processes; the factor makes that the sum over them, as the denominator expects.
+        # Gradients are averaged over processes. The factor turns the mean into the sum that the denominator expects.
         processes = self.accelerator.num_processes
         loss = processes * mean_over_counted(output.loss, output.inputs.counted, self._denominator, weight)
         if output.aux_loss is not None:
@@ -1236,7 +1237,7 @@ class TBRMTrainer(ExactResume, GRPOTrainer):
             self._recorder.keep(totals.over_processes(self.accelerator), "eval")
             return loss
         self._scored.append((rows, output.loss.detach(), in_reward_units, soft_value))
-        # Every process takes this update, or none: they agree before the last backward, with the metrics.
+        # Every process takes this update or none does: reducing the metrics settles it before the last backward.
         summed = self._recorder.record(totals, self.accelerator)
         if summed is not None:
             self._totals, is_finite = summed, summed.all_finite()
@@ -1245,8 +1246,8 @@ class TBRMTrainer(ExactResume, GRPOTrainer):
     def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:
         """The norm of the update's gradient, which decides whether the update is taken.
 
-        A loss that is not finite has a gradient of NaN. DeepSpeed has stepped by now, or has skipped by itself. Under
-        float16 an overflow of the gradient alone belongs to the loss scale, which skips it and shrinks.
+        A loss that is not finite has a gradient of NaN. DeepSpeed has already taken or skipped the step itself. Under
+        float16, if only the gradient overflows, the loss scaler skips the step and lowers the scale.
         """
         norm = super()._get_grad_norm(model, grad_norm)
         is_finite = math.isfinite(norm)
@@ -1274,22 +1275,22 @@ class TBRMTrainer(ExactResume, GRPOTrainer):
         if follows:
             counted = ((row.trajectory, residual) for row, _, residual, _ in scored if row.left_out is None)
             self._soft_value.after_update(self._totals.means(), counted)
-        if not self._was_advised and "soft_value" in (means := self._totals.means()):  # one trajectory counts
+        if not self._was_advised and "soft_value" in (means := self._totals.means()):  # at least one trajectory counts
             self._was_advised = True
             self._advise(means["soft_value"])
 
     def _scored_rows(self) -> Iterator[tuple[UpdateRow, float, float, float]]:
-        """Every row of the update with its loss, β δ and β V."""
+        """Each row of the update with its loss, β δ and β V."""
         for rows, *columns in self._scored:
             yield from zip(rows, *(column.tolist() for column in columns), strict=True)
 
     def _skip_update(self, model: nn.Module) -> None:
-        """Keep an update from the weights, the moments, the buffer and the log. The schedule and the data go on."""
-        model.zero_grad()  # to None, by which an optimizer leaves a parameter and its moments alone
+        """Keep an update out of the weights, moments, replay buffer and log. The schedule and the data go on."""
+        model.zero_grad()  # to None: the optimizer then skips a parameter and its moments
         if self._trained_modules is not None:
             self._trained_modules.skip_next_step()
         if self.is_deepspeed_enabled:
-            self.model_wrapped.optimizer.overflow = False  # or the Trainer would not step the schedule
+            self.model_wrapped.optimizer.overflow = False  # otherwise the Trainer would not step the schedule
         self._tr_loss.copy_(self._loss_before)
         self._skipped.skipped()
         scored = [(row, loss, residual) for row, loss, residual, _ in self._scored_rows()]
@@ -1316,7 +1317,7 @@ class TBRMTrainer(ExactResume, GRPOTrainer):
         )
 
     def _gather(self, values: Sequence[float]) -> Tensor:
-        """This process's numbers beside those of the others. `(n,)` → `(P, n)`, on the CPU."""
+        """Gather a row of numbers from every process: `(n,)` → `(P, n)`, on the CPU."""
         return self.accelerator.gather(
             torch.tensor([values], dtype=torch.float32, device=self.accelerator.device)
         ).cpu()
@@ -1325,7 +1326,7 @@ class TBRMTrainer(ExactResume, GRPOTrainer):
 
     @property
     def _mode(self) -> str:
-        """The name of the dictionary of TRL's metrics that is written to."""
+        """The key of TRL's metrics dictionary that is in use."""
         return "eval" if self.evaluating else "train"
 
     def _timed(self, name: str) -> AbstractContextManager[None]:
@@ -1333,17 +1334,17 @@ class TBRMTrainer(ExactResume, GRPOTrainer):
 
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
         log_is_due, first = self.control.should_log, len(self.state.log_history)
-        with temporarily(self, evaluating=True, _denominator=self._denominator):  # of an update that is under way
+        with temporarily(self, evaluating=True, _denominator=self._denominator):  # an update may be under way
             given = args[0] if args else kwargs.get("eval_dataset")
             if self.eval_dataset is None and given is None and _evaluates(self.callback_handler.callbacks):
                 metrics = dict[str, float]()
                 self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
             else:
                 metrics = super().evaluate(*args, **kwargs)
-            logged = {name for entry in self.state.log_history[first:] for name in entry}  # of several sets, too
+            logged = {name for entry in self.state.log_history[first:] for name in entry}  # of every evaluated set
             if added := {name: value for name, value in metrics.items() if name not in logged}:
-                self.model.eval()  # TRL tells training metrics from an evaluation's by this
-                self.log(added)  # what callbacks added, after the Trainer had logged
+                self.model.eval()  # TRL takes metrics for an evaluation's in this mode
+                self.log(added)  # callbacks added these after the Trainer had logged
         if self.is_in_train:
             self.model.train()  # TRL logs training metrics only in this mode
             self.control.should_log = log_is_due  # logging an evaluation cleared it
@@ -1354,7 +1355,7 @@ class TBRMTrainer(ExactResume, GRPOTrainer):
             return super().predict(*args, **kwargs)
 
     def evaluation_loop(self, dataloader: Any, *args: Any, metric_key_prefix: str = "eval", **kwargs: Any) -> Any:
-        """Evaluate one set. Its metrics are means over its rows, each counted once, under the set's own prefix."""
+        """Evaluate one set. Its metrics have its own prefix and are means over its rows, each counted once."""
         self._metrics["eval"].clear()
         self._recorder.means("eval")
         self._evaluated, self._rows_to_evaluate = [], None
@@ -1369,11 +1370,11 @@ class TBRMTrainer(ExactResume, GRPOTrainer):
         means |= self._recorder.means("eval")
         found = {name: value for name, value in means.items() if value is not None}
         output.metrics.update({f"{metric_key_prefix}_{name}": value for name, value in found.items()})
-        self._metrics["eval"].clear()  # or TRL would log them again, without the prefix of the set
+        self._metrics["eval"].clear()  # otherwise TRL would log them again, without the set's prefix
         return output
 
     def _advise(self, soft_value: float) -> None:
-        """Say what the window of the first update advises, and keep it in the log. `soft_value`: mean of β V."""
+        """Print and log the advice drawn from the first update's window. `soft_value` is the mean of β V."""
         seen = [
             Seen(
                 prompt=one.prompt_key,
@@ -1409,11 +1410,11 @@ class TBRMTrainer(ExactResume, GRPOTrainer):
                     self._metrics["train"]["rollouts/actor_wait_time"] = [waited]
                 logs["loss"] = self._skipped.mean_over_taken(logs["loss"])
                 self._skipped.logged()
-            if "train_loss" in logs:  # the Trainer's mean over the updates of this call of `train`
+            if "train_loss" in logs:  # the Trainer's mean over the updates of this call to `train`
                 updates = self.state.global_step - self._initial_global_step
                 taken = updates - (self._skipped.total - self._skipped_before)
                 logs["train_loss"] *= updates / taken if taken else 1.0
-        for metrics in self._metrics.values():  # what has no value has no entry: TRL would log None
+        for metrics in self._metrics.values():  # drop metrics without a value: TRL would log None
             for name in [name for name, values in metrics.items() if all(map(math.isnan, values))]:
                 del metrics[name]
         table = self._logs
@@ -1422,11 +1423,11 @@ class TBRMTrainer(ExactResume, GRPOTrainer):
             table = self._completions.beside(self._logs, scored, self._tokenizer)
         with temporarily(self, _logs=table, num_completions_to_print=0):  # TRL would print control characters
             super().log(logs, start_time)
-        if self.args.should_save and (self.is_in_train or self.state.global_step):  # not of a model as it was given
+        if self.args.should_save and (self.is_in_train or self.state.global_step):  # not before any training
             more = self._evaluated_policy() if self.evaluating and self._followed is not None else {}
             append_line(Path(self.args.output_dir) / LOG, {**self.state.log_history[-1], **more})
         if self.log_completions and self.accelerator.is_main_process and table["prompt"] and is_rich_available():
-            of_user = {name: table["extra"][name] for name in self._logs["extra"]}  # with all columns no text has room
+            of_user = {name: table["extra"][name] for name in self._logs["extra"]}  # all columns leave no room for text
             prompts, completions, rewards, advantages, extra = map(
                 printable, (table["prompt"], table["completion"], table["rewards"], table["advantages"], of_user)
             )
@@ -1434,7 +1435,7 @@ class TBRMTrainer(ExactResume, GRPOTrainer):
             print_prompt_completions_sample(prompts, completions, rewards, advantages, step, number, extra)
 
     def _evaluated_policy(self) -> dict[str, str]:
-        """Which policy an evaluation is of, and what samples it: the policy in memory, whoever draws the rollouts."""
+        """The evaluated policy and its sampler: the policy in memory, even if others draw the rollouts."""
         samplers = {
             "rollout_func": self.rollout_func,
             f"vllm ({self.args.vllm_mode})": self.use_vllm,
@@ -1449,11 +1450,11 @@ class TBRMTrainer(ExactResume, GRPOTrainer):
     def create_model_card(
         self, model_name: str | None = None, dataset_name: str | None = None, tags: str | list[str] | None = None
     ) -> None:
-        """Write the model's card to the output directory, and before a push name what stays there."""
+        """Write the model card to the output directory. Before a push, list in `.gitignore` what is not pushed."""
         if not self.is_world_process_zero():
             return
         folder, repo = Path(self.args.output_dir), getattr(self, "hub_model_id", None)
-        # After training the Trainer puts the best checkpoint's weights back, where that was asked for.
+        # With `load_best_model_at_end` the Trainer restores the best checkpoint's weights after training.
         best = self.state.best_global_step if self.args.load_best_model_at_end and not self.is_in_train else None
         updates = best or self.state.global_step
         rewarded = self._plan.mix.rollouts or some_unrewarded(self.train_dataset, self._plan.logged)
@@ -1479,7 +1480,7 @@ class TBRMTrainer(ExactResume, GRPOTrainer):
             keep_at_home(folder)
         model_card(facts).save(folder / "README.md")
 
-    # ---- what an estimator may ask: `loss.soft_value.Run` --------------------------------------------------------
+    # ---- what an estimator may use: `loss.soft_value.Run` --------------------------------------------------------
 
     @property
     def tokenizer(self) -> PreTrainedTokenizerBase:
@@ -1523,7 +1524,7 @@ class TBRMTrainer(ExactResume, GRPOTrainer):
                 "`trainer.train_dataset` then has a column of what was sampled: save it, and train on that."
             )
         kept = copy.deepcopy((self._metrics, self._logs, self.state.num_input_tokens_seen))
-        self.model.train()  # or TRL would take it for an evaluation
+        self.model.train()  # otherwise TRL would take this for an evaluation
         try:
             return self._roll_out(rows)
         finally:
@@ -1541,7 +1542,7 @@ class TBRMTrainer(ExactResume, GRPOTrainer):
 
     def value_head(self, learning_rate: float) -> ValueHead:
         policy = self.accelerator.unwrap_model(self.model, keep_torch_compile=False)
-        head = ValueHead(policy.get_output_embeddings().in_features)  # known of a sharded model too
+        head = ValueHead(policy.get_output_embeddings().in_features)  # known for a sharded model too
         self.train_module(head, learning_rate)
         return head
 
@@ -1668,7 +1669,7 @@ class TBRMTrainer(ExactResume, GRPOTrainer):
         values, trajectories, arrays = state
         trainer, own = values["trainer"], values["own"]
         self._step = self.state.global_step * self.args.gradient_accumulation_steps
-        self.model.train()  # or TRL would log what is left of training as an evaluation's
+        self.model.train()  # otherwise TRL would log the rest of training as an evaluation
         self._metrics["train"].clear()
         self._metrics["train"].update(trainer["metrics"])
         for name, saved in trainer["completions"].items():
@@ -1683,7 +1684,7 @@ class TBRMTrainer(ExactResume, GRPOTrainer):
         self._skipped = SkippedUpdates(**counts)
         self._skipped_before = self._skipped.total
         self._rows_drawn, self._rows_trained = own["rows_drawn"], own["rows_trained"]
-        self._was_advised = own.get("was_advised", True)  # a checkpoint of an earlier version has warned
+        self._was_advised = own.get("was_advised", True)  # earlier versions, which lack the entry, have warned
         self._window = trajectories["window"]
         if "completions" in own:
             self._completions.restore(own["completions"], self._window)
@@ -1707,23 +1708,23 @@ class TBRMTrainer(ExactResume, GRPOTrainer):
 
 
 def _mean(values: Sequence[float]) -> float | None:
-    """NaN is no value."""
+    """Mean of the values that are not NaN, or None if there are none."""
     given = [value for value in values if not math.isnan(value)]
     return sum(given) / len(given) if given else None
 
 
 def _evaluates(callbacks: Sequence[Any] | None) -> bool:
-    """Whether a callback brings an evaluation of its own."""
+    """Whether a callback runs its own evaluation."""
     return any(getattr(one, "evaluates", False) for one in callbacks or ())
 
 
 def _own(given: Any) -> Any:
-    """A list to which TRL may add: the actor adds to the user's anew."""
+    """A copy of a list, for TRL to add to. The user's list stays as it is, since the actor adds to it again."""
     return list(given) if isinstance(given, list) else given
 
 
 def _no_reward(**kwargs: Any) -> list[float]:
-    """TRL wants a reward function, even if every trajectory brings its reward. This one is never called."""
+    """Placeholder that is never called: TRL needs a reward function even if every trajectory has its reward."""
     raise RuntimeError("There is no reward function to reward a rollout: pass `reward_funcs`.")
 
 

@@ -1,4 +1,4 @@
-"""A trajectory, which every part of the library takes or gives, and its part in one update."""
+"""The trajectory, the data type that all parts of the library exchange, and its row in one update."""
 
 import math
 from collections.abc import Sequence
@@ -9,7 +9,7 @@ import torch
 import xxhash
 from torch import Tensor
 
-PREVIOUS = "previous/"  # begins the `ref_key` of scores by the policy that produced the trajectory
+PREVIOUS = "previous/"  # prefix of `ref_key` if the policy that produced the trajectory scored it
 
 
 class End(Enum):
@@ -17,7 +17,7 @@ class End(Enum):
 
     EOS = "eos"
     LENGTH = "length"
-    TOOL_LIMIT = "tool_limit"  # its last turn called a tool that was not run any more
+    TOOL_LIMIT = "tool_limit"  # its last turn called a tool, which was no longer run
 
 
 class Source(Enum):
@@ -29,7 +29,7 @@ class Source(Enum):
 
 @dataclass
 class Trajectory:
-    """One prompt, one completion, its reward, and what the reference policy says of it. Unpadded, on the CPU.
+    """One prompt, one completion, its reward and its reference scores. Tensors are unpadded and on the CPU.
 
     Attributes:
         prompt_ids: `(P,)` token ids, P ≥ 1.
@@ -38,22 +38,22 @@ class Trajectory:
         reward: R(τ), the weighted sum of the raw rewards; NaN if no reward function could score it.
         end: how the completion ended.
         source: where it comes from.
-        rewards: the raw reward by function's name, before weighting; empty for a logged reward.
-        group_id: number that the trajectories of one prompt that were drawn together share.
-        policy_step: updates that the policy had made when it drew the last token; None if it was another run's.
-        first_policy_step: the same for the first token, which is an earlier policy's if the completion was under way
-            when the policy moved; None if it was not recorded.
-        policy_version: name of the published policy that drew the last token; None if it was not published. Two runs of
-            a step, before and after a resume, are two versions.
+        rewards: the raw rewards by function name, before weighting; empty for a logged reward.
+        group_id: number shared by the trajectories of one prompt that were drawn together.
+        policy_step: number of updates the policy had made when it drew the last token; None if another run drew it.
+        first_policy_step: the same for the first token. It is smaller if the policy was updated while the completion
+            was under way; None if it was not recorded.
+        policy_version: name of the published policy that drew the last token; None if it was not published. A step
+            that is run twice, before and after a resume, gives two versions.
         first_policy_version: the same for the first token.
         ref_log_probs: `(C,)` log π_ref of the completion tokens (0 where not chosen); None until scored. The replay
-            buffer keeps only their sum, and gives every action an equal share of it.
+            buffer keeps only their sum and gives every action an equal share of it.
         ref_soft_value: V_ref(s_1); None until scored.
-        ref_end_value: V_ref of the state after the last token; None unless `truncation="bootstrap"` asks for it.
-        ref_key: digest of the reference that gave these scores (`Reference.key`); None until scored.
-        value: the constant that an estimator of the soft value gave it, in reward units.
-        baseline: reward that the residual subtracts from R; NaN if the group gives none. A replayed trajectory takes
-            the latest baseline when it is trained on.
+        ref_end_value: V_ref of the state after the last token; None unless `truncation="bootstrap"` requires it.
+        ref_key: digest of the reference that computed these scores (`Reference.key`); None until scored.
+        value: the soft-value estimator's constant for this trajectory, in reward units.
+        baseline: reward that the residual subtracts from R; NaN if the group has no baseline. A replayed trajectory
+            takes the latest baseline when it is trained on.
         priority: |β δ| when it was last replayed, in reward units; None before that.
         vision: this trajectory's own vision inputs, by the model's argument name; empty for text.
     """
@@ -101,7 +101,7 @@ class Trajectory:
 
 
 def check_scores(trajectories: Sequence[Trajectory], names: Sequence[str]) -> None:
-    """Refuse reference scores that are not finite. `names` is what an error calls each trajectory."""
+    """Raise ValueError for reference scores that are not finite. `names` has each trajectory's name in the error."""
     log_probs = [one.ref_log_probs for one in trajectories if one.ref_log_probs is not None]
     values = [v for one in trajectories for v in (one.ref_soft_value, one.ref_end_value) if v is not None]
     if all(map(math.isfinite, values)) and (not log_probs or torch.cat(log_probs).isfinite().all()):
@@ -125,15 +125,15 @@ class UpdateRow:
     """A trajectory in one update.
 
     Attributes:
-        trajectory: the object that the window or the log holds too.
+        trajectory: the same object as in the window or the log.
         origin: where the update has it from, one of `loss.metrics.ORIGINS`.
         weight: factor on its squared residual.
         age: updates since it was generated, if it is replayed.
         number: its number in the replay buffer, if it is replayed.
-        staleness: updates between its first token and this one, if a pool or others drew it.
-        group: number that is equal for trajectories of the update that are compared with one another.
+        staleness: updates between its first token and this update, if it comes from a rollout pool or another program.
+        group: number shared by the trajectories of the update that are compared with one another.
         left_out: why it does not count in the loss; None if it counts.
-        value: V in nats, if it had to be known before the loss.
+        value: V in nats, if it is computed before the loss.
     """
 
     trajectory: Trajectory
