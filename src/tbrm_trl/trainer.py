@@ -9,7 +9,7 @@ One update, in order; each name is a method here, or of the object it is called 
         _microbatches_of           rows of similar length share a forward pass, equally many of them on every process
     _compute_loss              for each micro-batch:
         _score                     one forward pass of the policy: log π_θ(τ), V_θ(s_1), entropies
-        TrajectoryLoss             soft value → residual → squared, and what is added to it
+        TrajectoryLoss             soft value → residual → squared, plus the added terms
     _get_grad_norm             takes the update, or skips one that is not finite
     log                        the means of `microbatch_totals` over the updates since the last log
 """
@@ -182,24 +182,24 @@ class TBRMTrainer(ExactResume, GRPOTrainer):
 
         δ = V_θ(s_1) + Σ_h m_h (log π_θ − log π_ref) − R/β,        loss = mean of (β δ)².
 
-    Another `soft_value` in place of V_θ(s_1) makes it another published method. There is no critic, importance ratio,
+    Another `soft_value` in place of V_θ(s_1) gives another published method. There is no critic, importance ratio,
     clipping or group. One rollout per prompt suffices, and trajectories may come from anywhere: rollouts of this
-    policy, a replay buffer of them, rows of the data set that have a completion. Everything that `GRPOTrainer` gives
-    (models, reward functions, prompts, tools, environments, vision, vLLM, logging, evaluation) is inherited. The
+    policy, a replay buffer of them, or rows of the data set with a completion. The trainer inherits everything else
+    from `GRPOTrainer` (models, reward functions, prompts, tools, environments, vision, vLLM, logging, evaluation). The
     overridden methods are
 
-    - `_get_train_sampler`: two streams of rows, prompts to roll out and logged trajectories;
+    - `_get_train_sampler`: samples two streams of rows, prompts to roll out and logged trajectories;
     - `_tokenize_prompts`: refuses prompts that are too long, or cuts them;
-    - `_generate_single_turn`: decodes no row that has ended, and with a `rollout_pool` others in its place;
-    - `_calculate_rewards`: keeps the raw rewards, of which TRL only returns normalised advantages;
+    - `_generate_single_turn`: decodes no row that has ended, and with a `rollout_pool` decodes others in its place;
+    - `_calculate_rewards`: keeps the raw rewards, since TRL only returns normalised advantages;
     - `_get_per_token_logps_and_entropies`: returns nothing, so that TRL runs no old-policy pass;
-    - `_prepare_inputs`: collects the trajectories of an optimizer step, and has the reference score them;
-    - `_compute_loss`: the residual, one micro-batch after the other;
-    - `_get_grad_norm`: the update is taken, or skipped if its loss or gradient is not finite;
-    - `evaluate`, `predict`: say when an evaluation is under way;
-    - `evaluation_loop`: means over the rows of the set, under the set's own name;
+    - `_prepare_inputs`: collects the trajectories of an optimizer step, and scores them with the reference;
+    - `_compute_loss`: computes the residual, one micro-batch after the other;
+    - `_get_grad_norm`: takes the update, or skips it if its loss or gradient is not finite;
+    - `evaluate`, `predict`: mark that an evaluation is under way;
+    - `evaluation_loop`: averages metrics over the rows of the set, under the set's own name;
     - `log`: adds the residual's metrics to TRL's, and `β δ` to its table of completions;
-    - `create_model_card`: the card of `publishing.py`, and what is not pushed;
+    - `create_model_card`: writes the card of `publishing.py`, and lists what is not pushed;
     - those of [`~resume.ExactResume`].
 
     Example:
@@ -227,10 +227,11 @@ class TBRMTrainer(ExactResume, GRPOTrainer):
         args: [`TBRMConfig`]; its defaults when omitted.
         train_dataset: as in `GRPOTrainer`, with a column `prompt`. A row with a `completion` (text or messages), or
             with `prompt_ids` and `completion_ids` (and `loss_mask`), is a logged trajectory. It is trained on without
-            being generated again. Its return is its `reward`; if that is None, the reward functions give it. It may be
-            omitted with `follow_rollouts`.
+            being generated again. Its return is its `reward`; if that is None, the reward functions compute it. The
+            data set may be omitted with `follow_rollouts`.
         reference_model: id, folder or `PreTrainedModel` of the reference π_ref of a full model. By default π_ref is
-            `model` as it is given. A run that goes on from another run's weights keeps that run's reference by it.
+            `model` as it is given. With this argument, a run that continues from another run's weights keeps that run's
+            reference.
         eval_dataset, processing_class, reward_processing_classes, callbacks, optimizers, quantization_config,
             peft_config, tools, rollout_func, environment_factory: as in `GRPOTrainer`.
 
@@ -291,10 +292,10 @@ class TBRMTrainer(ExactResume, GRPOTrainer):
             raise TypeError(f"`args` must be a TBRMConfig, got {type(args).__name__}.")
         self._has_prompts = isinstance(train_dataset, Dataset)
         if train_dataset is None and not args.draws_prompts:
-            # TRL's loader counts windows by it. What it gives is not looked at.
+            # TRL's loader counts windows by this data set. Its rows are not used.
             train_dataset = Dataset.from_dict({"prompt": ["followed"] * args.generation_batch_size})
 
-        # Check what was given, before anything is loaded.
+        # Check the arguments before anything is loaded.
         planned = partial(
             check_training_set,
             args=args,
@@ -337,15 +338,16 @@ class TBRMTrainer(ExactResume, GRPOTrainer):
         elif evaluated:
             (eval_dataset,) = evaluated
 
-        # Build. TRL would sync no adapter, copy one only if it is named "default", and load a reference beside another.
+        # Build. TRL syncs no adapter, copies one only if it is named "default", and would load its own reference beside
+        # a given one. So these parts of TRL are switched off.
         given_adapter = not isinstance(model, str) and is_peft_model(model)
         trls_reference = args.reference == "initial" and reference_model is None and not given_adapter
         trls_view = temporarily(
             args,
             sync_ref_model=False,
             beta=args.beta if trls_reference else 0.0,
-            enable_jit_checkpoint=False,  # transformers' own saves in the middle of an update; see `ExactResume`
-            # A callback may evaluate by itself, on benchmarks. The Trainer would want a set beside it.
+            enable_jit_checkpoint=False,  # transformers would save in the middle of an update; see `ExactResume`
+            # A callback may evaluate on its own benchmarks. The Trainer would still require an evaluation set.
             eval_strategy="no" if eval_dataset is None and _evaluates(callbacks) else args.eval_strategy,
         )
         by_layer = temporarily(grpo_trainer, prepare_fsdp=shard_by_layer)
@@ -366,14 +368,14 @@ class TBRMTrainer(ExactResume, GRPOTrainer):
                 rollout_func=rollout_func and checked_rollouts(rollout_func),
                 environment_factory=environment_factory,
             )
-        if args.use_vllm and args.vllm_mode == "colocate":  # the engine has set every seed to its own, which is 0
+        if args.use_vllm and args.vllm_mode == "colocate":  # the engine has set every seed to its own, 0
             set_seed(args.seed + args.process_index // args.vllm_tensor_parallel_size)
         if self.is_fsdp_enabled:
             keep_precision_of_scores(self.accelerator)
         if getattr(self.model, "is_loaded_in_4bit", False) or getattr(self.model, "is_loaded_in_8bit", False):
             for parameter in self.model.parameters():
                 if parameter.requires_grad and parameter.is_floating_point():
-                    parameter.data = parameter.data.float()  # TRL's bfloat16 would swallow most of small updates
+                    parameter.data = parameter.data.float()  # TRL's bfloat16 would round most small updates away
         self._has_new_adapter = peft_config is not None
         self.reward_func_names = unique_names(self.reward_func_names)
         self.beta = 0.0  # TRL's own reference pass stays off
@@ -392,7 +394,7 @@ class TBRMTrainer(ExactResume, GRPOTrainer):
                 bare = self.accelerator.unwrap_model(scored, keep_torch_compile=False)
                 add_trajectory_head(bare, self.temperature, args.cast_lm_head_to_fp32)
         self.evaluating = self._prompts_are_rolled_out = False
-        self._evaluated: list[Tensor] = []  # numbers of the rows of each batch of the evaluation under way
+        self._evaluated: list[Tensor] = []  # the rows' numbers for metrics, by batch of the current evaluation
         self._rows_to_evaluate: int | None = None
         self._given_dataset = train_dataset
         self._offset = Offset() if args.soft_value_offset else None
@@ -406,26 +408,26 @@ class TBRMTrainer(ExactResume, GRPOTrainer):
         self._logged_rows = self._make_logged_rows(policy) if self._plan.mix.logged else None
         self._trained_modules: ReplicatedModules | None = None
         self._pool: RolloutPool | None = None
-        self._drawn: list[PoolRow] | None = None  # by the pool, where it draws the rollouts that are asked for
+        self._drawn: list[PoolRow] | None = None  # rows that the pool drew for the window; None if it does not draw
         self._followed = self._make_followed(policy) if args.followed_folder is not None else None
-        self._given_rewards: Tensor | None = None  # of followed rollouts: (B, F)
+        self._given_rewards: Tensor | None = None  # (B, F) rewards of followed rollouts
         served = args.publishes_policy or (args.use_vllm and args.vllm_mode == "server" and is_peft_model(self.model))
         self._publisher = self._make_publisher() if served else None
-        self._window_version: str | None = None  # the same when the window was taken
+        self._window_version: str | None = None  # `_policy_version` when the followed window was taken
 
         self._window: list[Trajectory] = []  # of the current generation window, on this process
         self._microbatches: list[list[UpdateRow]] = []  # of the current update, on this process
         self._denominator = 0  # of the loss: trajectories that count in the current update, over all processes
         self._scored: list[tuple[list[UpdateRow], Tensor, Tensor, Tensor]] = []  # rows; loss, β δ, β V: (B,)
         self._totals = Totals()  # of the current update, over all processes
-        self._loss_before = 0.0  # what the Trainer has summed since the last log, before the current update
+        self._loss_before = 0.0  # the Trainer's sum of losses since the last log, before the current update
         self._skipped = SkippedUpdates(args.max_skipped_updates)
-        self._skipped_before = 0  # this call of `train`
-        self._rows_drawn = self._rows_trained = 0  # by this process: into windows, and over all updates
+        self._skipped_before = 0  # updates skipped before this call of `train`
+        self._rows_drawn = self._rows_trained = 0  # this process's rows: drawn into windows, trained on in updates
         self._was_advised = False
         given = (train_dataset, *titled_sets(eval_dataset).values())
         self._streams_may_double_bos = any(isinstance(one, IterableDataset) for one in given)
-        # Until the first update has shown it. What logged rows bring of a previous policy is not this one's.
+        # True until the first update has checked it. With "previous", logged rows may have another policy's scores.
         self._starts_at_reference = reference_model is None and args.reference == "initial"
 
         run: Run = self
@@ -444,7 +446,7 @@ class TBRMTrainer(ExactResume, GRPOTrainer):
         self.accelerator.print(startup_line(self._plan.mix, args, sampler))
 
     def _adapter_served(self, model: Any, peft_config: Any, args: TBRMConfig) -> AbstractContextManager[None]:
-        """Inside, TRL makes a generation that has a vLLM server load the adapter, where the policy is one."""
+        """Inside the block, let TRL build a `ServedAdapter` if a vLLM server generates for a policy with an adapter."""
         has_adapter = peft_config is not None or (not isinstance(model, str) and is_peft_model(model))
         if not (has_adapter and args.use_vllm and args.vllm_mode == "server"):
             return nullcontext()
@@ -474,7 +476,7 @@ class TBRMTrainer(ExactResume, GRPOTrainer):
         return published
 
     def _leave_rewards_of(self, functions: list[str] | None, folder: RecordFolder) -> None:
-        """Have drawn anew what was drawn ahead, if the run's own actor rewarded it by functions that are no longer."""
+        """Drop the rollouts that this run's actor drew ahead with other reward functions. They are drawn again."""
         starts = self._actor is not None and self._actor.starts and self.accelerator.is_main_process
         if not starts or set(functions or ()) == set(folder.functions):
             return
@@ -487,7 +489,7 @@ class TBRMTrainer(ExactResume, GRPOTrainer):
         self._actor.drop(windows)
 
     def _make_actor(self, policy: PreTrainedModel, functions: Mapping[str, Any]) -> ActorProcess | None:
-        """What writes the plan of an actor, and starts it where this run does."""
+        """Make the callback that writes an actor's plan, and starts the actor with `rollouts="async"`."""
         args, output_dir = self.args, Path(self.args.output_dir)
         folder = output_dir / publisher.FOLDER
         records = args.followed_folder
@@ -496,7 +498,7 @@ class TBRMTrainer(ExactResume, GRPOTrainer):
         quantized = getattr(policy, "is_loaded_in_4bit", False)
         base = str((folder / publisher.BASE).absolute()) if quantized else get_config_model_id(policy.config)
         with failing_together():
-            if quantized and self.accelerator.is_main_process:  # now, while no process shards the policy
+            if quantized and self.accelerator.is_main_process:  # now, before the policy is sharded
                 say_base(write_base(folder, policy, self._tokenizer))
 
         def plan(updates: int, made: int) -> Plan:
@@ -527,7 +529,10 @@ class TBRMTrainer(ExactResume, GRPOTrainer):
         return actor
 
     def _probe_ids(self) -> list[int]:
-        """A short text as tokens, of this run if it has one, by which a server of something else is found out."""
+        """A short text as token ids, from this run's data if possible.
+
+        A server's answer to it shows whether the server serves this policy.
+        """
         texts = [_SHORT_TEXT]
         if isinstance(self.train_dataset, Dataset) and "prompt" in self.train_dataset.column_names:
             texts = [text_of(self.train_dataset[0]["prompt"]), *texts]
@@ -535,14 +540,14 @@ class TBRMTrainer(ExactResume, GRPOTrainer):
         return next((ids for ids in some if len(ids) > 1), [])
 
     def _with_fitting_prompts(self, dataset: Any, title: str, asked: np.ndarray, renderer: PromptRenderer) -> Any:
-        """The data set without prompts that are too long, where they are dropped; those that cannot be are refused.
+        """Check a data set's prompts, and return it without those that are too long if they are to be dropped.
 
-        Streams, and prompts with images or from environments, are looked at when they are drawn.
+        Streams, and prompts with images or from environments, are checked when they are drawn.
         """
         if not isinstance(dataset, Dataset) or "prompt" not in dataset.column_names:
             return dataset
         check_chat_template(dataset, title, getattr(renderer.processing_class, "chat_template", None))
-        asked = np.broadcast_to(asked, len(dataset))  # logged rows are looked at when they are tokenized
+        asked = np.broadcast_to(asked, len(dataset))  # logged rows are checked when they are tokenized
         check_empty_prompts(dataset, title, asked, renderer.tokenizer)
         if not renderer.is_exact:
             return dataset
@@ -551,7 +556,7 @@ class TBRMTrainer(ExactResume, GRPOTrainer):
     def _check_reward_functions(
         self, reward_funcs: Any, train_dataset: Any, eval_dataset: Any, more: Any, draws: bool
     ) -> None:
-        """Each function can be called with what each data set gives it. A stream without known columns gives none."""
+        """Check that each function accepts each data set's columns. A stream without known columns is skipped."""
         asked = (draws and self._plan.mix.rollouts) or some_unrewarded(train_dataset, self._plan.logged)
         sets = {"the training set": train_dataset} if asked else {}
         for title, dataset in (sets | titled_sets(eval_dataset)).items():
@@ -577,7 +582,7 @@ class TBRMTrainer(ExactResume, GRPOTrainer):
         self._rotary_limit = rotary_limit(policy)
         if self._plan.mix.rollouts and args.draws_prompts:
             check_length(args.max_completion_length + 1, self._rotary_limit)
-        check_quantization(self.model, None, None, args)  # a checkpoint may be quantized itself, which shows here
+        check_quantization(self.model, None, None, args)  # a checkpoint may itself be quantized, which only shows now
         warn_of_merging(self.model, args)
         check_vision(policy, self._is_vlm)
         if self._is_vlm:
@@ -593,7 +598,7 @@ class TBRMTrainer(ExactResume, GRPOTrainer):
             require_equal_weights(policy, self.accelerator.unwrap_model(self.ref_model, keep_torch_compile=False))
 
     def _load_reference(self, given: str | PreTrainedModel) -> nn.Module:
-        """The reference of the user's choice, prepared as TRL prepares its own."""
+        """Load the user's reference if it is not a model yet, and prepare it as TRL prepares its own."""
         model: Any = given
         if isinstance(given, str):
             settings: dict[str, Any] = {
@@ -654,7 +659,10 @@ class TBRMTrainer(ExactResume, GRPOTrainer):
         return reference
 
     def _completion_reader(self, policy: PreTrainedModel) -> tuple[CompletionTokenizer, int, int | None]:
-        """What tells which completions the policy could have produced: its tokens, their number, its context."""
+        """The completion tokenizer, the vocabulary size and the context length, None if the model states none.
+
+        They decide which completions the policy could have produced.
+        """
         tokenizer = CompletionTokenizer(
             self._tokenizer,
             set(self.eos_token_ids),
@@ -665,7 +673,7 @@ class TBRMTrainer(ExactResume, GRPOTrainer):
         return tokenizer, text_config.vocab_size, getattr(text_config, "max_position_embeddings", None)
 
     def _make_logged_rows(self, policy: PreTrainedModel) -> LoggedRows:
-        """Tokenize the logged rows of the training set, and have the reference score them now if that frees it."""
+        """Tokenize the logged rows of the training set. Score them with the reference now if all rows are logged."""
         reader = self._completion_reader(policy)
         self.train_dataset = tokenize_logged_rows(self.train_dataset, self._plan.logged, *reader, self._scratch)
         scored = self._precompute_reference() or self.args.reference == "previous"
@@ -695,7 +703,7 @@ class TBRMTrainer(ExactResume, GRPOTrainer):
         )
         if self.eval_dataset is None and self.ref_model is not None:
             self._reference = self.ref_model = None
-            self.accelerator.free_memory()  # it keeps a list of what it prepared
+            self.accelerator.free_memory()  # the accelerator lists the models it prepared
         return True
 
     def _make_followed(self, policy: PreTrainedModel) -> RecordFolder:
@@ -720,7 +728,7 @@ class TBRMTrainer(ExactResume, GRPOTrainer):
 
     @property
     def _policy_version(self) -> str | None:
-        """Under which the present policy was published."""
+        """Name under which the current policy was published; None if it was not."""
         return self._publisher.latest.name if self._publisher is not None and self._publisher.latest else None
 
     def _check_pool(self, policy: PreTrainedModel) -> None:
@@ -758,7 +766,7 @@ class TBRMTrainer(ExactResume, GRPOTrainer):
             self._microbatches = self._microbatches_of(self._collect(generation_batch))
             if self._starts_at_reference and self._has_new_adapter and ADAPTER in self.model.peft_config:
                 self._check_new_adapter(self._microbatches[0])
-        # A micro-step of the Trainer is a micro-batch of rows. Sized by tokens, all micro-batches go into one.
+        # A micro-step of the Trainer has one micro-batch. If micro-batches are sized by tokens, it has all of them.
         by_tokens = self.args.max_tokens_per_microbatch is not None
         return {"microbatches": self._microbatches if by_tokens else [self._microbatches[micro_step]]}
 
@@ -830,7 +838,7 @@ class TBRMTrainer(ExactResume, GRPOTrainer):
         return update_rows
 
     def _row_of_window(self, trajectory: Trajectory, update: int) -> UpdateRow:
-        """A trajectory of the window in the window's update of this number."""
+        """The row of a window's trajectory in the window's update of this number."""
         if trajectory.source is Source.LOGGED:
             return UpdateRow(trajectory, "logged")
         if update >= self.args.fresh_updates:
@@ -838,10 +846,10 @@ class TBRMTrainer(ExactResume, GRPOTrainer):
         first, last = trajectory.first_policy_step, trajectory.policy_step
         if self._pool is None and self._followed is None:
             return UpdateRow(trajectory, "fresh")
-        if first is None:  # nobody said
+        if first is None:  # it was not recorded
             return UpdateRow(trajectory, "ahead" if self._followed is not None else "fresh")
         step = self.state.global_step
-        # A run that is resumed may come to a step again, with another policy than the one that drew these rows.
+        # A resumed run may reach a step again with a policy other than the one that drew these rows.
         versions = {trajectory.first_policy_version, self._window_version} - {None}
         is_fresh = first == last == step - update and len(versions) < 2
         return UpdateRow(trajectory, "fresh" if is_fresh else "ahead", staleness=max(step - first, 0))
@@ -855,10 +863,10 @@ class TBRMTrainer(ExactResume, GRPOTrainer):
             rollouts = self._roll_out(fresh) if fresh and self._followed is None else []
         if fresh and self._followed is not None:
             rollouts = self._follow(self._followed)
-            fresh = list(self._rewards.rows)  # these are the rows that the rollouts are of
+            fresh = list(self._rewards.rows)  # the rows of the followed rollouts
         if self.log_completions and rollouts:
             self._completions.add(rollouts, "train")
-        rewards = self._rewards if rollouts else None  # kept here, since logged rows are rewarded next
+        rewards = self._rewards if rollouts else None  # kept here: rewarding logged rows replaces `_rewards`
         window = rollouts + (self._logged_rows.take(logged) if self._logged_rows is not None and logged else [])
         check_length(int(self._gather([max(map(len, window))]).max()), self._rotary_limit)
         self._rows_drawn += len(window)
