@@ -260,9 +260,10 @@ class TBRMOptions(GRPOConfig):
             Largest number of tokens in a prompt, with its chat template. None allows what `max_completion_length`
             leaves of the model's context.
         long_prompts (`"refuse"`, `"drop"` or `"cut"`, *optional*, defaults to `"refuse"`):
-            How to treat prompts longer than `max_prompt_length`. `"refuse"` stops with an error that names the first of
-            them, before the model is loaded. `"drop"` leaves their rows out of the data sets, and counts them. `"cut"`
-            keeps the last tokens of each.
+            How to treat prompts longer than `max_prompt_length`, or too long for the model's context beside
+            `max_completion_length`. `"refuse"` stops with an error that names the first of them, before the model is
+            loaded. `"drop"` leaves their rows out of the data sets, and counts them. `"cut"` keeps the last tokens of
+            each.
 
         > Parameters that keep a run alive
 
@@ -284,7 +285,8 @@ class TBRMOptions(GRPOConfig):
         > Parameters that control the reference
 
         reference (`"initial"` or `"previous"`, *optional*, defaults to `"initial"`):
-            `"previous"` uses the policy that produced the trajectory as its reference, as REBEL, Kimi k1.5 and GVPO do.
+            `"initial"` uses the model that training starts from. `"previous"` uses the policy that produced the
+            trajectory as its reference, as REBEL, Kimi k1.5 and GVPO do.
 
         > Parameters that control stopping
 
