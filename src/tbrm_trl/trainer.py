@@ -169,7 +169,7 @@ from .trajectory import End, Source, Trajectory, UpdateRow, check_scores
 
 logger = get_logger(__name__)
 
-_SHORT_TEXT = "The sum of 12 and 30 is 42, and what is left of it after 2 is taken away is 40."  # of no prompt
+_SHORT_TEXT = "The sum of 12 and 30 is 42, and what is left of it after 2 is taken away is 40."  # without a prompt
 # What TRL keeps in order to log completions; images are not saved.
 _COMPLETIONS = ("prompt", "completion", "rewards", "extra")
 
@@ -200,7 +200,7 @@ class TBRMTrainer(ExactResume, GRPOTrainer):
     - `evaluation_loop`: averages metrics over the rows of the set, under the set's own name;
     - `log`: adds the residual's metrics to TRL's, and `β δ` to its table of completions;
     - `create_model_card`: writes the card of `publishing.py`, and lists what is not pushed;
-    - those of [`~resume.ExactResume`].
+    - the methods of [`~resume.ExactResume`].
 
     Example:
 
@@ -540,7 +540,7 @@ class TBRMTrainer(ExactResume, GRPOTrainer):
         return next((ids for ids in some if len(ids) > 1), [])
 
     def _with_fitting_prompts(self, dataset: Any, title: str, asked: np.ndarray, renderer: PromptRenderer) -> Any:
-        """Check a data set's prompts, and return it without those that are too long if they are to be dropped.
+        """Check a data set's prompts, and return it. Prompts that are too long are dropped, refused or left to be cut.
 
         Streams, and prompts with images or from environments, are checked when they are drawn.
         """
@@ -673,14 +673,21 @@ class TBRMTrainer(ExactResume, GRPOTrainer):
         return tokenizer, text_config.vocab_size, getattr(text_config, "max_position_embeddings", None)
 
     def _make_logged_rows(self, policy: PreTrainedModel) -> LoggedRows:
-        """Tokenize the logged rows of the training set. Score them with the reference now if all rows are logged."""
+        """Tokenize the logged rows of the training set. Score them now if `_precompute_reference` does."""
         reader = self._completion_reader(policy)
         self.train_dataset = tokenize_logged_rows(self.train_dataset, self._plan.logged, *reader, self._scratch)
         scored = self._precompute_reference() or self.args.reference == "previous"
         return LoggedRows(self.train_dataset, self._plan.logged, scored, self._reward_logged)
 
     def _precompute_reference(self) -> bool:
-        """If every training row is logged, score them all with the reference now and free it."""
+        """Score all logged rows now, and free the reference if nothing else needs it; return whether it was done.
+
+        By default this is done if every training row is logged and the reference does not move.
+        `precompute_ref_log_probs` decides otherwise. An evaluation keeps the reference.
+
+        Raises:
+            ValueError: if it is asked for where the policy, which is its own reference, is sharded later.
+        """
         # A policy with adapters is its own reference, and is not yet wrapped here.
         wrapped_later = self.ref_model is None and self.is_sharded
         wanted = self.args.precompute_ref_log_probs
