@@ -54,7 +54,7 @@ COMPARED = {
     "short completions": (16, 12, MEASURED),
     "long completions": (64, 12, MEASURED),
     "slow rewards": (16, 6, MEASURED[:-1]),
-    "slow environment": (16, 6, MEASURED[:-1]),
+    "slow environment": (16, 12, MEASURED[:-1]),
 }
 TIMES = {("slow environment", "beside"): 3}  # what is measured more than once
 
