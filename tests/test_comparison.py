@@ -17,7 +17,8 @@ def searched(tmp_path, best_rate):
     while wanted := search.wanted():
         for run in wanted:
             accuracy = 1 - abs(math.log(run.rate / best_rate.get(run.method, 1e-3))) / 10
-            search.runs[str(run)] = {"run": vars(run), "points": [[0, 0, 0.1, 0, 0.0], [1, 64, accuracy, 0, 1.0]]}
+            points = [[0, 0, 0.1, 0, 0.0], [1, 64, accuracy, 0, 1.0]]
+            search.runs[str(run)] = {"run": vars(run), "processor": "one", "points": points}
     return search
 
 
