@@ -122,7 +122,7 @@ class SoftValue:
         """
 
     def after_update(self, metrics: Mapping[str, float], residuals: Iterable[tuple[Trajectory, float]]) -> None:
-        """Called after each update that was taken. If it is not overridden, its arguments are not read from the device.
+        """Called after each update that was taken. If it is not overridden, nothing is read from the device for it.
 
         Args:
             metrics: metrics of the update, over all processes (`docs/metrics.md`).
