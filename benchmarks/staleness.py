@@ -246,7 +246,7 @@ def section(runs: Runs) -> str:
     return f"## {setting.title}\n\n{text}\n\n{tables}\n"
 
 
-def page(of_tasks: Sequence[Runs], facts: str) -> str:
+def page(of_tasks: Sequence[Runs], packages: str) -> str:
     text = wrapped(
         "Every window is trained on exactly so many updates after it was drawn. `policy`, `calibrated` and `group` are "
         "TBRM's soft values, with β = 0.05 on the tiny model and 0.02 on SmolLM2 and with no correction: they follow a "
@@ -256,7 +256,7 @@ def page(of_tasks: Sequence[Runs], facts: str) -> str:
     sections = "\n".join(map(section, of_tasks))
     return f"""# Accuracy against the age of rollouts
 
-Written by `python benchmarks/staleness.py`. {facts}. Every run: [staleness.json](staleness.json).
+Written by `python benchmarks/staleness.py`. {packages}. Every run: [staleness.json](staleness.json).
 
 {text}
 
@@ -292,8 +292,8 @@ def main() -> None:
         processes=dict(type=int, default=os.cpu_count() or 1, help="runs at a time, of one thread each"),
     )
     settings = {"sorting": QUICK} if arguments.quick else SETTINGS
-    facts = listed(versions("torch", "transformers", "trl", "tbrm-trl"))
-    store = Store(arguments.output / "staleness.json", facts=facts)
+    packages = listed(versions("torch", "transformers", "trl", "tbrm-trl"))
+    store = Store(arguments.output / "staleness.json", packages=packages)
     of_tasks = {task: Runs(store, task, setting) for task, setting in settings.items()}
     wanted = {
         of_tasks[task].name(method, lag, seed): (task, settings[task], method, lag, seed)
@@ -305,7 +305,7 @@ def main() -> None:
         lambda name: f"{store[name]['points'][-1][1]:.2f}, {store[name]['seconds']:.0f} s",
     )  # fmt: skip
     begun = [runs for task, runs in of_tasks.items() if any(name.startswith(f"{task}: ") for name in store)]
-    write(arguments.output, "staleness", page(begun, facts), figure=draw(begun))
+    write(arguments.output, "staleness", page(begun, packages), figure=draw(begun))
 
 
 if __name__ == "__main__":

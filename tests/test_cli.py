@@ -126,16 +126,16 @@ def test_who_starts_the_launcher_on_a_machine_of_several_gpus(environment, optio
 
 
 @pytest.mark.parametrize(
-    ("module", "environment", "seen"),
+    ("environment", "seen"),
     [
-        ("tbrm_trl.cli.train", {}, "2,3"),
-        ("tbrm_trl.cli.train", {"ACCELERATE_MIXED_PRECISION": "no"}, "2"),
-        ("tbrm_trl.cli.train", {"ACCELERATE_MIXED_PRECISION": "no", "LOCAL_RANK": "0"}, "2,3"),
+        ({}, "2,3"),
+        ({"ACCELERATE_MIXED_PRECISION": "no"}, "2"),
+        ({"ACCELERATE_MIXED_PRECISION": "no", "LOCAL_RANK": "0"}, "2,3"),
     ],
 )
-def test_who_was_launched_alone_sees_one_gpu(module, environment, seen):
+def test_who_was_launched_alone_sees_one_gpu(environment, seen):
     """The import restricts it, before a library can use CUDA. The Trainer would spread the model over all GPUs."""
-    program = f"import os, {module}; print(os.environ['CUDA_VISIBLE_DEVICES'])"
+    program = "import os, tbrm_trl.cli.train; print(os.environ['CUDA_VISIBLE_DEVICES'])"
     given = {**os.environ, "CUDA_VISIBLE_DEVICES": "2,3", **environment}
     printed = subprocess.run([sys.executable, "-c", program], env=given, capture_output=True, text=True, check=True)
     assert printed.stdout.splitlines()[-1] == seen

@@ -37,6 +37,11 @@ def boxed(answer: str) -> str:
     return f"So it is \\boxed{{{answer}}}."
 
 
+def check_verdicts(gold, right: list[str], wrong: list[str]) -> None:
+    assert [verdict(gold, boxed(one)) for one in right] == [1.0] * len(right)
+    assert [verdict(gold, boxed(one)) for one in wrong] == [0.0] * len(wrong)
+
+
 @pytest.mark.parametrize(
     ("gold", "right", "wrong"),
     [
@@ -77,8 +82,7 @@ def boxed(answer: str) -> str:
     ],
 )  # fmt: skip
 def test_conventions(gold, right, wrong):
-    assert [verdict(gold, boxed(one)) for one in right] == [1.0] * len(right)
-    assert [verdict(gold, boxed(one)) for one in wrong] == [0.0] * len(wrong)
+    check_verdicts(gold, right, wrong)
 
 
 @pytest.mark.parametrize(
@@ -125,8 +129,7 @@ def test_conventions(gold, right, wrong):
     ],
 )  # fmt: skip
 def test_forms_of_an_answer(gold, right, wrong):
-    assert [verdict(gold, boxed(one)) for one in right] == [1.0] * len(right)
-    assert [verdict(gold, boxed(one)) for one in wrong] == [0.0] * len(wrong)
+    check_verdicts(gold, right, wrong)
 
 
 @pytest.mark.parametrize(

@@ -1,10 +1,10 @@
 """Rewards for form and length, which do not depend on whether the answer is right."""
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
-from .reading import boxes, completion_text
+from .reading import boxes, completion_text, last_message
 
 _THINKING = re.compile(r"\s*(?:<think>)?(?:(?!</?think>).)*</think>\s*(?=\S)(?:(?!</?think>).)*", re.DOTALL)
 
@@ -27,10 +27,9 @@ def _with_reasoning(completion: Any) -> str:
     text = completion_text(completion)
     if isinstance(completion, str):
         return text
-    messages = [completion] if isinstance(completion, Mapping) else completion
-    last = [message for message in messages if message.get("role", "assistant") == "assistant"][-1:]
-    reasoning = [message.get("reasoning_content") or message.get("thinking") or "" for message in last]
-    return "".join(f"<think>{one}</think>" for one in reasoning if one.strip()) + text
+    message = last_message(completion)
+    reasoning = message.get("reasoning_content") or message.get("thinking") or ""
+    return f"<think>{reasoning}</think>{text}" if reasoning.strip() else text
 
 
 class Length:

@@ -85,13 +85,17 @@ def completion_text(completion: Any) -> str:
     """The text of a completion: the string itself, or the policy's last message in a list of messages."""
     if isinstance(completion, str):
         return _SPECIAL.sub("", completion)
-    if isinstance(completion, Mapping):
-        completion = [completion]
-    messages = [message for message in completion if message.get("role", "assistant") == "assistant"]
-    content = messages[-1].get("content") if messages else None
+    content = last_message(completion).get("content")
     if isinstance(content, Sequence) and not isinstance(content, str):
         content = "".join(part.get("text") or "" for part in content if isinstance(part, Mapping))
     return _SPECIAL.sub("", content or "")
+
+
+def last_message(completion: Any) -> Mapping[str, Any]:
+    """The policy's last message in a list of messages, or of one message; empty if there is none."""
+    messages = [completion] if isinstance(completion, Mapping) else completion
+    own = [message for message in messages if message.get("role", "assistant") == "assistant"]
+    return own[-1] if own else {}
 
 
 def final_answer(text: str) -> str | None:
@@ -250,10 +254,8 @@ def gold_text(gold: Any) -> str | None:
     if isinstance(gold, Sequence):
         parts = [gold_text(part) for part in gold]
         return None if not parts or None in parts else ", ".join(part for part in parts if part)
-    if isinstance(gold, float) and math.isfinite(gold) and gold == int(gold) and abs(gold) < 1e15:
-        return str(int(gold))
     if isinstance(gold, float) and math.isfinite(gold):
-        return f"{gold:.15g}"  # a float's reliable digits; the rest is noise, as in 0.1 + 0.2
+        return f"{gold + 0.0:.15g}"  # a float's reliable digits, the rest is noise, as in 0.1 + 0.2; -0.0 becomes 0
     return repr(gold) if isinstance(gold, int) else None
 
 

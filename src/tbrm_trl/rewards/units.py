@@ -75,17 +75,19 @@ def several_units(text: str) -> tuple[Fraction, Unit] | None:
     parts = _PAIRS.split(upright(text).strip())
     if not 2 <= len(parts) <= 4:
         return None
-    total, sizes, powers = Fraction(0), [], set()
-    for part in parts:
-        value, found = split_unit(part, loose=True)
-        amount = number(value)
-        if amount is None or found is None or not found.powers:
-            return None
-        total += amount.value * found.size
-        sizes.append(found.size)
-        powers.add(found.powers)
-    falling = all(a > b for a, b in pairwise(sizes))
-    return (total, Unit(powers.pop(), Fraction(1))) if falling and len(powers) == 1 else None
+    found = [one for part in parts if (one := amount(part)) is not None and one[1].powers]
+    falling = all(a.size > b.size for (_, a), (_, b) in pairwise(found))
+    powers = {unit.powers for _, unit in found}
+    if len(found) < len(parts) or len(powers) > 1 or not falling:
+        return None
+    return sum((value * unit.size for value, unit in found), Fraction(0)), Unit(powers.pop(), Fraction(1))
+
+
+def amount(text: str) -> tuple[Fraction, Unit] | None:
+    """Split a text into number and unit, which may be a single letter; None if either is missing."""
+    rest, unit = split_unit(text, loose=True)
+    value = number(rest)
+    return (value.value, unit) if value is not None and unit is not None else None
 
 
 def _words_of(text: str) -> list[str]:

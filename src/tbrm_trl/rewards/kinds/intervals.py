@@ -20,7 +20,8 @@ _VARIABLE = re.compile(r"(?:\\[a-zA-Z]+|[a-zA-Z])(?:_\{?\w+\}?)?'*")
 _FLIP = {"<": ">", ">": "<", "\\le": "\\ge", "\\ge": "\\le", "\\ne": "\\ne"}
 _UNION = r"\\cup(?![a-zA-Z])|(?<![a-zA-Z\\])[Uu](?![a-zA-Z])"
 _IN = r"\\in(?![a-zA-Z])(?!\s*\\\{[^|:<>]*\}$)"  # in an interval; x \in \{1, 2\} is a set
-_ALTERNATIVE = r"\\text\{\s*or\s*\}|(?<![a-zA-Z\\])or(?![a-zA-Z])|,"
+_OR = r"(?<![a-zA-Z\\])or(?![a-zA-Z])"
+_ALTERNATIVE = rf"\\text\{{\s*or\s*\}}|{_OR}|,"
 _TOGETHER = r"\\text\{\s*,?\s*and\s*\}|(?<![a-zA-Z\\])and(?![a-zA-Z])|\\(?:wedge|land)(?![a-zA-Z])"
 
 
@@ -79,8 +80,7 @@ def _inequalities(text: str) -> Region | None:
     if len(found) != len(parts) or len(names) != 1:
         return None
     intervals = [interval for one in found for interval in one[0]]
-    is_or = re.search(r"(?<![a-zA-Z\\])or(?![a-zA-Z])", text)
-    both = None if is_or or len(intervals) != 2 or len(found) != 2 else _overlap(intervals)
+    both = None if re.search(_OR, text) or len(intervals) != 2 or len(found) != 2 else _overlap(intervals)
     return [both] if both else intervals, names.pop()
 
 

@@ -6,7 +6,7 @@ from fractions import Fraction
 from .. import symbols
 from ..notation import OPENING, bracketed, cut, plain, squeezed
 from ..quantities import Number, in_base, number, same_number
-from ..units import Unit, several_units, split_unit
+from ..units import Unit, amount, several_units, split_unit
 from . import Same
 
 RELATION = r"\\le(?![a-zA-Z])|\\ge(?![a-zA-Z])|\\ne(?![a-zA-Z])|<|>"
@@ -65,11 +65,8 @@ def same_scalar(gold: str, answer: str, same: Same) -> bool:
 
 def _amount(text: str, whole: tuple[Fraction, Unit] | None) -> tuple[Fraction, tuple[tuple[str, int], ...]] | None:
     """The amount in basic units and the powers of its measures; None without a number or unit."""
-    if whole:
-        return whole[0], whole[1].powers
-    rest, found = split_unit(text, loose=True)
-    value = number(rest)
-    return (value.value * found.size, found.powers) if value and found else None
+    found = whole or amount(text)
+    return (found[0] * found[1].size, found[1].powers) if found else None
 
 
 def _equation_for_value(gold: str, answer: str, same: Same) -> bool | None:
