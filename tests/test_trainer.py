@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -26,6 +28,7 @@ from helpers.runs import (
     train,
 )
 from peft import LoraConfig, PromptTuningConfig, TaskType
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoModelForCausalLM, Qwen2Config, Qwen2ForSequenceClassification
 from trl import GRPOConfig
 from trl.chat_template_utils import qwen3_chat_template
@@ -106,6 +109,44 @@ def test_lm_head_in_float32(tmp_path):
         expected = (states[0, len(row.prompt_ids) - 1].float() @ model.lm_head.weight.T).logsumexp(dim=-1)
         assert trainer._score(model, batch).soft_value.item() == pytest.approx(expected.item(), rel=1e-5)
     assert logged(trainer, "log_ratio")[0] == ZERO
+
+
+class CastsToBfloat16(TorchDispatchMode):
+    """Counts how often each parameter is cast."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.of: Counter[int] = Counter()
+
+    def __torch_dispatch__(self, operator, types, args=(), kwargs=None):
+        if operator is torch.ops.aten._to_copy.default and (kwargs or {}).get("dtype") is torch.bfloat16:
+            self.of[id(args[0])] += isinstance(args[0], torch.nn.Parameter)
+        return operator(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("adapted", [False, True], ids=["full", "lora"])
+def test_generation_in_mixed_precision(adapted, llama, tmp_path, monkeypatch):
+    """Each trained matrix is cast once for all tokens of a window, and the tokens stay the same."""
+    lora = LoraConfig(r=4, target_modules="all-linear") if adapted else None
+    trainer, casts = build(llama, tmp_path, max_steps=1, bf16=True, peft_config=lora), CastsToBfloat16()
+    generate = trainer._generate_single_turn
+
+    def counted(*args):
+        with casts:
+            return generate(*args)
+
+    trainer._generate_single_turn = counted
+    trainer.train()
+    assert max(len(t.completion_ids) for t in trajectories(trainer)) > 4
+    trained = {id(p): name for name, p in trainer.model.named_parameters() if p.requires_grad}
+    counts = {trained[one]: count for one, count in casts.of.items() if one in trained and count}
+    assert len(counts) == (28 if adapted else 15) and set(counts.values()) == {1}
+
+    if not adapted:
+        monkeypatch.setattr(TBRMTrainer, "_autocast_of_generation", lambda self: nullcontext())
+        anew = train(llama, tmp_path / "anew", max_steps=1, bf16=True)
+        texts, of_anew = (list(map(completion, trajectories(one))) for one in (trainer, anew))
+        assert texts == of_anew
 
 
 @pytest.mark.parametrize(("architecture", "changes"), [("gpt2", {}), ("llama", {"attention_dropout": 0.5})])

@@ -982,16 +982,27 @@ class TBRMTrainer(ExactResume, GRPOTrainer):
 
     def _generate_single_turn(self, prompt_ids, images, multimodal_fields, num_generations, has_tool_images=False):
         given = prompt_ids, images, multimodal_fields, num_generations, has_tool_images
+        if self.use_vllm or self.use_transformers_continuous_batching:
+            return super()._generate_single_turn(*given)
         policy = self.accelerator.unwrap_model(self.model_wrapped)
-        replaceable = not (self._is_vlm or self.use_vllm or self.use_transformers_continuous_batching)
-        if not (replaceable and draws_one_token(policy, self.generation_config)):
-            return super()._generate_single_turn(*given)
-        synced = self.accelerator.num_processes > 1 and (self._dist.is_zero3 or self._dist.is_fsdp)
-        loop = partial(sample, synced_gpus=synced)
-        if self._drawn is not None:
-            loop = partial(self._draw_from_pool, prompt_ids, synced)
-        with temporarily(policy, generate=partial(policy.generate, custom_generate=loop)):
-            return super()._generate_single_turn(*given)
+        with self._autocast_of_generation():
+            if self._is_vlm or not draws_one_token(policy, self.generation_config):
+                return super()._generate_single_turn(*given)
+            synced = self.accelerator.num_processes > 1 and (self._dist.is_zero3 or self._dist.is_fsdp)
+            loop = partial(sample, synced_gpus=synced)
+            if self._drawn is not None:
+                loop = partial(self._draw_from_pool, prompt_ids, synced)
+            with temporarily(policy, generate=partial(policy.generate, custom_generate=loop)):
+                return super()._generate_single_turn(*given)
+
+    def _autocast_of_generation(self) -> AbstractContextManager[None]:
+        """Mixed precision from a window's first token to its last.
+
+        accelerate enters autocast anew in each forward pass, which casts all weights again for every token. And an
+        adapter's `generate` does not use that forward pass, so tokens would be drawn in another precision than they are
+        scored in. Sharded weights are whole only in turn, so copies of all of them must not be kept.
+        """
+        return nullcontext() if self.is_sharded else self.accelerator.autocast()
 
     def _draw_from_pool(
         self,

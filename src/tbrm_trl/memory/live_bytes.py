@@ -86,6 +86,9 @@ class Trace:
         policy.set_attn_implementation("sdpa" if padded else WITHOUT_MASK)
         return torch.ones(*shape, dtype=torch.bool) if padded else None
 
+    def mixed_precision(self) -> torch.autocast:
+        return torch.autocast("cpu", self.autocast or torch.bfloat16, enabled=self.autocast is not None)
+
     def update(self, policy: PreTrainedModel) -> dict[str, int]:
         """Run forward and backward of a micro-batch; return the bytes by part at the peak."""
         length = self.prompt + self.completion
@@ -114,7 +117,7 @@ class Trace:
                 for parameter in policy.parameters():
                     parameter.grad = torch.zeros_like(parameter) if parameter.requires_grad else None
             enter("activations")
-            with torch.autocast("cpu", self.autocast or torch.bfloat16, enabled=self.autocast is not None):
+            with self.mixed_precision():
                 ids = torch.zeros(self.rows, length, dtype=torch.long)  # (B, T)
                 # Training passes no mask for text, but an attention window that is shorter than the rows needs one.
                 window = getattr(policy.config, "sliding_window", None)
@@ -151,7 +154,7 @@ class Trace:
         peaks = []
         for given, new in ((0, max(self.prompt, 1)), (self.prompt + self.completion - 1, 1)):
             live = _Live([*policy.parameters(), *policy.buffers()])
-            with self.mode, live:
+            with self.mode, live, self.mixed_precision():
                 cache = None
                 if given:
                     ids = torch.zeros(rows, given, dtype=torch.long)
