@@ -2,6 +2,7 @@
 
     python benchmarks/comparison.py                             # the tiny model, a quarter of an hour on two cores
     python benchmarks/comparison.py --tasks sums --minutes 60   # SmolLM2-135M: continues for an hour
+    python benchmarks/comparison.py --tasks sums-lora           # with adapters: GRPO and TBRM
     python benchmarks/comparison.py --quick                     # two short runs of each method, to a temporary folder
 
 Each method has a learning rate and one knob of its own. A coordinate search selects both, on problems and seeds that no
@@ -43,6 +44,7 @@ from common.report import (
     write,
 )
 from common.runs import carry_out
+from peft import LoraConfig
 
 PEER, GAIN = "GRPO", 0.1
 
@@ -65,7 +67,7 @@ METHODS = {
     "GRPO": Method("GRPO", _GROUPS, dict(beta=0.0)),
     "GRPO, windows used K times": Method(
         "GRPO",
-        {f"K = {k}": dict(num_iterations=k) for k in (2, 4, 8)},
+        {f"K = {k}": dict(num_iterations=k) for k in (2, 3, 4)},
         dict(beta=0.0, num_generations=8),
     ),
     "RLOO": Method("RLOO", _GROUPS, dict(beta=0.0)),
@@ -91,35 +93,55 @@ METHODS = {
 }
 
 
+def first_knob(method: str) -> str:
+    """The knob's value at which the learning rate is selected."""
+    return next(iter(METHODS[method].knob))
+
+
 @dataclass(frozen=True)
 class Setting:
-    """Sizes of the comparison on one task."""
+    """What is compared on one task, and sizes."""
 
     title: str
+    task: str  # its name for `tasks.named`
     updates: int
     rows: int  # trajectories per update
     every: int  # updates between two measurements of a final run
     of_selection: int  # updates between two measurements of a search run
     rates: tuple[float, ...]  # where the search begins
     beta: float  # TBRM's and A*-PO's
-    bf16: bool  # forward and backward passes under autocast
+    precision: str  # a key of PRECISIONS
     buffer: int
     selection_seeds: tuple[int, ...]
     final_seeds: tuple[int, ...]
+    methods: tuple[str, ...] = tuple(METHODS)
+    lora: LoraConfig | None = None
 
 
+_BF16: dict[str, Any] = {"dtype": "bfloat16"}
+PRECISIONS: dict[str, tuple[str, dict[str, Any]]] = {  # what the page says, and options
+    "float32": ("", dict(bf16=False)),
+    "mixed": ("Forward and backward passes are in bfloat16 (autocast), weights and Adam in float32.", dict(bf16=True)),
+    "bfloat16 base": (
+        "The base is in bfloat16, adapters and Adam in float32.", dict(bf16=True, model_init_kwargs=_BF16)
+    ),
+}  # fmt: skip
 SETTINGS = {
     "sorting": Setting(
-        "Tiny model, sorting letters", 384, 64, 16, 16, (5e-4, 1e-3, 2e-3), 0.05, False, 256, (100, 101),
+        "Tiny model, sorting letters", "sorting", 384, 64, 16, 16, (5e-4, 1e-3, 2e-3), 0.05, "float32", 256, (100, 101),
         (0, 1, 2, 3, 4),
     ),
     "sums": Setting(
-        "SmolLM2-135M, one-digit sums", 32, 16, 2, 4, (1e-5, 2e-5, 4e-5), 0.02, True, 64, (100,),
+        "SmolLM2-135M, one-digit sums", "sums", 32, 16, 2, 4, (1e-5, 2e-5, 4e-5), 0.02, "mixed", 64, (100,),
         (0, 1, 2, 3, 4),
     ),
     "divisors": Setting(
-        "SmolLM2-135M, greatest common divisors", 32, 16, 2, 4, (1e-5, 2e-5, 4e-5), 0.02, True, 64, (100,),
-        (0, 1, 2, 3, 4),
+        "SmolLM2-135M, greatest common divisors", "divisors", 32, 16, 2, 4, (1e-5, 2e-5, 4e-5), 0.02, "mixed", 64,
+        (100,), (0, 1, 2, 3, 4),
+    ),
+    "sums-lora": Setting(
+        "SmolLM2-135M with LoRA, one-digit sums", "sums", 32, 16, 2, 4, (1e-4, 2e-4, 4e-4), 0.02, "bfloat16 base", 64,
+        (100,), (0, 1, 2, 3, 4), ("GRPO", "TBRM"), LoraConfig(r=16, lora_alpha=32, target_modules="all-linear"),
     ),
 }  # fmt: skip
 QUICK = replace(
@@ -165,12 +187,12 @@ def result(run: Run, setting: Setting) -> dict[str, Any]:
     selection = run.seed in setting.selection_seeds
     updates, every = uses * setting.updates, uses * (setting.of_selection if selection else setting.every)
     with tempfile.TemporaryDirectory() as folder:
-        task = tasks.named(run.task, run.seed, Path(folder), selection)
+        task = tasks.named(setting.task, run.seed, Path(folder), selection)
         measure = tasks.Measure(task, range(0, updates + 1, every))
         trainer = tasks.train(
-            method.trainer, measure, learning_rate=run.rate, max_steps=updates, seed=run.seed,
-            per_device_train_batch_size=setting.rows, bf16=setting.bf16, logging_strategy="steps", logging_steps=1,
-            **options,
+            method.trainer, measure, setting.lora, learning_rate=run.rate, max_steps=updates, seed=run.seed,
+            per_device_train_batch_size=setting.rows, logging_strategy="steps", logging_steps=1,
+            **PRECISIONS[setting.precision][1], **options,
         )  # fmt: skip
     logged = {
         name: [round(row[name], 4) for row in trainer.state.log_history if name in row]
@@ -214,7 +236,7 @@ class Comparison:
 
     def rates(self, method: str, count: int = 0) -> list[float]:
         """The learning rates of a method: widened until the best is not at the edge, then until there are `count`."""
-        rates, knob = sorted(self.setting.rates), next(iter(METHODS[method].knob))
+        rates, knob = sorted(self.setting.rates), first_knob(method)
         while len(self.setting.rates) > 1:
             try:
                 _, rate = self.best(self.candidates(method, knob, rates))
@@ -232,14 +254,14 @@ class Comparison:
         return rates
 
     def of_knob(self, method: str) -> dict[tuple[str, float], list[Run]]:
-        knobs = list(METHODS[method].knob)
-        _, rate = self.best(self.candidates(method, knobs[0], self.rates(method, self.count)))
-        return {choice: runs for knob in knobs for choice, runs in self.candidates(method, knob, [rate]).items()}
+        _, rate = self.best(self.candidates(method, first_knob(method), self.rates(method, self.count)))
+        candidates = (self.candidates(method, knob, [rate]) for knob in METHODS[method].knob)
+        return {choice: runs for of_knob in candidates for choice, runs in of_knob.items()}
 
     @property
     def count(self) -> int:
         """How many learning rates every method gets: as many as the one that needed most."""
-        return max(len(self.rates(method)) for method in METHODS)
+        return max(len(self.rates(method)) for method in self.setting.methods)
 
     def selected(self, method: str) -> tuple[str, float]:
         return self.best(self.of_knob(method))
@@ -263,12 +285,14 @@ class Comparison:
             count = self.count if count is None else count
             yield [
                 run
-                for method, of in METHODS.items()
-                for runs in self.candidates(method, next(iter(of.knob)), self.rates(method, count)).values()
+                for method in self.setting.methods
+                for runs in self.candidates(
+                    method, next(iter(METHODS[method].knob)), self.rates(method, count)
+                ).values()
                 for run in runs
             ]
-        yield [run for method in METHODS for runs in self.of_knob(method).values() for run in runs]
-        for runs in zip(*(self.final(method) for method in METHODS), strict=True):
+        yield [run for method in self.setting.methods for runs in self.of_knob(method).values() for run in runs]
+        for runs in zip(*(self.final(method) for method in self.setting.methods), strict=True):
             yield list(runs)
 
     def wanted(self) -> list[Run]:
@@ -308,11 +332,11 @@ def medians(costs: Sequence[float]) -> str:
 
 def section(comparison: Comparison) -> str:
     setting, results = comparison.setting, comparison.runs
-    finished = {method: comparison.finished(method) for method in METHODS}
+    finished = {method: comparison.finished(method) for method in setting.methods}
     whole = [method for method, runs in finished.items() if runs]
     text = f"## {setting.title}\n\n"
-    if setting.bf16:
-        text += "Forward and backward passes are in bfloat16 (autocast), the weights and Adam in float32.\n\n"
+    if precision := PRECISIONS[setting.precision][0]:
+        text += f"{precision}\n\n"
     if PEER not in whole:
         return text + wrapped("The selection is not finished.") + "\n\n" + selection(comparison)
     seeds = [run.seed for run in finished[PEER]]
@@ -358,8 +382,8 @@ def section(comparison: Comparison) -> str:
 
 def selection(comparison: Comparison) -> str:
     """A table of every candidate of the search and its area."""
-    made = [Run(**one["run"]) for one in comparison.runs.values()]
-    areas: dict[str, set[tuple[str, float, float]]] = {method: set() for method in METHODS}
+    made = [Run(**one["run"]) for one in comparison.runs.values() if one["run"]["task"] == comparison.task]
+    areas: dict[str, set[tuple[str, float, float]]] = {method: set() for method in comparison.setting.methods}
     for run in made:
         of_seeds = [replace(run, seed=seed) for seed in comparison.setting.selection_seeds]
         if run in of_seeds and all(str(one) in comparison.runs for one in of_seeds):
@@ -376,7 +400,7 @@ def draw(comparisons: Sequence[Comparison]) -> plt.Figure:
     figure, axes = plt.subplots(1, max(1, len(shown)), figsize=(5.5 * max(1, len(shown)), 4), squeeze=False)
     for axis, one in zip(axes[0], shown, strict=False):
         for number, method in enumerate(METHODS):
-            runs = one.finished(method)
+            runs = one.finished(method) if method in one.setting.methods else []
             if not runs:
                 continue
             points = np.array([one.runs[str(run)]["points"] for run in runs])  # (S, M, 5)

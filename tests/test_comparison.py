@@ -1,6 +1,7 @@
 """The comparison with other methods: an equal search for each, and numbers from its curves."""
 
 import math
+from dataclasses import replace
 
 import comparison
 import pytest
@@ -11,9 +12,9 @@ from numpy import array
 RATES = SETTINGS["sorting"].rates  # 5e-4, 1e-3, 2e-3
 
 
-def searched(tmp_path, best_rate):
+def searched(tmp_path, best_rate, task="sorting"):
     """A search with made-up results, which are the better, the nearer their rate is to the method's best one."""
-    search = Comparison("sorting", SETTINGS["sorting"], Store(tmp_path / "runs.json"))
+    search = Comparison(task, SETTINGS[task], Store(tmp_path / "runs.json"))
     while wanted := search.wanted():
         for run in wanted:
             accuracy = 1 - abs(math.log(run.rate / best_rate.get(run.method, 1e-3))) / 10
@@ -49,6 +50,20 @@ def test_a_method_is_not_final_while_a_candidate_is_missing(tmp_path):
     assert search.finished("TBRM") == [] and len(search.finished("GRPO")) == 5
     assert [str(run) for run in search.wanted()] == [missing]
     comparison.report([search], "")  # a page of the finished runs
+
+
+def test_the_page_of_a_task_has_its_own_runs_alone(tmp_path):
+    search = searched(tmp_path, {})
+    other = Comparison("sums", replace(SETTINGS["sums"], selection_seeds=(100,)), search.runs)
+    assert "0.0005" in comparison.selection(search) and "0.0005" not in comparison.selection(other)
+
+
+def test_adapters_of_two_methods(tmp_path):
+    setting = SETTINGS["sums-lora"]
+    search = searched(tmp_path, dict.fromkeys(METHODS, 2e-4), "sums-lora")
+    assert {one["run"]["method"] for one in search.runs.values()} == set(setting.methods) == {"GRPO", "TBRM"}
+    assert "SmolLM2-135M with LoRA" in comparison.report([search], "")
+    assert len(search.finished("TBRM")) == len(setting.final_seeds)
 
 
 def test_numbers_of_a_curve():

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from datasets import Dataset
+from peft import PeftConfig
 from transformers import (
     AutoTokenizer,
     PreTrainedModel,
@@ -225,7 +226,9 @@ class Measure(TrainerCallback):
             self.measure(state.global_step, model)
 
 
-def train(method: str | tuple[Any, Any], measure: Measure, **options: Any) -> Any:
+def train(
+    method: str | tuple[Any, Any], measure: Measure, peft_config: PeftConfig | None = None, **options: Any
+) -> Any:
     """Train on the measured task on the CPU, with a method or a trainer and its config. Returns the trainer."""
     trainer_class, config_class = METHODS[method] if isinstance(method, str) else method
 
@@ -240,6 +243,7 @@ def train(method: str | tuple[Any, Any], measure: Measure, **options: Any) -> An
             args=config_class(**settings),
             train_dataset=measure.task.train,
             callbacks=[measure],
+            peft_config=peft_config,
         )
         trainer.remove_callback(PrinterCallback)
         if 0 in measure.evaluations:
