@@ -4,10 +4,10 @@
     python benchmarks/slow_start.py --tasks sorting     # a minute
     python benchmarks/slow_start.py --quick            # 64 rollouts of the tiny model, to a temporary folder
 
-The untrained model answers 125 prompts 8 times each. At θ_ref the calibrated residual is −R/β, so the gradient of a
-trajectory is −2β R (∇V + ∇log π): REINFORCE without a baseline, and a push on V. Each part is computed in blocks of 16
-trajectories, as many as in an update: 16 prompts once, or 2 prompts 8 times. The gradients are written out here,
-without the library.
+The untrained model answers 125 prompts 8 times each; if the task has fewer, some come again. At θ_ref the calibrated
+residual is −R/β, so the gradient of a trajectory is −2β R (∇V + ∇log π): REINFORCE without a baseline, and a push on V.
+Each part is computed in blocks of 16 trajectories, as many as in an update: 16 prompts once, or 2 prompts 8 times. The
+gradients are written out here, without the library.
 """
 
 import math
@@ -31,7 +31,7 @@ NAMES = {"sorting": "Tiny model, sorting letters", "sums": "SmolLM2-135M, one-di
 
 @dataclass
 class Rollouts:
-    """Completions of P prompts, E of each, with their rewards."""
+    """Completions of P prompts, E of each, with their rewards. Prompts come again where there are fewer than P."""
 
     ids: list[Tensor]  # prompt and completion of each rollout
     starts: list[int]  # prompt length of each rollout
@@ -41,9 +41,9 @@ class Rollouts:
 @torch.no_grad()
 def sample(model: PreTrainedModel, task: tasks.Task, prompts: int) -> Rollouts:
     tokenizer = AutoTokenizer.from_pretrained(task.model, padding_side="left")
-    rows = task.train.shuffle(seed=0).select(range(min(prompts, len(task.train))))
+    rows = task.train.shuffle(seed=0)
     ids, starts, rewards = [], [], []
-    for row in rows:
+    for row in (rows[number % len(rows)] for number in range(prompts)):
         chat = isinstance(row["prompt"], list)
         of = tokenizer.apply_chat_template(row["prompt"], add_generation_prompt=True, return_dict=True) if chat else (
             tokenizer(row["prompt"])
@@ -208,7 +208,9 @@ Written by `python benchmarks/slow_start.py`. {facts}. Raw numbers: [slow_start.
 
 
 def main() -> None:
-    arguments = parse(__doc__, "64 rollouts of the tiny model", tasks=dict(nargs="+", default=list(NAMES)))
+    arguments = parse(
+        __doc__, "64 rollouts of the tiny model", tasks=dict(nargs="+", default=list(NAMES), choices=list(NAMES))
+    )
     set_up(torch.get_num_threads())
     results: dict[str, Any] = {}
     with tempfile.TemporaryDirectory() as folder:
