@@ -1,9 +1,10 @@
 """TBRM compared with TRL's GRPO and RLOO and with A*-PO: accuracy against rollouts and seconds, all tuned alike.
 
-    python benchmarks/comparison.py                             # the tiny model, a quarter of an hour on two cores
-    python benchmarks/comparison.py --tasks sums --minutes 60   # SmolLM2-135M: continues for an hour
-    python benchmarks/comparison.py --tasks sums-lora           # with adapters: GRPO and TBRM
-    python benchmarks/comparison.py --quick                     # two short runs of each method, to a temporary folder
+    python benchmarks/comparison.py                                     # the tiny model, a quarter of an hour
+    python benchmarks/comparison.py --tasks sums --minutes 60           # SmolLM2-135M: continues for an hour
+    python benchmarks/comparison.py --tasks sums --methods GRPO TBRM    # these two first
+    python benchmarks/comparison.py --tasks sums-lora                   # with adapters
+    python benchmarks/comparison.py --quick                             # short runs, to a temporary folder
 
 Each method has a learning rate and one knob of its own. A coordinate search selects both, on problems and seeds that no
 final run sees: first the rate at the knob's first value, then the knob at that rate. If the best rate is the lowest or
@@ -208,10 +209,12 @@ class Comparison:
         task: a key of SETTINGS.
         setting: its sizes.
         runs: the results by run.
+        methods: those of which runs are made now; by default all.
     """
 
-    def __init__(self, task: str, setting: Setting, runs: Store):
+    def __init__(self, task: str, setting: Setting, runs: Store, methods: Sequence[str] = ()):
         self.task, self.setting, self.runs = task, setting, runs
+        self.methods = [method for method in setting.methods if method in (methods or METHODS)]
 
     # -- selection
 
@@ -285,14 +288,14 @@ class Comparison:
             count = self.count if count is None else count
             yield [
                 run
-                for method in self.setting.methods
+                for method in self.methods
                 for runs in self.candidates(
                     method, next(iter(METHODS[method].knob)), self.rates(method, count)
                 ).values()
                 for run in runs
             ]
-        yield [run for method in self.setting.methods for runs in self.of_knob(method).values() for run in runs]
-        for runs in zip(*(self.final(method) for method in self.setting.methods), strict=True):
+        yield [run for method in self.methods for runs in self.of_knob(method).values() for run in runs]
+        for runs in zip(*(self.final(method) for method in self.methods), strict=True):
             yield list(runs)
 
     def wanted(self) -> list[Run]:
@@ -435,6 +438,7 @@ def main() -> None:
         __doc__,
         "two short runs of each method on the tiny model",
         tasks=dict(nargs="+", default=["sorting"], choices=list(SETTINGS)),
+        methods=dict(nargs="+", default=list(METHODS), choices=list(METHODS), help="make runs of these alone"),
         minutes=dict(type=float, default=math.inf, help="begin no further run after these"),
         processes=dict(type=int, default=os.cpu_count() or 1, help="runs at a time, of one thread each"),
     )
@@ -442,7 +446,7 @@ def main() -> None:
     packages = listed(versions("torch", "transformers", "trl", "tbrm-trl", "reasoning-gym"))
     runs = Store(arguments.output / "comparison.json", packages=packages)
     until = time.monotonic() + 60 * arguments.minutes
-    comparisons = {task: Comparison(task, setting, runs) for task, setting in settings.items()}
+    comparisons = {task: Comparison(task, setting, runs, arguments.methods) for task, setting in settings.items()}
     for task in arguments.tasks if not arguments.quick else settings:
         comparisons[task].execute(arguments.processes, until)
     begun = [one for one in comparisons.values() if any(key.startswith(f"{one.task}: ") for key in runs)]

@@ -213,10 +213,15 @@ def test_what_is_said_to_have_no_effect_has_none(qwen2, out, three):
     assert weights[0] == weights[1]
 
 
-def test_the_same_settings_say_nothing(qwen2, out, recwarn):
+@pytest.mark.parametrize("given", ["argument", "configuration"])
+def test_the_same_settings_say_nothing(given, qwen2, out, recwarn):
     """Resumed from the checkpoint of its last update, a run ends at once, with the same buffer and draws as before."""
-    trainer = again(qwen2, out)
-    trainer.train(resume_from_checkpoint="True")
+    if given == "argument":
+        trainer = again(qwen2, out)
+        trainer.train(resume_from_checkpoint="True")
+    else:
+        trainer = again(qwen2, out, resume_from_checkpoint="auto")
+        trainer.train()
     assert not [one for one in recwarn if "settings have changed" in str(one.message)]
     assert trainer.state.global_step == 14 and len(trainer._replay) == 12
     assert torch.equal(

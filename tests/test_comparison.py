@@ -58,6 +58,16 @@ def test_the_page_of_a_task_has_its_own_runs_alone(tmp_path):
     assert "0.0005" in comparison.selection(search) and "0.0005" not in comparison.selection(other)
 
 
+def test_some_methods_first(tmp_path):
+    search = searched(tmp_path, {})
+    chosen = search.final("TBRM")
+    for name in [name for name in search.runs if ": RLOO" in name or ": A*-PO" in name]:
+        del search.runs[name]
+    some = Comparison("sorting", SETTINGS["sorting"], search.runs, ["GRPO", "TBRM"])
+    assert some.wanted() == [] and some.final("TBRM") == chosen
+    assert {run.method for run in search.wanted()} == {"RLOO", "A*-PO"}
+
+
 def test_adapters_of_two_methods(tmp_path):
     setting = SETTINGS["sums-lora"]
     search = searched(tmp_path, dict.fromkeys(METHODS, 2e-4), "sums-lora")

@@ -128,8 +128,8 @@ def test_what_cannot_run_in_workers():
 
 
 @pytest.mark.launch
-def test_in_a_script_without_a_guard(tmp_path):
-    """The function is in the main script, which starts no workers of its own when a worker reads it."""
+def test_a_function_of_the_main_script(tmp_path):
+    """A worker runs the script's top level, and not what is under its guard."""
     script = tmp_path / "script.py"
     script.write_text(
         textwrap.dedent("""

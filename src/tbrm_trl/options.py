@@ -292,8 +292,9 @@ class TBRMOptions(GRPOConfig):
 
         stop_timeout (`float`, *optional*, defaults to `300.0`):
             With `enable_jit_checkpoint=True`, SIGTERM and SIGINT stop the run after the update that is under way, with
-            a complete checkpoint and exit code 143 or 130. If that update takes more than this many seconds after the
-            signal, it is dropped: the process ends with the same code and keeps its last complete checkpoint.
+            a complete checkpoint and exit code 143 or 130. If the update, an evaluation due after it and the checkpoint
+            take more than this many seconds after the signal, the update is dropped: the process ends with the same
+            code and keeps its last complete checkpoint.
 
         > Parameters whose defaults differ from GRPOConfig
 

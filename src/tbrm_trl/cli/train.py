@@ -228,7 +228,7 @@ def run(data: DataArguments, config: TBRMConfig, model: ModelConfig) -> None:
     except (ValueError, OSError) as error:  # OSError: the model or the rollouts are missing
         raise Refused([str(error)]) from error
     try:
-        trainer.train(resume_from_checkpoint=config.resume_from_checkpoint)
+        trainer.train()
     except ValueError as error:
         if trainer.is_in_train:
             raise
@@ -294,7 +294,7 @@ def launch(words: Words) -> None:
     try:
         options = resolve_accelerate_config_argument(words.launcher)
         launch_command(launch_command_parser().parse_args([*options, "--module", "tbrm_trl.cli", "train", *words.own]))
-    except ValueError as error:  # the launcher's own options are wrong
+    except (ValueError, ImportError) as error:  # the launcher's own options are wrong, or DeepSpeed is missing
         raise Refused([f"accelerate: {error}"]) from error
     except ChildFailedError as error:  # the failed process has printed its error
         sys.exit(error.get_first_failure()[1].exitcode)

@@ -103,7 +103,8 @@ class ExactResume(Trainer):
 
         Args:
             resume_from_checkpoint: a checkpoint folder; True for the last sound one in `output_dir`; "auto" for that
-                one, or a fresh start if there is none. The words "true" and "false" count as True and False.
+                one, or a fresh start if there is none. The words "true" and "false" count as True and False. None
+                takes what the arguments say.
 
         Raises:
             ValueError: for a checkpoint that is incomplete, damaged, or of a run with another reference, tokenizer,
@@ -113,7 +114,8 @@ class ExactResume(Trainer):
             SystemExit: with `enable_jit_checkpoint`, after SIGTERM (code 143) or SIGINT (code 130).
         """
         self.forget()
-        resume_from = _as_said(resume_from_checkpoint)
+        said = self.args.resume_from_checkpoint if resume_from_checkpoint is None else resume_from_checkpoint
+        resume_from = _as_said(said)
         if resume_from and self.args.ignore_data_skip:
             raise ValueError(
                 "`ignore_data_skip=True` starts the data anew, and transformers then restores no position to go on "

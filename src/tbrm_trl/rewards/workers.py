@@ -274,7 +274,7 @@ class _Worker:
         with tempfile.TemporaryFile() as file:
             file.truncate(8 * (VALUES + ROWS_AT_ONCE))
             self.page = memoryview(mmap.mmap(file.fileno(), 0)).cast("d")
-            # Started by path, not forked: this is safe with threads and CUDA, and the user's script needs no guard.
+            # Started by path, not forked: this is safe with threads and CUDA.
             self.process = subprocess.Popen(
                 [sys.executable, str(PROGRAM), str(theirs.fileno()), str(file.fileno())],
                 pass_fds=(theirs.fileno(), file.fileno()),
