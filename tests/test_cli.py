@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from common.launch import free_port, run
+from common.launch import ROOT, free_port, run
 from common.tiny import save
 from helpers.examples import RECIPES, sums
 from trl import ModelConfig
@@ -153,6 +153,14 @@ def test_the_exit_code_of_a_single_launched_process_is_the_commands(code, monkey
     with pytest.raises(SystemExit) as left:
         train.launch(Words(["--dataset_name", "d"], ["--num_processes", "1"]))
     assert left.value.code == code
+
+
+def test_a_missing_deepspeed_is_one_line(monkeypatch, capsys):
+    monkeypatch.setenv(train.LAUNCHED, "")
+    monkeypatch.setattr("accelerate.commands.launch.is_deepspeed_available", lambda: False)
+    words = ["--model_name_or_path", "m", "--dataset_name", "d", "--use_cpu", "true", "--bf16", "false"]
+    (line,) = said(capsys, "train", *words, "--accelerate_config", str(ROOT / "examples/accelerate/zero2.yaml"))
+    assert line.startswith("tbrm train: accelerate: DeepSpeed is not installed")
 
 
 def test_every_wrong_field_is_named(tmp_path, capsys):
