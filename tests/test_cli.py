@@ -155,12 +155,11 @@ def test_the_exit_code_of_a_single_launched_process_is_the_commands(code, monkey
     assert left.value.code == code
 
 
-def test_a_missing_deepspeed_is_one_line(monkeypatch, capsys):
+def test_a_missing_deepspeed_is_refused(monkeypatch):
     monkeypatch.setenv(train.LAUNCHED, "")
     monkeypatch.setattr("accelerate.commands.launch.is_deepspeed_available", lambda: False)
-    words = ["--model_name_or_path", "m", "--dataset_name", "d", "--use_cpu", "true", "--bf16", "false"]
-    (line,) = said(capsys, "train", *words, "--accelerate_config", str(ROOT / "examples/accelerate/zero2.yaml"))
-    assert line.startswith("tbrm train: accelerate: DeepSpeed is not installed")
+    with pytest.raises(Refused, match="accelerate: DeepSpeed is not installed"):
+        train.launch(Words([], ["--config_file", str(ROOT / "examples/accelerate/zero2.yaml")]))
 
 
 def test_every_wrong_field_is_named(tmp_path, capsys):
