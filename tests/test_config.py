@@ -161,6 +161,13 @@ def test_sampling_filters_warn(options):
         config(**options)
 
 
+def test_a_top_k_of_none_is_0():
+    """transformers would draw from the first 50 tokens."""
+    assert config(top_k=None).top_k == config().top_k == 0
+    assert config(generation_kwargs={"top_k": None}).generation_kwargs == {"top_k": 0}
+    assert config(top_k=None).sampling_filters() == {}
+
+
 def test_no_warning_without_filters():
     with warnings.catch_warnings():
         warnings.simplefilter("error", UserWarning)

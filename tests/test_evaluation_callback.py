@@ -128,7 +128,8 @@ def test_prompts_are_rendered_as_in_training(own, asked, tmp_path):
 @pytest.mark.parametrize("lora", [False, True])
 def test_in_two_processes(llama, tmp_path, lora):
     """Both log the same. Before training that is what one process logs. The best is the largest."""
-    first, second = launch("helpers.benchmark_runs:train", model=llama, folder=str(tmp_path / "two"), lora=lora)
+    folder = str(tmp_path / "two")
+    first, second = launch("helpers.benchmark_runs:train", model=llama, folder=folder, lora=lora, log_completions=True)
     (one, other), best = first["evaluations"], first["best"]
     assert one == other and best == second["best"] == max(value for step, value in one if step)
     alone = train(llama, str(tmp_path / "one"), lora=lora)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import replace
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -13,7 +14,7 @@ from accelerate.utils import DistributedType, gather_object
 from common.launch import allow_fsdp_on_cpu, free_port, launch
 from common.tiny import perturb, save
 from helpers.oracle import TOLERANCE, plain, solve
-from helpers.runs import before_each_update
+from helpers.runs import before_each_update, build
 from helpers.scripted import script, scripted_trainer
 from helpers.sharded import whole
 from peft import LoraConfig, get_peft_model
@@ -57,6 +58,27 @@ def test_a_reference_by_name_is_not_spread_over_gpus(distributed, given, qwen2, 
     monkeypatch.setattr(trainer.accelerator, "prepare_model", lambda model, **options: model)
     trainer._load_reference(qwen2)
     assert {name: seen[name] for name in ("device_map",) if name in seen} == given
+
+
+def test_a_reference_has_no_revision_of_the_policys(qwen2, tmp_path, monkeypatch):
+    """`revision` in `model_init_kwargs` is one of the policy's repository."""
+    trainer, seen = scripted_trainer(qwen2, script(), tmp_path, model_init_kwargs={"revision": "main"}), {}
+
+    def create(name, **options):
+        seen.update(options)
+        return AutoModelForCausalLM.from_pretrained(name)
+
+    monkeypatch.setattr("tbrm_trl.trainer.create_model_from_path", create)
+    trainer._load_reference(qwen2)
+    assert "dtype" in seen and "revision" not in seen
+
+
+def test_the_policy_is_not_its_own_reference(qwen2, tmp_path):
+    policy = AutoModelForCausalLM.from_pretrained(qwen2)
+    with pytest.raises(ValueError, match="`reference_model` is the policy itself"):
+        build(policy, tmp_path, reference_model=policy)
+    given = build(policy, tmp_path, reference_model=Path(qwen2))  # a path is a name
+    assert given.ref_model is not given.model
 
 
 # ---- one process -----------------------------------------------------------------------------------------------------

@@ -114,6 +114,20 @@ def test_a_skipped_update_is_one_without_a_step(kind, value, where, tmp_path):
     assert [(one["update"], one["cause"]) for one in culprits(tmp_path / "skips")] == [(2, cause)] * 8
 
 
+@pytest.mark.parametrize("offset", [False, True])
+def test_an_update_in_which_nothing_counts_moves_nothing(offset, tmp_path):
+    """Gradients of 0 would let Adam's momentum move the weights on, and weight decay shrink them."""
+    rows = [*script(rows=16), *script(rows=16, seed=1, unscored=tuple(range(16)))]
+    options = {**UPDATES, "max_steps": 4, "num_iterations": 1, "per_device_train_batch_size": 8}
+    options |= {"soft_value": "calibrated", "soft_value_offset": True} if offset else {}
+    trainer = scripted_trainer(save(tmp_path / "model"), rows, tmp_path / "out", **options)
+    seen = before_each_update(trainer, lambda: weights_of(trainer))
+    with pytest.warns(UserWarning, match="No trajectory of this update counts in the loss"):
+        trainer.train()
+    assert not equal(seen[1], seen[2]) and equal(seen[2], seen[3]) and equal(seen[3], weights_of(trainer))
+    assert logged(trainer, "skipped_updates")[-1] == 0 and logged(trainer, "grad_norm")[2:] == [0, 0]
+
+
 def test_the_logged_loss_is_the_mean_of_the_updates_taken(tmp_path):
     folder = save(tmp_path / "model")
     each = scripted_trainer(folder, script(), tmp_path / "each", **UPDATES | {"max_steps": 4})

@@ -111,6 +111,24 @@ def test_lm_head_in_float32(tmp_path):
     assert logged(trainer, "log_ratio")[0] == ZERO
 
 
+@pytest.mark.parametrize("mixed", [False, True], ids=["bfloat16", "mixed"])
+@pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
+def test_a_given_references_head_in_float32(tied, mixed, tmp_path):
+    """It scores as the policy does. With tied weights, embeddings go on in the dtype of the other layers."""
+    folder = save(tmp_path / "model", "llama", tie_word_embeddings=tied)
+    options = dict(cast_lm_head_to_fp32=True, bf16=mixed, model_init_kwargs={"dtype": torch.bfloat16})
+    trainer = train(folder, tmp_path, max_steps=1, reference_model=folder, **options)
+    assert trainer.ref_model.get_output_embeddings().weight.dtype == torch.float32
+    assert logged(trainer, "log_ratio") == logged(trainer, "kl") == [0.0]
+
+
+def test_a_float32_head_with_an_adapter_needs_weights_of_its_own(tmp_path):
+    options = dict(cast_lm_head_to_fp32=True, peft_config=LoraConfig(r=2, target_modules=["q_proj"]), max_steps=1)
+    with pytest.raises(ValueError, match=r"`cast_lm_head_to_fp32=True` with an adapter is refused"):
+        build(save(tmp_path / "tied", "llama", tie_word_embeddings=True), tmp_path, **options)
+    train(save(tmp_path / "untied", "llama", tie_word_embeddings=False), tmp_path, **options)
+
+
 class CastsToBfloat16(TorchDispatchMode):
     """Counts how often each parameter is cast."""
 
@@ -126,7 +144,7 @@ class CastsToBfloat16(TorchDispatchMode):
 
 @pytest.mark.parametrize("adapted", [False, True], ids=["full", "lora"])
 def test_generation_in_mixed_precision(adapted, llama, tmp_path, monkeypatch):
-    """Each trained matrix is cast once for all tokens of a window, and the tokens stay the same."""
+    """Each matrix, trained or frozen, is cast once for all tokens of a window, and the tokens stay the same."""
     lora = LoraConfig(r=4, target_modules="all-linear") if adapted else None
     trainer, casts = build(llama, tmp_path, max_steps=1, bf16=True, peft_config=lora), CastsToBfloat16()
     generate = trainer._generate_single_turn
@@ -138,9 +156,11 @@ def test_generation_in_mixed_precision(adapted, llama, tmp_path, monkeypatch):
     trainer._generate_single_turn = counted
     trainer.train()
     assert max(len(t.completion_ids) for t in trajectories(trainer)) > 4
-    trained = {id(p): name for name, p in trainer.model.named_parameters() if p.requires_grad}
-    counts = {trained[one]: count for one, count in casts.of.items() if one in trained and count}
-    assert len(counts) == (28 if adapted else 15) and set(counts.values()) == {1}
+    matrices = {id(p): name for name, p in trainer.model.named_parameters() if p.ndim == 2}
+    counts = {matrices[one]: count for one, count in casts.of.items() if count}
+    assert counts == dict.fromkeys(matrices.values(), 1)
+    trained = [name for name, p in trainer.model.named_parameters() if p.requires_grad]
+    assert all("lora_" in name for name in trained) == adapted
 
     if not adapted:
         monkeypatch.setattr(TBRMTrainer, "_autocast_of_generation", lambda self: nullcontext())

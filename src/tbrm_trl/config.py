@@ -18,6 +18,7 @@ class TBRMConfig(TBRMOptions):
 
     def __post_init__(self):
         refuse(options.check_types(self))
+        self._switch_top_k_off()
         problems = [
             *options.check_meaning(self),
             *self._resolve_truncation(),
@@ -63,6 +64,14 @@ class TBRMConfig(TBRMOptions):
             # GRPO checks this last, after it has derived all batch sizes. TBRM needs only one rollout.
             elif not (self.num_generations == 1 and str(error).startswith("GRPO requires at least 2 generations")):
                 yield str(error)
+
+    def _switch_top_k_off(self) -> None:
+        """Turn a `top_k` of None into 0. To TRL both mean all tokens, but transformers takes the first 50 for None."""
+        values = vars(self)
+        values["top_k"] = values["top_k"] or 0
+        given = values["generation_kwargs"] or {}
+        if "top_k" in given:
+            values["generation_kwargs"] = {**given, "top_k": given["top_k"] or 0}
 
     def _keep_time_limit(self) -> None:
         """Set the process group's timeout to `ddp_timeout`, which transformers ignores with `use_cpu=True`."""

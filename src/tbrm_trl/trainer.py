@@ -114,8 +114,8 @@ from .loss.soft_value import Run, SoftValue
 from .loss.soft_value.sampled import SampledValue
 from .loss.trajectory_loss import TrajectoryLoss
 from .model import publisher
-from .model.decoding import Slots, draws_one_token, sample
-from .model.head import add_trajectory_head
+from .model.decoding import Slots, draws_one_token, frozen_casts_kept, sample
+from .model.head import add_trajectory_head, keep_head_in_float32
 from .model.publisher import Publisher, Version, say_base, write_base
 from .model.randomness import disable_randomness, keep_weights_unpacked
 from .model.reference import (
@@ -382,7 +382,9 @@ class TBRMTrainer(ExactResume, GRPOTrainer):
         self.mask_truncated_completions = False  # TRL would hide them from attention too; here they leave the loss
 
         if reference_model is not None:
-            self.ref_model = self._load_reference(reference_model)
+            self.ref_model = self._load_reference(
+                str(reference_model) if isinstance(reference_model, Path) else reference_model
+            )
 
         policy = self.model.get_base_model() if is_peft_model(self.model) else self.model
         self._check_what_was_built(model if reference_model is None else None, policy)
@@ -608,7 +610,8 @@ class TBRMTrainer(ExactResume, GRPOTrainer):
             }
             if self.accelerator.distributed_type != DistributedType.NO:
                 settings["device_map"] = None  # TRL's default spreads a model over all GPUs
-            model = create_model_from_path(given, **{**settings, **(self.args.model_init_kwargs or {})})
+            of_policy = {name: v for name, v in (self.args.model_init_kwargs or {}).items() if name != "revision"}
+            model = create_model_from_path(given, **settings | of_policy)
         theirs, ours = (one.config.get_text_config().vocab_size for one in (model, self.model))
         if theirs != ours:
             raise ValueError(
@@ -617,7 +620,7 @@ class TBRMTrainer(ExactResume, GRPOTrainer):
             )
         disable_randomness(model)
         if self.args.cast_lm_head_to_fp32:
-            model.lm_head = model.lm_head.float()
+            keep_head_in_float32(model)
         add_fused_lm_head(model, self.temperature, self.args.cast_lm_head_to_fp32)
         if self.is_deepspeed_enabled:
             return prepare_deepspeed(model, self.accelerator)
@@ -995,14 +998,19 @@ class TBRMTrainer(ExactResume, GRPOTrainer):
             with temporarily(policy, generate=partial(policy.generate, custom_generate=loop)):
                 return super()._generate_single_turn(*given)
 
-    def _autocast_of_generation(self) -> AbstractContextManager[None]:
+    @contextmanager
+    def _autocast_of_generation(self) -> Iterator[None]:
         """Mixed precision from a window's first token to its last.
 
         accelerate enters autocast anew in each forward pass, which casts all weights again for every token. And an
         adapter's `generate` does not use that forward pass, so tokens would be drawn in another precision than they are
         scored in. Sharded weights are whole only in turn, so copies of all of them must not be kept.
         """
-        return nullcontext() if self.is_sharded else self.accelerator.autocast()
+        if self.is_sharded:
+            yield
+        else:
+            with self.accelerator.autocast(), frozen_casts_kept(self.model):
+                yield
 
     def _draw_from_pool(
         self,
@@ -1279,10 +1287,18 @@ class TBRMTrainer(ExactResume, GRPOTrainer):
         is_finite = math.isfinite(norm)
         of_scale = not is_finite and self.accelerator.mixed_precision == "fp16" and bool(self._totals.all_finite())
         if is_finite or of_scale:
+            if not self._denominator and not self.aux_loss_enabled:
+                self._keep_weights(model)  # zeros as gradients would still let momentum move them
             self._take_update()
         else:
             self._skip_update(model)
         return norm
+
+    def _keep_weights(self, model: nn.Module) -> None:
+        """Let the coming optimizer step change no weight and no moment."""
+        model.zero_grad()  # to None: the optimizer then skips a parameter and its moments
+        if self._trained_modules is not None:
+            self._trained_modules.skip_next_step()
 
     def _take_update(self) -> None:
         self._skipped.took()
@@ -1312,9 +1328,7 @@ class TBRMTrainer(ExactResume, GRPOTrainer):
 
     def _skip_update(self, model: nn.Module) -> None:
         """Keep an update out of the weights, moments, replay buffer and log. The schedule and the data go on."""
-        model.zero_grad()  # to None: the optimizer then skips a parameter and its moments
-        if self._trained_modules is not None:
-            self._trained_modules.skip_next_step()
+        self._keep_weights(model)
         if self.is_deepspeed_enabled:
             self.model_wrapped.optimizer.overflow = False  # otherwise the Trainer would not step the schedule
         self._tr_loss.copy_(self._loss_before)
@@ -1368,7 +1382,8 @@ class TBRMTrainer(ExactResume, GRPOTrainer):
             else:
                 metrics = super().evaluate(*args, **kwargs)
             logged = {name for entry in self.state.log_history[first:] for name in entry}  # of every evaluated set
-            if added := {name: value for name, value in metrics.items() if name not in logged}:
+            added = {name: value for name, value in metrics.items() if name not in logged}
+            if any(gather_object([bool(added)])):  # a callback may have added them on one process alone
                 self.model.eval()  # TRL takes metrics for an evaluation's in this mode
                 self.log(added)  # callbacks added these after the Trainer had logged
         if self.is_in_train:

@@ -11,7 +11,7 @@ import torch
 from accelerate.utils import is_peft_model
 from torch import nn
 from torch.distributed.tensor import DTensor
-from transformers import GenerationConfig, PreTrainedModel
+from transformers import AutoConfig, GenerationConfig, PreTrainedModel
 from transformers.utils.generic import is_flash_attention_requested
 
 from ..model.caches import can_select_rows, empty_cache
@@ -51,6 +51,8 @@ def check_adapters(model: Any, peft_config: Any, args: TBRMOptions) -> None:
     given = not isinstance(model, str) and is_peft_model(model)
     if given:
         _check_given_adapter(model)
+    if args.cast_lm_head_to_fp32 and (given or peft_config is not None):
+        _check_head_of_adapted(model, args.trust_remote_code)
     configs = list(model.peft_config.values()) if given else []
     for config in [*configs, *([peft_config] if peft_config is not None else [])]:
         for name, rate in vars(config).items():
@@ -74,6 +76,17 @@ def check_adapters(model: Any, peft_config: Any, args: TBRMOptions) -> None:
                 f"`ref_model_mixup_alpha={args.ref_model_mixup_alpha}` is refused with adapters: mixing the factors A "
                 "and B of two adapters does not mix their products BA. Use ref_model_mixup_alpha=1.0, a hard reset."
             )
+
+
+def _check_head_of_adapted(model: Any, trust_remote_code: bool) -> None:
+    """Refuse `cast_lm_head_to_fp32` if the head is also the embedding, which TRL looks for in the bare model."""
+    is_name = isinstance(model, str)
+    config = AutoConfig.from_pretrained(model, trust_remote_code=trust_remote_code) if is_name else model.config
+    if config.get_text_config().tie_word_embeddings:
+        raise ValueError(
+            "`cast_lm_head_to_fp32=True` with an adapter is refused for a model whose head shares the weights of its "
+            "embeddings: TRL cannot set it up. Leave the option out; sums and losses are in float32 anyway."
+        )
 
 
 def _check_given_adapter(model: Any) -> None:
@@ -212,6 +225,11 @@ def check_reference_model(
     """Refuse a `reference_model` if another policy is the reference, or is sampled in its place."""
     if reference_model is None:
         return
+    if reference_model is model and not isinstance(model, str):
+        raise ValueError(
+            "`reference_model` is the policy itself, which moves. Leave it out (the reference is then the policy as it "
+            "starts), or pass a model of its own."
+        )
     if peft_config is not None or (not isinstance(model, str) and is_peft_model(model)):
         raise ValueError(
             "`reference_model` with adapters is refused: their reference is the base model, or the adapter that the "

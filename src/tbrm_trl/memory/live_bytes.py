@@ -20,6 +20,8 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from trl.kernels.chunked_logprob import TOKEN_CHUNK_SIZE, ChunkedLogProbFunction
 from trl.trainer.utils import _CHUNKED_LOGPROB_CHUNK_SIZE as VOCABULARY_CHUNK
 
+from ..model.decoding import frozen_casts_kept
+
 WITHOUT_MASK = "sdpa_without_mask"
 AttentionInterface.register(WITHOUT_MASK, sdpa_attention_forward)
 AttentionMaskInterface.register(WITHOUT_MASK, lambda *args, **kwargs: None)
@@ -154,7 +156,7 @@ class Trace:
         peaks = []
         for given, new in ((0, max(self.prompt, 1)), (self.prompt + self.completion - 1, 1)):
             live = _Live([*policy.parameters(), *policy.buffers()])
-            with self.mode, live, self.mixed_precision():
+            with self.mode, live, self.mixed_precision(), frozen_casts_kept(policy):
                 cache = None
                 if given:
                     ids = torch.zeros(rows, given, dtype=torch.long)

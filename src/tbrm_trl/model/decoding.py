@@ -8,11 +8,12 @@ from __future__ import annotations
 
 import copy
 import inspect
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any, Protocol
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import Cache, GenerationConfig, LogitsProcessorList, PreTrainedModel
 from transformers.generation import GenerationMode, StoppingCriteriaList
 
@@ -32,6 +33,22 @@ def draw(scores: Tensor, config: GenerationConfig) -> Tensor:
     if not config.do_sample:
         return scores.argmax(dim=-1)
     return torch.multinomial(scores.softmax(dim=-1), num_samples=1).squeeze(1)
+
+
+@contextmanager
+def frozen_casts_kept(model: nn.Module) -> Iterator[None]:
+    """Let autocast keep its copies of frozen float32 weights, as it does those of trained ones. For use without grad.
+
+    PyTorch's autocast keeps a cast weight until the block's end only if the weight requires a gradient.
+    """
+    frozen = [one for one in model.parameters() if one.dtype == torch.float32 and not one.requires_grad]
+    try:
+        for parameter in frozen:
+            parameter.requires_grad_(True)
+        yield
+    finally:
+        for parameter in frozen:
+            parameter.requires_grad_(False)
 
 
 def sample(

@@ -36,6 +36,24 @@ def logit_transform(model: PreTrainedModel, temperature: float):
     return transform
 
 
+def keep_head_in_float32(model: PreTrainedModel) -> None:
+    """Compute logits in float32 whatever the states' dtype and autocast, as `cast_lm_head_to_fp32` does in TRL.
+
+    An embedding that shares the head's weight keeps the dtype of its output.
+    """
+    head, embeddings = model.get_output_embeddings(), model.get_input_embeddings()
+    dtype, is_tied = head.weight.dtype, head.weight is embeddings.weight
+    head.float()
+
+    def forward(states: Tensor) -> Tensor:
+        with torch.autocast(states.device.type, enabled=False):
+            return nn.functional.linear(states.float(), head.weight.float(), head.bias)
+
+    head.forward = forward
+    if is_tied:
+        embeddings.register_forward_hook(lambda module, inputs, output: output.to(dtype))
+
+
 def add_trajectory_head(model: PreTrainedModel, temperature: float, cast_lm_head_to_fp32: bool = False) -> None:
     """Teach `model` to score trajectories: `model(..., action_mask=mask)` returns `TrajectoryScores`.
 

@@ -1,6 +1,11 @@
 """Make a model compute in training what it computes in evaluation: no dropout, no noise, no repacked weights."""
 
+import inspect
+import re
+
 from torch import nn
+
+_NOISE = ("dropout", "pdrop", "jitter", "layerdrop")  # parts of names
 
 
 def keep_weights_unpacked(model: nn.Module) -> None:
@@ -24,10 +29,24 @@ def disable_randomness(model: nn.Module) -> None:
 
     A noisy log-probability biases a squared sum: E(δ + ε)² = δ² + Var ε. Attention layers keep their rate as a plain
     number beside the dropout modules, so both are set to 0.
+
+    Raises:
+        ValueError: if a layer reads its rate from the configuration in each forward pass. To set it to 0 there would
+            change the configuration that is saved.
     """
     for module in model.modules():
         if isinstance(module, nn.modules.dropout._DropoutNd):
             module.p = 0.0
         for name, value in vars(module).items():
-            if isinstance(value, float) and value > 0 and any(word in name for word in ("dropout", "pdrop", "jitter")):
+            if isinstance(value, float) and value > 0 and any(word in name for word in _NOISE):
                 setattr(module, name, 0.0)
+    for layer, config in {type(module): getattr(module, "config", None) for module in model.modules()}.items():
+        read = re.findall(r"self\.config\.(\w+)", inspect.getsource(layer.forward)) if config is not None else []
+        noisy = {
+            name: rate for name in read if any(word in name for word in _NOISE) and (rate := getattr(config, name, 0))
+        }
+        if noisy:
+            raise ValueError(
+                f"{layer.__name__} reads {noisy} from the model's configuration in each forward pass, and noise biases "
+                "a squared residual. Set it to 0 in the configuration (config.json, or `model.config` before training)."
+            )
