@@ -67,11 +67,9 @@ class TBRMConfig(TBRMOptions):
 
     def _switch_top_k_off(self) -> None:
         """Turn a `top_k` of None into 0. To TRL both mean all tokens, but transformers takes the first 50 for None."""
-        values = vars(self)
-        values["top_k"] = values["top_k"] or 0
-        given = values["generation_kwargs"] or {}
-        if "top_k" in given:
-            values["generation_kwargs"] = {**given, "top_k": given["top_k"] or 0}
+        given = getattr(self, "generation_kwargs", None) or {}
+        generation = {**given, "top_k": given["top_k"] or 0} if "top_k" in given else given
+        self.__dict__.update(top_k=self.top_k or 0, generation_kwargs=generation or None)
 
     def _keep_time_limit(self) -> None:
         """Set the process group's timeout to `ddp_timeout`, which transformers ignores with `use_cpu=True`."""
