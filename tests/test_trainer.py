@@ -120,6 +120,9 @@ def test_a_given_references_head_in_float32(tied, mixed, tmp_path):
     trainer = train(folder, tmp_path, max_steps=1, reference_model=folder, **options)
     assert trainer.ref_model.get_output_embeddings().weight.dtype == torch.float32
     assert logged(trainer, "log_ratio") == logged(trainer, "kl") == [0.0]
+    with torch.no_grad(), trainer.accelerator.autocast():  # as where tokens are drawn
+        head = trainer.model.get_output_embeddings()
+        assert head(torch.ones(1, head.in_features, dtype=torch.bfloat16)).dtype == torch.float32
 
 
 def test_a_float32_head_with_an_adapter_needs_weights_of_its_own(tmp_path):

@@ -2,7 +2,6 @@
 
 import functools
 import types
-from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -37,7 +36,7 @@ def logit_transform(model: PreTrainedModel, temperature: float):
 
 
 def keep_head_in_float32(model: PreTrainedModel) -> None:
-    """Compute logits in float32 whatever the states' dtype and autocast, as `cast_lm_head_to_fp32` does in TRL.
+    """Compute logits in float32 whatever the states' dtype, as `cast_lm_head_to_fp32` does in TRL.
 
     An embedding that shares the head's weight keeps the dtype of its output.
     """
@@ -45,11 +44,7 @@ def keep_head_in_float32(model: PreTrainedModel) -> None:
     dtype, is_tied = head.weight.dtype, head.weight is embeddings.weight
     head.float()
 
-    def forward(states: Tensor) -> Tensor:
-        with torch.autocast(states.device.type, enabled=False):
-            return nn.functional.linear(states.float(), head.weight.float(), head.bias)
-
-    head.forward = forward
+    head.forward = lambda states: nn.functional.linear(states.float(), head.weight.float(), head.bias)
     if is_tied:
         embeddings.register_forward_hook(lambda module, inputs, output: output.to(dtype))
 
@@ -72,17 +67,17 @@ def add_trajectory_head(model: PreTrainedModel, temperature: float, cast_lm_head
     Args:
         model: causal language model with TRL's fused head, not wrapped by PEFT.
         temperature: sampling temperature T; the policy is softmax(logits / T).
-        cast_lm_head_to_fp32: keep the head out of autocast, as TRL's option of that name does.
+        cast_lm_head_to_fp32: keep the head out of autocast, where scores are computed and where tokens are drawn.
     """
     fused_forward = model.forward
     transform = logit_transform(model, temperature)
+    if cast_lm_head_to_fp32:
+        _keep_out_of_autocast(model.get_output_embeddings())
 
     def soft_value(states: Tensor) -> Tensor:
         head = model.get_output_embeddings()
         # The soft value is computed in the kernel's dtype: autocast's if it is on, else that of the states.
-        in_head_dtype = torch.autocast(states.device.type, enabled=False) if cast_lm_head_to_fp32 else nullcontext()
-        with in_head_dtype:
-            return transform(head(states.to(head.weight.device))).logsumexp(dim=-1)  # (N,)
+        return transform(head(states.to(head.weight.device))).logsumexp(dim=-1)  # (N,)
 
     @functools.wraps(fused_forward)  # `generate` reads the signature
     def forward(
@@ -139,6 +134,16 @@ def add_trajectory_head(model: PreTrainedModel, temperature: float, cast_lm_head
         )
 
     model.forward = types.MethodType(forward, model)
+
+
+def _keep_out_of_autocast(head: nn.Module) -> None:
+    compute = head.forward
+
+    def forward(states: Tensor) -> Tensor:
+        with torch.autocast(states.device.type, enabled=False):
+            return compute(states)
+
+    head.forward = forward
 
 
 def at_mask(values: Tensor, mask: Tensor) -> Tensor:
