@@ -151,7 +151,7 @@ def test_equal_rewards_still_teach(reward, tmp_path):
 
 
 def test_nothing_counts(tmp_path):
-    """A step in which no trajectory could be scored: loss 0, a gradient of 0 that the optimizer is not given, no NaN."""
+    """No trajectory could be scored: loss 0, a gradient of 0 that the optimizer is not given, and no NaN."""
     rows = script(unscored=tuple(range(8)))
     trainer = scripted_trainer(save(tmp_path / "model"), rows, tmp_path, learning_rate=1.0)
     before = {n: p.detach().clone() for n, p in trainer.model.named_parameters()}
