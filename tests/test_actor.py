@@ -457,6 +457,13 @@ class KillActor(TrainerCallback):
             self.actor._process.kill()
 
 
+class WaitForActor(TrainerCallback):
+    """Lets the actor look for windows before the run restores its state, as a long evaluation at the start does."""
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        until(lambda: (Path(args.output_dir) / "actor/status.json").exists())
+
+
 @pytest.mark.launch
 def test_a_run_with_its_actor(llama, server, tmp_path):
     """The actor is killed once and started again. The run is resumed with another one. Each row is trained on once."""
@@ -484,6 +491,7 @@ def test_a_run_with_its_actor(llama, server, tmp_path):
     drawn = [[DATA[index]["prompt"] for index in sampler.window(window)] for window in range(UPDATES)]
     assert [sorted(prompts[i : i + ROWS]) for i in range(0, len(prompts), ROWS)] == list(map(sorted, drawn))
     rewarded_anew = build(llama, tmp_path, digits, max_steps=UPDATES, **options)
+    rewarded_anew.add_callback(WaitForActor())
     rewarded_anew.train(resume_from_checkpoint=str(Path(first.args.output_dir) / "checkpoint-3"))
     assert logged(rewarded_anew, "rewards/digits/mean") and rewarded_anew.state.global_step == UPDATES
     assert max(logged(first, "staleness/max") + logged(second, "staleness/max")) <= 1

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import math
 import sys
 import weakref
 from dataclasses import replace
 from importlib.metadata import version
+from pathlib import Path
 from types import ModuleType, SimpleNamespace
 
 import pytest
@@ -206,6 +208,20 @@ def test_an_interrupted_evaluation_goes_on(tmp_path, judge, monkeypatch):
     assert again.asked == 3
     evaluate(Scripted(answers), SUMS, SETTINGS, tmp_path / "whole.jsonl", judge)
     assert read_result(path).rows == read_result(tmp_path / "whole.jsonl").rows
+
+
+def test_a_full_disk_leaves_no_result(tmp_path, monkeypatch):
+    """A file whose header is cut short would be taken for no result from then on."""
+
+    def cut(path, text, **options):
+        path.write_bytes(text.encode()[:10])
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "write_text", cut)
+        with pytest.raises(OSError, match=r"Cannot write to .*r\.jsonl"):
+            open_result(tmp_path / "r.jsonl", {"name": "r"})
+    assert open_result(tmp_path / "r.jsonl", {"name": "r"}).header == {"name": "r"}
 
 
 def test_another_evaluation_is_not_mixed_in(tmp_path, judge):

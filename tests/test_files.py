@@ -2,13 +2,14 @@
 
 import json
 import math
+import shutil
 from collections import deque
 
 import numpy as np
 import pytest
 import torch
 
-from tbrm_trl.files import plain, rows_of_file
+from tbrm_trl.files import plain, remove_folder, rows_of_file
 from tbrm_trl.run_log import append_line, read_lines
 
 
@@ -29,6 +30,23 @@ def test_plain_values(value, expected):
     """NaN is no value. An infinite number is one, which JSON has no number for."""
     assert plain(value) == expected
     assert json.loads(json.dumps(plain(value), allow_nan=False)) == expected
+
+
+def test_a_folder_that_a_kill_leaves_half_removed_has_another_name(tmp_path, monkeypatch):
+    folder = tmp_path / "step-1"
+    folder.mkdir()
+    (folder / "a").write_text("a")
+
+    def killed(*args, **kwargs):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(shutil, "rmtree", killed)
+        with pytest.raises(KeyboardInterrupt):
+            remove_folder(folder)
+    assert not folder.exists() and len(list(tmp_path.iterdir())) == 1
+    remove_folder(tmp_path / "not there")
+    assert not list(tmp_path.iterdir())
 
 
 def test_the_log_has_six_digits_and_no_nan(tmp_path):

@@ -26,8 +26,9 @@ from helpers.writers import made_rows, number_of, write_record, write_slowly
 
 from tbrm_trl import load_rollouts
 from tbrm_trl.run_log import read_lines, trajectory_ids
+from tbrm_trl.sources import records
 from tbrm_trl.sources.records import Part, RecordFolder
-from tbrm_trl.sources.saved_rollouts import rollout_files
+from tbrm_trl.sources.saved_rollouts import column_of, record_name, rollout_files
 from tbrm_trl.trajectory import Source
 
 LOGGED = Dataset.from_list([{"prompt": p, "completion": "a", "reward": 1.0} for p in PROMPTS])
@@ -133,6 +134,34 @@ def test_replay_logged_rows_and_evaluation_beside_followed_rollouts(llama, tmp_p
     (entry,) = (line for line in read_lines(Path(trainer.args.output_dir) / "log.jsonl") if "eval_loss" in line)
     assert (entry["eval_policy"], entry["eval_sampler"]) == ("step 6", "transformers")
     assert "eval_reward" in entry and "eval_rollouts/queue" not in entry
+
+
+@pytest.mark.parametrize("first", ["ids", "messages"])
+def test_writers_of_text_and_of_messages_in_one_table(first, llama, tmp_path):
+    rows, there = made_rows(8), tmp_path / "records"
+    said = {"prompt": [{"role": "user", "content": "a"}], "completion": [{"role": "assistant", "content": "b"}]}
+    forms = {"ids": rows[:4], "messages": [{**row, **said} for row in rows[4:]]}
+    for writer, form in zip("ab", (first, *(set(forms) - {first})), strict=True):
+        for number in range(2):
+            write_record(there, writer, number, forms[form][2 * number : 2 * number + 2])
+    trainer = follow(llama, tmp_path, there, max_steps=2, log_completions=True, logging_steps=1)
+    trainer.train()
+    assert sorted(numbers(trainer.taken)) == list(range(8))
+    assert {prompt[0]["role"] for prompt in trainer._logs["prompt"]} == {"user"}
+
+
+def test_a_look_at_the_folder_reads_no_name_of_a_file_that_was_taken(tmp_path, monkeypatch):
+    """In a run of weeks there are a hundred thousand of them."""
+    for number in range(30):
+        write_record(tmp_path, "w", number, made_rows(1))
+    reader, read = folder(tmp_path), []
+    assert taken(reader, 29) == [0] * 29 and taken(reader, 1) == [0]
+    monkeypatch.setattr(records, "record_name", lambda file: read.append(file.name) or record_name(file))
+    for expected in (["w-000029.parquet"], []):  # the last file once more, to see that it was taken
+        read.clear()
+        assert reader._waiting() == [] and read == expected
+    reader.restore({})
+    assert len(reader._waiting()) == 30
 
 
 # ---- which rows, in which order --------------------------------------------------------------------------------------
@@ -410,6 +439,11 @@ def test_what_writers_logged_is_logged(llama, tmp_path):
     assert (entry["seconds"], entry["rare"]) == (1.5, 7.0)
     assert sorted(trainer._logs["extra"]["judge"]) == ["j0", "j1", "j2", "j3"]
     assert not [name for name in load_rollouts(trainer.args.output_dir).column_names if "seconds" in name]
+
+
+def test_text_that_is_not_unicode_is_kept():
+    """`json.loads` returns such text for half of an emoji that a policy has escaped."""
+    assert column_of(["a", "\ud83d", None]).to_pylist() == ['"a"', '"\\ud83d"', None]
 
 
 def test_records_are_read_back_as_data(tmp_path):

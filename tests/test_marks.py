@@ -258,7 +258,9 @@ def test_so_many_are_kept(limit, best, left, tmp_path):
     for age, step in enumerate((1, 2, 9, 3, 4)):
         folder = write(tmp_path, step)
         os.utime(folder, (age, age))
+    (tmp_path / "checkpoint-2-kept").mkdir()  # a user's copy
     remove_old_checkpoints(tmp_path / "checkpoint-4", limit, best and str(tmp_path / f"checkpoint-{best}"))
+    assert (tmp_path / "checkpoint-2-kept").exists()
     assert names(numbered_checkpoints(tmp_path)) == [f"checkpoint-{step}" for step in left]
 
 

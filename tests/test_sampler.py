@@ -6,9 +6,10 @@ from collections import Counter
 
 import numpy as np
 import pytest
+import torch
 from helpers.runs import config
 
-from tbrm_trl.sources.sampler import WindowMix, WindowSampler, window_mix
+from tbrm_trl.sources.sampler import Orders, WindowMix, WindowSampler, window_mix
 
 
 def sampler(logged_mask, mix: WindowMix, generations=1, processes=1, repeats=1, epoch=0, seed=0) -> list[int]:
@@ -39,6 +40,20 @@ def test_the_logged_stream_goes_on():
         drawn += [i for i in sampler(mask, WindowMix(2, 3), epoch=epoch) if mask[i]]
     assert len(drawn) == 36 and len(set(drawn[:20])) == 20
     assert drawn[:18] != drawn[18:]
+
+
+@pytest.mark.parametrize("seed", [None, 5])
+def test_the_order_of_a_pass_does_not_depend_on_what_was_asked_before(seed, monkeypatch):
+    """Forwards, a pass or two back as a pool and its run ask for them, and far back."""
+    rows, shuffle = np.arange(10, 17), torch.randperm
+    generator = torch.Generator().manual_seed(5)
+    expected = [rows if seed is None else rows[shuffle(7, generator=generator).numpy()] for _ in range(60)]
+    made = []
+    monkeypatch.setattr(torch, "randperm", lambda *given, **options: made.append(1) or shuffle(*given, **options))
+    orders = Orders(rows, seed)
+    for number in (0, 0, *(one + step for one in range(40) for step in (2, 0, 1)), 59, 3, 58):
+        assert np.array_equal(orders(number), expected[number])
+    assert len(made) < 400  # not 60 · 61 / 2
 
 
 def test_fresh_rows_in_trls_order():

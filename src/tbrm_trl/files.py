@@ -89,6 +89,17 @@ def appearing_folder(path: Path) -> Iterator[Path]:
         partial.rename(path)
 
 
+def remove_folder(folder: Path) -> None:
+    """Remove a folder, if it is there, so that a kill leaves no part of it under its name.
+
+    What an earlier kill left of folders beside it is removed too.
+    """
+    if folder.exists():
+        folder.rename(folder.with_name(f"{_REMOVED}{folder.name}"))
+    for gone in folder.parent.glob(f"{_REMOVED}*"):
+        shutil.rmtree(gone, ignore_errors=True)
+
+
 @contextmanager
 def writing(path: Path) -> Iterator[None]:
     """Turn a disk error into an OSError that names the path and says what to do.
@@ -119,6 +130,7 @@ def require_writable(folder: Path, what: str) -> None:
 
 
 _CANNOT = "Cannot write to"
+_REMOVED = "removed-"  # before the name of a folder that is being removed
 _PROBE = 1 << 16  # bytes
 _DISK = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO)
 

@@ -137,7 +137,7 @@ from .printing import printable
 from .processes import failing_together
 from .publishing import CardFacts, keep_at_home, model_card
 from .resume import ExactResume, RunState, complete_checkpoints
-from .resume.checkpoint import read_mark
+from .resume.checkpoint import load_values, process_folder, read_mark
 from .resume.finite import tensors_of_model
 from .run_log import LOG, SKIPPED, Stopwatch, append_line, append_update, go_back
 from .skipped_updates import SkippedUpdates, write_culprits
@@ -146,6 +146,7 @@ from .sources.bounds import Bounds
 from .sources.logged import (
     CompletionTokenizer,
     LoggedRows,
+    as_messages,
     columns_for_rewards,
     completion_of,
     logged_trajectory,
@@ -901,7 +902,10 @@ class TBRMTrainer(ExactResume, GRPOTrainer):
         with self._timed("rollouts"):
             taken, records = self._take_records(folder)
         trajectories = [record.trajectory for record in records]
-        prompts, completions = zip(*(completion_of(record.row, self._tokenizer) for record in records), strict=True)
+        texts = [completion_of(record.row, self._tokenizer) for record in records]
+        if self._gather([any(not isinstance(prompt, str) for prompt, _ in texts)]).any():
+            texts = [as_messages(*one) for one in texts]  # of several writers, in one form for tables
+        prompts, completions = zip(*texts, strict=True)
         given = {
             "prompt_ids": [one.prompt_ids.tolist() for one in trajectories],
             "completion_ids": [one.completion_ids.tolist() for one in trajectories],
@@ -1666,6 +1670,11 @@ class TBRMTrainer(ExactResume, GRPOTrainer):
             go_back(output_dir, process, self.args.world_size, step)
             if process == 0 and self._actor is not None and self._resumed_from is None:
                 self._actor.drop(self._actor.records.glob("window-*.parquet") if self._actor.starts else ())
+            if process == 0 and self._followed is not None and self._resumed_from:
+                # Before the actor starts, which does not draw a window that it sees.
+                followed = load_values(process_folder(self._resumed_from, 0))["own"]["followed"]
+                self._followed.restore(followed)
+                self._leave_rewards_of(followed["functions"], self._followed)
             if process == 0 and self.args.save_rollouts:
                 rewind_rollouts(output_dir / "rollouts", step)
         self._soft_value.prepare(self)
@@ -1736,7 +1745,6 @@ class TBRMTrainer(ExactResume, GRPOTrainer):
             self._pool.restore(own.get("pool", []))
         if self._followed is not None:
             self._followed.restore(own["followed"])
-            self._leave_rewards_of(own["followed"]["functions"], self._followed)
         self._window_version = own.get("window_version")
         if self._logged_rows is not None:
             self._logged_rows.restore(own["logged_rows"], trajectories["logged"])

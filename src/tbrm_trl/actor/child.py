@@ -84,7 +84,7 @@ class ActorProcess(TrainerCallback):
     def drop(self, windows: Iterable[Path]) -> None:
         """Remove the rollouts drawn ahead: the files of these windows, and every unfinished window."""
         for file in [*windows, *(self.log.parent / UNFINISHED).glob("*.jsonl")]:
-            file.unlink()
+            file.unlink(missing_ok=True)
 
     def start(self) -> None:
         self.log.parent.mkdir(parents=True, exist_ok=True)

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from ..files import appearing
 from .statistics import accuracy_from_scores, majority, mean_and_error, pass_at_k
 
 FORMAT = "tbrm-evaluation-1"
@@ -137,8 +138,8 @@ def open_result(path: Path, header: Mapping[str, Any]) -> Result:
         ValueError: if the file holds another evaluation. The error names what differs.
     """
     if not path.exists():
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps({"format": FORMAT, **header}, ensure_ascii=False) + "\n", encoding="utf-8")
+        with appearing(path) as partial:
+            partial.write_text(json.dumps({"format": FORMAT, **header}, ensure_ascii=False) + "\n", encoding="utf-8")
         return Result(path, dict(header))
     found = _read(path, mend=True)
     # A field that the file lacks, such as `judge`, is not compared, since an older version wrote the file.

@@ -11,7 +11,6 @@ same step with other weights.
 
 import copy
 import json
-import shutil
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -28,7 +27,7 @@ from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 from transformers import PreTrainedTokenizerBase, TrainerCallback
 
-from ..files import appearing_folder, write_json
+from ..files import appearing_folder, remove_folder, write_json
 from ..processes import failing_together
 from .reference import digest_of, gathering
 
@@ -136,7 +135,7 @@ class Publisher(TrainerCallback):
         for folder in self.folder.glob("step-*"):
             step = int(folder.name.split("-")[1])
             if folder.name != latest.name and not latest.step - self.kept <= step <= latest.step:
-                shutil.rmtree(folder, ignore_errors=True)
+                remove_folder(folder)
 
     def _probe(self) -> dict[int, dict[int, float]]:
         """Find the likeliest next tokens after prefixes of the probe. Every process runs this forward pass."""
@@ -196,7 +195,7 @@ def write_base(folder: Path, model: Any, tokenizer: PreTrainedTokenizerBase) -> 
     written = target / "digest"
     if written.is_file() and written.read_text() == digest:
         return target
-    shutil.rmtree(target, ignore_errors=True)
+    remove_folder(target)
     config = copy.deepcopy(policy.config)
     config.__dict__.pop("quantization_config", None)
     config.dtype = next(value.dtype for value in tensors.values() if value.is_floating_point())

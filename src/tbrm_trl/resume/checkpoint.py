@@ -75,9 +75,18 @@ def load_state(folder: Path) -> tuple[dict[str, Any], dict[str, list[Trajectory]
     for key, value in load_file(folder / "vision.safetensors").items():
         index, name = key.split("/", 1)
         pool[int(index)].vision[name] = value
-    saved = json.loads((folder / "state.json").read_text())
+    saved = _read_state(folder)
     lists = {name: [pool[i] for i in indices] for name, indices in saved["lists"].items()}
     return saved["state"], lists, load_arrays(folder / "arrays.safetensors")
+
+
+def load_values(folder: Path) -> dict[str, Any]:
+    """The JSON-able values that `save_state` wrote, alone."""
+    return _read_state(folder)["state"]
+
+
+def _read_state(folder: Path) -> dict[str, Any]:
+    return json.loads((folder / "state.json").read_text())
 
 
 # ---- the mark --------------------------------------------------------------------------------------------------------
@@ -394,7 +403,12 @@ def remove_old_checkpoints(written: Path, limit: int | None, best: str | None) -
     if limit is None or limit <= 0:
         return
     kept = {str(written), str(Path(best or written))}
-    others = [folder for folder in sort_checkpoints(str(written.parent), use_mtime=True) if folder not in kept]
+    numbered = set(map(str, numbered_checkpoints(written.parent)))  # a user's own copies have other names
+    others = [
+        folder
+        for folder in sort_checkpoints(str(written.parent), use_mtime=True)
+        if folder in numbered and folder not in kept
+    ]
     others.sort(key=_counts)  # unmarked ones go first
     for folder in others[: max(len(others) - max(limit - len(kept), 0), 0)]:
         mark_incomplete(folder)

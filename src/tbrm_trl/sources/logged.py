@@ -395,7 +395,14 @@ def completion_of(row: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase) ->
         prompt = tokenizer.decode(row["prompt_ids"], skip_special_tokens=True)
     if completion is None:
         completion = tokenizer.decode(row["completion_ids"], skip_special_tokens=True)
-    if not isinstance(prompt, str) and isinstance(completion, str):
+    return (prompt, completion) if isinstance(prompt, str) else as_messages(prompt, completion)
+
+
+def as_messages(prompt: Any, completion: Any) -> tuple[Any, Any]:
+    """A prompt and its completion as messages: text becomes a message of the user, and one of the assistant."""
+    if isinstance(prompt, str):
+        prompt = [{"role": "user", "content": prompt}]
+    if isinstance(completion, str):
         completion = [{"role": "assistant", "content": completion}]
     return prompt, completion
 

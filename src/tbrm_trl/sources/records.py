@@ -7,6 +7,7 @@ are there, it takes the lowest number first. So no file of a slow writer is lost
 
 import json
 import math
+import os
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -160,6 +161,7 @@ class RecordFolder:
         self._open: list[Any] | None = state.get("open")  # writer of a partly taken file, and its rows taken
         # The functions that the first file named. If a resumed run has other functions, its files name others, too.
         self._functions: list[str] | None = None if self.functions else state.get("functions")
+        self._passed: set[str] = set()  # names of files before the next ones, which no look at the folder reads again
 
     def untaken(self) -> list[Path]:
         """The files from which no row has been taken."""
@@ -217,9 +219,14 @@ class RecordFolder:
     def _waiting(self) -> list[_File]:
         """The files that may be taken, in order. A partly taken file comes first; none may be taken before it."""
         there: dict[str, dict[int, str]] = {}
-        for file in record_files(self.folder):
-            writer, number = record_name(file)
-            there.setdefault(writer, {})[number] = file.name
+        for name in sorted(set(os.listdir(self.folder)) - self._passed) if self.folder.is_dir() else ():
+            if not name.endswith(".parquet"):
+                continue
+            writer, number = record_name(self.folder / name)
+            if number < self._next.get(writer, 0):
+                self._passed.add(name)
+            else:
+                there.setdefault(writer, {})[number] = name
         files = []
         for writer, names in there.items():
             for number in takewhile(names.__contains__, count(self._next.get(writer, 0))):

@@ -80,6 +80,38 @@ class DataPlan:
     prompt_numbers: np.ndarray | None
 
 
+class Orders:
+    """The orders of rows in their passes, numbered from 0: those of TRL's sampler, whose generator goes on.
+
+    To come to a pass, the shuffles between it and one of the last few asked for are made, not those of all before it.
+
+    Args:
+        rows: `(N,)` row indices.
+        seed: of the first pass; None keeps the rows as they are in every pass.
+    """
+
+    KEPT = 8  # passes from which to go on
+
+    def __init__(self, rows: np.ndarray, seed: int | None):
+        self.rows, self.seed = rows, seed
+        self._before: dict[int, torch.Tensor] = {}  # by pass, the generator's state before its shuffle
+
+    def __call__(self, number: int) -> np.ndarray:
+        """The rows in the order of the pass with this number, `(N,)`."""
+        if self.seed is None:
+            return self.rows
+        before = self._before
+        generator, start = torch.Generator().manual_seed(self.seed), max((i for i in before if i <= number), default=0)
+        if start:
+            generator.set_state(before[start])
+        for made in range(start, number + 1):
+            if made > number - self.KEPT:
+                before = {**before, made: generator.get_state()}
+            order = torch.randperm(len(self.rows), generator=generator)
+        self._before = dict(sorted(before.items())[-self.KEPT :])  # a new one: threads may be reading the old one
+        return self.rows[order.numpy()]
+
+
 class WindowSampler(Sampler[int]):
     """Yields row indices window by window; each process's share holds its rollouts first, then its logged rows.
 
@@ -121,6 +153,7 @@ class WindowSampler(Sampler[int]):
         self.mix, self.generations, self.processes, self.repeats = mix, generations, processes, repeats
         self.epoch, self.seed = epoch, seed
         self._prompts: dict[int, np.ndarray] = {}  # by epoch
+        self._orders_of_prompts, self._orders_of_logged = (Orders(rows, seed) for rows in (self.prompts, self.logged))
         self.windows = (
             len(self.prompts) * generations // mix.rollouts if mix.rollouts else self.logged_per_pass // mix.logged
         )
@@ -152,25 +185,16 @@ class WindowSampler(Sampler[int]):
         """The prompts of an epoch in order, each as often as it is drawn. The last two epochs asked for are cached."""
         prompts = self._prompts.get(epoch)
         if prompts is None:
-            order = self._order(self.prompts, epoch) if self.mix.rollouts else self.prompts
+            order = self._orders_of_prompts(epoch) if self.mix.rollouts else self.prompts
             prompts = order.repeat(self.generations)
             self._prompts = {**dict(list(self._prompts.items())[-1:]), epoch: prompts}  # threads may be reading it
         return prompts
-
-    def _order(self, rows: np.ndarray, number: int) -> np.ndarray:
-        """The rows in the order of the pass with this number, which is the order of TRL's sampler in that pass."""
-        if self.seed is None:
-            return rows
-        generator = torch.Generator().manual_seed(self.seed)
-        for _ in range(number + 1):
-            order = torch.randperm(len(rows), generator=generator)
-        return rows[order.numpy()]
 
     def _logged_stream(self, start: int, count: int) -> np.ndarray:
         if not count:
             return self.logged[:0]
         first, last = start // self.logged_per_pass, (start + count - 1) // self.logged_per_pass
-        orders = [self._grouped(self._order(self.logged, number)) for number in range(first, last + 1)]
+        orders = [self._grouped(self._orders_of_logged(number)) for number in range(first, last + 1)]
         passes = np.concatenate(orders)
         offset = start - first * self.logged_per_pass
         return passes[offset : offset + count]

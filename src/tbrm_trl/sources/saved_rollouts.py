@@ -195,11 +195,11 @@ def _write(path: Path, schema: pa.Schema, metadata: Mapping[Any, Any], tables: I
 
 
 def column_of(values: Sequence[Any]) -> pa.Array:
-    """A column of plain values, or of JSON where they are nested or of several types."""
+    """A column of plain values, or of JSON where they are nested, of several types, or text that is not Unicode."""
     if not any(map(_is_nested, values)):
         try:
             return pa.array(values)
-        except (pa.ArrowInvalid, pa.ArrowTypeError, pa.ArrowNotImplementedError, OverflowError):
+        except (pa.ArrowInvalid, pa.ArrowTypeError, pa.ArrowNotImplementedError, OverflowError, UnicodeEncodeError):
             pass
     return _as_json(values)
 
