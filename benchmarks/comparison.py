@@ -289,9 +289,7 @@ class Comparison:
             yield [
                 run
                 for method in self.methods
-                for runs in self.candidates(
-                    method, next(iter(METHODS[method].knob)), self.rates(method, count)
-                ).values()
+                for runs in self.candidates(method, first_knob(method), self.rates(method, count)).values()
                 for run in runs
             ]
         yield [run for method in self.methods for runs in self.of_knob(method).values() for run in runs]

@@ -29,11 +29,20 @@ from helpers.runs import (
 )
 from peft import LoraConfig, PromptTuningConfig, TaskType
 from torch.utils._python_dispatch import TorchDispatchMode
-from transformers import AutoModelForCausalLM, Qwen2Config, Qwen2ForSequenceClassification
+from transformers import (
+    AutoModelForCausalLM,
+    FalconConfig,
+    FalconForCausalLM,
+    OPTConfig,
+    OPTForCausalLM,
+    Qwen2Config,
+    Qwen2ForSequenceClassification,
+)
 from trl import GRPOConfig
 from trl.chat_template_utils import qwen3_chat_template
 
 from tbrm_trl import TBRMConfig, TBRMTrainer
+from tbrm_trl.model.randomness import disable_randomness
 from tbrm_trl.trajectory import End, Source, Trajectory
 
 ZERO = pytest.approx(0, abs=1e-5)
@@ -184,6 +193,17 @@ def test_no_dropout_in_training(architecture, changes, tmp_path):
         assert torch.equal(first.log_probs, other.log_probs) and torch.equal(first.soft_value, other.soft_value)
     noisy = AutoModelForCausalLM.from_pretrained(folder).train()
     assert not torch.equal(noisy(batch.input_ids).logits, noisy(batch.input_ids).logits)
+
+
+def test_rates_that_are_no_dropout_module():
+    """OPT skips whole layers at a rate of its own. Falcon reads its rate anew in each forward pass."""
+    sizes = dict(vocab_size=32, hidden_size=16, num_hidden_layers=1, num_attention_heads=2)
+    skipping = OPTForCausalLM(OPTConfig(**sizes, ffn_dim=16, word_embed_proj_dim=16, layerdrop=0.5))
+    disable_randomness(skipping)
+    assert skipping.model.decoder.layerdrop == 0
+    with pytest.raises(ValueError, match=r"FalconDecoderLayer reads \{'hidden_dropout': 0.1\}"):
+        disable_randomness(FalconForCausalLM(FalconConfig(**sizes, hidden_dropout=0.1)))
+    disable_randomness(FalconForCausalLM(FalconConfig(**sizes, hidden_dropout=0.0, attention_dropout=0.0)))
 
 
 def test_lora(llama, tmp_path):

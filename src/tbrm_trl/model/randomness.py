@@ -5,7 +5,7 @@ import re
 
 from torch import nn
 
-_NOISE = ("dropout", "pdrop", "jitter", "layerdrop")  # parts of names
+_NOISE = r"\w*(?:dropout|layerdrop|pdrop|jitter)\w*"  # names of rates
 
 
 def keep_weights_unpacked(model: nn.Module) -> None:
@@ -38,14 +38,12 @@ def disable_randomness(model: nn.Module) -> None:
         if isinstance(module, nn.modules.dropout._DropoutNd):
             module.p = 0.0
         for name, value in vars(module).items():
-            if isinstance(value, float) and value > 0 and any(word in name for word in _NOISE):
+            if isinstance(value, float) and value > 0 and re.fullmatch(_NOISE, name):
                 setattr(module, name, 0.0)
     for layer, config in {type(module): getattr(module, "config", None) for module in model.modules()}.items():
-        read = re.findall(r"self\.config\.(\w+)", inspect.getsource(layer.forward)) if config is not None else []
-        noisy = {
-            name: rate for name in read if any(word in name for word in _NOISE) and (rate := getattr(config, name, 0))
-        }
-        if noisy:
+        source = inspect.getsource(layer.forward) if config is not None else ""
+        names = re.findall(rf"self\.config\.({_NOISE})", source)
+        if noisy := {name: rate for name in names if (rate := getattr(config, name, 0))}:
             raise ValueError(
                 f"{layer.__name__} reads {noisy} from the model's configuration in each forward pass, and noise biases "
                 "a squared residual. Set it to 0 in the configuration (config.json, or `model.config` before training)."
