@@ -286,6 +286,8 @@ class TBRMTrainer(ExactResume, GRPOTrainer):
     ):
         if isinstance(model, PathLike):
             model = str(model)
+        if isinstance(reference_model, PathLike):
+            reference_model = str(reference_model)
         if args is None:
             name = model if isinstance(model, str) else get_config_model_id(model.config)
             args = TBRMConfig(f"{name.split('/')[-1]}-TBRM")
@@ -383,9 +385,7 @@ class TBRMTrainer(ExactResume, GRPOTrainer):
         self.mask_truncated_completions = False  # TRL would hide them from attention too; here they leave the loss
 
         if reference_model is not None:
-            self.ref_model = self._load_reference(
-                str(reference_model) if isinstance(reference_model, Path) else reference_model
-            )
+            self.ref_model = self._load_reference(reference_model)
 
         policy = self.model.get_base_model() if is_peft_model(self.model) else self.model
         self._check_what_was_built(model if reference_model is None else None, policy)
