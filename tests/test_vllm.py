@@ -295,7 +295,8 @@ def test_what_is_drawn_beside_training_is_of_the_version_that_it_says(kind, mode
     for name, of_version in drawn.items():
         columns = [[row[n] for row in of_version] for n in ("prompt_ids", "completion_ids", "sampler_log_probs")]
         columns[2] = [[[one] for one in row] for row in columns[2]]
-        neighbour = versions[[version.name for version in versions].index(name) - 1].name
+        at = [version.name for version in versions].index(name)
+        neighbour = versions[abs(at - 1)].name  # the one before; of the first, the one after
         own.append(distance(policies[name], *columns))
         others.append(distance(policies[neighbour], *columns))
     waits = [row["rollouts/learner_wait_time"] for row in trainer.state.log_history if "rollouts/queue" in row]
