@@ -82,6 +82,12 @@ METHODS = {
         },
         dict(soft_value="calibrated"),
     ),
+    "TBRM, tracked": Method(
+        "TBRM",
+        {"V of rewards": {}, "V of values": dict(soft_value_tracks="value"), "V kept": dict(soft_value_kept=1.0)},
+        dict(soft_value="tracked"),
+    ),
+    "TBRM, group": Method("TBRM", _GROUPS, dict(soft_value="group")),
     "TBRM with replay": Method(
         "TBRM",
         {
