@@ -119,6 +119,33 @@ def test_a_damaged_checkpoint_is_named_and_the_last_sound_one_taken(fault, how, 
     assert damage(out / "checkpoint-12") is None  # written anew
 
 
+@pytest.mark.parametrize("given", [True, "auto", "last-checkpoint", "kept-2024"])
+def test_a_checkpoint_of_another_name_in_the_folder(given, qwen2, out):
+    """The Hub's copy of the last checkpoint, or one that a user has renamed: its mark says its step."""
+    other = out / ("kept-2024" if given == "kept-2024" else "last-checkpoint")
+    shutil.copytree(out / "checkpoint-6", other)
+    if not isinstance(given, str) or given == "auto":
+        for step in (6, 12, 14):
+            shutil.rmtree(out / f"checkpoint-{step}")
+    trainer = again(qwen2, out, max_steps=8)
+    trainer.train(resume_from_checkpoint=str(other) if given in ("last-checkpoint", "kept-2024") else given)
+    assert trainer.state.global_step == 8
+    assert out / "checkpoint-14" not in complete_checkpoints(out)
+    with pytest.raises(ValueError, match="checkpoint-3 does not exist"):
+        trainer.train(resume_from_checkpoint=str(out / "checkpoint-3"))
+
+
+@pytest.mark.parametrize("resumed", [True, False])
+def test_an_evaluation_at_the_start_comes_once(resumed, qwen2, out, monkeypatch):
+    """Of a resumed run, state of the reference and of the soft value is read after it would come."""
+    if not resumed:
+        shutil.rmtree(out)
+    trainer, evaluated = again(qwen2, out, max_steps=16, eval_on_start=True), []
+    monkeypatch.setattr(trainer, "_evaluate", lambda *args, **kwargs: evaluated.append(trainer.state.global_step))
+    trainer.train(resume_from_checkpoint=resumed)
+    assert evaluated == ([] if resumed else [0]) and trainer.args.eval_on_start
+
+
 def test_no_sound_checkpoint(qwen2, out):
     """True refuses and says why; "auto" starts anew and says so."""
     for step in (6, 12, 14):

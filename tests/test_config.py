@@ -61,6 +61,8 @@ def test_options_without_meaning_are_refused(name):
         ({"soft_value": "critic"}, "Choose one of calibrated, .*policy"),
         ({"loss_units": "nats"}, "Choose one of reward, logits"),
         ({"num_generations": 0}, "at least 1 rollout"),
+        ({"max_completion_length": None}, "`max_completion_length=None` is refused"),
+        ({"accelerator_config": {"split_batches": True}}, "`split_batches=True` is refused: each process would get"),
         (
             {"per_device_train_batch_size": 5, "num_generations": 2},
             "Make it 4 or 6, or use num_generations=1",

@@ -90,6 +90,10 @@ def refused(folder, tmp_path, rows, message, reward_funcs=None, **kwargs):
         ({"completion_ids": [6, EOS, 7]}, r"token 1 of 3 .*ends a completion.*`loss_mask`"),
         ({"completion_ids": [EOS, EOS]}, r"token 0 of 2 .*ends a completion"),
         ({"completion_ids": [6, EOS], "end": "length"}, '`end` is "length", but the completion ends with'),
+        (
+            {"completion_ids": [6, 7], "end": "eos"},
+            '`end` is "eos", but the completion ends with .*Append|append the end',
+        ),
     ],
 )
 def test_2_2_and_2_6_impossible_ids_are_refused(row, message, folder, tmp_path):
@@ -318,6 +322,20 @@ def test_3_2_a_logged_row_later_in_the_stream(folder, tmp_path):
     stream = IterableDataset.from_generator(lambda: iter(rows))
     with pytest.raises(ValueError, match="streamed training set has a column of completions"):
         build(folder, tmp_path, train_dataset=stream, max_steps=4).train()
+
+
+def test_a_stream_that_fills_no_window(folder, tmp_path):
+    stream = IterableDataset.from_generator(lambda: iter([{"prompt": "a"}] * 3))
+    trainer = build(
+        folder, tmp_path, train_dataset=stream, per_device_train_batch_size=8, num_generations=2, max_steps=4
+    )
+    with pytest.raises(ValueError, match="No update was made: the stream gave fewer than the 4 prompts"):
+        trainer.train()
+
+
+def test_batches_sent_from_process_to_process_are_refused(tmp_path):
+    with pytest.raises(ValueError, match="`dispatch_batches=True` is refused"):
+        build("no/such/model", tmp_path, accelerator_config={"dispatch_batches": True})
 
 
 # ---- 3.3: prompts' own columns ---------------------------------------------------------------------------------------
@@ -551,6 +569,11 @@ def test_4_9_columns_of_prompts(folder, tmp_path):
         ({"completion": {"role": "assistant", "content": "b"}}, "Row 2 .*`completion` is a single message"),
         ({"completion": ["b"]}, "Row 2 .*message 0 of `completion` is 'b'"),
         ({"completion": [{"content": "b"}]}, "Row 2 .*message 0 of `completion` is .*a `role`"),
+        (
+            {"completion": [{"role": "assistant", "content": ""}]},
+            "Row 2 .*no message of the assistant .* holds anything",
+        ),
+        ({"completion": [{"role": "assistant", "content": None}]}, "Row 2 .*no message of the assistant"),
         ({"prompt": {"role": "user", "content": "a"}}, "Row 2 .*`prompt` is a single message"),
         ({"prompt": ["a"]}, "Row 2 .*message 0 of `prompt` is 'a'"),
         ({"prompt": ""}, "Row 2 .*its prompt has no token.*BOS"),
@@ -571,6 +594,13 @@ def test_6_messages_that_the_template_cannot_write(folder, tmp_path):
     row = {"prompt": CHAT, "completion": [turn], "reward": 0.0}
     message = "Row 2 .*cannot write message 0 of `completion` .TypeError"
     refused(folder, tmp_path, [row], message, processing_class=with_template(CONTENT))
+
+
+def test_6_prompts_that_the_template_cannot_write(folder, tmp_path):
+    good, parts = [{"role": "user", "content": "a"}], [{"role": "user", "content": [{"type": "text", "text": "b"}]}]
+    data = Dataset.from_list([{"prompt": good}, {"prompt": parts}], on_mixed_types="use_json")
+    with pytest.raises(ValueError, match=r"template cannot write the prompt .*'text': 'b'.* .TypeError: "):
+        build(folder, tmp_path, train_dataset=data, processing_class=with_template(CONTENT))
 
 
 @pytest.mark.parametrize(
@@ -853,6 +883,11 @@ def test_reader_of_verl_dumps(folder, tmp_path):
     (tmp_path / "11.jsonl").write_text('{"input": "a", "output": "b"}\n')
     with pytest.raises(ValueError, match=r"11.jsonl, line 1: no score"):
         read_verl_dump(tmp_path)
+    (tmp_path / "11.jsonl").write_text('{"input": "a", "output": "b')
+    with pytest.raises(ValueError, match=r"11.jsonl, line 1: no whole JSON .*cut short"):
+        read_verl_dump(tmp_path)
+    with pytest.raises(ValueError, match=r"2.jsonl, line 1: no `traces`"):
+        read_verifiers_traces(tmp_path / "2.jsonl")
     with pytest.raises(FileNotFoundError, match="rollout_data_dir"):
         read_verl_dump(tmp_path / "none")
 

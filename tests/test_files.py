@@ -58,6 +58,8 @@ def test_rows_of_each_kind_of_file(tmp_path):
     expected = [{"question": "1+1=", "answer": 2}, {"question": "2+2=", "answer": 4}]
     (tmp_path / "a.jsonl").write_text("\n".join(map(json.dumps, expected)))
     (tmp_path / "a.json").write_text(json.dumps(expected))
+    (tmp_path / "words.csv").write_text('completion\nNone\nnull\nN/A\n""\n')
+    assert rows_of_file(tmp_path / "words.csv")["completion"] == ["None", "null", "N/A", None]
     (tmp_path / "a.csv").write_text("question,answer\n1+1=,2\n2+2=,4\n")
     rows_of_file(tmp_path / "a.csv").to_parquet(tmp_path / "a.parquet")
     for kind in ("jsonl", "json", "csv", "parquet"):

@@ -218,6 +218,13 @@ def test_a_slow_writer_loses_nothing_and_a_cursor_goes_on_anywhere(tmp_path):
     assert taken(reader, 6) == [0, 9, 10, 11, 4, 5]
 
 
+def test_two_files_of_one_number_are_refused(tmp_path):
+    write_record(tmp_path, "a", 0, made_rows(2))
+    shutil.copy(tmp_path / "a-000000.parquet", tmp_path / "a-0.parquet")
+    with pytest.raises(ValueError, match=r"two files 0 of the writer 'a', a-0.parquet and a-000000.parquet"):
+        folder(tmp_path).take(2)
+
+
 def test_shares_of_processes_are_the_windows_rows_in_order(tmp_path):
     for number, size in enumerate((1, 5, 2, 4)):
         write_record(tmp_path, "w", number, made_rows(12)[sum((1, 5, 2, 4)[:number]) :][:size])
@@ -297,6 +304,7 @@ def test_rows_that_cannot_be_trained_on_are_refused(changes, message, reader, tm
         (dict(prompt_ids=[2], completion_ids=[1]), "neither a column `reward` nor"),
         ({"prompt_ids": [2], "completion_ids": [1], "rewards/a": 1.0}, "no column `reward`"),
         ({**ROW, "reward": "good"}, "its column `reward` holds string"),
+        ({**ROW, "metrics/turns": "two"}, "its column `metrics/turns` holds string"),
         ({**ROW, "completion_ids": ["7"] * 3 + ["x"]}, "its column `completion_ids` holds list<.*string>"),
     ],
 )

@@ -212,5 +212,8 @@ def test_bulk_and_row_by_row_agree(prompts, as_messages, limit, drawn):
     kept = fitting_prompts(rows, "it", asked, PromptLimit(limit, "a limit", "drop"), renderer)["row"]
     expected = [i for i, one in enumerate(given) if not asked[i] or len(renderer([one])[0]) <= limit]
     assert list(kept) == expected
+    if as_messages:  # what else a template may write counts as well
+        more = Dataset.from_list([{"prompt": [{**m, "reasoning_content": "r" * 99} for m in one]} for one in given])
+        assert (_bytes_of(more.with_format("arrow")[:]["prompt"].combine_chunks()) >= 99).all()
     sizes = _bytes_of(rows.with_format("arrow")[:]["prompt"].combine_chunks())
     assert (sizes >= [len(one.encode()) for one in prompts]).all()

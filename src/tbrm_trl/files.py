@@ -197,7 +197,8 @@ def rows_of_file(path: str | Path) -> Dataset:
     try:
         if not Path(path).stat().st_size:
             raise ValueError("it is empty")
-        return load_dataset(kind, data_files=str(path), split="train")
+        as_written = dict(keep_default_na=False, na_values=[""]) if kind == "csv" else {}  # "None" may be an answer
+        return load_dataset(kind, data_files=str(path), split="train", **as_written)
     except Exception as error:  # many classes: from the file format, from datasets, from the disk
         raise ValueError(f"{path} cannot be read ({first_line(error.__cause__ or error)}).") from None
 

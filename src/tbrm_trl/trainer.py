@@ -197,6 +197,7 @@ class TBRMTrainer(ExactResume, GRPOTrainer):
     - `_prepare_inputs`: collects the trajectories of an optimizer step, and scores them with the reference;
     - `_compute_loss`: computes the residual, one micro-batch after the other;
     - `_get_grad_norm`: takes the update, or skips it if its loss or gradient is not finite;
+    - `_finalize_training`: refuses to end a run whose stream filled no window;
     - `evaluate`, `predict`: mark that an evaluation is under way;
     - `evaluation_loop`: averages metrics over the rows of the set, under the set's own name;
     - `log`: adds the residual's metrics to TRL's, and `β δ` to its table of completions;
@@ -1614,6 +1615,7 @@ class TBRMTrainer(ExactResume, GRPOTrainer):
             "soft_value_offset": args.soft_value_offset,
             "truncation": args.truncation,
             "rollout_pool": args.rollout_pool,
+            "what the pool cuts": [args.long_prompts, args.max_prompt_length] if args.rollout_pool else None,
             "rollouts": "drawn" if self._followed is None else "followed",
             "the reference's weights": self._initial_reference_weights,
             "the tokenizer": tokenizer_digest(self._tokenizer),
@@ -1684,6 +1686,15 @@ class TBRMTrainer(ExactResume, GRPOTrainer):
     def after_training(self) -> None:
         if self._actor is not None:
             self._actor.end()
+
+    def _finalize_training(self, *args: Any, **kwargs: Any) -> Any:
+        if self._has_trained and not self.state.global_step and not self._rows_drawn:
+            prompts = self.args.generation_batch_size // self.args.num_generations
+            raise ValueError(
+                f"No update was made: the stream gave fewer than the {prompts} prompts of one generation window. Lower "
+                "per_device_train_batch_size or steps_per_generation, or add prompts."
+            )
+        return super()._finalize_training(*args, **kwargs)
 
     def run_state(self, folder: Path) -> RunState:
         taken, logged = self._logged_rows.state() if self._logged_rows is not None else ([], [])

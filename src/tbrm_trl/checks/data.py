@@ -38,6 +38,11 @@ def check_training_set(
             that need a kind of row that it lacks.
     """
     check_kind(dataset)
+    if isinstance(dataset, Dataset) and args.accelerator_config.dispatch_batches:
+        raise ValueError(
+            "`accelerator_config` with `dispatch_batches=True` is refused: it sends tensors from process to process, "
+            "and rows are texts and messages. Leave it out."
+        )
     logged, mix = check_dataset(dataset, args, group_size)
     check_sources(mix, args, group_size, rewarded, evaluated)
     check_prompts(dataset, "the training set", ~logged & (not environment), ~logged | _given_as_text(dataset, logged))
@@ -493,6 +498,15 @@ def _problem_of_text(row: Mapping[str, Any]) -> str | None:
     for name in ("prompt", "completion"):
         if not isinstance(row[name], str) and (problem := _problem_of_messages(row[name], name)):
             return problem
+    if isinstance(row["completion"], list) and not any(
+        any(value for name, value in message.items() if name != "role")
+        for message in row["completion"]
+        if message.get("role") == "assistant"
+    ):
+        return (
+            "no message of the assistant in `completion` holds anything. Drop the row, or leave `completion` None to "
+            "have the prompt rolled out."
+        )
     return None
 
 

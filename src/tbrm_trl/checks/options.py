@@ -96,6 +96,8 @@ def check_residual_options(args: TBRMOptions) -> Iterator[str]:
 
 def check_generation(args: TBRMOptions) -> Iterator[str]:
     """Refuse generation options that change what an action is, or that a backend would ignore."""
+    if args.max_completion_length is None:
+        yield "`max_completion_length=None` is refused: completions are cut somewhere. Set the tokens of the longest."
     given = args.generation_kwargs or {}
     ends = [n for n in given if n.startswith("stop") or n in ("pad_token_id", "ignore_eos") or "eos_token_id" in n]
     if ends:
@@ -149,6 +151,11 @@ def broken_groups(args: TBRMOptions) -> str:
 
 
 def check_batch_arithmetic(args: TBRMOptions) -> Iterator[str]:
+    if args.accelerator_config.split_batches:
+        yield (
+            "`accelerator_config` with `split_batches=True` is refused: each process would get a part of the rows that "
+            "the sampler names for it, and other rows would never be drawn. Leave it out."
+        )
     generation, accumulation = args.steps_per_generation, args.gradient_accumulation_steps
     if generation % accumulation:
         down, up = generation - generation % accumulation, generation + accumulation - generation % accumulation

@@ -217,9 +217,21 @@ def complete_checkpoints(output_dir: str | Path) -> list[Path]:
     return [folder for folder in numbered_checkpoints(output_dir) if (folder / _FOLDER / _MARKER).is_file()]
 
 
+def _from_hub(output_dir: str | Path) -> list[Path]:
+    """The checkpoint that `hub_strategy="checkpoint"` pushes, in a clone of its repository."""
+    folder = Path(output_dir) / "last-checkpoint"
+    return [folder] if (folder / _FOLDER / _MARKER).is_file() else []
+
+
 def step_of(checkpoint: str | Path) -> int:
     """The number of updates before a checkpoint, from its name."""
     return int(Path(checkpoint).name.rpartition("-")[2])
+
+
+def _updates_before(checkpoint: Path) -> int:
+    """The number of updates before a marked checkpoint, whatever its folder is called."""
+    step = read_mark(checkpoint).get("step")
+    return step_of(checkpoint) if step is None else step
 
 
 def _cut_short(checkpoint: Path) -> str:
@@ -260,13 +272,13 @@ def checkpoint_to_resume(
     """
     notes: list[str] = []
     if resume_from is True or resume_from == AUTO:
-        sound, wrong = _last_sound(complete_checkpoints(output_dir))
+        sound, wrong = _last_sound(complete_checkpoints(output_dir) or _from_hub(output_dir))
         if sound is None:
             if resume_from is True:
                 raise ValueError(_no_checkpoint(Path(output_dir), wrong))
             passed = wrong[:1] or [_cut_short(one) for one in numbered_checkpoints(output_dir)[-1:]]
             return None, [f"{_sentence(one)} The run starts anew, since no checkpoint is sound." for one in passed]
-        newer = [one for one in numbered_checkpoints(output_dir) if step_of(one) > step_of(sound)]
+        newer = [one for one in numbered_checkpoints(output_dir) if step_of(one) > _updates_before(sound)]
         wrong += [_cut_short(one) for one in newer if not (one / _FOLDER / _MARKER).is_file()]
         notes += [f"{_sentence(one)} The last sound one is {sound.name}: the run goes on from it." for one in wrong]
         checkpoint = sound
@@ -301,7 +313,7 @@ def leave_later(checkpoint: str | None, output_dir: str) -> list[str]:
     """Unmark the checkpoints after the one that a user names, since their updates will be redone; return a note."""
     if checkpoint is None or Path(checkpoint).resolve().parent != Path(output_dir).resolve():
         return []
-    step = step_of(Path(checkpoint))
+    step = _updates_before(Path(checkpoint))
     later = [one for one in complete_checkpoints(output_dir) if step_of(one) > step]
     for one in later:
         mark_incomplete(one)
@@ -362,6 +374,8 @@ def _why_incomplete(checkpoint: Path) -> str:
             f"{checkpoint} holds the model alone, as `save_only_model=True` asks: no run can go on from it. Start a "
             "new run with it as `model`, and with `reference_model` to keep the reference."
         )
+    if not checkpoint.is_dir():
+        return f"{checkpoint} does not exist."
     return (
         f"{checkpoint} is not a complete TBRM checkpoint: it was cut short while being written, or comes from another "
         "trainer."

@@ -132,7 +132,9 @@ class ExactResume(Trainer):
                 held.enter_context(self._stop.listening())
             held.callback(self.after_training)
             self.before_training()
-            return super().train(self._resumed_from, *args, **kwargs)
+            # The state of this run is read after the evaluation at the start, which the run has had before.
+            with temporarily(self.args, eval_on_start=self.args.eval_on_start and self._resumed_from is None):
+                return super().train(self._resumed_from, *args, **kwargs)
 
     @contextmanager
     def _folder_held(self, output_dir: str) -> Iterator[None]:

@@ -127,7 +127,7 @@ class CompletionTokenizer:
             ids = joint[len(prompt_ids) :]
         else:  # a token spans the border: the policy, given the prompt's ids, cannot produce it
             ids = self.tokenizer(text=completion, add_special_tokens=False)["input_ids"]
-        if not self.tokenizer.decode([*prompt_ids, *ids]).endswith(completion):
+        if not self.tokenizer.decode([*prompt_ids, *ids], clean_up_tokenization_spaces=False).endswith(completion):
             raise ValueError(
                 f"the tokenizer does not give the completion {_short(completion)} back from its own ids. Give "
                 "`prompt_ids` and `completion_ids` instead."
@@ -174,7 +174,9 @@ class CompletionTokenizer:
                 )
             turn_ids = turn_ids[: ends[-1] + 1]
             content = message.get("content") or ""
-            if isinstance(content, str) and content.strip() not in self.tokenizer.decode(turn_ids):
+            if isinstance(content, str) and content.strip() not in self.tokenizer.decode(
+                turn_ids, clean_up_tokenization_spaces=False
+            ):
                 raise ValueError(
                     f"the chat template drops or changes part of the completion {_short(content)}. Give `prompt_ids` "
                     "and `completion_ids` instead."
@@ -217,7 +219,7 @@ class CompletionTokenizer:
     def refuse_impossible(
         self, prompt_ids: list[int], ids: list[int], mask: list[bool], end: End, drawn_here: bool
     ) -> None:
-        """Refuse ids that no policy could have produced: padding, and anything it chose after an end token.
+        """Refuse ids that no policy could have produced: padding, tokens after an end, an end without its token.
 
         Args:
             prompt_ids: the prompt's ids.
@@ -243,6 +245,11 @@ class CompletionTokenizer:
             raise ValueError(
                 f'`end` is "length", but the completion ends with {self._named(ids[-1])}, which ends a completion. '
                 'Set `end` to "eos", or cut the token off if it was added.'
+            )
+        if end is End.EOS and ids[-1] not in ends and mask[-1]:
+            raise ValueError(
+                f'`end` is "eos", but the completion ends with {self._named(ids[-1])}, which ends no completion. The '
+                "probability of its end would be left out: append the end token, or leave `end` out."
             )
         if pad is None or drawn_here:
             return

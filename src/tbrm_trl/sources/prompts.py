@@ -95,8 +95,19 @@ class PromptRenderer:
         """The ids of prompts that are all text, or all messages."""
         if isinstance(prompts[0], str):
             return self.tokenizer(text=prompts)["input_ids"]
+        try:
+            return self._templated(prompts)
+        except Exception as error:  # a template may raise anything
+            for prompt in prompts if len(prompts) > 1 else ():
+                self([prompt])  # raises at the prompt that it cannot write
+            raise ValueError(
+                f"The chat template cannot write the prompt {str(prompts[0])[:80]!r} ({type(error).__name__}: "
+                f"{error}). Give its messages the form that the template expects."
+            ) from error
+
+    def _templated(self, conversations: list[Any]) -> Sequence[Sequence[int]]:
         return self.processing_class.apply_chat_template(
-            conversation=prompts,
+            conversation=conversations,
             tools=self.tools or None,
             add_generation_prompt=True,
             tokenize=True,
@@ -131,10 +142,12 @@ class PromptRenderer:
                 f"`max_completion_length={completion}` leaves no room for a prompt in the model's context of {context} "
                 "tokens. Lower it."
             )
-        room = None if context is None else context - completion
+        taken = completion if generates else 0
+        room = None if context is None else context - taken
         if longest is not None and (room is None or longest <= room):
             return PromptLimit(longest, "max_prompt_length", policy)
-        return PromptLimit(room, f"the model's context of {context} less max_completion_length={completion}", policy)
+        less = f" less max_completion_length={completion}" if taken else ""
+        return PromptLimit(room, f"the model's context of {context}{less}", policy)
 
 
 def fitting_prompts(
@@ -205,7 +218,8 @@ def _bytes_of(column: pa.Array) -> np.ndarray | None:
         return None
     if any(not pa.types.is_string(inner.field(i).type) for i in range(inner.num_fields)):
         return None  # parts of messages and tool calls are rendered too
-    before = np.concatenate([[0], (_text_bytes(column.values.field("content")) + BYTES_PER_MESSAGE).cumsum()])
+    sizes = sum(_text_bytes(column.values.field(i)) for i in range(inner.num_fields))  # reasoning, a name
+    before = np.concatenate([[0], (sizes + BYTES_PER_MESSAGE).cumsum()])
     offsets = column.offsets.to_numpy()
     return before[offsets[1:]] - before[offsets[:-1]]
 

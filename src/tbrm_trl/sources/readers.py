@@ -82,6 +82,8 @@ def read_verifiers_traces(paths: Paths) -> Dataset:
     rows: list[dict[str, Any]] = []
     left_out: Counter[str] = Counter()
     for file, number, episode in _lines(paths, "traces.jsonl", "an evaluation"):
+        if "traces" not in episode:
+            raise ValueError(f"{file}, line {number}: no `traces`. Is this a file of verifiers?")
         for trace in episode["traces"]:
             if trace.get("version", 1) > VERIFIERS_TRACE_VERSION:
                 raise ValueError(
@@ -129,12 +131,15 @@ def _row_of_trace(trace: Mapping[str, Any]) -> dict[str, Any] | str:
     calls = {call["node"]: call.get("finish_reason") for call in trace.get("calls", ()) if call.get("node") is not None}
     reason = next((calls[place] for place, node in enumerate(nodes) if node is path[-1] and place in calls), None)
     rewards = [reward for reward in trace.get("rewards", {}).values() if reward is not None]
+    tokens = _tokens(path)
     return {
         "prompt": messages[:first],
         "completion": messages[first:],
-        **_tokens(path),
+        **tokens,
         "reward": sum(reward["score"] * reward.get("weight", 1.0) for reward in rewards) if rewards else None,
-        "end": {"length": "length", "tool_calls": "tool_limit"}.get(reason or "", "eos"),
+        "end": {"length": "length", "tool_calls": "tool_limit"}.get(
+            reason or "", "eos" if reason or not tokens["completion_ids"] else None
+        ),
         "task": trace["task"]["data"],
         "trace": trace["id"],
         "agent": trace["agent"].get("name"),
@@ -199,7 +204,17 @@ def _lines(paths: Paths, pattern: str, writer: str) -> Iterator[tuple[Path, int,
             with file.open(encoding="utf-8") as opened:
                 for number, line in enumerate(opened, start=1):
                     if line.strip():
-                        yield file, number, json.loads(line)
+                        yield file, number, _parsed(line, f"{file}, line {number}")
+
+
+def _parsed(line: str, place: str) -> dict[str, Any]:
+    try:
+        row = json.loads(line)
+    except ValueError as error:
+        raise ValueError(f"{place}: no whole JSON ({error}). Was the file cut short? Remove the line.") from None
+    if not isinstance(row, dict):
+        raise ValueError(f"{place}: {type(row).__name__} instead of a JSON object.")
+    return row
 
 
 def _by_number(file: Path) -> tuple[int, str]:

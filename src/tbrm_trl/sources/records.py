@@ -225,8 +225,11 @@ class RecordFolder:
             writer, number = record_name(self.folder / name)
             if number < self._next.get(writer, 0):
                 self._passed.add(name)
-            else:
-                there.setdefault(writer, {})[number] = name
+            elif (other := there.setdefault(writer, {}).setdefault(number, name)) != name:
+                raise ValueError(
+                    f"{self.folder} has two files {number} of the writer {writer!r}, {other} and {name}. Rename or "
+                    "remove one of them."
+                )
         files = []
         for writer, names in there.items():
             for number in takewhile(names.__contains__, count(self._next.get(writer, 0))):
@@ -384,7 +387,8 @@ def _with_types(table: pa.Table) -> pa.Table:
         if name not in table.column_names:
             raise ValueError(f"it has no column `{name}`. A rollout is made of the ids that were drawn.")
     for place, name in enumerate(table.column_names):
-        wanted = pa.float64() if name.startswith(REWARD_PREFIX) else SCHEMA.get(name) if name in _READ else None
+        is_number = name.startswith((REWARD_PREFIX, METRIC_PREFIX))
+        wanted = pa.float64() if is_number else SCHEMA.get(name) if name in _READ else None
         if wanted is None or table.schema.field(name).type == wanted:
             continue
         try:
