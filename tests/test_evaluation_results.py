@@ -518,6 +518,13 @@ def test_what_is_no_benchmark(name, said):
     assert "\n" not in str(error.value)
 
 
+@pytest.mark.parametrize("question", [None, ""])
+def test_rows_without_a_question(question):
+    rows = [{"question": "1+1=", "answer": "2"}, {"question": question, "answer": "3"}]
+    with pytest.raises(ValueError, match=r"mine: row 1 has no `question`. Drop the row"):
+        benchmarks.of_rows("mine", rows)
+
+
 def test_the_papers_protocol():
     """arXiv 2505.15311: avg@32 at T = 1 on AIME and AMC, one greedy completion on the others."""
     assert [(one.benchmark, one.samples, one.temperature) for one in SUITES["tbrm-paper"]] == [

@@ -62,6 +62,14 @@ def test_wrong_answers(task, completion):
     assert verdict == 0.0 and 0.0 <= score <= 1.0
 
 
+@pytest.mark.parametrize("answer", ["nan", "nan+nanj", "\\boxed{nan}", "inf"])
+def test_answers_that_are_no_number(answer):
+    """The verifier of complex_arithmetic computes min(1, exp(−|difference|)), which is 1 for NaN."""
+    for entry in reasoning_gym.create_dataset("complex_arithmetic", size=3, seed=3):
+        assert judge("complex_arithmetic", entry, f"<answer>{answer}</answer>")[0] == 0.0
+        assert judge("complex_arithmetic", entry, f"<answer>{entry['answer']}</answer>")[0] == 1.0
+
+
 def test_solution_of_another_puzzle():
     """`puzzle24` itself gives it full marks."""
     first, second = reasoning_gym.create_dataset("puzzle24", size=2, seed=3)

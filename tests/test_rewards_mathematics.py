@@ -88,6 +88,22 @@ def test_conventions(gold, right, wrong):
 @pytest.mark.parametrize(
     ("gold", "right", "wrong"),
     [
+        # Numbers that agree to more digits than are evaluated.
+        ("2^{2021}-1", ["-1+2^{2021}"], ["2^{2021}", "2^{2021}+7"]),
+        ("100!+1", ["1+100!"], ["100!"]),
+        ("1-\\frac{1}{2^{2020}}", ["\\frac{2^{2020}-1}{2^{2020}}"], ["1"]),
+        # An approximation is one of the other number, and sides of a chain are equal: else they are two guesses.
+        ("6", ["5.6 \\approx 6"], ["5 \\approx 6", "\\frac{1}{2} \\approx 6"]),
+        ("\\frac{1}{2}", ["0.5 = \\frac{1}{2}"], ["0.3 \\approx \\frac{1}{2}"]),
+        ("x=5", ["x=2+3=5"], ["x=5=6"]),
+        ("\\pi", ["\\pi \\approx 3.14159"], ["4 \\approx \\pi"]),
+        ("0", ["0"], ["0 \\text{ or } 5", "7 \\text{ or } 0", "0 \\text{ to } 5"]),
+        # Letters in exponents took minutes.
+        ("P(1+\\frac{r}{n})^{nt}", ["P\\left(\\frac{n+r}{n}\\right)^{tn}"], ["Pe^{rnt}"]),
+        ("x^{ab}", ["x^{ba}"], ["x^{ac}"]),
+        # Degrees of an angle belong to it.
+        ("\\frac{1}{2}", ["\\sin 30^\\circ", "\\sin(30^\\circ)"], ["\\sin 30"]),
+        ("4\\sqrt3\\cos 10^\\circ", ["4\\sqrt3\\cos(10^\\circ)"], ["4\\sqrt3\\cos 10"]),
         # Several equations do not name a single value.
         ("5", ["m + n = 2 + 3 = 5", "x = 5"],
          ["x=3 \\text{ or } x=5", "x = -5, x = 5", "x = 3; y = 5", "a = 4, b = 5"]),
@@ -136,6 +152,10 @@ def test_forms_of_an_answer(gold, right, wrong):
     ("gold", "completion", "right"),
     [
         ("5", "The answer is x = 3 and y = 5.", 0.0),
+        ("42", "The answer is $42$.", 1.0),
+        ("42", "The answer is not $42$.", 0.0),
+        ("42", "The answer is less than $42$.", 0.0),
+        ("42", "Answer: anything but $42$", 0.0),
         ("7", "So the answer is x = **7**.", 1.0),
         ("-3", "Therefore, x = **-3**.", 1.0),
         ("16", "Therefore, the answer is that Tom has **16** dollars.", 1.0),

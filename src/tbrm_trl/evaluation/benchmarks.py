@@ -146,6 +146,8 @@ def of_rows(name: str, rows: Any, reward: str | None = None, answer_column: str 
         raise ValueError(f"{name}: none of the columns {', '.join(columns)} is called {', '.join(PROMPT_COLUMNS)}.")
     kept = {one: [row[one] for row in rows] for one in columns if one != question}
     prompts = [row[question] for row in rows]
+    if (empty := next((place for place, prompt in enumerate(prompts) if not prompt), None)) is not None:
+        raise ValueError(f"{name}: row {empty} has no `{question}`. Drop the row.")
     if gym.COLUMN in columns and reward is None:
         if answer_column is not None:
             raise ValueError(

@@ -87,10 +87,16 @@ def solved(
     return verdicts
 
 
+_NO_NUMBER = re.compile(r"(?<![a-z])(?:nan|inf|infinity)j?(?![a-z])", re.IGNORECASE)
+
+
 def judge(task: str, entry: Mapping[str, Any], completion: str) -> tuple[float, float]:
     """The verdict on a completion, 0 or 1, and the task's own score of its answer, clipped to [0, 1]."""
     verdict = best = 0.0
-    for answer in readings(completion, entry.get("answer")):
+    stored = entry.get("answer")
+    for answer in readings(completion, stored):
+        if _NO_NUMBER.search(answer) and not _NO_NUMBER.search(str(stored)):
+            continue  # a verifier that computes min(1, NaN) accepts it
         try:
             score = float(_verifier(task)(answer, entry))
         except Exception:  # a verifier that raises has not accepted the answer

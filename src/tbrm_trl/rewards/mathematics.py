@@ -95,9 +95,15 @@ def _same(gold: str, answer: str, depth: int = 0) -> bool:
         return False
     if squeezed(gold) == squeezed(answer):
         return True
-    gold, answer = (_APPROXIMATELY.sub(r"\1=", text) for text in (gold, answer))  # x ≈ 3 as x = 3
+    gold, answer = (_with_equals(text) for text in (gold, answer))
     kind, compare = next((kind, compare) for read, compare in _KINDS if (kind := read(gold)) is not None)
     return compare(kind, answer, partial(_same, depth=depth + 1))
+
+
+def _with_equals(text: str) -> str:
+    """Write x ≈ 3 as x = 3. The value of a constant, π ≈ 3.14, is compared as an approximation."""
+    name = _APPROXIMATELY.match(text)
+    return text if name is None or name[1].strip() in ("\\pi", "e", "\\phi") else _APPROXIMATELY.sub(r"\1=", text)
 
 
 def warm_up() -> None:

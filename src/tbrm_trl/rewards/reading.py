@@ -180,12 +180,17 @@ def announcements(text: str) -> Iterator[str]:
         yield text[mark.end() :].split("</answer>")[0].strip()
 
 
+_DENIED = re.compile(r"\b(?:not|cannot|never|but|least|most|more|less|over|under|than)\b|n't\b", re.IGNORECASE)
+
+
 def _clause(rest: str, named: bool = False) -> str | None:
     """The answer at the start of a text: its mathematics if it has some, else its first clause."""
     block = re.match(r"[*\s]*(\$\$|\\\[)", rest)
     line = rest if block else _BOLD.sub(r"\1", rest.split("\n", 1)[0])
     first = _MATHEMATICS.search(line)
-    if first and not re.search(r"\w", re.sub(r"[a-z]+|\\text", "", line[: first.start()], flags=re.IGNORECASE)):
+    before = line[: first.start()] if first else ""
+    is_words = not re.search(r"\w", re.sub(r"[a-z]+|\\text", "", before, flags=re.IGNORECASE))
+    if first and is_words and not _DENIED.search(before):
         if block:
             return _inside(first)
         # The value of $x$ is $5$: the answer is the value, not the bare name.
@@ -230,7 +235,7 @@ def last_mathematics(text: str) -> str | None:
 def only_number(text: str) -> str | None:
     """The only number in a clause of words, with its unit: `16 dollars` in "that he has 16 dollars"."""
     found = list(_NUMBER.finditer(text))
-    if len(found) != 1 or re.search(r"[=^<>{}]|\\[a-zA-Z]|\b(?:not|least|most|more|less|over|under|than|or)\b", text):
+    if len(found) != 1 or re.search(r"[=^<>{}]|\\[a-zA-Z]|\bor\b", text) or _DENIED.search(text):
         return None
     return text[found[0].start() :].strip() if re.search(r"[^\W\d]{2,}\s", text) else None
 

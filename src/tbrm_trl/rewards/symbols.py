@@ -109,7 +109,7 @@ _RULES: list[tuple[str, Any]] = [
     (r"\\text\{\s*([a-zA-Z])\s*\}", r" \1 "),  # an upright letter is a letter here
     (r"\\text\{([^{}]*)\}", r"\\mathrm{\1}"),
     (r"(?<![\w.\\])(\d+)\.(?=\s*/)", r"\1"),  # -1./3
-    (r"(\d)\s*\^\\circ", r"\1\\cdot\\frac{\\pi}{180}"),
+    (r"(\d*\.?\d+)\s*\^\\circ", r"{(\1\\cdot\\frac{\\pi}{180})}"),
     # Decimals as fractions: exact, and 1e-5 is no product with Euler's number.
     (r"(?<![\w.\\])(\d+\.?\d*|\.\d+)[eE]([-+]?\d+)(?![\w^])", r"{\1\\cdot 10^{\2}}"),
     (r"(?<![\d,])(\d{1,3}(?:,\d{3})+)(?![\d,])", lambda m: m[1].replace(",", "")),
@@ -140,10 +140,23 @@ def same_value(gold: str, answer: str) -> bool:
     if first is None or second is None:
         return False
     if isinstance(first, sympy.Expr) and isinstance(second, sympy.Expr):
-        verdict = first == second or same_at_points(first, second)
+        verdict = first == second or _same_rational(first, second)
+        if verdict is None:
+            verdict = same_at_points(first, second)
         if verdict is not None:
             return verdict
     return _by_math_verify(first, second)
+
+
+def _same_rational(first: Any, second: Any) -> bool | None:
+    """Compare two rational numbers exactly, of however many digits; None if one of them is no such number."""
+    if first.free_symbols or second.free_symbols:
+        return None
+    with contextlib.suppress(Exception):
+        first, second = first.doit(), second.doit()
+        if first.is_Rational and second.is_Rational:
+            return bool(first == second)
+    return None
 
 
 def _by_math_verify(first: Any, second: Any) -> bool:
@@ -200,7 +213,7 @@ def _values(first: Any, second: Any, positive: bool = False) -> list[tuple[Any, 
         for at in range(2 * _POINTS if letters else 1):
             with contextlib.suppress(Exception):
                 point = _point(letters, at, positive)
-                a, b = (sympy.N(one.xreplace(point), 50) for one in (first, second))
+                a, b = (one.evalf(50, subs=point) for one in (first, second))
                 if all(one.is_number and one.is_finite for one in (a, b)):
                     pairs.append((mpmath.mpmathify(a), mpmath.mpmathify(b)))
             if len(pairs) == _POINTS:

@@ -116,6 +116,8 @@ _END = re.compile(
     )$""",
     re.VERBOSE | re.DOTALL,
 )
+# In sin 30° the degrees belong to the angle, not to the whole.
+_ANGLE = re.compile(r"\\(?:sin|cos|tan|cot|sec|csc)(?![a-zA-Z])[^()+\-=,]*\^\s*\{?\s*\\circ\s*\}?$")
 _LOOSE = re.compile(rf"^(?P<rest>.*?[\d}})\w])\s*(?<![a-zA-Z\\])(?P<unit>{_LETTERS})$", re.DOTALL)
 _FRONT = re.compile(
     r"^(?P<sign>[-+]?)\s*(?P<unit>\\\$|[€£¥₹]|(?:USD|Rs\.?)(?![a-zA-Z]))\s*(?P<rest>[-+]?\s*[\d.\\({].*)$"
@@ -127,7 +129,7 @@ def split_unit(text: str, loose: bool = False) -> tuple[str, Unit | None]:
     if match := _FRONT.match(text):
         rest, tail = split_unit(match["sign"] + match["rest"], loose)
         return rest, tail if tail and tail.powers else unit(match["unit"])
-    match = _END.match(text)
+    match = None if _ANGLE.search(text) else _END.match(text)
     if match and (found := unit(match["unit"])) and re.search(r"[\w})]", match["rest"]):
         is_word = not match["unit"].lstrip().startswith(("\\", "^", "%", "€", "£", "¥", "₹", "¢"))
         # Words that do not follow a number may be a product of letters or part of a sentence.

@@ -26,7 +26,9 @@ def same_equation(gold: list[str], answer: str, same: Same) -> bool:
         return False
     if len(gold) == len(given):
         return in_order(sides, given[1:], same)
-    return any(same(side, given[-1]) for side in sides) or (len(gold) == 2 and same(sides[0], given[1]))
+    if any(same(side, given[-1]) for side in sides):
+        return True
+    return len(gold) == 2 and same(sides[0], given[1]) and all(same(side, given[1]) for side in given[2:])
 
 
 def _same_sides(gold: list[str], given: list[str], same: Same) -> bool:

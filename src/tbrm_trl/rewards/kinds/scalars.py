@@ -93,14 +93,26 @@ def _equation_for_value(gold: str, answer: str, same: Same) -> bool | None:
 def _approximation(gold: str, answer: str, same: Same) -> bool | None:
     """Compare texts that give a value with its decimal, `\\sqrt{2} \\approx 1.414`.
 
-    Either may match; if gold and answer both give both, both must.
+    Either may match, if the one rounds to the other; otherwise the first. If gold and answer both give both, both must.
     """
     if "\\approx" not in gold + answer:
         return None
     wanted, given = ([part for part in cut(text, _APPROXIMATELY) if part] for text in (gold, answer))
     if len(wanted) > 1 and len(given) > 1:
         return same(wanted[0], given[0]) and same(wanted[-1], given[-1])
+    if len(given) > 1 and not (_rounds(given[0], given[-1]) or _rounds(given[-1], given[0])):
+        given = given[:1]
     return any(same(one, part) for one in wanted for part in {*given[:1], *given[-1:]})
+
+
+def _rounds(exact: str, decimal: str) -> bool:
+    """Whether the second number is the first one, to its last digit."""
+    read, rounded = number(exact), number(decimal)
+    wanted = read.value if read else symbols.value(exact)
+    if wanted is None or rounded is None:
+        return False
+    step = rounded.step or (1 if rounded.value.denominator == 1 else 0)
+    return abs(wanted - rounded.value) <= step / 2
 
 
 def _within_brackets(gold: str, answer: str, same: Same) -> bool | None:
@@ -170,4 +182,4 @@ def _same_value(gold: str, answer: str, scale: Fraction = Fraction(1)) -> bool:
 
 def _could_be_formula(text: str) -> bool:
     """Whether a text has no words and so may be a formula."""
-    return not re.search(r"(?<![\\a-zA-Z{_])[a-zA-Z]{4,}(?![a-zA-Z}])|\\text\{[^{}]*[a-zA-Z]{3,}", text)
+    return not re.search(r"(?<![\\a-zA-Z{_])[a-zA-Z]{4,}(?![a-zA-Z}])|\\text\{[^{}]*[a-zA-Z]{2,}", text)
