@@ -54,6 +54,23 @@ def test_a_given_adapter_is_trained_against_itself_whatever_its_name(name, sync,
     assert not torch.equal(logits(trainer.model), start)
 
 
+@pytest.mark.parametrize("sync", [False, True])
+def test_what_is_frozen_of_an_adapter_stays_frozen(sync, llama, tmp_path):
+    policy = adapted(llama)
+    for name, parameter in policy.named_parameters():
+        parameter.requires_grad_("lora_B" in name)
+    start = {name: parameter.detach().clone() for name, parameter in policy.named_parameters()}
+    trainer = build(policy, tmp_path, **(RESET if sync else {}))
+    trainer.train()
+    moved = {
+        name for name, one in trainer.model.named_parameters() if name in start and not torch.equal(one, start[name])
+    }
+    assert moved and all("lora_B" in name for name in moved)
+    assert {name for name, one in trainer.model.named_parameters() if one.requires_grad} == {
+        name for name in start if "lora_B" in name
+    }
+
+
 def test_a_run_with_another_name_resumes(llama, tmp_path):
     save_at = dict(max_steps=2, save_strategy="steps", save_steps=1)
     whole = build(adapted(llama, "policy"), tmp_path, **save_at)

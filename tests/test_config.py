@@ -61,6 +61,10 @@ def test_options_without_meaning_are_refused(name):
         ({"soft_value": "critic"}, "Choose one of calibrated, .*policy"),
         ({"loss_units": "nats"}, "Choose one of reward, logits"),
         ({"num_generations": 0}, "at least 1 rollout"),
+        ({"bf16_full_eval": True}, "`bf16_full_eval=True` is refused: .* half precision"),
+        ({"fp16_full_eval": True}, "`fp16_full_eval=True` is refused: .* half precision"),
+        ({"label_smoothing_factor": 0.1}, "`label_smoothing_factor=0.1` is refused"),
+        ({"train_sampling_strategy": "sequential"}, "use `shuffle_dataset=False`"),
         ({"max_completion_length": None}, "`max_completion_length=None` is refused"),
         ({"accelerator_config": {"split_batches": True}}, "`split_batches=True` is refused: each process would get"),
         (

@@ -125,6 +125,7 @@ from .model.reference import (
     SyncReference,
     adapter_settings,
     add_reference_adapter,
+    frozen_kept,
     keep_precision_of_scores,
     score_reference,
     shard_by_layer,
@@ -1206,7 +1207,8 @@ class TBRMTrainer(ExactResume, GRPOTrainer):
         `ref` has the model under it as its reference.
         """
         batch = self._collate([row.trajectory for row in rows])
-        with use_adapter(self.accelerator.unwrap_model(self.model, keep_torch_compile=False), None):
+        policy = self.accelerator.unwrap_model(self.model, keep_torch_compile=False)
+        with frozen_kept(policy), use_adapter(policy, None):
             log_probs = self._score(self.model, batch).log_probs  # (B, T)
         self._check_start(batch, log_probs, of_adapter=True)
 

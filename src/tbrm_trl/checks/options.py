@@ -76,6 +76,23 @@ def check_meaning(args: TBRMOptions) -> Iterator[str]:
             "E(δ+ε)² = δ² + Var ε, so noisy embeddings bias the squared residual. Leave it at None."
         )
 
+    for name in ("bf16_full_eval", "fp16_full_eval"):
+        if getattr(args, name):
+            yield (
+                f"`{name}=True` is refused: an evaluation would leave the weights in half precision, and small updates "
+                "are lost in it. Leave it out; `bf16=True` evaluates in bfloat16 too."
+            )
+    if args.label_smoothing_factor:
+        yield (
+            f"`label_smoothing_factor={args.label_smoothing_factor}` is refused: there are no labels to smooth. Leave "
+            "it at 0."
+        )
+    if args.train_sampling_strategy != "random":
+        yield (
+            f"`train_sampling_strategy={args.train_sampling_strategy!r}` is refused: windows have a sampler of their "
+            "own. For the order of the data set use `shuffle_dataset=False`."
+        )
+
 
 def check_residual_options(args: TBRMOptions) -> Iterator[str]:
     if not 0 < args.beta < math.inf:

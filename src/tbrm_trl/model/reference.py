@@ -87,7 +87,7 @@ class Reference:
             return
         policy = self.policy()
         adapters = self._unwrapped(policy)
-        with use_adapter(adapters, ADAPTER if ADAPTER in adapters.peft_config else None):
+        with frozen_kept(adapters), use_adapter(adapters, ADAPTER if ADAPTER in adapters.peft_config else None):
             yield policy
 
     def sync(self, alpha: float) -> None:
@@ -231,13 +231,25 @@ def base_kept(policy: Any) -> Iterator[None]:
         yield
 
 
+@contextmanager
+def frozen_kept(policy: Any) -> Iterator[None]:
+    """After the block, those parameters are frozen that were before. PEFT unfreezes an adapter that it activates."""
+    before = [(parameter, parameter.requires_grad) for parameter in policy.parameters()]
+    try:
+        yield
+    finally:
+        for parameter, required in before:
+            if parameter.requires_grad != required:
+                parameter.requires_grad_(required)
+
+
 def add_reference_adapter(policy: Any) -> None:
     """Give a PEFT policy the frozen adapter `ref`, equal to the one being trained. TRL may have added it already."""
     active = policy.active_adapter
     if ADAPTER not in policy.peft_config:
-        with base_kept(policy):
+        with base_kept(policy), frozen_kept(policy):
             policy.add_adapter(ADAPTER, copy.deepcopy(policy.peft_config[active]))
-        policy.set_adapter(active)  # leaves `ref` frozen
+            policy.set_adapter(active)  # leaves `ref` frozen
     trained = _adapter(policy, active)
     for name, parameter in _adapter(policy, ADAPTER).items():
         # The dtype is copied too: PEFT makes adapters float32, and TRL trains some in bfloat16.
