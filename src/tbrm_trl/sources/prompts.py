@@ -218,7 +218,8 @@ def _bytes_of(column: pa.Array) -> np.ndarray | None:
         return None
     if any(not pa.types.is_string(inner.field(i).type) for i in range(inner.num_fields)):
         return None  # parts of messages and tool calls are rendered too
-    sizes = sum(_text_bytes(column.values.field(i)) for i in range(inner.num_fields))  # reasoning, a name
+    texts = [_text_bytes(column.values.field(i)) for i in range(inner.num_fields)]  # reasoning, a name, the content
+    sizes = np.sum(texts, axis=0)
     before = np.concatenate([[0], (sizes + BYTES_PER_MESSAGE).cumsum()])
     offsets = column.offsets.to_numpy()
     return before[offsets[1:]] - before[offsets[:-1]]
