@@ -219,7 +219,7 @@ class CompletionTokenizer:
     def refuse_impossible(
         self, prompt_ids: list[int], ids: list[int], mask: list[bool], end: End, drawn_here: bool
     ) -> None:
-        """Refuse ids that no policy could have produced: padding, tokens after an end, an end without its token.
+        """Refuse ids that no policy could have produced: padding, and anything it chose after an end token.
 
         Args:
             prompt_ids: the prompt's ids.
@@ -245,11 +245,6 @@ class CompletionTokenizer:
             raise ValueError(
                 f'`end` is "length", but the completion ends with {self._named(ids[-1])}, which ends a completion. '
                 'Set `end` to "eos", or cut the token off if it was added.'
-            )
-        if end is End.EOS and ids[-1] not in ends and mask[-1]:
-            raise ValueError(
-                f'`end` is "eos", but the completion ends with {self._named(ids[-1])}, which ends no completion. The '
-                "probability of its end would be left out: append the end token, or leave `end` out."
             )
         if pad is None or drawn_here:
             return
