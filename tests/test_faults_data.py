@@ -90,10 +90,6 @@ def refused(folder, tmp_path, rows, message, reward_funcs=None, **kwargs):
         ({"completion_ids": [6, EOS, 7]}, r"token 1 of 3 .*ends a completion.*`loss_mask`"),
         ({"completion_ids": [EOS, EOS]}, r"token 0 of 2 .*ends a completion"),
         ({"completion_ids": [6, EOS], "end": "length"}, '`end` is "length", but the completion ends with'),
-        (
-            {"completion_ids": [6, 7], "end": "eos"},
-            '`end` is "eos", but the completion ends with .*Append|append the end',
-        ),
     ],
 )
 def test_2_2_and_2_6_impossible_ids_are_refused(row, message, folder, tmp_path):
