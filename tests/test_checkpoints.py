@@ -122,13 +122,14 @@ def test_a_damaged_checkpoint_is_named_and_the_last_sound_one_taken(fault, how, 
 @pytest.mark.parametrize("given", [True, "auto", "last-checkpoint", "kept-2024"])
 def test_a_checkpoint_of_another_name_in_the_folder(given, qwen2, out):
     """The Hub's copy of the last checkpoint, or one that a user has renamed: its mark says its step."""
-    other = out / ("kept-2024" if given == "kept-2024" else "last-checkpoint")
+    searched = given in (True, "auto")
+    other = out / ("last-checkpoint" if searched else given)
     shutil.copytree(out / "checkpoint-6", other)
-    if not isinstance(given, str) or given == "auto":
+    if searched:
         for step in (6, 12, 14):
             shutil.rmtree(out / f"checkpoint-{step}")
     trainer = again(qwen2, out, max_steps=8)
-    trainer.train(resume_from_checkpoint=str(other) if given in ("last-checkpoint", "kept-2024") else given)
+    trainer.train(resume_from_checkpoint=given if searched else str(other))
     assert trainer.state.global_step == 8
     assert out / "checkpoint-14" not in complete_checkpoints(out)
     with pytest.raises(ValueError, match="checkpoint-3 does not exist"):

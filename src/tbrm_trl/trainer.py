@@ -48,7 +48,6 @@ from trl.trainer.utils import (
     create_model_from_path,
     get_config_model_id,
     print_prompt_completions_sample,
-    use_adapter,
 )
 
 from .actor.child import ActorProcess
@@ -125,7 +124,7 @@ from .model.reference import (
     SyncReference,
     adapter_settings,
     add_reference_adapter,
-    frozen_kept,
+    in_use,
     keep_precision_of_scores,
     score_reference,
     shard_by_layer,
@@ -138,7 +137,7 @@ from .printing import printable
 from .processes import failing_together
 from .publishing import CardFacts, keep_at_home, model_card
 from .resume import ExactResume, RunState, complete_checkpoints
-from .resume.checkpoint import load_values, process_folder, read_mark
+from .resume.checkpoint import load_values, process_folder, updates_before
 from .resume.finite import tensors_of_model
 from .run_log import LOG, SKIPPED, Stopwatch, append_line, append_update, go_back
 from .skipped_updates import SkippedUpdates, write_culprits
@@ -1207,8 +1206,7 @@ class TBRMTrainer(ExactResume, GRPOTrainer):
         `ref` has the model under it as its reference.
         """
         batch = self._collate([row.trajectory for row in rows])
-        policy = self.accelerator.unwrap_model(self.model, keep_torch_compile=False)
-        with frozen_kept(policy), use_adapter(policy, None):
+        with in_use(self.accelerator.unwrap_model(self.model, keep_torch_compile=False), None):
             log_probs = self._score(self.model, batch).log_probs  # (B, T)
         self._check_start(batch, log_probs, of_adapter=True)
 
@@ -1668,7 +1666,7 @@ class TBRMTrainer(ExactResume, GRPOTrainer):
             self._replay.clear()
 
     def before_training(self) -> None:
-        step = read_mark(Path(self._resumed_from))["step"] if self._resumed_from else 0
+        step = updates_before(Path(self._resumed_from)) if self._resumed_from else 0
         output_dir, process = Path(self.args.output_dir), self.accelerator.process_index
         with failing_together():
             go_back(output_dir, process, self.args.world_size, step)

@@ -87,7 +87,7 @@ class Reference:
             return
         policy = self.policy()
         adapters = self._unwrapped(policy)
-        with frozen_kept(adapters), use_adapter(adapters, ADAPTER if ADAPTER in adapters.peft_config else None):
+        with in_use(adapters, ADAPTER if ADAPTER in adapters.peft_config else None):
             yield policy
 
     def sync(self, alpha: float) -> None:
@@ -228,6 +228,13 @@ def base_kept(policy: Any) -> Iterator[None]:
     with ExitStack() as stack:
         for config in configs:
             stack.enter_context(temporarily(config, init_lora_weights=True))
+        yield
+
+
+@contextmanager
+def in_use(policy: Any, adapter: str | None) -> Iterator[None]:
+    """Inside the block, a PEFT policy has this adapter active, or none. After it, it is as it was."""
+    with frozen_kept(policy), use_adapter(policy, adapter):
         yield
 
 

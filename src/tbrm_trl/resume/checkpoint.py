@@ -214,13 +214,17 @@ def numbered_checkpoints(output_dir: str | Path) -> list[Path]:
 
 def complete_checkpoints(output_dir: str | Path) -> list[Path]:
     """The checkpoints of an output directory that are marked as complete, oldest first."""
-    return [folder for folder in numbered_checkpoints(output_dir) if (folder / _FOLDER / _MARKER).is_file()]
+    return list(filter(_is_marked, numbered_checkpoints(output_dir)))
 
 
 def _from_hub(output_dir: str | Path) -> list[Path]:
     """The checkpoint that `hub_strategy="checkpoint"` pushes, in a clone of its repository."""
     folder = Path(output_dir) / "last-checkpoint"
-    return [folder] if (folder / _FOLDER / _MARKER).is_file() else []
+    return [folder] if _is_marked(folder) else []
+
+
+def _is_marked(checkpoint: Path) -> bool:
+    return (checkpoint / _FOLDER / _MARKER).is_file()
 
 
 def step_of(checkpoint: str | Path) -> int:
@@ -228,9 +232,9 @@ def step_of(checkpoint: str | Path) -> int:
     return int(Path(checkpoint).name.rpartition("-")[2])
 
 
-def _updates_before(checkpoint: Path) -> int:
+def updates_before(checkpoint: Path) -> int:
     """The number of updates before a marked checkpoint, whatever its folder is called."""
-    step = read_mark(checkpoint).get("step")
+    step = read_mark(checkpoint).get("step")  # version 1 has none
     return step_of(checkpoint) if step is None else step
 
 
@@ -278,14 +282,14 @@ def checkpoint_to_resume(
                 raise ValueError(_no_checkpoint(Path(output_dir), wrong))
             passed = wrong[:1] or [_cut_short(one) for one in numbered_checkpoints(output_dir)[-1:]]
             return None, [f"{_sentence(one)} The run starts anew, since no checkpoint is sound." for one in passed]
-        newer = [one for one in numbered_checkpoints(output_dir) if step_of(one) > _updates_before(sound)]
-        wrong += [_cut_short(one) for one in newer if not (one / _FOLDER / _MARKER).is_file()]
+        newer = [one for one in numbered_checkpoints(output_dir) if step_of(one) > updates_before(sound)]
+        wrong += [_cut_short(one) for one in newer if not _is_marked(one)]
         notes += [f"{_sentence(one)} The last sound one is {sound.name}: the run goes on from it." for one in wrong]
         checkpoint = sound
     else:
         checkpoint = Path(str(resume_from))
         others = [one for one in complete_checkpoints(checkpoint.parent) if one != checkpoint]
-        if not (checkpoint / _FOLDER / _MARKER).is_file():
+        if not _is_marked(checkpoint):
             raise ValueError(f"{_why_incomplete(checkpoint)} {_instead(others)}")
         if problem := damage(checkpoint):
             raise ValueError(f"{_sentence(problem)} {_instead(others)}")
@@ -313,7 +317,7 @@ def leave_later(checkpoint: str | None, output_dir: str) -> list[str]:
     """Unmark the checkpoints after the one that a user names, since their updates will be redone; return a note."""
     if checkpoint is None or Path(checkpoint).resolve().parent != Path(output_dir).resolve():
         return []
-    step = _updates_before(Path(checkpoint))
+    step = updates_before(Path(checkpoint))
     later = [one for one in complete_checkpoints(output_dir) if step_of(one) > step]
     for one in later:
         mark_incomplete(one)

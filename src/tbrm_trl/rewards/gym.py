@@ -22,6 +22,7 @@ from .quantities import number
 COLUMN = "gym"
 _TRIES = 50  # problems drawn per requested problem before a task counts as exhausted
 _PLAIN_NUMBER = re.compile(r"-?(?:0|[1-9]\d*)(?:\.\d+)?")
+_NO_NUMBER = re.compile(r"(?<![a-z])(?:nan|inf|infinity)j?(?![a-z])", re.IGNORECASE)
 
 
 def train_and_test(task: str, train: int, test: int, seed: int = 0, **settings: Any) -> tuple[list[dict], list[dict]]:
@@ -85,9 +86,6 @@ def solved(
     if log_extra is not None:
         log_extra("score", scores)
     return verdicts
-
-
-_NO_NUMBER = re.compile(r"(?<![a-z])(?:nan|inf|infinity)j?(?![a-z])", re.IGNORECASE)
 
 
 def judge(task: str, entry: Mapping[str, Any], completion: str) -> tuple[float, float]:

@@ -49,6 +49,7 @@ _HEDGE = re.compile(
     r"\b[\s:,]*)+",
     re.IGNORECASE,
 )
+_DENIED = re.compile(r"\b(?:not|cannot|never|but|least|most|more|less|over|under|than)\b|n't\b", re.IGNORECASE)
 _CLAUSE_END = re.compile(
     r"(?<=[\w)\]}%$*°!])[.!?](?=\s|$|\*)|。|(?<!\s)\s+(?:because|since|which|where|as\s+(?:required|desired|needed)|when)\b|[,;]?\s+so\b",
     re.IGNORECASE,
@@ -178,9 +179,6 @@ def announcements(text: str) -> Iterator[str]:
     """All of the text after each announcement, from the last announcement to the first."""
     for mark in reversed([*_ANNOUNCED.finditer(text)]):
         yield text[mark.end() :].split("</answer>")[0].strip()
-
-
-_DENIED = re.compile(r"\b(?:not|cannot|never|but|least|most|more|less|over|under|than)\b|n't\b", re.IGNORECASE)
 
 
 def _clause(rest: str, named: bool = False) -> str | None:

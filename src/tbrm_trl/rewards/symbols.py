@@ -140,23 +140,10 @@ def same_value(gold: str, answer: str) -> bool:
     if first is None or second is None:
         return False
     if isinstance(first, sympy.Expr) and isinstance(second, sympy.Expr):
-        verdict = first == second or _same_rational(first, second)
-        if verdict is None:
-            verdict = same_at_points(first, second)
+        verdict = first == second or same_at_points(first, second)
         if verdict is not None:
             return verdict
     return _by_math_verify(first, second)
-
-
-def _same_rational(first: Any, second: Any) -> bool | None:
-    """Compare two rational numbers exactly, of however many digits; None if one of them is no such number."""
-    if first.free_symbols or second.free_symbols:
-        return None
-    with contextlib.suppress(Exception):
-        first, second = first.doit(), second.doit()
-        if first.is_Rational and second.is_Rational:
-            return bool(first == second)
-    return None
 
 
 def _by_math_verify(first: Any, second: Any) -> bool:
@@ -186,7 +173,12 @@ def proportional(gold: str, answer: str, positive: bool = False) -> bool:
 
 
 def same_at_points(first: Any, second: Any) -> bool | None:
-    """Whether two expressions have the same values at random points; None if too few points give values."""
+    """Whether two expressions have the same values at random points; None if too few points give values.
+
+    Rational numbers are compared exactly.
+    """
+    if (verdict := _same_rational(first, second)) is not None:
+        return verdict
     values = [] if first.has(sympy.Float) or second.has(sympy.Float) else _values(first, second)
     if len(values) < (2 if first.free_symbols or second.free_symbols else 1):
         return None
@@ -198,6 +190,17 @@ def same_at_points(first: Any, second: Any) -> bool | None:
         return False
     values = _values(first, second, positive=True)
     return len(values) >= 2 and all(_near(a, b) for a, b in values)
+
+
+def _same_rational(first: Any, second: Any) -> bool | None:
+    """Compare two rational numbers exactly, of however many digits; None if one of them is no such number."""
+    if first.free_symbols or second.free_symbols:
+        return None
+    with contextlib.suppress(Exception):
+        first, second = first.doit(), second.doit()
+        if first.is_Rational and second.is_Rational:
+            return bool(first == second)
+    return None
 
 
 def _near(first: Any, second: Any) -> bool:

@@ -127,12 +127,16 @@ class CompletionTokenizer:
             ids = joint[len(prompt_ids) :]
         else:  # a token spans the border: the policy, given the prompt's ids, cannot produce it
             ids = self.tokenizer(text=completion, add_special_tokens=False)["input_ids"]
-        if not self.tokenizer.decode([*prompt_ids, *ids], clean_up_tokenization_spaces=False).endswith(completion):
+        if not self._decoded([*prompt_ids, *ids]).endswith(completion):
             raise ValueError(
                 f"the tokenizer does not give the completion {_short(completion)} back from its own ids. Give "
                 "`prompt_ids` and `completion_ids` instead."
             )
         return ids
+
+    def _decoded(self, ids: list[int]) -> str:
+        """The text of ids as it was tokenized. Some tokenizers would remove spaces before punctuation."""
+        return self.tokenizer.decode(ids, clean_up_tokenization_spaces=False)
 
     def _messages(
         self, prompt: list[dict[str, Any]], completion: list[dict[str, Any]], prompt_ids: list[int], end: End
@@ -174,9 +178,7 @@ class CompletionTokenizer:
                 )
             turn_ids = turn_ids[: ends[-1] + 1]
             content = message.get("content") or ""
-            if isinstance(content, str) and content.strip() not in self.tokenizer.decode(
-                turn_ids, clean_up_tokenization_spaces=False
-            ):
+            if isinstance(content, str) and content.strip() not in self._decoded(turn_ids):
                 raise ValueError(
                     f"the chat template drops or changes part of the completion {_short(content)}. Give `prompt_ids` "
                     "and `completion_ids` instead."

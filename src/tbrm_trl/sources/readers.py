@@ -66,7 +66,8 @@ def read_verifiers_traces(paths: Paths) -> Dataset:
     `completion_ids` and `loss_mask` are what the policy read and chose. Otherwise the trainer's chat template tokenizes
     the messages. It must be the policy's and get the same `tools`. `reward` is the weighted sum of the trace's rewards,
     None if it has none. `end` is "length" if the last model call was cut, "tool_limit" if it called a tool that was not
-    run. `task` holds the task's data. `trace` and `agent` say where the row comes from.
+    run, None if there are ids and nothing says how the call ended: the last id then decides. `task` holds the task's
+    data. `trace` and `agent` say where the row comes from.
 
     Some traces are left out, with one warning that counts them: those that failed, those of agents that are not trained
     (judges, users), those with images, those without a message of the policy, and those with several branches. A
@@ -132,14 +133,14 @@ def _row_of_trace(trace: Mapping[str, Any]) -> dict[str, Any] | str:
     reason = next((calls[place] for place, node in enumerate(nodes) if node is path[-1] and place in calls), None)
     rewards = [reward for reward in trace.get("rewards", {}).values() if reward is not None]
     tokens = _tokens(path)
+    unknown = None if tokens["completion_ids"] else "eos"  # the last id decides
+    ends = {"length": "length", "tool_calls": "tool_limit", None: unknown}
     return {
         "prompt": messages[:first],
         "completion": messages[first:],
         **tokens,
         "reward": sum(reward["score"] * reward.get("weight", 1.0) for reward in rewards) if rewards else None,
-        "end": {"length": "length", "tool_calls": "tool_limit"}.get(
-            reason or "", "eos" if reason or not tokens["completion_ids"] else None
-        ),
+        "end": ends.get(reason or None, "eos"),
         "task": trace["task"]["data"],
         "trace": trace["id"],
         "agent": trace["agent"].get("name"),

@@ -5,7 +5,7 @@ from fractions import Fraction
 
 from .. import symbols
 from ..notation import OPENING, bracketed, cut, plain, squeezed
-from ..quantities import Number, in_base, number, same_number
+from ..quantities import Number, in_base, number, rounds_to, same_number
 from ..units import Unit, amount, several_units, split_unit
 from . import Same
 
@@ -111,8 +111,9 @@ def _rounds(exact: str, decimal: str) -> bool:
     wanted = read.value if read else symbols.value(exact)
     if wanted is None or rounded is None:
         return False
-    step = rounded.step or (1 if rounded.value.denominator == 1 else 0)
-    return abs(wanted - rounded.value) <= step / 2
+    if rounded.step is None and rounded.value.denominator > 1:  # a fraction is exact
+        return wanted == rounded.value
+    return rounds_to(wanted, Number(rounded.value, rounded.step or Fraction(1)), digits=0)
 
 
 def _within_brackets(gold: str, answer: str, same: Same) -> bool | None:
