@@ -269,8 +269,11 @@ class Comparison:
 
     @property
     def count(self) -> int:
-        """How many learning rates every method gets: as many as the one that needed most."""
-        return max(len(self.rates(method)) for method in self.setting.methods)
+        """How many learning rates every method gets: as many as the one that needed most, also after it got as many."""
+        count = 0
+        while (needed := max(len(self.rates(method, count)) for method in self.setting.methods)) > count:
+            count = needed
+        return count
 
     def selected(self, method: str) -> tuple[str, float]:
         return self.best(self.of_knob(method))

@@ -12,12 +12,16 @@ from numpy import array
 RATES = SETTINGS["sorting"].rates  # 5e-4, 1e-3, 2e-3
 
 
-def searched(tmp_path, best_rate, task="sorting"):
-    """A search with made-up results, which are the better, the nearer their rate is to the method's best one."""
+def searched(tmp_path, best_rate, task="sorting", given=None):
+    """A search with made-up results, which are the better, the nearer their rate is to the method's best one.
+
+    `given` names the accuracy at some rates of some methods.
+    """
     search = Comparison(task, SETTINGS[task], Store(tmp_path / "runs.json"))
     while wanted := search.wanted():
         for run in wanted:
             accuracy = 1 - abs(math.log(run.rate / best_rate.get(run.method, 1e-3))) / 10
+            accuracy = (given or {}).get((run.method, run.rate), accuracy)
             points = [[0, 0, 0.1, 0, 0.0], [1, 64, accuracy, 0, 1.0]]
             search.runs[str(run)] = {"run": vars(run), "processor": "one", "points": points}
     return search
@@ -32,6 +36,18 @@ def test_every_method_is_given_as_many_rates_as_the_one_that_needs_most(tmp_path
         tried = {one["run"]["rate"] for one in search.runs.values() if one["run"]["method"] == method}
         assert len(tried) == search.count == 6
         assert search.selected(method)[1] not in (min(tried), max(tried))
+
+
+def test_a_rate_that_only_the_search_for_others_finds(tmp_path):
+    """GRPO needs five rates, so TBRM gets five. One of them is then its best, for which it needs six, as all do."""
+    found = {2.5e-4: 0.1, 5e-4: 0.2, 1e-3: 0.5, 2e-3: 0.4, 4e-3: 0.9, 8e-3: 0.3}
+    found = {("TBRM", rate): accuracy for rate, accuracy in found.items()}
+    search = searched(tmp_path, {"GRPO": 2.5e-4}, given=found)
+    assert (len(search.rates("GRPO")), len(search.rates("TBRM"))) == (5, 3)
+    assert search.selected("TBRM")[1] == 4e-3
+    for method in METHODS:
+        tried = {one["run"]["rate"] for one in search.runs.values() if one["run"]["method"] == method}
+        assert len(tried) == search.count == 6
 
 
 def test_a_knob_is_tried_at_the_best_rate_and_the_final_seeds_come_last(tmp_path):

@@ -11,7 +11,7 @@ import pandas
 import pytest
 import torch
 from common.launch import allow_fsdp_on_cpu, launch
-from common.tiny import model, perturb, save, tokenizer
+from common.tiny import ARCHITECTURES, model, perturb, save, tokenizer
 from datasets import Dataset
 from helpers import runs
 from peft import IA3Config, LoHaConfig, LoraConfig, OFTConfig, PeftModel, get_peft_model
@@ -636,3 +636,34 @@ def test_3_4_evaluation_by_continuous_batching_reaches_neither_window_nor_metric
     assert [entry["eval_reward"] for entry in evaluations] == [2.0, 2.0]
     training = [entry for entry in trainer.state.log_history if "residual/mean" in entry]
     assert len(training) == 2
+
+
+@pytest.mark.parametrize("bf16", [False, True])
+@pytest.mark.parametrize("kind", ["modernbert-decoder", "roberta"])  # layers after the backbone; not causal
+def test_scores_that_the_models_own_logits_do_not_give(kind, bf16, tmp_path):
+    """From rules that the configuration does not tell, 2 to 77 nats per token were wrong in silence."""
+    folder = _saved(kind, tmp_path / "model")
+    with pytest.raises(ValueError, match=r"are not those of its own logits: .* differ by"):
+        build(folder, tmp_path, letters, PROMPTS, bf16=bf16)
+
+
+def test_a_soft_cap_that_the_head_does_not_know(tmp_path):
+    """RecurrentGemma's soft cap has a name of its own. It shows where the logits are as large as a trained model's."""
+    folder = _saved("recurrent_gemma", tmp_path / "model", lru_width=32, attention_window_size=64, logits_soft_cap=5.0)
+    with pytest.raises(ValueError, match="are not those of its own logits"):
+        build(folder, tmp_path, letters, PROMPTS)
+
+
+def test_a_model_that_names_no_backbone(tmp_path):
+    folder = _saved("llama4_text", tmp_path / "model")
+    with pytest.raises(ValueError, match="base_model_prefix='language_model'"):
+        build(folder, tmp_path, letters, PROMPTS)
+
+
+def _saved(kind, folder, **changes):
+    """Save a tiny model of a kind whose scores cannot be trusted, and a tokenizer."""
+    torch.manual_seed(0)
+    config = AutoConfig.for_model(kind, **{**ARCHITECTURES["qwen2"], **changes})
+    AutoModelForCausalLM.from_config(config, dtype=torch.float32).save_pretrained(folder)
+    tokenizer().save_pretrained(folder)
+    return str(folder)

@@ -11,6 +11,7 @@ from dataclasses import replace
 import pytest
 import torch
 from common.tiny import perturb, save
+from datasets import Dataset
 from helpers.oracle import (
     TOLERANCE,
     check,
@@ -22,7 +23,7 @@ from helpers.oracle import (
     plain,
     solve,
 )
-from helpers.runs import config, log, one_update
+from helpers.runs import build, config, kept_returns, log, one_update
 from helpers.scripted import Row, script, scripted_trainer
 from helpers.sharded import unwrapped
 from helpers.two_processes import on_two_processes
@@ -175,6 +176,41 @@ def test_group_mean(soft_value, qwen2, tmp_path):
     answer = solve(seen.policy, seen.reference, window, **options_of(seen.trainer))
     assert seen.loss == pytest.approx(answer.loss, rel=TOLERANCE)
     assert distance(seen.gradient, answer.gradient) <= TOLERANCE
+
+
+def test_batch_mean_of_an_evaluation(qwen2, tmp_path):
+    """V follows the mean of the windows that are trained on, so an evaluation's rows have the latest one for any batch.
+
+    Before training there is none, and they have their batch's.
+    """
+    prompts = Dataset.from_list([{"prompt": text} for text in ("a", "b:", "1+1=", "x y z")])
+    trainer = build(
+        qwen2, tmp_path, reward_baseline="batch_mean", soft_value="calibrated", eval_dataset=prompts, max_steps=1
+    )
+    evaluated = kept_returns(trainer, "_evaluation_rows")
+    trainer.args.per_device_eval_batch_size = 2
+    trainer.evaluate()
+    for batch in evaluated:
+        rewards = [row.trajectory.reward for row in batch]
+        assert [row.trajectory.baseline for row in batch] == [pytest.approx(sum(rewards) / 2)] * 2
+    windows = kept_returns(trainer, "_new_window")
+    trainer.train()
+    mean = sum(t.reward for t in windows[0]) / len(windows[0])
+    for size in (2, 4):
+        evaluated.clear()
+        trainer.args.per_device_eval_batch_size = size
+        trainer.evaluate()
+        assert [row.trajectory.baseline for batch in evaluated for row in batch] == [pytest.approx(mean)] * 4
+
+
+def test_a_set_of_one_evaluation_has_whole_groups(qwen2, tmp_path):
+    """The check of the evaluation set holds for one that only a call of `evaluate` brings."""
+    trainer = build(
+        qwen2, tmp_path, soft_value="log_mean_exp", num_generations=4, per_device_train_batch_size=4, max_steps=1,
+        per_device_eval_batch_size=6,
+    )  # fmt: skip
+    with pytest.raises(ValueError, match="per_device_eval_batch_size=6 does not hold whole groups of 4"):
+        trainer.evaluate(Dataset.from_list([{"prompt": "a"}, {"prompt": "b:"}]))
 
 
 def test_batch_mean_over_two_processes(tmp_path):

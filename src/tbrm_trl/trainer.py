@@ -64,6 +64,7 @@ from .checks.data import (
     check_chat_template,
     check_dataset,
     check_empty_prompts,
+    check_evaluation_batches,
     check_evaluation_sets,
     check_followed,
     check_sources_of_vision,
@@ -81,6 +82,7 @@ from .checks.model import (
     check_backend,
     check_head,
     check_length,
+    check_logits,
     check_packing,
     check_pool,
     check_quantization,
@@ -91,6 +93,7 @@ from .checks.model import (
     check_vision,
     require_equal_weights,
     rotary_limit,
+    rows_of_text,
     warn_of_half_precision,
     warn_of_merging,
 )
@@ -397,6 +400,9 @@ class TBRMTrainer(ExactResume, GRPOTrainer):
             if scored is not None:
                 bare = self.accelerator.unwrap_model(scored, keep_torch_compile=False)
                 add_trajectory_head(bare, self.temperature, args.cast_lm_head_to_fp32)
+        self._logits_are_checked = self._dist.is_zero3  # which allows forward passes of one order of modules alone
+        if not self.is_sharded:  # otherwise before the first window, when the model is prepared
+            self._check_logits()
         self.evaluating = self._prompts_are_rolled_out = False
         self._evaluated: list[Tensor] = []  # the rows' numbers for metrics, by batch of the current evaluation
         self._rows_to_evaluate: int | None = None
@@ -774,6 +780,8 @@ class TBRMTrainer(ExactResume, GRPOTrainer):
             return {"microbatches": [self._evaluation_rows(generation_batch)]}
         micro_step = self._step % self.args.gradient_accumulation_steps
         if micro_step == 0:
+            if not self._logits_are_checked:
+                self._check_logits()
             self._scored, self._loss_before = [], self._tr_loss.clone()
             self._microbatches = self._microbatches_of(self._collect(generation_batch))
             if self._starts_at_reference and self._has_new_adapter and ADAPTER in self.model.peft_config:
@@ -1210,13 +1218,27 @@ class TBRMTrainer(ExactResume, GRPOTrainer):
             log_probs = self._score(self.model, batch).log_probs  # (B, T)
         self._check_start(batch, log_probs, of_adapter=True)
 
+    def _check_logits(self) -> None:
+        """Check that the policy and the reference have the scores that their own logits give."""
+        rows = rows_of_text(self._probe_ids() or [1, 2, 3, 4])
+        for model in filter(None, (self.model, self.ref_model)):
+            was_training = model.training
+            model.eval()  # some models require inputs for images while they are trained
+            with torch.no_grad(), self.accelerator.autocast():
+                scores = self._score(model, self._collate(rows))
+                check_logits(model, rows, scores, self.temperature, self._is_half(model))
+            model.train(was_training)
+        self._logits_are_checked = True
+
+    def _is_half(self, model: nn.Module) -> bool:
+        """Whether anything of a model is computed in half precision or quantized."""
+        return self.accelerator.mixed_precision != "no" or any(p.itemsize < 4 for p in model.parameters())
+
     def _check_start(self, batch: Batch, log_probs: Tensor, of_adapter: bool = False) -> None:
         """Check before the first update that the reference's log-probabilities match another model's `(B, T)`."""
-        parameters = list(self.model.parameters())
-        is_half = self.accelerator.mixed_precision != "no" or any(p.itemsize < 4 for p in parameters)  # or quantized
         difference = torch.where(batch.action_mask, (log_probs.detach() - batch.ref_log_probs).abs(), 0.0).sum()
         total, count = self._gather([difference.item(), int(batch.action_mask.sum())]).sum(dim=0).tolist()
-        check_start(total / max(count, 1), is_half, of_adapter)
+        check_start(total / max(count, 1), self._is_half(self.model), of_adapter)
 
     # ---- update ------------------------------------------------------------------------------------------------
 
@@ -1402,6 +1424,7 @@ class TBRMTrainer(ExactResume, GRPOTrainer):
 
     def evaluation_loop(self, dataloader: Any, *args: Any, metric_key_prefix: str = "eval", **kwargs: Any) -> Any:
         """Evaluate one set. Its metrics have its own prefix and are means over its rows, each counted once."""
+        check_evaluation_batches(self.args, self.args.window_group_size)  # of a set that only this call brings
         self._metrics["eval"].clear()
         self._recorder.means("eval")
         self._evaluated, self._rows_to_evaluate = [], None

@@ -327,17 +327,8 @@ def check_sources(mix: WindowMix, args: TBRMOptions, group_size: int, rewarded: 
         )
     if not mix.rollouts and args.save_rollouts:
         raise ValueError("`save_rollouts=True`, but every row of the training set has a completion. Leave it False.")
-    per_prompt = args.num_generations_eval or args.num_generations
-    if evaluated and args.reward_baseline == "batch_mean" and args.per_device_eval_batch_size * args.world_size == 1:
-        raise ValueError(
-            "`reward_baseline='batch_mean'` with evaluation batches of one trajectory is refused: its own reward would "
-            "be its baseline. Raise per_device_eval_batch_size, or use 'none'."
-        )
-    if evaluated and group_size > 1 and args.per_device_eval_batch_size % per_prompt:
-        raise ValueError(
-            f"per_device_eval_batch_size={args.per_device_eval_batch_size} does not hold whole groups of "
-            f"{per_prompt} (num_generations_eval), whose trajectories are compared. Make it a multiple of {per_prompt}."
-        )
+    if evaluated:
+        check_evaluation_batches(args, group_size)
     if mix.logged and args.truncation == "bootstrap" and args.reference == "previous":
         raise ValueError(
             '`truncation="bootstrap"` with `reference="previous"` is refused for logged trajectories: they do not '
@@ -347,6 +338,21 @@ def check_sources(mix: WindowMix, args: TBRMOptions, group_size: int, rewarded: 
         raise ValueError(
             "`precompute_ref_log_probs=True` is for a training set in which every row has a completion, with "
             '`reference="initial"`: rollouts cannot be scored before they exist. Leave it at None.'
+        )
+
+
+def check_evaluation_batches(args: TBRMOptions, group_size: int) -> None:
+    """Refuse evaluation batches that split groups, or in which a reward is its own baseline."""
+    per_prompt = args.num_generations_eval or args.num_generations
+    if args.reward_baseline == "batch_mean" and args.per_device_eval_batch_size * args.world_size == 1:
+        raise ValueError(
+            "`reward_baseline='batch_mean'` with evaluation batches of one trajectory is refused: its own reward would "
+            "be its baseline. Raise per_device_eval_batch_size, or use 'none'."
+        )
+    if group_size > 1 and args.per_device_eval_batch_size % per_prompt:
+        raise ValueError(
+            f"per_device_eval_batch_size={args.per_device_eval_batch_size} does not hold whole groups of "
+            f"{per_prompt} (num_generations_eval), whose trajectories are compared. Make it a multiple of {per_prompt}."
         )
 
 

@@ -2,7 +2,7 @@
 
 import copy
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -14,11 +14,13 @@ from torch.distributed.tensor import DTensor
 from transformers import AutoConfig, GenerationConfig, PreTrainedModel
 from transformers.utils.generic import is_flash_attention_requested
 
+from ..batch import TrajectoryScores, at_least_float32
 from ..model.caches import can_select_rows, empty_cache
 from ..model.decoding import draws_one_token
 from ..model.reference import ADAPTER as REFERENCE_ADAPTER
 from ..options import TBRMOptions
 from ..sources.sampler import WindowMix
+from ..trajectory import End, Trajectory
 from .data import problem_of_coming_windows
 
 ADAPTER_CONFIG = "adapter_config.json"  # PEFT's name for it
@@ -111,13 +113,69 @@ def _check_given_adapter(model: Any) -> None:
 
 
 def check_head(model: PreTrainedModel) -> None:
-    """Refuse a head that is more than a weight and a bias: TRL's kernel computes log-probabilities from these two."""
+    """Refuse a head that is more than a weight and a bias: TRL's kernel computes log-probabilities from these two.
+
+    And refuse a model without a backbone of its own, whose states nothing could give to the kernel.
+    """
+    if model.base_model is model:
+        raise ValueError(
+            f"{type(model).__name__} does not name the part of it that computes hidden states "
+            f"(base_model_prefix={model.base_model_prefix!r}), so trajectories cannot be scored. Load the checkpoint "
+            "with another class of its family, or train another model."
+        )
     head = model.get_output_embeddings()
     if not (hasattr(head, "weight") and hasattr(head, "bias")):
         raise ValueError(
             f"The model's head is a {type(head).__name__}, of which log-probabilities cannot be computed without its "
             "logits. (`trainable_token_indices` makes one of a head that is tied to the embeddings.) Untie them "
             "(tie_word_embeddings=False), or train whole modules: modules_to_save=['embed_tokens']."
+        )
+
+
+def rows_of_text(token_ids: Sequence[int]) -> list[Trajectory]:
+    """Two rows of different lengths for `check_logits`, from the token ids of a text, at least two."""
+    texts = [list(token_ids), list(token_ids)[::-1][: max(len(token_ids) // 2, 2)]]
+    return [
+        Trajectory(torch.tensor(ids[:1]), torch.tensor(ids[1:]), torch.ones(len(ids) - 1).bool(), 0.0, End.LENGTH)
+        for ids in texts
+    ]
+
+
+@torch.no_grad()
+def check_logits(
+    model: nn.Module, rows: Sequence[Trajectory], scores: TrajectoryScores, temperature: float, dtype_is_half: bool
+) -> None:
+    """Refuse a model whose scores are not those of its own logits.
+
+    The scores come from hidden states and the head, with what the configuration says of scales and soft caps
+    (`logit_transform`). A model's code may do more than its configuration says. And a model that is not causal, or that
+    mixes the rows of a batch, has other logits for a row on its own.
+
+    Args:
+        model: returns logits, `model(input_ids=ids).logits` of shape (1, T, vocabulary).
+        rows: B trajectories without padding.
+        scores: the model's scores of them as one batch, as in training.
+        temperature: of the policy.
+        dtype_is_half: whether anything is computed in half precision or quantized.
+    """
+    differences, largest = [], 0.0
+    for i, row in enumerate(rows):
+        given = torch.cat([row.prompt_ids, row.completion_ids]).to(scores.log_probs.device)  # (T,)
+        logits = at_least_float32(model(input_ids=given[None]).logits[0, :-1]) / temperature  # (T − 1, vocabulary)
+        own = logits.log_softmax(dim=-1).gather(1, given[1:, None])[:, 0]  # (T − 1,)
+        differences.append((scores.log_probs[i, 1 : len(given)] - own).abs())
+        differences.append((scores.soft_value[i] - logits[0].logsumexp(dim=-1)).abs()[None])
+        largest = max(largest, float(logits.abs().max()))
+    difference = float(torch.cat(differences).mean())
+    # Here a row is alone and there in a batch, so sums are rounded in another order. In bfloat16 that moves SmolLM2's
+    # logits of up to 39 by 0.02 on average.
+    tolerance = 0.01 + 2**-8 * largest if dtype_is_half else 1e-3
+    if difference > tolerance:
+        raise ValueError(
+            f"The scores of {type(model).__name__} are not those of its own logits: log-probabilities and soft values "
+            f"of a short text differ by {difference:.3g} nats (allowed: {tolerance:.2g}). Its forward does more "
+            "between hidden states and logits than its configuration says, or it is not causal, or a row depends on "
+            "the rows beside it. Train another model, or a class of this family whose logits are the head's output."
         )
 
 

@@ -43,9 +43,13 @@ class Baselines:
             window: this process's trajectories. Those of a group are adjacent.
             group_size: number of trajectories in a group.
             gather: takes n numbers of this process and returns those of all processes, `(P, n)`.
-            learn: keep the means for trajectories that are replayed later.
+            learn: whether the window is trained on. If so, the means are kept for trajectories that are replayed later.
+                If not, it is an evaluation's batch, and its "batch_mean" is that of the latest window trained on, which
+                V follows; before the first one it is the batch's own.
         """
-        if self.kind == "batch_mean":
+        if self.kind == "batch_mean" and not learn and self._of_window is not None:
+            self.renew(window)
+        elif self.kind == "batch_mean":
             given = [reward for t in window if not math.isnan(reward := self.reward_of(t))]
             total, count = gather([sum(given), len(given)]).sum(dim=0).tolist()
             for trajectory in window:
