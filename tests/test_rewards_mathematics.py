@@ -101,6 +101,29 @@ def test_conventions(gold, right, wrong):
         # Letters in exponents took minutes.
         ("P(1+\\frac{r}{n})^{nt}", ["P\\left(\\frac{n+r}{n}\\right)^{tn}"], ["Pe^{rnt}"]),
         ("x^{ab}", ["x^{ba}"], ["x^{ac}"]),
+        # Primes, the order of capitals, and capitals of words.
+        ("y''", ["y^{\\prime\\prime}"], ["y'", "y"]), ("f'(x)", ["f^{\\prime}(x)"], ["f(x)", "f''(x)"]),
+        ("y'' + y = 0", ["y + y'' = 0"], ["y' + y = 0", "2y = 0"]),
+        ("CAB", ["C A B", "\\text{CAB}"], ["ABC"]), ("odd", ["Odd", "\\text{odd}"], ["even"]),
+        # Arbitrary constants under another name, but no constants that the problem gives.
+        ("\\frac{x^2}{2}+C", ["\\frac{x^2}{2}+c", "K+\\frac{x^2}{2}"],
+         ["\\frac{x^2}{2}", "\\frac{x^2}{2}+x", "\\frac{x^2}{2}+2y"]),
+        ("y=c_1 e^x + c_2 e^{-x}", ["y=C_1e^x+C_2e^{-x}", "y=Ae^x+Be^{-x}", "y=k_1e^x+k_2e^{-x}"],
+         ["y=C_1e^x", "y=C_1e^x+C_1e^{-x}", "y=C_1e^{2x}+C_2e^{-x}"]),
+        ("k_1+2k_2", ["2k_2+k_1"], ["k_2+2k_1", "c+2k"]), ("kx^2", ["x^2k"], ["cx^2", "x^2"]),
+        ("\\frac{\\pi}{4}+k\\pi", ["\\frac{\\pi}{4}+n\\pi"], ["\\frac{\\pi}{4}+2n\\pi", "\\frac{\\pi}{4}+k"]),
+        # Units with prefixes, areas and volumes, and ordinals.
+        ("5\\text{ kPa}", ["5000\\text{ Pa}", "5\\text{ kilopascals}", "5"], ["5\\text{ Pa}", "5\\text{ MPa}"]),
+        ("2\\text{ GHz}", ["2000\\text{ MHz}"], ["2\\text{ MHz}"]),
+        ("5\\text{ hectares}", ["50000\\text{ m}^2", "5"], ["5\\text{ acres}", "5\\text{ m}"]),
+        ("2\\text{ L}", ["2000\\text{ cm}^3", "2000\\text{ mL}"], ["2\\text{ mL}", "2\\text{ m}^3"]),
+        ("10\\text{ mmol}", ["0.01\\text{ mol}"], ["10\\text{ mol}"]),
+        ("5", ["5^{\\text{th}}", "5^{th}", "5\\text{th}", "5th"], ["6th"]), ("3\\text{rd}", ["3"], ["2"]),
+        ("200", ["2\\text{ hundred}"], ["2"]), ("50\\%", ["50\\text{ per cent}"], ["40\\text{ per cent}"]),
+        # Vectors, equal names, and marks of layout.
+        ("\\langle 1,2\\rangle", ["(1,2)", "\\langle 1, 2 \\rangle"], ["(2,1)", "\\langle 1,3\\rangle"]),
+        ("x=y", ["y=x"], ["x=z", "x=-y"]),
+        ("7", ["\\textcolor{red}{7}", "{\\color{blue} 7}", "7 \\tag{1}"], ["\\textcolor{red}{8}", "8 \\tag{7}"]),
         # Degrees of an angle belong to it.
         ("\\frac{1}{2}", ["\\sin 30^\\circ", "\\sin(30^\\circ)"], ["\\sin 30"]),
         ("4\\sqrt3\\cos 10^\\circ", ["4\\sqrt3\\cos(10^\\circ)"], ["4\\sqrt3\\cos 10"]),

@@ -1,6 +1,7 @@
 """Bring LaTeX and Unicode into one normal spelling, and cut texts outside brackets."""
 
 import re
+from typing import Any
 
 _CHARACTERS = str.maketrans(
     {
@@ -9,8 +10,8 @@ _CHARACTERS = str.maketrans(
         "⋅": r"\cdot ", "÷": r"\div ", "π": r"\pi ", "∞": r"\infty ", "≤": r"\le ", "≥": r"\ge ", "≠": r"\ne ",
         "⩽": r"\le ", "⩾": r"\ge ", "±": r"\pm ", "∪": r"\cup ", "∩": r"\cap ", "∈": r"\in ", "∅": r"\emptyset ",
         "°": r"^\circ ", "ℝ": r"\mathbb{R}", "θ": r"\theta ", "α": r"\alpha ", "β": r"\beta ", "λ": r"\lambda ",
-        "⁄": "/", "。": ".", "、": ",", "？": "?", "’": "'", "‘": "'", "“": '"', "”": '"', "′": "'", "…": r"\ldots ",
-        "½": r"\frac{1}{2}", "¼": r"\frac{1}{4}",
+        "⁄": "/", "。": ".", "、": ",", "？": "?", "’": "'", "‘": "'", "“": '"', "”": '"', "′": "'", "″": "''",
+        "…": r"\ldots ", "½": r"\frac{1}{2}", "¼": r"\frac{1}{4}",
         "¾": r"\frac{3}{4}", "⅓": r"\frac{1}{3}", "⅔": r"\frac{2}{3}", "\u00a0": " ", "\u2009": " ", "\u202f": " ",
         "\u200b": "", "\ufeff": "", "∠": r"\angle ", "≈": r"\approx ", "⟨": r"\langle ", "⟩": r"\rangle ",
     }
@@ -20,7 +21,13 @@ _TEXT = (
     r"\\(?:text(?:bf|it|rm|sf|tt|normal|sl|up)?|math(?:rm|bf|it|sf|tt|normal|bb(?=\{[^R]))"
     r"|mbox|hbox|bf|boldsymbol|bm|operatorname\*?)"
 )
-_RULES = [
+
+
+def _primes(match: re.Match) -> str:
+    return "'" * match[0].count("prime")
+
+
+_RULES: list[tuple[str, Any]] = [
     (
         r"\\\\(?=(?:frac|dfrac|sqrt|text|pi|left|right|cdot|times|infty|boxed|mathrm)(?![a-zA-Z]))",
         r"\\",
@@ -31,6 +38,8 @@ _RULES = [
     (r"\\(?:[mM]?left|[mM]?right|middle|[bB]ig{1,2}[lrm]?)(?![a-zA-Z])\s*", ""),
     (r"\\(?:displaystyle|textstyle|scriptstyle|limits|nolimits|mathop|nonumber|rm|it|bf|centering)(?![a-zA-Z])\s*", ""),
     (r"\\(?:[,;:>]|quad|qquad|thinspace|enspace|hspace\*?\{[^{}]*\}|phantom\{[^{}]*\})|\\ |~|\\\n", " "),
+    (r"\\(?:textcolor|colorbox)\s*(?:\[[^\]]*\])?\{[^{}]*\}|\\color\s*\{[^{}]*\}|\\tag\*?\s*\{[^{}]*\}", ""),
+    (r"\^\s*\{((?:\s*\\prime(?![a-zA-Z]))+)\s*\}|\^\s*(\\prime)(?![a-zA-Z])", _primes),
     (r"\\!", ""),
     (r"\{\s*([,:])\s*\}", r"\1"),  # 2{,}125
     (r"\\(?:[dtc]|sf)frac(?![a-zA-Z])", r"\\frac"),
@@ -71,8 +80,12 @@ _WORD_RULES = [
     (r"\\text\{(\(?[A-Z]\)?|[.:])\}\s*\\text\{([).:]*)\}", r"\\text{\1\2}"),
     *(
         (rf"(?<=[\d}}])\s*(\\text\{{)?\s*{name}s?(?![a-zA-Z])", rf"\\cdot 10^{{{power}}} \1")
-        for name, power in (("thousand", 3), ("million", 6), ("billion", 9), ("trillion", 12))
+        for name, power in (("hundred", 2), ("thousand", 3), ("million", 6), ("billion", 9), ("trillion", 12))
     ),
+    # 5^{th}, 5\text{th}, 5th
+    (r"(?<=\d)\s*\^\s*\{\s*(?:st|nd|rd|th|\\text\{(?:st|nd|rd|th)\})\s*\}", ""),
+    (r"(?<=\d)\s*\^?\s*\\text\{(?:st|nd|rd|th)\}|(?<=\d)(?:st|nd|rd|th)(?![a-zA-Z])", ""),
+    (r"\bper cent\b", "percent"),
     (r"^\\text\{([A-Z]+(?:(?:,|\s|and|or|only)+[A-Z]+)+)(?:\s+only)?\}$", r"\1"),  # I and III
     (r"^\\text\{([^{}]*\d[^{}]*)\}$", r"\1"),  # \text{18 dollars}
     # An introduction to the answer: \text{The sum is } x + 1; without \text only if a formula follows.
@@ -188,9 +201,9 @@ def cut(text: str, separator: str) -> list[str]:
             continue
         letter = text[at]
         if letter == "\\" and at + 1 < len(text):
-            if text[at + 1] == "{":
+            if text[at + 1] == "{" or text.startswith("\\langle", at):
                 depth += 1
-            elif text[at + 1] == "}":
+            elif text[at + 1] == "}" or text.startswith("\\rangle", at):
                 depth -= 1
             at += 2
             while text[at - 1].isalpha() and at < len(text) and text[at].isalpha():

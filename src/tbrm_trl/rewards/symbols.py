@@ -16,6 +16,7 @@ import mpmath
 import sympy
 from sympy.core.function import AppliedUndef
 
+from .constants import with_constants_of
 from .quantities import EXACT, Number, rounds_to
 
 _LONGEST = 600
@@ -92,6 +93,12 @@ def _named(match: re.Match) -> str:
     return f" x_{{9{at:03d}{index}}}" + (r"\cdot (" if match[6] else "")
 
 
+def _primed(match: re.Match) -> str:
+    """A derivative is a letter of its own: math-verify drops primes, so y'' would be y."""
+    name = f" x_{{8{ord(match[1]):03d}{len(match[2])}{match[3] or ''}}}"
+    return name + (r"\cdot (" if match[4] else "")
+
+
 def _as_fraction(match: re.Match) -> str:
     value = Fraction(int((match[1] or "0") + match[2]), 10 ** len(match[2]))
     return f"{{\\frac{{{value.numerator}}}{{{value.denominator}}}}}"
@@ -120,6 +127,7 @@ _RULES: list[tuple[str, Any]] = [
     (r"\\(?:mathrm|operatorname)\{([die])\}", r"\1"),
     (r"\*", r"\\cdot "),
     (r"(\([^()]*\)|\\?[a-zA-Z]+|\d+)\s*!", r"{\1}!"),
+    (r"(?<!\\)(?<!\\[a-zA-Z])([a-zA-Z])('+)(?:_\{?(\d+)\}?)?(\s*\()?", _primed),
     (_CAPITAL.pattern, _named),
     (r"\s+", " "),
 ]
@@ -141,6 +149,8 @@ def same_value(gold: str, answer: str) -> bool:
         return False
     if isinstance(first, sympy.Expr) and isinstance(second, sympy.Expr):
         verdict = first == second or same_at_points(first, second)
+        if verdict is False and (renamed := with_constants_of(first, second)) is not None:
+            verdict = same_at_points(first, renamed)
         if verdict is not None:
             return verdict
     return _by_math_verify(first, second)

@@ -11,21 +11,28 @@ from .quantities import number
 _MEASURES: dict[str, dict[str, int | str]] = {
     "length": {"m meter metre": 1, "cm centimeter centimetre": "1/100", "mm millimeter millimetre": "1/1000",
                "km kilometer kilometre": 1000, "in inch inche": "254/10000", "ft foot feet": "3048/10000",
-               "yd yard": "9144/10000", "mi mile": "1609344/1000", "nm nanometer": "1/1000000000"},
+               "yd yard": "9144/10000", "mi mile": "1609344/1000", "nm nanometer": "1/1000000000",
+               "au": 149597870700, "lightyear": 9460730472580800, "parsec": 30856775814913673},
     "mass": {"g gram": 1, "kg kilogram": 1000, "mg milligram": "1/1000", "lb lbs pound": "45359237/100000",
              "oz ounce": "45359237/1600000", "ton tonne": 1000000},
     "time": {"s sec second": 1, "min minute": 60, "h hr hour": 3600, "day": 86400, "week": 604800, "ms": "1/1000"},
     "month": {"month": 1, "year yr": 12, "decade": 120, "century centurie": 1200},  # no fixed number of days
-    "litre": {"l liter litre": 1, "ml milliliter millilitre": "1/1000", "gal gallon": "3785411784/1000000000",
-              "qt quart": "946352946/1000000000", "pint": "473176473/1000000000", "cup": "2365882365/10000000000"},
+    "length^2": {"hectare": 10000, "acre": "40468564224/10000000"},
+    "length^3": {"l liter litre": "1/1000", "gal gallon": "3785411784/1000000000000",
+                 "qt quart": "946352946/1000000000000", "pint": "473176473/1000000000000",
+                 "cup": "2365882365/10000000000000"},
     "dollar": {"dollar usd buck \\$": 1, "cent ¢ penny pennie": "1/100"},
     "euro": {"€ euro eur": 1}, "pound sterling": {"£ gbp": 1}, "yen": {"¥ yen jpy yuan rmb": 1},
     "rupee": {"₹ rupee rs": 1},
     "degree": {"degree deg": 1}, "radian": {"rad radian": 1}, "percent": {"% percent percentage": 1},
     "celsius": {"celsius": 1}, "fahrenheit": {"fahrenheit": 1}, "kelvin": {"k kelvin": 1},
-    "newton": {"n newton": 1}, "joule": {"j joule": 1, "kj": 1000}, "watt": {"w watt": 1, "kw": 1000},
-    "volt": {"v volt": 1}, "ampere": {"a amp ampere": 1}, "hertz": {"hz hertz": 1}, "pascal": {"pa pascal": 1},
-    "mole": {"mol mole": 1}, "erg": {"erg": 1},
+    "newton": {"n newton": 1}, "watt": {"w watt": 1, "kw": 1000},
+    "joule": {"j joule": 1, "kj": 1000, "cal calorie": "4184/1000", "kcal": 4184, "erg": "1/10000000",
+              "ev electronvolt": "1602176634/10000000000000000000000000000"},
+    "volt": {"v volt": 1}, "ampere": {"a amp ampere": 1}, "hertz": {"hz hertz": 1}, "ohm": {"ohm": 1},
+    "pascal": {"pa pascal": 1, "bar": 100000, "atm atmosphere": 101325},
+    "mole": {"mol mole": 1}, "coulomb": {"coulomb": 1}, "farad": {"farad": 1}, "tesla": {"tesla": 1},
+    "bit": {"bit": 1, "byte": 8},
 }  # fmt: skip
 _UNITS = {
     name: (measure, Fraction(size))
@@ -33,8 +40,16 @@ _UNITS = {
     for spellings, size in names.items()
     for name in spellings.split()
 }
+# Prefixes, before symbols in upper and lower case as written, and before names. What the table has comes first.
+_SYMBOLS = "m g s l L N J W V A Hz Pa mol eV cal bar bit".split()
+_PREFIXES = {"T": 12, "G": 9, "M": 6, "k": 3, "m": -3, "μ": -6, "µ": -6, "n": -9, "p": -12}
+_LONG_PREFIXES = dict(
+    tera=12, giga=9, mega=6, kilo=3, hecto=2, deci=-1, centi=-2, milli=-3, micro=-6, nano=-9, pico=-12
+)
 _POWERS = {"square": 2, "sq": 2, "cubic": 3, "cu": 3}
-_LETTER = r"(?:[msghlLNJWVAKCF]|kg|km|cm|mm|nm|mol|Pa|Hz)(?:\s*\^\s*\{?-?[1-4]\}?)?"
+_LETTER = (
+    r"(?:[msghlLNJWVAKCF]|[TGMkmn]?(?:Pa|Hz|eV|[JWVN])|[kmn]?mol|k?cal|kg|[kcmn]m|m[lLgsA])(?:\s*\^\s*\{?-?[1-4]\}?)?"
+)
 _PAIRS = re.compile(r"(?<=[a-zA-Z])\s*(?:\sand\s+)?(?=\d)")  # between 3 hours and 20 minutes
 _LETTERS = rf"{_LETTER}(?:\s*(?:/|\\cdot|\s)\s*{_LETTER})*"  # m/s, kg m/s^2
 
@@ -62,7 +77,8 @@ def unit(text: str) -> Unit | None:
             power = _POWERS[name.lower()]
         elif found := _known(name):
             each = sign * power * int(exponent or 1)
-            powers[found[0]] = powers.get(found[0], 0) + each
+            measure, _, by = found[0].partition("^")
+            powers[measure] = powers.get(measure, 0) + each * int(by or 1)
             size *= found[1] ** each
             power = 1
         elif not re.fullmatch(r"[a-zA-Z]{3,}", name):  # apples, of, each
@@ -101,8 +117,23 @@ def _words_of(text: str) -> list[str]:
 def _known(name: str) -> tuple[str, Fraction] | None:
     """A unit's measure and size, by its name as written, in lower case, or without its plural ending."""
     small = name.lower()
-    spellings = [name, small, *([small.removesuffix("s"), small.removesuffix("es")] if len(name) > 2 else [])]
-    return next((_UNITS[one] for one in spellings if one in _UNITS), None)
+    singular = [small.removesuffix("s"), small.removesuffix("es")] if len(name) > 2 else []
+    for one in (name, small, *singular):
+        if one in _UNITS:
+            return _UNITS[one]
+    for prefix, exponent in _PREFIXES.items():
+        if (symbol := name.removeprefix(prefix)) in _SYMBOLS and symbol != name:
+            return _prefixed(symbol.lower(), exponent)
+    for prefix, exponent in _LONG_PREFIXES.items():
+        for one in (small, *singular):
+            if len(unit := one.removeprefix(prefix)) > 2 and unit != one and unit in _UNITS:
+                return _prefixed(unit, exponent)
+    return None
+
+
+def _prefixed(unit: str, exponent: int) -> tuple[str, Fraction]:
+    measure, size = _UNITS[unit]
+    return measure, size * Fraction(10) ** exponent
 
 
 _END = re.compile(

@@ -19,7 +19,7 @@ def same_equation(gold: list[str], answer: str, same: Same) -> bool:
         return any(same(side, answer) for side in gold[1:])
     if several_equations(answer):
         return False
-    if not NAME.fullmatch(given[0]):
+    if not NAME.fullmatch(given[0]) or all(NAME.fullmatch(side) for side in (*gold, *given)):  # x = y is y = x
         return len(gold) == len(given) == 2 and _same_sides(gold, given, same)
     sides = [_with_argument(side, gold[0], given[0]) for side in gold[1:]]
     if not _same_name(gold[0], given[0]):

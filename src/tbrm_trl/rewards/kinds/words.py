@@ -80,8 +80,10 @@ def same_sentences(gold: str, answer: str, same: Same) -> bool:
 
 
 def words(gold: str) -> str | None:
-    """Read a gold of words, without digits or formulas."""
+    """Read a gold of words, without digits or formulas. Three capitals or more are an order, as CAB, and no product."""
     bare = upright(gold).strip()
+    if re.fullmatch(r"[A-Z]{3,}", bare):
+        return bare
     if any(bare.casefold() in names for names in _SYNONYMS):
         return bare
     if re.search(r"[\d\\=<>^_|{}]", bare):
