@@ -14,7 +14,8 @@ from common.tiny import ARCHITECTURES, model
 from peft import LoraConfig, get_peft_model
 from transformers import AutoConfig, Qwen2Config
 
-from tbrm_trl.memory.estimate import estimate_memory, main
+from tbrm_trl.cli.estimate import main
+from tbrm_trl.memory.estimate import estimate_memory
 
 ROOT = Path(__file__).parent.parent
 # Per layer: q 8·8+8, k and v 8·4+4 each, o 8·8, feed-forward 3·8·16, two norms of 8: 608. Two layers, embeddings 32·8
@@ -211,8 +212,8 @@ def test_batches_are_those_of_the_processes_asked_for(tmp_path, capsys, monkeypa
     with pytest.raises(SystemExit):
         main([*words, "--num_generations", "8"])
     assert "num_generations" in capsys.readouterr().err
-    monkeypatch.setattr("tbrm_trl.memory.estimate.estimate_memory", lambda *args, **sizes: sizes)
-    main([*words, "--num_generations", "8", "--process", "4"])
+    monkeypatch.setattr("tbrm_trl.cli.estimate.estimate_memory", lambda *args, **sizes: sizes)
+    main([*words, "--num_generations", "8", "--processes", "4"])
     assert "'generated_rows': 2," in capsys.readouterr().out
     main([*words, "--generation_batch_size", "512", "--processes", "4"])
     assert "'generated_rows': 128," in capsys.readouterr().out
@@ -220,12 +221,47 @@ def test_batches_are_those_of_the_processes_asked_for(tmp_path, capsys, monkeypa
     assert "'generated_rows': 0, 'gathered_to_generate': False" in capsys.readouterr().out
     monkeypatch.undo()
     with pytest.raises(SystemExit):
-        main([*words, "--processes", "0", "--generation_batch_size", "512"])
-    assert "`processes=0` must be at least 1" in capsys.readouterr().err
+        main([*words, "--processes", "-1", "--generation_batch_size", "512"])
+    assert "`processes=-1` must be at least 1" in capsys.readouterr().err
     with pytest.raises(SystemExit):
         main(["--help"])
     said = capsys.readouterr().out
     assert all(option in said for option in ("--zero_stage", "--beta", "--load_in_4bit"))  # of all three
+
+
+def test_what_a_recipe_and_the_launcher_say(tmp_path, capsys, monkeypatch):
+    """Fields are those of `tbrm train`, a wrong one is named, and the launcher's file says what is sharded."""
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(f"model_name_or_path: {save_sizes(tmp_path / 'model', TINY.to_dict())}\ndataset_name: no.jsonl\n")
+    monkeypatch.setattr("tbrm_trl.cli.estimate.estimate_memory", lambda *args, **sizes: sizes)
+    launcher = ["--accelerate_config", str(ROOT / "examples/accelerate/zero3.yaml")]
+    for more, said in (
+        ([], "'processes': 1, 'zero_stage': 0, 'fsdp': False"),
+        (launcher, "'processes': 4, 'zero_stage': 3, 'fsdp': False"),
+        ([*launcher, "--num_processes", "2"], "'processes': 2, 'zero_stage': 3, 'fsdp': False"),
+        (["--accelerate_config", "fsdp2", "--processes", "4"], "'processes': 4, 'zero_stage': 0, 'fsdp': True"),
+    ):
+        main(["--config", str(recipe), *more])
+        assert said in capsys.readouterr().out
+    offload = str(ROOT / "examples/accelerate/zero3_offload.yaml")
+    for wrong, said in (
+        (["--config", "nowhere.yaml"], "--config nowhere.yaml cannot be read"),
+        (["--config", str(recipe), "--device", "tpu"], "--device takes cuda, cpu, not 'tpu'"),
+        (["--config", str(recipe), "--accelerate_config", offload], "to the host, which is not estimated"),
+    ):
+        with pytest.raises(SystemExit):
+            main(wrong)
+        assert said in capsys.readouterr().err
+    recipe.write_text(recipe.read_text() + "bata: 0.1\n")
+    with pytest.raises(SystemExit):
+        main(["--config", str(recipe)])
+    assert "there is no field bata. Did you mean beta?" in capsys.readouterr().err
+
+
+def test_lengths_that_are_none():
+    for wrong in (dict(prompt_length=-5), dict(completion_length=0), dict(device="tpu")):
+        with pytest.raises(ValueError, match=next(iter(wrong))):
+            estimate_memory(TINY, **{**LENGTHS, **wrong})
 
 
 def test_the_documents_tables_are_what_the_command_prints(tmp_path, capsys):

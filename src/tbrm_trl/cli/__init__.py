@@ -8,7 +8,7 @@ from importlib import import_module
 COMMANDS = {
     "train": ("tbrm_trl.cli.train", "train a model by a recipe"),
     "eval": ("tbrm_trl.cli.evaluate", "evaluate a model on benchmarks, or compare two results"),
-    "estimate": ("tbrm_trl.memory.estimate", "say how much memory a run will take"),
+    "estimate": ("tbrm_trl.cli.estimate", "say how much memory a run will take"),
     "report": ("tbrm_trl.report.page", "write a run as one page"),
     "demo": ("tbrm_trl.cli.demo", "teach a small model arithmetic, and measure it before and after"),
 }

@@ -58,6 +58,8 @@ class Parser(TrlParser):
             allow_abbrev=False,
         )
         self.set_defaults(**defaults)
+        for action in self._actions:
+            action.required &= action.dest not in defaults
         self.options = {option: action for action in self._actions for option in action.option_strings}
         self.fields = {action.dest: action for action in self._actions if action.dest != "help"}
 

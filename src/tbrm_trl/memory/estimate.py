@@ -1,24 +1,19 @@
-"""Estimate the memory that a training run will take, before anything is loaded:
-
-    tbrm estimate --config examples/recipes/tbrm.yaml --processes 4 --zero_stage 2
+"""Estimate the memory that a training run will take, before anything is loaded.
 
 The model's own code runs a micro-batch and a step of generation on tensors that have shapes and no storage
 (`FakeTensorMode`), and the bytes that would be live are added up. Formulas give what is sharded: `docs/memory.md`.
 """
 
 import math
-import sys
 from collections.abc import Iterable
 from copy import deepcopy
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
-from trl import ModelConfig, TrlParser, get_peft_config
 
-from ..config import TBRMConfig
 from .live_bytes import Trace, quantize
 
 # By `optim`: state tensors per trained tensor; whether they have 8 bits; whether they are in pages that may go to the
@@ -139,9 +134,12 @@ def estimate_memory(
             options that do not go together.
     """
     _check(optimizer, zero_stage, fsdp, quantization, peft_config)
-    for name, number in dict(rows=rows, completion_length=completion_length, processes=processes).items():
+    lengths = dict(prompt_length=prompt_length, completion_length=completion_length)
+    for name, number in dict(rows=rows, **lengths, processes=processes).items():
         if number < 1:
             raise ValueError(f"`{name}={number}` must be at least 1.")
+    if device not in ("cuda", "cpu"):
+        raise ValueError(f"`device={device!r}` is not among those whose memory is known: 'cuda' and 'cpu'.")
     config = _configuration(model)
     loaded = (config.dtype or torch.float32) if dtype == "auto" else getattr(torch, dtype)
     computed = getattr(torch, mixed_precision) if mixed_precision else loaded
@@ -282,76 +280,3 @@ def _add_adapters(policy: PreTrainedModel, peft_config: Any, dtype: torch.dtype 
         for parameter in policy.parameters():
             if parameter.requires_grad:
                 parameter.data = parameter.data.to(dtype)
-
-
-@dataclass
-class Machine:
-    """Where the training would run, and what no recipe holds."""
-
-    model: str | None = field(default=None, metadata={"help": "Id or folder; else the recipe's model_name_or_path."})
-    processes: int = field(default=1, metadata={"help": "Over all nodes, one device each."})
-    zero_stage: int = field(default=0, metadata={"help": "DeepSpeed ZeRO: 1, 2 or 3."})
-    fsdp2: bool = field(default=False, metadata={"help": "FSDP2, everything sharded over all processes."})
-    prompt_length: int = field(default=512, metadata={"help": "Tokens of the longest prompt."})
-    device: str = field(default="cuda", metadata={"help": "'cuda', or 'cpu'."})
-    only_logs: bool = field(default=False, metadata={"help": "The training set holds logged rows alone."})
-
-
-def estimate_of_run(config: TBRMConfig, model: ModelConfig, machine: Machine) -> MemoryEstimate:
-    """The estimate for a run of `tbrm train`."""
-    name = machine.model or model.model_name_or_path
-    if name is None:
-        raise ValueError("Which model? Give --model, or a recipe with `model_name_or_path`.")
-    freed = config.reference == "previous" or (
-        machine.only_logs and config.precompute_ref_log_probs is not False and not config.sync_ref_model
-    )
-    values = {"token": config.max_completion_length}.get(config.residual, 2 if config.truncation == "bootstrap" else 1)
-    rows, accumulation = config.per_device_train_batch_size, config.gradient_accumulation_steps
-    generated = rows * config.steps_per_generation
-    generates = not (config.use_vllm or machine.only_logs or config.followed_folder is not None)
-    merges = config.use_vllm and config.vllm_mode == "colocate" and get_peft_config(model) is not None
-    if tokens := config.max_tokens_per_microbatch:
-        held = min(rows, max(1, tokens // (machine.prompt_length + config.max_completion_length)))
-        rows, accumulation = held, math.ceil(rows / held)
-    return estimate_memory(
-        name,
-        rows=rows,
-        prompt_length=machine.prompt_length,
-        completion_length=config.max_completion_length,
-        generated_rows=generated if generates else 0,
-        # For colocated vLLM TRL merges the adapter into the whole policy; all else gathers one parameter at a time.
-        gathered_to_generate=generates or (merges and not machine.only_logs),
-        accumulation=accumulation,
-        dtype=model.dtype,
-        mixed_precision="bfloat16" if config.bf16 else "float16" if config.fp16 else None,
-        attn_implementation=model.attn_implementation,
-        gradient_checkpointing=config.gradient_checkpointing,
-        optimizer=str(getattr(config.optim, "value", config.optim)),
-        peft_config=get_peft_config(model),
-        quantization="4bit" if model.load_in_4bit else "8bit" if model.load_in_8bit else None,
-        double_quantization=model.use_bnb_nested_quant,
-        reference=not freed,
-        values_per_row=values,
-        processes=machine.processes,
-        zero_stage=machine.zero_stage,
-        fsdp=machine.fsdp2,
-        device=machine.device,
-    )
-
-
-def main(arguments: list[str] | None = None) -> None:
-    given = sys.argv[1:] if arguments is None else arguments
-    machine, *_ = TrlParser((Machine,), add_help=False).parse_args_and_config(given, return_remaining_strings=True)
-
-    class Planned(TBRMConfig):  # checks its batches for the planned processes, not for the one that runs here
-        world_size = property(lambda self: max(1, machine.processes))
-
-    parser = TrlParser((Machine, Planned, ModelConfig))
-    parser.set_defaults(output_dir=".", use_cpu=not torch.cuda.is_available(), report_to="none", lora_dropout=0.0)
-    try:
-        machine, config, model, unknown = parser.parse_args_and_config(given, return_remaining_strings=True)
-        if wrong := [word for word in unknown if word in given]:  # a recipe may hold other options
-            parser.error(f"unknown: {' '.join(wrong)}")
-        print(estimate_of_run(config, model, machine))
-    except ValueError as error:
-        parser.error(str(error))
