@@ -101,6 +101,14 @@ def value_of_name(text: str, row: int) -> str | None:
     return match[1] if match else None
 
 
+def other_constants(text: str, row: int) -> str | None:
+    """Small letters for capitals of arbitrary constants, and capitals for numbered small ones."""
+    if re.search(r"C_|[A-Z]C|C[A-Z]|[=<>,].*[=<>,]", text):
+        return None
+    changed = re.sub(r"(?<=[+ ])C(?![a-zA-Z_(])", "c", re.sub(r"(?<![a-zA-Z\\])c_\{?(\d)\}?", r"C_{\1}", text))
+    return changed if changed != text else None
+
+
 def without_box(text: str, row: int) -> str | None:
     return text if re.fullmatch(r"-?[\d.,]+", text) else None
 
@@ -108,7 +116,7 @@ def without_box(text: str, row: int) -> str | None:
 FORMS = {
     "power of ten": as_power_of_ten, "decimal": as_decimal, "braces": with_braces, "no braces": without_braces,
     "displayed": displayed, "slash": slash, "no currency": without_currency, "unit": with_unit, "thousands": thousands,
-    "value of a name": value_of_name, "no box": without_box,
+    "value of a name": value_of_name, "constants": other_constants, "no box": without_box,
 }  # fmt: skip
 
 

@@ -70,6 +70,13 @@ def test_answers_that_are_no_number(answer):
         assert judge("complex_arithmetic", entry, f"<answer>{entry['answer']}</answer>")[0] == 1.0
 
 
+@pytest.mark.parametrize(("said", "right"), [("1/32768", 1), ("0.00003052", 1), ("0", 0), ("0.0001", 0), ("0.00004", 0)])
+def test_small_probabilities(said, right):
+    """15 heads in 15 flips: 0 is off by less than 1e-4, and is no answer."""
+    entry = {**problem("coin_flip"), "answer": "3.051757812e-05"}
+    assert judge("coin_flip", entry, f"\\boxed{{{said}}}")[0] == right
+
+
 def test_solution_of_another_puzzle():
     """`puzzle24` itself gives it full marks."""
     first, second = reasoning_gym.create_dataset("puzzle24", size=2, seed=3)

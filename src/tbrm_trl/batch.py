@@ -163,7 +163,7 @@ class MicrobatchSize:
         return all(self.holds(block) for block in chunks(rows, group_size))
 
     def split(self, rows: Sequence[Row], group_size: int = 1) -> list[list[Row]]:
-        """Divide rows into as few micro-batches as hold them, the longest rows first.
+        """Divide rows into micro-batches, filled one after another, the longest rows first.
 
         Rows of similar length share a micro-batch, which keeps padding small. The longest rows come first, so that a
         run that does not fit into memory fails at once. Groups of `group_size` neighbours stay whole.

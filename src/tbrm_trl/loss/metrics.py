@@ -136,7 +136,7 @@ def microbatch_totals(
         "pad_fraction": (batch.pad_fraction * places, places),
     }
     if scores.aux_loss is not None:
-        shares["aux_loss"] = (scores.aux_loss.item(), 1.0)
+        shares["aux_loss"] = (scores.aux_loss.item() * len(rows), len(rows))  # as it enters the loss
     names = (*_OF_ROWS, *_OF_TOKENS, *shares, _NOT_FINITE)
     pairs = [
         torch.stack([torch.where(counted_by, by_row, 0.0).sum(dim=1), counted_by.sum(dim=1)], dim=1),  # (4 + O, 2)

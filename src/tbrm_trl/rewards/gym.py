@@ -163,9 +163,13 @@ def _is_stored(answer: str, entry: Mapping[str, Any]) -> bool:
 
 
 def _is_close(answer: str, entry: Mapping[str, Any]) -> bool:
-    """`coin_flip` gives 1 to any prefix of the probability's digits, such as "0"."""
+    """`coin_flip` gives 1 to any prefix of the probability's digits, such as "0". Here it may be off by a thousandth.
+
+    Probabilities are as small as 3e-5, so the error is relative.
+    """
+    stored = Fraction(entry["answer"])
     try:
-        return abs(Fraction(answer.replace(",", "")) - Fraction(entry["answer"])) <= Fraction(1, 10**4)
+        return abs(Fraction(answer.replace(",", "")) - stored) <= stored / 1000
     except (ValueError, ZeroDivisionError):
         return False
 
