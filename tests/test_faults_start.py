@@ -660,6 +660,15 @@ def test_a_model_that_names_no_backbone(tmp_path):
         build(folder, tmp_path, letters, PROMPTS)
 
 
+@pytest.mark.parametrize("given", ["folder", "object"])
+def test_embeddings_that_trl_does_not_find_beside_a_float32_head(given, tmp_path):
+    """TRL would fail with an AttributeError, after the model is loaded."""
+    folder = save(tmp_path / "model", "gpt2")
+    policy = folder if given == "folder" else AutoModelForCausalLM.from_pretrained(folder)
+    with pytest.raises(ValueError, match="`cast_lm_head_to_fp32=True` is refused for GPT"):
+        build(policy, tmp_path, letters, PROMPTS, cast_lm_head_to_fp32=True)
+
+
 def _saved(kind, folder, **changes):
     """Save a tiny model of a kind whose scores cannot be trusted, and a tokenizer."""
     torch.manual_seed(0)

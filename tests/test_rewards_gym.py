@@ -70,7 +70,9 @@ def test_answers_that_are_no_number(answer):
         assert judge("complex_arithmetic", entry, f"<answer>{entry['answer']}</answer>")[0] == 1.0
 
 
-@pytest.mark.parametrize(("said", "right"), [("1/32768", 1), ("0.00003052", 1), ("0", 0), ("0.0001", 0), ("0.00004", 0)])
+@pytest.mark.parametrize(
+    ("said", "right"), [("1/32768", 1), ("0.00003052", 1), ("0", 0), ("0.0001", 0), ("0.00004", 0)]
+)
 def test_small_probabilities(said, right):
     """15 heads in 15 flips: 0 is off by less than 1e-4, and is no answer."""
     entry = {**problem("coin_flip"), "answer": "3.051757812e-05"}

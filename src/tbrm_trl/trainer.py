@@ -80,6 +80,7 @@ from .checks.launch import check_sharding
 from .checks.model import (
     check_adapters,
     check_backend,
+    check_float32_head,
     check_head,
     check_length,
     check_logits,
@@ -322,6 +323,7 @@ class TBRMTrainer(ExactResume, GRPOTrainer):
         self._soft_value = SoftValue.registry[args.soft_value](args)
         self._soft_value.check_data(train_dataset, self._plan.logged)
         check_adapters(model, peft_config, args)
+        check_float32_head(model, args)
         check_quantization(model, peft_config, quantization_config, args)
         samples = isinstance(self._soft_value, SampledValue) and self._soft_value.samples(train_dataset)
         check_reference_model(reference_model, model, peft_config, args, samples)

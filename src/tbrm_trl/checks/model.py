@@ -11,7 +11,13 @@ import torch
 from accelerate.utils import is_peft_model
 from torch import nn
 from torch.distributed.tensor import DTensor
-from transformers import AutoConfig, GenerationConfig, PreTrainedModel
+from transformers import (
+    MODEL_FOR_CAUSAL_LM_MAPPING,
+    AutoConfig,
+    AutoModelForCausalLM,
+    GenerationConfig,
+    PreTrainedModel,
+)
 from transformers.utils.generic import is_flash_attention_requested
 
 from ..batch import TrajectoryScores, at_least_float32
@@ -88,6 +94,29 @@ def _check_head_of_adapted(model: Any, trust_remote_code: bool) -> None:
         raise ValueError(
             "`cast_lm_head_to_fp32=True` with an adapter is refused for a model whose head shares the weights of its "
             "embeddings: TRL cannot set it up. Leave the option out; sums and losses are in float32 anyway."
+        )
+
+
+def check_float32_head(model: Any, args: TBRMOptions) -> None:
+    """Refuse `cast_lm_head_to_fp32` for a model whose head or embeddings TRL does not find under their names."""
+    if not args.cast_lm_head_to_fp32:
+        return
+    bare = model
+    if isinstance(model, str):
+        config = AutoConfig.from_pretrained(model, trust_remote_code=args.trust_remote_code)
+        if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
+            return  # a vision-language model, or code of its own
+        with torch.device("meta"):
+            bare = AutoModelForCausalLM.from_config(config)
+    elif is_peft_model(model):
+        bare = model.get_base_model()
+    tied = bare.config.get_text_config().tie_word_embeddings
+    missing = "lm_head" if not hasattr(bare, "lm_head") else "model.embed_tokens"
+    if missing == "lm_head" or (tied and not hasattr(getattr(bare, "model", None), "embed_tokens")):
+        raise ValueError(
+            f"`cast_lm_head_to_fp32=True` is refused for {type(bare).__name__}: TRL casts `lm_head`, and embeddings "
+            f"that share its weight as `model.embed_tokens`, and this model has no `{missing}`. Leave the option out; "
+            "sums and losses are in float32 anyway."
         )
 
 
