@@ -110,6 +110,8 @@ def test_conventions(gold, right, wrong):
          ["\\frac{x^2}{2}", "\\frac{x^2}{2}+x", "\\frac{x^2}{2}+2y"]),
         ("y=c_1 e^x + c_2 e^{-x}", ["y=C_1e^x+C_2e^{-x}", "y=Ae^x+Be^{-x}", "y=k_1e^x+k_2e^{-x}"],
          ["y=C_1e^x", "y=C_1e^x+C_1e^{-x}", "y=C_1e^{2x}+C_2e^{-x}"]),
+        ("c_{1} e^{t}\\begin{bmatrix}1\\\\2\\end{bmatrix}", ["C_1 e^t \\begin{bmatrix} 1 \\\\ 2 \\end{bmatrix}"],
+         ["C_2 e^t \\begin{bmatrix} 1 \\\\ 2 \\end{bmatrix}"]),
         ("k_1+2k_2", ["2k_2+k_1"], ["k_2+2k_1", "c+2k"]), ("kx^2", ["x^2k"], ["cx^2", "x^2"]),
         ("\\frac{\\pi}{4}+k\\pi", ["\\frac{\\pi}{4}+n\\pi"], ["\\frac{\\pi}{4}+2n\\pi", "\\frac{\\pi}{4}+k"]),
         # Units with prefixes, areas and volumes, and ordinals.

@@ -10,6 +10,12 @@ _CONSTANT = re.compile(r"(?:c|k|x_\{9067|x_\{9075)(?:_\{?)?(\d?)\}?")
 _A_AND_B = {"x_{9065}": "1", "x_{9066}": "2"}
 _INTEGER = re.compile("[knm]")
 _MOST = 4
+_CAPITAL_WITH_NUMBER = re.compile(r"(?<![a-zA-Z\\])C_\{?(\d)\}?")
+
+
+def small(text: str) -> str:
+    """The text with c_1 for C_1, to compare vectors with constants, which are compared as text."""
+    return _CAPITAL_WITH_NUMBER.sub(r"c_\1", re.sub(r"(?<![a-zA-Z\\])c_\{(\d)\}", r"c_\1", text))
 
 
 def with_constants_of(gold: sympy.Expr, answer: sympy.Expr) -> sympy.Expr | None:
