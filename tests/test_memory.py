@@ -235,11 +235,18 @@ def test_what_a_recipe_and_the_launcher_say(tmp_path, capsys, monkeypatch):
     recipe.write_text(f"model_name_or_path: {save_sizes(tmp_path / 'model', TINY.to_dict())}\ndataset_name: no.jsonl\n")
     monkeypatch.setattr("tbrm_trl.cli.estimate.estimate_memory", lambda *args, **sizes: sizes)
     launcher = ["--accelerate_config", str(ROOT / "examples/accelerate/zero3.yaml")]
+    file, broken = tmp_path / "ds.json", tmp_path / "broken.yaml"
+    file.write_text('{"zero_optimization": {"stage": 1}}')
+    broken.write_text("[1")
     for more, said in (
         ([], "'processes': 1, 'zero_stage': 0, 'fsdp': False"),
         (launcher, "'processes': 4, 'zero_stage': 3, 'fsdp': False"),
         ([*launcher, "--num_processes", "2"], "'processes': 2, 'zero_stage': 3, 'fsdp': False"),
         (["--accelerate_config", "fsdp2", "--processes", "4"], "'processes': 4, 'zero_stage': 0, 'fsdp': True"),
+        (["--accelerate_config", "fsdp2", "--fsdp2", "false"], "'processes': 8, 'zero_stage': 0, 'fsdp': False"),
+        (["--use_deepspeed", "--num_processes", "4"], "'processes': 4, 'zero_stage': 2, 'fsdp': False"),
+        (["--use_deepspeed", "--deepspeed_config_file", str(file)], "'processes': 1, 'zero_stage': 1, 'fsdp': False"),
+        (["--use_fsdp", "--fsdp_version", "2", "--num_processes", "2"], "'zero_stage': 0, 'fsdp': True"),
     ):
         main(["--config", str(recipe), *more])
         assert said in capsys.readouterr().out
@@ -248,6 +255,8 @@ def test_what_a_recipe_and_the_launcher_say(tmp_path, capsys, monkeypatch):
         (["--config", "nowhere.yaml"], "--config nowhere.yaml cannot be read"),
         (["--config", str(recipe), "--device", "tpu"], "--device takes cuda, cpu, not 'tpu'"),
         (["--config", str(recipe), "--accelerate_config", offload], "to the host, which is not estimated"),
+        (["--config", str(recipe), "--accelerate_config", str(broken)], "accelerate cannot read"),
+        (["--config", str(recipe), "--fsdp", "full_shard"], "Say --zero_stage or --fsdp2"),
     ):
         with pytest.raises(SystemExit):
             main(wrong)

@@ -104,7 +104,13 @@ def test_conventions(gold, right, wrong):
         # Primes, the order of capitals, and capitals of words.
         ("y''", ["y^{\\prime\\prime}"], ["y'", "y"]), ("f'(x)", ["f^{\\prime}(x)"], ["f(x)", "f''(x)"]),
         ("y'' + y = 0", ["y + y'' = 0"], ["y' + y = 0", "2y = 0"]),
-        ("CAB", ["C A B", "\\text{CAB}"], ["ABC"]), ("odd", ["Odd", "\\text{odd}"], ["even"]),
+        ("f'(0)", ["f^{\\prime}(0)"], ["0", "g'(0)", "-f'(0)", "f'", "f'(1)"]),
+        ("f'(g(x))g'(x)", ["g'(x)f'(g(x))"], ["g'(g(x))f'(x)"]), ("f'(2x)", ["f'(2 x)"], ["2f'(x)"]),
+        ("x_1'=x_2", ["x_2=x_1'"], ["x_1=x_2", "x_2'=x_1"]),
+        ("\\theta''+\\frac{g}{L}\\theta=0", ["\\theta''=-\\frac{g}{L}\\theta"], ["\\theta'=-\\frac{g}{L}\\theta"]),
+        ("CAB", ["C A B", "\\text{CAB}", "(C, A, B)", "C \\to A \\to B", "x = CAB"], ["ABC"]),
+        ("PRT", ["I = PRT", "P \\times R \\times T"], ["PR"]), ("mgh", ["hgm"], ["Mgh"]),
+        ("odd", ["Odd", "\\text{odd}"], ["even"]),
         # Arbitrary constants under another name, but no constants that the problem gives.
         ("\\frac{x^2}{2}+C", ["\\frac{x^2}{2}+c", "K+\\frac{x^2}{2}"],
          ["\\frac{x^2}{2}", "\\frac{x^2}{2}+x", "\\frac{x^2}{2}+2y"]),
@@ -113,6 +119,10 @@ def test_conventions(gold, right, wrong):
         ("c_{1} e^{t}\\begin{bmatrix}1\\\\2\\end{bmatrix}", ["C_1 e^t \\begin{bmatrix} 1 \\\\ 2 \\end{bmatrix}"],
          ["C_2 e^t \\begin{bmatrix} 1 \\\\ 2 \\end{bmatrix}"]),
         ("k_1+2k_2", ["2k_2+k_1"], ["k_2+2k_1", "c+2k"]), ("kx^2", ["x^2k"], ["cx^2", "x^2"]),
+        ("a+b-c", ["a-c+b"], ["a+b-k", "a+b-C"]), ("[0,c]", ["[0, c]"], ["[0,k]"]),
+        ("E=mc^2", ["mc^2"], ["E=mC^2"]),
+        ("\\frac{C_1C_2}{C_1+C_2}", ["\\frac{C_2C_1}{C_2+C_1}"], ["\\frac{k_1k_2}{k_1+k_2}", "\\frac{AB}{A+B}"]),
+        ("2\\pi\\sqrt{\\frac{m}{k}}", ["2\\pi\\frac{\\sqrt{m}}{\\sqrt{k}}"], ["2\\pi\\sqrt{\\frac{m}{n}}"]),
         ("\\frac{\\pi}{4}+k\\pi", ["\\frac{\\pi}{4}+n\\pi"], ["\\frac{\\pi}{4}+2n\\pi", "\\frac{\\pi}{4}+k"]),
         # Units with prefixes, areas and volumes, and ordinals.
         ("5\\text{ kPa}", ["5000\\text{ Pa}", "5\\text{ kilopascals}", "5"], ["5\\text{ Pa}", "5\\text{ MPa}"]),
@@ -121,10 +131,16 @@ def test_conventions(gold, right, wrong):
         ("2\\text{ L}", ["2000\\text{ cm}^3", "2000\\text{ mL}"], ["2\\text{ mL}", "2\\text{ m}^3"]),
         ("10\\text{ mmol}", ["0.01\\text{ mol}"], ["10\\text{ mol}"]),
         ("5", ["5^{\\text{th}}", "5^{th}", "5\\text{th}", "5th"], ["6th"]), ("3\\text{rd}", ["3"], ["2"]),
+        ("s^2-2st+t^2", ["(s-t)^2"], ["s^2-2+t^2"]), ("2st", ["2ts"], ["2"]), ("2^{st}", ["2^{ts}"], ["2"]),
+        ("\\frac{1}{2}kA^2", ["\\frac{kA^2}{2}"], ["\\frac{1}{2}"]), ("2mV", ["2\\cdot m\\cdot V", "2Vm"], ["2"]),
+        ("\\frac{1}{2}", ["\\frac12"], ["\\frac12 kA^2"]), ("5 mA", ["0.005 A", "5"], ["5 A"]),
+        ("5\\text{ kV}", ["5 kV"], ["1e9999999\\text{ V}"]), ("5", ["5"], ["1e9999999"]),
+        ("4.3\\text{ light-years}", ["4.3\\text{ lightyears}"], ["4.3\\text{ years}"]),
         ("200", ["2\\text{ hundred}"], ["2"]), ("50\\%", ["50\\text{ per cent}"], ["40\\text{ per cent}"]),
         # Vectors, equal names, and marks of layout.
         ("\\langle 1,2\\rangle", ["(1,2)", "\\langle 1, 2 \\rangle"], ["(2,1)", "\\langle 1,3\\rangle"]),
-        ("x=y", ["y=x"], ["x=z", "x=-y"]),
+        ("|0\\rangle, |1\\rangle", ["|1\\rangle, |0\\rangle"], ["|0\\rangle"]),
+        ("x=y", ["y=x"], ["x=z", "x=-y"]), ("f(x)=x", ["f(t)=t"], ["f(x)=-x"]), ("A=bh", ["\\text{Area}=bh"], ["A=b"]),
         ("7", ["\\textcolor{red}{7}", "{\\color{blue} 7}", "7 \\tag{1}"], ["\\textcolor{red}{8}", "8 \\tag{7}"]),
         # Degrees of an angle belong to it.
         ("\\frac{1}{2}", ["\\sin 30^\\circ", "\\sin(30^\\circ)"], ["\\sin 30"]),

@@ -1223,7 +1223,9 @@ class TBRMTrainer(ExactResume, GRPOTrainer):
     def _check_logits(self) -> None:
         """Check that the policy and the reference have the scores that their own logits give."""
         rows = rows_of_text(self._probe_ids() or [1, 2, 3, 4])
-        for model in filter(None, (self.model, self.ref_model)):
+        for model in [
+            one for one in (self.model, self.ref_model) if one is not None
+        ]:  # a compiled one has no truth value
             was_training = model.training
             model.eval()  # some models require inputs for images while they are trained
             with torch.no_grad(), self.accelerator.autocast():
@@ -1233,8 +1235,9 @@ class TBRMTrainer(ExactResume, GRPOTrainer):
         self._logits_are_checked = True
 
     def _is_half(self, model: nn.Module) -> bool:
-        """Whether anything of a model is computed in half precision or quantized."""
-        return self.accelerator.mixed_precision != "no" or any(p.itemsize < 4 for p in model.parameters())
+        """Whether anything of a model is computed in half precision or TF32, or quantized."""
+        halved = self.accelerator.mixed_precision != "no" or bool(self.args.tf32)
+        return halved or any(parameter.itemsize < 4 for parameter in model.parameters())
 
     def _check_start(self, batch: Batch, log_probs: Tensor, of_adapter: bool = False) -> None:
         """Check before the first update that the reference's log-probabilities match another model's `(B, T)`."""

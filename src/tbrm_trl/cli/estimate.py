@@ -5,18 +5,19 @@
 It takes the options of `tbrm train`, the launcher's among them, and those of the machine where the run will be.
 """
 
+import json
 import math
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 
 from .quiet import silence
 
 silence()
 
 import torch  # noqa: E402
-from accelerate.commands.config.config_args import load_config_from_file  # noqa: E402
-from accelerate.commands.launch import launch_command_parser  # noqa: E402
+from accelerate.commands.launch import _validate_launch_command, launch_command_parser  # noqa: E402
 from trl import ModelConfig, get_peft_config  # noqa: E402
 from trl.cli.accelerate_config import resolve_accelerate_config_argument  # noqa: E402
 
@@ -26,6 +27,8 @@ from .parsing import Parser, Refused, leave, sorted_words  # noqa: E402
 from .train import DataArguments, launcher_options  # noqa: E402
 
 PROG = "tbrm estimate"
+_STAGE = 2  # DeepSpeed's under accelerate, if nothing says another
+_OFFLOADED = ("optimizer", "param")
 
 
 @dataclass
@@ -36,11 +39,11 @@ class Machine:
     processes: int = field(
         default=0, metadata={"help": "Over all nodes, one device each. By default the launcher's number, or 1."}
     )
-    zero_stage: int = field(
-        default=0, metadata={"help": "DeepSpeed ZeRO: 1, 2 or 3. By default that of --accelerate_config."}
+    zero_stage: int | None = field(
+        default=None, metadata={"help": "DeepSpeed ZeRO: 1, 2 or 3. By default that of --accelerate_config."}
     )
-    fsdp2: bool = field(
-        default=False,
+    fsdp2: bool | None = field(
+        default=None,
         metadata={"help": "FSDP2, everything sharded over all processes. By default that of --accelerate_config."},
     )
     prompt_length: int = field(default=512, metadata={"help": "Tokens of the longest prompt."})
@@ -84,8 +87,8 @@ def estimate_of_run(config: TBRMConfig, model: ModelConfig, machine: Machine) ->
         reference=not freed,
         values_per_row=values,
         processes=machine.processes,
-        zero_stage=machine.zero_stage,
-        fsdp=machine.fsdp2,
+        zero_stage=machine.zero_stage or 0,
+        fsdp=machine.fsdp2 or False,
         device=machine.device,
     )
 
@@ -102,21 +105,33 @@ def parser(processes: int = 1) -> Parser:
 
 
 def with_launcher(machine: Machine, words: Sequence[str]) -> Machine:
-    """The machine, with what the launcher's options say of processes and sharding."""
-    options = launch_command_parser().parse_args([*resolve_accelerate_config_argument(list(words)), "--module", PROG])
-    file = load_config_from_file(options.config_file) if options.config_file else None
-    deepspeed, fsdp = (getattr(file, f"{name}_config", None) or {} for name in ("deepspeed", "fsdp"))
-    offloads = [name for name, where in deepspeed.items() if "offload" in name and where not in (None, "none")]
-    if offloads or fsdp.get("fsdp_offload_params"):
+    """The machine, with what the launcher's options and file say of processes and sharding, where it says nothing."""
+    if not words:
+        return replace(machine, processes=machine.processes or 1)
+    arguments = [*resolve_accelerate_config_argument(list(words)), "--module", PROG]
+    try:
+        options, *_ = _validate_launch_command(launch_command_parser().parse_args(arguments))
+    except Exception as error:  # accelerate's own errors for a broken file are of many kinds
+        raise ValueError(f"accelerate cannot read {' '.join(words)}: {error}") from error
+    stage, offloads = 0, str(options.fsdp_offload_params).lower() == "true" and options.use_fsdp
+    if options.use_deepspeed and options.deepspeed_config_file:
+        zero = json.loads(Path(options.deepspeed_config_file).read_text()).get("zero_optimization", {})
+        stage = zero.get("stage", 0)
+        offloads = any(zero.get(f"offload_{what}", {}).get("device", "none") != "none" for what in _OFFLOADED)
+    elif options.use_deepspeed:
+        stage = int(_STAGE if options.zero_stage is None else options.zero_stage)
+        offloads = any(getattr(options, f"offload_{what}_device") not in (None, "none") for what in _OFFLOADED)
+    if offloads:
         raise ValueError(
-            f"{options.config_file} moves parameters or optimizer states to the host, which is not estimated. Estimate "
-            "the same without it for an upper bound: --zero_stage 3, or --fsdp2 true."
+            f"{' '.join(words)}: this moves parameters or optimizer states to the host, which is not estimated. "
+            "Estimate the same without it for an upper bound: --zero_stage 3, or --fsdp2 true."
         )
+    said = machine.zero_stage is not None or machine.fsdp2 is not None
     return replace(
         machine,
-        processes=machine.processes or options.num_processes or getattr(file, "num_processes", None) or 1,
-        zero_stage=machine.zero_stage or deepspeed.get("zero_stage", 0),
-        fsdp2=machine.fsdp2 or bool(fsdp),
+        processes=machine.processes or options.num_processes or 1,
+        zero_stage=machine.zero_stage if said else stage,
+        fsdp2=machine.fsdp2 if said else bool(options.use_fsdp),
     )
 
 
@@ -132,6 +147,10 @@ def main(arguments: list[str] | None = None) -> None:
             raise ValueError(f"`processes={machine.processes}` must be at least 1.")
         machine = with_launcher(machine, words.launcher)
         _, config, model, *_ = parser(machine.processes).parse(words)
+        if config.deepspeed or config.fsdp:
+            raise ValueError(
+                "`deepspeed` and `fsdp` among the options of training are not read here. Say --zero_stage or --fsdp2."
+            )
         print(estimate_of_run(config, model, machine))
         if config.cast_lm_head_to_fp32:
             print("Not in it: the head's weights in float32 (cast_lm_head_to_fp32), and copies of them.")

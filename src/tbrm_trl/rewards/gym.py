@@ -168,6 +168,8 @@ def _is_close(answer: str, entry: Mapping[str, Any]) -> bool:
     Probabilities are as small as 3e-5, so the error is relative.
     """
     stored = Fraction(entry["answer"])
+    if re.search(r"[eE][-+]?\d{4,}", answer):
+        return False  # its digits would fill the memory
     try:
         return abs(Fraction(answer.replace(",", "")) - stored) <= stored / 1000
     except (ValueError, ZeroDivisionError):

@@ -27,6 +27,12 @@ def _primes(match: re.Match) -> str:
     return "'" * match[0].count("prime")
 
 
+def _ordinal(match: re.Match) -> str:
+    """The number of 3rd; 2st stays a product."""
+    of_ten = {"1": "st", "2": "nd", "3": "rd"}.get(match[1][-1], "th")
+    return match[1] if match[3] == ("th" if match[1][-2:-1] == "1" else of_ten) else match[0]
+
+
 _RULES: list[tuple[str, Any]] = [
     (
         r"\\\\(?=(?:frac|dfrac|sqrt|text|pi|left|right|cdot|times|infty|boxed|mathrm)(?![a-zA-Z]))",
@@ -75,16 +81,16 @@ _RULES: list[tuple[str, Any]] = [
     (r"(?<![a-zA-Z\\])(arcsin|arccos|arctan|sin|cos|tan|log|ln|exp|pi)(?![a-zA-Z])", r"\\\1 "),
 ]
 # Rules that apply once every upright word is in \\text.
-_WORD_RULES = [
+_WORD_RULES: list[tuple[str, Any]] = [
     (r"\\text\{\\text\{([^{}]*)\}\}", r"\\text{\1}"),
     (r"\\text\{(\(?[A-Z]\)?|[.:])\}\s*\\text\{([).:]*)\}", r"\\text{\1\2}"),
     *(
         (rf"(?<=[\d}}])\s*(\\text\{{)?\s*{name}s?(?![a-zA-Z])", rf"\\cdot 10^{{{power}}} \1")
         for name, power in (("hundred", 2), ("thousand", 3), ("million", 6), ("billion", 9), ("trillion", 12))
     ),
-    # 5^{th}, 5\text{th}, 5th
-    (r"(?<=\d)\s*\^\s*\{\s*(?:st|nd|rd|th|\\text\{(?:st|nd|rd|th)\})\s*\}", ""),
-    (r"(?<=\d)\s*\^?\s*\\text\{(?:st|nd|rd|th)\}|(?<=\d)(?:st|nd|rd|th)(?![a-zA-Z])", ""),
+    # 5\text{th} and 5^{\text{th}}; as a whole or before a word also 5th and 5^{th}, which may else be a product.
+    (r"(?<=\d)\s*\^?\s*(\{\s*)?\\text\{(?:st|nd|rd|th)\}(?(1)\s*\})", ""),
+    (r"^(\d+)\s*(?:\^\s*(\{\s*)?)?(st|nd|rd|th)(?(2)\s*\})(?=$|\s+(?:[a-z]{2,}|\\text))", _ordinal),
     (r"\bper cent\b", "percent"),
     (r"^\\text\{([A-Z]+(?:(?:,|\s|and|or|only)+[A-Z]+)+)(?:\s+only)?\}$", r"\1"),  # I and III
     (r"^\\text\{([^{}]*\d[^{}]*)\}$", r"\1"),  # \text{18 dollars}
@@ -194,6 +200,7 @@ def cut(text: str, separator: str) -> list[str]:
     pattern = re.compile(separator)
     parts, depth, start, at = [], 0, 0, 0
     half_open = not balanced(text)
+    angles = "|" not in text and text.count("\\langle") == text.count("\\rangle")  # a ket has no opening bracket
     while at < len(text):
         if depth == 0 and (match := pattern.match(text, at)) and match.end() > at:
             parts.append(text[start:at].strip())
@@ -201,9 +208,9 @@ def cut(text: str, separator: str) -> list[str]:
             continue
         letter = text[at]
         if letter == "\\" and at + 1 < len(text):
-            if text[at + 1] == "{" or text.startswith("\\langle", at):
+            if text[at + 1] == "{" or (angles and text.startswith("\\langle", at)):
                 depth += 1
-            elif text[at + 1] == "}" or text.startswith("\\rangle", at):
+            elif text[at + 1] == "}" or (angles and text.startswith("\\rangle", at)):
                 depth -= 1
             at += 2
             while text[at - 1].isalpha() and at < len(text) and text[at].isalpha():

@@ -8,6 +8,7 @@ comparison decides only if expressions cannot be evaluated (matrices, sets).
 import contextlib
 import logging
 import re
+import zlib
 from fractions import Fraction
 from functools import cache, lru_cache
 from typing import Any
@@ -24,7 +25,7 @@ _POINTS = 4
 # Expressions with too many digits to evaluate: towers of powers, and exponents and factorials of five or more digits.
 _SMALL_TOWER = re.compile(r"(?<![\d.^{])([1-4])\s*\^\s*\{?\s*([1-4])\s*\^\s*\{?\s*([1-4])\s*\}*(?![\d^!.}])")
 _TOO_LARGE = re.compile(
-    r"""\^\s*\{?\s*-?\s*(?:\d{5,} | [\d.]+[eE]\+?\d)
+    r"""\^\s*\{?\s*-?\s*(?:\d{5,} | [\d.]+[eE]\+?\d) | \d[eE][-+]?\d{5,}
     | \d\s*\^\s*\{?\s*\d+\s*\}?\s*\^
     | \d\s*\^\s*\{[^{}a-zA-Z]*\\(?:cdot|times)[^{}a-zA-Z]*\^
     | \d{5,}\s*! | !\s*! | \^\s*\{\s*\d+\s*! | \\prod""",
@@ -94,9 +95,12 @@ def _named(match: re.Match) -> str:
 
 
 def _primed(match: re.Match) -> str:
-    """A derivative is a letter of its own: math-verify drops primes, so y'' would be y."""
-    name = f" x_{{8{ord(match[1]):03d}{len(match[2])}{match[3] or ''}}}"
-    return name + (r"\cdot (" if match[4] else "")
+    """A derivative is a letter of its own, with its argument: math-verify drops primes, so y'' would be y."""
+    letter, before, primes, after, argument = match.groups()
+    if letter[0] == "\\" and letter[1:] not in _CAPITALS:
+        return match[0]
+    said = (letter, before or after or "", len(primes), re.sub(r"\s", "", argument or ""))
+    return f" x_{{8{zlib.crc32(repr(said).encode())}}} "
 
 
 def _as_fraction(match: re.Match) -> str:
@@ -127,7 +131,10 @@ _RULES: list[tuple[str, Any]] = [
     (r"\\(?:mathrm|operatorname)\{([die])\}", r"\1"),
     (r"\*", r"\\cdot "),
     (r"(\([^()]*\)|\\?[a-zA-Z]+|\d+)\s*!", r"{\1}!"),
-    (r"(?<!\\)(?<!\\[a-zA-Z])([a-zA-Z])('+)(?:_\{?(\d+)\}?)?(\s*\()?", _primed),
+    (
+        r"(\\[a-zA-Z]+|[a-zA-Z])(?:_\{?(\w+)\}?)?\s*('+)(?:_\{?(\w+)\}?)?(?:\s*\(((?:[^()]|\((?:[^()]|\([^()]*\))*\))*)\))?",
+        _primed,
+    ),
     (_CAPITAL.pattern, _named),
     (r"\s+", " "),
 ]

@@ -27,7 +27,7 @@ _MEASURES: dict[str, dict[str, int | str]] = {
     "degree": {"degree deg": 1}, "radian": {"rad radian": 1}, "percent": {"% percent percentage": 1},
     "celsius": {"celsius": 1}, "fahrenheit": {"fahrenheit": 1}, "kelvin": {"k kelvin": 1},
     "newton": {"n newton": 1}, "watt": {"w watt": 1, "kw": 1000},
-    "joule": {"j joule": 1, "kj": 1000, "cal calorie": "4184/1000", "kcal": 4184, "erg": "1/10000000",
+    "joule": {"j joule": 1, "kj": 1000, "erg": "1/10000000",
               "ev electronvolt": "1602176634/10000000000000000000000000000"},
     "volt": {"v volt": 1}, "ampere": {"a amp ampere": 1}, "hertz": {"hz hertz": 1}, "ohm": {"ohm": 1},
     "pascal": {"pa pascal": 1, "bar": 100000, "atm atmosphere": 101325},
@@ -41,15 +41,13 @@ _UNITS = {
     for name in spellings.split()
 }
 # Prefixes, before symbols in upper and lower case as written, and before names. What the table has comes first.
-_SYMBOLS = "m g s l L N J W V A Hz Pa mol eV cal bar bit".split()
+_SYMBOLS = "m g s l L N J W V A Hz Pa mol eV bar bit".split()
 _PREFIXES = {"T": 12, "G": 9, "M": 6, "k": 3, "m": -3, "μ": -6, "µ": -6, "n": -9, "p": -12}
 _LONG_PREFIXES = dict(
     tera=12, giga=9, mega=6, kilo=3, hecto=2, deci=-1, centi=-2, milli=-3, micro=-6, nano=-9, pico=-12
 )
 _POWERS = {"square": 2, "sq": 2, "cubic": 3, "cu": 3}
-_LETTER = (
-    r"(?:[msghlLNJWVAKCF]|[TGMkmn]?(?:Pa|Hz|eV|[JWVN])|[kmn]?mol|k?cal|kg|[kcmn]m|m[lLgsA])(?:\s*\^\s*\{?-?[1-4]\}?)?"
-)
+_LETTER = r"(?:[msghlLNJWVAKCF]|[TGMkmn]?(?:Pa|Hz|eV|[JWVN])|[kmn]?mol|kg|[kcmn]m|m[lLgsA])(?:\s*\^\s*\{?-?[1-4]\}?)?"
 _PAIRS = re.compile(r"(?<=[a-zA-Z])\s*(?:\sand\s+)?(?=\d)")  # between 3 hours and 20 minutes
 _LETTERS = rf"{_LETTER}(?:\s*(?:/|\\cdot|\s)\s*{_LETTER})*"  # m/s, kg m/s^2
 
@@ -62,8 +60,11 @@ class Unit:
     size: Fraction
 
 
-def unit(text: str) -> Unit | None:
-    """The unit that a text is: "cm^2", "\\text{ft} / \\text{s}", "square inches", "apples"; None if it is none."""
+def unit(text: str, glued: bool = False) -> Unit | None:
+    """The unit that a text is: "cm^2", "\\text{ft} / \\text{s}", "square inches", "apples"; None if it is none.
+
+    `glued` says that no digit and space are before it. It may then be a product: 2mV has no unit, 2 mV has one.
+    """
     words = _words_of(text)
     if not 0 < len(words) <= 8:
         return None
@@ -75,7 +76,7 @@ def unit(text: str) -> Unit | None:
             sign = -1
         elif name.lower() in _POWERS:
             power = _POWERS[name.lower()]
-        elif found := _known(name):
+        elif found := _known(name, glued):
             each = sign * power * int(exponent or 1)
             measure, _, by = found[0].partition("^")
             powers[measure] = powers.get(measure, 0) + each * int(by or 1)
@@ -110,18 +111,22 @@ def _words_of(text: str) -> list[str]:
     """Split a unit into names with powers, slashes, and currency signs."""
     text = re.sub(r"\^\\circ\s*([CF])(?![a-zA-Z])", lambda m: {"C": "celsius", "F": "fahrenheit"}[m[1]], upright(text))
     text = re.sub(r"\s*\^\s*\{?\s*(-?\d)\s*\}?", r"^\1", text.replace("^\\circ", " degree "))
-    text = re.sub(r"\\cdot|\\times|-(?!\d)|\*|~|\\(?=%)", " ", re.sub(r"\bmph\b", "mile/hour", text))
+    text = re.sub(
+        r"\\cdot|\\times|-(?!\d)|\*|~|\\(?=%)",
+        " ",
+        re.sub(r"\bmph\b", "mile/hour", re.sub(r"(?i)\blight[- ]years?\b", "lightyear", text)),
+    )
     return re.findall(r"[a-zA-Z]+(?:\^-?\d)?|\\\$|\S", text)
 
 
-def _known(name: str) -> tuple[str, Fraction] | None:
+def _known(name: str, glued: bool) -> tuple[str, Fraction] | None:
     """A unit's measure and size, by its name as written, in lower case, or without its plural ending."""
     small = name.lower()
     singular = [small.removesuffix("s"), small.removesuffix("es")] if len(name) > 2 else []
     for one in (name, small, *singular):
         if one in _UNITS:
             return _UNITS[one]
-    for prefix, exponent in _PREFIXES.items():
+    for prefix, exponent in () if glued else _PREFIXES.items():
         if (symbol := name.removeprefix(prefix)) in _SYMBOLS and symbol != name:
             return _prefixed(symbol.lower(), exponent)
     for prefix, exponent in _LONG_PREFIXES.items():
@@ -161,11 +166,16 @@ def split_unit(text: str, loose: bool = False) -> tuple[str, Unit | None]:
         rest, tail = split_unit(match["sign"] + match["rest"], loose)
         return rest, tail if tail and tail.powers else unit(match["unit"])
     match = None if _ANGLE.search(text) else _END.match(text)
-    if match and (found := unit(match["unit"])) and re.search(r"[\w})]", match["rest"]):
-        is_word = not match["unit"].lstrip().startswith(("\\", "^", "%", "€", "£", "¥", "₹", "¢"))
+    is_word = match is not None and not match["unit"].lstrip().startswith(("\\", "^", "%", "€", "£", "¥", "₹", "¢"))
+    glued = match is not None and is_word and re.search(r"\d\s$", text[: match.start("unit")]) is None
+    if (
+        match
+        and (found := unit(match["unit"], glued))
+        and re.search(r"[\w})]", match["rest"])
         # Words that do not follow a number may be a product of letters or part of a sentence.
-        if not is_word or number(match["rest"]) or (found.powers and re.search(r"[\d})]\s*$", match["rest"])):
-            return match["rest"].strip(), found
+        and (not is_word or number(match["rest"]) or (found.powers and re.search(r"[\d})]\s*$", match["rest"])))
+    ):
+        return match["rest"].strip(), found
     if loose and (match := _LOOSE.match(text)) and (found := unit(match["unit"])):
         return match["rest"].strip(), found
     return text, None

@@ -19,7 +19,9 @@ def same_equation(gold: list[str], answer: str, same: Same) -> bool:
         return any(same(side, answer) for side in gold[1:])
     if several_equations(answer):
         return False
-    if not NAME.fullmatch(given[0]) or all(NAME.fullmatch(side) for side in (*gold, *given)):  # x = y is y = x
+    if len(gold) == len(given) == 2 and all(map(NAME.fullmatch, (*gold, *given))) and _swapped(gold, given, same):
+        return True
+    if not NAME.fullmatch(given[0]):
         return len(gold) == len(given) == 2 and _same_sides(gold, given, same)
     sides = [_with_argument(side, gold[0], given[0]) for side in gold[1:]]
     if not _same_name(gold[0], given[0]):
@@ -29,6 +31,11 @@ def same_equation(gold: list[str], answer: str, same: Same) -> bool:
     if any(same(side, given[-1]) for side in sides):
         return True
     return len(gold) == 2 and same(sides[0], given[1]) and all(same(side, given[1]) for side in given[2:])
+
+
+def _swapped(gold: list[str], given: list[str], same: Same) -> bool:
+    """Whether y = x is given for x = y."""
+    return same_scalar(gold[0], given[1], same) and same_scalar(gold[1], given[0], same)
 
 
 def _same_sides(gold: list[str], given: list[str], same: Same) -> bool:

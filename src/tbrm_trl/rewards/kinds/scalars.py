@@ -178,8 +178,6 @@ def _same_value(gold: str, answer: str, scale: Fraction = Fraction(1)) -> bool:
         return plain(gold) == plain(answer) and len(plain(gold)) > 1
     if "\\ln" in gold + answer:  # beside an \ln, a logarithm without a base is natural too
         gold, answer = (re.sub(r"\\log(?!\s*_)(?![a-zA-Z])", r"\\ln", text) for text in (gold, answer))
-    if re.fullmatch(r"[a-z]{3,}", gold) and answer == gold.capitalize():  # odd, Odd
-        return True
     return symbols.same_value(gold, answer) or symbols.rounds_as(first or gold, second or answer)
 
 

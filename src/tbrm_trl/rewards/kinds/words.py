@@ -11,6 +11,7 @@ _CHOICE = re.compile(
 )
 _SEVERAL = re.compile(r"\(?[A-Z]\)?(?:(?: ?[,;/&] ?| (?=and|or))(?:(?:and|or) )?\(?[A-Z]\)?)+")  # (B) and (C)
 _LABELLED = re.compile(r"(?:\\text\{)?\s*(?:\([A-K]\)|[A-K][).:])\s*\}?\s*(.+)")
+_ORDER = re.compile(r"[A-Z]{3,}")
 _EITHER = re.compile(r"(?:(?:yes|no|true|false)(?:\W+(?:and|or)\W+|\W+|$)){2,}")  # yes / no
 _CONDITION = re.compile(r"(?<![\\a-zA-Z])(?:otherwise|where|when|if|for|such that)(?![a-zA-Z])|\\begin\{cases\}")
 _WHOLE_LINE = {"(-\\infty,\\infty)", "(-\\infty,+\\infty)", "\\mathbbR", "\\mathbb{R}", "\\mathbb R"}
@@ -82,17 +83,19 @@ def same_sentences(gold: str, answer: str, same: Same) -> bool:
 def words(gold: str) -> str | None:
     """Read a gold of words, without digits or formulas. Three capitals or more are an order, as CAB, and no product."""
     bare = upright(gold).strip()
-    if re.fullmatch(r"[A-Z]{3,}", bare):
+    if _ORDER.fullmatch(bare):
         return bare
     if any(bare.casefold() in names for names in _SYNONYMS):
         return bare
     if re.search(r"[\d\\=<>^_|{}]", bare):
         return None
     longest = max(map(len, re.findall(r"[^\W\d_]{2,}", bare)), default=0)
-    return bare if longest > 3 or (longest and ("\\text" in gold or bare.casefold() in ("yes", "no"))) else None
+    return bare if longest > 3 or (longest and ("\\text" in gold or bare.casefold() in ("yes", "no", "odd"))) else None
 
 
 def same_words(gold: str, answer: str, same: Same) -> bool:
+    if _ORDER.fullmatch(gold) and _letters_in_order(answer) == gold:
+        return True
     wanted, given = gold.casefold(), upright(answer).strip().casefold()
     if wanted in ("yes", "no", "true", "false"):
         if _EITHER.fullmatch(given):
@@ -102,6 +105,12 @@ def same_words(gold: str, answer: str, same: Same) -> bool:
         if wanted in names:
             return given.strip(" .") in names or (names is EVERYTHING and whole_line(answer))
     return plain(gold) == plain(answer) or _without_article(gold) == _without_article(answer)
+
+
+def _letters_in_order(text: str) -> str:
+    """CAB from `x = CAB`, `(C, A, B)`, `C \\to A \\to B` and `C \\cdot A \\cdot B`."""
+    without_arrows = re.sub(r"\\(?:to|rightarrow|cdot|times)(?![a-zA-Z])", "", upright(text).rpartition("=")[2])
+    return re.sub(r"[\s,()>*-]", "", without_arrows)
 
 
 def whole_line(text: str) -> bool:
