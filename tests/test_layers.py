@@ -69,7 +69,8 @@ def test_gradient_checkpointing(use_reentrant, lora, tmp_path):
     # Of 8 micro-batches and 2 layers, each layer runs once more with gradients than in a plain backward pass.
     references = 2 * 8  # forwards of the reference: of 16 rows in chunks of 2, through 2 layers
     with_gradient = 2 * 8 * (1 if use_reentrant else 2)
-    without = references + (2 * 8 if use_reentrant else 0)
+    checks = 3 * 2 * (1 if lora else 2)  # of each model's logits: two rows together, and each on its own
+    without = checks + references + (2 * 8 if use_reentrant else 0)
     assert (sum(layers), len(layers) - sum(layers)) == (with_gradient, without)
 
 

@@ -1223,9 +1223,10 @@ class TBRMTrainer(ExactResume, GRPOTrainer):
     def _check_logits(self) -> None:
         """Check that the policy and the reference have the scores that their own logits give."""
         rows = rows_of_text(self._probe_ids() or [1, 2, 3, 4])
-        for model in [
-            one for one in (self.model, self.ref_model) if one is not None
-        ]:  # a compiled one has no truth value
+        for one in (self.model, self.ref_model):
+            if one is None:
+                continue
+            model = self.accelerator.unwrap_model(one, keep_torch_compile=False)  # compiling for this takes too long
             was_training = model.training
             model.eval()  # some models require inputs for images while they are trained
             with torch.no_grad(), self.accelerator.autocast():
