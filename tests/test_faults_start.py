@@ -355,7 +355,6 @@ def test_3_1_rewards_without_weight_are_refused():
 @pytest.mark.parametrize(
     "change",
     [
-        lambda model: setattr(model.config, "final_logit_softcapping", 1.0),
         lambda model: setattr(model.model.layers[0].self_attn, "scaling", 1.0),
         lambda model: model.model.rotary_emb.inv_freq.mul_(2),
     ],
@@ -366,6 +365,14 @@ def test_1_3_what_differs_besides_parameters_is_seen_by_the_start(change, folder
     trainer = build(model, tmp_path, letters, PROMPTS, max_steps=1, processing_class=tokenizer())
     with pytest.raises(ValueError, match="The policy is not its reference before anything is trained"):
         trainer.train()
+
+
+def test_1_3_a_configuration_that_the_models_code_does_not_follow(folder, tmp_path):
+    """Llama's forward knows no soft cap, and scores would have one."""
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    model.config.final_logit_softcapping = 1.0
+    with pytest.raises(ValueError, match="are not those of its own logits"):
+        build(model, tmp_path, letters, PROMPTS, processing_class=tokenizer())
 
 
 @pytest.mark.parametrize(

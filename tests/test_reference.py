@@ -259,6 +259,7 @@ def run(folder: str, out: str, lora=False, loaded=False, resume: str | None = No
         return score(*args, **kwargs)
 
     trainer._score = watched_score
+    trainer._logits_are_checked = True  # the check of a sharded model scores too, before the first window
     trainer.train(resume_from_checkpoint=resume and f"{out}/{resume}")
     assert isinstance(next(trainer.model.parameters()), DTensor) == trainer.is_fsdp_enabled
     losses = gather_object([trainer.losses])

@@ -1222,7 +1222,8 @@ class TBRMTrainer(ExactResume, GRPOTrainer):
 
     def _check_logits(self) -> None:
         """Check that the policy and the reference have the scores that their own logits give."""
-        rows = rows_of_text(self._probe_ids() or [1, 2, 3, 4])
+        text = self._tokenizer(text=_SHORT_TEXT, add_special_tokens=False)["input_ids"][:32]
+        rows = rows_of_text(text if len(text) > 3 else [0, 1, 0, 0, 1])  # a tokenizer may know none of its letters
         for one in (self.model, self.ref_model):
             if one is None:
                 continue
