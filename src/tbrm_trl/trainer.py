@@ -402,7 +402,9 @@ class TBRMTrainer(ExactResume, GRPOTrainer):
             if scored is not None:
                 bare = self.accelerator.unwrap_model(scored, keep_torch_compile=False)
                 add_trajectory_head(bare, self.temperature, args.cast_lm_head_to_fp32)
-        self._logits_are_checked = self._dist.is_zero3  # which allows forward passes of one order of modules alone
+        # ZeRO-3 allows one order of modules alone. FSDP2 leaves weights whole after a forward without backward, which no
+        # sync with vLLM expects.
+        self._logits_are_checked = self._dist.is_zero3 or self.is_fsdp_enabled
         if not self.is_sharded:  # otherwise before the first window, when the model is prepared
             self._check_logits()
         self.evaluating = self._prompts_are_rolled_out = False
