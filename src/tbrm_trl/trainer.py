@@ -402,8 +402,8 @@ class TBRMTrainer(ExactResume, GRPOTrainer):
             if scored is not None:
                 bare = self.accelerator.unwrap_model(scored, keep_torch_compile=False)
                 add_trajectory_head(bare, self.temperature, args.cast_lm_head_to_fp32)
-        # ZeRO-3 allows one order of modules alone. FSDP2 leaves weights whole after a forward alone, which the sync with
-        # vLLM does not expect.
+        # ZeRO-3 allows one order of modules alone. FSDP2 leaves weights whole after a forward alone, which a sync
+        # with vLLM does not expect.
         self._logits_are_checked = self._dist.is_zero3 or self.is_fsdp_enabled
         if not self.is_sharded:  # otherwise before the first window, when the model is prepared
             self._check_logits()
