@@ -1222,6 +1222,9 @@ class TBRMTrainer(ExactResume, GRPOTrainer):
             log_probs = self._score(self.model, batch).log_probs  # (B, T)
         self._check_start(batch, log_probs, of_adapter=True)
 
+    @torch.no_grad()
+    @torch.no_grad()
+    @torch.no_grad()
     def _check_logits(self) -> None:
         """Check that the policy and the reference have the scores that their own logits give."""
         text = self._tokenizer(text=_SHORT_TEXT, add_special_tokens=False)["input_ids"][:32]
@@ -1232,7 +1235,7 @@ class TBRMTrainer(ExactResume, GRPOTrainer):
             model = self.accelerator.unwrap_model(one, keep_torch_compile=False)  # compiling for this takes too long
             was_training = model.training
             model.eval()  # some models require inputs for images while they are trained
-            with torch.no_grad(), self.accelerator.autocast():
+            with self.accelerator.autocast():
                 scores = self._score(model, self._collate(rows))
                 check_logits(model, rows, scores, self.temperature, self._is_half(model))
             model.train(was_training)

@@ -11,12 +11,12 @@ _A_AND_B = {"x_{9065}": "1", "x_{9066}": "2"}
 _INTEGER = re.compile("[knm]")
 _VARIABLES = frozenset("xytzuws")  # beside one of them a letter may be an arbitrary constant
 _MOST = 4
-_CAPITAL_WITH_NUMBER = re.compile(r"(?<![a-zA-Z\\])C_\{?(\d)\}?")
+_WITH_NUMBER = re.compile(r"(?<![a-zA-Z\\])[cC]_(?:\{(\d)\}|(\d))")
 
 
 def small(text: str) -> str:
     """The text with c_1 for C_1, to compare vectors with constants, which are compared as text."""
-    return _CAPITAL_WITH_NUMBER.sub(r"c_\1", re.sub(r"(?<![a-zA-Z\\])c_\{(\d)\}", r"c_\1", text))
+    return _WITH_NUMBER.sub(r"c_\1\2", text)
 
 
 def with_constants_of(gold: sympy.Expr, answer: sympy.Expr) -> sympy.Expr | None:

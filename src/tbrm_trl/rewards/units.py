@@ -166,16 +166,41 @@ def split_unit(text: str, loose: bool = False) -> tuple[str, Unit | None]:
         rest, tail = split_unit(match["sign"] + match["rest"], loose)
         return rest, tail if tail and tail.powers else unit(match["unit"])
     match = None if _ANGLE.search(text) else _END.match(text)
-    is_word = match is not None and not match["unit"].lstrip().startswith(("\\", "^", "%", "€", "£", "¥", "₹", "¢"))
-    glued = match is not None and is_word and re.search(r"\d\s$", text[: match.start("unit")]) is None
-    if (
-        match
-        and (found := unit(match["unit"], glued))
-        and re.search(r"[\w})]", match["rest"])
-        # Words that do not follow a number may be a product of letters or part of a sentence.
-        and (not is_word or number(match["rest"]) or (found.powers and re.search(r"[\d})]\s*$", match["rest"])))
-    ):
+    if match and (found := _unit_at_end(match)):
         return match["rest"].strip(), found
     if loose and (match := _LOOSE.match(text)) and (found := unit(match["unit"])):
         return match["rest"].strip(), found
     return text, None
+
+
+def _unit_at_end(match: re.Match) -> Unit | None:
+    is_word = not match["unit"].lstrip().startswith(("\\", "^", "%", "€", "£", "¥", "₹", "¢"))
+    glued = is_word and not re.search(r"\d\s$", match.string[: match.start("unit")])
+    found = unit(match["unit"], glued)
+    if found is None or not re.search(r"[\w})]", match["rest"]):
+        return None
+    # Words that do not follow a number may be a product of letters or part of a sentence.
+    after_number = number(match["rest"]) or (found.powers and re.search(r"[\d})]\s*$", match["rest"]))
+    return found if not is_word or after_number else None
+
+
+def _unit_at_end(match: re.Match) -> Unit | None:
+    is_word = not match["unit"].lstrip().startswith(("\\", "^", "%", "€", "£", "¥", "₹", "¢"))
+    glued = is_word and not re.search(r"\d\s$", match.string[: match.start("unit")])
+    found = unit(match["unit"], glued)
+    if found is None or not re.search(r"[\w})]", match["rest"]):
+        return None
+    # Words that do not follow a number may be a product of letters or part of a sentence.
+    after_number = number(match["rest"]) or (found.powers and re.search(r"[\d})]\s*$", match["rest"]))
+    return found if not is_word or after_number else None
+
+
+def _unit_at_end(match: re.Match) -> Unit | None:
+    is_word = not match["unit"].lstrip().startswith(("\\", "^", "%", "€", "£", "¥", "₹", "¢"))
+    glued = is_word and not re.search(r"\d\s$", match.string[: match.start("unit")])
+    found = unit(match["unit"], glued)
+    if found is None or not re.search(r"[\w})]", match["rest"]):
+        return None
+    # Words that do not follow a number may be a product of letters or part of a sentence.
+    after_number = number(match["rest"]) or (found.powers and re.search(r"[\d})]\s*$", match["rest"]))
+    return found if not is_word or after_number else None
