@@ -182,25 +182,3 @@ def _unit_at_end(match: re.Match) -> Unit | None:
     # Words that do not follow a number may be a product of letters or part of a sentence.
     after_number = number(match["rest"]) or (found.powers and re.search(r"[\d})]\s*$", match["rest"]))
     return found if not is_word or after_number else None
-
-
-def _unit_at_end(match: re.Match) -> Unit | None:
-    is_word = not match["unit"].lstrip().startswith(("\\", "^", "%", "€", "£", "¥", "₹", "¢"))
-    glued = is_word and not re.search(r"\d\s$", match.string[: match.start("unit")])
-    found = unit(match["unit"], glued)
-    if found is None or not re.search(r"[\w})]", match["rest"]):
-        return None
-    # Words that do not follow a number may be a product of letters or part of a sentence.
-    after_number = number(match["rest"]) or (found.powers and re.search(r"[\d})]\s*$", match["rest"]))
-    return found if not is_word or after_number else None
-
-
-def _unit_at_end(match: re.Match) -> Unit | None:
-    is_word = not match["unit"].lstrip().startswith(("\\", "^", "%", "€", "£", "¥", "₹", "¢"))
-    glued = is_word and not re.search(r"\d\s$", match.string[: match.start("unit")])
-    found = unit(match["unit"], glued)
-    if found is None or not re.search(r"[\w})]", match["rest"]):
-        return None
-    # Words that do not follow a number may be a product of letters or part of a sentence.
-    after_number = number(match["rest"]) or (found.powers and re.search(r"[\d})]\s*$", match["rest"]))
-    return found if not is_word or after_number else None
