@@ -338,29 +338,15 @@ class TBRMTrainer(ExactResume, GRPOTrainer):
         fitted = self._with_fitting_prompts(train_dataset, "the training set", ~self._plan.logged, renderer)
         if fitted is not train_dataset:
             train_dataset, self._plan = fitted, planned(fitted)
-        evaluated = [
-            self._with_fitting_prompts(one, title, np.ones(1, bool), renderer)
-            for title, one in titled_sets(eval_dataset).items()
-        ]
-        if isinstance(eval_dataset, Mapping):
-            eval_dataset = dict(zip(eval_dataset, evaluated, strict=True))
-        elif evaluated:
-            (eval_dataset,) = evaluated
+        eval_dataset = self._with_fitting_evaluation(eval_dataset, renderer)
 
-        # Build. TRL syncs no adapter, copies one only if it is named "default", and would load its own reference beside
-        # a given one. So these parts of TRL are switched off.
-        given_adapter = not isinstance(model, str) and is_peft_model(model)
-        trls_reference = args.reference == "initial" and reference_model is None and not given_adapter
-        trls_view = temporarily(
-            args,
-            sync_ref_model=False,
-            beta=args.beta if trls_reference else 0.0,
-            enable_jit_checkpoint=False,  # transformers would save in the middle of an update; see `ExactResume`
-            # A callback may evaluate on its own benchmarks. The Trainer would still require an evaluation set.
-            eval_strategy="no" if eval_dataset is None and _evaluates(callbacks) else args.eval_strategy,
-        )
-        by_layer = temporarily(grpo_trainer, prepare_fsdp=shard_by_layer)
-        with trls_view, by_layer, self._adapter_served(model, peft_config, args):
+        # Build.
+        evaluates_itself = eval_dataset is None and _evaluates(callbacks)
+        with (
+            _what_trl_sees(model, args, reference_model, evaluates_itself),
+            temporarily(grpo_trainer, prepare_fsdp=shard_by_layer),
+            self._adapter_served(model, peft_config, args),
+        ):
             super().__init__(
                 model=model,
                 reward_funcs=_own(reward_funcs) if generates else reward_funcs or _no_reward,
@@ -377,36 +363,16 @@ class TBRMTrainer(ExactResume, GRPOTrainer):
                 rollout_func=rollout_func and checked_rollouts(rollout_func),
                 environment_factory=environment_factory,
             )
-        if args.use_vllm and args.vllm_mode == "colocate":  # the engine has set every seed to its own, 0
-            set_seed(args.seed + args.process_index // args.vllm_tensor_parallel_size)
-        if self.is_fsdp_enabled:
-            keep_precision_of_scores(self.accelerator)
-        if getattr(self.model, "is_loaded_in_4bit", False) or getattr(self.model, "is_loaded_in_8bit", False):
-            for parameter in self.model.parameters():
-                if parameter.requires_grad and parameter.is_floating_point():
-                    parameter.data = parameter.data.float()  # TRL's bfloat16 would round most small updates away
+        self._undo_trl()
         self._has_new_adapter = peft_config is not None
-        self.reward_func_names = unique_names(self.reward_func_names)
-        self.beta = 0.0  # TRL's own reference pass stays off
-        self.mask_truncated_completions = False  # TRL would hide them from attention too; here they leave the loss
-
         if reference_model is not None:
             self.ref_model = self._load_reference(reference_model)
 
         policy = self.model.get_base_model() if is_peft_model(self.model) else self.model
         self._check_what_was_built(model if reference_model is None else None, policy)
+        self._teach_to_score(policy)
 
-        disable_randomness(self.model)
-        keep_weights_unpacked(self.model)
-        for scored in (policy, self.ref_model):
-            if scored is not None:
-                bare = self.accelerator.unwrap_model(scored, keep_torch_compile=False)
-                add_trajectory_head(bare, self.temperature, args.cast_lm_head_to_fp32)
-        # ZeRO-3 allows one order of modules alone. FSDP2 leaves weights whole after a forward alone, which a sync
-        # with vLLM does not expect.
-        self._logits_are_checked = self._dist.is_zero3 or self.is_fsdp_enabled
-        if not self.is_sharded:  # otherwise before the first window, when the model is prepared
-            self._check_logits()
+        # What a run is made of.
         self.evaluating = self._prompts_are_rolled_out = False
         self._evaluated: list[Tensor] = []  # the rows' numbers for metrics, by batch of the current evaluation
         self._rows_to_evaluate: int | None = None
@@ -429,6 +395,7 @@ class TBRMTrainer(ExactResume, GRPOTrainer):
         self._publisher = self._make_publisher() if served else None
         self._window_version: str | None = None  # `_policy_version` when the followed window was taken
 
+        # Where it stands.
         self._window: list[Trajectory] = []  # of the current generation window, on this process
         self._microbatches: list[list[UpdateRow]] = []  # of the current update, on this process
         self._denominator = 0  # of the loss: trajectories that count in the current update, over all processes
@@ -444,6 +411,7 @@ class TBRMTrainer(ExactResume, GRPOTrainer):
         # True until the first update has checked it. With "previous", logged rows may have another policy's scores.
         self._starts_at_reference = reference_model is None and args.reference == "initial"
 
+        # What may already draw: the estimator its samples, the actor the first window.
         run: Run = self
         self._soft_value.attach(run)
         if self._offset is not None:
@@ -567,6 +535,16 @@ class TBRMTrainer(ExactResume, GRPOTrainer):
             return dataset
         return fitting_prompts(dataset, title, asked, self._prompt_limit, renderer)
 
+    def _with_fitting_evaluation(self, eval_dataset: Any, renderer: PromptRenderer) -> Any:
+        """Check the prompts of the evaluation set, or of each in a mapping of sets, and return what was given."""
+        fitted = [
+            self._with_fitting_prompts(one, title, np.ones(1, bool), renderer)
+            for title, one in titled_sets(eval_dataset).items()
+        ]
+        if isinstance(eval_dataset, Mapping):
+            return dict(zip(eval_dataset, fitted, strict=True))
+        return fitted[0] if fitted else eval_dataset
+
     def _check_reward_functions(
         self, reward_funcs: Any, train_dataset: Any, eval_dataset: Any, more: Any, draws: bool
     ) -> None:
@@ -579,6 +557,35 @@ class TBRMTrainer(ExactResume, GRPOTrainer):
                 hidden = own_columns(bool(self._plan.mix.logged) and dataset is train_dataset)
                 given = [name for name in columns if name not in hidden]
                 check_reward_arguments(reward_funcs, title, given, more=bool(more))
+
+    def _undo_trl(self) -> None:
+        """Take back what TRL and vLLM set while they were built, where it is wrong for this trainer."""
+        args = self.args
+        if args.use_vllm and args.vllm_mode == "colocate":  # the engine has set every seed to its own, 0
+            set_seed(args.seed + args.process_index // args.vllm_tensor_parallel_size)
+        if self.is_fsdp_enabled:
+            keep_precision_of_scores(self.accelerator)
+        if getattr(self.model, "is_loaded_in_4bit", False) or getattr(self.model, "is_loaded_in_8bit", False):
+            for parameter in self.model.parameters():
+                if parameter.requires_grad and parameter.is_floating_point():
+                    parameter.data = parameter.data.float()  # TRL's bfloat16 would round most small updates away
+        self.reward_func_names = unique_names(self.reward_func_names)
+        self.beta = 0.0  # TRL's own reference pass stays off
+        self.mask_truncated_completions = False  # TRL would hide them from attention too; here they leave the loss
+
+    def _teach_to_score(self, policy: PreTrainedModel) -> None:
+        """Give the policy and a reference model of its own the trajectory head, and check its scores if possible."""
+        disable_randomness(self.model)
+        keep_weights_unpacked(self.model)
+        for scored in (policy, self.ref_model):
+            if scored is not None:
+                bare = self.accelerator.unwrap_model(scored, keep_torch_compile=False)
+                add_trajectory_head(bare, self.temperature, self.args.cast_lm_head_to_fp32)
+        # ZeRO-3 allows one order of modules alone. FSDP2 leaves weights whole after a forward alone, which a sync
+        # with vLLM does not expect.
+        self._logits_are_checked = self._dist.is_zero3 or self.is_fsdp_enabled
+        if not self.is_sharded:  # otherwise before the first window, when the model is prepared
+            self._check_logits()
 
     def _check_what_was_built(self, given: Any, policy: PreTrainedModel) -> None:
         args = self.args
@@ -1806,6 +1813,25 @@ def _mean(values: Sequence[float]) -> float | None:
     """Mean of the values that are not NaN, or None if there are none."""
     given = [value for value in values if not math.isnan(value)]
     return sum(given) / len(given) if given else None
+
+
+def _what_trl_sees(
+    model: Any, args: TBRMConfig, reference_model: Any, evaluates_itself: bool
+) -> AbstractContextManager[None]:
+    """Inside the block, the options under which TRL builds only what this trainer keeps of it.
+
+    TRL syncs no adapter, copies one only if it is named "default", and would load its own reference beside a given one.
+    """
+    given_adapter = not isinstance(model, str) and is_peft_model(model)
+    trls_reference = args.reference == "initial" and reference_model is None and not given_adapter
+    return temporarily(
+        args,
+        sync_ref_model=False,
+        beta=args.beta if trls_reference else 0.0,
+        enable_jit_checkpoint=False,  # transformers would save in the middle of an update; see `ExactResume`
+        # A callback may evaluate on its own benchmarks. The Trainer would still require an evaluation set.
+        eval_strategy="no" if evaluates_itself else args.eval_strategy,
+    )
 
 
 def _evaluates(callbacks: Sequence[Any] | None) -> bool:
