@@ -20,6 +20,16 @@ def test_total_reward_by_hand():
     assert total[:2].tolist() == [2.0, 4.0] and total[2].isnan()
 
 
+def test_a_function_without_weight_only_watches():
+    """It gives no return where no other function applies, and does not count among those that agree."""
+    rewards = torch.tensor([[3.0, 1.0], [3.0, NAN]])
+    total = total_reward(rewards, torch.tensor([0.0, 2.0]))
+    assert total[0].item() == 2.0 and total[1].isnan()
+    with_watcher = torch.tensor([[0.0, 1.0, 5.0]]).double()
+    lower = total_reward(with_watcher, torch.tensor([1.0, 1.0, 0.0]).double(), pessimism=1.0)
+    assert lower.item() == total_reward(with_watcher[:, :2], torch.ones(2).double(), pessimism=1.0).item()
+
+
 def test_pessimism_by_hand():
     """Verdicts 0, 0, 0, 2 of weight 2: m = 0.5, s² = 4/3 · (3·0.25 + 2.25)/4 = 1, W s/√n = 8·1/2 = 4 below W m = 4.
 

@@ -78,9 +78,11 @@ def test_completions_of_a_call_that_failed(policy, reward, is_async, reason, tmp
     given = [one.rewards[name] for one in first]
     assert all(map(math.isnan, given)) if math.isnan(reward) else given == [reward] * 4
     assert [one.rewards[name] for one in second] == [1.0] * 4
-    assert all(
-        one.reward == pytest.approx(one.rewards["letters"] + (0 if math.isnan(reward) else reward)) for one in first
+    # With "skip" the verdict is unknown, and the other function's reward is no verdict on these completions.
+    assert [one.reward for one in first] == pytest.approx(
+        [one.rewards["letters"] + reward for one in first], nan_ok=True
     )
+    assert logged(trainer, "left_out/unscored") == [float(math.isnan(reward)), 0.0]
     other = next(one for one in FAILING if one != reason)
     assert logged(trainer, f"rewards/{name}/{reason}") == [1.0, 0.0]
     assert logged(trainer, f"rewards/{name}/{other}") == logged(trainer, f"rewards/letters/{reason}") == [0.0, 0.0]
@@ -136,11 +138,28 @@ def test_the_first_failures_are_logged_with_a_completion(caplog):
     call = calls.guarded(times_out_itself, "judge")
     with caplog.at_level(logging.WARNING):
         for number in range(5):
-            assert call(completions=[f"completion {number}\x1b[2J"]) == [None]
+            assert math.isnan(*call(completions=[f"completion {number}\x1b[2J"]))
     said = [one for one in caplog.messages if "the judge did not answer" in one]
     assert len(said) == reward_calls.SHOWN == 3 and "completion 0" in said[0] and "\x1b" not in said[0]
     assert [(one.function, one.reason) for one in calls.taken()] == [("judge", "raised")] * 5
     assert calls.taken() == []
+
+
+def test_which_verdicts_are_unknown():
+    """Those of functions with a weight that are NaN; None means that a function does not apply."""
+    calls, names = RewardCalls(), ["judge", "watcher", "broken"]
+    nan = math.nan
+    functions = [lambda completions: [1.0, None, nan, 0.0], lambda completions: [nan, 1.0, 1.0, 1.0], times_out_itself]
+
+    def unknown(*weights: float) -> list[bool]:
+        for function, name in zip(functions, names, strict=True):
+            calls.guarded(function, name)(completions=["a", "b", "c", "d"])
+        return calls.unknown(4, names, weights)
+
+    assert unknown(1.0, 0.0, 0.0) == [False, False, True, False]
+    assert unknown(1.0, 0.5, 0.0) == [True, False, True, False]
+    assert unknown(1.0, 0.5, 1.0) == [True] * 4
+    assert calls.unknown(4, names, [1.0, 1.0, 1.0]) == [False] * 4  # of no call
 
 
 def test_a_slow_call_is_named(caplog, monkeypatch):
@@ -160,9 +179,8 @@ def test_what_is_late_logs_nothing_any_more():
         log_metric("after", 1)
         return [1.0]
 
-    assert RewardCalls(limit=0.2).guarded(late, "late")(
-        completions=["a"], log_metric=lambda *one: seen.append(one)
-    ) == [None]
+    call = RewardCalls(limit=0.2).guarded(late, "late")
+    assert math.isnan(*call(completions=["a"], log_metric=lambda *one: seen.append(one)))
     time.sleep(0.6)
     assert seen == [("before", 1)]
 

@@ -1,5 +1,6 @@
 """Rewards in worker processes: hangs, crashes and exceptions cost one row, from any thread."""
 
+import math
 import pickle
 import subprocess
 import sys
@@ -13,6 +14,8 @@ from helpers import reward_functions
 
 from tbrm_trl.checks.rewards import check_reward_arguments
 from tbrm_trl.rewards import InWorkers, RewardError, load, mathematics
+
+NAN = math.nan
 
 
 @pytest.fixture(scope="module")
@@ -29,7 +32,7 @@ def test_rows_that_fail(misbehaving):
     completions = ["a", "hang", "ccc", "die", "raise", "recurse", "fill memory", "dddd", "sleep", "eeeee"]
     started = time.perf_counter()
     rewards = misbehaving(completions)
-    assert rewards == [1.0, None, 3.0, None, None, None, None, 4.0, None, 5.0]
+    assert rewards == pytest.approx([1.0, NAN, 3.0, NAN, NAN, NAN, NAN, 4.0, NAN, 5.0], nan_ok=True)
     assert misbehaving.counts == {"late": 2, "crashed": 1, "raised": 3}
     assert 0.5 < time.perf_counter() - started < 10  # two limits, in two workers, and three new workers
     assert misbehaving(["a", "bb"]) == [1.0, 2.0]
@@ -46,7 +49,8 @@ def test_from_threads(misbehaving):
         thread.start()
     for thread in threads:
         thread.join()
-    assert results == {0: [0.0, 1.0], 1: [1.0, None], 2: [2.0, 1.0], 3: [3.0, 1.0]}
+    assert math.isnan(results[1].pop())
+    assert results == {0: [0.0, 1.0], 1: [1.0], 2: [2.0, 1.0], 3: [3.0, 1.0]}
 
 
 def test_threads_share_the_workers(tmp_path):
@@ -70,7 +74,7 @@ def test_threads_share_the_workers(tmp_path):
 def test_what_is_logged(misbehaving):
     extra, metrics = {}, {}
     rewards = misbehaving(["a b", "raise", "c"], log_extra=extra.__setitem__, log_metric=metrics.__setitem__)
-    assert rewards == [3.0, None, 1.0]
+    assert rewards == pytest.approx([3.0, NAN, 1.0], nan_ok=True)
     assert extra == {"first letter": ["a", None, "c"]}
     assert metrics.pop("words") == 1.5
     assert metrics == {"misbehaving/late": 0.0, "misbehaving/crashed": 0.0, "misbehaving/raised": pytest.approx(1 / 3)}
@@ -102,7 +106,7 @@ def test_a_row_that_raises_ends_the_call_where_that_is_asked():
     workers = InWorkers(reward_functions.misbehaving, time_limit=0.5, workers=1, raises=True)
     with pytest.raises(RewardError, match=r"misbehaving raised ValueError: raise, .*functions.py:\d+.*'raise'"):
         workers(["a", "raise", "recurse"])
-    assert workers(["bb", "hang", "ccc"]) == [2.0, None, 3.0]
+    assert workers(["bb", "hang", "ccc"]) == pytest.approx([2.0, NAN, 3.0], nan_ok=True)
     assert workers.counts == {"raised": 1, "late": 1}
     workers.close()
     infinite = InWorkers(reward_functions.weighted_column, workers=1, raises=True)

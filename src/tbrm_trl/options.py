@@ -2,6 +2,7 @@
 
 import copy
 import inspect
+import math
 import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, fields
@@ -274,9 +275,9 @@ class TBRMOptions(GRPOConfig):
             completion.
         reward_on_error (`str` or `float`, *optional*, defaults to `"raise"`):
             How to treat the completions of a reward call that raised or was late. `"raise"` ends the run, on every
-            process alike. `"skip"` gives them no reward of this function, and a number gives them that reward. Both are
-            counted as `rewards/<function>/raised` and `/late`. A function that returns anything but rewards always ends
-            the run.
+            process alike. `"skip"` leaves them out of the loss, whatever other functions say of them, and a number
+            gives them that reward. Both are counted as `rewards/<function>/raised` and `/late`. A function that returns
+            anything but rewards always ends the run.
 
         max_skipped_updates (`int`, *optional*, defaults to `3`):
             Number of skipped updates in a row after which training stops with an error. An update with a loss or a
@@ -417,9 +418,9 @@ class TBRMOptions(GRPOConfig):
         return self.truncation == "bootstrap" and trajectory.end is End.LENGTH
 
     @property
-    def reward_of_failure(self) -> float | None:
-        """The reward of a completion from a reward function that failed; None gives no reward."""
-        return None if self.reward_on_error in ("raise", "skip") else float(self.reward_on_error)
+    def reward_of_failure(self) -> float:
+        """The reward of a completion from a reward function that failed; NaN if its verdict is unknown."""
+        return math.nan if self.reward_on_error in ("raise", "skip") else float(self.reward_on_error)
 
     def sampling_filters(self) -> dict[str, Any]:
         """The options that make the sampler's distribution differ from softmax(logits / temperature)."""

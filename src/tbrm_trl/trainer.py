@@ -61,6 +61,8 @@ from .checks.advice import (
     warn_of_shipped_sampling,
 )
 from .checks.data import (
+    best_metric,
+    check_best_metric,
     check_chat_template,
     check_dataset,
     check_empty_prompts,
@@ -69,6 +71,7 @@ from .checks.data import (
     check_followed,
     check_sources_of_vision,
     check_training_set,
+    columns_read,
     is_logged,
     logged_stream,
     problem_of_logged_row,
@@ -302,6 +305,10 @@ class TBRMTrainer(ExactResume, GRPOTrainer):
         if train_dataset is None and not args.draws_prompts:
             # TRL's loader counts windows by this data set. Its rows are not used.
             train_dataset = Dataset.from_dict({"prompt": ["followed"] * args.generation_batch_size})
+        elif train_dataset is None and callable(environment_factory) and args.max_steps > 0:
+            # The environment gives the prompts, as with TRL's placeholder.
+            empty = [{"role": "user", "content": ""}]
+            train_dataset = Dataset.from_dict({"prompt": [empty] * args.generation_batch_size})
 
         # Check the arguments before anything is loaded.
         planned = partial(
@@ -314,14 +321,14 @@ class TBRMTrainer(ExactResume, GRPOTrainer):
         )
         self._plan = planned(train_dataset)
         check_evaluation_sets(eval_dataset, needs_prompts=environment_factory is None)
-        more = rollout_func or environment_factory
-        self._check_reward_functions(reward_funcs, train_dataset, eval_dataset, more, args.draws_prompts)
+        self._check_reward_functions(reward_funcs, train_dataset, eval_dataset, args, environment_factory, rollout_func)
         if args.followed_folder is not None:
             check_followed(args, train_dataset, self._plan.mix, rollout_func)
         if isinstance(train_dataset, Dataset) and self._plan.mix.logged:
             train_dataset = train_dataset.with_format(None)  # rows are read as plain values, not as tensors
         self._soft_value = SoftValue.registry[args.soft_value](args)
         self._soft_value.check_data(train_dataset, self._plan.logged)
+        check_best_metric(args, eval_dataset, callbacks, getattr(self._soft_value, "column", None))
         check_adapters(model, peft_config, args)
         check_float32_head(model, args)
         check_quantization(model, peft_config, quantization_config, args)
@@ -546,17 +553,20 @@ class TBRMTrainer(ExactResume, GRPOTrainer):
         return fitted[0] if fitted else eval_dataset
 
     def _check_reward_functions(
-        self, reward_funcs: Any, train_dataset: Any, eval_dataset: Any, more: Any, draws: bool
+        self, reward_funcs: Any, train_dataset: Any, eval_dataset: Any, args: TBRMConfig, *more: Any
     ) -> None:
-        """Check that each function accepts each data set's columns. A stream without known columns is skipped."""
-        asked = (draws and self._plan.mix.rollouts) or some_unrewarded(train_dataset, self._plan.logged)
+        """Check that each function accepts each data set's columns. A stream without known columns is skipped.
+
+        `more` is the environment factory and the rollout function, which may add arguments.
+        """
+        asked = (args.draws_prompts and self._plan.mix.rollouts) or some_unrewarded(train_dataset, self._plan.logged)
         sets = {"the training set": train_dataset} if asked else {}
         for title, dataset in (sets | titled_sets(eval_dataset)).items():
-            columns = getattr(dataset, "column_names", None)
+            has_logs = bool(self._plan.mix.logged) and dataset is train_dataset
+            columns = columns_read(dataset, args.remove_unused_columns, is_formatted=not has_logs)
             if reward_funcs is not None and columns is not None:
-                hidden = own_columns(bool(self._plan.mix.logged) and dataset is train_dataset)
-                given = [name for name in columns if name not in hidden]
-                check_reward_arguments(reward_funcs, title, given, more=bool(more))
+                given = [name for name in columns if name not in own_columns(has_logs)]
+                check_reward_arguments(reward_funcs, title, given, any(more), environments=bool(more[0]))
 
     def _undo_trl(self) -> None:
         """Take back what TRL and vLLM set while they were built, where it is wrong for this trainer."""
@@ -1087,9 +1097,11 @@ class TBRMTrainer(ExactResume, GRPOTrainer):
         self._agree_on_failures(self._reward_calls.taken(), len(prompts))
         self._fill_extra_logs(len(prompts))
         weights = self.reward_weights.to(rewards_per_func.device)  # (F,)
+        unknown = self._reward_calls.unknown(len(prompts), self.reward_func_names, weights.tolist())
+        rewards_per_func[self._gather(unknown).flatten().bool()] = torch.nan  # an unknown verdict is not a wrong one
         check_magnitude(rewards_per_func, weights, self.reward_func_names, self.args.beta)
         first = self.accelerator.process_index * len(prompts)
-        local = rewards_per_func[first : first + len(prompts)]  # (B, F) NaN where a function did not apply
+        local = rewards_per_func[first : first + len(prompts)]  # (B, F) NaN where there is no reward
         self._rewards = Rewards.of(
             local, weights, self.reward_func_names, self.args.reward_pessimism, bool(self.tools),
             inputs, prompts, completions,
@@ -1456,8 +1468,15 @@ class TBRMTrainer(ExactResume, GRPOTrainer):
             over_rows = evaluation_metrics(torch.cat(self._evaluated), names, weights, self.num_generations_eval)
             means |= {name: _mean([value]) for name, value in over_rows.items()}
         means |= self._recorder.means("eval")
-        found = {name: value for name, value in means.items() if value is not None}
-        output.metrics.update({f"{metric_key_prefix}_{name}": value for name, value in found.items()})
+        means.setdefault("loss", None)  # the Trainer's own is 0 where no row counts
+        for name, value in ((f"{metric_key_prefix}_{name}", value) for name, value in means.items()):
+            if value is not None:
+                output.metrics[name] = value
+            elif name == best_metric(self.args):  # the Trainer looks it up, and NaN is better than nothing before it
+                output.metrics[name] = math.nan
+                logger.warning(f"{name} has no value in this evaluation, and so chooses no checkpoint.")
+            else:
+                output.metrics.pop(name, None)
         self._metrics["eval"].clear()  # otherwise TRL would log them again, without the set's prefix
         return output
 
@@ -1485,7 +1504,9 @@ class TBRMTrainer(ExactResume, GRPOTrainer):
                 append_line(Path(self.args.output_dir) / LOG, {"step": self.state.global_step + 1, "advice": said})
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        if not self.evaluating:
+        if self.evaluating:
+            logs = {name: value for name, value in logs.items() if value == value}  # a NaN is no value
+        else:
             self._metrics["train"].update({name: [mean] for name, mean in self._recorder.means("train").items()})
             self._metrics["train"]["skipped_updates"] = [self._skipped.total]
             if self._offset is not None:

@@ -96,8 +96,11 @@ class Trajectory:
 
     @property
     def prompt_key(self) -> str:
-        """Digest of the prompt's tokens: equal for the trajectories of one prompt, in every process and run."""
-        return xxhash.xxh3_128_hexdigest(self.prompt_ids.numpy().tobytes())
+        """Digest of the prompt's tokens and images: equal for trajectories of one prompt, in every process and run."""
+        digest = xxhash.xxh3_128(self.prompt_ids.numpy().tobytes())
+        for name in sorted(name for name in self.vision if name.startswith(("pixel_", "image_"))):
+            digest.update(self.vision[name].flatten().contiguous().view(torch.uint8).numpy().tobytes())
+        return digest.hexdigest()
 
 
 def check_scores(trajectories: Sequence[Trajectory], names: Sequence[str]) -> None:

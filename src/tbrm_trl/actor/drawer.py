@@ -1,6 +1,7 @@
 """Roll out and reward one row of a data set with TRL's own code, drawing from a server instead of a model."""
 
 import copy
+import math
 from collections import defaultdict
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -161,6 +162,8 @@ class RowDrawer(GRPOTrainer):
         for failure in failures:
             if self.args.reward_on_error == "raise" or failure.reason == "wrong":
                 raise failure.error
+        if any(self._reward_calls.unknown(1, self.reward_func_names, self.reward_weights.tolist())):
+            rewards_per_func[:] = math.nan
         failed = {(failure.function, failure.reason) for failure in failures}
         if self.args.reward_on_error != "raise":
             for name, reason in product(self.reward_func_names, REASONS):

@@ -18,6 +18,8 @@ from ..sources.returns import largest_return
 from ..sources.sampler import DataPlan, WindowMix, window_mix
 from ..trajectory import PREVIOUS, End
 
+_KEPT_BY_TRL = ("prompt", "image", "images")  # with `remove_unused_columns`
+
 
 def check_training_set(
     dataset: Any, args: TBRMOptions, group_size: int, rewarded: bool, evaluated: bool, environment: bool = False
@@ -143,6 +145,55 @@ def check_evaluation_sets(given: Any, needs_prompts: bool) -> None:
     for title, dataset in titled_sets(given).items():
         every = np.ones(len(dataset) if isinstance(dataset, Dataset) else 0, dtype=bool)
         check_prompts(dataset, title, every & needs_prompts, every)
+
+
+def best_metric(args: TBRMOptions) -> str | None:
+    """The metric by which the Trainer chooses the best model, as evaluations name it; None if it chooses none."""
+    name = args.metric_for_best_model
+    return None if name is None else f"eval_{name.removeprefix('eval_')}"
+
+
+def check_best_metric(args: TBRMOptions, eval_dataset: Any, callbacks: Any, column: str | None) -> None:
+    """Refuse to choose the best model by a metric that no evaluation of the run will have.
+
+    Args:
+        args: the options.
+        eval_dataset: an evaluation set, several by name, or None.
+        callbacks: the callbacks, some of which may evaluate on `benchmarks`.
+        column: the column from which the estimator reads a value, if it does.
+    """
+    metric = best_metric(args)
+    if metric is None:
+        return
+    benchmarks = [one.name for callback in callbacks or () for one in getattr(callback, "benchmarks", ())]
+    of_benchmarks = any(metric.startswith(f"eval_{name}/") for name in benchmarks)
+    if eval_dataset is None and benchmarks and not of_benchmarks:
+        raise ValueError(
+            f"`metric_for_best_model={args.metric_for_best_model!r}` is refused: without an evaluation set, there are "
+            f"only the metrics of the benchmarks {', '.join(benchmarks)}. Name one of those, such as "
+            f"'eval_{benchmarks[0]}/avg@1'."
+        )
+    columns = [getattr(one, "column_names", None) or () for one in titled_sets(eval_dataset).values()]
+    if column is not None and metric.endswith("loss") and not any(column in names for names in columns):
+        raise ValueError(
+            f'`metric_for_best_model={args.metric_for_best_model!r}` with `soft_value="{args.soft_value}"` is refused: '
+            f"no evaluation set has the column `{column}`, so no loss can be computed there. Choose by "
+            "'eval_reward', with `greater_is_better=True`."
+        )
+
+
+def columns_read(dataset: Any, drops_unused: bool, is_formatted: bool) -> list[str] | None:
+    """The columns of a data set that reach the reward functions; None if they are unknown, as for some streams.
+
+    Args:
+        dataset: a data set, or None.
+        drops_unused: whether the Trainer drops the columns that it does not know (`remove_unused_columns`).
+        is_formatted: whether rows are read in the data set's own format, which may choose columns.
+    """
+    names = getattr(dataset, "column_names", None)
+    if isinstance(dataset, Dataset) and is_formatted and not dataset.format["output_all_columns"]:
+        names = dataset.format["columns"]
+    return [name for name in names if name in _KEPT_BY_TRL] if names is not None and drops_unused else names
 
 
 def titled_sets(given: Any) -> dict[str, Any]:

@@ -187,10 +187,10 @@ def check_batch_arithmetic(args: TBRMOptions) -> Iterator[str]:
 
 def check_reward_calls(args: TBRMOptions) -> Iterator[str]:
     try:
-        failed = args.reward_of_failure
+        is_known = args.reward_on_error in ("raise", "skip") or math.isfinite(args.reward_of_failure)
     except (TypeError, ValueError, OverflowError):
-        failed = math.nan
-    if failed is not None and not math.isfinite(failed):
+        is_known = False
+    if not is_known:
         yield (
             f"`reward_on_error={args.reward_on_error!r}` is unknown. Choose 'raise', 'skip', or a finite number, the "
             "reward of what failed."

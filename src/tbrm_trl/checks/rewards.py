@@ -11,7 +11,9 @@ from trl.trainer.utils import get_callable_name
 _ALWAYS = ("prompts", "completions", "completion_ids", "trainer_state", "log_extra", "log_metric")
 
 
-def check_reward_arguments(reward_funcs: Any, title: str, columns: Collection[str], more: bool) -> None:
+def check_reward_arguments(
+    reward_funcs: Any, title: str, columns: Collection[str], more: bool, environments: bool = False
+) -> None:
     """Refuse reward functions that cannot be called with what they will be given.
 
     Args:
@@ -19,6 +21,7 @@ def check_reward_arguments(reward_funcs: Any, title: str, columns: Collection[st
         title: what the error calls the data set.
         columns: columns of the data set, without those that no reward function gets.
         more: whether unknown arguments may be added (by environments, a rollout function).
+        environments: whether the functions are given the environments.
 
     Raises:
         ValueError: for a column with the name of an argument that TRL gives, an entry that is not a function, a
@@ -30,6 +33,7 @@ def check_reward_arguments(reward_funcs: Any, title: str, columns: Collection[st
             "an argument that every reward function is given. Rename it: `dataset.rename_column(...)`."
         )
     given = [*_ALWAYS, *(name for name in columns if name not in ("prompt", "completion", "completion_ids"))]
+    given += ["environments"] * environments
     for function in reward_funcs if isinstance(reward_funcs, list) else [reward_funcs]:
         if isinstance(function, (nn.Module, str)):
             continue

@@ -189,8 +189,9 @@ def evaluation_metrics(
     repeated, length, cut, rewards = numbers.double().cpu().tensor_split([1, 2, 3], dim=1)
     own = repeated[:, 0] == 0
     length, ended, rewards = length[own, 0], cut[own, 0] == 0, rewards[own]  # (M,), (M,), (M, F)
-    total = (rewards * reward_weights.double().cpu()).nansum(dim=1)  # (M,)
-    total[rewards.isnan().all(dim=1)] = math.nan
+    weights = reward_weights.double().cpu()
+    total = (rewards * weights).nansum(dim=1)  # (M,)
+    total[rewards[:, weights != 0].isnan().all(dim=1)] = math.nan
     if group_size > 1:
         whole = total[: len(total) // group_size * group_size]  # a stream may end within a group
         has_zero_std = nanstd(whole.view(-1, group_size), dim=1).abs() < 1e-8  # (M / group_size,)

@@ -66,6 +66,7 @@ class ExactResume(Trainer):
     _stop: StopRequest | None = None
     _last_saved: int | None = None  # the update after which the last checkpoint was written
     _last_update: int | None = None  # the update of the last call of `_maybe_log_save_evaluate`
+    _saves_later = _best_is_due = False  # in that call: whether a second one follows; whether that must save the best
 
     def run_identity(self) -> dict[str, Any]:
         """What a run must share with a checkpoint to resume from it, as JSON-able values by a name for errors."""
@@ -233,11 +234,12 @@ class ExactResume(Trainer):
         ends = ends or float(self.state.epoch or 0.5).is_integer()
         before_epochs_end = ends and self._last_update != self.state.global_step  # a second call follows
         self._last_update, self._last_saved = self.state.global_step, None
+        self._saves_later, self._best_is_due = before_epochs_end, False
         saves_at_the_end = before_epochs_end and self.control.should_save
         if saves_at_the_end:
             self.control.should_save = False
         super()._maybe_log_save_evaluate(tr_loss, grad_norm, model, trial, *args, **kwargs)
-        if saves_at_the_end:
+        if saves_at_the_end or self._best_is_due:
             self.control.should_save = True
         if self._stop is None or self.state.global_step >= self.state.max_steps:
             return
@@ -253,6 +255,13 @@ class ExactResume(Trainer):
         )
         self.end()
         raise SystemExit(exit_code(signum))
+
+    def _determine_best_metric(self, *args: Any, **kwargs: Any) -> bool:
+        is_best = super()._determine_best_metric(*args, **kwargs)
+        if self._saves_later and self.args.save_strategy == "best":
+            self._best_is_due = is_best
+            return False  # "best" saves at once what is best
+        return is_best
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         if _internal_call or not self.is_fsdp_enabled:

@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 STARTED, DONE, VALUES = 0, 1, 2  # in the shared page of doubles: start time of the row, rows done, one value per row
-FAILED, LEFT_OUT = math.inf, math.nan
+FAILED, UNKNOWN, LEFT_OUT = math.inf, -math.inf, math.nan
 
 
 def main() -> None:
@@ -85,9 +85,10 @@ def _score(
         row = {name: [values[at]] for name, values in columns.items()}
         try:
             (value,) = function([completion], **row, log_extra=log_extra, log_metric=log_metric)
-            page[VALUES + at] = LEFT_OUT if value is None else float(value)
-            if math.isinf(page[VALUES + at]):
+            number = LEFT_OUT if value is None else float(value)
+            if math.isinf(number):
                 raise ValueError(f"the reward is {value}, not a finite number")
+            page[VALUES + at] = UNKNOWN if value is not None and math.isnan(number) else number
         except BaseException as error:
             page[VALUES + at] = FAILED
             if stops:

@@ -23,7 +23,7 @@ from typing import Any
 
 import dill
 
-from .worker_process import DONE, FAILED, STARTED, VALUES
+from .worker_process import DONE, FAILED, STARTED, UNKNOWN, VALUES
 
 ROWS_AT_ONCE = 2048  # most rows in one message to a worker
 SMALLEST = 4  # rows; smaller messages cost more time than they save by balancing workers
@@ -50,11 +50,12 @@ class InWorkers:
     metrics.
 
     Args:
-        function: takes `(completions, **columns)` and returns one number, or None, for each completion.
+        function: takes `(completions, **columns)` and returns one number for each completion, None where it does not
+            apply, or NaN where its verdict is unknown.
         time_limit: seconds that one row may take. Starting a worker does not count.
         workers: number of processes; by default this process's share of the cores, at most eight.
-        failed: reward of a row that was late, crashed or raised. None leaves it out of the loss, since an unknown
-            verdict is not a wrong one.
+        failed: reward of a row that was late, crashed or raised. NaN leaves it out of the loss, whatever other
+            functions say of it, since an unknown verdict is not a wrong one.
         memory_limit: bytes that a worker may allocate; 0 for no limit.
         raises: whether an exception of the function ends the call with `RewardError`. If not, that row gets `failed`.
 
@@ -68,7 +69,7 @@ class InWorkers:
         function: Callable[..., Sequence[float | None]],
         time_limit: float = 5.0,
         workers: int | None = None,
-        failed: float | None = None,
+        failed: float | None = math.nan,
         memory_limit: int = 8 << 30,
         raises: bool = False,
     ) -> None:
@@ -254,7 +255,7 @@ class _Batch:
     def write(self, rows: list[int], values: list[float], failed: float | None, logged: _Logged | None) -> int:
         """Record values and logged columns and metrics. Returns the number of rows for which the function raised."""
         for row, value in zip(rows, values, strict=True):
-            self.rewards[row] = failed if value == FAILED else None if math.isnan(value) else value
+            self.rewards[row] = {FAILED: failed, UNKNOWN: math.nan}.get(value, None if math.isnan(value) else value)
         extra, metrics, _ = logged or ({}, {}, None)
         for name, column in extra.items():
             for row, one in zip(rows, column, strict=True):

@@ -14,7 +14,7 @@ class NotRewardsError(ValueError):
 
 
 def rewards_of(returned: Any, count: int, name: str) -> list[float | None]:
-    """Convert what a reward function returned to one number or None per completion.
+    """Convert what a reward function returned to one number or None per completion; NaN is an unknown verdict.
 
     Args:
         returned: a list, tuple, array or tensor.
@@ -24,7 +24,10 @@ def rewards_of(returned: Any, count: int, name: str) -> list[float | None]:
     Raises:
         NotRewardsError: for anything else. The message names the function and shows what it returned.
     """
-    wanted = f"Return a list of {count} numbers, one for each completion (None where the function does not apply)."
+    wanted = (
+        f"Return a list of {count} numbers, one for each completion (None where the function does not apply, NaN where "
+        "its verdict is unknown)."
+    )
     if isinstance(returned, (str, bytes, Mapping, Set)) or not isinstance(returned, Iterable):
         raise NotRewardsError(f"Reward function {name!r} returned {_shown(returned)}. {wanted}")
     if hasattr(returned, "shape") and len(returned.shape) != 1:
@@ -64,7 +67,7 @@ def check_magnitude(rewards: Tensor, weights: Tensor, names: Sequence[str], beta
     """Refuse rewards that float32 cannot square in nats.
 
     Args:
-        rewards: `(N, F)`, NaN where a function did not apply.
+        rewards: `(N, F)`, NaN where a function did not apply or its verdict is unknown.
         weights: `(F,)`.
         names: the F functions' names.
         beta: β.
@@ -107,17 +110,17 @@ def total_reward(rewards: Tensor, weights: Tensor, pessimism: float = 0.0) -> Te
         pessimism: number of standard errors, ≥ 0.
 
     Returns:
-        `(B,)` in reward units; NaN where no function applied.
+        `(B,)` in reward units; NaN where no function with a weight applied.
 
     Source: a lower confidence bound instead of the mean, after MICRO, arXiv 2312.03991.
     """
-    applied = ~rewards.isnan()  # (B, F)
+    applied = ~rewards.isnan() & (weights != 0)  # (B, F) a function without weight only watches
     weight = torch.where(applied, weights, 0.0)  # (B, F)
     given = torch.where(applied, rewards, 0.0)  # (B, F)
     total = (weight * given).sum(dim=1)  # (B,)
     if pessimism:
         whole, count = weight.sum(dim=1), applied.sum(dim=1)  # (B,) each
-        mean = total / whole
+        mean = total / whole  # NaN where none applied
         variance = (weight * (given - mean[:, None]).square()).sum(dim=1) / whole * count / (count - 1).clamp(min=1)
         total = total - pessimism * whole * (variance / count).sqrt()
     return total.masked_fill(~applied.any(dim=1), torch.nan)

@@ -3,6 +3,7 @@
 import asyncio
 import contextvars
 import functools
+import math
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, wait
@@ -54,12 +55,13 @@ class RewardCalls:
     Args:
         limit: seconds that one call may take, or None. A late synchronous function continues in its thread, and nothing
             waits for it. Only a worker process can be ended (`tbrm_trl.rewards.InWorkers`).
-        failed: reward of each completion in a failed call; None gives them no reward from this function.
+        failed: reward of each completion in a failed call; NaN is an unknown verdict.
     """
 
     limit: float | None = None
-    failed: float | None = None
+    failed: float = math.nan
     failures: list[Failure] = field(default_factory=list)
+    _unknown: dict[str, list[bool]] = field(default_factory=dict)  # by function: whether each verdict is unknown
     _shown: int = 0
 
     def guarded(self, function: Callable[..., Any], name: str) -> Callable[..., Any]:
@@ -96,6 +98,19 @@ class RewardCalls:
 
         return call
 
+    def unknown(self, rows: int, names: Sequence[str], weights: Sequence[float]) -> list[bool]:
+        """Per row of the last calls, whether a function with a weight could not judge it, and forget these calls.
+
+        Args:
+            rows: number of completions in each call.
+            names: names of the F functions.
+            weights: their F weights. A function without weight only watches.
+        """
+        verdicts, self._unknown = self._unknown, {}
+        none = [False] * rows
+        counting = [verdicts.get(name, none) for name, weight in zip(names, weights, strict=True) if weight]
+        return [any(one[row] for one in counting) for row in range(rows)]
+
     def taken(self) -> list[Failure]:
         """Return the failures since the last call of this method, and forget them."""
         failures, self.failures = self.failures, []
@@ -123,6 +138,7 @@ class RewardCalls:
                     f"{error}. The first of them: {str(completions[0])[:400]!r}",
                     main_process_only=False,
                 )
+        self._unknown[name] = [reward is not None and math.isnan(reward) for reward in rewards]
 
 
 def _within(limit: float, run: Callable[..., Any], kwargs: dict[str, Any]) -> Any:

@@ -30,7 +30,8 @@ class SampledValue(ConstantValue):
     column `train` begins by sampling, through the same generation and rewards as training. The sampled rewards are kept
     in `output_dir/optimal_values`, under a digest of the reference, the data and the sampling settings. An interrupted
     run continues with the next block. Another run with the same digest reads them all, also with another of these
-    estimators.
+    estimators. Blocks with unscored samples are sampled once more, since a reward function may only have been down,
+    and what they lack is filled in.
 
     Class attributes:
         column: name of that column.
@@ -103,6 +104,11 @@ class SampledValue(ConstantValue):
         if not self.samples(run.train_dataset):
             return
         rewards = self._sampled_rewards(run)  # (prompts, N)
+        if lacking := int(rewards.isnan().all(dim=1).sum()):
+            run.accelerator.print(
+                f"TBRM: none of the samples of {lacking} of {len(rewards)} prompts was scored. They have no value, and "
+                "are left out."
+            )
         dataset = run.train_dataset.add_column(self.column, self.cells([row[~row.isnan()] for row in rewards]))
         run.replace_prompts(self.kept(dataset, rewards, run))
 
@@ -111,10 +117,10 @@ class SampledValue(ConstantValue):
         return dataset
 
     def _sampled_rewards(self, run: Run) -> torch.Tensor:
-        """`(prompts, N)` rewards of the reference's samples, NaN if unscored. Blocks on disk are not sampled again."""
+        """`(prompts, N)` rewards of the reference's samples, NaN if unscored. Whole blocks on disk are not repeated."""
         accelerator, args, prompts = run.accelerator, self.args, run.train_dataset
         file = Path(args.output_dir) / FOLDER / f"{self._key(run)}.parquet"
-        if not all(gather_object([file.exists()])):
+        if not all(gather_object([_is_whole(file)])):
             process, processes = accelerator.process_index, accelerator.num_processes
             rollouts = args.per_device_train_batch_size * args.steps_per_generation
             size = max(1, rollouts // args.soft_value_samples)  # prompts of a block, on each process
@@ -125,7 +131,7 @@ class SampledValue(ConstantValue):
             for first in tqdm(blocks, desc="Sampling the reference", disable=silent):
                 part = file.with_suffix("") / f"{first:09d}-{size * processes}.parquet"
                 parts.append(part)
-                if all(gather_object([part.exists()])):
+                if all(gather_object([_is_whole(part)])):
                     continue
                 mine = [min(first + process * size + i, len(prompts) - 1) for i in range(size)]  # then the last again
                 rows = [prompts[index] for index in mine for _ in range(args.soft_value_samples)]
@@ -136,14 +142,14 @@ class SampledValue(ConstantValue):
                 by_prompt = np.array(sampled).reshape(size, -1).tolist()
                 gathered = gather_object(by_prompt)[: len(prompts) - first]
                 if accelerator.is_main_process:
-                    write_table(part, pa.table({"rewards": gathered}))
+                    write_table(part, pa.table({"rewards": _filled(part, gathered)}))
                 accelerator.wait_for_everyone()
             if accelerator.is_main_process:
                 write_table(file, pa.concat_tables([read_table(part) for part in parts]))
             accelerator.wait_for_everyone()
         else:
             accelerator.print(f"TBRM: rewards of the reference's samples read from {file}.")
-        return torch.tensor(read_table(file)["rewards"].to_pylist(), dtype=torch.float64)
+        return torch.from_numpy(_rewards_in(file))
 
     def _key(self, run: Run) -> str:
         """Digest of the reference, the data and how it is sampled. β₁ is applied to the rewards later."""
@@ -162,6 +168,23 @@ class SampledValue(ConstantValue):
             **({"rewards of failures": str(args.reward_on_error)} if args.reward_on_error != "raise" else {}),
         }
         return xxhash.xxh3_128_hexdigest(json.dumps(settings, sort_keys=True, default=str).encode())
+
+
+def _rewards_in(file: Path) -> np.ndarray:
+    return np.array(read_table(file)["rewards"].to_pylist(), dtype=np.float64)
+
+
+def _is_whole(file: Path) -> bool:
+    """Whether a file has the rewards of its prompts, all of them scored."""
+    return file.exists() and not np.isnan(_rewards_in(file)).any()
+
+
+def _filled(file: Path, sampled: list[list[float]]) -> list[list[float]]:
+    """The rewards of a file, with those that it lacks from a new sample; all of the sample if there is no file."""
+    if not file.exists():
+        return sampled
+    earlier = _rewards_in(file)
+    return np.where(np.isnan(earlier), sampled, earlier).tolist()
 
 
 @contextmanager
