@@ -301,6 +301,26 @@ def test_samples_that_no_function_scored_are_left_out(tmp_path):
     assert sampled(tmp_path, run).train_dataset["reference_rewards"] == [[i / 10] for i in range(5)]
 
 
+def test_what_was_unscored_is_sampled_again(tmp_path, capsys):
+    """A reward function that was down for one block: only that block is sampled again, and only its gaps are filled."""
+    run = SamplingRun()
+    sample = run.sample
+    run.sample = lambda rows: [row(0, NAN if one.reward >= 0.2 else one.reward) for one in sample(rows)]
+    first = sampled(tmp_path, run)
+    assert first.train_dataset["reference_rewards"] == [[0.0] * 2, [0.1] * 2, [], [], []]
+    assert "none of the samples of 3 of 5 prompts was scored" in capsys.readouterr().out
+    again = sampled(tmp_path)
+    assert (again.asked, again.seeds) == (first.asked[1:], first.seeds[1:])
+    assert again.train_dataset["reference_rewards"] == [[i / 10] * 2 for i in range(5)]
+    assert not sampled(tmp_path).asked
+
+    half = SamplingRun()
+    sample_half = half.sample
+    half.sample = lambda rows: [row(0, NAN if i % 2 else 7.0) for i, _ in enumerate(sample_half(rows))]
+    sampled(tmp_path / "half", half)
+    assert sampled(tmp_path / "half").train_dataset["reference_rewards"] == [[7.0, i / 10] for i in range(5)]
+
+
 # ---- states ----------------------------------------------------------------------------------------------------------
 
 

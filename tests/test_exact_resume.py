@@ -88,7 +88,8 @@ def fit(out: Path, *callbacks: TrainerCallback, rows=ROWS, **options: Any) -> Fi
         report_to="none", disable_tqdm=True, remove_unused_columns=False, save_total_limit=None,
     ) | options  # fmt: skip
     stops = options.pop("enable_jit_checkpoint", False)  # else transformers' own callback would catch signals too
-    trainer = Fit(Line(), Arguments(str(out), **options), train_dataset=rows, callbacks=list(callbacks))
+    sets = dict(train_dataset=rows, eval_dataset=options.pop("eval_dataset", None))
+    trainer = Fit(Line(), Arguments(str(out), **options), callbacks=list(callbacks), **sets)
     trainer.args.enable_jit_checkpoint = stops
     return trainer
 
@@ -185,6 +186,23 @@ def test_what_the_end_of_an_epoch_does_is_in_its_checkpoint(tmp_path):
     resumed.train(resume_from_checkpoint=True)
     assert [step for step, _ in losses(whole)] == [4, 8, 10] and losses(resumed) == losses(whole)
     assert steps(tmp_path / "whole") == steps(tmp_path / "out") == [4, 8, 10]
+
+
+def test_the_best_checkpoint_of_an_epochs_end_comes_after_its_log(tmp_path):
+    """`save_strategy="best"` decides in the evaluation, which comes before the end of the epoch logs."""
+    options: dict[str, Any] = dict(
+        logging_strategy="epoch", save_strategy="best", eval_strategy="steps", eval_steps=4, eval_dataset=ROWS,
+        metric_for_best_model="loss", label_names=["y"],
+    )  # fmt: skip
+    whole = fit(tmp_path / "whole", **options)
+    whole.train()
+    with pytest.raises(KeyboardInterrupt):
+        fit(tmp_path / "out", Act(5, interrupt), **options).train()
+    assert steps(tmp_path / "out") == [4]
+    resumed = fit(tmp_path / "out", **options)
+    resumed.train(resume_from_checkpoint=True)
+    assert [step for step, _ in losses(whole)] == [4, 8, 10] and losses(resumed) == losses(whole)
+    assert resumed.state.best_metric == whole.state.best_metric
 
 
 def test_how_often_a_resumed_run_saves_and_logs_is_its_own(tmp_path):

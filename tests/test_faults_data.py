@@ -716,6 +716,28 @@ def test_6_a_path_is_a_model(folder, tmp_path):
     build(Path(folder), tmp_path)
 
 
+@pytest.mark.parametrize(
+    ("data", "options"),
+    [(PROMPTS, dict(remove_unused_columns=True)), (PROMPTS.with_format("torch", columns=["prompt"]), {})],
+    ids=["dropped", "not in the format"],
+)
+def test_6_arguments_that_the_data_set_has_and_does_not_give(data, options, tmp_path):
+    def needs_answer(completions, answer, **kwargs):
+        return [0.0] * len(completions)
+
+    build_with = dict(train_dataset=data.add_column("gold", [1] * 4) if not options else data, **options)
+    with pytest.raises(ValueError, match="'needs_answer' needs 'answer', but the training set has no such column"):
+        build("no/such/model", tmp_path, needs_answer, **build_with)
+
+
+def test_6_a_function_that_does_not_take_the_environments(tmp_path):
+    def strict(prompts, completions, completion_ids, trainer_state, log_extra, log_metric, answer):
+        return [0.0] * len(completions)
+
+    with pytest.raises(ValueError, match="'strict' does not take 'environments'"):
+        build("no/such/model", tmp_path, strict, environment_factory=object)
+
+
 def test_6_arguments_that_the_evaluation_set_lacks(tmp_path):
     prompts = PROMPTS.add_column("gold", [1] * 4)
     with pytest.raises(ValueError, match="'needs_gold' needs 'gold', but the evaluation set 'b' has no such column"):

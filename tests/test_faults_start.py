@@ -6,6 +6,7 @@ import math
 import re
 import warnings
 from contextlib import nullcontext
+from types import SimpleNamespace
 
 import pandas
 import pytest
@@ -575,6 +576,48 @@ def test_4_3_several_sets_log_under_their_own_names(folder, tmp_path):
     assert [e["eval_hard_reward"] for e in trainer.state.log_history if "eval_hard_reward" in e] == [3.5, 3.5]
     assert not any("eval_reward" in entry for entry in trainer.state.log_history)
     assert trainer.state.best_metric == 3.5
+
+
+def test_4_3_an_evaluation_without_a_value_chooses_no_checkpoint(folder, tmp_path, caplog):
+    """A judge that is down during one evaluation, the second."""
+
+    def judge(completions, trainer_state, **kwargs):
+        if not trainer.model.training and trainer_state.global_step == 2:
+            raise ConnectionError("the judge is down")
+        return [float(trainer_state.global_step)] * len(completions)
+
+    trainer = runs.build(
+        folder, tmp_path, judge, max_steps=3, eval_dataset=runs.DATA.select([0, 1]), eval_strategy="steps",
+        eval_steps=1, save_strategy="steps", save_steps=1, load_best_model_at_end=True, reward_on_error="skip",
+        metric_for_best_model="reward", per_device_eval_batch_size=2,
+    )  # fmt: skip
+    trainer.train()
+    evaluated = {e["step"]: e["eval_reward"] for e in trainer.state.log_history if "eval_reward" in e}
+    assert evaluated == {1: 1.0, 3: 3.0} and trainer.state.best_global_step == 3
+    assert "eval_reward has no value in this evaluation" in caplog.text
+
+
+@pytest.mark.parametrize("options", [dict(truncation="mask", max_completion_length=1), dict(soft_value="optimal")])
+def test_4_3_no_loss_where_nothing_counts(options, folder, tmp_path):
+    """Not 0, which would be the best of all."""
+    options = dict(soft_value_samples=2) | options if "soft_value" in options else options
+    trainer = runs.build(
+        folder, tmp_path, eval_dataset=runs.DATA.select([0, 1]), per_device_eval_batch_size=2, **options
+    )
+    assert not {"eval_loss", "eval_residual/rms"} & trainer.evaluate().keys()
+
+
+def test_4_3_metrics_that_no_evaluation_has(tmp_path):
+    """They are refused before anything is loaded, not after the first evaluation."""
+    benchmark = TrainerCallback()
+    benchmark.evaluates, benchmark.benchmarks = True, [SimpleNamespace(name="letters")]
+    chosen = dict(load_best_model_at_end=True, eval_strategy="steps", save_strategy="steps")
+    message = "only the metrics of the benchmarks letters. Name one of those, such as 'eval_letters/avg@1'"
+    for metric in ({}, {"metric_for_best_model": "eval_lettres/avg@1"}):
+        with pytest.raises(ValueError, match=message):
+            build("no/such/model", tmp_path, callbacks=[benchmark], **chosen, **metric)
+    with pytest.raises(ValueError, match="'loss'` with `soft_value=\"quantile\"` is refused: no evaluation set has"):
+        build("no/such/model", tmp_path, eval_dataset=runs.DATA, soft_value="quantile", **chosen)
 
 
 class EvaluateInside(TrainerCallback):

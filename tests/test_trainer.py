@@ -480,6 +480,15 @@ def test_environment_owns_the_reward(caller, tmp_path):
         assert row.reward == start + 42
 
 
+def test_an_environment_that_brings_the_prompts(caller, tmp_path):
+    class Own(Till):
+        def reset(self, **kwargs) -> str:
+            return super().reset(3)
+
+    trainer = train(caller, tmp_path, None, environment_factory=Own, **{**CALLING, "train_dataset": None})
+    assert all(" from 3<" in prompt(row) and row.reward == 45 for row in trajectories(trainer))
+
+
 @pytest.mark.parametrize(
     ("logged_row", "problem"),
     [

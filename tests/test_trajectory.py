@@ -8,6 +8,20 @@ import torch
 from tbrm_trl.trajectory import End, Trajectory
 
 
+def test_prompts_with_other_images_are_others():
+    """Values of prompts are kept by this key. What the images say of the completion's tokens is not of the prompt."""
+
+    def key(prompt: list[int], **vision: torch.Tensor) -> str:
+        return Trajectory(
+            torch.tensor(prompt), torch.tensor([1]), torch.ones(1).bool(), 1.0, End.EOS, vision=vision
+        ).prompt_key
+
+    white, black = torch.ones(1, 3, 2, 2).bfloat16(), torch.zeros(1, 3, 2, 2).bfloat16()
+    keys = [key([5]), key([6]), key([5], pixel_values=white), key([5], pixel_values=black)]
+    assert len({*keys}) == 4
+    assert key([5], pixel_values=white.clone(), token_type_ids=torch.tensor([0, 1])) == keys[2]
+
+
 def test_bad_trajectories_are_refused():
     with pytest.raises(ValueError, match="at least one prompt token"):
         Trajectory(torch.tensor([]), torch.tensor([1]), torch.ones(1).bool(), 1.0, End.EOS)
