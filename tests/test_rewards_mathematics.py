@@ -13,7 +13,7 @@ import pytest
 
 from tbrm_trl.rewards import InWorkers, correct, verdict
 from tbrm_trl.rewards.quantities import number, same_number
-from tbrm_trl.rewards.symbols import proportional, same_value
+from tbrm_trl.rewards.symbols import expression, proportional, same_value
 from tbrm_trl.rewards.units import split_unit
 
 TABLES = sorted((Path(__file__).parent / "data").glob("verdicts*.jsonl"))
@@ -305,3 +305,120 @@ def test_reward_function():
     messages = [[{"role": "assistant", "content": boxed("1/2")}], [{"role": "assistant", "content": "no"}]]
     assert correct(messages, solution=["0.5", "0.5"], prompts=["", ""]) == [1.0, 0.0]
     assert correct([boxed("4")] * 2, ["", "4"]) == [None, 1.0]
+
+
+# What reviewers found, by kind.
+FOUND = [
+    # products and mixed numbers
+    ("6", [r"2(3)", r"(2)(3)", r"\frac{(3)(4)}{2}"], [r"2(4)"]),
+    ("5", [], ["2(3)", "(2)(3)"]),
+    (r"\frac{13}{3}", [r"4\frac13"], [r"4(\frac13)"]),
+    ("10", [r"\frac{5(4)}{2}"], []),
+    (r"\frac{4}{3}", [r"4\left(\frac13\right)"], []),
+    (r"12\pi", [r"2\pi(6)"], []),
+    ("4", [r"2^3\frac12"], []),
+    (r"3\ln 2", [r"\ln 2 \cdot 3", r"3\cdot\ln 2", r"\ln 8"], [r"\ln 6"]),
+    (r"\ln 6", [r"\ln(2\cdot 3)"], [r"\ln 2\cdot 3"]),
+    (r"\sin(2x)", [r"2\sin x\cdot\cos x", r"\sin 2x", r"2\sin x\cos x"], [r"\sin 2\cdot x"]),
+    (r"3^x\ln 3", [r"\ln 3\cdot 3^x"], []),
+    (r"e^x\sin x", [r"\sin x\cdot e^x"], [r"\sin(x e^x)"]),
+    (r"\frac{\sqrt3}{4}", [r"\sin 60^\circ\cdot\cos 60^\circ"], []),
+    (r"\log_2(8)", ["3", r"\log_{2}8"], ["4"]),
+    (r"\sin^2(3)", [r"\sin(3)^2", r"1-\cos^2(3)"], []),
+    # names of tuples, systems and lists
+    (
+        "[x=4, y=-4, z=-2]",
+        ["y=-4, x=4, z=-2", "x=4, y=-4, z=-2", "(4,-4,-2)", "(x,y,z)=(4,-4,-2)"],
+        ["y=4, x=-4, z=-2"],
+    ),
+    ("(3,-2)", ["y=-2, x=3", "x=3, y=-2", "(x,y)=(3,-2)"], ["y=3, x=-2", "(y,x)=(3,-2)", "b=3, a=-2"]),
+    (
+        r"(x,y)=\left(\frac{10}{13},\frac{1}{13}\right)",
+        [r"(\frac{10}{13},\frac1{13})", r"x=\frac{10}{13}, y=\frac1{13}"],
+        [r"(y,x)=(\frac{10}{13},\frac1{13})"],
+    ),
+    ("x=-3,4", ["x=4, x=-3", "-3, 4", "x=4,-3"], ["y=-3,4"]),
+    (r"x=\pm 1", [r"\pm1", "x=1, x=-1", "1,-1"], [r"y=\pm1"]),
+    ("x=-2 or x=2", [r"x=\pm 2", "2, -2"], ["x=-2 and y=2", "2x=-2 or x=2"]),
+    ("f(x)=x, f(x)=2-x", ["f(x)=2-x, f(x)=x"], ["f(x)=x, g(x)=2-x"]),
+    ("5 or 9", ["9, 5", r"5 \text{ or } 9"], ["[5,9]"]),
+    # absolute values, floors
+    ("|x-3|", ["|3-x|", r"\sqrt{(x-3)^2}"], ["3-x", "x-3"]),
+    (r"\sqrt{x^2-10x+25}", ["|x-5|", "|5-x|"], ["5-x"]),
+    (r"\max(x,3)", [], ["3"]),
+    ("|2x-7|", ["|7-2x|"], ["7-2x"]),
+    (r"\lfloor \frac{2n}{3}\rfloor+1", [], [r"\lceil \frac{2n}{3}\rceil"]),
+    (r"\lceil \frac{n}{2}\rceil+1", [r"\lfloor \frac{n+1}{2}\rfloor+1"], [r"\lfloor\frac n2\rfloor+2"]),
+    (r"(-1)^n", [r"(-1)^{-n}", r"\cos n\pi"], [r"(-1)^{n+1}", "1"]),
+    # matrices
+    (r"\begin{pmatrix}1/2\\3/4\end{pmatrix}", [r"\begin{pmatrix}\frac12\\\frac34\end{pmatrix}"], []),
+    # sets by conditions
+    (
+        r"\{x|-2\le x<1\}",
+        [r"\{x\mid -2\le x<1\}", r"[-2,1)", r"\{x\in\mathbb R\mid -2\le x<1\}", r"\{x\mid -2\le x<1, x\in\mathbb R\}"],
+        [r"\{x\in\mathbb Z \mid -2\le x<1\}"],
+    ),
+    # remarks
+    (
+        r"x=\frac{\pi}{4}+\pi k",
+        [
+            r"x=\frac{\pi}{4}+\pi k, k\in\mathbb{Z}",
+            r"\frac{\pi}{4}+k\pi \quad (k\in\mathbb Z)",
+            r"x=\frac{\pi}{4}+\pi k \text{ for any integer } k",
+            r"x=\frac{\pi}{4}+\pi k, \text{ where } k\in\mathbb Z",
+        ],
+        [r"x=\frac{\pi}{4}+2\pi k, k\in\mathbb{Z}"],
+    ),
+    (r"f(x)=x-1", [r"f(x)=x-1 \text{ for all } x", r"f(x)=x-1, x\in\mathbb R"], []),
+    # roots, powers
+    ("-2", [r"\sqrt[3]{-8}"], ["2"]),
+    (r"-\sqrt[3]{2}", [r"\sqrt[3]{-2}"], [r"\sqrt[3]{2}"]),
+    (r"x^{n+1}", ["x^(n+1)"], ["x^n+1"]),
+    (r"e^{2x}", ["e^(2x)"], ["e^2x"]),
+    (r"\sqrt{x+1}", ["(x+1)^(1/2)"], []),
+    (r"\frac{\sqrt{3}}{2}", ["sqrt{3}/2", "sqrt(3)/2"], []),
+    # golds that compute
+    (r"\frac{583.1}{291.55}=2", ["2"], ["3"]),
+    (r"36^{\log_{36}216}=216", ["216"], ["36"]),
+    # words
+    (
+        "18",
+        [r"18 \text{ apples}", r"\text{about }18", r"\underline{18}", r"\Large 18"],
+        [
+            r"18\text{ squared}",
+            r"18\text{ factorial}",
+            r"18\text{ halves}",
+            r"18\text{ and a half}",
+            r"18\text{ tenths}",
+        ],
+    ),
+    (r"\text{no solution}", [r"\text{There is no solution}", r"\text{The equation has no solution}"], []),
+    # logarithms
+    (r"\log 250", [r"\log 250"], []),
+    # spaces, accents
+    (r"\{x|x=3k,k\in \mathbb{Z}\}", [r"\{x \mid x=3k, k\in\mathbb{Z}\}"], []),
+    (r"\vec{a}+2\vec{b}", [r"\vec a+2\vec b"], [r"\vec a+\vec b"]),
+    (r"h^{-1}(x)=\frac{(-2x+4)^3}{4}", [r"h^{-1}(x)=\frac{(4-2x)^3}{4}"], [r"h^{-1}(t)=\frac{(-2x+4)^3}4"]),
+    (r"f^{-1}(x)=2x+1", [r"f^{-1}(y)=2y+1", "2x+1"], []),
+    (r"\binom{2n}{n}", [r"{2n \choose n}", r"\frac{(2n)!}{(n!)^2}"], []),
+]
+
+
+@pytest.mark.parametrize(("gold", "right", "wrong"), FOUND, ids=[gold for gold, *_ in FOUND])
+def test_what_reviews_found(gold, right, wrong):
+    check_verdicts(gold, right, wrong)
+
+
+def test_neighbouring_formulas_are_a_list():
+    assert verdict("35,36,37", "The answer is $35$, $36$, and $37$.") == 1.0
+
+
+@pytest.mark.parametrize(
+    "huge",
+    [
+        "(9999!)^{9999}", "(10^{100})^{(10^{100})}", "2^{(3^{20})}", "2^{\\binom{40}{20}}", "100^{99}!",
+        "(9\\cdot99\\cdot9999)!", "2^{(99\\cdot999\\cdot9999)}",
+    ],
+)  # fmt: skip
+def test_numbers_of_too_many_digits_are_not_computed(huge):
+    assert expression(huge) is None and verdict("7", boxed(huge)) == 0.0

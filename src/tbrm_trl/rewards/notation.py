@@ -35,7 +35,7 @@ def _ordinal(match: re.Match) -> str:
 
 _RULES: list[tuple[str, Any]] = [
     (
-        r"\\\\(?=(?:frac|dfrac|sqrt|text|pi|left|right|cdot|times|infty|boxed|mathrm)(?![a-zA-Z]))",
+        r"(?<!\\)\\\\(?=(?:frac|dfrac|sqrt|text|pi|left|right|cdot|times|infty|boxed|mathrm)(?![a-zA-Z]))",
         r"\\",
     ),  # escaped twice
     (r"\\\\\s*(?:\[[^\]]*\])?", r"\\cr "),
@@ -47,6 +47,9 @@ _RULES: list[tuple[str, Any]] = [
     (r"\\(?:textcolor|colorbox)\s*(?:\[[^\]]*\])?\{[^{}]*\}|\\color\s*\{[^{}]*\}|\\tag\*?\s*\{[^{}]*\}", ""),
     (r"\^\s*\{((?:\s*\\prime(?![a-zA-Z]))+)\s*\}|\^\s*(\\prime)(?![a-zA-Z])", _primes),
     (r"\\!", ""),
+    (r"\\(?:tiny|small|normalsize|large|Large|LARGE|huge|Huge)(?![a-zA-Z])\s*|\\underline(?=\s*\{)", ""),
+    (r"\{([^{}]*)\\choose(?![a-zA-Z])([^{}]*)\}", r"\\binom{\1}{\2}"),
+    (r"(\\(?:vec|hat|tilde|overrightarrow))\s+([a-zA-Z])(?![a-zA-Z])", r"\1{\2}"),
     (r"\{\s*([,:])\s*\}", r"\1"),  # 2{,}125
     (r"\\(?:[dtc]|sf)frac(?![a-zA-Z])", r"\\frac"),
     (r"\\[dt]binom(?![a-zA-Z])", r"\\binom"),
@@ -73,6 +76,8 @@ _RULES: list[tuple[str, Any]] = [
     (r"\\dots|\\cdots|\\ldots", r"\\ldots"),
     (r"\\(?:infty|infin)(?![a-zA-Z])|(?<![a-zA-Z\\])(?:infinity|inf|oo)(?![a-zA-Z])", r"\\infty "),
     (r"(?<![a-zA-Z\\])(?:sqrt)\s*\(([^()]*)\)", r"\\sqrt{\1}"),
+    (r"(?<![a-zA-Z\\])sqrt(?=\s*\{)", r"\\sqrt"),
+    (r"\^\s*\(([^()]*)\)", r"^{(\1)}"),
     (r"√\s*\(([^()]*)\)", r"\\sqrt{\1}"),
     (r"√\s*(\d+|[a-zA-Z])", r"\\sqrt{\1}"),
     (r"(?<=[\w)\]}])\s*\*\*(?=\s*[\d({-])", "^"),  # not Markdown's **7**
@@ -98,6 +103,7 @@ _WORD_RULES: list[tuple[str, Any]] = [
     (r"^\\text\{[^{}]*(?:\b(?:is|are|equals?|be)|=|:)\s*\}(?=\s*[^\s.])(?!.*\b(?:is|are)\b)", ""),
     (r"(?i)^(?:[a-z]{2,}[^{}\\\d=]*\b(?:is|are|equals?|be)|(?:final )?answer:)\s+(?=[\\\d(\[{-]|.{1,3}$)", ""),
     (r"\\text\{[\s.,;]*\}", " "),
+    (r"^\\text\{\s*(?:about|approximately|exactly|roughly|only)\s*\}\s*(?=[\d\\.-])", ""),
 ]
 _COMPILED, _COMPILED_FOR_WORDS = (
     [(re.compile(pattern), replacement) for pattern, replacement in rules] for rules in (_RULES, _WORD_RULES)
@@ -107,6 +113,17 @@ _WORDS = re.compile(_TEXT + r"\s*\{((?:[^{}]|\{[^{}]*\})*)\}")
 _ARGUMENT = r"(\{(?:[^{}]|\{(?:[^{}]|\{(?:[^{}]|\{[^{}]*\})*\})*\})*\}|\\[a-zA-Z]+(?:\{[^{}]*\})?|[a-zA-Z\d])"
 _FRACTION = re.compile(r"\\frac\s*" + _ARGUMENT + r"\s*" + _ARGUMENT)
 _ROOT = re.compile(r"\\sqrt\s*(\[[^\[\]]*\])?\s*([a-zA-Z\d]|\\[a-zA-Z]+)")
+
+
+_FOR_ALL = (
+    r"\\text\{\s*\(?(?:where|for|with)\s*(?:all|any|every|each|some)?\s*(?:real|integers?|natural)?\s*"
+    r"(?:numbers?|values?)?\s*(?:of)?\s*\}\s*"
+)
+_NUMBERS = r"\\in(?![a-zA-Z])\s*(?:\\mathbb\s*)?\{?\s*(?:\\text\{)?(?:\\mathbb\{)?[ZNR]\}?\s*\}?(?:\^\s*\{?[+*]\}?)?"
+_DOMAIN = [
+    re.compile(rf"[,(\s]\s*(?:{_FOR_ALL})?(?P<letter>[a-z])\s*{_NUMBERS}\s*\)?\s*$"),
+    re.compile(rf"[,(\s]\s*{_FOR_ALL}(?P<letter>[a-z])\s*\)?\s*$"),
+]
 
 
 def normal(text: str) -> str:
@@ -162,6 +179,7 @@ def trimmed(text: str) -> str:
     text = re.sub(r"(?<=\S)\s*(?:solution|answer):\s*$", "", text)
     text = re.sub(r"^(?:the\s+)?solutions?\s*(?:is|are)?\s*:\s*", "", text.strip(), flags=re.IGNORECASE) or text
     text = re.sub(r",?\s+for (?:all|any|every) (?:real )?(?:numbers?|values?)?[^.]{0,30}$", "", text) or text
+    text = _without_domain(text)
     text = re.sub(r"^([\"'`])(.*)\1$", r"\2", text.strip(), flags=re.DOTALL).strip()  # a prime stays
     text = re.sub(r"^(?:=|:)\s*", "", text)
     text = re.sub(r"^\*+|\*+$", "", text).strip()
@@ -172,6 +190,16 @@ def trimmed(text: str) -> str:
     return re.sub(r"\s*\\(?:cr|newline)$|^\\cr\s", "", text).strip()
 
 
+def _without_domain(text: str) -> str:
+    """The text without a last remark that says which numbers its letter stands for: `\\pi k, k \\in \\mathbb{Z}`."""
+    remark = next(filter(None, (pattern.search(text) for pattern in _DOMAIN)), None)
+    if remark is None:
+        return text
+    rest = text[: remark.start()].strip().rstrip(",")
+    is_formula = not re.search(r"\\(?:le|ge|ne|in|mid)(?![a-zA-Z])|[<>|:]", rest) and balanced(rest)
+    return rest if is_formula and re.search(rf"(?<![a-zA-Z\\]){remark['letter']}(?![a-zA-Z])", rest) else text
+
+
 def upright(text: str) -> str:
     """The text with the words of `\\text{…}` as plain words."""
     return re.sub(r"\\text\{([^{}]*)\}", r" \1 ", text)
@@ -179,7 +207,7 @@ def upright(text: str) -> str:
 
 def squeezed(text: str) -> str:
     """The text without spaces and without braces around one character, for comparing letter by letter."""
-    text = upright(text)
+    text = re.sub(r"\s+", " ", upright(text))
     text = re.sub(r"(\\[a-zA-Z]+) (?=[a-zA-Z])", "\\1\0", text)  # \pi r is not \pir
     text = re.sub(r"\{\s*(\w)\s*\}", r"\1", text)
     text = re.sub(r"(?<=\d) +(?=\d)", "\0", text)  # 5 1/2 is not 51/2

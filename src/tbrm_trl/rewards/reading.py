@@ -197,7 +197,7 @@ def _clause(rest: str, named: bool = False) -> str | None:
             return f"{_inside(first)} = {value}"
         # Several pieces of mathematics with only separators between them are one list.
         pieces, end, joined = [_inside(first)], first.end(), ", "
-        while more := re.match(r"(\s*(?:,|;|and|or)*\s*)", line[end:]):
+        while more := re.match(r"((?:,|;|and\b|or\b|\s)*)", line[end:]):
             piece = _MATHEMATICS.match(line, end + more.end())
             if piece is None or not more[1].strip():
                 break

@@ -28,6 +28,8 @@ _TOO_LARGE = re.compile(
     r"""\^\s*\{?\s*-?\s*(?:\d{5,} | [\d.]+[eE]\+?\d) | \d[eE][-+]?\d{5,}
     | \d\s*\^\s*\{?\s*\d+\s*\}?\s*\^
     | \d\s*\^\s*\{[^{}a-zA-Z]*\\(?:cdot|times)[^{}a-zA-Z]*\^
+    | \^\s*\{?\s*\([^()a-zA-Z]*(?:\^|!|\\cdot|\\times) | \^\s*\{?\s*\\binom | \d\s*!\s*\)\s*\^
+    | \^\s*\{?\d+\}?\s*! | \((?=[^()]*\d\d)(?=[^()]*(?:\^|\\cdot|\\times))(?:[^()a-zA-Z]|\\cdot|\\times)*\)\s*!
     | \d{5,}\s*! | !\s*! | \^\s*\{\s*\d+\s*! | \\prod""",
     re.VERBOSE,
 )
@@ -115,8 +117,16 @@ def _mixed(match: re.Match) -> str:
     return match[0].replace(match[0].lstrip(), f"{{\\frac{{{whole * bottom + top}}}{{{bottom}}}}}")
 
 
-# The order matters. math-verify reads adjacent letters as one symbol, and a mixed number as a product.
+_FUNCTIONS = r"(?:arc)?(?:sin|cos|tan)h?|cot|sec|csc|ln|log"
+# The order matters. math-verify reads adjacent letters as one symbol, a mixed number as a product, and 2(3) as a sum.
 _RULES: list[tuple[str, Any]] = [
+    (  # \ln 2 \cdot 3: the argument ends before the dot
+        rf"(\\(?:{_FUNCTIONS})(?![a-zA-Z])(?:\s*[\^_]\s*(?:\{{[^{{}}]*\}}|\w))*)\s*"
+        rf"((?:\d+\.?\d*|[a-zA-Z]|\\(?!cdot|times|(?:{_FUNCTIONS})(?![a-zA-Z]))[a-zA-Z]+"
+        r"|\{(?:[^{}]|\{[^{}]*\})*\}|[\^_/]|\s)+?)\s*(?=\\cdot|\\times|\*)",
+        r"\1(\2)",
+    ),
+    (r"\\sqrt\s*\[\s*(\d*[13579])\s*\]\s*\{\s*-\s*([^{}+\-]*)\}", r"(-\\sqrt[\1]{\2})"),  # real, for odd roots
     (r"\\text\{\s*([a-zA-Z])\s*\}", r" \1 "),  # an upright letter is a letter here
     (r"\\text\{([^{}]*)\}", r"\\mathrm{\1}"),
     (r"(?<![\w.\\])(\d+)\.(?=\s*/)", r"\1"),  # -1./3
@@ -126,7 +136,11 @@ _RULES: list[tuple[str, Any]] = [
     (r"(?<![\d,])(\d{1,3}(?:,\d{3})+)(?![\d,])", lambda m: m[1].replace(",", "")),
     (r"(?<![\w.])(\d*)\.(\d+)\b", _as_fraction),
     (r"(\d)\.(?!\d)", r"\1"),
-    (r"(?<![\d}\w)])\s*(\d+)\s*\\frac\{(\d+)\}\{(\d+)\}", _mixed),
+    (r"(?<![\d}\w)^_])\s*(\d+)\s*\\frac\{(\d+)\}\{(\d+)\}", _mixed),
+    (r"(?<![_^\d.])(\d+)\s*(?=\(|\\frac)", r"\1\\cdot "),
+    (r"(\)|\\pi|\\frac\{[^{}]*\}\{[^{}]*\}|\\sqrt\{[^{}]*\}|\d\}\})\s*(?=\()", r"\1\\cdot "),
+    (r"(\))\s*(?=\d|\\frac)", r"\1\\cdot "),
+    (r"(\^\s*\d)\s*(?=\\frac)", r"\1\\cdot "),
     (r"\\exp\s*\{", r"e^{"),
     (r"\\(?:mathrm|operatorname)\{([die])\}", r"\1"),
     (r"\*", r"\\cdot "),
@@ -229,25 +243,38 @@ def _values(first: Any, second: Any, positive: bool = False) -> list[tuple[Any, 
     first, second = (_opaque(one) for one in (first, second))
     letters = sorted(first.free_symbols | second.free_symbols, key=str)
     pairs: list[tuple[Any, Any]] = []
+    said = str((first, second))
+    whole = all(re.fullmatch("[jklmnpq]|x_{?90(?:75|77|78)}?", str(letter)) for letter in letters)
+    only_whole = whole and re.search(r"floor|ceiling|\(-1\)\*\*", said) is not None
+    far = re.search("Abs|Max|Min|Piecewise|sqrt", said) is not None and not re.search(r"exp|\*\*\([^)]*[a-zA-Z]", said)
+    most = 3 * _POINTS if far or only_whole else _POINTS
     with mpmath.workdps(50):
-        for at in range(2 * _POINTS if letters else 1):
+        for at in range(2 * most if letters else 1):
             with contextlib.suppress(Exception):
-                point = _point(letters, at, positive)
+                point = _whole_point(letters, at) if only_whole else _point(letters, at, positive, far)
                 a, b = (one.evalf(50, subs=point) for one in (first, second))
                 if all(one.is_number and one.is_finite for one in (a, b)):
                     pairs.append((mpmath.mpmathify(a), mpmath.mpmathify(b)))
-            if len(pairs) == _POINTS:
+            if len(pairs) == most:
                 break
     return pairs
 
 
-def _point(letters: list[Any], at: int, positive: bool) -> dict[Any, Any]:
-    """A value for each letter. Points are fixed, so verdicts never change, and arbitrary, so only identities pass."""
+def _whole_point(letters: list[Any], at: int) -> dict[Any, Any]:
+    """Natural numbers for the letters of a formula with steps, which differ from each other, but for the last ones."""
+    return {letter: sympy.Integer((at * (2 * index + 1) + 5 * index) % 31 + 1) for index, letter in enumerate(letters)}
+
+
+def _point(letters: list[Any], at: int, positive: bool, far: bool) -> dict[Any, Any]:
+    """A value for each letter. Points are fixed, so verdicts never change, and arbitrary, so only identities pass.
+
+    With `far`, two of three points are farther from 0, where |x − 3| is no longer 3 − x.
+    """
     point = {}
     for index, letter in enumerate(letters):
         spread = (at + 1) * 7919 + (index + 1) * 104729 + sum(map(ord, str(letter)))
-        size = sympy.Rational(spread % 9973 + 1009, 4271)
-        point[letter] = size if positive or (at + index) % 3 else -size
+        size = sympy.Rational(spread % 9973 + 1009, 4271) * ((1, 11, 101)[at % 3] if far else 1)
+        point[letter] = size if positive or ((at // 3 if far else at) + index) % 3 else -size
     return point
 
 
@@ -271,6 +298,12 @@ def _short_sum(part: Any) -> Any | None:
 
 def _spelled(part: Any) -> str:
     return type(part).__name__ + str([sympy.expand(one) if isinstance(one, sympy.Expr) else one for one in part.args])
+
+
+def is_constant(text: str) -> bool:
+    """Whether a text is an expression without letters."""
+    parsed = expression(text)
+    return isinstance(parsed, sympy.Expr) and not parsed.free_symbols
 
 
 def value(text: str) -> Fraction | None:

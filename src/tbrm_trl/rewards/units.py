@@ -60,6 +60,13 @@ class Unit:
     size: Fraction
 
 
+# Words after a number that make another number of it.
+_ARITHMETIC = frozenset(
+    "squared cubed factorial half halves third thirds quarter quarters fifth fifths sixths sevenths eighths ninths "
+    "tenth tenths hundredth hundredths thousandths below above under over times plus minus less more root roots".split()
+)
+
+
 def unit(text: str, glued: bool = False) -> Unit | None:
     """The unit that a text is: "cm^2", "\\text{ft} / \\text{s}", "square inches", "apples"; None if it is none.
 
@@ -82,7 +89,7 @@ def unit(text: str, glued: bool = False) -> Unit | None:
             powers[measure] = powers.get(measure, 0) + each * int(by or 1)
             size *= found[1] ** each
             power = 1
-        elif not re.fullmatch(r"[a-zA-Z]{3,}", name):  # apples, of, each
+        elif not re.fullmatch(r"[a-zA-Z]{3,}", name) or name.lower() in _ARITHMETIC:  # apples, of, each
             return None
     return Unit(tuple(sorted((name, p) for name, p in powers.items() if p)), size)
 

@@ -8,12 +8,14 @@ from . import Same
 from .lists import in_order
 from .scalars import NAME, equation, same_scalar, several_equations
 
-_FUNCTION = re.compile(r"(\\?[a-zA-Z]+)\s*\(\s*([a-zA-Z])\s*\)")
+_FUNCTION = re.compile(r"(\\?[a-zA-Z]+(?:\^\{?-1\}?)?)\s*\(\s*([a-zA-Z])\s*\)")
 
 
 def same_equation(gold: list[str], answer: str, same: Same) -> bool:
     given = equation(answer)
     if not NAME.fullmatch(gold[0]):
+        if symbols.is_constant(gold[0]):  # 2 + 2 = 4 answers 4
+            return same(gold[-1], given[-1] if given else answer)
         return given is not None and len(gold) == len(given) == 2 and _same_sides(gold, given, same)
     if given is None:
         return any(same(side, answer) for side in gold[1:])

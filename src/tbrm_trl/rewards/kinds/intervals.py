@@ -18,6 +18,7 @@ _LOWEST: End = ("-\\infty", False)
 _HIGHEST: End = ("\\infty", False)
 _VARIABLE = re.compile(r"(?:\\[a-zA-Z]+|[a-zA-Z])(?:_\{?\w+\}?)?'*")
 _FLIP = {"<": ">", ">": "<", "\\le": "\\ge", "\\ge": "\\le", "\\ne": "\\ne"}
+_REAL = r"\s*\\in(?![a-zA-Z])\s*(?:\\mathbb\s*)?\{?\s*(?:\\mathbb\{R\}|R)\s*\}?\s*$"
 _UNION = r"\\cup(?![a-zA-Z])|(?<![a-zA-Z\\])[Uu](?![a-zA-Z])"
 _IN = r"\\in(?![a-zA-Z])(?!\s*\\\{[^|:<>]*\}$)"  # in an interval; x \in \{1, 2\} is a set
 _OR = r"(?<![a-zA-Z\\])or(?![a-zA-Z])"
@@ -39,7 +40,8 @@ def _of_condition(text: str) -> Region | None:
         return None
     parts = re.split(r"\||(?<!\\):", whole[1], maxsplit=1)
     if len(parts) == 2:
-        return region(parts[1].strip())
+        of_reals = _VARIABLE.fullmatch(re.sub(_REAL, "", parts[0]).strip())
+        return region(re.sub(rf",\s*{_VARIABLE.pattern}{_REAL}", "", parts[1]).strip()) if of_reals else None
     if re.search(RELATION, whole[1]) or whole[0] == "{":
         return None
     points = [part for cutting in cut(whole[1], "[,;]") if (part := trimmed(cutting))]

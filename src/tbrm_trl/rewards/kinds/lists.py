@@ -12,6 +12,8 @@ from .scalars import JOIN, NAME, RELATION, names_of, value_side
 
 _WORD_JOIN = JOIN.replace("[,;]", ";")
 _MOST = 60  # parts that are compared in every order
+_EQUATION = re.compile(r"-?\d+\s*[a-zA-Z]\s*=")
+_IN_ALPHABETICAL_ORDER = [{*names} for names in ("xy", "xyz", "ab", "abc", "abcd", "mn", "hk", "pq", "uv")]
 _POINT = re.compile(r"^[A-Z]'?\s*(?=\()")  # P(3,-2)
 _MATRIX = re.compile(
     r"(?P<factor>[^&]*?)\s*(?:\\[{}]|[(\[|{])?\s*\\begin\{(?P<kind>[bpvBV]?(?:small)?matrix|array)\}\s*(?:\{[^{}]*\})?"
@@ -82,16 +84,27 @@ def bare_list(text: str) -> list[str] | None:
 def same_list(gold: list[str], answer: str, same: Same) -> bool:
     """Whether an answer has the gold's parts: in the same order if it is in parentheses, else in any order."""
     names, values = _names_and_values(gold)
-    parts = _one_by_one(answer) if len(set(names)) > 1 else []
+    parts = one_by_one(answer) or [] if len(set(names)) > 1 else []
     inside = tuple_(value_side(answer)) if bare_list(answer) is None and not parts else None
     if inside is not None:
-        return in_order(values, _names_and_values(inside)[1], same)
+        is_interval = len(inside) == 2 and squeezed(value_side(answer))[0] == "["
+        return not is_interval and in_order(values, _names_and_values(inside)[1], same)
     given_names, given = _names_and_values(parts or set_(answer) or items(answer))
     if len(set(names)) > 1 and sorted(names) == sorted(given_names):
         return in_order(_by_name(names, values), _by_name(given_names, given), same)
     if len(set(names)) == len(names) > 1 and all(names) and all(given_names):
         return False  # c₁ and c₂ are not c₁ and c₅
+    if len({*map(_letter, names)}) == 1 and all(names) and {*map(_letter, given_names)} - {"", _letter(names[0])}:
+        return False  # x = ±1 is not y = ±1
+    if any(_EQUATION.match(one) for one in given) and not any("=" in one for one in values):
+        return False  # 2x = -2 is no value of x
     return matched(values, given, same)
+
+
+def _letter(name: str) -> str:
+    """A name without index and argument: x for x₁ and f for f(x). Empty for words, which name anything."""
+    bare = re.sub(r"_.*|\(.*", "", name)
+    return "" if re.search(r"(?<!\\)\b[a-z]{3}", bare) else bare
 
 
 def _names_and_values(parts: Sequence[str]) -> tuple[list[str], list[str]]:
@@ -135,13 +148,16 @@ def _distinct(parts: list[str]) -> list[str]:
     return list({squeezed(part): part for part in parts}.values())
 
 
-def _one_by_one(text: str) -> list[str]:
-    """`x = 1` and `y = 2` from `(x, y) = (1, 2)`; an empty list for any other text."""
+def one_by_one(text: str) -> list[str] | None:
+    """`x = 1` and `y = 2` from `(x, y) = (1, 2)`, and from `[x = 1, y = 2]`; None for any other text."""
     sides = cut(text, "=")
     names = names_of(sides[0]) if len(sides) == 2 else None
-    values = tuple_(sides[1]) if names else None
+    values = tuple_(sides[-1])
+    if values and len(sides) == 1:
+        given, _ = _names_and_values(values)
+        return values if all(given) and len(set(given)) == len(given) else None
     if names is None or values is None or len(names) != len(values):
-        return []
+        return None
     return [f"{name} = {value}" for name, value in zip(names, values, strict=True)]
 
 
@@ -177,8 +193,12 @@ def same_tuple(gold: list[str], answer: str, same: Same) -> bool:
     if given is None:
         if set_(answer) is not None:
             return False
-        names, values = _names_and_values(items(answer))
-        given = values if len(values) > 1 and all(names) else items(answer)
+        given = items(answer)
+    names, values = _names_and_values(one_by_one(answer) or given)
+    if len(values) > 1 and all(names):
+        given = values
+        if {*names} in _IN_ALPHABETICAL_ORDER:
+            given = _by_name(names, values)
     signs = [sign for part in gold for sign in both_signs(part)]
     return in_order(gold, given, same) or (len(signs) > len(gold) and matched(signs, given, same))
 

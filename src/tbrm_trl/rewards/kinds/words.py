@@ -22,7 +22,8 @@ EVERYTHING = {
 _SYNONYMS = (
     {
         "no solution", "no solutions", "\\emptyset", "empty set", "\\{\\}", "no real solution", "no real solutions",
-        "the empty set",
+        "the empty set", "there is no solution", "there are no solutions", "there is no real solution",
+        "there are no real solutions", "the equation has no solution", "the system has no solution",
     },
     EVERYTHING,
     {"does not exist", "dne", "the limit does not exist", "limit does not exist"},
