@@ -48,6 +48,7 @@ OVERRIDDEN = {
     "save_model": "(self, output_dir=None, _internal_call=False)",
     "_save_checkpoint": "(self, model, trial)",
     "_save_rng_state": "(self, output_dir)",
+    "_determine_best_metric": "(self, metrics, trial)",
     "_maybe_log_save_evaluate": (
         "(self, tr_loss, grad_norm, model, trial, epoch, ignore_keys_for_eval, start_time, learning_rate=None)"
     ),

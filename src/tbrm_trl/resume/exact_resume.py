@@ -56,6 +56,7 @@ class ExactResume(Trainer):
     - `_init_training_state`: a resumed run's own options set how often it saves, evaluates and logs;
     - `_maybe_log_save_evaluate`: called after every update, and once more at an epoch's end. It stops a run that was
       told to stop. What is due at an epoch's last update, a checkpoint or the stop, waits for the second call;
+    - `_determine_best_metric`: in the first of these calls, a best checkpoint is noted and not yet saved;
     - `save_model`: writes the weights of a model that FSDP shards, even if its checkpoints stay sharded;
     - `_run_epoch`, `_finalize_training`: a run resumed from the checkpoint of its last update makes no further one.
     """
