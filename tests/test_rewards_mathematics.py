@@ -358,6 +358,17 @@ FOUND = [
         [r"\{x\mid -2\le x<1\}", r"[-2,1)", r"\{x\in\mathbb R\mid -2\le x<1\}", r"\{x\mid -2\le x<1, x\in\mathbb R\}"],
         [r"\{x\in\mathbb Z \mid -2\le x<1\}"],
     ),
+    (
+        "x \\ne 0, 1",
+        ["x\\ne 1, x\\ne 0", "x\\ne 1 \\text{ and } x \\ne 0", "\\mathbb R\\setminus\\{1, 0\\}"],
+        ["x\\ne 0"],
+    ),
+    (r"(-\infty,0)\cup(0,1)\cup(1,\infty)", [r"x\ne 0,1", r"\mathbb R\backslash\{0,1\}"], [r"x\ne 0,2"]),
+    (r"x\ne\pm 5", [r"x\ne 5,-5"], [r"x\ne 5", r"x = \pm 5"]),
+    (r"x\ne -1,4", [r"x\ne 4, x\ne -1"], [r"x\ne -1, x=4"]),
+    (r"\text{all real numbers}", [r"-\infty<x<\infty", r"\text{the set of all real numbers}"], [r"-\infty<x<0"]),
+    ("x^2-7=0", ["7-x^2=0"], [r"x^2-7=0 \text{ or }17"]),
+    ("E(Y)=214.1", ["214.1"], ["E(X)=214.1"]),
     # remarks
     (
         r"x=\frac{\pi}{4}+\pi k",
@@ -394,7 +405,8 @@ FOUND = [
     ),
     (r"\text{no solution}", [r"\text{There is no solution}", r"\text{The equation has no solution}"], []),
     # logarithms
-    (r"\log 250", [r"\log 250"], []),
+    (r"\log 250", [r"\log 250", r"\frac{\ln 250}{\ln 10}"], [r"\ln 250"]),
+    (r"\frac{\ln 5}{2}", [r"\frac{\log 5}{2}", r"\ln\sqrt5"], [r"\frac{\log_2 5}{2}"]),
     # spaces, accents
     (r"\{x|x=3k,k\in \mathbb{Z}\}", [r"\{x \mid x=3k, k\in\mathbb{Z}\}"], []),
     (r"\vec{a}+2\vec{b}", [r"\vec a+2\vec b"], [r"\vec a+\vec b"]),

@@ -42,6 +42,8 @@ def _swapped(gold: list[str], given: list[str], same: Same) -> bool:
 
 def _same_sides(gold: list[str], given: list[str], same: Same) -> bool:
     """Whether two equations have the same sides, in either order, or are multiples of each other."""
+    if "\\text" in "".join(given) and "\\text" not in "".join(gold):
+        return False
     for first, second in (given, given[::-1]):
         if same_scalar(gold[0], first, same) and same_scalar(gold[1], second, same):
             return True
@@ -50,6 +52,9 @@ def _same_sides(gold: list[str], given: list[str], same: Same) -> bool:
 
 def _same_name(gold: str, answer: str) -> bool:
     """Whether two sides are the same name. Letters must agree, f(x) matches f(t), and any words match."""
+    variables = [re.search(r"\(\s*([A-Z])\s*\)", text) for text in (gold, answer)]
+    if all(variables) and len({match[1] for match in variables if match}) > 1:
+        return False  # E(X) is not E(Y)
     first, second = (squeezed(re.sub(r"\(.*", "", text)).strip("{}") for text in (gold, answer))
     if re.search(r"[a-z]{3}", second) and not second.startswith("\\"):
         return True

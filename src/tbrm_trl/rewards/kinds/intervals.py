@@ -2,6 +2,7 @@
 
 import re
 from fractions import Fraction
+from itertools import pairwise
 
 from .. import symbols
 from ..notation import bracketed, cut, plain, squeezed, trimmed
@@ -18,6 +19,8 @@ _LOWEST: End = ("-\\infty", False)
 _HIGHEST: End = ("\\infty", False)
 _VARIABLE = re.compile(r"(?:\\[a-zA-Z]+|[a-zA-Z])(?:_\{?\w+\}?)?'*")
 _FLIP = {"<": ">", ">": "<", "\\le": "\\ge", "\\ge": "\\le", "\\ne": "\\ne"}
+_COMPLEMENT = re.compile(r"\\mathbb\{R\}\s*(?:\\setminus|\\backslash|-)\s*\\\{(.*)\\\}")
+_EXCLUDED = re.compile(rf"({_VARIABLE.pattern})\s*\\ne(?![a-zA-Z])")
 _REAL = r"\s*\\in(?![a-zA-Z])\s*(?:\\mathbb\s*)?\{?\s*(?:\\mathbb\{R\}|R)\s*\}?\s*$"
 _UNION = r"\\cup(?![a-zA-Z])|(?<![a-zA-Z\\])[Uu](?![a-zA-Z])"
 _IN = r"\\in(?![a-zA-Z])(?!\s*\\\{[^|:<>]*\}$)"  # in an interval; x \in \{1, 2\} is a set
@@ -27,7 +30,7 @@ _TOGETHER = r"\\text\{\s*,?\s*and\s*\}|(?<![a-zA-Z\\])and(?![a-zA-Z])|\\(?:wedge
 
 
 def region(text: str) -> Region | None:
-    for read in (_of_condition, _of_member, _of_union, _whole_line, _interval, _inequalities):
+    for read in (_of_condition, _of_member, _of_union, _whole_line, _interval, _without_points, _inequalities):
         if (found := read(text)) is not None:
             return found
     return None
@@ -73,6 +76,25 @@ def _interval(text: str) -> Region | None:
     if len(parts) != 2 or not all(parts):
         return None
     return [((parts[0], match[1] == "["), (parts[1], match[3] == "]"))], ""
+
+
+def _without_points(text: str) -> Region | None:
+    """Read `x \\ne 0, 1`, `x \\ne 0 and x \\ne 1`, `x \\ne \\pm 2` and `\\mathbb{R} \\setminus \\{0, 1\\}`."""
+    if match := _COMPLEMENT.fullmatch(text):
+        name, parts = "", cut(match[1], "[,;]")
+    elif match := _EXCLUDED.match(text):
+        name, again = match[1], re.compile(re.escape(match[1]) + r"\s*\\ne(?![a-zA-Z])")
+        parts = [again.sub("", part).strip() for part in cut(text, _ALTERNATIVE + "|" + _TOGETHER) if part]
+    else:
+        return None
+    signs = [re.fullmatch(r"\\pm\s*(.*)", part) for part in parts]
+    points = [end for part, of in zip(parts, signs, strict=True) for end in ((f"-{of[1]}", of[1]) if of else (part,))]
+    values = [_value_of(point) if not re.search(RELATION + "|=", point) else None for point in points]
+    if len(points) > 1 and None in values:
+        return None
+    ordered = [point for _, point in sorted(zip(values, points, strict=True))] if len(points) > 1 else points
+    bounds: list[End] = [_LOWEST, *((point, False) for point in ordered), _HIGHEST]
+    return [*pairwise(bounds)], name
 
 
 def _inequalities(text: str) -> Region | None:

@@ -18,6 +18,7 @@ NAME = re.compile(
 )
 _MEMBER = re.compile(r"(.{1,40}?)\s*\\in(?![a-zA-Z])\s*(\\\{.*)", re.DOTALL)
 _APPROXIMATELY = r"\\approx(?![a-zA-Z])"
+_LOG = re.compile(r"\\log(?!\s*_)(?![a-zA-Z])")
 _PERCENT, _DEGREE = (("percent", 1),), (("degree", 1),)
 
 
@@ -176,9 +177,11 @@ def _same_value(gold: str, answer: str, scale: Fraction = Fraction(1)) -> bool:
         gold = f"({gold if first is None else 1})\\cdot\\frac{{{factor.numerator}}}{{{factor.denominator}}}"
     if not _could_be_formula(answer) or not _could_be_formula(gold):
         return plain(gold) == plain(answer) and len(plain(gold)) > 1
-    if "\\ln" in gold + answer:  # beside an \ln, a logarithm without a base is natural too
-        gold, answer = (re.sub(r"\\log(?!\s*_)(?![a-zA-Z])", r"\\ln", text) for text in (gold, answer))
-    return symbols.same_value(gold, answer) or symbols.rounds_as(first or gold, second or answer)
+    if symbols.same_value(gold, answer) or symbols.rounds_as(first or gold, second or answer):
+        return True
+    if "\\ln" in gold and _LOG.search(answer):  # a completion's logarithm without a base may be natural
+        return symbols.same_value(gold, _LOG.sub(r"\\ln", answer))
+    return False
 
 
 def _could_be_formula(text: str) -> bool:

@@ -16,7 +16,8 @@ _EITHER = re.compile(r"(?:(?:yes|no|true|false)(?:\W+(?:and|or)\W+|\W+|$)){2,}")
 _CONDITION = re.compile(r"(?<![\\a-zA-Z])(?:otherwise|where|when|if|for|such that)(?![a-zA-Z])|\\begin\{cases\}")
 _WHOLE_LINE = {"(-\\infty,\\infty)", "(-\\infty,+\\infty)", "\\mathbbR", "\\mathbb{R}", "\\mathbb R"}
 EVERYTHING = {
-    "all real numbers", "\\mathbb{r}", "all reals", "all real", "all real values", "r", "every real number",
+    "all real numbers", "the set of all real numbers", "set of all real numbers", "any real number",
+    "\\mathbb{r}", "all reals", "all real", "all real values", "r", "every real number",
     "x \\in \\mathbb{r}",
 }  # fmt: skip
 _SYNONYMS = (
@@ -116,7 +117,8 @@ def _letters_in_order(text: str) -> str:
 
 def whole_line(text: str) -> bool:
     """Whether a text stands for all real numbers: `\\mathbb{R}`, `x \\in (-\\infty, \\infty)`."""
-    return squeezed(text).rpartition("\\in ")[2] in _WHOLE_LINE
+    bare = squeezed(text)
+    return bare.rpartition("\\in ")[2] in _WHOLE_LINE or re.fullmatch(r"-\\infty<[a-z]<\+?\\infty", bare) is not None
 
 
 def _without_article(text: str) -> str:
