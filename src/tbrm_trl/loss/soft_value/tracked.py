@@ -23,7 +23,8 @@ class TrackedValue(ConstantValue):
 
     With rewards 0 and 1, s and n − s are SPO's Beta counts. D is the KL moved since the prompt's last window, in nats
     per token. It is measured by the distance from the reference, `d = √(2 KL(π‖π_ref))`: `D = (d − d_last)²/2`, the
-    least KL that the two distances allow. A window's own rewards are counted when the next one begins, so the value of
+    least KL that the two distances allow. The distance is known after updates on fresh rollouts; where there are none
+    (logs, rollouts of an earlier policy), counts are multiplied by `soft_value_kept` alone. A window's own rewards are counted when the next one begins, so the value of
     a fresh trajectory does not contain its reward. A new prompt starts from the mean of all prompts, which counts as
     one reward.
 
@@ -48,7 +49,14 @@ class TrackedValue(ConstantValue):
             )
 
     def check_data(self, dataset: Any, logged: np.ndarray) -> None:
-        if len(logged) and logged.all() and self.args.soft_value_tracks == "reward":
+        only_logs = len(logged) and logged.all()
+        if only_logs and not self.args.is_default("soft_value_half_life"):
+            raise ValueError(
+                f"`soft_value_half_life={self.args.soft_value_half_life}` has no effect: how far the policy has moved is "
+                "measured on its own rollouts, and the training set has logged rows alone. Leave it at its default; "
+                "`soft_value_kept` applies."
+            )
+        if only_logs and self.args.soft_value_tracks == "reward":
             raise ValueError(
                 '`soft_value="tracked"` tracks what the policy\'s own rollouts earn, and the training set has logged '
                 'rows alone. What others earned is no value of this policy. Set `soft_value_tracks="value"`, which is '
