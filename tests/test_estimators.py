@@ -170,7 +170,7 @@ def test_what_sampling_needs_of_the_data():
     estimator.check_data(PROMPTS.add_column("reference_rewards", [[0.5], [0.0, 1.0]]), NONE_LOGGED)
     logs = np.ones(2, bool)
     of("tracked", soft_value_tracks="value").check_data(PROMPTS, logs)
-    with pytest.raises(ValueError, match="soft_value_half_life=0.5` has no effect: .* logged rows alone"):
+    with pytest.raises(ValueError, match=r"soft_value_half_life=0.5` has no effect: .* logged rows alone"):
         of("tracked", soft_value_tracks="value", soft_value_half_life=0.5).check_data(PROMPTS, logs)
 
 

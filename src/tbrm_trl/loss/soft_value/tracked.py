@@ -24,9 +24,9 @@ class TrackedValue(ConstantValue):
     With rewards 0 and 1, s and n − s are SPO's Beta counts. D is the KL moved since the prompt's last window, in nats
     per token. It is measured by the distance from the reference, `d = √(2 KL(π‖π_ref))`: `D = (d − d_last)²/2`, the
     least KL that the two distances allow. The distance is known after updates on fresh rollouts; where there are none
-    (logs, rollouts of an earlier policy), counts are multiplied by `soft_value_kept` alone. A window's own rewards are counted when the next one begins, so the value of
-    a fresh trajectory does not contain its reward. A new prompt starts from the mean of all prompts, which counts as
-    one reward.
+    (logs, rollouts of an earlier policy), counts are multiplied by `soft_value_kept` alone. A window's own rewards are
+    counted when the next one begins, so the value of a fresh trajectory does not contain its reward. A new prompt
+    starts from the mean of all prompts, which counts as one reward.
 
     With `soft_value_tracks="value"` s is the sum of `R − β log-ratio` over the trajectories of all updates. Each term
     is a trajectory's estimate of β V. With V free, their mean is the β V that minimises the prompt's squared
@@ -52,8 +52,8 @@ class TrackedValue(ConstantValue):
         only_logs = len(logged) and logged.all()
         if only_logs and not self.args.is_default("soft_value_half_life"):
             raise ValueError(
-                f"`soft_value_half_life={self.args.soft_value_half_life}` has no effect: how far the policy has moved is "
-                "measured on its own rollouts, and the training set has logged rows alone. Leave it at its default; "
+                f"`soft_value_half_life={self.args.soft_value_half_life}` has no effect: how far the policy has moved "
+                "is measured on its own rollouts, and the training set has logged rows alone. Leave it at its default; "
                 "`soft_value_kept` applies."
             )
         if only_logs and self.args.soft_value_tracks == "reward":
