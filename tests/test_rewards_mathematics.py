@@ -380,6 +380,10 @@ FOUND = [
         ],
         [r"x=\frac{\pi}{4}+2\pi k, k\in\mathbb{Z}"],
     ),
+    ("0<x<4", [r"0<x<4, x\in\mathbb{R}"], [r"0<x<4, x\in\mathbb{Z}"]),
+    (r"x\ne y", [r"y\ne x"], [r"x\ne z"]),
+    (r"x\ln x", [r"\ln x\cdot x"], [r"\ln x^2"]),
+    ("2", [r"\log_2 3\cdot\log_3 4"], []),
     (r"f(x)=x-1", [r"f(x)=x-1 \text{ for all } x", r"f(x)=x-1, x\in\mathbb R"], []),
     # roots, powers
     ("-2", [r"\sqrt[3]{-8}"], ["2"]),

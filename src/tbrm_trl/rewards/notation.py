@@ -196,8 +196,10 @@ def _without_domain(text: str) -> str:
     if remark is None:
         return text
     rest = text[: remark.start()].strip().rstrip(",")
-    is_formula = not re.search(r"\\(?:le|ge|ne|in|mid)(?![a-zA-Z])|[<>|:]", rest) and balanced(rest)
-    return rest if is_formula and re.search(rf"(?<![a-zA-Z\\]){remark['letter']}(?![a-zA-Z])", rest) else text
+    # In whole numbers, a relation or a set would be another one.
+    changes = "R" not in remark[0] and re.search(r"\\(?:le|ge|ne|in|mid)(?![a-zA-Z])|[<>|:]", rest)
+    is_named = re.search(rf"(?<![a-zA-Z\\]){remark['letter']}(?![a-zA-Z])", rest)
+    return rest if balanced(rest) and is_named and not changes else text
 
 
 def upright(text: str) -> str:

@@ -90,7 +90,7 @@ def _without_points(text: str) -> Region | None:
     signs = [re.fullmatch(r"\\pm\s*(.*)", part) for part in parts]
     points = [end for part, of in zip(parts, signs, strict=True) for end in ((f"-{of[1]}", of[1]) if of else (part,))]
     values = [_value_of(point) if not re.search(RELATION + "|=", point) else None for point in points]
-    if len(points) > 1 and None in values:
+    if (len(points) > 1 and None in values) or any(map(_VARIABLE.fullmatch, points)):  # x ≠ y is also y ≠ x
         return None
     ordered = [point for _, point in sorted(zip(values, points, strict=True))] if len(points) > 1 else points
     bounds: list[End] = [_LOWEST, *((point, False) for point in ordered), _HIGHEST]
