@@ -341,7 +341,7 @@ FOUND = [
     (r"x=\pm 1", [r"\pm1", "x=1, x=-1", "1,-1"], [r"y=\pm1"]),
     ("x=-2 or x=2", [r"x=\pm 2", "2, -2"], ["x=-2 and y=2", "2x=-2 or x=2"]),
     ("f(x)=x, f(x)=2-x", ["f(x)=2-x, f(x)=x"], ["f(x)=x, g(x)=2-x"]),
-    ("5 or 9", ["9, 5", r"5 \text{ or } 9"], ["[5,9]"]),
+    ("5 or 9", ["9, 5", r"5 \text{ or } 9", "[5,9]"], ["5"]),
     # absolute values, floors
     ("|x-3|", ["|3-x|", r"\sqrt{(x-3)^2}"], ["3-x", "x-3"]),
     (r"\sqrt{x^2-10x+25}", ["|x-5|", "|5-x|"], ["5-x"]),
@@ -408,7 +408,26 @@ FOUND = [
         ],
     ),
     (r"\text{no solution}", [r"\text{There is no solution}", r"\text{The equation has no solution}"], []),
+    ("5", [r"5 \text{ times}", "5 more apples", r"\$5 \text{ less}"], []),
+    ("100", [r"100 \text{ feet squared}"], [r"100\text{ cubed}"]),
+    # functions with powers, everyday combinatorics, long numbers
+    (r"\frac{1-\cos x}{2}", [r"\sin^2\frac{x}{2}", r"\sin^ 2 (\frac x2)"], [r"\sin^2 x"]),
+    ("14400", ["(5!)^2"], ["(4!)^2"]),
+    ("184756", [r"\frac{20!}{(10!)^2}", r"\binom{20}{10}"], [r"\binom{20}{9}"]),
+    (r"2^{\binom{n}{2}}", ["2^{n(n-1)/2}"], ["2^{n(n+1)/2}"]),
+    ("1024", [r"2^{\binom{5}{2}}", r"2^{(2\cdot 5)}"], []),
+    (r"18\ln 10", [r"\ln 1000000000000000000"], [r"\ln 100000000000000000"]),
+    # equations with a number on the left
+    ("25=x^2+y^2", ["x^2+y^2=25"], ["16=x^2+y^2", "x^2+y^2"]),
+    ("f(2)=3", ["f(2)=3"], ["f(3)=3"]),
+    # tuples keep their order
+    ("(x,y)=(1,2)", ["(1,2)", "P(1,2)", "x=1, y=2", "(a,b)=(1,2)"], ["2, 1", r"\{1,2\}", "x=2, y=1"]),
+    # conditions over other numbers
+    (r"\{n\in\mathbb{Z}\mid n>2\}", [r"\{n\in\mathbb{Z}: n>2\}"], [r"\{n\in\mathbb{N}: n>2\}"]),
+    # steps at large numbers
+    (r"\lfloor n/20\rfloor", [r"\lfloor \frac{n}{20}\rfloor"], ["0"]),
     # logarithms
+    (r"x\log x-x+C", [r"x\ln x-x+C"], [r"x\ln x+C"]),
     (r"\log 250", [r"\log 250", r"\frac{\ln 250}{\ln 10}"], [r"\ln 250"]),
     (r"\frac{\ln 5}{2}", [r"\frac{\log 5}{2}", r"\ln\sqrt5"], [r"\frac{\log_2 5}{2}"]),
     # spaces, accents

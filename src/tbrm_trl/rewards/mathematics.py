@@ -32,7 +32,7 @@ _KINDS: list[tuple[Callable[[str], Any], Callable[[Any, str, Any], bool]]] = [
     (lists.set_, lists.same_set),
     (lists.bare_list, lists.same_list),
     (lists.matrix, lists.same_matrix),
-    (lists.one_by_one, lists.same_list),
+    (lists.one_by_one, lists.same_named),
     (lists.tuple_, lists.same_tuple),
     (measures.ratio, measures.same_ratio),
     (intervals.ascending, intervals.same_chain),

@@ -48,7 +48,7 @@ _RULES: list[tuple[str, Any]] = [
     (r"\^\s*\{((?:\s*\\prime(?![a-zA-Z]))+)\s*\}|\^\s*(\\prime)(?![a-zA-Z])", _primes),
     (r"\\!", ""),
     (r"\\(?:tiny|small|normalsize|large|Large|LARGE|huge|Huge)(?![a-zA-Z])\s*|\\underline(?=\s*\{)", ""),
-    (r"\{([^{}]*)\\choose(?![a-zA-Z])([^{}]*)\}", r"\\binom{\1}{\2}"),
+    (r"\{([^{}]*)\\choose(?![a-zA-Z])([^{}]*)\}", r"{\\binom{\1}{\2}}"),
     (r"(\\(?:vec|hat|tilde|overrightarrow))\s+([a-zA-Z])(?![a-zA-Z])", r"\1{\2}"),
     (r"\{\s*([,:])\s*\}", r"\1"),  # 2{,}125
     (r"\\(?:[dtc]|sf)frac(?![a-zA-Z])", r"\\frac"),

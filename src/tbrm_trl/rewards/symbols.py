@@ -7,6 +7,7 @@ comparison decides only if expressions cannot be evaluated (matrices, sets).
 
 import contextlib
 import logging
+import math
 import re
 import zlib
 from fractions import Fraction
@@ -28,17 +29,38 @@ _TOO_LARGE = re.compile(
     r"""\^\s*\{?\s*-?\s*(?:\d{5,} | [\d.]+[eE]\+?\d) | \d[eE][-+]?\d{5,}
     | \d\s*\^\s*\{?\s*\d+\s*\}?\s*\^
     | \d\s*\^\s*\{[^{}a-zA-Z]*\\(?:cdot|times)[^{}a-zA-Z]*\^
-    | \^\s*\{?\s*\([^()a-zA-Z]*(?:\^|!|\\cdot|\\times) | \^\s*\{?\s*\\binom | \d\s*!\s*\)\s*\^
-    | \^\s*\{?\d+\}?\s*! | \((?=[^()]*\d\d)(?=[^()]*(?:\^|\\cdot|\\times))(?:[^()a-zA-Z]|\\cdot|\\times)*\)\s*!
+    | \d{3,}\s*!\s*\)\s*\^\s*\{?\s*\d{3,} | \^\s*\{?\d+\}?\s*!
     | \d{5,}\s*! | !\s*! | \^\s*\{\s*\d+\s*! | \\prod""",
     re.VERBOSE,
 )
 
 
+# Exponents and factorials of a product in brackets, and exponents that are binomials: how large they are at most.
+_NUMBERS = r"((?:[^()a-zA-Z\\]|\\cdot|\\times)*)"
+_BRACKETS = re.compile(rf"\^\s*\{{?\s*\({_NUMBERS}\)|\({_NUMBERS}\)\s*!|\^\s*\{{?\s*\\binom\{{(\d+)\}}\{{(\d+)\}}")
+_FACTOR = re.compile(r"(\d+)(?:\s*(!)|\s*\^\s*\{?\s*(\d+))?")
+
+
+def _is_too_large(text: str) -> bool:
+    return _TOO_LARGE.search(_SMALL_TOWER.sub("1", text)) is not None or any(map(_is_large, _BRACKETS.finditer(text)))
+
+
+def _is_large(match: re.Match) -> bool:
+    """Whether an exponent or the argument of a factorial may have more than five digits."""
+    if match[3]:
+        most, chosen = int(match[3]), int(match[4])
+        return most > 99 or math.comb(most, chosen) > 10**5
+    digits = 0.0
+    for number, factorial, power in _FACTOR.findall(match[1] or match[2] or ""):
+        size = math.log10(int(number) or 1) + 0.0 if len(number) < 100 else 100.0
+        digits += int(number[:9]) * size if factorial else size * int(power[:9] or 1)
+    return digits > 5
+
+
 @lru_cache(maxsize=4096)
 def expression(text: str) -> Any | None:
     """The sympy object for a text in normal spelling; None if it cannot be read."""
-    fits = len(text) <= _LONGEST and not _TOO_LARGE.search(_SMALL_TOWER.sub("1", text))
+    fits = len(text) <= _LONGEST and not _is_too_large(text)
     if not fits or not re.search(r"\w", text) or ":" in text:
         return None
     from math_verify import parse
@@ -120,9 +142,10 @@ def _mixed(match: re.Match) -> str:
 _FUNCTIONS = r"(?:arc)?(?:sin|cos|tan)h?|cot|sec|csc|ln|log"
 # The order matters. math-verify reads adjacent letters as one symbol, a mixed number as a product, and 2(3) as a sum.
 _RULES: list[tuple[str, Any]] = [
+    (r"([_^])\s+", r"\1"),
     (  # \ln 2 \cdot 3: the argument ends before the dot
         rf"(\\(?:{_FUNCTIONS})(?![a-zA-Z])(?:\s*[\^_]\s*(?:\{{[^{{}}]*\}}|\w))*)\s*"
-        rf"((?:\d+\.?\d*|[a-zA-Z]|\\(?!cdot|times|(?:{_FUNCTIONS})(?![a-zA-Z]))[a-zA-Z]+"
+        rf"((?:\d|\.(?=\d)|[a-zA-Z]|\\(?!cdot|times|(?:{_FUNCTIONS})(?![a-zA-Z]))[a-zA-Z]+(?![a-zA-Z])"
         r"|\{(?:[^{}]|\{[^{}]*\})*\}|[\^_/]|\s)+?)\s*(?=\\cdot|\\times|\*)",
         r"\1(\2)",
     ),
@@ -140,7 +163,7 @@ _RULES: list[tuple[str, Any]] = [
     (r"(?<![_^\d.])(\d+)\s*(?=\(|\\frac)", r"\1\\cdot "),
     (r"(\)|\\pi|\\frac\{[^{}]*\}\{[^{}]*\}|\\sqrt\{[^{}]*\}|\d\}\})\s*(?=\()", r"\1\\cdot "),
     (r"(\))\s*(?=\d|\\frac)", r"\1\\cdot "),
-    (r"(\^\s*\d)\s*(?=\\frac)", r"\1\\cdot "),
+    (r"((?:[)}\d]|(?<![a-zA-Z\\])[a-zA-Z])\^\d)\s*(?=\\frac)", r"\1\\cdot "),
     (r"\\exp\s*\{", r"e^{"),
     (r"\\(?:mathrm|operatorname)\{([die])\}", r"\1"),
     (r"\*", r"\\cdot "),
@@ -245,13 +268,15 @@ def _values(first: Any, second: Any, positive: bool = False) -> list[tuple[Any, 
     pairs: list[tuple[Any, Any]] = []
     said = str((first, second))
     whole = all(re.fullmatch("[jklmnpq]|x_{?90(?:75|77|78)}?", str(letter)) for letter in letters)
-    only_whole = whole and re.search(r"floor|ceiling|\(-1\)\*\*", said) is not None
+    is_tower = re.search(r"factorial\(.*factorial\(|\*\*\(?[^()+ ]*\*\*", said) is not None
+    only_whole = whole and re.search(r"floor|ceiling|\(-1\)\*\*", said) is not None and not is_tower
+    grows = re.search(r"factorial|\*\*\(?[^()]*[a-z]", said) is not None
     far = re.search("Abs|Max|Min|Piecewise|sqrt", said) is not None and not re.search(r"exp|\*\*\([^)]*[a-zA-Z]", said)
     most = 3 * _POINTS if far or only_whole else _POINTS
     with mpmath.workdps(50):
         for at in range(2 * most if letters else 1):
             with contextlib.suppress(Exception):
-                point = _whole_point(letters, at) if only_whole else _point(letters, at, positive, far)
+                point = _whole_point(letters, at, grows) if only_whole else _point(letters, at, positive, far)
                 a, b = (one.evalf(50, subs=point) for one in (first, second))
                 if all(one.is_number and one.is_finite for one in (a, b)):
                     pairs.append((mpmath.mpmathify(a), mpmath.mpmathify(b)))
@@ -260,9 +285,13 @@ def _values(first: Any, second: Any, positive: bool = False) -> list[tuple[Any, 
     return pairs
 
 
-def _whole_point(letters: list[Any], at: int) -> dict[Any, Any]:
-    """Natural numbers for the letters of a formula with steps, which differ from each other, but for the last ones."""
-    return {letter: sympy.Integer((at * (2 * index + 1) + 5 * index) % 31 + 1) for index, letter in enumerate(letters)}
+def _whole_point(letters: list[Any], at: int, small: bool) -> dict[Any, Any]:
+    """Natural numbers for the letters of a formula with steps; up to 12 if they are in exponents or factorials."""
+    sizes = range(1, 13) if small else (1, 2, 3, 4, 5, 6, 7, 8, 29, 97, 360, 1009)
+    return {
+        letter: sympy.Integer(sizes[(at * (2 * index + 1) + 5 * index) % len(sizes)])
+        for index, letter in enumerate(letters)
+    }
 
 
 def _point(letters: list[Any], at: int, positive: bool, far: bool) -> dict[Any, Any]:
@@ -301,9 +330,9 @@ def _spelled(part: Any) -> str:
 
 
 def is_constant(text: str) -> bool:
-    """Whether a text is an expression without letters."""
+    """Whether a text is an expression without letters, and without functions of which nothing is known."""
     parsed = expression(text)
-    return isinstance(parsed, sympy.Expr) and not parsed.free_symbols
+    return isinstance(parsed, sympy.Expr) and not parsed.free_symbols and not parsed.atoms(AppliedUndef)
 
 
 def value(text: str) -> Fraction | None:

@@ -60,10 +60,10 @@ class Unit:
     size: Fraction
 
 
-# Words after a number that make another number of it.
+# Words right after a number that make another number of it.
 _ARITHMETIC = frozenset(
-    "squared cubed factorial half halves third thirds quarter quarters fifth fifths sixths sevenths eighths ninths "
-    "tenth tenths hundredth hundredths thousandths below above under over times plus minus less more root roots".split()
+    "and squared cubed factorial half halves thirds fifths sixths sevenths eighths ninths tenths hundredths "
+    "thousandths".split()
 )
 
 
@@ -73,7 +73,7 @@ def unit(text: str, glued: bool = False) -> Unit | None:
     `glued` says that no digit and space are before it. It may then be a product: 2mV has no unit, 2 mV has one.
     """
     words = _words_of(text)
-    if not 0 < len(words) <= 8:
+    if not 0 < len(words) <= 8 or words[0].lower() in _ARITHMETIC:
         return None
     powers: dict[str, int] = {}
     size, sign, power = Fraction(1), 1, 1
@@ -89,7 +89,7 @@ def unit(text: str, glued: bool = False) -> Unit | None:
             powers[measure] = powers.get(measure, 0) + each * int(by or 1)
             size *= found[1] ** each
             power = 1
-        elif not re.fullmatch(r"[a-zA-Z]{3,}", name) or name.lower() in _ARITHMETIC:  # apples, of, each
+        elif not re.fullmatch(r"[a-zA-Z]{3,}", name):  # apples, of, each
             return None
     return Unit(tuple(sorted((name, p) for name, p in powers.items() if p)), size)
 

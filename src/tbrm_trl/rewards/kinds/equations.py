@@ -14,7 +14,8 @@ _FUNCTION = re.compile(r"(\\?[a-zA-Z]+(?:\^\{?-1\}?)?)\s*\(\s*([a-zA-Z])\s*\)")
 def same_equation(gold: list[str], answer: str, same: Same) -> bool:
     given = equation(answer)
     if not NAME.fullmatch(gold[0]):
-        if symbols.is_constant(gold[0]):  # 2 + 2 = 4 answers 4
+        is_known = given is None or NAME.fullmatch(given[0]) or symbols.is_constant(given[0])
+        if is_known and all(map(symbols.is_constant, gold)):  # 2 + 2 = 4 answers 4
             return same(gold[-1], given[-1] if given else answer)
         return given is not None and len(gold) == len(given) == 2 and _same_sides(gold, given, same)
     if given is None:
@@ -52,7 +53,7 @@ def _same_sides(gold: list[str], given: list[str], same: Same) -> bool:
 
 def _same_name(gold: str, answer: str) -> bool:
     """Whether two sides are the same name. Letters must agree, f(x) matches f(t), and any words match."""
-    variables = [re.search(r"\(\s*([A-Z])\s*\)", text) for text in (gold, answer)]
+    variables = [re.match(r"\s*[EDV]\w*\s*\(\s*([A-Z])\s*\)", text) for text in (gold, answer)]
     if all(variables) and len({match[1] for match in variables if match}) > 1:
         return False  # E(X) is not E(Y)
     first, second = (squeezed(re.sub(r"\(.*", "", text)).strip("{}") for text in (gold, answer))

@@ -19,6 +19,8 @@ _LOWEST: End = ("-\\infty", False)
 _HIGHEST: End = ("\\infty", False)
 _VARIABLE = re.compile(r"(?:\\[a-zA-Z]+|[a-zA-Z])(?:_\{?\w+\}?)?'*")
 _FLIP = {"<": ">", ">": "<", "\\le": "\\ge", "\\ge": "\\le", "\\ne": "\\ne"}
+_DISCRETE = re.compile(r"\\in(?![a-zA-Z])\s*(?:\\[a-zA-Z]+\s*)?\{?\s*(?:\\text\{)?([ZNQ])(?![a-zA-Z])")
+_OF = " of "  # between a variable and the numbers that it stands for, if these are not the real ones
 _COMPLEMENT = re.compile(r"\\mathbb\{R\}\s*(?:\\setminus|\\backslash|-)\s*\\\{(.*)\\\}")
 _EXCLUDED = re.compile(rf"({_VARIABLE.pattern})\s*\\ne(?![a-zA-Z])")
 _REAL = r"\s*\\in(?![a-zA-Z])\s*(?:\\mathbb\s*)?\{?\s*(?:\\mathbb\{R\}|R)\s*\}?\s*$"
@@ -43,8 +45,9 @@ def _of_condition(text: str) -> Region | None:
         return None
     parts = re.split(r"\||(?<!\\):", whole[1], maxsplit=1)
     if len(parts) == 2:
-        of_reals = _VARIABLE.fullmatch(re.sub(_REAL, "", parts[0]).strip())
-        return region(re.sub(rf",\s*{_VARIABLE.pattern}{_REAL}", "", parts[1]).strip()) if of_reals else None
+        inner = region(re.sub(rf",\s*{_VARIABLE.pattern}{_REAL}", "", parts[1]).strip())
+        domain = _DISCRETE.search(parts[0])
+        return (inner[0], f"{inner[1]}{_OF}{domain[1]}") if inner and domain else inner
     if re.search(RELATION, whole[1]) or whole[0] == "{":
         return None
     points = [part for cutting in cut(whole[1], "[,;]") if (part := trimmed(cutting))]
@@ -163,7 +166,10 @@ def same_region(gold: Region, answer: str, same: Same) -> bool:
     if len(sides) == 2 and NAME.fullmatch(sides[0]) and sides[1][:1] in ("(", "[", "\\"):  # D = [2,5]
         answer = sides[1]
     given = _whole_line("\\mathbb{R}") if plain(answer) in EVERYTHING else region(answer)
-    if given is None or (gold[1] and given[1] and squeezed(gold[1]) != squeezed(given[1])):
+    if given is None:
+        return False
+    (name, _, domain), (given_name, _, given_domain) = (one[1].partition(_OF) for one in (gold, given))
+    if (name and given_name and squeezed(name) != squeezed(given_name)) or given_domain not in ("", domain):
         return False
     left = list(given[0])
     for ends in gold[0]:

@@ -87,8 +87,7 @@ def same_list(gold: list[str], answer: str, same: Same) -> bool:
     parts = one_by_one(answer) or [] if len(set(names)) > 1 else []
     inside = tuple_(value_side(answer)) if bare_list(answer) is None and not parts else None
     if inside is not None:
-        is_interval = len(inside) == 2 and squeezed(value_side(answer))[0] == "["
-        return not is_interval and in_order(values, _names_and_values(inside)[1], same)
+        return in_order(values, _names_and_values(inside)[1], same)
     given_names, given = _names_and_values(parts or set_(answer) or items(answer))
     if len(set(names)) > 1 and sorted(names) == sorted(given_names):
         return in_order(_by_name(names, values), _by_name(given_names, given), same)
@@ -104,7 +103,7 @@ def same_list(gold: list[str], answer: str, same: Same) -> bool:
 def _letter(name: str) -> str:
     """A name without index and argument: x for x₁ and f for f(x). Empty for words, which name anything."""
     bare = re.sub(r"_.*|\(.*", "", name)
-    return "" if re.search(r"(?<!\\)\b[a-z]{3}", bare) else bare
+    return "" if re.search(r"(?<!\\)\b[A-Za-z][a-z]{2}", bare) else bare.lower()
 
 
 def _names_and_values(parts: Sequence[str]) -> tuple[list[str], list[str]]:
@@ -180,6 +179,15 @@ def tuple_(text: str) -> list[str] | None:
         return _cells(rows) if rows and _is_vector(rows) else None
     parts = components(whole[1]) if whole[0] + whole[2] not in ("(]", "[)") else []
     return parts if len(parts) > 1 else None
+
+
+def same_named(gold: list[str], answer: str, same: Same) -> bool:
+    """Whether an answer has the values of `(x, y) = (1, 2)`: by their names if it has them, else in their order."""
+    names, values = _names_and_values(gold)
+    given_names, given = _names_and_values(one_by_one(answer) or items(answer))
+    if sorted(names) == sorted(given_names):
+        return in_order(_by_name(names, values), _by_name(given_names, given), same)
+    return same_tuple(values, answer, same)
 
 
 def same_tuple(gold: list[str], answer: str, same: Same) -> bool:

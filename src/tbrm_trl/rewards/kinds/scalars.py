@@ -179,9 +179,11 @@ def _same_value(gold: str, answer: str, scale: Fraction = Fraction(1)) -> bool:
         return plain(gold) == plain(answer) and len(plain(gold)) > 1
     if symbols.same_value(gold, answer) or symbols.rounds_as(first or gold, second or answer):
         return True
-    if "\\ln" in gold and _LOG.search(answer):  # a completion's logarithm without a base may be natural
-        return symbols.same_value(gold, _LOG.sub(r"\\ln", answer))
-    return False
+    # A logarithm without a base may be natural: a completion's if the gold has \ln, and the gold's in an integral.
+    if "\\ln" in gold:
+        return bool(_LOG.search(answer)) and symbols.same_value(gold, _LOG.sub(r"\\ln", answer))
+    is_integral = _LOG.search(gold) and "\\ln" in answer and re.search(r"\\pi(?![a-zA-Z])|\+\s*C(?![a-zA-Z])", gold)
+    return bool(is_integral) and symbols.same_value(_LOG.sub(r"\\ln", gold), answer)
 
 
 def _could_be_formula(text: str) -> bool:
