@@ -33,8 +33,6 @@ _TOO_LARGE = re.compile(
     | \d{5,}\s*! | !\s*! | \^\s*\{\s*\d+\s*! | \\prod""",
     re.VERBOSE,
 )
-
-
 # Exponents and factorials of a product in brackets, and exponents that are binomials: how large they are at most.
 _NUMBERS = r"((?:[^()a-zA-Z\\]|\\cdot|\\times)*)"
 _BRACKETS = re.compile(rf"\^\s*\{{?\s*\({_NUMBERS}\)|\({_NUMBERS}\)\s*!|\^\s*\{{?\s*\\binom\{{(\d+)\}}\{{(\d+)\}}")
@@ -52,7 +50,7 @@ def _is_large(match: re.Match) -> bool:
         return most > 99 or math.comb(most, chosen) > 10**5
     digits = 0.0
     for number, factorial, power in _FACTOR.findall(match[1] or match[2] or ""):
-        size = math.log10(int(number) or 1) + 0.0 if len(number) < 100 else 100.0
+        size = math.log10(int(number) or 1)
         digits += int(number[:9]) * size if factorial else size * int(power[:9] or 1)
     return digits > 5
 
@@ -261,22 +259,30 @@ def _near(first: Any, second: Any) -> bool:
     return abs(first - second) <= max(abs(first), abs(second), 1e-60) * 1e-30
 
 
+# What sympy writes of expressions that need points of their own: steps at whole numbers, kinks far from 0; and those
+# whose points must stay small.
+_STEPS = re.compile(r"floor|ceiling|\(-1\)\*\*")
+_KINKS = re.compile(r"Abs|Max|Min|Piecewise|sqrt")
+_GROWTH = re.compile(r"factorial|exp|\*\*(?:[a-z]|\([^()]*[a-z])")
+_TOWER = re.compile(r"factorial\(.*factorial\(|\*\*\(?[^()+ ]*\*\*")
+_WHOLE = re.compile(r"[jklmnpq]|x_{?90(?:75|77|78)}?")  # the last ones are K, M and N under their own names
+
+
 def _values(first: Any, second: Any, positive: bool = False) -> list[tuple[Any, Any]]:
     """Pairs of values of two expressions at the same points, from points where both are finite."""
     first, second = (_opaque(one) for one in (first, second))
     letters = sorted(first.free_symbols | second.free_symbols, key=str)
     pairs: list[tuple[Any, Any]] = []
     said = str((first, second))
-    whole = all(re.fullmatch("[jklmnpq]|x_{?90(?:75|77|78)}?", str(letter)) for letter in letters)
-    is_tower = re.search(r"factorial\(.*factorial\(|\*\*\(?[^()+ ]*\*\*", said) is not None
-    only_whole = whole and re.search(r"floor|ceiling|\(-1\)\*\*", said) is not None and not is_tower
-    grows = re.search(r"factorial|\*\*\(?[^()]*[a-z]", said) is not None
-    far = re.search("Abs|Max|Min|Piecewise|sqrt", said) is not None and not re.search(r"exp|\*\*\([^)]*[a-zA-Z]", said)
-    most = 3 * _POINTS if far or only_whole else _POINTS
+    grows = _GROWTH.search(said) is not None
+    far = not grows and _KINKS.search(said) is not None
+    whole = all(_WHOLE.fullmatch(str(letter)) for letter in letters)
+    whole = whole and _STEPS.search(said) is not None and _TOWER.search(said) is None
+    most = 3 * _POINTS if far or whole else _POINTS
     with mpmath.workdps(50):
         for at in range(2 * most if letters else 1):
             with contextlib.suppress(Exception):
-                point = _whole_point(letters, at, grows) if only_whole else _point(letters, at, positive, far)
+                point = _whole_point(letters, at, grows) if whole else _point(letters, at, positive, far)
                 a, b = (one.evalf(50, subs=point) for one in (first, second))
                 if all(one.is_number and one.is_finite for one in (a, b)):
                     pairs.append((mpmath.mpmathify(a), mpmath.mpmathify(b)))
