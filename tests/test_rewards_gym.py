@@ -71,7 +71,8 @@ def test_answers_that_are_no_number(answer):
 
 
 @pytest.mark.parametrize(
-    ("said", "right"), [("1/32768", 1), ("0.00003052", 1), ("0", 0), ("0.0001", 0), ("4e-5", 0), ("1e99999999", 0)]
+    ("said", "right"),
+    [("1/32768", 1), ("0.00003052", 1), ("0", 0), ("0.0001", 0), ("0.00004", 0), ("4e-5", 0), ("1e99999999", 0)],
 )
 def test_small_probabilities(said, right):
     """15 heads in 15 flips: 0 is off by less than 1e-4, and is no answer."""

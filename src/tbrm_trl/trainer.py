@@ -553,12 +553,16 @@ class TBRMTrainer(ExactResume, GRPOTrainer):
         return fitted[0] if fitted else eval_dataset
 
     def _check_reward_functions(
-        self, reward_funcs: Any, train_dataset: Any, eval_dataset: Any, args: TBRMConfig, *more: Any
+        self,
+        reward_funcs: Any,
+        train_dataset: Any,
+        eval_dataset: Any,
+        args: TBRMConfig,
+        environment_factory: Any,
+        rollout_func: Any,
     ) -> None:
-        """Check that each function accepts each data set's columns. A stream without known columns is skipped.
-
-        `more` is the environment factory and the rollout function, which may add arguments.
-        """
+        """Check that each function accepts each data set's columns. A stream without known columns is skipped."""
+        more = bool(environment_factory or rollout_func)  # either may add arguments
         asked = (args.draws_prompts and self._plan.mix.rollouts) or some_unrewarded(train_dataset, self._plan.logged)
         sets = {"the training set": train_dataset} if asked else {}
         for title, dataset in (sets | titled_sets(eval_dataset)).items():
@@ -566,7 +570,7 @@ class TBRMTrainer(ExactResume, GRPOTrainer):
             columns = columns_read(dataset, args.remove_unused_columns, is_formatted=not has_logs)
             if reward_funcs is not None and columns is not None:
                 given = [name for name in columns if name not in own_columns(has_logs)]
-                check_reward_arguments(reward_funcs, title, given, any(more), environments=bool(more[0]))
+                check_reward_arguments(reward_funcs, title, given, more, environments=bool(environment_factory))
 
     def _undo_trl(self) -> None:
         """Take back what TRL and vLLM set while they were built, where it is wrong for this trainer."""
@@ -1241,8 +1245,6 @@ class TBRMTrainer(ExactResume, GRPOTrainer):
             log_probs = self._score(self.model, batch).log_probs  # (B, T)
         self._check_start(batch, log_probs, of_adapter=True)
 
-    @torch.no_grad()
-    @torch.no_grad()
     @torch.no_grad()
     def _check_logits(self) -> None:
         """Check that the policy and the reference have the scores that their own logits give."""

@@ -113,8 +113,7 @@ _WORDS = re.compile(_TEXT + r"\s*\{((?:[^{}]|\{[^{}]*\})*)\}")
 _ARGUMENT = r"(\{(?:[^{}]|\{(?:[^{}]|\{(?:[^{}]|\{[^{}]*\})*\})*\})*\}|\\[a-zA-Z]+(?:\{[^{}]*\})?|[a-zA-Z\d])"
 _FRACTION = re.compile(r"\\frac\s*" + _ARGUMENT + r"\s*" + _ARGUMENT)
 _ROOT = re.compile(r"\\sqrt\s*(\[[^\[\]]*\])?\s*([a-zA-Z\d]|\\[a-zA-Z]+)")
-
-
+# A last remark on what a letter stands for: k \in \mathbb{Z}, for all x.
 _FOR_ALL = (
     r"\\text\{\s*\(?(?:where|for|with)\s*(?:all|any|every|each|some)?\s*(?:real|integers?|natural)?\s*"
     r"(?:numbers?|values?)?\s*(?:of)?\s*\}\s*"
