@@ -97,6 +97,9 @@ METHODS = {
         },
         dict(soft_value="calibrated"),
     ),
+    "TBRM, V = 0, with replay": Method(
+        "TBRM", {f"K = {k}": dict(num_iterations=k) for k in (4, 2, 3)}, dict(soft_value="zero")
+    ),
 }
 
 
