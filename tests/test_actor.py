@@ -464,6 +464,49 @@ class WaitForActor(TrainerCallback):
         until(lambda: (Path(args.output_dir) / "actor/status.json").exists())
 
 
+class Interrupt(TrainerCallback):
+    """Interrupts a run before its third update, when windows 2 to 4 are drawn ahead."""
+
+    def on_step_begin(self, args, state, control, **kwargs):
+        if state.global_step == 2:
+            until(lambda: (Path(args.output_dir) / "records/window-00000004.parquet").exists())
+            raise KeyboardInterrupt
+
+
+@pytest.mark.launch
+@pytest.mark.parametrize("changed", ["rewards", "max_completion_length", "beta"])
+def test_what_was_drawn_ahead_under_other_rewards_or_options_is_drawn_again(changed, llama, server, tmp_path, caplog):
+    """A function of the same name with other code, too. A changed β is applied to the rows as they are."""
+
+    def paying(reward: float):
+        def judge(completions, **columns):
+            return [reward] * len(completions)
+
+        return judge
+
+    options: dict[str, Any] = dict(
+        rollouts="async", async_server=server.url, max_staleness=3, per_device_train_batch_size=ROWS, peft_config=LORA,
+        save_strategy="steps", save_steps=2, follow_timeout=200.0, max_steps=UPDATES, max_completion_length=6,
+    )  # fmt: skip
+    first = build(llama, tmp_path, paying(1.0), **options)
+    first.add_callback(Interrupt())
+    with pytest.raises(KeyboardInterrupt):
+        first.train()
+    records = Path(first.args.output_dir) / "records"
+    ahead = {file.name: file.read_bytes() for file in records.glob("window-*") if file.name >= "window-00000002"}
+
+    options |= {"max_completion_length": 5} if changed == "max_completion_length" else {}
+    options |= {"beta": 0.1} if changed == "beta" else {}
+    second = build(llama, tmp_path, paying(5.0 if changed == "rewards" else 1.0), **options)
+    windows = kept_returns(second, "_new_window")
+    second.train(resume_from_checkpoint=True)
+    trained = [one for window in windows for one in window]
+    assert {one.reward for one in trained} == {5.0 if changed == "rewards" else 1.0}
+    assert max(len(one.completion_ids) for one in trained) <= (5 if changed == "max_completion_length" else 6)
+    kept = [(records / name).read_bytes() == content for name, content in ahead.items()]
+    assert len(kept) >= 3 and set(kept) == {changed == "beta"}
+
+
 @pytest.mark.launch
 def test_a_run_with_its_actor(llama, server, tmp_path):
     """The actor is killed once and started again. The run is resumed with another one. Each row is trained on once."""

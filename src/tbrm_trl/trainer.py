@@ -51,7 +51,8 @@ from trl.trainer.utils import (
 )
 
 from .actor.child import ActorProcess
-from .actor.plan import OPTIONS, Plan
+from .actor.ledger import UNFINISHED
+from .actor.plan import OF_A_ROW, OPTIONS, Plan
 from .batch import Batch, MicrobatchSize, TrajectoryScores, chunks, collate, float_tensor, random_order
 from .checks.advice import (
     startup_line,
@@ -105,7 +106,7 @@ from .checks.rewards import check_reward_arguments
 from .completions_table import CompletionsTable
 from .config import TBRMConfig
 from .context import temporarily
-from .files import dataset_digest, require_writable, source_of
+from .files import dataset_digest, plain, require_writable, source_of
 from .loss.finite import voided_unless
 from .loss.metrics import (
     Recorder,
@@ -144,7 +145,7 @@ from .printing import printable
 from .processes import failing_together
 from .publishing import CardFacts, keep_at_home, model_card
 from .resume import ExactResume, RunState, complete_checkpoints
-from .resume.checkpoint import load_values, process_folder, updates_before
+from .resume.checkpoint import load_values, process_folder, read_mark, updates_before
 from .resume.finite import tensors_of_model
 from .run_log import LOG, SKIPPED, Stopwatch, append_line, append_update, go_back
 from .skipped_updates import SkippedUpdates, write_culprits
@@ -464,18 +465,29 @@ class TBRMTrainer(ExactResume, GRPOTrainer):
             self.add_callback(published)
         return published
 
-    def _leave_rewards_of(self, functions: list[str] | None, folder: RecordFolder) -> None:
-        """Drop the rollouts that this run's actor drew ahead with other reward functions. They are drawn again."""
-        starts = self._actor is not None and self._actor.starts and self.accelerator.is_main_process
-        if not starts or set(functions or ()) == set(folder.functions):
+    def _redraw_what_changed(self, checkpoint: str, folder: RecordFolder) -> None:
+        """Drop the rollouts that this run's actor drew ahead under other rewards or options. They are drawn again."""
+        if self._actor is None:
             return
-        assert self._actor is not None
-        windows = folder.untaken()
-        logger.warning(
-            f"The reward functions were {', '.join(functions or ())} and are {', '.join(folder.functions)}: the "
-            f"{len(windows)} windows that were drawn ahead, and rows of others, are dropped and drawn anew."
+        before, now = read_mark(Path(checkpoint)).get("settings", {}), plain(self.run_settings())
+        decisive = ("reward functions", *(name for name in self.rollout_settings if name != "rewards"), *OF_A_ROW)
+        changed = [name for name in decisive if name in before and name in now and before[name] != now[name]]
+        windows, unfinished = folder.untaken(), self._actor.unfinished
+        if not changed or not (windows or unfinished):
+            return
+        ahead = (
+            f"Since {Path(checkpoint).name} was written, {', '.join(changed)} changed. {len(windows)} windows in "
+            f"{folder.folder}, and rows of {len(unfinished)} others, had been drawn ahead: they "
         )
-        self._actor.drop(windows)
+        if self._actor.starts:
+            logger.warning(ahead + "are dropped and drawn anew.")
+            self._actor.drop(windows)
+        else:
+            logger.warning(
+                ahead + "are trained on as they are. To have them drawn anew, stop the run and the actor, remove the "
+                f"windows from {windows[0].name if windows else 'the next one'} on and "
+                f"{self._actor.log.parent / UNFINISHED}, and start both again."
+            )
 
     def _make_actor(self, policy: PreTrainedModel, functions: Mapping[str, Any]) -> ActorProcess | None:
         """Make the callback that writes an actor's plan, and starts the actor with `rollouts="async"`."""
@@ -1739,9 +1751,8 @@ class TBRMTrainer(ExactResume, GRPOTrainer):
                 self._actor.drop(self._actor.records.glob("window-*.parquet") if self._actor.starts else ())
             if process == 0 and self._followed is not None and self._resumed_from:
                 # Before the actor starts, which does not draw a window that it sees.
-                followed = load_values(process_folder(self._resumed_from, 0))["own"]["followed"]
-                self._followed.restore(followed)
-                self._leave_rewards_of(followed["functions"], self._followed)
+                self._followed.restore(load_values(process_folder(self._resumed_from, 0))["own"]["followed"])
+                self._redraw_what_changed(self._resumed_from, self._followed)
             if process == 0 and self.args.save_rollouts:
                 rewind_rollouts(output_dir / "rollouts", step)
         self._soft_value.prepare(self)

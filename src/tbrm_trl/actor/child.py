@@ -81,9 +81,14 @@ class ActorProcess(TrainerCallback):
                 "follow_rollouts, or `load_rollouts` it as a data set; or give the new run another output_dir."
             )
 
+    @property
+    def unfinished(self) -> list[Path]:
+        """The files of windows of which some rows are drawn."""
+        return [*(self.log.parent / UNFINISHED).glob("*.jsonl")]
+
     def drop(self, windows: Iterable[Path]) -> None:
         """Remove the rollouts drawn ahead: the files of these windows, and every unfinished window."""
-        for file in [*windows, *(self.log.parent / UNFINISHED).glob("*.jsonl")]:
+        for file in [*windows, *self.unfinished]:
             file.unlink(missing_ok=True)
 
     def start(self) -> None:

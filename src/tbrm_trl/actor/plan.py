@@ -25,6 +25,8 @@ OPTIONS = """
     max_tool_calling_iterations reward_weights reward_pessimism reward_timeout reward_on_error beta
     seed trust_remote_code
 """.split()
+# Those of them that a drawn row holds on to. The run applies the others to a record itself.
+OF_A_ROW = [name for name in OPTIONS if name not in ("reward_weights", "reward_pessimism", "reward_timeout", "beta")]
 
 
 @dataclass
