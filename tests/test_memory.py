@@ -247,6 +247,9 @@ def test_what_a_recipe_and_the_launcher_say(tmp_path, capsys, monkeypatch):
         (["--use_deepspeed", "--num_processes", "4"], "'processes': 4, 'zero_stage': 2, 'fsdp': False"),
         (["--use_deepspeed", "--deepspeed_config_file", str(file)], "'processes': 1, 'zero_stage': 1, 'fsdp': False"),
         (["--use_fsdp", "--fsdp_version", "2", "--num_processes", "2"], "'zero_stage': 0, 'fsdp': True"),
+        ([], "'prompt_length': 512"),
+        (["--max_prompt_length", "3000"], "'prompt_length': 3000"),
+        (["--max_prompt_length", "3000", "--prompt_length", "64"], "'prompt_length': 64"),
     ):
         main(["--config", str(recipe), *more])
         assert said in capsys.readouterr().out

@@ -2,7 +2,8 @@
 
 import pytest
 
-from tbrm_trl.cli import main
+from tbrm_trl.cli import main, train
+from tbrm_trl.cli.parsing import sorted_words
 from tbrm_trl.evaluation.sampling import Sampling
 
 MODEL = ("--model_name_or_path", "m")
@@ -12,11 +13,13 @@ MODEL = ("--model_name_or_path", "m")
     ("words", "problems"),
     [
         (["--compare", "a"], ["--compare takes two results, not 1"]),
-        (["--compare", "a", "b", "--benchmarks", "x"], ["--compare compares what was evaluated"]),
+        (["--compare", "a", "b", "--benchmarks", "x"], ["--compare compares what was evaluated: leave --benchmarks"]),
+        (["--compare", "a", "b", "--limit", "3", "--samples", "2"], ["leave --limit, --samples out"]),
         ([], ["--model_name_or_path is missing", "--benchmarks is missing"]),
         ([*MODEL, "--suite", "paper"], ["there is no suite 'paper'. Names: tbrm-paper"]),
         ([*MODEL, "--suite", "tbrm-paper", "--samples", "2"], ["--suite sets samples and temperature"]),
         ([*MODEL, "--suite", "tbrm-paper", "--temperature", "0.5"], ["--suite sets samples and temperature"]),
+        ([*MODEL, "--suite", "tbrm-paper", "--temperature", "1.0"], ["--suite sets samples and temperature"]),
         ([*MODEL, "--benchmarks", "math500", "--limit", "0"], ["--limit 0 must be at least 1"]),
     ],
 )
@@ -27,6 +30,80 @@ def test_evaluations(words, problems, capsys):
     said = [line for line in capsys.readouterr().err.splitlines() if line.startswith("tbrm eval: ")]
     assert ended.value.code == 2 and len(said) == len(problems)
     assert all(problem in line for problem, line in zip(problems, said, strict=True))
+
+
+@pytest.mark.parametrize(
+    ("recipe", "problem"),
+    [
+        ("reward_weights: [1e-1, null]", "reward_weights takes a list of float or null, not ['1e-1', None]"),
+        ("reward_weights: [1.0, high]", "reward_weights takes float, not 'high'"),
+        ("eval_samples: 2.0", "eval_samples takes int, not 2.0"),
+        ("max_steps: 1.5", "max_steps takes int, not 1.5"),
+        ("max_steps: true", "max_steps takes int, not True"),
+        ("adam_beta1: [0.9]", "adam_beta1 takes float, not [0.9]"),
+        ("reward_funcs: null", "reward_funcs takes a list of str or a mapping, not None"),
+        ("eval_temperature: null", "eval_temperature takes float, not None"),
+        ("run_name: 5", "run_name takes str or null, not 5"),
+        ("save_strategy: no", "save_strategy takes str, not False. YAML reads yes, no, on and off as true or false"),
+        ("bf16: 1", "bf16 takes true or false or null, not 1"),
+        ("lr_scheduler_kwargs: [1]", "lr_scheduler_kwargs takes a mapping or str or null, not [1]"),
+        ("beta: null", "beta takes float, not None"),
+        ("soft_value_beta: [1]", "soft_value_beta takes float or null, not [1]"),
+        ("num_processes: four", "num_processes takes int, not 'four'"),
+        ("num_processes: [2, 3]", "num_processes takes one value, not '2 3'"),
+    ],
+)
+def test_fields_of_a_recipe_of_another_type(recipe, problem, tmp_path, capsys):
+    """Before any field of the configuration is used, and all of them at once."""
+    path = tmp_path / "recipe.yaml"
+    path.write_text(f"{recipe}\nlearning_rate: fast\n")
+    with pytest.raises(SystemExit) as ended:
+        main(["train", "--config", str(path), "--dataset_name", "d"])
+    said = capsys.readouterr().err.splitlines()
+    assert ended.value.code == 2 and len(said) == 2
+    assert said[0].startswith(f"tbrm train: {path}: {problem}") and "learning_rate takes float, not 'fast'" in said[1]
+
+
+def test_numbers_and_lists_of_a_recipe(tmp_path):
+    """YAML 1.1 has 1e-6 as text. A list may be one value, a reward function may have its weight, β may be whole."""
+    path = tmp_path / "recipe.yaml"
+    path.write_text(
+        "dataset_name: d\noutput_dir: o\nuse_cpu: true\nreward_weights: [1e-1, 2]\nreward_funcs: {math: 1, format: 0.5}"
+        "\nlr_scheduler_type: cosine_with_min_lr\nlr_scheduler_kwargs: {min_lr: 1e-6, name: a1e}\nlearning_rate: 1e-6"
+        "\nbeta: 1\nreport_to: none\nreward_on_error: -1\nlora_target_modules: all-linear\noptim: sgd\n"
+    )
+    data, config, model = train.parse(["--config", str(path)])
+    assert config.reward_weights == [0.1, 2] and data.reward_funcs == {"math": 1, "format": 0.5}
+    assert config.lr_scheduler_kwargs == {"min_lr": 1e-6, "name": "a1e"} and config.learning_rate == 1e-6
+    assert (config.beta, config.reward_of_failure, model.lora_target_modules) == (1, -1.0, "all-linear")
+
+
+def test_a_negative_number_with_an_exponent():
+    _, config, _ = train.parse(
+        ["--dataset_name", "d", "--output_dir", "o", "--use_cpu", "true", "--reward_weights", "-1e-1", "0.5"]
+    )
+    assert config.reward_weights == [-0.1, 0.5]
+
+
+@pytest.mark.parametrize("first", [True, False])
+def test_the_command_line_overrides_a_recipes_launcher_options(first, tmp_path):
+    """In any order. A field that is null or false is as if it were not there."""
+    path = tmp_path / "recipe.yaml"
+    path.write_text(
+        "dataset_name: d\nnum_processes: 8\nmulti_gpu: true\naccelerate_config: zero3\nnum_machines: null\n"
+    )
+    recipe, line = (
+        ["--config", str(path)],
+        ["--num_processes", "4", "--multi_gpu", "false", "--accelerate_config", "zero2"],
+    )
+    words = sorted_words(train.parser(), recipe + line if first else line + recipe, train.launcher_options())
+    assert sorted(words.launcher) == sorted(["--num_processes", "4", "--accelerate_config", "zero2"])
+
+
+def test_one_recipe(capsys):
+    with pytest.raises(SystemExit):
+        main(["train", "--config", "a.yaml", "--config", "b.yaml", "--dataset_name", "d"])
+    assert "--config is given twice" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

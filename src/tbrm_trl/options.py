@@ -314,6 +314,9 @@ class TBRMOptions(GRPOConfig):
             what to change.
     """
 
+    # Wider than the annotation, from which the command line's parser can take one type alone.
+    wider_types = MappingProxyType({"reward_on_error": str | float})
+
     beta: float = 0.002
     soft_value: str = "policy"
     soft_value_beta: float | None = None

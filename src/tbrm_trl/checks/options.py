@@ -5,12 +5,11 @@ Each check yields its refusals one by one, so that `TBRMConfig` can name all of 
 
 import math
 from collections.abc import Iterator
-from numbers import Integral, Real
 from threading import TIMEOUT_MAX
-from typing import Any, get_args
 
 from transformers import GenerationConfig
 
+from ..field_types import fits, in_words
 from ..loss.soft_value import SoftValue
 from ..loss.soft_value.sampled import SampledValue
 from ..options import HARMLESS, TBRMOptions
@@ -39,25 +38,9 @@ def check_types(args: TBRMOptions) -> Iterator[str]:
 
     All other checks may then compare numbers.
     """
-    for name, declared in TBRMOptions.__annotations__.items():
-        value, types = getattr(args, name), get_args(declared) or (declared,)
-        if name == "reward_on_error":
-            continue  # a word or a number, which `check_reward_calls` checks
-        if not any(_is_a(value, one) for one in types):
-            known = " or ".join("None" if one is type(None) else one.__name__ for one in types)
-            yield f"`{name}={value!r}` is refused: it must be of type {known}."
-
-
-def _is_a(value: Any, wanted: type) -> bool:
-    """Whether a value is of a type. An integer that fits a float counts as a float. A bool is not a number."""
-    if wanted not in (int, float):
-        return isinstance(value, wanted)
-    if isinstance(value, bool) or not isinstance(value, Integral if wanted is int else Real):
-        return False
-    try:
-        return wanted is int or float(value) is not None
-    except OverflowError:
-        return False
+    for name, declared in (TBRMOptions.__annotations__ | TBRMOptions.wider_types).items():
+        if not fits(value := getattr(args, name), declared):
+            yield f"`{name}={value!r}` is refused: it must be {in_words(declared)}."
 
 
 def check_meaning(args: TBRMOptions) -> Iterator[str]:

@@ -46,7 +46,10 @@ class Machine:
         default=None,
         metadata={"help": "FSDP2, everything sharded over all processes. By default that of --accelerate_config."},
     )
-    prompt_length: int = field(default=512, metadata={"help": "Tokens of the longest prompt."})
+    prompt_length: int | None = field(
+        default=None,
+        metadata={"help": "Tokens of the longest prompt. By default the recipe's max_prompt_length, or 512."},
+    )
     device: str = field(default="cuda", metadata={"help": "Where the run computes.", "choices": ["cuda", "cpu"]})
     only_logs: bool = field(default=False, metadata={"help": "The training set holds logged rows alone."})
 
@@ -60,17 +63,19 @@ def estimate_of_run(config: TBRMConfig, model: ModelConfig, machine: Machine) ->
         machine.only_logs and config.precompute_ref_log_probs is not False and not config.sync_ref_model
     )
     values = {"token": config.max_completion_length}.get(config.residual, 2 if config.truncation == "bootstrap" else 1)
+    longest = (machine.prompt_length, config.max_prompt_length, 512)
+    prompt_length = next(length for length in longest if length is not None)
     rows, accumulation = config.per_device_train_batch_size, config.gradient_accumulation_steps
     generated = rows * config.steps_per_generation
     generates = not (config.use_vllm or machine.only_logs or config.followed_folder is not None)
     merges = config.use_vllm and config.vllm_mode == "colocate" and get_peft_config(model) is not None
     if tokens := config.max_tokens_per_microbatch:
-        held = min(rows, max(1, tokens // (machine.prompt_length + config.max_completion_length)))
+        held = min(rows, max(1, tokens // (prompt_length + config.max_completion_length)))
         rows, accumulation = held, math.ceil(rows / held)
     return estimate_memory(
         name,
         rows=rows,
-        prompt_length=machine.prompt_length,
+        prompt_length=prompt_length,
         completion_length=config.max_completion_length,
         generated_rows=generated if generates else 0,
         # For colocated vLLM TRL merges the adapter into the whole policy; all else gathers one parameter at a time.

@@ -14,7 +14,7 @@ import json
 import os
 import sys
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -113,8 +113,8 @@ class EvaluationArguments:
         self.chat_template_kwargs = found
 
 
-def problems_of(arguments: EvaluationArguments, model: ModelConfig) -> list[str]:
-    """The arguments that are wrong or do not go together, one line each."""
+def problems_of(arguments: EvaluationArguments, model: ModelConfig, chosen: Collection[str]) -> list[str]:
+    """The arguments that are wrong or do not go together, one line each. `chosen` are the names of those given."""
     a, problems = arguments, []
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         return [
@@ -124,8 +124,8 @@ def problems_of(arguments: EvaluationArguments, model: ModelConfig) -> list[str]
     if a.compare:
         if len(a.compare) != 2:
             problems.append(f"--compare takes two results, not {len(a.compare)}.")
-        if a.benchmarks or a.suite:
-            problems.append("--compare compares what was evaluated: leave --benchmarks and --suite out.")
+        if others := [f"--{name}" for name in sorted(chosen) if name != "compare"]:
+            problems.append(f"--compare compares what was evaluated: leave {', '.join(others)} out.")
         return problems
     if model.model_name_or_path is None:
         problems.append("--model_name_or_path is missing: the id of a model on the Hub, or a folder.")
@@ -133,7 +133,7 @@ def problems_of(arguments: EvaluationArguments, model: ModelConfig) -> list[str]
         problems.append(f"there is no suite {a.suite!r}. Names: {', '.join(SUITES)}.")
     elif a.suite:
         problems += _beside_suite(a.suite, a.benchmarks)
-    if a.suite and (a.samples is not None or a.temperature != 1.0):
+    if a.suite and {"samples", "temperature"} & set(chosen):
         problems.append("--suite sets samples and temperature: leave --samples and --temperature out.")
     if not (a.benchmarks or a.suite):
         problems.append(f"--benchmarks is missing: {', '.join(BENCHMARKS)}, gym:TASK, or a file.")
@@ -301,8 +301,9 @@ def main(arguments: list[str] | None = None) -> None:
     given = sys.argv[1:] if arguments is None else arguments
     try:
         reader = Parser(EvaluationArguments, ModelConfig, prog=PROG, description=__doc__ or "", dtype="auto")
-        asked, model = reader.parse(sorted_words(reader, given))
-        if problems := problems_of(asked, model):
+        words = sorted_words(reader, given)
+        asked, model = reader.parse(words)
+        if problems := problems_of(asked, model, words.given):
             raise Refused(problems)
         try:
             if asked.compare:

@@ -3,15 +3,21 @@
 import argparse
 import difflib
 import os
+import re
 import sys
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any, NoReturn
+from typing import Any, NoReturn, get_type_hints
 
 import yaml
 from trl import ModelConfig, TrlParser, get_quantization_config
+
+from ..field_types import fits, in_words
+
+# Numbers that PyYAML takes for text, since YAML 1.1 wants a point in them. YAML 1.2 has them as numbers.
+_EXPONENT = re.compile(r"[-+]?\d+[eE][-+]?\d+")
 
 
 class Refused(Exception):
@@ -62,15 +68,31 @@ class Parser(TrlParser):
             action.required &= action.dest not in defaults
         self.options = {option: action for action in self._actions for option in action.option_strings}
         self.fields = {action.dest: action for action in self._actions if action.dest != "help"}
+        self.types: dict[str, Any] = {}
+        for one in types:
+            self.types |= get_type_hints(one) | getattr(one, "wider_types", {})
+        # argparse takes -1e-3 for an option.
+        self._negative_number_matcher = re.compile(r"-(?:\d+\.?\d*|\.\d+)(?:[eE][-+]?\d+)?$")
 
     def error(self, message: str) -> NoReturn:
         raise Refused([message])
 
     def set_defaults_with_config(self, **fields: Any) -> list[str]:
-        """Take defaults from a YAML file. A field that takes a list may hold a single value."""
-        several = [name for name, action in self.fields.items() if action.nargs in ("+", "*")]
-        alone = {name: [fields[name]] for name in several if isinstance(fields.get(name), (str, int, float))}
-        return super().set_defaults_with_config(**{**fields, **alone})
+        """Take defaults from a YAML file."""
+        read = {name: self.from_yaml(name, value) if name in self.fields else value for name, value in fields.items()}
+        return super().set_defaults_with_config(**read)
+
+    def from_yaml(self, name: str, value: Any) -> Any:
+        """A field's value, with the texts inside it converted. A field that takes a list may hold a single value.
+
+        Text that is the whole value stays, since argparse converts it.
+        """
+        action = self.fields[name]
+        if action.nargs in ("+", "*") and isinstance(value, (str, int, float)):
+            value = [value]
+        if isinstance(value, list) and callable(action.type):
+            return [action.type(one) if isinstance(one, str) else one for one in value]
+        return _with_numbers(value) if isinstance(value, dict) else value
 
     def parse(self, words: "Words") -> tuple[Any, ...]:
         """Make the dataclasses from checked words. Raises `Refused` with all problems that a dataclass finds."""
@@ -80,47 +102,61 @@ class Parser(TrlParser):
             raise Refused(_lines_of(error)) from error
 
 
+def _with_numbers(value: Any) -> Any:
+    """A mapping of a YAML file, with numbers such as 1e-6 as numbers."""
+    if isinstance(value, dict):
+        return {name: _with_numbers(one) for name, one in value.items()}
+    if isinstance(value, list):
+        return [_with_numbers(one) for one in value]
+    return float(value) if isinstance(value, str) and _EXPONENT.fullmatch(value) else value
+
+
 @dataclass
 class Words:
     """The words of a command line, sorted by which program reads them.
 
     Attributes:
         own: words for the command, `--config` included.
-        launcher: words for accelerate's launcher, from the command line or the YAML file.
+        launcher: words for accelerate's launcher, from the command line and the YAML file.
+        given: names of the command's fields that either of the two gives.
     """
 
     own: list[str] = field(default_factory=list)
     launcher: list[str] = field(default_factory=list)
+    given: set[str] = field(default_factory=set)
 
 
 def sorted_words(
-    parser: Parser, arguments: Sequence[str], launcher: Mapping[str, bool] = MappingProxyType({})
+    parser: Parser, arguments: Sequence[str], launcher: Mapping[str, argparse.Action] = MappingProxyType({})
 ) -> Words:
     """Sort words by which program reads them. Raises `Refused` with all their problems.
 
     Args:
         parser: the command's parser.
         arguments: the command's arguments.
-        launcher: accelerate's options, each with whether it is a switch.
+        launcher: accelerate's options.
     """
     if "-h" in arguments or "--help" in arguments:
         parser.print_help()
         sys.exit()
-    words, given, problems = Words(), set[str](), list[str]()
+    words, problems = Words(), list[str]()
+    of_file, of_line = dict[str, list[str]](), dict[str, list[str]]()  # words for the launcher, by option
     names = [*(option for option in parser.options if option != "-h"), "--config", *launcher]
     for option, values in _by_option(arguments):
         name = option.partition("=")[0]
         whole = [option, *values]
-        if name == "--config":
-            values = option.split("=", 1)[1:] + values
+        values = option.split("=", 1)[1:] + values
+        if name == "--config" and "--config" in words.own:
+            problems.append("--config is given twice. A recipe is one file.")
+        elif name == "--config":
             words.own += ["--config", *values]
-            problems += _check_config(parser, values, launcher, words, given)
+            problems += _check_config(parser, values, launcher, words.given, of_file)
         elif name in parser.options:
             words.own += whole
-            given.add(parser.options[name].dest)
-            problems += _check_values(name, parser.options[name], option.split("=", 1)[1:] + values)
+            words.given.add(parser.options[name].dest)
+            problems += _check_values(name, parser.options[name], values)
         elif name in launcher:
-            problems += _add_for_launcher(words, name, option.split("=", 1)[1:] + values, launcher[name])
+            problems += _add_for_launcher(of_line, name, launcher[name], values)
         elif name.startswith("-"):
             problems.append(f"there is no option {name}.{_meant(name, names)}")
         else:
@@ -128,10 +164,11 @@ def sorted_words(
     problems += [
         f"{action.option_strings[0]} is missing: {action.help}"
         for action in parser.fields.values()
-        if action.required and action.dest not in given
+        if action.required and action.dest not in words.given
     ]
     if problems:
         raise Refused(problems)
+    words.launcher = [word for chosen in (of_file | of_line).values() for word in chosen]
     return words
 
 
@@ -146,22 +183,28 @@ def _by_option(arguments: Sequence[str]) -> list[tuple[str, list[str]]]:
     return found
 
 
-def _add_for_launcher(words: Words, name: str, values: Sequence[str], is_switch: bool) -> list[str]:
-    """Add a launcher option, and return its problems. A switch takes no word, so a false one is left out."""
-    if not is_switch:
-        words.launcher += [name, *values]
-        return []
+def _add_for_launcher(
+    words: dict[str, list[str]], name: str, action: argparse.Action, values: Sequence[str]
+) -> list[str]:
+    """Set the words of a launcher option, and return its problems. A switch takes no word: if false, it has none."""
+    if action.nargs != 0:
+        words[action.dest] = [action.option_strings[0], *values]
+        return _check_values(name, action, values)
     said = " ".join(values).lower()
     if said not in ("", "true", "false"):
         return [f"{name} takes true or false, not {' '.join(values)!r}."]
-    words.launcher += [name] if said != "false" else []
+    words[action.dest] = [action.option_strings[0]] if said != "false" else []
     return []
 
 
 def _check_config(
-    parser: Parser, values: list[str], launcher: Mapping[str, bool], words: Words, given: set[str]
+    parser: Parser,
+    values: list[str],
+    launcher: Mapping[str, argparse.Action],
+    given: set[str],
+    of_launcher: dict[str, list[str]],
 ) -> list[str]:
-    """The problems of a YAML file. Its fields for the launcher are added to the launcher's words."""
+    """The problems of a YAML file. Names of its fields are added to `given`, words for the launcher to the last."""
     if len(values) != 1:
         return ["--config takes one YAML file."]
     (path,) = values
@@ -175,15 +218,31 @@ def _check_config(
         return [f"--config {path} must hold fields, `name: value`."]
     problems = []
     for name, value in content.items():
+        said = f"{path}: {name}"
         if name in parser.fields:
             given.add(name)
             texts = [one for one in (value if isinstance(value, list) else [value]) if isinstance(one, str)]
-            problems += _check_values(f"{path}: {name}", parser.fields[name], texts, whole=False)
+            problems += _check_values(said, parser.fields[name], texts, whole=False) or _check_type(
+                said, parser.types[name], value, parser.from_yaml(name, value)
+            )
+        elif f"--{name}" in launcher and value is not None:
+            words = [str(one) for one in (value if isinstance(value, list) else [value])]
+            problems += _add_for_launcher(of_launcher, said, launcher[f"--{name}"], words)
         elif f"--{name}" in launcher:
-            problems += _add_for_launcher(words, f"--{name}", [str(value)], launcher[f"--{name}"])
+            continue  # as if it were not there
         elif name != "env":
             problems.append(f"{path}: there is no field {name}.{_meant(str(name), parser.fields)}")
     return problems
+
+
+def _check_type(name: str, declared: Any, given: Any, read: Any) -> list[str]:
+    """The problem of a YAML value that is not of its field's type. Whole texts are argparse's to read."""
+    if isinstance(given, str) or fits(read, declared):
+        return []
+    quote = (
+        " YAML reads yes, no, on and off as true or false: put the word in quotes." if given in (True, False) else ""
+    )
+    return [f"{name} takes {in_words(declared, none='null')}, not {given!r}.{quote}"]
 
 
 def _check_values(name: str, action: argparse.Action, values: Sequence[str], whole: bool = True) -> list[str]:

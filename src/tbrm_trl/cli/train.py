@@ -10,12 +10,14 @@ of `accelerate launch` are passed on to it. `--accelerate_config` takes a file, 
 multi_gpu, zero1, zero2, zero3, fsdp2).
 """
 
+import argparse
 import os
 import subprocess
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from .quiet import see_one_gpu, silence
@@ -110,6 +112,8 @@ class DataArguments:
         default=None, metadata={"help": "Length limit there. By default that of training, max_completion_length."}
     )
     dry_run: bool = field(default=False, metadata={"help": "Check everything up to the first rollout, and stop."})
+
+    wider_types = MappingProxyType({"reward_funcs": list[str] | dict[str, float]})  # in a recipe, with their weights
 
 
 def load(arguments: DataArguments) -> Dataset:
@@ -276,13 +280,14 @@ def main(arguments: list[str] | None = None) -> None:
         leave(PROG, refused)
 
 
-def launcher_options() -> dict[str, bool]:
-    """The options of `accelerate launch` and `--accelerate_config`, each with whether it is a switch."""
+def launcher_options() -> dict[str, argparse.Action]:
+    """The options of `accelerate launch`, and `--accelerate_config`."""
     from accelerate.commands.launch import launch_command_parser
 
-    actions = [action for action in launch_command_parser()._actions if action.dest != "help"]
-    options = {option: action.nargs == 0 for action in actions for option in action.option_strings}
-    return {**dict(sorted(options.items())), "--accelerate_config": False}
+    launcher = launch_command_parser()
+    launcher.add_argument("--accelerate_config")
+    actions = [action for action in launcher._actions if action.dest != "help"]
+    return dict(sorted((option, action) for action in actions for option in action.option_strings))
 
 
 def launch(words: Words) -> None:
