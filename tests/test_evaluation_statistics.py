@@ -89,6 +89,22 @@ def test_tenths_are_exact():
     assert compare([[0.0], [0.0], [0.3]], [[0.1], [0.2], [0.0]]).p_value == 1
 
 
+@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("parts", [3, 6, 7, 12])
+def test_partial_credit_is_exact(seed, parts):
+    """Thirds and sevenths are no decimals, but 2/6 and 1/3 are as far from 0."""
+    random = np.random.default_rng(seed)
+    first, second = random.integers(0, parts + 1, size=(2, 9))
+    differences = [int(b - a) for a, b in zip(first, second, strict=True)]
+    found = compare(*([[one / parts] for one in scores] for scores in (first.tolist(), second.tolist())))
+    assert found.p_value == pytest.approx(flipped(differences))
+
+
+def test_thirds_by_hand():
+    """Of 1/3, 1/6, 1/6 and −1/3, a sum as far from 0 as 1/3: twelve of sixteen choices of signs."""
+    assert compare([[0.0]] * 4, [[1 / 3], [1 / 6], [1 / 6], [-1 / 3]]).p_value == 12 / 16
+
+
 @pytest.mark.parametrize("shift", [0.0005, 0.001, 0.0015])
 def test_many_fractional_scores(shift):
     """1,000 problems of 32 fractional scores each: with this many signs the sum is normal with variance Σ d²."""

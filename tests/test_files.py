@@ -6,10 +6,12 @@ import shutil
 from collections import deque
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import torch
 
-from tbrm_trl.files import plain, remove_folder, rows_of_file
+from tbrm_trl.files import plain, read_table, remove_folder, rows_of_file
 from tbrm_trl.run_log import append_line, read_lines
 
 
@@ -30,6 +32,15 @@ def test_plain_values(value, expected):
     """NaN is no value. An infinite number is one, which JSON has no number for."""
     assert plain(value) == expected
     assert json.loads(json.dumps(plain(value), allow_nan=False)) == expected
+
+
+def test_some_rows_of_a_table(tmp_path):
+    """Wherever its row groups end."""
+    pq.write_table(pa.table({"row": range(10), "other": range(10)}), tmp_path / "t.parquet", row_group_size=3)
+    for first in range(11):
+        for last in range(first, 11):
+            read = read_table(tmp_path / "t.parquet", ["row"], range(first, last))
+            assert read.to_pydict() == {"row": [*range(first, last)]}
 
 
 def test_a_folder_that_a_kill_leaves_half_removed_has_another_name(tmp_path, monkeypatch):

@@ -286,6 +286,9 @@ ROW = dict(prompt_ids=[2, 5], completion_ids=[7, 8, 1], reward=0.5)
         (dict(end="length"), '`end` is "length", but'),
         (dict(policy_step=2, first_policy_step=3), "`first_policy_step` is 3 and `policy_step` 2"),
         (dict(policy_step=None, first_policy_step=0), "`first_policy_step` is 0 and `policy_step` None"),
+        (dict(policy_step=-5), "`first_policy_step` is -5 and `policy_step` -5"),
+        (dict(completion_ids=[7, None, 1]), "`completion_ids` holds None"),
+        (dict(loss_mask=[1, None, 1]), "`loss_mask` holds None"),
     ],
 )
 def test_rows_that_cannot_be_trained_on_are_refused(changes, message, reader, tmp_path):

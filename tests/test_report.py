@@ -299,7 +299,8 @@ def test_times_add_up_to_the_update():
 def test_a_long_log_is_averaged_and_says_so():
     log = [{"step": step, "reward": float(step)} for step in range(1, 2501)]
     shown = chart(RunFolder("r", log, NONE), "Reward")
-    assert shown["steps"][:2] == [3, 6] and shown["lines"]["reward"][:2] == [2.0, 5.0]
+    assert shown["steps"][:2] == [1, 4] and shown["lines"]["reward"][:2] == [1.0, 3.0]
+    assert shown["steps"][-1] == 2500 and shown["lines"]["reward"][-1] == 2499.0  # the mean of the last three
     assert len(shown["steps"]) == len(shown["lines"]["reward"]) and shown["entries_per_point"] == 3
 
 

@@ -3,6 +3,7 @@
 import errno
 import functools
 import inspect
+import itertools
 import json
 import math
 import os
@@ -34,15 +35,29 @@ def write_table(path: Path, table: pa.Table) -> None:
         pq.write_table(table, partial, write_page_checksum=True)
 
 
-def read_table(path: str | Path, columns: list[str] | None = None) -> pa.Table:
+def read_table(path: str | Path, columns: list[str] | None = None, rows: range | None = None) -> pa.Table:
     """Read a Parquet file, and check its pages against their checksums where it has some.
+
+    Args:
+        path: of the file.
+        columns: the columns to read, by default all.
+        rows: the rows to read, by default all. Only their row groups are read.
 
     Raises:
         ValueError: if the file is damaged, or is not a Parquet file.
         FileNotFoundError: if the file does not exist.
     """
     try:
-        return pq.read_table(path, columns=columns, page_checksum_verification=True)
+        if rows is None:
+            return pq.read_table(path, columns=columns, page_checksum_verification=True)
+        with pq.ParquetFile(path, page_checksum_verification=True) as file:
+            sizes = [file.metadata.row_group(group).num_rows for group in range(file.num_row_groups)]
+            begins = [0, *itertools.accumulate(sizes)]
+            groups = [
+                g for g, (first, end) in enumerate(itertools.pairwise(begins)) if first < rows.stop and rows.start < end
+            ]
+            table = file.read_row_groups(groups, columns)
+            return table.slice(rows.start - begins[groups[0]] if groups else 0, len(rows))
     except FileNotFoundError:
         raise
     except (pa.ArrowException, OSError) as error:

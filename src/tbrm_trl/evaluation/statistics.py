@@ -117,13 +117,19 @@ def compare(first: Sequence[Sequence[float]], second: Sequence[Sequence[float]])
 
 
 def _mean(scores: Sequence[float], largest: float) -> Fraction:
-    """The mean as a fraction: exact for whole scores, with others rounded to a millionth of the largest or finer.
+    """The mean as a fraction, of scores as fractions. Equal sums of such scores as 1/3 or 0.1 stay equal."""
+    unit = Fraction(10) ** min(0, math.floor(math.log10(largest))) if largest else Fraction(1)
+    return sum((_fraction(Fraction(score) / unit) for score in scores), Fraction()) * unit / len(scores)
 
-    The grid is decimal: scores such as 0.1 or 0.125 are exact on it, so equal sums of such scores stay equal.
+
+def _fraction(score: Fraction) -> Fraction:
+    """The fraction that a score of floating point stands for: a decimal of six digits, or of a small denominator.
+
+    A score that is near neither is rounded to six digits. So the denominators of many scores have a small multiple in
+    common.
     """
-    digits = max(0, 6 - math.floor(math.log10(largest))) if largest else 0
-    grid = 10**digits  # steps of a score of 1
-    return Fraction(sum(round(Fraction(score) * grid) for score in scores), grid * len(scores))
+    decimal, simple = Fraction(round(score * 10**6), 10**6), score.limit_denominator(1000)
+    return simple if abs(score - decimal) > Fraction(1, 10**9) and abs(score - simple) < Fraction(1, 10**7) else decimal
 
 
 def sign_flip_p_value(differences: Sequence[Fraction]) -> float:

@@ -135,17 +135,23 @@ def _chart(title: str, text: str, unit: str, steps: Sequence[int], lines: Mappin
             "text": text,
             "unit": unit,
             "entries_per_point": per_point,
-            "steps": kept[per_point - 1 :: per_point].tolist(),
+            "steps": [int(kept[last]) for last in _last_of_points(len(kept), per_point)],
             "lines": {name: plain(_thinned(values, per_point)) for name, values in columns.items()},
         }
     ]
 
 
+def _last_of_points(entries: int, per_point: int) -> range:
+    """The last entry of each point. The first point may have fewer entries than the others; the last is whole."""
+    return range((entries - 1) % per_point, entries, per_point)
+
+
 def _thinned(values: np.ndarray, per_point: int) -> np.ndarray:
-    """Means over every `per_point` values. Values at the end that do not fill a point are left out."""
+    """Means over every `per_point` values, and over what is left at the start."""
     if per_point == 1:
         return values
-    whole = values[: len(values) // per_point * per_point].reshape(-1, per_point)  # (N, P)
+    missing = -len(values) % per_point
+    whole = np.concatenate([np.full(missing, np.nan), values]).reshape(-1, per_point)  # (N, P)
     number = np.isfinite(whole).sum(axis=1)
     return np.where(number > 0, np.nansum(whole, axis=1) / np.maximum(number, 1), np.nan)
 

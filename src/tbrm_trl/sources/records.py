@@ -273,7 +273,7 @@ class RecordFolder:
 
     def _read(self, part: Part) -> list[Record]:
         file = self.folder / part.file
-        table = read_rollouts(file)
+        table = read_rollouts(file, rows=range(part.first, part.last))
         try:
             table = _with_types(table)
             self._check_rewards(table)
@@ -281,7 +281,7 @@ class RecordFolder:
             raise ValueError(f"{file}: {str(error).splitlines()[0]}") from error
         records = []
         in_json = [field.name for field in table.schema if field.type == pa.json_()]
-        for place, row in enumerate(table.slice(part.first, part.last - part.first).to_pylist(), start=part.first):
+        for place, row in enumerate(table.to_pylist(), start=part.first):
             row |= {name: json.loads(row[name]) for name in in_json if row[name] is not None}
             name = f"Row {place} of {file}"
             try:
@@ -294,6 +294,9 @@ class RecordFolder:
         for name in ("prompt_ids", "completion_ids"):
             if row[name] is None:
                 raise ValueError(f"it has no `{name}`. A rollout is made of the ids that were drawn.")
+        for name in ("prompt_ids", "completion_ids", "loss_mask"):
+            if None in (row.get(name) or ()):
+                raise ValueError(f"`{name}` holds None.")
         for name, reward in row.items():
             if name.startswith(REWARD_PREFIX) and reward is not None and math.isinf(reward):
                 raise ValueError(f"`{name}` is {reward}. It must be finite, or None where the function does not apply.")
@@ -306,8 +309,8 @@ class RecordFolder:
         }
         last, first = columns["policy_step"], columns["first_policy_step"]
         if first is None:
-            columns["first_policy_step"] = last
-        elif last is None or not 0 <= first <= last:
+            first = columns["first_policy_step"] = last
+        if first is not None and (last is None or not 0 <= first <= last):
             raise ValueError(
                 f"`first_policy_step` is {first} and `policy_step` {last}. They count the updates that the policy had "
                 "made at the first token and at the last."

@@ -276,17 +276,18 @@ def _tables_in(folder: Path) -> list[pa.Table]:
     raise FileNotFoundError(f"No saved rollouts (step-*.parquet) in {folder}. Were they saved: save_rollouts=True?")
 
 
-def read_rollouts(file: Path, columns: list[str] | None = None) -> pa.Table:
+def read_rollouts(file: Path, columns: list[str] | None = None, rows: range | None = None) -> pa.Table:
     """Read the table of a file, without metadata.
 
     Args:
         file: of saved rollouts or of records.
         columns: the columns to read, by default all. The file must have each of them.
+        rows: the rows to read, by default all.
 
     Raises:
         ValueError: for a file of a later version of this library, or a damaged one.
     """
-    table = read_table(file, columns)
+    table = read_table(file, columns, rows)
     version = int((table.schema.metadata or {}).get(_VERSION.encode(), 1))
     if version > ROLLOUTS_VERSION:
         raise ValueError(
