@@ -151,8 +151,8 @@ def test_nothing_is_said_where_nothing_is_off(seen, options):
             "against the 50.0 nats that R/beta spans: the first updates move the policy, whatever it earns.",
         ),
         (  # mean 0.5, error √(2/7 · …): std of 0/1 halves is 0.5345 over √8 = 0.189; 0.5 − 2 · 0.189 > 0.02
-            window(HALF),
-            {"soft_value": "zero", "num_iterations": 2},
+            window(HALF, value=0.0),
+            {"soft_value": "optimal", "num_iterations": 2},
             'Consider soft_value="calibrated" or soft_value_offset=True, because beta V is a constant, 0 on average, '
             "and the right one is not below the mean reward, 0.5: 25 nats are missing, and they move the target on "
             "data that the policy did not just draw.",
@@ -205,7 +205,11 @@ def test_what_is_off_is_said_with_its_reason(seen, options, said):
         (window(HALF, length=8), {"length_normalized": True, "beta": 0.5}),  # reward per nat and token
         (window([-1.0] * 7 + [1.0]), {"reward_baseline": "batch_mean"}),
         (window(HALF, value=0.45), {"soft_value": "optimal", "num_iterations": 2}),  # within two standard errors
-        (window(HALF, updates=1000), {"soft_value": "zero", "num_iterations": 2, "soft_value_offset": True}),
+        (
+            window(HALF, value=0.0, updates=1000),
+            {"soft_value": "optimal", "num_iterations": 2, "soft_value_offset": True},
+        ),
+        (window(HALF), {"soft_value": "zero", "num_iterations": 2}),  # who chooses it means it
         (window(HALF, size=134_515_008), {"learning_rate": 1e-3, "optim": "sgd"}),
         (window(HALF, cut=range(8)), {}),  # cut completions may be right
         (window([1.0]), {}),  # one trajectory differs from no other

@@ -171,11 +171,11 @@ def _of_soft_value(window: FirstWindow, args: TBRMOptions) -> Iterator[str]:
 def _of_constant(window: FirstWindow, args: TBRMOptions) -> Iterator[str]:
     """β V* is at least E_ref R. A constant that is nats below it moves the target on data of another policy."""
     others = args.num_iterations > 1 or drawn_ahead(args) or not all(row.drawn for row in window.rows)
-    if args.soft_value not in ("zero", "optimal", "model") or args.soft_value_offset or not others:
+    if args.soft_value not in ("optimal", "model") or args.soft_value_offset or not others:
         return
     own = [row for row in window.rows if row.drawn and row.counted]
     earned = np.array([row.reward - row.baseline for row in own])  # (n,)
-    value = np.zeros(len(own)) if args.soft_value == "zero" else np.array([row.value for row in own])  # (n,)
+    value = np.array([row.value for row in own])  # (n,)
     if len(own) < 2:
         return
     below, error = (earned - value).mean(), (earned - value).std(ddof=1) / math.sqrt(len(own))
