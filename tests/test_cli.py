@@ -219,7 +219,7 @@ ALMOST = ("train", "--model_name_or_path", "m", "--use_cpu", "true", "--bf16", "
         (["--eval_benchmarks", "NOTES.jsonl", "--eval_strategy", "steps", "--eval_steps", "1"], "Call the one of the"),
         (["--answer_column", "absent"], "There is no column 'absent'. Columns: "),
         (["--dataset_name", "none"], "none cannot be loaded from the Hub ("),
-        (["--dataset_name", "none.csv"], "'none.csv' is no .json, .jsonl, .parquet or .csv file."),
+        (["--dataset_name", "none.csv"], "There is no file 'none.csv'."),
         (["--dataset_name", "EMPTY.jsonl"], "EMPTY.jsonl cannot be read (it is empty)."),
         (["--dataset_name", "CUT.jsonl"], "CUT.jsonl cannot be read (JSON parse error"),
         (["--dataset_name", "NOTES.jsonl"], "no column holds answers that can be read. Columns: prompt, note."),

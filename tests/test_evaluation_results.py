@@ -508,8 +508,8 @@ def test_a_task_of_reasoning_gym():
         ("math-50", "Did you mean math500"),
         ("gym:chain_summ", "gym:chain_summ: "),
         ("gym:chain_sum(size)", "is written as gym:chain_sum"),
-        ("aime24=none.parquet", "is no .json, .jsonl, .parquet or .csv file"),
-        ("none.jsonl", "is no .json, .jsonl, .parquet or .csv file"),
+        ("aime24=none.parquet", "There is no file 'none.parquet'"),
+        ("none.jsonl", "There is no file 'none.jsonl'"),
     ],
 )
 def test_what_is_no_benchmark(name, said):

@@ -422,3 +422,12 @@ def test_previous_policy_is_the_reference(llama, tmp_path):
     ratios = logged(trainer, "log_ratio")
     assert max(map(abs, (ratios[0], ratios[2]))) < 1e-5 and min(map(abs, (ratios[1], ratios[3]))) > 1e-4
     assert logged(trainer, "soft_value")[2] == pytest.approx(0, abs=1e-5)
+
+
+def test_verdicts_as_rewards(llama, tmp_path):
+    """True and False are 1 and 0, also for what the run says of its first window."""
+    rows = [{"prompt": "a", "completion": word, "reward": word == "b"} for word in ("b", "c")] * 8
+    trainer = build(llama, tmp_path, None, Dataset.from_list(rows))
+    windows = kept_returns(trainer, "_new_window")
+    trainer.train()
+    assert {type(one.reward) for window in windows for one in window} == {float}

@@ -70,7 +70,7 @@ def test_numbers_and_lists_of_a_recipe(tmp_path):
     path.write_text(
         "dataset_name: d\noutput_dir: o\nuse_cpu: true\nreward_weights: [1e-1, 2]\nreward_funcs: {math: 1, format: 0.5}"
         "\nlr_scheduler_type: cosine_with_min_lr\nlr_scheduler_kwargs: {min_lr: 1e-6, name: a1e}\nlearning_rate: 1e-6"
-        "\nbeta: 1\nreport_to: none\nreward_on_error: -1\nlora_target_modules: all-linear\noptim: sgd\n"
+        "\nbeta: 1\nreport_to: none\nreward_on_error: -1\nlora_target_modules: all-linear\nuse_peft: true\noptim: sgd\n"
     )
     data, config, model = train.parse(["--config", str(path)])
     assert config.reward_weights == [0.1, 2] and data.reward_funcs == {"math": 1, "format": 0.5}
@@ -98,6 +98,23 @@ def test_the_command_line_overrides_a_recipes_launcher_options(first, tmp_path):
     )
     words = sorted_words(train.parser(), recipe + line if first else line + recipe, train.launcher_options())
     assert sorted(words.launcher) == sorted(["--num_processes", "4", "--accelerate_config", "zero2"])
+
+
+def test_a_field_that_stands_twice(tmp_path, capsys):
+    path = tmp_path / "recipe.yaml"
+    path.write_text("beta: 0.02\nlearning_rate: 1e-5\nbeta: 0.2\n")
+    with pytest.raises(SystemExit):
+        main(["train", "--config", str(path), "--dataset_name", "d"])
+    assert f"{path}: beta is given twice" in capsys.readouterr().err
+
+
+def test_options_of_an_adapter_that_nothing_asks_for(capsys):
+    words = ["--dataset_name", "d", "--output_dir", "o", "--use_cpu", "true", "--lora_r", "8"]
+    with pytest.raises(SystemExit):
+        main(["train", *words])
+    assert "--lora_r without --use_peft" in capsys.readouterr().err
+    for said in ("true", "false"):  # a recipe's adapter may be switched off
+        assert train.parse([*words, "--use_peft", said])[2].use_peft == (said == "true")
 
 
 def test_one_recipe(capsys):

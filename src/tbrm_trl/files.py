@@ -207,8 +207,10 @@ ROW_FILES = {".json": "json", ".jsonl": "json", ".parquet": "parquet", ".csv": "
 def rows_of_file(path: str | Path) -> Dataset:
     """Load the rows of a file. Raises a one-line ValueError if the file cannot be read."""
     kind = ROW_FILES.get(Path(path).suffix)
-    if kind is None or not Path(path).is_file():
+    if kind is None:
         raise ValueError(f"{str(path)!r} is no {', '.join(list(ROW_FILES)[:-1])} or {list(ROW_FILES)[-1]} file.")
+    if not Path(path).is_file():
+        raise ValueError(f"There is no file {str(path)!r}.")
     try:
         if not Path(path).stat().st_size:
             raise ValueError("it is empty")

@@ -209,14 +209,15 @@ def _check_config(
         return ["--config takes one YAML file."]
     (path,) = values
     try:
-        content = yaml.safe_load(Path(path).read_text())
+        text = Path(path).read_text()
+        content, twice = yaml.safe_load(text), _given_twice(text)
     except (OSError, UnicodeDecodeError) as error:
         return [f"--config {path} cannot be read ({getattr(error, 'strerror', None) or error})."]
     except yaml.YAMLError as error:
         return [f"--config {path} is not YAML ({error})."]
     if not isinstance(content, dict):
         return [f"--config {path} must hold fields, `name: value`."]
-    problems = []
+    problems = [f"{path}: {name} is given twice. Leave one of the two out." for name in twice]
     for name, value in content.items():
         said = f"{path}: {name}"
         if name in parser.fields:
@@ -233,6 +234,13 @@ def _check_config(
         elif name != "env":
             problems.append(f"{path}: there is no field {name}.{_meant(str(name), parser.fields)}")
     return problems
+
+
+def _given_twice(text: str) -> list[str]:
+    """The fields that a YAML text has more than once. PyYAML takes the last of them."""
+    mapping = yaml.compose(text, yaml.SafeLoader)
+    names = [key.value for key, _ in mapping.value] if isinstance(mapping, yaml.MappingNode) else []
+    return [str(name) for name in dict.fromkeys(names) if names.count(name) > 1]
 
 
 def _check_type(name: str, declared: Any, given: Any, read: Any) -> list[str]:

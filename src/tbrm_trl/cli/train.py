@@ -14,7 +14,7 @@ import argparse
 import os
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import MappingProxyType
@@ -182,8 +182,18 @@ def parser() -> Parser:
 def parse(arguments: list[str]) -> tuple[DataArguments, TBRMConfig, ModelConfig]:
     """Parse a command line and its recipe, without launcher options. Raises `Refused`."""
     reader = parser()
-    data, config, model = reader.parse(sorted_words(reader, arguments))
+    words = sorted_words(reader, arguments)
+    require_peft(words.given)
+    data, config, model = reader.parse(words)
     return data, config, model
+
+
+def require_peft(given: Collection[str]) -> None:
+    """Refuse an adapter's options if nothing says whether an adapter is trained: TRL would train the full model."""
+    adapters = [f"--{name}" for name in sorted(given) if name.startswith("lora_") or name in ("use_rslora", "use_dora")]
+    if adapters and "use_peft" not in given:
+        chosen = "say --use_peft true to train an adapter, or false to train all weights"
+        raise Refused([f"{', '.join(adapters)} without --use_peft: {chosen}."])
 
 
 class DryRun(TBRMTrainer):
@@ -271,6 +281,7 @@ def main(arguments: list[str] | None = None) -> None:
     try:
         reader = parser()
         words = sorted_words(reader, given, launcher_options())
+        require_peft(words.given)
         launched = any(name in os.environ for name in (LAUNCHED, "LOCAL_RANK", "ACCELERATE_MIXED_PRECISION"))
         if not launched and (words.launcher or torch.cuda.device_count() > 1):
             launch(words)

@@ -387,6 +387,8 @@ def logged_trajectory(row: Mapping[str, Any]) -> Trajectory:
     prompt = np.asarray(row["prompt_ids"], dtype=np.int64).tobytes()
     origin = {"source": Source.LOGGED.value, "group": xxhash.xxh3_64_intdigest(prompt) >> 1}
     own = {name: row.get(name) for name in OWN_COLUMNS}
+    if own["reward"] is not None:
+        own["reward"] = float(own["reward"])  # a verdict may be true or false
     if own["ref_key"] is None and own["ref_log_probs"] is not None:
         own["ref_key"] = f"{PREVIOUS}unknown"  # the user's scores: of the policy that produced the trajectory
     return from_row({**own, **origin})
