@@ -475,7 +475,7 @@ class Interrupt(TrainerCallback):
 
 @pytest.mark.launch
 @pytest.mark.parametrize("changed", ["rewards", "max_completion_length", "beta"])
-def test_what_was_drawn_ahead_under_other_rewards_or_options_is_drawn_again(changed, llama, server, tmp_path, caplog):
+def test_what_was_drawn_ahead_under_other_rewards_or_options_is_drawn_again(changed, llama, server, tmp_path):
     """A function of the same name with other code, too. A changed β is applied to the rows as they are."""
 
     def paying(reward: float):

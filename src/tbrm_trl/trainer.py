@@ -51,7 +51,6 @@ from trl.trainer.utils import (
 )
 
 from .actor.child import ActorProcess
-from .actor.ledger import UNFINISHED
 from .actor.plan import OF_A_ROW, OPTIONS, Plan
 from .batch import Batch, MicrobatchSize, TrajectoryScores, chunks, collate, float_tensor, random_order
 from .checks.advice import (
@@ -469,7 +468,7 @@ class TBRMTrainer(ExactResume, GRPOTrainer):
         """Drop the rollouts that this run's actor drew ahead under other rewards or options. They are drawn again."""
         if self._actor is None:
             return
-        before, now = read_mark(Path(checkpoint)).get("settings", {}), plain(self.run_settings())
+        before, now = read_mark(Path(checkpoint)).get("settings", {}), plain(self._described["settings"])
         decisive = ("reward functions", *(name for name in self.rollout_settings if name != "rewards"), *OF_A_ROW)
         changed = [name for name in decisive if name in before and name in now and before[name] != now[name]]
         windows, unfinished = folder.untaken(), self._actor.unfinished
@@ -486,7 +485,7 @@ class TBRMTrainer(ExactResume, GRPOTrainer):
             logger.warning(
                 ahead + "are trained on as they are. To have them drawn anew, stop the run and the actor, remove the "
                 f"windows from {windows[0].name if windows else 'the next one'} on and "
-                f"{self._actor.log.parent / UNFINISHED}, and start both again."
+                f"{self._actor.unfinished_folder}, and start both again."
             )
 
     def _make_actor(self, policy: PreTrainedModel, functions: Mapping[str, Any]) -> ActorProcess | None:

@@ -45,6 +45,7 @@ class ActorProcess(TrainerCallback):
     def __init__(self, output_dir: Path, records: Path, plan: Callable[[int, int], Plan], starts: bool):
         self.output_dir, self.records, self.plan, self.starts = output_dir, records, plan, starts
         self.log = output_dir / FOLDER / LOG
+        self.unfinished_folder = output_dir / FOLDER / UNFINISHED
         self.restarts = 0
         self._waited = 0.0
         self._process: subprocess.Popen[bytes] | None = None
@@ -84,7 +85,7 @@ class ActorProcess(TrainerCallback):
     @property
     def unfinished(self) -> list[Path]:
         """The files of windows of which some rows are drawn."""
-        return [*(self.log.parent / UNFINISHED).glob("*.jsonl")]
+        return [*self.unfinished_folder.glob("*.jsonl")]
 
     def drop(self, windows: Iterable[Path]) -> None:
         """Remove the rollouts drawn ahead: the files of these windows, and every unfinished window."""

@@ -247,9 +247,8 @@ def _check_type(name: str, declared: Any, given: Any, read: Any) -> list[str]:
     """The problem of a YAML value that is not of its field's type. Whole texts are argparse's to read."""
     if isinstance(given, str) or fits(read, declared):
         return []
-    quote = (
-        " YAML reads yes, no, on and off as true or false: put the word in quotes." if given in (True, False) else ""
-    )
+    unquoted = isinstance(given, bool)
+    quote = " YAML reads yes, no, on and off as true or false: put the word in quotes." if unquoted else ""
     return [f"{name} takes {in_words(declared, none='null')}, not {given!r}.{quote}"]
 
 

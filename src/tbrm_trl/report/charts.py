@@ -135,19 +135,14 @@ def _chart(title: str, text: str, unit: str, steps: Sequence[int], lines: Mappin
             "text": text,
             "unit": unit,
             "entries_per_point": per_point,
-            "steps": [int(kept[last]) for last in _last_of_points(len(kept), per_point)],
+            "steps": kept[(len(kept) - 1) % per_point :: per_point].tolist(),
             "lines": {name: plain(_thinned(values, per_point)) for name, values in columns.items()},
         }
     ]
 
 
-def _last_of_points(entries: int, per_point: int) -> range:
-    """The last entry of each point. The first point may have fewer entries than the others; the last is whole."""
-    return range((entries - 1) % per_point, entries, per_point)
-
-
 def _thinned(values: np.ndarray, per_point: int) -> np.ndarray:
-    """Means over every `per_point` values, and over what is left at the start."""
+    """Means over every `per_point` values. The first may be over fewer, so that the last is over the last values."""
     if per_point == 1:
         return values
     missing = -len(values) % per_point
