@@ -227,6 +227,10 @@ def test_2_4_in_a_stream_and_in_a_later_evaluation(folder, tmp_path):
     [
         (None, "Row 1 of the training set: it has no `prompt`"),
         ([], "Row 1 of the training set: `prompt` has no message"),
+        (
+            [{"role": "user", "content": None, "text": "a"}],
+            "Row 1 of the training set: message 0 of `prompt` has no `content`. It has `role`, `text`: rename",
+        ),
     ],
 )
 def test_2_4_prompts_that_are_not_there(prompt, message, tmp_path):

@@ -247,11 +247,13 @@ def _problems_of_prompts(dataset: Dataset, needed: np.ndarray, rendered: np.ndar
             continue
         if pa.types.is_list(column.type) and pa.types.is_struct(column.type.value_type):  # most are cleared at once
             fields = [column.type.value_type.field(i).name for i in range(column.type.value_type.num_fields)]
-            if "role" in fields:
-                last = column.offsets.to_numpy()[1:] - 1
-                filled = np.diff(column.offsets.to_numpy()) > 0
-                roles = np.array(column.values.field("role").to_pylist() or [None], dtype=object)
-                suspects &= ~filled | np.isin(roles[np.where(filled, last, 0)].astype(str), ("assistant", "None"))
+            if {"role", "content"} <= set(fields):
+                begin, end = (offsets := column.offsets.to_numpy())[:-1], offsets[1:]
+                roles, contents = (column.values.field(name) for name in ("role", "content"))
+                lacking = pc.or_(roles.is_null(), contents.is_null()).to_numpy(zero_copy_only=False)
+                before = np.concatenate([[0], np.cumsum(lacking)])  # such messages before each message of the column
+                ends = np.array(roles.to_pylist() or [None], dtype=object)[np.where(end > begin, end - 1, 0)]
+                suspects &= (begin == end) | (before[end] > before[begin]) | (ends == "assistant")
         for place in np.flatnonzero(suspects).tolist():
             prompt = rows[first + place]["prompt"]
             kind = kind or type(prompt)
@@ -325,6 +327,11 @@ def _problem_of_messages(value: Any, name: str) -> str | None:
                 f"message {place} of `{name}` is {str(message)[:60]!r}. A message is a dictionary with a `role` and a "
                 "`content`."
             )
+        # A chat template writes it as an empty message, so that the mistake would not show. An assistant may only think
+        # or call tools.
+        if message.get("content") is None and message["role"] != "assistant":
+            keys = ", ".join(f"`{key}`" for key, given in message.items() if given is not None)
+            return f"message {place} of `{name}` has no `content`. It has {keys}: rename the key, or drop the row."
     return None
 
 
