@@ -327,6 +327,20 @@ def test_a_worker_that_cannot_start_says_why():
         judge.verdicts(["1+1="], ["2"], [[1]], [0])
 
 
+@pytest.mark.parametrize(
+    ("reward", "columns", "message"),
+    [
+        ("helpers.reward_functions.weighted_column", {}, "'weighted_column' needs 'weight', but the benchmark sums "),
+        ("helpers.reward_functions.of_completions_alone", {"solution": ["2"]}, "does not take 'prompts', .*'solution'"),
+        ("length(limit=8)", {"completions": ["2"]}, "column 'completions' of the benchmark sums has the name of"),
+        ("reasoning_gym", {}, "needs 'gym', but the benchmark sums has no such column"),
+    ],
+)
+def test_a_judge_that_cannot_be_called_is_refused_before_anything_is_drawn(reward, columns, message):
+    with pytest.raises(ValueError, match=message):
+        Judge(Benchmark("sums", ["1+1="], columns, reward))
+
+
 @pytest.mark.parametrize("text", ["10^{5000}", "1e5000", "1e-5000", "-1e5000"])
 def test_numbers_that_python_does_not_write_out(text, judge):
     """With 5000 digits, or beyond a float's range: the answer is the given text, and not 0."""

@@ -277,7 +277,8 @@ def run(arguments: EvaluationArguments, model: ModelConfig) -> None:
     policy = policy_of(a, model)
     for benchmark, settings, _ in planned:
         check_length(policy, benchmark, settings)
-    if a.prompt_template is None:
+    asks_in_text = any(isinstance(prompt, str) for benchmark, _, _ in planned for prompt in benchmark.prompts)
+    if a.prompt_template is None and asks_in_text:
         print(f"System prompt: {a.system_prompt!r}")
     for benchmark, settings, judge in planned:
         name = name_of(benchmark.name, settings.samples, settings.sampling.temperature)

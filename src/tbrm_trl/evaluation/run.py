@@ -18,6 +18,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from ..files import first_line, plain, plain_value, source_of
 from ..rewards import NAMES, InWorkers, RewardError, gym, reading, reward_function, with_arguments
+from ..rewards.arguments import check_arguments, check_columns
 from ..rewards.notation import normal, squeezed
 from ..rewards.quantities import number
 from . import sampling
@@ -26,6 +27,7 @@ from .results import Result, Row, append, open_result
 from .sampling import Completion, Request, Sampling, prompt_ids_of, rendered, seed_of
 
 AT_ONCE = 64  # completions judged and written together
+_GIVEN = ("prompts", "completions", "completion_ids")  # arguments of every reward, besides the benchmark's columns
 # For each reward, the package that computes its verdicts and the extra that installs it.
 VERIFIERS = {"math": ("math-verify", "math"), "reasoning_gym": ("reasoning-gym", "gym")}
 
@@ -210,12 +212,16 @@ class Judge:
         time_limit: seconds that a reward in workers may take for one completion.
 
     Raises:
-        ValueError: in one line, if the reward does not exist or needs a package that is not installed.
+        ValueError: in one line, if the reward does not exist, needs a package that is not installed, or cannot be
+            called with the benchmark's columns.
     """
 
     def __init__(self, benchmark: Benchmark, time_limit: float = 5.0) -> None:
         self.benchmark = benchmark
         self.reward = reward_function(benchmark.reward, time_limit=time_limit)
+        title = f"the benchmark {benchmark.name}"
+        check_columns(title, benchmark.columns, _GIVEN)
+        check_arguments(self.reward, title, benchmark.columns, _GIVEN)
         self.identity = _identity(benchmark.reward, self.reward)
 
     def rows(
