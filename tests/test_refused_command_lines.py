@@ -110,9 +110,10 @@ def test_a_field_that_stands_twice(tmp_path, capsys):
 
 def test_options_of_an_adapter_that_nothing_asks_for(capsys):
     words = ["--dataset_name", "d", "--output_dir", "o", "--use_cpu", "true", "--lora_r", "8"]
-    with pytest.raises(SystemExit):
-        main(["train", *words])
-    assert "--lora_r without --use_peft" in capsys.readouterr().err
+    for command in ("train", "estimate"):
+        with pytest.raises(SystemExit):
+            main([command, *words])
+        assert f"tbrm {command}: --lora_r without --use_peft" in capsys.readouterr().err
     for said in ("true", "false"):  # a recipe's adapter may be switched off
         assert train.parse([*words, "--use_peft", said])[2].use_peft == (said == "true")
 

@@ -14,7 +14,7 @@ import argparse
 import os
 import subprocess
 import sys
-from collections.abc import Collection, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import MappingProxyType
@@ -51,6 +51,7 @@ from tbrm_trl.sources.logged import logged_rows, rewarded_rows  # noqa: E402
 from .parsing import Parser, Refused, Words, leave, quantization_of, sorted_words, with_line_breaks  # noqa: E402
 
 PROG = "tbrm train"
+ADAPTERS = ("use_rslora", "use_dora")  # options of adapters, besides lora_*
 LAUNCHED = "TBRM_LAUNCHED"  # set in the processes that the launcher starts
 
 
@@ -182,18 +183,32 @@ def parser() -> Parser:
 def parse(arguments: list[str]) -> tuple[DataArguments, TBRMConfig, ModelConfig]:
     """Parse a command line and its recipe, without launcher options. Raises `Refused`."""
     reader = parser()
-    words = sorted_words(reader, arguments)
-    require_peft(words.given)
+    words = words_of(reader, arguments)
     data, config, model = reader.parse(words)
     return data, config, model
 
 
-def require_peft(given: Collection[str]) -> None:
-    """Refuse an adapter's options if nothing says whether an adapter is trained: TRL would train the full model."""
-    adapters = [f"--{name}" for name in sorted(given) if name.startswith("lora_") or name in ("use_rslora", "use_dora")]
-    if adapters and "use_peft" not in given:
+def words_of(
+    reader: Parser, arguments: Sequence[str], launcher: Mapping[str, argparse.Action] = MappingProxyType({})
+) -> Words:
+    """The words of a training's command, sorted by which program reads them.
+
+    Args:
+        reader: the command's parser.
+        arguments: the command's arguments.
+        launcher: accelerate's options, if they may stand among them.
+
+    Raises:
+        Refused: for words that nothing reads, and for an adapter's options if nothing says whether an adapter is
+            trained: TRL would train the full model.
+    """
+    words = sorted_words(reader, arguments, launcher)
+    of_adapters = (name for name in sorted(words.given) if name.startswith("lora_") or name in ADAPTERS)
+    adapters = [f"--{name}" for name in of_adapters]
+    if adapters and "use_peft" not in words.given:
         chosen = "say --use_peft true to train an adapter, or false to train all weights"
         raise Refused([f"{', '.join(adapters)} without --use_peft: {chosen}."])
+    return words
 
 
 class DryRun(TBRMTrainer):
@@ -280,8 +295,7 @@ def main(arguments: list[str] | None = None) -> None:
     given = sys.argv[1:] if arguments is None else arguments
     try:
         reader = parser()
-        words = sorted_words(reader, given, launcher_options())
-        require_peft(words.given)
+        words = words_of(reader, given, launcher_options())
         launched = any(name in os.environ for name in (LAUNCHED, "LOCAL_RANK", "ACCELERATE_MIXED_PRECISION"))
         if not launched and (words.launcher or torch.cuda.device_count() > 1):
             launch(words)
