@@ -221,7 +221,7 @@ def check_quantization(model: Any, peft_config: Any, quantization_config: Any, a
     if peft_config is None and (isinstance(model, str) or not is_peft_model(model)):
         raise ValueError(
             f"`{name}` without an adapter is refused: quantized weights cannot be trained. Pass "
-            "`peft_config=LoraConfig(lora_dropout=0.0)` (examples/train.py: --use_peft true), or do not quantize."
+            "`peft_config=LoraConfig(lora_dropout=0.0)` (tbrm train: --use_peft true), or do not quantize."
         )
     if args.use_vllm and args.vllm_mode != "server":
         raise ValueError(
