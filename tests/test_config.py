@@ -96,7 +96,7 @@ AT_ONCE = {
     "epsilon": (0.3, "`epsilon=0.3` has no meaning for TBRM: .*Leave it at 0.2"),
     "loss_type": ("grpo", "`loss_type='grpo'` has no meaning for TBRM: .*Leave it at 'dapo'"),
     "disable_dropout": (False, "`disable_dropout=False` is refused.*Leave it at True"),
-    "beta": (0.0, "`beta=0.0` is refused.*The paper uses 0.002"),
+    "beta": (0.0, "`beta=0.0` is refused.*Use about 0.02"),
     "truncated_reward": (0.5, "`truncated_reward=0.5` has no effect with `truncation='terminal'`"),
     "sft_threshold": (0.5, "`sft_threshold=0.5` has no effect without `sft_coef`. Set that too"),
     "token_fraction": (2.0, r"`token_fraction=2.0` must lie in \(0, 1\]"),
@@ -206,8 +206,8 @@ def test_command_line():
         ({"replay_buffer_size": 16, "num_iterations": 2, "replay_max_age": 0}, "at least 1 update"),
         ({"replay_buffer_size": 16, "num_iterations": 2, "replay_sampling": "recent"}, "one of uniform, prioritized"),
         (
-            {"replay_buffer_size": 16, "num_iterations": 2, "replay_priority_exponent": 1.5},
-            "must lie between 0 and 1",
+            {"replay_buffer_size": 16, "num_iterations": 2, "replay_priority_exponent": 0.9},
+            '`replay_priority_exponent=0.9` has no effect without `replay_sampling="prioritized"`',
         ),
         ({"replay_max_age": 3}, "needs a buffer: set `replay_buffer_size`"),
         ({"replay_sampling": "prioritized"}, "needs a buffer: set `replay_buffer_size`"),
@@ -216,6 +216,7 @@ def test_command_line():
         ({"precompute_ref_log_probs": True, "sync_ref_model": True}, "would go stale at the first sync"),
         ({"sync_ref_model": True, "ref_model_mixup_alpha": 1.5}, r"must lie in \(0, 1\]"),
         ({"sync_ref_model": True, "ref_model_sync_steps": 0}, "must be at least 1"),
+        ({"ref_model_mixup_alpha": 1.0}, "`ref_model_mixup_alpha=1.0` has no effect without `sync_ref_model=True`"),
     ],
 )
 def test_bad_replay_and_references_say_what_to_change(options, message):

@@ -59,6 +59,15 @@ def test_every_option_of_ours_is_documented_with_its_default():
     assert {name: eval(default) for name, default in defaults.items()} == own
 
 
+def test_defaults_of_trl_that_are_named(tmp_path):
+    text = (ROOT / "docs/configuration.md").read_text()
+    paragraph = next(part for part in text.split("\n\n") if part.startswith("TRL's own defaults"))
+    named = {name: eval(value) for name, value in re.findall(r"`(\w+)=([\w.]+)`", paragraph)}
+    config = TBRMConfig(str(tmp_path), use_cpu=True)
+    assert len(named) >= 7
+    assert named == {name: getattr(config, name) for name in named}
+
+
 def test_help_says_what_the_docstring_says():
     """The comparison ignores whitespace, since argparse breaks lines."""
     shown = "".join(TrlParser((TBRMConfig,)).format_help().split())

@@ -491,7 +491,7 @@ def test_a_file_of_ones_own(tmp_path):
     mine = load_benchmark(str(file))
     assert (mine.name, mine.prompts, mine.columns["solution"]) == ("mine", ["6·7?"], ["42"])
     own = load_benchmark(str(file), reward="my.reward")
-    assert own.reward == "my.reward" and own.columns == {"answer": ["42"], "note": ["n"]}
+    assert own.reward == "my.reward" and own.columns == {"question": ["6·7?"], "answer": ["42"], "note": ["n"]}
     assert own.digest != mine.digest
     file.write_text('{"question": "6·7?", "note": "n"}\n')
     with pytest.raises(ValueError, match=r"no column holds answers.*Columns: question, note"):
@@ -537,6 +537,14 @@ def test_rows_without_a_question(question):
     rows = [{"question": "1+1=", "answer": "2"}, {"question": question, "answer": "3"}]
     with pytest.raises(ValueError, match=r"mine: row 1 has no `question`. Drop the row"):
         benchmarks.of_rows("mine", rows)
+
+
+def test_a_reward_gets_the_columns_that_it_gets_in_training():
+    rows = [{"question": "1+1=", "answer": "2", "weight": 0.5}]
+    mine = benchmarks.of_rows("mine", rows, reward="helpers.reward_functions.weighted_column")
+    assert mine.columns == {"question": ["1+1="], "answer": ["2"], "weight": [0.5]}
+    by_math = benchmarks.of_rows("mine", [{"prompt": "1+1=", "answer": "2"}])
+    assert by_math.columns == {"answer": ["2"], "solution": ["2"]}
 
 
 def test_the_papers_protocol():

@@ -110,6 +110,10 @@ def test_staleness_is_logged_and_kl_is_of_the_present_policy(llama, tmp_path):
         counted[1] += any(mixed)
     assert 0 < counted[0] < 8 and counted[1]
     assert logged(run(llama, tmp_path / "none"), "staleness/mean") == []
+    largest = logged(trainer, "staleness/max")
+    assert largest[0] != max(largest)
+    rarely = run(llama, tmp_path / "rarely", rollout_pool=9, logging_steps=8)
+    assert logged(rarely, "staleness/max") == [max(largest)]  # and no mean of maxima
 
 
 def test_a_checkpoint_of_another_pool_is_another_run(llama, tmp_path):

@@ -113,14 +113,15 @@ class TBRMOptions(GRPOConfig):
         soft_value_offset (`bool`, *optional*, defaults to `False`):
             Add a trained constant to V. It is the same for all states and starts at 0. The squared residual trains it,
             at `soft_value_learning_rate`. It changes no logit. It cannot be combined with `"group"`, whose residuals
-            sum to 0, or with `"learned"`, which has such a constant.
+            sum to 0, with `"learned"`, which has such a constant, with `residual="token"` or with `fp16`.
         soft_value_learning_rate (`float`, *optional*, defaults to `0.01`):
             Learning rate of the trained part of V outside the policy: the head of the estimator `"learned"`, or the
             constant of `soft_value_offset`. It stays constant and is in reward units: one Adam update moves the
             constant by about this much at most, and the head's value by about twice as much.
         soft_value_half_life (`float`, *optional*, defaults to `0.06`):
             The estimator `"tracked"` halves a prompt's counts when the policy has moved by this KL, in nats per token,
-            since the prompt's last window. It keeps at least 0.875 of the counts from one window to the next.
+            since the prompt's last window. It keeps at least 0.875 of the counts from one window to the next, or
+            `soft_value_kept` if that is less. A new prompt starts from the mean of all prompts, counted as one reward.
         soft_value_kept (`float`, *optional*, defaults to `0.96`):
             The estimator `"tracked"` keeps at most this share of a prompt's counts from one window to the next. With a
             smaller share, V follows the policy sooner and is noisier.
@@ -139,8 +140,8 @@ class TBRMOptions(GRPOConfig):
         length_normalized (`bool`, *optional*, defaults to `False`):
             Divide a trajectory's log-ratio by the number of its actions, as FlowRL does (arXiv 2509.15207, with
             `soft_value="learned"`). β is then in reward units per nat and token, and the target differs: see
-            `docs/theory.md`. Only the estimators with a free V allow it: `"policy"`, `"calibrated"`, `"learned"`,
-            `"group"`.
+            `docs/theory.md`. Only the estimators `"policy"`, `"calibrated"`, `"learned"` and `"group"` allow it.
+            It cannot be combined with `residual="token"`, `token_fraction` or `truncation="bootstrap"`.
         truncation (`"terminal"`, `"mask"` or `"bootstrap"`, *optional*, defaults to `"terminal"`):
             How to treat a completion that was cut at the length limit. `"terminal"` treats the cut as any other end,
             with the completion's reward. `"mask"` leaves the completion out of the loss. `"bootstrap"` subtracts the
@@ -176,7 +177,8 @@ class TBRMOptions(GRPOConfig):
         token_fraction (`float`, *optional*, defaults to `1.0`):
             Share of the tokens that the backward pass covers. They are drawn at random and weighted so that the
             gradient is right on average (after arXiv 2504.20834). A share below 1 costs a second forward pass without
-            gradient. It cannot be combined with `residual="token"`, `sft_coef` or `entropy_advantage_coef`.
+            gradient. It cannot be combined with `residual="token"`, `sft_coef`, `entropy_advantage_coef` or
+            `length_normalized`.
         token_selection (`"scatter"` or `"cut"`, *optional*, defaults to `"scatter"`):
             How the tokens of `token_fraction` are drawn. `"scatter"` takes a random subset. `"cut"` takes all tokens
             before a random cut and keeps no activation after it; it cannot be combined with `truncation="bootstrap"`.
@@ -240,9 +242,10 @@ class TBRMOptions(GRPOConfig):
             missing.
         max_staleness (`int`, *optional*, defaults to `4`):
             Largest number of updates between the first token of a trajectory and the update that takes it for the first
-            time. The actor starts no trajectory that might exceed it. 0 lets the actor draw only the present window.
+            time. The actor starts no trajectory that might exceed it. 0 lets the actor draw only the present window. If
+            a window has S fresh updates, it must be at least S − 1, which its last update needs.
             Another program that writes rollouts must keep the bound itself. The metric `staleness/max` reports the
-            largest value that occurred.
+            largest value since the last log.
         async_server (`str` or `None`, *optional*):
             Address of the OpenAI-compatible server that the actor draws from, such as `http://localhost:8000`.
         publish_policy (`bool` or `None`, *optional*):
@@ -272,12 +275,12 @@ class TBRMOptions(GRPOConfig):
             Seconds that one call of a reward function, with a batch of completions, may take. None waits for ever. With
             a limit, a synchronous function runs in a thread, and a late call is left behind in that thread.
             `tbrm_trl.rewards.InWorkers` runs the function in processes that can be ended, with a limit for each
-            completion.
+            completion. A reward model has no limit.
         reward_on_error (`str` or `float`, *optional*, defaults to `"raise"`):
             How to treat the completions of a reward call that raised or was late. `"raise"` ends the run, on every
             process alike. `"skip"` leaves them out of the loss, whatever other functions say of them, and a number
             gives them that reward. Both are counted as `rewards/<function>/raised` and `/late`. A function that returns
-            anything but rewards always ends the run.
+            anything but rewards always ends the run, and so does an error in a reward model.
 
         max_skipped_updates (`int`, *optional*, defaults to `3`):
             Number of skipped updates in a row after which training stops with an error. An update with a loss or a

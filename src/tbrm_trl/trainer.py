@@ -1522,6 +1522,9 @@ class TBRMTrainer(ExactResume, GRPOTrainer):
         else:
             self._metrics["train"].update({name: [mean] for name, mean in self._recorder.means("train").items()})
             self._metrics["train"]["skipped_updates"] = [self._skipped.total]
+            for name in ("staleness/max", "replay/age_max"):  # TRL would log the mean of the updates' maxima
+                if maxima := self._metrics["train"].get(name):
+                    self._metrics["train"][name] = [max(maxima)]
             if self._offset is not None:
                 self._metrics["train"]["soft_value_offset"] = [self._offset.bias.item()]
             if "loss" in logs:

@@ -80,8 +80,8 @@ def check_meaning(args: TBRMOptions) -> Iterator[str]:
 def check_residual_options(args: TBRMOptions) -> Iterator[str]:
     if not 0 < args.beta < math.inf:
         yield (
-            f"`beta={args.beta}` is refused: the residual V + log-ratio − R/β divides by it. The paper uses 0.002 "
-            "near 2,000 to 5,000 tokens; use about 0.02 for responses of some hundred tokens."
+            f"`beta={args.beta}` is refused: the residual V + log-ratio − R/β divides by it. Use about 0.02 for "
+            "responses of some hundred tokens and 0.002 near 5,000, times the range of the rewards."
         )
     if not 0 <= args.learning_rate < math.inf:
         yield f"`learning_rate={args.learning_rate}` must be 0 or positive, and finite."
@@ -385,6 +385,9 @@ def check_stop(args: TBRMOptions) -> Iterator[str]:
 
 def check_reference(args: TBRMOptions) -> Iterator[str]:
     if not args.sync_ref_model:
+        for name in ("ref_model_mixup_alpha", "ref_model_sync_steps"):
+            if not args.is_default(name):
+                yield f"`{name}={getattr(args, name)!r}` has no effect without `sync_ref_model=True`. Set that too."
         return
     if args.reference == "previous":
         yield (
@@ -557,5 +560,9 @@ def check_replay(args: TBRMOptions, update_group_size: int) -> Iterator[str]:
     if args.replay_max_age is not None and args.replay_max_age < 1:
         yield (f"`replay_max_age={args.replay_max_age}` must be at least 1 update.")
     for name in ("replay_priority_exponent", "replay_priority_correction"):
+        if args.replay_sampling == "uniform" and not args.is_default(name):
+            yield (
+                f'`{name}={getattr(args, name)!r}` has no effect without `replay_sampling="prioritized"`. Set that too.'
+            )
         if not 0 <= getattr(args, name) <= 1:
             yield (f"`{name}={getattr(args, name)}` must lie between 0 and 1.")

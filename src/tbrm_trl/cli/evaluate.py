@@ -67,7 +67,7 @@ class EvaluationArguments:
     samples: int | None = field(
         default=None,
         metadata={"help": "Completions of each problem, n of avg@n. By default 32 on AIME and AMC, 4 on the other "
-                  "benchmarks, 1 elsewhere and if greedy."},
+                  "benchmarks, 1 elsewhere. Greedy completions are all the same, so 1 if --temperature is 0."},
     )  # fmt: skip
     temperature: float = field(default=1.0, metadata={"help": "Sampling temperature; 0 is greedy."})
     top_p: float = field(default=1.0, metadata={"help": "Share of the probability that is drawn from."})

@@ -107,7 +107,12 @@ class DataArguments:
         default_factory=list,
         metadata={"help": "Benchmarks to evaluate on at each evaluation (eval_strategy), as `tbrm eval` takes them."},
     )
-    eval_samples: int = field(default=1, metadata={"help": "Completions of each problem there, n of avg@n."})
+    eval_samples: int = field(
+        default=1,
+        metadata={
+            "help": "Completions of each problem there, n of avg@n. More than 1 need an --eval_temperature above 0."
+        },
+    )
     eval_temperature: float = field(default=0.0, metadata={"help": "Temperature there; 0 is greedy."})
     eval_max_new_tokens: int | None = field(
         default=None, metadata={"help": "Length limit there. By default that of training, max_completion_length."}

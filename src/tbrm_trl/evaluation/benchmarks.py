@@ -139,12 +139,12 @@ def require_distinct_names(benchmarks: Sequence[Benchmark]) -> None:
 
 
 def of_rows(name: str, rows: Any, reward: str | None = None, answer_column: str | None = None) -> Benchmark:
-    """Make a benchmark from rows with a question and an answer. A reward gets all their other columns."""
+    """Make a benchmark from rows with a question and an answer. A reward gets all columns, as in training."""
     columns = list(rows.column_names) if isinstance(rows, Dataset) else list(rows[0])
     question = next((one for one in PROMPT_COLUMNS if one in columns), None)
     if question is None:
         raise ValueError(f"{name}: none of the columns {', '.join(columns)} is called {', '.join(PROMPT_COLUMNS)}.")
-    kept = {one: [row[one] for row in rows] for one in columns if one != question}
+    kept = {one: [row[one] for row in rows] for one in columns if one != "prompt"}
     prompts = [row[question] for row in rows]
     if (empty := next((place for place, prompt in enumerate(prompts) if not prompt), None)) is not None:
         raise ValueError(f"{name}: row {empty} has no `{question}`. Drop the row.")
