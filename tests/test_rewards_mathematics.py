@@ -410,6 +410,13 @@ FOUND = [
     (r"\text{no solution}", [r"\text{There is no solution}", r"\text{The equation has no solution}"], []),
     ("5", [r"5 \text{ times}", "5 more apples", r"\$5 \text{ less}"], []),
     ("100", [r"100 \text{ feet squared}"], [r"100\text{ cubed}"]),
+    # abbreviations
+    ("12", ["12 sq. units", r"12\text{ sq. ft.}", "12 cu. in."], ["13 sq. units"]),
+    (r"12\text{ sq. ft.}", ["12", r"12\text{ ft}^2"], [r"12\text{ ft}", r"12\text{ sq. in.}"]),
+    ("18", [r"\text{\$}18"], [r"\text{\$}19"]),
+    # brackets that turn away from what does not belong
+    (r"[2,\infty)", ["[2,∞[", r"\left[2,+\infty\right["], ["]2,∞[", "[2,∞]"]),
+    ("(2,3]", ["]2,3]"], ["[2,3]", "]2,3[", "(2,3["]),
     # functions with powers, everyday combinatorics, long numbers
     (r"\frac{1-\cos x}{2}", [r"\sin^2\frac{x}{2}", r"\sin^ 2 (\frac x2)"], [r"\sin^2 x"]),
     ("14400", ["(5!)^2"], ["(4!)^2"]),

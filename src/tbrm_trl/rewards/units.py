@@ -123,6 +123,7 @@ def _words_of(text: str) -> list[str]:
         " ",
         re.sub(r"\bmph\b", "mile/hour", re.sub(r"(?i)\blight[- ]years?\b", "lightyear", text)),
     )
+    text = re.sub(r"(?<=\bsq)\.|(?<=\bcu)\.|(?<=[a-zA-Z])\.(?=\s*$)", "", text)  # sq. ft.
     return re.findall(r"[a-zA-Z]+(?:\^-?\d)?|\\\$|\S", text)
 
 
@@ -163,7 +164,8 @@ _END = re.compile(
 _ANGLE = re.compile(r"\\(?:sin|cos|tan|cot|sec|csc)(?![a-zA-Z])[^()+\-=,]*\^\s*\{?\s*\\circ\s*\}?$")
 _LOOSE = re.compile(rf"^(?P<rest>.*?[\d}})\w])\s*(?<![a-zA-Z\\])(?P<unit>{_LETTERS})$", re.DOTALL)
 _FRONT = re.compile(
-    r"^(?P<sign>[-+]?)\s*(?P<unit>\\\$|[€£¥₹]|(?:USD|Rs\.?)(?![a-zA-Z]))\s*(?P<rest>[-+]?\s*[\d.\\({].*)$"
+    r"^(?P<sign>[-+]?)\s*(?P<unit>\\\$|\\text\{\s*\\\$\s*\}|[€£¥₹]|(?:USD|Rs\.?)(?![a-zA-Z]))\s*"
+    r"(?P<rest>[-+]?\s*[\d.\\({].*)$"
 )
 
 

@@ -72,7 +72,7 @@ def _whole_line(text: str) -> Region | None:
 
 
 def _interval(text: str) -> Region | None:
-    match = re.fullmatch(r"([(\[])(.*)([)\]])", text.strip(), re.DOTALL)
+    match = re.fullmatch(r"([(\[\]])(.*)([)\]\[])", text.strip(), re.DOTALL)  # ]2, 3[ is (2, 3)
     if match is None or re.search(RELATION + "|=", match[2]):
         return None
     parts = cut(match[2], ",")
