@@ -38,6 +38,17 @@ def logits(model) -> torch.Tensor:
         return model.eval()(torch.arange(5, 20)[None]).logits
 
 
+@pytest.mark.parametrize("name", ["default", "policy"])
+def test_what_is_trained_beside_a_given_adapter_is_refused(name, llama, tmp_path):
+    """It belongs to the reference too. What `modules_to_save` names is the adapter's own."""
+    build(adapted(llama, name, modules_to_save=["lm_head"]), tmp_path)
+    model = adapted(llama, name, modules_to_save=["lm_head"])
+    for one, weight in model.named_parameters():
+        weight.requires_grad_(weight.requires_grad or "norm" in one)
+    with pytest.raises(ValueError, match=r"\d+ trainable parameters are not the adapter's .*norm.*modules_to_save"):
+        build(model, tmp_path)
+
+
 @pytest.mark.parametrize("sync", [False, True])
 @pytest.mark.parametrize("name", ["default", "policy"])
 def test_a_given_adapter_is_trained_against_itself_whatever_its_name(name, sync, llama, tmp_path):

@@ -42,6 +42,9 @@ def test_collate_by_hand():
 
 def test_pad_to_multiple():
     assert collate([trajectory([1, 2], [3])], pad_token_id=0, pad_to_multiple_of=8).input_ids.shape == (1, 8)
+    for positions, width in ((5, 5), (3, 3), (2, 3), (9, 8)):  # never less than the row
+        batch = collate([trajectory([1, 2], [3])], pad_token_id=0, pad_to_multiple_of=8, positions=positions)
+        assert batch.input_ids.shape == (1, width)
 
 
 def lengths_of(batches):

@@ -216,7 +216,6 @@ def test_command_line():
         ({"precompute_ref_log_probs": True, "sync_ref_model": True}, "would go stale at the first sync"),
         ({"sync_ref_model": True, "ref_model_mixup_alpha": 1.5}, r"must lie in \(0, 1\]"),
         ({"sync_ref_model": True, "ref_model_sync_steps": 0}, "must be at least 1"),
-        ({"ref_model_mixup_alpha": 1.0}, "`ref_model_mixup_alpha=1.0` has no effect without `sync_ref_model=True`"),
     ],
 )
 def test_bad_replay_and_references_say_what_to_change(options, message):
@@ -312,6 +311,8 @@ BUFFER = dict(replay_buffer_size=8, num_iterations=2)
         ({"max_tokens_per_microbatch": 9, "gradient_accumulation_steps": 2}, "divides an update into micro-batches"),
         ({"truncation": "bootstrap", "truncated_reward": math.inf}, "`truncated_reward=inf` must be a finite number"),
         ({"sft_coef": 0.1, "sft_threshold": math.nan}, "`sft_threshold=nan` must be a finite number"),
+        ({"truncation": "bootstrap", "truncated_reward": 1e38}, "`truncated_reward=1e.38` must be .* at most 2e.15"),
+        ({"reward_weights": [1.0, math.nan]}, r"`reward_weights=\[1\.0, nan\]` must be finite"),
         (BUFFER | {"replay_max_age": 0}, "`replay_max_age=0` must be at least 1 update"),
         (BUFFER | {"num_iterations": 1}, "`replay_buffer_size` has no effect with `num_iterations=1`"),
         (BUFFER | {"residual": "token"}, "the buffer keeps the sum of the reference's"),

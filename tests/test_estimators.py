@@ -159,14 +159,22 @@ def test_what_sampling_needs_of_the_data():
         estimator.check_data(IterableDataset.from_generator(lambda: iter([])), NONE_LOGGED)
     with pytest.raises(ValueError, match="add a column `optimal_value`"):
         estimator.check_data(PROMPTS, np.array([False, True]))
-    for given in (math.inf, NAN, None):
+    for given in (math.inf, NAN, None, 1e30):
         with pytest.raises(ValueError, match=r"Row 1 of the training set: `optimal_value` is .* must be finite"):
             estimator.check_data(PROMPTS.add_column("optimal_value", [0.5, given]), NONE_LOGGED)
+    for given in ("0.5", [0.5]):
+        with pytest.raises(ValueError, match=r"Row 0 of the training set: `optimal_value` is .* must be finite"):
+            estimator.check_data(PROMPTS.add_column("optimal_value", [given, given]), NONE_LOGGED)
     estimator.check_data(PROMPTS.add_column("optimal_value", [0.5, -3.0]), np.ones(2, bool))
     estimator = of("quantile")
-    for cell in ([], [NAN], [0.0, None], None):
-        with pytest.raises(ValueError, match="must be a list of finite rewards"):
+    for cell, message in (
+        ([], "must be a list of rewards"), (None, "must be a list"), ([NAN], "finite"), ([0.0, None], "finite"),
+        ([1e30], "at most"),
+    ):  # fmt: skip
+        with pytest.raises(ValueError, match=rf"Row 1 .*{message}"):
             estimator.check_data(PROMPTS.add_column("reference_rewards", [[0.5], cell]), NONE_LOGGED)
+    with pytest.raises(ValueError, match=r"Row 0 .*must be finite"):
+        estimator.check_data(PROMPTS.add_column("reference_rewards", [["0.5"], ["1.0"]]), NONE_LOGGED)
     estimator.check_data(PROMPTS.add_column("reference_rewards", [[0.5], [0.0, 1.0]]), NONE_LOGGED)
     logs = np.ones(2, bool)
     of("tracked", soft_value_tracks="value").check_data(PROMPTS, logs)

@@ -204,6 +204,14 @@ def test_1_4_a_named_reference_beside_adapters_is_refused(folder, tmp_path):
             build(folder, tmp_path, letters, PROMPTS, reference_model=folder, soft_value=soft_value)
 
 
+def test_1_5_padding_takes_no_more_positions_than_there_are(tmp_path):
+    """GPT-2 has a trained vector for each of its 256 positions, and none for the next."""
+    trainer = build(save(tmp_path / "gpt2", "gpt2"), tmp_path, letters, PROMPTS, pad_to_multiple_of=300, max_steps=1)
+    batches = runs.kept_returns(trainer, "_collate")
+    trainer.train()
+    assert {batch.input_ids.shape[1] for batch in batches} == {256}
+
+
 ROPES = {
     "default": ({"rope_type": "default", "rope_theta": 1e4}, None),
     "linear": ({"rope_type": "linear", "factor": 2.0, "rope_theta": 1e4}, None),

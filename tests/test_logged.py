@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 from collections import Counter
 from functools import partial
 from pathlib import Path
@@ -244,6 +245,39 @@ def test_two_processes(llama, tmp_path):
         together = Counter(text for window in windows for source, text in window if source == "logged")
         assert len(together) == 8  # each logged row once
         assert len({text for window in windows for source, text in window if source == "rollout"}) == 2
+
+
+JUDGED = [{"prompt": "a", "completion": "bcd", "reward": None, "answer": "b"}] + [
+    {"prompt": "a", "completion": "xyz", "reward": 0.25, "answer": None} for _ in range(3)
+]
+
+
+def judged_in_each_process(folder: str, out: str) -> list:
+    """The rewards of three windows, and what the function was asked for."""
+    asked = []
+
+    def judge(completions, answer, **kwargs):
+        asked.append(list(completions))
+        return [float(text.startswith(one.lower())) for text, one in zip(completions, answer, strict=True)]
+
+    trainer = build(
+        folder, Path(out), judge, Dataset.from_list(JUDGED), max_steps=3, shuffle_dataset=False, save_strategy="no",
+        per_device_train_batch_size=len(JUDGED) // int(os.environ.get("WORLD_SIZE", "1")),
+    )  # fmt: skip
+    return [[[(completion(t), t.reward) for t in window] for window in windows_of(trainer)], asked]
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+def test_only_rows_without_a_reward_are_judged(processes, llama, tmp_path):
+    """The function would fail on the others. Of two processes one has no row to be judged in any window."""
+    if processes == 1:
+        shares = [judged_in_each_process(llama, str(tmp_path))]
+    else:
+        shares = launch("test_logged:judged_in_each_process", folder=llama, out=tmp_path)
+    for windows in zip(*(windows for windows, _ in shares), strict=True):
+        rewards = sorted(tuple(one) for share in windows for one in share)
+        assert rewards == [("bcd", 1.0)] + [("xyz", 0.25)] * 3
+    assert all(asked == [["bcd"]] * 3 for _, asked in shares)
 
 
 # ---- scored once -----------------------------------------------------------------------------------------------------

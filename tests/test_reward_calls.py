@@ -19,8 +19,9 @@ from torch.distributed import DistBackendError
 
 from tbrm_trl import TBRMConfig
 from tbrm_trl.sources import reward_calls
-from tbrm_trl.sources.returns import check_magnitude, largest_return
+from tbrm_trl.sources.returns import check_magnitude
 from tbrm_trl.sources.reward_calls import LateError, RewardCalls
+from tbrm_trl.trajectory import largest_return
 
 
 def broken(prompts, completions, **kwargs):
@@ -224,6 +225,7 @@ def test_rewards_that_float32_cannot_square(reward, is_refused):
         ValueError, match=r"'b' returned .* for rollout 1 of 2\. With beta=0\.002 a reward may reach 2e\+15"
     ):
         check_magnitude(rewards, torch.tensor([1.0, 2.0]), ["a", "b"], 0.002)
+    check_magnitude(rewards, torch.tensor([1.0, 0.0]), ["a", "b"], 0.002)  # one that only watches
 
 
 @pytest.mark.parametrize(

@@ -35,6 +35,8 @@ from tbrm_trl import TBRMConfig
 from tbrm_trl.loss import trajectory_loss
 from tbrm_trl.loss.residual import token_residuals
 from tbrm_trl.loss.terms import advantage_weighted_entropy, random_prefix, random_subset, subset_surrogate, success_nll
+from tbrm_trl.sources.baselines import Baselines
+from tbrm_trl.trajectory import End, Trajectory
 
 NAN = math.nan
 MASK = torch.tensor([[0, 1, 1, 0, 1, 1], [0, 0, 1, 0, 1, 0]]).bool()  # 4 and 2 actions, an inserted token between
@@ -162,6 +164,22 @@ def test_batch_mean(accumulation, qwen2, tmp_path):
     scored = [t.reward for t in trajectories if not math.isnan(t.reward)]
     assert len(scored) == 6 and abs(sum(scored)) > 0.1
     assert [t.baseline for t in trajectories] == [pytest.approx(sum(scored) / 6, abs=1e-6)] * 8
+
+
+def test_batch_mean_of_one():
+    """Alone it would be its own baseline. Later windows' baseline may be of one trajectory, as any may."""
+    baselines = Baselines("batch_mean", lambda t: t.reward)
+
+    def one(reward: float) -> Trajectory:
+        ids = torch.tensor([5])
+        return Trajectory(ids, ids, torch.ones(1, dtype=torch.bool), reward, End.EOS)
+
+    alone = [one(0.75), one(math.nan)]
+    baselines.set(alone, 1, lambda numbers: torch.tensor([numbers]), learn=True)
+    assert all(math.isnan(t.baseline) for t in alone)
+    replayed = one(0.5)
+    baselines.renew([replayed])
+    assert replayed.baseline == 0.75
 
 
 @pytest.mark.parametrize("soft_value", ["policy", "zero"])

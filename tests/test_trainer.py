@@ -255,14 +255,33 @@ def test_infinite_reward_is_refused(value, llama, tmp_path):
         build(llama, tmp_path, [letters, broken]).train()
 
 
-@pytest.mark.parametrize("by_name", [True, False])
-def test_reward_model(by_name, llama, tmp_path):
-    """A sequence classifier, by its folder or as an object, scores prompt and completion together."""
+def reward_model() -> Qwen2ForSequenceClassification:
     config = Qwen2Config(
         vocab_size=VOCABULARY, hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2,
         num_key_value_heads=2, num_labels=1, pad_token_id=0, initializer_range=0.5,
     )  # fmt: skip
-    judge = Qwen2ForSequenceClassification(config).eval()
+    return Qwen2ForSequenceClassification(config).eval()
+
+
+@pytest.mark.parametrize("weight", [1.0, 0.0])
+def test_a_reward_model_that_gives_no_number(weight, llama, tmp_path):
+    """It has no None for what it does not judge, so its NaN is an unknown verdict, unless it only watches."""
+    judge = reward_model()
+
+    def lose_the_first(module, args, output):
+        output.logits[0] = math.nan
+
+    judge.register_forward_hook(lose_the_first)
+    options = dict(reward_processing_classes=[tokenizer(), None], reward_weights=[weight, 1.0])
+    trainer = train(llama, tmp_path, [judge, letters], per_device_train_batch_size=4, **options)
+    assert [sum(math.isnan(t.reward) for t in window) for window in trainer.windows] == [int(weight)] * 2
+    assert logged(trainer, "left_out/unscored") == [0.25 if weight else 0.0] * 2
+
+
+@pytest.mark.parametrize("by_name", [True, False])
+def test_reward_model(by_name, llama, tmp_path):
+    """A sequence classifier, by its folder or as an object, scores prompt and completion together."""
+    judge = reward_model()
     judge.save_pretrained(tmp_path / "judge")
     given = str(tmp_path / "judge") if by_name else judge
     trainer = train(llama, tmp_path, given, reward_processing_classes=tokenizer())

@@ -63,10 +63,11 @@ class TrajectoryScores(ModelOutput):
     aux_loss: Tensor | None = None
 
 
-def padded_width(rows: Sequence[Sized], multiple: int | None = None) -> int:
-    """Columns of a padded batch of these rows."""
-    multiple = multiple or 1
-    return -(-max(map(len, rows)) // multiple) * multiple
+def padded_width(rows: Sequence[Sized], multiple: int | None = None, most: int | None = None) -> int:
+    """Columns of a padded batch of these rows: a multiple of `multiple`, unless that is more than `most`."""
+    longest, multiple = max(map(len, rows)), multiple or 1
+    width = -(-longest // multiple) * multiple
+    return width if most is None else max(longest, min(width, most))
 
 
 def collate(
@@ -75,9 +76,14 @@ def collate(
     device: torch.device | str = "cpu",
     pad_to_multiple_of: int | None = None,
     packed: bool = False,
+    positions: int | None = None,
 ) -> Batch:
-    """Pad trajectories to one batch on `device`. Only this function turns trajectories into batched tensors."""
-    width = padded_width(trajectories, pad_to_multiple_of)
+    """Pad trajectories to one batch on `device`. Only this function turns trajectories into batched tensors.
+
+    With `positions`, rows are padded to at most so many columns: a model may have no more positions, or rescale all of
+    them if there are more.
+    """
+    width = padded_width(trajectories, pad_to_multiple_of, positions)
 
     columns = torch.arange(width)  # (T,)
     at_start = torch.zeros(len(trajectories), dtype=torch.long)  # (B,)

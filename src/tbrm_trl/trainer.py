@@ -168,12 +168,12 @@ from .sources.prompts import PromptRenderer, fitting_prompts, text_of
 from .sources.records import EXTRA_PREFIX, METRIC_PREFIX, Record, RecordFolder, Taken
 from .sources.reference_scores import precompute_scores
 from .sources.replay import ReplayBuffer
-from .sources.returns import check_magnitude, largest_return, total_reward, unique_names
+from .sources.returns import check_magnitude, total_reward, unique_names
 from .sources.reward_calls import REASONS, Failure, RewardCalls
 from .sources.rollout import Rewards, checked_rollouts, trajectories_from_trl
 from .sources.sampler import DataPlan, WindowSampler
 from .sources.saved_rollouts import merge_rollouts, rewind_rollouts, rollout_files, rollouts_file, save_rollouts
-from .trajectory import End, Source, Trajectory, UpdateRow, check_scores
+from .trajectory import End, Source, Trajectory, UpdateRow, check_scores, largest_return
 
 logger = get_logger(__name__)
 
@@ -626,6 +626,8 @@ class TBRMTrainer(ExactResume, GRPOTrainer):
         check_head(policy)
         warn_of_half_precision(self.model, args.learning_rate)
         self._rotary_limit = rotary_limit(policy)
+        context = getattr(policy.config.get_text_config(), "max_position_embeddings", None)
+        self._positions = min((one for one in (self._rotary_limit, context) if one is not None), default=None)
         if self._plan.mix.rollouts and args.draws_prompts:
             check_length(args.max_completion_length + 1, self._rotary_limit)
         check_quantization(self.model, None, None, args)  # a checkpoint may itself be quantized, which only shows now
@@ -1113,7 +1115,11 @@ class TBRMTrainer(ExactResume, GRPOTrainer):
         self._fill_extra_logs(len(prompts))
         weights = self.reward_weights.to(rewards_per_func.device)  # (F,)
         unknown = self._reward_calls.unknown(len(prompts), self.reward_func_names, weights.tolist())
-        rewards_per_func[self._gather(unknown).flatten().bool()] = torch.nan  # an unknown verdict is not a wrong one
+        counting = zip(self.reward_funcs, weights.tolist(), strict=True)
+        of_models = [isinstance(function, nn.Module) and weight != 0 for function, weight in counting]
+        unknown_here = rewards_per_func[:, of_models].isnan().any(dim=1)  # (N,) a model has no None for "not mine"
+        # An unknown verdict is not a wrong one.
+        rewards_per_func[self._gather(unknown).flatten().bool() | unknown_here] = torch.nan
         check_magnitude(rewards_per_func, weights, self.reward_func_names, self.args.beta)
         first = self.accelerator.process_index * len(prompts)
         local = rewards_per_func[first : first + len(prompts)]  # (B, F) NaN where there is no reward
@@ -1151,13 +1157,21 @@ class TBRMTrainer(ExactResume, GRPOTrainer):
         return None, None, None  # TBRM has no old policy and scores the reference on trajectories
 
     def _reward_logged(self, rows: Sequence[Mapping[str, Any]], trajectories: Sequence[Trajectory]) -> list[float]:
-        prompts, completions = zip(*(completion_of(row, self._tokenizer) for row in rows), strict=True)
-        ids = [trajectory.completion_ids.tolist() for trajectory in trajectories]
-        self._calculate_rewards(columns_for_rewards(rows, some_logged=True), list(prompts), list(completions), ids)
+        """Judge logged rows that have no reward. Every process calls this, maybe without a row."""
+        judged = [(row, one.completion_ids.tolist()) for row, one in zip(rows, trajectories, strict=True)]
+        counts = self._gather([len(rows)]).flatten()  # (P,)
+        if counts.min() < counts.max():  # TRL gathers equally many rewards from each process
+            (filler,) = broadcast_object_list([judged[0] if judged else None], from_process=int(counts.argmax()))
+            judged += [filler] * (int(counts.max()) - len(rows))
+        if not judged:
+            return []
+        given, ids = map(list, zip(*judged, strict=True))
+        prompts, completions = map(list, zip(*(completion_of(row, self._tokenizer) for row in given), strict=True))
+        self._calculate_rewards(columns_for_rewards(given, some_logged=True), prompts, completions, ids)
         # Otherwise TRL would log what the functions logged here with the next rollouts.
         self._pending_metrics.clear()
         self._pending_extra_logs.clear()
-        return self._rewards.total.tolist()
+        return self._rewards.total.tolist()[: len(rows)]
 
     def _render_messages(self, messages: list[dict[str, Any]], open_turn: bool) -> list[int]:
         rendered = self.processing_class.apply_chat_template(
@@ -1207,6 +1221,7 @@ class TBRMTrainer(ExactResume, GRPOTrainer):
             self.accelerator.device,
             self.args.pad_to_multiple_of,
             self.args.padding_free,
+            self._positions,
         )
 
     def _score(self, model: nn.Module, batch: Batch, **wanted: Any) -> TrajectoryScores:

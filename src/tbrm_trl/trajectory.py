@@ -152,3 +152,11 @@ class UpdateRow:
     def __len__(self) -> int:
         """Number of tokens."""
         return len(self.trajectory)
+
+
+def largest_return(beta: float) -> float:
+    """The largest |R|, in reward units, for which float32 can sum the squares of `R/β`.
+
+    100 squares of `1e18` sum to 1e38. float32 reaches 3.4e38.
+    """
+    return 1e18 * beta

@@ -14,9 +14,8 @@ from transformers import PreTrainedTokenizerBase
 from ..files import column_parts, is_text
 from ..options import TBRMOptions
 from ..sources.logged import OWN_COLUMNS, logged_rows, prompt_numbers
-from ..sources.returns import largest_return
 from ..sources.sampler import DataPlan, WindowMix, window_mix
-from ..trajectory import PREVIOUS, End
+from ..trajectory import PREVIOUS, End, largest_return
 
 _KEPT_BY_TRL = ("prompt", "image", "images")  # with `remove_unused_columns`
 

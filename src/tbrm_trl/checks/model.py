@@ -139,6 +139,13 @@ def _check_given_adapter(model: Any) -> None:
             f"The adapter is named {name!r}, as a part of the model is ({clash}): its parameters could not be told by "
             "their names. Give it another name."
         )
+    outside = [one for one, weight in model.named_parameters() if weight.requires_grad and f".{name}." not in f"{one}."]
+    if outside:
+        raise ValueError(
+            f"{len(outside)} trainable parameters are not the adapter's ({outside[0]}, …). The reference shares them, "
+            "so it would move with the policy, and checkpoints of the adapter would lack them. Freeze them, or name "
+            "their modules in the adapter's `modules_to_save`."
+        )
 
 
 def check_head(model: PreTrainedModel) -> None:

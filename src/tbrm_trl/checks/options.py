@@ -14,6 +14,7 @@ from ..loss.soft_value import SoftValue
 from ..loss.soft_value.sampled import SampledValue
 from ..options import HARMLESS, TBRMOptions
 from ..sources.bounds import Bounds
+from ..trajectory import largest_return
 from .trl_options import REFUSED
 
 CHOICES = {
@@ -340,8 +341,9 @@ def check_terms(args: TBRMOptions) -> Iterator[str]:
     for name in ("sft_coef", "entropy_advantage_coef", "reward_pessimism"):
         if not 0 <= getattr(args, name) < math.inf:
             yield (f"`{name}={getattr(args, name)}` must be 0 (off) or positive, and finite.")
-    if not math.isfinite(args.truncated_reward):
-        yield (f"`truncated_reward={args.truncated_reward}` must be a finite number.")
+    largest = largest_return(args.beta) if 0 < args.beta < math.inf else math.inf
+    if not (math.isfinite(args.truncated_reward) and abs(args.truncated_reward) <= largest):
+        yield f"`truncated_reward={args.truncated_reward}` must be a finite number, at most {largest:g} with this beta."
     if not math.isfinite(args.sft_threshold):
         yield f"`sft_threshold={args.sft_threshold}` must be a finite number."
     if not 0 < args.token_fraction <= 1:
@@ -364,6 +366,8 @@ def check_terms(args: TBRMOptions) -> Iterator[str]:
         if not (beside or args.is_default(name)):
             needed = {"sft_threshold": "sft_coef", "token_selection": "token_fraction"}[name]
             yield (f"`{name}={getattr(args, name)!r}` has no effect without `{needed}`. Set that too.")
+    if args.reward_weights is not None and not all(map(math.isfinite, args.reward_weights)):
+        yield f"`reward_weights={args.reward_weights}` must be finite numbers."
     if args.reward_weights is not None and not any(args.reward_weights):
         yield (
             f"`reward_weights={args.reward_weights}` is refused: every reward would be 0, and none could be learned "
@@ -385,9 +389,6 @@ def check_stop(args: TBRMOptions) -> Iterator[str]:
 
 def check_reference(args: TBRMOptions) -> Iterator[str]:
     if not args.sync_ref_model:
-        for name in ("ref_model_mixup_alpha", "ref_model_sync_steps"):
-            if not args.is_default(name):
-                yield f"`{name}={getattr(args, name)!r}` has no effect without `sync_ref_model=True`. Set that too."
         return
     if args.reference == "previous":
         yield (

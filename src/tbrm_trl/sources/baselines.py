@@ -53,7 +53,7 @@ class Baselines:
             given = [reward for t in window if not math.isnan(reward := self.reward_of(t))]
             total, count = gather([sum(given), len(given)]).sum(dim=0).tolist()
             for trajectory in window:
-                trajectory.baseline = total / max(count, 1)
+                trajectory.baseline = total / count if count > 1 else math.nan  # alone it would be its own baseline
             if learn and count:
                 self._of_window = total / count
         elif self.kind == "group_mean":

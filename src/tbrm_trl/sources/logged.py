@@ -464,7 +464,7 @@ class LoggedRows:
         dataset: the training set, with the columns that `tokenize_logged_rows` adds.
         logged: `(N,)` bool, which rows are logged.
         scored: whether the rows already have all reference scores that they need.
-        reward: returns the rewards of rows and their trajectories. It is used for rows without a reward.
+        reward: returns the rewards of rows and their trajectories. It gets those without a reward, which may be none.
     """
 
     def __init__(self, dataset: Dataset, logged: np.ndarray, scored: bool, reward: RewardRows):
@@ -485,9 +485,10 @@ class LoggedRows:
             first = {id(one): place for place, one in reversed(list(enumerate(trajectories)))}
             trajectories = [one if first[id(one)] == i else replace(one) for i, one in enumerate(trajectories)]
         if self.some_unrewarded:
-            for row, trajectory, reward in zip(rows, trajectories, self.reward(rows, trajectories), strict=True):
-                if row.get("reward") is None:
-                    trajectory.reward = reward
+            lacking = [place for place, row in enumerate(rows) if row.get("reward") is None]
+            rewards = self.reward([rows[place] for place in lacking], [trajectories[place] for place in lacking])
+            for place, reward in zip(lacking, rewards, strict=True):
+                trajectories[place].reward = reward
         return trajectories
 
     def state(self) -> tuple[list[int], list[Trajectory]]:

@@ -8,6 +8,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ..trajectory import largest_return
+
 
 class NotRewardsError(ValueError):
     """A reward function returned something other than a list of rewards."""
@@ -55,14 +57,6 @@ def _shown(value: Any) -> str:
     return f"{text if len(text) <= 60 else text[:57] + '...'} (a {type(value).__name__})"
 
 
-def largest_return(beta: float) -> float:
-    """The largest |R|, in reward units, for which float32 can sum the squares of `R/β`.
-
-    100 squares of `1e18` sum to 1e38. float32 reaches 3.4e38.
-    """
-    return 1e18 * beta
-
-
 def check_magnitude(rewards: Tensor, weights: Tensor, names: Sequence[str], beta: float) -> None:
     """Refuse rewards that float32 cannot square in nats.
 
@@ -73,9 +67,10 @@ def check_magnitude(rewards: Tensor, weights: Tensor, names: Sequence[str], beta
         beta: β.
 
     Raises:
-        ValueError: if a reward is infinite or too large. The message names the function, the rollout and the reward.
+        ValueError: if a reward that counts is infinite or too large. The message names the function, the rollout and
+            the reward.
     """
-    beyond = rewards.isinf() | ((weights * rewards).abs() > largest_return(beta))  # (N, F)
+    beyond = (weights * rewards).abs() > largest_return(beta)  # (N, F) never where a function only watches: 0 · inf
     if beyond.any():
         row, column = beyond.nonzero()[0].tolist()
         raise ValueError(

@@ -8,7 +8,7 @@ from .base import SoftValue, ValueInputs
 class CalibratedValue(SoftValue):
     """`V_θ(s_1) − V_ref(s_1)`, with gradient (ReVal, arXiv 2603.23355).
 
-    It is 0 before training, so R = 0 changes nothing.
+    It is 0 before training up to rounding, and so is the residual of a trajectory with R = 0.
     """
 
     name = "calibrated"

@@ -30,7 +30,7 @@ class OptimalValue(SampledValue):
         yield from super()._problems(args)
 
     def problem_of_cell(self, cell: Any) -> str | None:
-        return "It must be finite." if cell is None or not math.isfinite(cell) else None
+        return self.problem_of_number(cell)
 
     def cells(self, rewards: Sequence[torch.Tensor]) -> list[float]:
         temperature = self.args.soft_value_beta or self.args.beta

@@ -47,9 +47,9 @@ class QuantileValue(SampledValue):
     options: ClassVar = frozenset({"soft_value_samples"})
 
     def problem_of_cell(self, cell: Any) -> str | None:
-        if not isinstance(cell, Sequence) or not cell or any(r is None or not math.isfinite(r) for r in cell):
-            return "It must be a list of finite rewards, one or more."
-        return None
+        if not isinstance(cell, Sequence) or isinstance(cell, str) or not cell:
+            return "It must be a list of rewards, one or more."
+        return next(filter(None, map(self.problem_of_number, cell)), None)
 
     def cells(self, rewards: Sequence[Tensor]) -> list[list[float]]:
         return [given.tolist() for given in rewards]

@@ -1,8 +1,10 @@
 """Estimators that use the rewards of samples from the reference, drawn once before training and kept on disk."""
 
 import json
+import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from numbers import Real
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -17,6 +19,7 @@ from tqdm.auto import tqdm
 from ...batch import chunks
 from ...files import dataset_digest, read_table, write_table
 from ...options import TBRMOptions
+from ...trajectory import largest_return
 from .base import ConstantValue
 from .run import Run
 
@@ -62,6 +65,13 @@ class SampledValue(ConstantValue):
     def problem_of_cell(self, cell: Any) -> str | None:
         """What is wrong with a cell of the column, if anything is."""
         raise NotImplementedError
+
+    def problem_of_number(self, value: Any) -> str | None:
+        """What is wrong with a number in reward units, if anything is."""
+        largest = largest_return(self.args.beta)
+        if isinstance(value, Real) and math.isfinite(value) and abs(float(value)) <= largest:
+            return None
+        return f"A number in reward units must be finite, and at most {largest:g} with this beta."
 
     def cells(self, rewards: Sequence[torch.Tensor]) -> list[Any]:
         """The cells of the column, from each prompt's sampled rewards without the NaN ones."""
