@@ -1117,9 +1117,9 @@ class TBRMTrainer(ExactResume, GRPOTrainer):
         unknown = self._reward_calls.unknown(len(prompts), self.reward_func_names, weights.tolist())
         counting = zip(self.reward_funcs, weights.tolist(), strict=True)
         of_models = [isinstance(function, nn.Module) and weight != 0 for function, weight in counting]
-        unknown_here = rewards_per_func[:, of_models].isnan().any(dim=1)  # (N,) a model has no None for "not mine"
+        no_number = rewards_per_func[:, of_models].isnan().any(dim=1)  # (N,) a model has no None for "not mine"
         # An unknown verdict is not a wrong one.
-        rewards_per_func[self._gather(unknown).flatten().bool() | unknown_here] = torch.nan
+        rewards_per_func[self._gather(unknown).flatten().bool() | no_number] = torch.nan
         check_magnitude(rewards_per_func, weights, self.reward_func_names, self.args.beta)
         first = self.accelerator.process_index * len(prompts)
         local = rewards_per_func[first : first + len(prompts)]  # (B, F) NaN where there is no reward
