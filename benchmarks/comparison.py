@@ -152,7 +152,8 @@ SETTINGS = {
     ),
     "sums-lora": Setting(
         "SmolLM2-135M with LoRA, one-digit sums", "sums", 32, 16, 2, 4, (1e-4, 2e-4, 4e-4), 0.02, "bfloat16 base", 64,
-        (100,), (0, 1, 2, 3, 4), ("GRPO", "TBRM"), LoraConfig(r=16, lora_alpha=32, target_modules="all-linear"),
+        (100,), (0, 1, 2, 3, 4), ("GRPO", "TBRM, V = 0, with replay"),
+        LoraConfig(r=16, lora_alpha=32, target_modules="all-linear"),
     ),
 }  # fmt: skip
 QUICK = replace(

@@ -87,9 +87,10 @@ def test_some_methods_first(tmp_path):
 def test_adapters_of_two_methods(tmp_path):
     setting = SETTINGS["sums-lora"]
     search = searched(tmp_path, dict.fromkeys(METHODS, 2e-4), "sums-lora")
-    assert {one["run"]["method"] for one in search.runs.values()} == set(setting.methods) == {"GRPO", "TBRM"}
+    assert {one["run"]["method"] for one in search.runs.values()} == set(setting.methods)
+    assert len(setting.methods) == 2
     assert "SmolLM2-135M with LoRA" in comparison.report([search], "")
-    assert len(search.finished("TBRM")) == len(setting.final_seeds)
+    assert all(len(search.finished(method)) == len(setting.final_seeds) for method in setting.methods)
 
 
 def test_numbers_of_a_curve():
