@@ -2,6 +2,7 @@
 
 import pytest
 
+from tbrm_trl.rewards import verdict
 from tbrm_trl.rewards.reading import boxes_together, completion_text, final_answer, gold_text, last_number
 
 
@@ -88,3 +89,94 @@ def test_gold(cell, text):
 )
 def test_no_gold(cell):
     assert gold_text(cell) is None
+
+
+# ---- numbers that are only a part of the answer ----------------------------------------------------------------------
+
+# gold: completions that give it, completions that do not
+PARTS = {
+    "1.5": ([], ["The answer is $1.5$ million.", "The population is $1.5$ million."]),
+    "1500000": (["The answer is $1.5$ million.", "The population is $1.5$ million."], []),
+    "3": (
+        ["The answer is $3$ for all $n$.", "The answer is $3$ if $n$ is even."],
+        [
+            "The answer is $3$ or 4.",
+            "The answer is $3$ + $4$ = $7$.",
+            r"\boxed{3 \text{ fourths}}",
+            "The answer is $3$ when $n$ is even and $4$ when $n$ is odd.",
+            "#### $3$ or 4",
+            "<answer>$3$ apples and 4 pears</answer>",
+        ],
+    ),
+    "B": ([], ["Answer: $B$ or C"]),
+    "3 hours": ([], ["The answer is $3$ hours and $20$ minutes."]),
+    "3 hours and 20 minutes": (["The answer is $3$ hours and $20$ minutes."], []),
+    "5": (
+        [
+            "The answer is $5$ and we are done.",
+            "The answer is $5$ apples.",
+            "The answer is $5$ when $x = 2$.",
+            "The value of $x$ is $5$.",
+            "The answer is $5$, which is prime.",
+            "The answer is $5$ to the nearest integer.",
+            "The answer is $5$ and it is unique.",
+            "The answer is $5$ - five.",
+            "The solution is $x=5$.",
+            "Solutions: x = 5",
+            r"\boxed{5 \text{ times}}",
+            r"\boxed{5 \text{ more apples}}",
+            "The answer is $5$ cm and this is final.",
+            "The answer is $5$ or five.",
+        ],
+        [
+            "The answer is $5$ squared.",
+            "The answer is $5$ and a half.",
+            r"\boxed{5 \text{ plus n}}",
+            r"\boxed{5 plus n}",
+            r"\boxed{5 \text{ times n}}",
+            r"\boxed{5 \text{ point five}}",
+            r"\boxed{5 \text{ less than half}}",
+        ],
+    ),
+    "7": (["The answer is $3$ + $4$ = $7$."], []),
+    "1": ([], ["Answer: $a = 1$ and b = 2"]),
+    "4": (
+        ["the square root of 16 is 4"],
+        [
+            "The answer is twice $4$.",
+            "The answer is a multiple of $4$.",
+            "The answer is negative $4$.",
+            "So the answer is minus 4.",
+            "The answer is negative 4.",
+            "The answer is twice 4.",
+            r"\boxed{4 \text{ lakh}}",
+            r"\boxed{\$4\text{k}}",
+        ],
+    ),
+    "-4": (
+        [
+            "The answer is negative $4$.",
+            "So the answer is minus 4.",
+            "The answer is negative 4.",
+            "The temperature is negative 4 degrees.",
+        ],
+        [],
+    ),
+    "1, 2": (["The solutions are $x=1$ and $x=2$.", "The solutions are 1 and 2."], []),
+    "2": ([], ["The solutions are $x=1$ and $x=2$.", "The solutions are 1 and 2."]),
+    "4000": ([], [r"\boxed{\$4\text{k}}"]),
+    "3, 4": (["The answer is $3$ and $4$."], []),
+    "6": ([], ["The answer is 10 minus 4."]),
+    "8": (["The answer is $2^3$ = $8$"], []),
+    "5 apples": ([], ["The answer is $5$ apples and $3$ pears"]),
+    "1/2": (["The answer is $1/2$ of the cake"], []),
+    "9": (["The answer is 3 times 3 = 9"], []),
+    "18": ([r"\boxed{\$18}"], [r"\boxed{\$18\text{ million}}"]),
+}
+
+
+@pytest.mark.parametrize("gold", PARTS)
+def test_what_stands_around_a_number_belongs_to_the_answer(gold):
+    given, not_given = PARTS[gold]
+    assert [one for one in given if verdict(gold, one) != 1.0] == []
+    assert [one for one in not_given if verdict(gold, one) != 0.0] == []

@@ -11,9 +11,11 @@ from pathlib import Path
 
 import pytest
 from helpers import reward_functions
+from helpers.runs import build
 
 from tbrm_trl.checks.rewards import check_reward_arguments
 from tbrm_trl.rewards import InWorkers, RewardError, load, mathematics
+from tbrm_trl.rewards.workers import WorkerError
 
 NAN = math.nan
 
@@ -125,28 +127,59 @@ def test_a_column_that_is_missing_is_found_before_training():
 def test_what_cannot_run_in_workers():
     with pytest.raises(TypeError, match="coroutine"):
         InWorkers(reward_functions.later)
-    with pytest.raises(TypeError, match="top level"):
+    with pytest.raises(WorkerError, match="top level"):
         InWorkers(lambda completions, **columns: [])(["a"])
-    with pytest.raises(RuntimeError, match=r"could not start.*not here"):
+    with pytest.raises(WorkerError, match=r"could not start.*not here"):
         InWorkers(reward_functions.Unloadable(), workers=1)(["a"])
 
 
+def test_a_worker_that_is_started_beforehand_is_the_one_that_scores():
+    workers = InWorkers(reward_functions.length, workers=1)
+    workers.start()
+    (worker,) = workers._idle
+    workers.start()
+    assert workers(["abc"]) == [3.0] and workers._idle == [worker]
+    workers.close()
+
+
+@pytest.mark.parametrize("on_error", ["raise", "skip", 0.0])
+def test_what_cannot_run_in_workers_is_refused_before_a_model_is_loaded(on_error, tmp_path):
+    """It is no verdict on a completion, so no option passes it over."""
+    function = InWorkers(reward_functions.Unloadable(), workers=1)
+    with pytest.raises(ValueError, match=r"'Unloadable' cannot judge. A reward worker could not start: .*not here"):
+        build("no/such/model", tmp_path, function, reward_on_error=on_error)
+
+
+def test_a_worker_that_cannot_start_later_ends_the_run(llama, tmp_path):
+    """As one whose package is removed while the run is under way."""
+    function = InWorkers(reward_functions.length, workers=1)
+    trainer = build(llama, tmp_path, function, reward_on_error="skip")
+    function.close()
+    function.function = reward_functions.Unloadable()
+    with pytest.raises(WorkerError, match="could not start"):
+        trainer.train()
+
+
 @pytest.mark.launch
-def test_a_function_of_the_main_script(tmp_path):
+@pytest.mark.parametrize("command", [["package/script.py"], ["-m", "package.script"]], ids=["path", "module"])
+def test_a_function_of_the_main_script(command, tmp_path):
     """A worker runs the script's top level, and not what is under its guard."""
-    script = tmp_path / "script.py"
+    script = tmp_path / "package/script.py"
+    script.parent.mkdir()
+    script.with_name("numbers_.py").write_text("TWO = 2.0")
     script.write_text(
-        textwrap.dedent("""
+        textwrap.dedent(f"""
+        from {"." if "-m" in command else ""}numbers_ import TWO
         from tbrm_trl.rewards import InWorkers
 
         def double(completions, **columns):
-            return [2.0 * len(one) for one in completions]
+            return [TWO * len(one) for one in completions]
 
         if __name__ == "__main__":
             print(InWorkers(double, workers=1)(["abc"]))
         """)
     )
-    done = subprocess.run([sys.executable, script], capture_output=True, text=True, timeout=120)
+    done = subprocess.run([sys.executable, *command], cwd=tmp_path, capture_output=True, text=True, timeout=120)
     assert done.stdout.strip() == "[6.0]", done.stderr
 
 

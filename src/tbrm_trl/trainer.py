@@ -101,7 +101,7 @@ from .checks.model import (
     warn_of_half_precision,
     warn_of_merging,
 )
-from .checks.rewards import check_reward_arguments
+from .checks.rewards import check_reward_arguments, start_workers
 from .completions_table import CompletionsTable
 from .config import TBRMConfig
 from .context import temporarily
@@ -582,6 +582,8 @@ class TBRMTrainer(ExactResume, GRPOTrainer):
             if reward_funcs is not None and columns is not None:
                 given = [name for name in columns if name not in own_columns(has_logs)]
                 check_reward_arguments(reward_funcs, title, given, more, environments=bool(environment_factory))
+        if sets or eval_dataset is not None:
+            start_workers(reward_funcs)
 
     def _undo_trl(self) -> None:
         """Take back what TRL and vLLM set while they were built, where it is wrong for this trainer."""

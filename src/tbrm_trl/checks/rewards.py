@@ -7,6 +7,7 @@ from typing import Any
 from torch import nn
 
 from ..rewards.arguments import check_arguments, check_columns
+from ..rewards.workers import InWorkers, WorkerError
 
 # Arguments that TRL gives every reward function, besides the columns of the data set.
 _ALWAYS = ("prompts", "completions", "completion_ids", "trainer_state", "log_extra", "log_metric")
@@ -39,3 +40,17 @@ def check_reward_arguments(
                 "instance that can be called)."
             )
         check_arguments(function, title, columns, always, more)
+
+
+def start_workers(reward_funcs: Any) -> None:
+    """Start a worker of each reward function that runs in workers.
+
+    Raises:
+        ValueError: for a function that no worker can run, such as one that needs a package that is not installed.
+    """
+    for function in reward_funcs if isinstance(reward_funcs, list) else [reward_funcs]:
+        if isinstance(function, InWorkers):
+            try:
+                function.start()
+            except WorkerError as error:
+                raise ValueError(f"Reward function {function.__name__!r} cannot judge. {error}") from error

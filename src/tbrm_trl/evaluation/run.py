@@ -21,6 +21,7 @@ from ..rewards import NAMES, InWorkers, RewardError, gym, reading, reward_functi
 from ..rewards.arguments import check_arguments, check_columns
 from ..rewards.notation import normal, squeezed
 from ..rewards.quantities import number
+from ..rewards.workers import WorkerError
 from . import sampling
 from .benchmarks import BOXED, Benchmark, in_template, messages, require_question
 from .results import Result, Row, append, open_result
@@ -277,11 +278,7 @@ class Judge:
                 **({} if ids is None else {"completion_ids": list(ids)}),
                 **{name: [values[p] for p in problems] for name, values in self.benchmark.columns.items()},
             )
-        except (RuntimeError, TypeError) as error:
-            # A worker passes on the function's own exceptions as RewardError. Any other error from InWorkers means
-            # that a worker cannot start, or that the function cannot be sent to it.
-            if isinstance(error, RewardError) or not isinstance(self.reward, InWorkers):
-                raise
+        except WorkerError as error:
             raise RewardError(f"The reward {self.benchmark.reward!r} cannot judge. {error}") from error
         if inspect.iscoroutine(found):
             found = asyncio.run(found)

@@ -1,5 +1,6 @@
 """Read a run's folder for its report."""
 
+import contextlib
 import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
@@ -108,9 +109,17 @@ def read_run(folder: Path) -> RunFolder:
         _log(folder, checkpoints),
         _updates(folder / UPDATES),
         _rollouts(folder / "rollouts"),
-        read_mark(checkpoints[-1]).get("settings", {}) if checkpoints else {},
+        _settings(checkpoints),
         _skipped(folder / SKIPPED),
     )
+
+
+def _settings(checkpoints: list[Path]) -> dict[str, Any]:
+    """The run's settings, from its newest checkpoint that can be read."""
+    for checkpoint in reversed(checkpoints):
+        with contextlib.suppress(ValueError):
+            return read_mark(checkpoint).get("settings", {})
+    return {}
 
 
 def _log(folder: Path, checkpoints: list[Path]) -> list[dict[str, Any]]:

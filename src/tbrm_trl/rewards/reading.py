@@ -25,7 +25,7 @@ _ANNOUNCED = re.compile(
     rf"""(?:
       (?<!\#)\#{{4,}}(?!\#) (?!{_HEADING}[^\n]{{0,100}}\n\s{{0,9}}\S)
     | <answer>
-    | \b(?:final\s+|correct\s+)?(?:answers?|answer\s+choice|solution(?!{_STEPS}))\b
+    | \b(?:final\s+|correct\s+)?(?:answers?|answer\s+choice|solutions?(?!{_STEPS}))\b
         (?:\s+(?:to|of|for|here)\b[^.\n:$]{{0,60}}?)?
         [*_\s]* (?: \b(?:is|are|would\s+be|must\s+be|will\s+be|should\s+be|equals)\b | [:：=] )
     | \b(?:correct|right|best)\s+(?:option|choice)\b [*_\s]* (?: \bis\b | [:：] )
@@ -49,7 +49,21 @@ _HEDGE = re.compile(
     r"\b[\s:,]*)+",
     re.IGNORECASE,
 )
+_MINUS = re.compile(r"(?<![\d)}$]\s)\b(?:negative|minus)\s+(\$|\\\()?(?=\s*[\d.])", re.IGNORECASE)  # as a word
+# Words after which a number is only a part of the answer.
+_PART = r"\b(?:twice|double|triple|(?:half|multiples?|square|cube|root)\s+of|divisible\s+by|up\s+to|between)\s*$"
 _DENIED = re.compile(r"\b(?:not|cannot|never|but|least|most|more|less|over|under|than)\b|n't\b", re.IGNORECASE)
+# What may follow mathematics and belongs to the answer: `$1.5$ million`, `$3$ or 4`, `$3$ hours and $20$ minutes`.
+_GOES_ON = re.compile(
+    r"\s*(?:(?:hundred|thousand|million|billion|trillion|squared|cubed|factorial)\b"
+    r"|(?:[a-zA-Z]+\s+)?(?:and|or|to|plus|minus|times)\s+(?:an?\s+(?:half|third|quarter)\b|\$|\\\(|-?\d|[A-Za-z]\b(?!\s[a-z]))"
+    r"|[-+*/^]\s*[\d$\\])",
+    re.IGNORECASE,
+)
+# `$3$ when $n$ is even and $4$ when $n$ is odd` is no 3.
+_BY_CASES = re.compile(
+    r"[\s,]*\b(?:if|when|for)\b[^.]*(?:,|;|\band|\bor)\s*(?:\$|-?\d)[^.]*\b(?:if|when|for|otherwise)\b"
+)
 _CLAUSE_END = re.compile(
     r"(?<=[\w)\]}%$*°!])[.!?](?=\s|$|\*)|。|(?<!\s)\s+(?:because|since|which|where|as\s+(?:required|desired|needed)|when)\b|[,;]?\s+so\b",
     re.IGNORECASE,
@@ -105,6 +119,7 @@ def final_answer(text: str) -> str | None:
     found = boxes(text)
     if found is not None:
         return found[-1][2] if found else None
+    text = _MINUS.sub(r"\1-", text)
     for reading in (announced, last_mathematics):
         if (answer := reading(text)) is not None:
             return answer
@@ -188,7 +203,8 @@ def _clause(rest: str, named: bool = False) -> str | None:
     first = _MATHEMATICS.search(line)
     before = line[: first.start()] if first else ""
     is_words = not re.search(r"\w", re.sub(r"[a-z]+|\\text", "", before, flags=re.IGNORECASE))
-    if first and is_words and not _DENIED.search(before):
+    is_whole = not (_DENIED.search(before) or re.search(_PART, before, re.IGNORECASE))
+    if first and is_words and is_whole:
         if block:
             return _inside(first)
         # The value of $x$ is $5$: the answer is the value, not the bare name.
@@ -204,9 +220,17 @@ def _clause(rest: str, named: bool = False) -> str | None:
             pieces.append(_inside(piece))
             joined = " or " if "or" in more[1] else joined
             end = piece.end()
+        if _BY_CASES.match(line, end):
+            return line
+        if _GOES_ON.match(line, end):
+            return _plain_clause(line.replace("$", " "))
         unit = re.match(r"\s*(\\?%|degrees?|percent|[a-zA-Z]+)?", line[end:])
         tail = unit[1] if unit and unit[1] and re.fullmatch(r"\\?%|percent|degrees?", unit[1]) else ""
         return joined.join(pieces) + (f" {tail}" if tail else "")
+    return _plain_clause(line)
+
+
+def _plain_clause(line: str) -> str | None:
     clause = _HEDGE.sub("", _CLAUSE_END.split(line, maxsplit=1)[0])
     clause = clause.strip().strip("*_`\"'“” ").rstrip(".,;:").strip("*_` ")
     remark = _REMARK.fullmatch(clause)
@@ -227,13 +251,18 @@ def last_mathematics(text: str) -> str | None:
         return stripped.rstrip(".") or None
     if number is not None:
         return number[0].strip()
-    return _inside(last) if last else None
+    if last is None:
+        return None
+    scale = re.match(r"\s*(?:hundred|thousand|million|billion|trillion)\b", text[last.end() :], re.IGNORECASE)
+    return _inside(last) + (f" {scale[0].strip()}" if scale else "")
 
 
 def only_number(text: str) -> str | None:
     """The only number in a clause of words, with its unit: `16 dollars` in "that he has 16 dollars"."""
     found = list(_NUMBER.finditer(text))
     if len(found) != 1 or re.search(r"[=^<>{}]|\\[a-zA-Z]|\bor\b", text) or _DENIED.search(text):
+        return None
+    if re.search(_PART, text[: found[0].start()], re.IGNORECASE):
         return None
     return text[found[0].start() :].strip() if re.search(r"[^\W\d]{2,}\s", text) else None
 

@@ -62,9 +62,10 @@ class Unit:
 
 # Words right after a number that make another number of it.
 _ARITHMETIC = frozenset(
-    "and squared cubed factorial half halves thirds fifths sixths sevenths eighths ninths tenths hundredths "
-    "thousandths".split()
+    "and squared cubed factorial half halves thirds fourths fifths sixths sevenths eighths ninths tenths elevenths "
+    "twelfths hundredths thousandths tens dozen dozens lakh crore".split()
 )
+_JOINING = frozenset("plus minus times over point than".split())  # words between two numbers
 
 
 def unit(text: str, glued: bool = False) -> Unit | None:
@@ -73,7 +74,7 @@ def unit(text: str, glued: bool = False) -> Unit | None:
     `glued` says that no digit and space are before it. It may then be a product: 2mV has no unit, 2 mV has one.
     """
     words = _words_of(text)
-    if not 0 < len(words) <= 8 or words[0].lower() in _ARITHMETIC:
+    if not 0 < len(words) <= 8 or words[0].lower() in _ARITHMETIC or _JOINING.intersection(map(str.lower, words[:-1])):
         return None
     powers: dict[str, int] = {}
     size, sign, power = Fraction(1), 1, 1
@@ -172,6 +173,8 @@ _FRONT = re.compile(
 def split_unit(text: str, loose: bool = False) -> tuple[str, Unit | None]:
     """A text without its unit, and the unit. Single letters outside `\\text` count as units only if `loose`."""
     if match := _FRONT.match(text):
+        if re.search(r"\d\s*(?:\\text\{)?\s*[kKmMbB]\s*\}?$", match["rest"]):  # $4k is no 4 kelvin
+            return text, None
         rest, tail = split_unit(match["sign"] + match["rest"], loose)
         return rest, tail if tail and tail.powers else unit(match["unit"])
     match = None if _ANGLE.search(text) else _END.match(text)

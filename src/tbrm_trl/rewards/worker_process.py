@@ -48,7 +48,9 @@ def _prepare(job: dict):
         resource.setrlimit(resource.RLIMIT_DATA, (job["memory_limit"], job["memory_limit"]))
     if job["main"]:  # the function is defined in the user's script
         module = types.ModuleType("__mp_main__")
-        module.__dict__.update(runpy.run_path(job["main"], run_name="__mp_main__"))
+        how, name = job["main"]
+        run: Any = runpy.run_module if how == "module" else runpy.run_path
+        module.__dict__.update(run(name, run_name="__mp_main__"))
         sys.modules["__main__"] = sys.modules["__mp_main__"] = module
     elif job["ours"]:
         package = types.ModuleType("tbrm_trl")

@@ -36,6 +36,10 @@ class RewardError(RuntimeError):
     """A reward function raised an exception for a completion, or could not judge."""
 
 
+class WorkerError(RuntimeError):
+    """A reward function cannot run in workers at all: it cannot be sent to one, or a worker cannot start."""
+
+
 class InWorkers:
     """A reward function that scores each row in a worker process under a time limit.
 
@@ -60,8 +64,9 @@ class InWorkers:
         raises: whether an exception of the function ends the call with `RewardError`. If not, that row gets `failed`.
 
     Raises:
-        TypeError: if the function is a coroutine function, or at the first call if it cannot be sent to a worker.
+        TypeError: if the function is a coroutine function.
         ValueError: if `time_limit` is not positive.
+        WorkerError: at `start`, or else at the first call, if the function cannot run in a worker.
     """
 
     def __init__(
@@ -128,6 +133,13 @@ class InWorkers:
         self.__signature__: inspect.Signature | None = None
         with contextlib.suppress(TypeError, ValueError):  # a built-in may have none
             self.__signature__ = inspect.signature(self.function)
+
+    def start(self) -> None:
+        """Start a worker, unless one is there, and wait until it can score. Raises WorkerError if none can."""
+        with self._borrowed(1) as pool:
+            while not pool[0].ready:
+                limit = max(0.0, pool[0].time_left(self.time_limit))
+                pool[0].start(bool(wait([pool[0].connection], timeout=limit)))
 
     def close(self) -> None:
         """End the idle workers. A later call starts new ones."""
@@ -201,14 +213,14 @@ class InWorkers:
 
     def _new_worker(self) -> "_Worker":
         module = getattr(self.function, "__module__", None) or type(self.function).__module__
-        main = getattr(sys.modules["__main__"], "__file__", None) if module == "__main__" else None
+        main = _program() if module == "__main__" else None
         try:
             if module == "__main__" and not _is_in_script(self.function):
                 function, main = dill.dumps(self.function, recurse=True), None
             else:
                 function = pickle.dumps(self.function)
         except (pickle.PicklingError, AttributeError, TypeError) as error:
-            raise TypeError(
+            raise WorkerError(
                 f"{self.__name__} cannot be sent to a worker ({error}). Define it at the top level of a module, or "
                 "pass it to the trainer without workers."
             ) from None
@@ -223,6 +235,15 @@ class InWorkers:
                 raises=self.raises,
             )
         )
+
+
+def _program() -> tuple[str, str] | None:
+    """How this program was started: ("module", its name) by `python -m`, or ("path", its file); None if neither."""
+    main = sys.modules["__main__"]
+    if (spec := getattr(main, "__spec__", None)) is not None:
+        return "module", spec.name
+    file = getattr(main, "__file__", None)
+    return None if file is None else ("path", file)
 
 
 def _is_in_script(function: Any) -> bool:
@@ -290,7 +311,7 @@ class _Worker:
         """Mark the worker as ready once it has imported its function.
 
         Raises:
-            RuntimeError: if the worker could not import the function, or not in time.
+            WorkerError: if the worker could not import the function, or not in time.
         """
         if not answered and self.time_left(STARTUP_LIMIT) > 0:
             return
@@ -301,7 +322,7 @@ class _Worker:
             except (EOFError, OSError):
                 error = f"it ended with code {self.process.wait()}"
         if error is not None:
-            raise RuntimeError(f"A reward worker could not start: {error}.")
+            raise WorkerError(f"A reward worker could not start: {error}.")
         self.ready = True
 
     def send(self, rows: list[int], batch: _Batch) -> None:

@@ -15,6 +15,7 @@ import torch
 from accelerate.logging import get_logger
 from trl.trainer.utils import is_async_callable
 
+from ..rewards.workers import WorkerError
 from .returns import NotRewardsError, rewards_of
 
 logger = get_logger(__name__)
@@ -30,7 +31,8 @@ class Failure:
 
     Attributes:
         function: the function's name.
-        reason: "raised", "late", or "wrong" for a return value that is not a list of rewards.
+        reason: "raised", "late", or "wrong" for a return value that is not a list of rewards, and for a function that
+            cannot run at all.
         error: what was raised.
         completions: number of completions in the call.
     """
@@ -123,7 +125,7 @@ class RewardCalls:
             with _said_if_slow(name, len(completions)), _cancelled_within():
                 yield rewards
         except Exception as error:
-            reason = "wrong" if isinstance(error, NotRewardsError) else "raised"
+            reason = "wrong" if isinstance(error, NotRewardsError | WorkerError) else "raised"
             if isinstance(error, LateError):
                 reason = "late"
                 error.args = (
