@@ -5,6 +5,8 @@ import os
 import subprocess
 import sys
 import textwrap
+import warnings
+from concurrent.futures import Future
 from pathlib import Path
 
 import pytest
@@ -14,6 +16,7 @@ from helpers.hub_server import TOKEN, HubServer
 from helpers.runs import DATA, build, config
 from huggingface_hub import ModelCard
 from transformers.training_args import OptimizerNames
+from transformers.utils import PushInProgress
 
 from tbrm_trl.publishing import CardFacts, escaped, keep_at_home, last_evaluation, model_card, snippet
 
@@ -36,6 +39,27 @@ def facts(**changed) -> CardFacts:
 
 def metadata(card: ModelCard) -> dict:
     return yaml.safe_load(str(card).split("---")[1])
+
+
+# ---- in the background ----------------------------------------------------------------------------------------------
+
+
+def test_a_push_that_fails_is_told_of_once(llama, tmp_path):
+    """transformers starts a push at every checkpoint, and reads none of their errors."""
+    trainer = build(llama, tmp_path)
+    failed, done, under_way = Future(), Future(), Future()
+    failed.set_exception(PermissionError("403: the quota is exceeded\nmore"))
+    done.set_result("commit")
+    trainer.push_in_progress = PushInProgress([failed, done, under_way])
+    with pytest.warns(UserWarning, match=r"A push to the Hub failed \(403: the quota is exceeded\).*push_to_hub"):
+        trainer._tell_of_failed_pushes()
+    assert trainer.push_in_progress.jobs == [under_way]
+    under_way.set_exception(ConnectionError("cut off"))
+    with pytest.warns(UserWarning, match="cut off"):
+        trainer.train()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        trainer._tell_of_failed_pushes()
 
 
 # ---- the card --------------------------------------------------------------------------------------------------------

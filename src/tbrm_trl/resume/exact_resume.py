@@ -14,7 +14,7 @@ from torch.distributed.fsdp import StateDictType
 from transformers import Trainer
 
 from ..context import temporarily
-from ..files import require_writable, writing
+from ..files import first_line, require_writable, writing
 from ..processes import failing_together
 from ..trajectory import Trajectory
 from .checkpoint import (
@@ -136,7 +136,9 @@ class ExactResume(Trainer):
             self.before_training()
             # The state of this run is read after the evaluation at the start, which the run has had before.
             with temporarily(self.args, eval_on_start=self.args.eval_on_start and self._resumed_from is None):
-                return super().train(self._resumed_from, *args, **kwargs)
+                output = super().train(self._resumed_from, *args, **kwargs)
+            self._tell_of_failed_pushes()
+            return output
 
     @contextmanager
     def _folder_held(self, output_dir: str) -> Iterator[None]:
@@ -279,7 +281,21 @@ class ExactResume(Trainer):
             self._write_checkpoint(folder, model, trial)
         self._last_saved = self.state.global_step
         if self.args.push_to_hub:
+            self._tell_of_failed_pushes()
             self._push_from_checkpoint(str(folder))
+
+    def _tell_of_failed_pushes(self) -> None:
+        """Warn of pushes in the background that have failed. transformers looks at none of their errors."""
+        pushes = getattr(self, "push_in_progress", None)
+        jobs = [] if pushes is None else pushes.jobs
+        for job in [job for job in jobs if job.done() and not job.cancelled()]:
+            jobs.remove(job)
+            if (error := job.exception()) is not None:
+                warnings.warn(
+                    f"A push to the Hub failed ({first_line(error)}). What it was to push is in "
+                    f"{self.args.output_dir}. After training, `trainer.push_to_hub()` pushes it.",
+                    stacklevel=2,
+                )
 
     def _write_checkpoint(self, folder: Path, model: nn.Module, trial: Any) -> None:
         if self.args.should_save:
