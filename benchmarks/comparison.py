@@ -385,6 +385,11 @@ def section(comparison: Comparison) -> str:
         "how many another method has so far. *Area* is the mean accuracy along the curve. Differences are paired by "
         "seed, with Student's 95% interval."
     )
+    if setting.task in tasks.GYM_TASKS:
+        constant = statistics.mean(tasks.best_constant(setting.task, seed) for seed in seeds)
+        text += "\n\n" + wrapped(
+            f"The best constant answer would be right on {constant:.3f} of the held-out problems, the mean over seeds."
+        )
     text += f"\n\n{table(header, rows)}\n\n"
     text += wrapped(
         f"Medians over seeds of what it takes to gain {GAIN} over the untrained model, and to reach {PEER}'s mean "

