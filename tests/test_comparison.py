@@ -1,10 +1,13 @@
 """The comparison with other methods: an equal search for each, and numbers from its curves."""
 
 import math
+import re
+from collections import Counter
 from dataclasses import replace
 
 import comparison
 import pytest
+from common import tasks
 from common.report import Store
 from comparison import METHODS, SETTINGS, Comparison, area, first_at, interval
 from numpy import array
@@ -99,3 +102,17 @@ def test_numbers_of_a_curve():
     assert first_at(points, 0.2, 1) == pytest.approx(16) and first_at(points, 0.2, 4) == pytest.approx(2)
     assert first_at(points, 0.31, 1) == math.inf
     assert interval([0.1, 0.2, 0.3]) == "+0.200 (-0.048 to +0.448)"  # 0.2 ± 4.303 · 0.1/√3
+
+
+@pytest.mark.parametrize("name", tasks.GYM_TASKS)
+def test_no_final_run_sees_a_problem_of_the_search(name):
+    of_search, of_final = ({one["question"] for one in tasks.problems(name, 3, search)} for search in (True, False))
+    assert of_search and of_final and not of_search & of_final
+
+
+def test_the_best_constant_answer():
+    """Of seed 0's 40 held-out pairs of numbers, 13 have the divisor 1, 13 have 2, and no other has more."""
+    held_out = tasks.problems("divisors", 0, selection=False)[: tasks.HELD_OUT]
+    pairs = [[int(n) for n in re.findall(r"\d+", one["question"])] for one in held_out]
+    counts = Counter(math.gcd(*pair) for pair in pairs)
+    assert counts.most_common(2) == [(1, 13), (2, 13)] and tasks.best_constant("divisors", 0) == 13 / 40
