@@ -208,8 +208,8 @@ def words_of(
             trained: TRL would train the full model.
     """
     words = sorted_words(reader, arguments, launcher)
-    of_adapters = (name for name in sorted(words.given) if name.startswith("lora_") or name in ADAPTERS)
-    adapters = [f"--{name}" for name in of_adapters]
+    given = sorted(words.given)
+    adapters = [f"--{name}" for name in given if name.startswith("lora_") or name in ADAPTERS]
     if adapters and "use_peft" not in words.given:
         chosen = "say --use_peft true to train an adapter, or false to train all weights"
         raise Refused([f"{', '.join(adapters)} without --use_peft: {chosen}."])
