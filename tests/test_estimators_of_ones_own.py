@@ -23,6 +23,7 @@ from helpers.oracle import TOLERANCE, distance, steps
 from helpers.resume import build as build_resumable
 from helpers.resume import outcome
 from helpers.runs import DATA, TOKENIZER, build, config, log, one_update
+from helpers.two_processes import in_each_of
 from torch import nn
 from transformers import AutoTokenizer, TrainerCallback
 
@@ -191,10 +192,7 @@ def track(folder: str, out: str) -> dict[str, Any]:
 @pytest.mark.parametrize("processes", [1, 2])
 def test_a_mean_of_each_prompt(processes, llama, tmp_path):
     """Each window gets the means of earlier windows on both processes. Evaluations get them and change nothing."""
-    if processes == 1:
-        seen = [track(llama, str(tmp_path))]
-    else:
-        seen = launch("test_estimators_of_ones_own:track", folder=llama, out=tmp_path)
+    seen = in_each_of(processes, track, folder=llama, out=str(tmp_path))
     rewards: dict[str, list[float]] = {}
     for windows in zip(*(one["windows"] for one in seen), strict=True):
         everything = [row for window in windows for row in window]
@@ -256,11 +254,8 @@ def test_spos_tracker(processes, tracks, llama, tmp_path):
     `α ← ρ α + Σ r`, `n ← ρ n + k`, ρ = 2^(−D/0.06) between 0.875 and 0.96; a window's rewards count from the next on.
     If values are tracked, r is the value that each row of each update implies.
     """
-    if processes == 1:
-        of_processes = [track_spo(llama, str(tmp_path), rows=4, tracks=tracks)]
-    else:
-        given = dict(folder=llama, out=tmp_path, rows=2, tracks=tracks)
-        of_processes = launch("test_estimators_of_ones_own:track_spo", **given)
+    given = dict(folder=llama, out=str(tmp_path), rows=4 // processes, tracks=tracks)
+    of_processes = in_each_of(processes, track_spo, **given)
     table: dict[str, list[float]] = {}
     earned: list[tuple[str, float]] = []
     forgotten = set()

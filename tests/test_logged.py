@@ -16,6 +16,7 @@ from common.tiny import VOCABULARY, perturb, save
 from datasets import Dataset
 from helpers.oracle import TOLERANCE, distance, plain, solve
 from helpers.runs import CHATS, DATA, TOKENIZER, build, completion, differ, kept_returns, letters, logged, prompt, train
+from helpers.two_processes import in_each_of
 from transformers import AutoTokenizer
 
 from tbrm_trl import TBRMTrainer, load_rollouts
@@ -270,10 +271,7 @@ def judged_in_each_process(folder: str, out: str) -> list:
 @pytest.mark.parametrize("processes", [1, 2])
 def test_only_rows_without_a_reward_are_judged(processes, llama, tmp_path):
     """The function would fail on the others. Of two processes one has no row to be judged in any window."""
-    if processes == 1:
-        shares = [judged_in_each_process(llama, str(tmp_path))]
-    else:
-        shares = launch("test_logged:judged_in_each_process", folder=llama, out=tmp_path)
+    shares = in_each_of(processes, judged_in_each_process, folder=llama, out=str(tmp_path))
     for windows in zip(*(windows for windows, _ in shares), strict=True):
         rewards = sorted(tuple(one) for share in windows for one in share)
         assert rewards == [("bcd", 1.0)] + [("xyz", 0.25)] * 3

@@ -575,14 +575,14 @@ class TBRMTrainer(ExactResume, GRPOTrainer):
         """Check that each function accepts each data set's columns. A stream without known columns is skipped."""
         more = bool(environment_factory or rollout_func)  # either may add arguments
         asked = (args.draws_prompts and self._plan.mix.rollouts) or some_unrewarded(train_dataset, self._plan.logged)
-        sets = {"the training set": train_dataset} if asked else {}
-        for title, dataset in (sets | titled_sets(eval_dataset)).items():
+        sets = ({"the training set": train_dataset} if asked else {}) | titled_sets(eval_dataset)
+        for title, dataset in sets.items():
             has_logs = bool(self._plan.mix.logged) and dataset is train_dataset
             columns = columns_read(dataset, args.remove_unused_columns, is_formatted=not has_logs)
             if reward_funcs is not None and columns is not None:
                 given = [name for name in columns if name not in own_columns(has_logs)]
                 check_reward_arguments(reward_funcs, title, given, more, environments=bool(environment_factory))
-        if sets or eval_dataset is not None:
+        if sets:
             start_workers(reward_funcs)
 
     def _undo_trl(self) -> None:
@@ -889,9 +889,9 @@ class TBRMTrainer(ExactResume, GRPOTrainer):
             warn_of_empty_update({row.left_out for row in update_rows})
         self._rows_trained += rows_here
         if counts[:, 3].max() >= 0:
-            metrics["staleness/max"].append(counts[:, 3].max().item())
+            _keep_largest(metrics["staleness/max"], counts[:, 3].max().item())
         if sample is not None:
-            metrics["replay/age_max"].append(counts[:, 1].max().item())
+            _keep_largest(metrics["replay/age_max"], counts[:, 1].max().item())
         if self._replay is not None:
             metrics["replay/fill"].append(counts[:, 2].sum().item())
             metrics["replay/updates_per_trajectory"].append(self._rows_trained / self._rows_drawn)
@@ -1117,9 +1117,9 @@ class TBRMTrainer(ExactResume, GRPOTrainer):
         self._fill_extra_logs(len(prompts))
         weights = self.reward_weights.to(rewards_per_func.device)  # (F,)
         unknown = self._reward_calls.unknown(len(prompts), self.reward_func_names, weights.tolist())
-        counting = zip(self.reward_funcs, weights.tolist(), strict=True)
-        of_models = [isinstance(function, nn.Module) and weight != 0 for function, weight in counting]
-        no_number = rewards_per_func[:, of_models].isnan().any(dim=1)  # (N,) a model has no None for "not mine"
+        is_model = torch.tensor([isinstance(one, nn.Module) for one in self.reward_funcs], device=weights.device)
+        # (N,) A model has no None for what is not its to judge.
+        no_number = rewards_per_func[:, is_model & (weights != 0)].isnan().any(dim=1)
         # An unknown verdict is not a wrong one.
         rewards_per_func[self._gather(unknown).flatten().bool() | no_number] = torch.nan
         check_magnitude(rewards_per_func, weights, self.reward_func_names, self.args.beta)
@@ -1539,9 +1539,6 @@ class TBRMTrainer(ExactResume, GRPOTrainer):
         else:
             self._metrics["train"].update({name: [mean] for name, mean in self._recorder.means("train").items()})
             self._metrics["train"]["skipped_updates"] = [self._skipped.total]
-            for name in ("staleness/max", "replay/age_max"):  # TRL would log the mean of the updates' maxima
-                if maxima := self._metrics["train"].get(name):
-                    self._metrics["train"][name] = [max(maxima)]
             if self._offset is not None:
                 self._metrics["train"]["soft_value_offset"] = [self._offset.bias.item()]
             if "loss" in logs:
@@ -1900,6 +1897,11 @@ def _own(given: Any) -> Any:
 def _no_reward(**kwargs: Any) -> list[float]:
     """Placeholder that is never called: TRL needs a reward function even if every trajectory has its reward."""
     raise RuntimeError("There is no reward function to reward a rollout: pass `reward_funcs`.")
+
+
+def _keep_largest(values: list[float], value: float) -> None:
+    """Keep one value of a metric since the last log, the largest: TRL would log the mean of several."""
+    values[:] = [max(value, *values)] if values else [value]
 
 
 def _numbered_by_group(rows: list[UpdateRow], group_size: int) -> list[UpdateRow]:

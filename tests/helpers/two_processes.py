@@ -1,5 +1,6 @@
 """One optimizer step on scripted rows, on two processes under torchrun."""
 
+from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,13 @@ def step_of_rows(folder: str, rows: list[dict], out: str, **options: Any) -> dic
         "gradients": trainer.recorder.gradients[0],
         "log": trainer.state.log_history,
     }
+
+
+def in_each_of(processes: int, function: Callable[..., Any], **arguments: Any) -> list[Any]:
+    """What a module's function returns in each process: in this one alone, or in several that are launched."""
+    if processes == 1:
+        return [function(**arguments)]
+    return launch(f"{function.__module__}:{function.__name__}", processes=processes, **arguments)
 
 
 def on_two_processes(folder: str, rows: list[Row], tmp_path: Path, under: str | None = None, **options: Any) -> dict:

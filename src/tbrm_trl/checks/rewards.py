@@ -31,7 +31,7 @@ def check_reward_arguments(
     """
     check_columns(title, columns, _ALWAYS)
     always = [*_ALWAYS, "environments"] if environments else _ALWAYS
-    for function in reward_funcs if isinstance(reward_funcs, list) else [reward_funcs]:
+    for function in _listed(reward_funcs):
         if isinstance(function, (nn.Module, str)):
             continue
         if inspect.isclass(function) or not callable(function):
@@ -42,13 +42,18 @@ def check_reward_arguments(
         check_arguments(function, title, columns, always, more)
 
 
+def _listed(reward_funcs: Any) -> list[Any]:
+    """The reward functions of a trainer, which takes several or one."""
+    return reward_funcs if isinstance(reward_funcs, list) else [reward_funcs]
+
+
 def start_workers(reward_funcs: Any) -> None:
     """Start a worker of each reward function that runs in workers.
 
     Raises:
         ValueError: for a function that no worker can run, such as one that needs a package that is not installed.
     """
-    for function in reward_funcs if isinstance(reward_funcs, list) else [reward_funcs]:
+    for function in _listed(reward_funcs):
         if isinstance(function, InWorkers):
             try:
                 function.start()

@@ -23,8 +23,8 @@ from trl.cli.accelerate_config import resolve_accelerate_config_argument  # noqa
 
 from ..config import TBRMConfig  # noqa: E402
 from ..memory.estimate import MemoryEstimate, estimate_memory  # noqa: E402
-from .parsing import Parser, Refused, leave  # noqa: E402
-from .train import DataArguments, launcher_options, words_of  # noqa: E402
+from .parsing import Parser, Refused, leave, sorted_words  # noqa: E402
+from .train import DataArguments, launcher_options, with_adapter_settled  # noqa: E402
 
 PROG = "tbrm estimate"
 _STAGE = 2  # DeepSpeed's under accelerate, if nothing says another
@@ -143,7 +143,7 @@ def with_launcher(machine: Machine, words: Sequence[str]) -> Machine:
 def main(arguments: list[str] | None = None) -> None:
     given = sys.argv[1:] if arguments is None else arguments
     try:
-        words = words_of(parser(), given, launcher_options())
+        words = with_adapter_settled(sorted_words(parser(), given, launcher_options()))
         # The processes come first, since the batches are checked for them.
         machine, *_ = Parser(Machine, prog=PROG, description="").parse_args_and_config(
             words.own, return_remaining_strings=True

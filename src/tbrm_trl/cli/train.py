@@ -14,7 +14,7 @@ import argparse
 import os
 import subprocess
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import MappingProxyType
@@ -188,26 +188,15 @@ def parser() -> Parser:
 def parse(arguments: list[str]) -> tuple[DataArguments, TBRMConfig, ModelConfig]:
     """Parse a command line and its recipe, without launcher options. Raises `Refused`."""
     reader = parser()
-    words = words_of(reader, arguments)
-    data, config, model = reader.parse(words)
+    data, config, model = reader.parse(with_adapter_settled(sorted_words(reader, arguments)))
     return data, config, model
 
 
-def words_of(
-    reader: Parser, arguments: Sequence[str], launcher: Mapping[str, argparse.Action] = MappingProxyType({})
-) -> Words:
-    """The words of a training's command, sorted by which program reads them.
+def with_adapter_settled(words: Words) -> Words:
+    """The same words. Raises `Refused` for an adapter's options if nothing says whether an adapter is trained.
 
-    Args:
-        reader: the command's parser.
-        arguments: the command's arguments.
-        launcher: accelerate's options, if they may stand among them.
-
-    Raises:
-        Refused: for words that nothing reads, and for an adapter's options if nothing says whether an adapter is
-            trained: TRL would train the full model.
+    TRL would train the full model.
     """
-    words = sorted_words(reader, arguments, launcher)
     given = sorted(words.given)
     adapters = [f"--{name}" for name in given if name.startswith("lora_") or name in ADAPTERS]
     if adapters and "use_peft" not in words.given:
@@ -300,7 +289,7 @@ def main(arguments: list[str] | None = None) -> None:
     given = sys.argv[1:] if arguments is None else arguments
     try:
         reader = parser()
-        words = words_of(reader, given, launcher_options())
+        words = with_adapter_settled(sorted_words(reader, given, launcher_options()))
         launched = any(name in os.environ for name in (LAUNCHED, "LOCAL_RANK", "ACCELERATE_MIXED_PRECISION"))
         if not launched and (words.launcher or torch.cuda.device_count() > 1):
             launch(words)

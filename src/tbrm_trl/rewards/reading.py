@@ -51,11 +51,15 @@ _HEDGE = re.compile(
 )
 _MINUS = re.compile(r"(?<![\d)}$]\s)\b(?:negative|minus)\s+(\$|\\\()?(?=\s*[\d.])", re.IGNORECASE)  # as a word
 # Words after which a number is only a part of the answer.
-_PART = r"\b(?:twice|double|triple|(?:half|multiples?|square|cube|root)\s+of|divisible\s+by|up\s+to|between)\s*$"
+_PART = re.compile(
+    r"\b(?:twice|double|triple|(?:half|multiples?|square|cube|root)\s+of|divisible\s+by|up\s+to|between)\s*$",
+    re.IGNORECASE,
+)
+_SCALE = r"(?:hundred|thousand|million|billion|trillion)\b"
 _DENIED = re.compile(r"\b(?:not|cannot|never|but|least|most|more|less|over|under|than)\b|n't\b", re.IGNORECASE)
 # What may follow mathematics and belongs to the answer: `$1.5$ million`, `$3$ or 4`, `$3$ hours and $20$ minutes`.
 _GOES_ON = re.compile(
-    r"\s*(?:(?:hundred|thousand|million|billion|trillion|squared|cubed|factorial)\b"
+    rf"\s*(?:{_SCALE}|(?:squared|cubed|factorial)\b"
     r"|(?:[a-zA-Z]+\s+)?(?:and|or|to|plus|minus|times)\s+(?:an?\s+(?:half|third|quarter)\b|\$|\\\(|-?\d|[A-Za-z]\b(?!\s[a-z]))"
     r"|[-+*/^]\s*[\d$\\])",
     re.IGNORECASE,
@@ -203,7 +207,7 @@ def _clause(rest: str, named: bool = False) -> str | None:
     first = _MATHEMATICS.search(line)
     before = line[: first.start()] if first else ""
     is_words = not re.search(r"\w", re.sub(r"[a-z]+|\\text", "", before, flags=re.IGNORECASE))
-    is_whole = not (_DENIED.search(before) or re.search(_PART, before, re.IGNORECASE))
+    is_whole = not (_DENIED.search(before) or _PART.search(before))
     if first and is_words and is_whole:
         if block:
             return _inside(first)
@@ -253,7 +257,7 @@ def last_mathematics(text: str) -> str | None:
         return number[0].strip()
     if last is None:
         return None
-    scale = re.match(r"\s*(?:hundred|thousand|million|billion|trillion)\b", text[last.end() :], re.IGNORECASE)
+    scale = re.match(rf"\s*{_SCALE}", text[last.end() :], re.IGNORECASE)
     return _inside(last) + (f" {scale[0].strip()}" if scale else "")
 
 
@@ -262,7 +266,7 @@ def only_number(text: str) -> str | None:
     found = list(_NUMBER.finditer(text))
     if len(found) != 1 or re.search(r"[=^<>{}]|\\[a-zA-Z]|\bor\b", text) or _DENIED.search(text):
         return None
-    if re.search(_PART, text[: found[0].start()], re.IGNORECASE):
+    if _PART.search(text[: found[0].start()]):
         return None
     return text[found[0].start() :].strip() if re.search(r"[^\W\d]{2,}\s", text) else None
 
