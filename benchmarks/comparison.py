@@ -150,6 +150,10 @@ SETTINGS = {
         "SmolLM2-135M, greatest common divisors", "divisors", 32, 16, 2, 4, (1e-5, 2e-5, 4e-5), 0.02, "mixed", 64,
         (100,), _TEN,
     ),
+    "operations": Setting(
+        "SmolLM2-135M, three operations", "operations", 32, 16, 2, 4, (1e-5, 2e-5, 4e-5), 0.02, "mixed", 64, (100,),
+        _TEN,
+    ),
     "sums-lora": Setting(
         "SmolLM2-135M with LoRA, one-digit sums", "sums", 32, 16, 2, 4, (1e-4, 2e-4, 4e-4), 0.02, "bfloat16 base", 64,
         (100,), (0, 1, 2, 3, 4), ("GRPO", "TBRM, V = 0, with replay"),

@@ -132,9 +132,14 @@ def sorting(
 
 # ---- arithmetic ------------------------------------------------------------------------------------------------------
 
-GYM_TASKS: dict[str, tuple[str, dict[str, int]]] = {
+GYM_TASKS: dict[str, tuple[str, dict[str, Any]]] = {  # by name: reasoning-gym's task, and its difficulty
     "sums": ("chain_sum", dict(min_terms=2, max_terms=2, min_digits=1, max_digits=1)),
     "divisors": ("gcd", dict(min_numbers=2, max_numbers=2, min_value=1, max_value=20)),
+    # Without division: without parentheses, reasoning-gym 0.1.25 asks one and answers another.
+    "operations": (
+        "basic_arithmetic",
+        dict(min_terms=2, max_terms=2, min_digits=1, max_digits=1, operators=["+", "-", "*"], allow_parentheses=False),
+    ),
 }
 
 
@@ -165,11 +170,11 @@ def best_constant(name: str, seed: int) -> float:
 
 
 def of_gym(name: str, seed: int, selection: bool = False) -> Task:
-    """A task of reasoning-gym, on which the untrained SmolLM2-135M is right once in seven or eight times.
+    """A task of reasoning-gym, on which the untrained SmolLM2-135M is right once in five to eight times.
 
     Args:
-        name: "sums", of two one-digit numbers, as in `make demo`; or "divisors", greatest common divisors of two
-            numbers up to 20.
+        name: "sums", of two one-digit numbers, as in `make demo`; "divisors", greatest common divisors of two numbers
+            up to 20; or "operations", sums, differences and products of two numbers up to 10.
         seed: of the split of its problems into 40 held-out ones and the rest.
         selection: take the other half of the problems, which no final run sees.
     """
