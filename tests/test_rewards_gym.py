@@ -1,5 +1,8 @@
 """reasoning-gym: no problem twice, and verdicts for tasks with a score that is no verdict."""
 
+import re
+from fractions import Fraction
+
 import pytest
 
 reasoning_gym = pytest.importorskip("reasoning_gym")
@@ -18,6 +21,32 @@ def test_no_problem_twice():
     assert again == test and other != test
     with pytest.raises(ValueError, match=r"only .* distinct problems"):
         distinct_problems("chain_sum", 1000, **SUMS)
+
+
+@pytest.mark.parametrize("terms", [2, 3])
+def test_arithmetic_answers_what_it_asks(terms):
+    """reasoning-gym answers "5 / 9" by 10, and "8 - 3 * 6" by 30."""
+    settings = dict(min_terms=terms, max_terms=terms, min_digits=1, max_digits=1, allow_parentheses=False)
+    for entry in distinct_problems("basic_arithmetic", 100, **settings):
+        expression = re.sub(r"\d+", r"Fraction(\g<0>)", entry["question"].removeprefix("Calculate ").removesuffix("."))
+        assert eval(expression, {"Fraction": Fraction}) == int(entry["answer"]), entry["question"]
+
+
+def test_milliseconds_are_those_of_the_question():
+    """reasoning-gym takes 09:43:58.821 from 22:11:11.690 and has 12:27:12.868 left."""
+    for entry in distinct_problems("time_intervals", 50, task_types=["time_ms"]):
+        start, end = (
+            int(h) * 3_600_000 + int(m) * 60_000 + int(s) * 1000 + int(ms)
+            for h, m, s, ms in re.findall(r"(\d\d):(\d\d):(\d\d)\.(\d{3})", entry["question"])
+        )
+        left = end - start
+        said = f"{left // 3_600_000:02d}:{left // 60_000 % 60:02d}:{left // 1000 % 60:02d}.{left % 1000:03d}"
+        assert entry["answer"] == said and judge("time_intervals", entry, f"\\boxed{{{said}}}")[0] == 1.0
+
+
+def test_equations_have_their_variable():
+    settings = dict(min_terms=2, max_terms=2, min_value=1, max_value=2)
+    assert not any("0 = 0" in entry["question"] for entry in distinct_problems("simple_equations", 200, **settings))
 
 
 def test_reasoning_gym_seeds_overlap():
@@ -72,7 +101,16 @@ def test_answers_that_are_no_number(answer):
 
 @pytest.mark.parametrize(
     ("said", "right"),
-    [("1/32768", 1), ("0.00003052", 1), ("0", 0), ("0.0001", 0), ("0.00004", 0), ("4e-5", 0), ("1e99999999", 0)],
+    [
+        ("1/32768", 1),
+        ("0.00003052", 1),
+        ("0", 0),
+        ("0.0001", 0),
+        ("0.00004", 0),
+        ("4e-5", 0),
+        ("1e99999999", 0),
+        ("1e9_999_999", 0),
+    ],
 )
 def test_small_probabilities(said, right):
     """15 heads in 15 flips: 0 is off by less than 1e-4, and is no answer."""
