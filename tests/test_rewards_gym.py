@@ -45,8 +45,9 @@ def test_milliseconds_are_those_of_the_question():
 
 
 def test_equations_have_their_variable():
-    settings = dict(min_terms=2, max_terms=2, min_value=1, max_value=2)
-    assert not any("0 = 0" in entry["question"] for entry in distinct_problems("simple_equations", 200, **settings))
+    """reasoning-gym's problem 13 of seed 0 asks which i satisfies 0 = 0, and is answered by 83."""
+    assert "0 = 0" in reasoning_gym.create_dataset("simple_equations", size=14, seed=0)[13]["question"]
+    assert not any("0 = 0" in entry["question"] for entry in distinct_problems("simple_equations", 50))
 
 
 def test_reasoning_gym_seeds_overlap():
