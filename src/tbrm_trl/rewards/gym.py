@@ -174,7 +174,7 @@ def _is_value_of_its_expression(entry: Mapping[str, Any]) -> bool:
 
 
 def _has_its_milliseconds(entry: Mapping[str, Any]) -> bool:
-    """`time_intervals` cuts a float of seconds off, so that two of five milliseconds are one too few."""
+    """`time_intervals` cuts a float of seconds off, so that nearly half of its answers are one millisecond too few."""
     if entry["metadata"]["expected_format"] != "HH:MM:SS.mmm":
         return True
     start, end = (datetime.fromisoformat(entry["metadata"][name]) for name in ("start_time", "end_time"))
