@@ -163,6 +163,12 @@ def test_nothing_is_said_where_nothing_is_off(seen, options):
             "Consider adding 1 to every reward, because they are -0.75 on average, with a standard deviation of 0.66, "
             "and beta V is 0: the residual is mostly what all completions share, and its gradient is noise.",
         ),
+        (  # what all share, 100, is more than what they differ by
+            window([100.0] * 4 + [101.0] * 4),
+            {},
+            "Consider subtracting 100 from every reward, because the lowest is 100, they span 1, and beta V is 0: the "
+            "residual is mostly what all completions share, and its gradient is noise.",
+        ),
         (  # 0.5 at 0.001 an update are 500 of 100; a quarter of 100 updates are 25, and 0.5 / 25 = 0.02
             window(HALF),
             {"soft_value_offset": True, "soft_value_learning_rate": 0.001},
@@ -204,6 +210,8 @@ def test_what_is_off_is_said_with_its_reason(seen, options, said):
     [
         (window(HALF, length=8), {"length_normalized": True, "beta": 0.5}),  # reward per nat and token
         (window([-1.0] * 7 + [1.0]), {"reward_baseline": "batch_mean"}),
+        (window([100.0] * 4 + [101.0] * 4), {"reward_baseline": "batch_mean"}),
+        (window([1.0] * 4 + [2.0] * 4), {}),  # they differ by as much as they share
         (window(HALF, value=0.45), {"soft_value": "optimal", "num_iterations": 2}),  # within two standard errors
         (
             window(HALF, value=0.0, updates=1000),

@@ -192,13 +192,22 @@ def _of_shift(window: FirstWindow, args: TBRMOptions) -> Iterator[str]:
     """A shift of all rewards is an error of V. On-policy it adds only variance, but much of it."""
     free = args.soft_value in ("policy", "calibrated", "learned", "zero")
     lowest, mean, spread = window.rewards.min(), window.rewards.mean(), window.rewards.std()
-    if not free or args.reward_baseline != "none" or mean >= 0 or not 0 < spread < window.soft_value - mean:
+    if not free or args.reward_baseline != "none" or not spread:
         return
-    yield (
-        f"Consider adding {-lowest:.3g} to every reward, because they are {mean:.2g} on average, with a standard "
-        f"deviation of {spread:.2g}, and beta V is {window.soft_value:.2g}: the residual is mostly what all "
-        "completions share, and its gradient is noise."
+    noise = (
+        f"beta V is {window.soft_value:.2g}: the residual is mostly what all completions share, and its gradient is "
+        "noise."
     )
+    if mean < 0 and spread < window.soft_value - mean:
+        yield (
+            f"Consider adding {-lowest:.3g} to every reward, because they are {mean:.2g} on average, with a standard "
+            f"deviation of {spread:.2g}, and {noise}"
+        )
+    elif lowest - window.soft_value > window.span:
+        yield (
+            f"Consider subtracting {lowest:.3g} from every reward, because the lowest is {lowest:.3g}, they span "
+            f"{window.span:.2g}, and {noise}"
+        )
 
 
 def _of_v_rate(window: FirstWindow, args: TBRMOptions) -> Iterator[str]:
