@@ -1,14 +1,20 @@
 """reasoning-gym: no problem twice, and verdicts for tasks with a score that is no verdict."""
 
+import ast
+import json
+import math
+import random
 import re
 from fractions import Fraction
 
+import numpy as np
 import pytest
 
 reasoning_gym = pytest.importorskip("reasoning_gym")
 
 from tbrm_trl.rewards import load  # noqa: E402
 from tbrm_trl.rewards.gym import decode, distinct_problems, encode, judge, solved, train_and_test  # noqa: E402
+from tbrm_trl.rewards.gym_faults import is_answered  # noqa: E402
 
 SUMS = dict(min_terms=2, max_terms=2, min_digits=1, max_digits=1)
 
@@ -42,6 +48,55 @@ def test_milliseconds_are_those_of_the_question():
         left = end - start
         said = f"{left // 3_600_000:02d}:{left // 60_000 % 60:02d}:{left // 1000 % 60:02d}.{left % 1000:03d}"
         assert entry["answer"] == said and judge("time_intervals", entry, f"\\boxed{{{said}}}")[0] == 1.0
+
+
+def days(start: str, end: str) -> dict[str, str]:
+    return {"task": "count_business_days", "start_date": start, "end_date": end}
+
+
+@pytest.mark.parametrize(
+    ("task", "stored", "question", "metadata", "right"),
+    [
+        ("family_relationships", "father-in-law", "", {}, 0),  # Mia, the wife of Edward's son, is his daughter-in-law
+        ("family_relationships", "father", "", {}, 1),
+        # Matilda is one of Alice's 3 women: she knows Alice, the other 2, and of Bob's 4 women all but herself.
+        ("aiw", "6", "Alice has 2 male and 3 female colleagues, Bob 1 and 4.", {"task_type": "colleagues"}, 1),
+        ("aiw", "4", "Alice has 2 male and 3 female colleagues, Bob 1 and 4.", {"task_type": "colleagues"}, 0),
+        ("aiw", "3", "Alice has 2 sisters. How many has Alice's brother?", {"task_type": "siblings"}, 1),
+        ("aiw", "3", "Alice has 2 sisters. How many has Bob's brother?", {"task_type": "siblings"}, 0),
+        ("calendar_arithmetic", "72", "", days("2022-12-18", "2023-03-28"), 0),
+        ("calendar_arithmetic", "2", "", days("2022-12-29", "2022-12-30"), 1),
+        ("intermediate_integration", "x - Integral(exp(x**2), x) + C", "", {}, 0),
+        ("time_intervals", "29 days, 00:00:00", "", {"format": "%Y-%m-%d (%A) %H:%M:%S %z"}, 0),
+        ("ab", "", "", {}, 0),  # no completion can give it
+    ],
+)  # fmt: skip
+def test_problems_with_a_wrong_stored_answer(task, stored, question, metadata, right):
+    assert is_answered(task, {"answer": stored, "question": question, "metadata": metadata}) == right
+
+
+@pytest.mark.parametrize(
+    ("premises", "conclusion", "right"),
+    [
+        (("All ants are dolphins", "All dolphins are cats"), "All ants are cats", 1),
+        (("All ants are dolphins", "All dolphins are cats"), "Some ants are cats", 1),  # there are ants
+        (("All ants are dolphins", "Some dolphins are cats"), "Some ants are cats", 0),
+        (("All ants are dolphins", "Some dolphins are not cats"), "Some ants are not cats", 0),
+        (("No ants are dolphins", "Some dolphins are cats"), "Some cats are not ants", 1),
+    ],
+)
+def test_conclusions_that_follow(premises, conclusion, right):
+    metadata = dict(premise1=premises[0], premise2=premises[1], conclusion=conclusion)
+    assert is_answered("syllogism", {"answer": "Yes", "metadata": metadata}) == right
+
+
+def test_problems_do_not_depend_on_what_was_drawn_before():
+    """`list_functions` draws from the global generator, and `pool_matrix` seeds NumPy's."""
+    random.seed(1)
+    np.random.seed(1)
+    first = distinct_problems("list_functions", 20)
+    assert (random.random(), np.random.random()) == (random.Random(1).random(), np.random.RandomState(1).random())
+    assert distinct_problems("list_functions", 20) == first
 
 
 def test_equations_have_their_variable():
@@ -84,12 +139,79 @@ def test_own_answer(task):
         ("calendar_arithmetic", "\\boxed{7193}"),
         ("countdown", "\\boxed{1}"),
         ("chain_sum", "\\boxed{99999}"),
+        ("word_sorting", "\\boxed{%s, further}"),
+        ("letter_jumble", "\\boxed{%s further}"),
+        ("gsm_symbolic", "\\boxed{-%s}"),
     ],
 )
 def test_wrong_answers(task, completion):
     entry = problem(task)
     verdict, score = judge(task, entry, completion.replace("%s", str(entry["answer"])))
     assert verdict == 0.0 and 0.0 <= score <= 1.0
+
+
+def test_sorted_numbers_are_those_of_the_question():
+    """`number_sorting` itself allows each to be off by 1."""
+    entry = problem("number_sorting", min_decimals=1, max_decimals=2)
+    numbers = ast.literal_eval(entry["answer"])
+    whole = [str(float(int(float(one)))) for one in numbers]
+    assert whole != numbers and reasoning_gym.get_score_answer_fn("number_sorting")(str(whole), entry) == 1
+    assert judge("number_sorting", entry, f"\\boxed{{{whole}}}")[0] == 0.0
+    assert judge("number_sorting", entry, f"\\boxed{{{numbers}}}")[0] == 1.0
+
+
+def test_a_grid_has_no_further_rows():
+    entry = problem("game_of_life")
+    grid = json.loads(entry["answer"])
+    assert judge("game_of_life", entry, f"\\boxed{{{json.dumps(grid)}}}")[0] == 1.0
+    assert judge("game_of_life", entry, f"\\boxed{{{json.dumps([*grid, grid[0]])}}}")[0] == 0.0
+
+
+def test_an_integral_is_to_be_computed():
+    entry = problem("simple_integration")
+    given = "Integral({integrand}, {variable})".format(**entry["metadata"])
+    assert judge("simple_integration", entry, f"\\boxed{{{given}}}")[0] == 0.0
+    assert judge("simple_integration", entry, f"\\boxed{{{entry['answer']}}}")[0] == 1.0
+
+
+MARKED = [
+    "<answer>\\boxed{%s}</answer>",
+    "<answer>```\n%s\n```</answer>",
+    "The answer is:\n```text\n%s\n```",
+    "```\n%s\n```",
+    "<answer>**%s**</answer>",
+    "<answer>$%s$</answer>",
+    "The final answer is **%s**.",
+    "\\boxed{\\texttt{%s}}.",
+    "<answer>%s.</answer>",
+    'The answer is "%s".',
+]
+
+
+@pytest.mark.parametrize("said", MARKED)
+@pytest.mark.parametrize("task", ["rotate_matrix", "syllogism", "word_sorting", "game_of_life", "chain_sum", "dice"])
+def test_marks_around_an_answer(task, said):
+    for entry in reasoning_gym.create_dataset(task, size=2, seed=1):
+        assert judge(task, entry, said.replace("%s", entry["answer"]))[0] == 1.0
+        assert judge(task, entry, said.replace("%s", "7193 x"))[0] == 0.0
+
+
+@pytest.mark.parametrize(
+    ("task", "stored", "said"),
+    [
+        ("prime_factorization", "2 × 2 × 7", r"2 \times 2 \times 7"),
+        ("prime_factorization", "2 × 2 × 7", r"2 \cdot 2 \cdot 7"),
+        ("dice", "781/960", r"\dfrac{781}{960}"),
+        ("power_function", "8.064e-06", r"8.06 \times 10^{-6}"),
+    ],
+)
+def test_latex_for_a_plain_answer(task, stored, said):
+    numbers = [int(one) for one in re.findall(r"\d+", stored)]
+    metadata = {"factors": numbers, "number": math.prod(numbers), "solution": stored}
+    metadata["puzzle"] = dict(zip(("num", "den"), numbers, strict=False))
+    entry = {"answer": stored, "metadata": {"source_dataset": task, **metadata}}
+    assert judge(task, entry, f"\\boxed{{{said}}}")[0] == 1.0
+    assert judge(task, entry, f"\\boxed{{{said.replace('8', '9').replace('7', '5')}}}")[0] == 0.0
 
 
 @pytest.mark.parametrize("answer", ["nan", "nan+nanj", "\\boxed{nan}", "inf"])

@@ -9,14 +9,16 @@ import json
 import math
 import random
 import re
-from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
-from datetime import datetime, timedelta
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from fractions import Fraction
 from functools import cache, lru_cache
 from typing import Any
 
+import numpy as np
+
 from . import reading
+from .gym_faults import is_allowed, is_answered
 from .notation import normal
 from .quantities import number
 
@@ -24,6 +26,23 @@ COLUMN = "gym"
 _TRIES = 50  # problems drawn per requested problem before a task counts as exhausted
 _PLAIN_NUMBER = re.compile(r"-?(?:0|[1-9]\d*)(?:\.\d+)?")
 _HUGE_EXPONENT = re.compile(r"[-+]?[\d.,_]+e[-+]?[\d_]{4,}", re.IGNORECASE)
+# Marks around an answer, and LaTeX for the signs with which the tasks write answers.
+_WRAPPED = re.compile(
+    r"```\w*\n(.*)\n\s*```|\*\*(.*)\*\*|\$\$?(.*?)\$\$?|\"(.*)\"|`(.*)`|\\(?:text\w*|math\w*)\{(.*)\}", re.DOTALL
+)
+_LAYERS = 3  # of marks around an answer
+_SIGNS = {
+    r" ?\\(?:times|cdot) ?10\^(?:\{(-?\d+)\}|(\d))": r"e\1\2",
+    r"\\(?:times|cdot)(?![a-z])": "×",
+    r"\\[dt]?frac\{([^{}]*)\}\{([^{}]*)\}": r"\1/\2",
+    r"\^\{?\\circ\}?": "°",
+    r"\\(?:left|right)(?![a-z])": "",
+    r"\\(?:rightarrow|to|implies)(?![a-z])": "→",
+    r"\\(?:leftrightarrow|iff)(?![a-z])": "↔",
+    r"\\(?:lor|vee)(?![a-z])": "∨",
+    r"\\(?:land|wedge)(?![a-z])": "∧",
+    r"\\(?:neg|lnot)(?![a-z])": "¬",
+}
 _NO_NUMBER = re.compile(r"(?<![a-z])(?:nan|inf|infinity)j?(?![a-z])", re.IGNORECASE)
 
 
@@ -55,7 +74,7 @@ def train_and_test(task: str, train: int, test: int, seed: int = 0, **settings: 
 def distinct_problems(task: str, count: int, **settings: Any) -> list[dict[str, Any]]:
     """`count` problems of a task with distinct questions. Without this, 62% of `chain_sum`'s small questions repeat.
 
-    Problems whose stored answer is wrong are left out, as far as this is known of version 0.1.25: see `_ANSWERED`.
+    Problems whose stored answer is wrong are left out, as far as this is known of version 0.1.25: see `gym_faults.py`.
 
     Raises:
         ValueError: if the task has too few distinct problems.
@@ -63,15 +82,31 @@ def distinct_problems(task: str, count: int, **settings: Any) -> list[dict[str, 
     import reasoning_gym
 
     by_question: dict[str, dict[str, Any]] = {}
-    for entry in reasoning_gym.create_dataset(task, size=_TRIES * count, seed=0, **settings):
-        if _ANSWERED.get(task, _always)(entry):
-            by_question.setdefault(entry["question"], entry)
-        if len(by_question) == count:
-            return list(by_question.values())
+    with _global_seeds(0):
+        for entry in reasoning_gym.create_dataset(task, size=_TRIES * count, seed=0, **settings):
+            if is_answered(task, entry):
+                by_question.setdefault(entry["question"], entry)
+            if len(by_question) == count:
+                return list(by_question.values())
     raise ValueError(
         f"{task} has only {len(by_question)} distinct problems at this difficulty, fewer than the {count} asked for. "
         "Ask for fewer, or raise the difficulty."
     )
+
+
+@contextmanager
+def _global_seeds(seed: int) -> Iterator[None]:
+    """Seed the global generators of Python and NumPy, and put their states back: `list_functions` draws from the first,
+    `pool_matrix` seeds the second.
+    """
+    states = random.getstate(), np.random.get_state()
+    random.seed(seed)
+    np.random.seed(seed)
+    try:
+        yield
+    finally:
+        random.setstate(states[0])
+        np.random.set_state(states[1])
 
 
 def solved(
@@ -104,25 +139,26 @@ def judge(task: str, entry: Mapping[str, Any], completion: str) -> tuple[float, 
             continue  # a verifier that makes it a fraction writes out its digits
         try:
             score = float(_verifier(task)(answer, entry))
+            right = math.isclose(score, 1.0, abs_tol=1e-9) and is_allowed(task, answer, entry)
         except Exception:  # a verifier that raises has not accepted the answer
             continue
-        right = math.isclose(score, 1.0, abs_tol=1e-9) and _ALSO.get(task, _always)(answer, entry)
         verdict, best = max(verdict, float(right)), max(best, min(1.0, score))
     return verdict, best
 
 
 def readings(completion: str, stored: str | None) -> list[str]:
-    """The completion's answer as the task writes answers; two candidates if it is unclear where the answer ends.
+    """The completion's answer as the task writes answers; several if it is unclear what belongs to it.
 
-    Numbers are compared by value, so "4.0" and "−4" become the stored 4 and -4.
+    Numbers are compared by value, so "4.0" and "−4" become the stored 4 and -4. Other answers are also read without
+    marks around them, such as those of bold text and of code, and with their LaTeX as plain signs.
     """
     text = completion.rpartition("</think>")[2]
     tagged = re.findall(r"<answer>(.*?)</answer>", text, re.DOTALL)
     found = reading.boxes(text)
     if tagged:
-        answers = [tagged[-1].strip()]
+        answers = [box[2] for box in (reading.boxes(tagged[-1]) or [])[-1:]] or [tagged[-1].strip()]
     elif found is not None:
-        answers = [re.sub(r"^\\text\{(.*)\}$", r"\1", found[-1][2])] if found else []
+        answers = [box[2] for box in found[-1:]]
     elif stored is not None and _PLAIN_NUMBER.fullmatch(stored):
         answers = [text]  # its last number
     else:  # a grid, a list of moves or a sentence: everything after the announcement, or its first clause
@@ -130,7 +166,24 @@ def readings(completion: str, stored: str | None) -> list[str]:
         answers = [text.strip()] if rest is None else [rest, reading.announced(text) or ""]
     if stored is not None and _PLAIN_NUMBER.fullmatch(stored):
         answers = [_as_stored(answer, stored) for answer in answers]
+    else:
+        answers = [variant for answer in answers for variant in _without_marks(answer, stored)]
     return list(dict.fromkeys(answer for answer in answers if answer))
+
+
+def _without_marks(answer: str, stored: str | None) -> list[str]:
+    """The answer itself, then without a full stop and the marks around it, then with LaTeX as plain signs."""
+    bare = answer.strip().removesuffix(".")
+    if bare.count("**") % 2:  # the announcement took the first
+        bare = bare.removesuffix("**")
+    for _ in range(_LAYERS):
+        if wrapped := _WRAPPED.fullmatch(bare.strip().removesuffix(".")):
+            bare = next(filter(None, wrapped.groups()), "")
+    plain = bare
+    if "\\" not in str(stored):
+        for latex, sign in _SIGNS.items():
+            plain = re.sub(latex, sign, plain)
+    return [answer, bare, bare.strip().removesuffix("."), plain]
 
 
 def _as_stored(answer: str, stored: str) -> str:
@@ -155,80 +208,6 @@ def _plain(value: Fraction) -> str:
     if not float(value):
         raise OverflowError(f"a fraction of {value.denominator.bit_length()} bits is no 0, but its float is")
     return repr(float(value))
-
-
-def _always(*given: Any) -> bool:
-    return True
-
-
-# --- problems of reasoning-gym 0.1.25 whose stored answer is wrong ---
-
-
-def _is_value_of_its_expression(entry: Mapping[str, Any]) -> bool:
-    """`basic_arithmetic` shows "5 / 9" and computes 5 * 2; it rounds quotients down, and without parentheses it adds
-    before it multiplies.
-    """
-    from sympy.parsing.sympy_parser import parse_expr
-
-    return parse_expr(entry["metadata"]["expression"]) == int(entry["answer"])
-
-
-def _has_its_milliseconds(entry: Mapping[str, Any]) -> bool:
-    """`time_intervals` cuts a float of seconds off, so that nearly half of its answers are one millisecond too few."""
-    if entry["metadata"]["expected_format"] != "HH:MM:SS.mmm":
-        return True
-    start, end = (datetime.fromisoformat(entry["metadata"][name]) for name in ("start_time", "end_time"))
-    return entry["answer"].endswith(f".{(end - start) // timedelta(milliseconds=1) % 1000:03d}")
-
-
-def _has_its_variable(entry: Mapping[str, Any]) -> bool:
-    """`simple_equations` asks for the solution of "0 = 0", and accepts one number alone."""
-    return entry["metadata"]["variable"] in entry["metadata"]["equation"]
-
-
-_ANSWERED: dict[str, Callable[[Mapping[str, Any]], bool]] = {
-    "basic_arithmetic": _is_value_of_its_expression,
-    "time_intervals": _has_its_milliseconds,
-    "simple_equations": _has_its_variable,
-}
-
-
-# --- checks that some verifiers of reasoning-gym 0.1.25 lack ---
-
-
-def _is_stored(answer: str, entry: Mapping[str, Any]) -> bool:
-    """`game_of_life_halting` gives 1 to any text, `spell_backward` to an answer with one letter too many."""
-    return answer.strip().casefold() == str(entry["answer"]).strip().casefold()
-
-
-def _is_close(answer: str, entry: Mapping[str, Any]) -> bool:
-    """`coin_flip` gives 1 to any prefix of the probability's digits, such as "0". Here it may be off by a thousandth.
-
-    Probabilities are as small as 3e-5, so the error is relative.
-    """
-    stored = Fraction(entry["answer"])
-    try:
-        return abs(Fraction(answer.replace(",", "")) - stored) <= stored / 1000
-    except (ValueError, ZeroDivisionError):
-        return False
-
-
-def _uses_its_numbers(answer: str, entry: Mapping[str, Any]) -> bool:
-    """`puzzle24` gives 1 to solutions of other puzzles, and to 24.5."""
-    from sympy.parsing.sympy_parser import parse_expr
-
-    if not re.fullmatch(r"[\d\s+\-*/()]+", answer) or "**" in answer or "//" in answer:
-        return False
-    used = Counter(int(digits) for digits in re.findall(r"\d+", answer))
-    return used == Counter(int(one) for one in entry["metadata"]["numbers"]) and parse_expr(answer) == 24
-
-
-_ALSO: dict[str, Callable[[str, Mapping[str, Any]], bool]] = {
-    "game_of_life_halting": _is_stored,
-    "spell_backward": _is_stored,
-    "coin_flip": _is_close,
-    "puzzle24": _uses_its_numbers,
-}
 
 
 @cache
