@@ -60,6 +60,15 @@ def test_log_mean_exp_of_each_group(soft_value_beta):
     assert values(window) == [*[pytest.approx(0.1, rel=1e-14)] * 3, *[None] * 3, *[pytest.approx(third, rel=1e-14)] * 3]
 
 
+def test_log_mean_exp_of_what_is_masked():
+    """A cut trajectory that is masked is not counted, so the other one of its group is alone."""
+    window = [row(0, 1.0), row(0, 0.0), row(1, 1.0), row(1, 0.0)]
+    window[1].end = End.LENGTH
+    estimator = of("log_mean_exp", num_generations=2, per_device_train_batch_size=2, beta=1.0, truncation="mask")
+    estimator.on_window(window, [{}] * 4, 2)
+    assert values(window) == [None, None, *[pytest.approx(math.log((math.e + 1) / 2), rel=1e-14)] * 2]
+
+
 def test_a_groups_mean_leaves_out_what_does_not_count():
     """At β = 0.5, R/β − log-ratio is 1 and 4 in group 7, the third not counted; 6 in group 3."""
     inputs = ValueInputs(

@@ -58,15 +58,16 @@ def test_what_has_no_weight_has_no_mean():
     assert Totals.from_state({}, torch.device("cpu")).means() == {}
 
 
-def micro_batch(is_finite: bool = True, aux_loss: float | None = None) -> Totals:
+def micro_batch(is_finite: bool = True, aux_loss: float | None = None, left_out: str = "truncated") -> Totals:
     """At β = 0.5 a fresh row, a replayed one, a fresh one that is cut, and one of a pool.
 
     Their residuals are 2, −4, none and 1. log π_ref − log π is ln 2 and 0 on the first, ln 3 on the third's one action.
     """
+    staleness = None if left_out == "repeated" else 0
     rows = [
         row(ref=(math.log(2) - 1, -1.0), staleness=0),
         row("replayed", age=3),
-        row(ref=(math.log(3) - 1, NAN), mask=(True, False), left_out="truncated", staleness=0),
+        row(ref=(math.log(3) - 1, NAN), mask=(True, False), left_out=left_out, staleness=staleness),
         row("ahead", steps=(2, 4), staleness=3),
     ]
     batch = replace(collate([one.trajectory for one in rows], pad_token_id=0), pad_fraction=0.25)
@@ -100,6 +101,15 @@ def test_a_micro_batch_by_hand():
     assert both.means() == pytest.approx(BY_HAND | {"aux_loss": 0.625}, abs=1e-6)
     again = Totals.from_state(json.loads(json.dumps(both.state())), torch.device("cpu"))
     assert again.names == both.names and torch.equal(again.pairs, both.pairs)
+
+
+def test_rows_that_fill_up_a_batch_count_nowhere():
+    """The third row of the micro-batch by hand: KL and entropy lose its one action, and it is no share of the rows."""
+    expected = BY_HAND | {
+        "kl": (1 - math.log(2) + 0) / 2, "entropy": 16 / 6, "left_out/truncated": 0.0, "staleness/mean": 1.5,
+        "staleness/mixed": 0.5,
+    }  # fmt: skip
+    assert micro_batch(left_out="repeated").means() == pytest.approx(expected, abs=1e-6)
 
 
 def test_one_micro_batch_that_is_not_finite_spoils_the_update():

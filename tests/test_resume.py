@@ -149,6 +149,14 @@ def test_a_checkpoint_of_another_run_is_refused(source, changes, message, qwen2,
     assert trainer.state.global_step == 0
 
 
+def test_a_pool_does_not_go_on_with_another_length(qwen2, uninterrupted, tmp_path):
+    """It holds completions begun under the old limit, which may be longer than the new one."""
+    checkpoint = complete_checkpoints(uninterrupted("pool") / "out")[0]
+    trainer = build("pool", qwen2, tmp_path / "out", max_completion_length=4)
+    with pytest.raises(ValueError, match=r"what the pool cuts was \['refuse', None, 16\] and is \['refuse', None, 4\]"):
+        trainer.train(resume_from_checkpoint=str(checkpoint))
+
+
 def test_the_data_cannot_be_started_anew(qwen2, tmp_path):
     with pytest.raises(ValueError, match="restores no position to go on at"):
         build("fresh", qwen2, tmp_path, ignore_data_skip=True).train(resume_from_checkpoint=True)

@@ -14,6 +14,7 @@ import torch
 from accelerate.utils import gather_object
 from common.launch import launch
 from common.tiny import save
+from datasets import Dataset
 from helpers.runs import PROMPTS, build, letters, logged
 from torch.distributed import DistBackendError
 
@@ -87,6 +88,41 @@ def test_completions_of_a_call_that_failed(policy, reward, is_async, reason, tmp
     other = next(one for one in FAILING if one != reason)
     assert logged(trainer, f"rewards/{name}/{reason}") == [1.0, 0.0]
     assert logged(trainer, f"rewards/{name}/{other}") == logged(trainer, f"rewards/letters/{reason}") == [0.0, 0.0]
+
+
+def test_the_share_of_failures_in_an_evaluation_is_of_its_rows(tmp_path):
+    """Two calls, of two rows and of one; the mean over calls would be a half."""
+    rows = Dataset.from_list([{"prompt": prompt} for prompt in PROMPTS[2::-1]])
+    trainer = build(save(tmp_path / "model"), tmp_path, broken, reward_on_error="skip", eval_dataset=rows,
+                    per_device_eval_batch_size=2)  # fmt: skip
+    metrics = trainer.evaluate()
+    failed = metrics["eval_rewards/broken/raised"]
+    assert failed == metrics["eval_left_out/unscored"] and failed in (pytest.approx(1 / 3), pytest.approx(2 / 3))
+
+
+def test_the_share_of_failures_is_of_rollouts(tmp_path):
+    """A judge that fails on a logged row says nothing of the rollouts."""
+    data = [{"prompt": prompt, "completion": None} for prompt in PROMPTS[1:]]
+    data = Dataset.from_list([*data, *[{"prompt": PROMPTS[0], "completion": "ab"}] * 4])
+    trainer = build(save(tmp_path / "model"), tmp_path, broken, reward_on_error="skip", train_dataset=data,
+                    logged_fraction=0.5, per_device_train_batch_size=4, max_steps=1)  # fmt: skip
+    trainer.train()
+    assert logged(trainer, "rewards/broken/raised") == [0.0] and logged(trainer, "left_out/unscored") == [0.5]
+
+
+@pytest.mark.parametrize("scored", [True, False])
+def test_a_function_of_weight_0_scores_nothing(scored, tmp_path):
+    """TRL counts a row that it alone looked at as one of reward 0."""
+
+    def some(prompts, **kwargs):
+        return [1.0 if scored and prompt in PROMPTS[::2] else None for prompt in prompts]
+
+    trainer = build(save(tmp_path / "model"), tmp_path, [some, letters], reward_weights=[1.0, 0.0], max_steps=1,
+                    per_device_train_batch_size=8)  # fmt: skip
+    trainer.train()
+    assert logged(trainer, "reward") == ([1.0] if scored else []), trainer.state.log_history
+    assert logged(trainer, "reward_std") == ([0.0] if scored else [])
+    assert len(logged(trainer, "rewards/letters/mean")) == 1
 
 
 @pytest.mark.parametrize(

@@ -7,7 +7,7 @@ from collections import Counter
 import numpy as np
 import pytest
 import torch
-from helpers.runs import config
+from helpers.runs import build, config
 
 from tbrm_trl.sources.sampler import Orders, WindowMix, WindowSampler, window_mix
 
@@ -91,3 +91,12 @@ def test_rollouts_come_in_groups():
     args = config(per_device_train_batch_size=16, num_generations=4, logged_fraction=0.4)
     with pytest.raises(ValueError, match=r"multiples of 4.*Nearest: 0.25 or 0.5"):
         window_mix(10, 10, args, args.window_group_size)
+
+
+def test_data_seed_orders_the_data(llama, tmp_path):
+    """As in transformers: `data_seed` replaces `seed` where data are ordered, and there alone."""
+    orders = [
+        list(build(llama, tmp_path, **seeds)._get_train_sampler())
+        for seeds in (dict(seed=3), dict(seed=4, data_seed=3), dict(seed=3, data_seed=4))
+    ]
+    assert orders[0] == orders[1] != orders[2]

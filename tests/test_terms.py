@@ -155,20 +155,20 @@ def test_pessimism(qwen2, tmp_path):
 
 @pytest.mark.parametrize("accumulation", [1, 2, 4])
 def test_batch_mean(accumulation, qwen2, tmp_path):
-    """It is the window's mean for any micro-batches. Unscored or masked rows enter as far as they can."""
+    """It is the mean of the window's rows that count, for any micro-batches: neither unscored nor cut and masked."""
     trainer = scripted_trainer(
         qwen2, script(unscored=(0, 3)), tmp_path, reward_baseline="batch_mean", soft_value="calibrated",
         truncation="mask", per_device_train_batch_size=8 // accumulation, gradient_accumulation_steps=accumulation,
     )  # fmt: skip
     _, trajectories = check(trainer)
-    scored = [t.reward for t in trajectories if not math.isnan(t.reward)]
-    assert len(scored) == 6 and abs(sum(scored)) > 0.1
-    assert [t.baseline for t in trajectories] == [pytest.approx(sum(scored) / 6, abs=1e-6)] * 8
+    counted = [t.reward for t in trajectories if not math.isnan(t.reward) and t.end is not End.LENGTH]
+    assert 1 < len(counted) < 6 and abs(sum(counted)) > 0.1
+    assert [t.baseline for t in trajectories] == [pytest.approx(sum(counted) / len(counted), abs=1e-6)] * 8
 
 
 def test_batch_mean_of_one():
     """Alone it would be its own baseline. Later windows' baseline may be of one trajectory, as any may."""
-    baselines = Baselines("batch_mean", lambda t: t.reward)
+    baselines = Baselines("batch_mean", lambda rows: [t.reward for t in rows if not math.isnan(t.reward)])
 
     def one(reward: float) -> Trajectory:
         ids = torch.tensor([5])

@@ -210,7 +210,7 @@ class TBRMOptions(GRPOConfig):
         replay_priority_exponent (`float`, *optional*, defaults to `0.6`):
             Exponent of |residual| in the probability of being drawn. 0 is uniform.
         replay_priority_correction (`float`, *optional*, defaults to `0.4`):
-            Exponent c of the weight `(N P)^-c` on the squared residual, which corrects for drawing some trajectories
+            Exponent c of the weight `(N P)^-c` on a trajectory's loss, which corrects for drawing some trajectories
             more often.
 
         > Parameters that control logged trajectories
@@ -379,6 +379,11 @@ class TBRMOptions(GRPOConfig):
         return self.per_device_train_batch_size * self.gradient_accumulation_steps
 
     @property
+    def data_order_seed(self) -> int:
+        """Seed of the order of prompts and logged rows."""
+        return self.seed if self.data_seed is None else self.data_seed
+
+    @property
     def rows_per_update(self) -> int:
         """Trajectories of one optimizer step, over all processes."""
         return self.rows_per_device * self.world_size
@@ -418,6 +423,18 @@ class TBRMOptions(GRPOConfig):
     def reward_of(self, trajectory: Trajectory) -> float:
         """R(τ) before a baseline. `truncation="bootstrap"` ignores the reward functions' score of a cut completion."""
         return self.truncated_reward if self.is_bootstrapped(trajectory) else trajectory.reward
+
+    def left_out(self, trajectory: Trajectory) -> str | None:
+        """Why a trajectory counts neither in the loss nor for V or a baseline; None if it counts there."""
+        if math.isnan(self.reward_of(trajectory)):
+            return "unscored"
+        if self.truncation == "mask" and trajectory.end is End.LENGTH:
+            return "truncated"
+        return None if trajectory.loss_mask.any() else "no_action"
+
+    def rewards_that_count(self, trajectories: Iterable[Trajectory]) -> list[float]:
+        """R(τ) of the trajectories that are not left out."""
+        return [self.reward_of(one) for one in trajectories if self.left_out(one) is None]
 
     def is_bootstrapped(self, trajectory: Trajectory) -> bool:
         """Whether V of the state at the cut replaces what a cut trajectory would have earned after it."""

@@ -47,6 +47,7 @@ from trl.trainer.utils import (
     add_fused_lm_head,
     create_model_from_path,
     get_config_model_id,
+    nanstd,
     print_prompt_completions_sample,
 )
 
@@ -114,6 +115,7 @@ from .loss.metrics import (
     evaluation_loss,
     evaluation_metrics,
     microbatch_totals,
+    weighted_rewards,
 )
 from .loss.residual import mean_over_counted
 from .loss.soft_value import Run, SoftValue
@@ -380,7 +382,7 @@ class TBRMTrainer(ExactResume, GRPOTrainer):
         self._teach_to_score(policy)
 
         # What a run is made of.
-        self.evaluating = self._prompts_are_rolled_out = False
+        self.evaluating = self._prompts_are_rolled_out = self._judges_log = False
         self._evaluated: list[Tensor] = []  # the rows' numbers for metrics, by batch of the current evaluation
         self._rows_to_evaluate: int | None = None
         self._given_dataset = train_dataset
@@ -389,7 +391,7 @@ class TBRMTrainer(ExactResume, GRPOTrainer):
         self._recorder, self._stopwatch = Recorder(), Stopwatch()
         self._reward_calls = RewardCalls(args.reward_timeout, args.reward_of_failure)
         self._completions = CompletionsTable(args.generation_batch_size // args.world_size)
-        self._baselines = Baselines(args.reward_baseline, args.reward_of, args.replay_buffer_size)
+        self._baselines = Baselines(args.reward_baseline, args.rewards_that_count, args.replay_buffer_size)
         self._replay = self._make_replay_buffer()
         self._reference = self._make_reference()
         self._logged_rows = self._make_logged_rows(policy) if self._plan.mix.logged else None
@@ -398,6 +400,7 @@ class TBRMTrainer(ExactResume, GRPOTrainer):
         self._drawn: list[PoolRow] | None = None  # rows that the pool drew for the window; None if it does not draw
         self._followed = self._make_followed(policy) if args.followed_folder is not None else None
         self._given_rewards: Tensor | None = None  # (B, F) rewards of followed rollouts
+        self._reward_totals = torch.zeros(0)  # (N,) of the rollouts that TRL scored last, on all processes
         served = args.publishes_policy or (args.use_vllm and args.vllm_mode == "server" and is_peft_model(self.model))
         self._publisher = self._make_publisher() if served else None
         self._window_version: str | None = None  # `_policy_version` when the followed window was taken
@@ -810,7 +813,7 @@ class TBRMTrainer(ExactResume, GRPOTrainer):
             args.world_size,
             args.num_iterations * args.steps_per_generation,
             epoch=lambda: int(self.state.epoch or 0),
-            seed=args.seed if self.shuffle_dataset else None,
+            seed=args.data_order_seed if self.shuffle_dataset else None,
             group_size=args.window_group_size,
             prompt_numbers=self._plan.prompt_numbers,
         )
@@ -974,6 +977,7 @@ class TBRMTrainer(ExactResume, GRPOTrainer):
             self, use_vllm=False, reward_func_names=names, reward_weights=weights, _given_rewards=rewards, **drawing
         ):
             self._generate_and_score_completions([{"prompt": prompt} for prompt in prompts])
+        self._log_reward_of_counted()
         rows = [record.columns for record in records]
         self._rewards = Rewards(total, [one.rewards for one in trajectories], [], rows, prompts, completions)
         group_ids = self._group_ids(len(records))
@@ -1032,6 +1036,7 @@ class TBRMTrainer(ExactResume, GRPOTrainer):
             self._streams_may_double_bos = not warn_of_double_bos([drawn], self._tokenizer)
         with temporarily(self, _prompts_are_rolled_out=True), self._timed("generation"):
             output = self._generate_and_score_completions(given)
+        self._log_reward_of_counted()
         step, group_ids = self.state.global_step, self._group_ids(len(rows))
         steps = [(row.steps[0], row.steps[-1]) for row in self._drawn or ()] or [(step, step)] * len(rows)
         return trajectories_from_trl(output, self._rewards, self._end_token_ids(), group_ids, steps)
@@ -1108,7 +1113,9 @@ class TBRMTrainer(ExactResume, GRPOTrainer):
     def _calculate_rewards(self, inputs, prompts, completions, completion_ids_list):
         if self._given_rewards is not None:
             self._fill_extra_logs(len(prompts))
-            return self.accelerator.gather(self._given_rewards)
+            given = self.accelerator.gather(self._given_rewards)
+            self._reward_totals = weighted_rewards(given, self.reward_weights)
+            return given
         self.model.train(not self.evaluating)  # TRL's continuous batching leaves an evaluated model in training mode
         guarded = list(map(self._reward_calls.guarded, self.reward_funcs, self.reward_func_names))
         with temporarily(self, reward_funcs=guarded), self._timed("rewards"):
@@ -1123,6 +1130,7 @@ class TBRMTrainer(ExactResume, GRPOTrainer):
         # An unknown verdict is not a wrong one.
         rewards_per_func[self._gather(unknown).flatten().bool() | no_number] = torch.nan
         check_magnitude(rewards_per_func, weights, self.reward_func_names, self.args.beta)
+        self._reward_totals = weighted_rewards(rewards_per_func, weights)
         first = self.accelerator.process_index * len(prompts)
         local = rewards_per_func[first : first + len(prompts)]  # (B, F) NaN where there is no reward
         self._rewards = Rewards.of(
@@ -1130,6 +1138,11 @@ class TBRMTrainer(ExactResume, GRPOTrainer):
             inputs, prompts, completions,
         )  # fmt: skip
         return rewards_per_func
+
+    def _log_reward_of_counted(self) -> None:
+        """Correct TRL's latest `reward` and `reward_std`: functions of weight 0 score no row, though TRL counts it."""
+        metrics, totals = self._metrics[self._mode], self._reward_totals
+        metrics["reward"][-1], metrics["reward_std"][-1] = totals.nanmean().item(), nanstd(totals).item()
 
     def _fill_extra_logs(self, rows: int) -> None:
         """Fill the extra columns that functions logged earlier, but not this time, with None for each row."""
@@ -1150,10 +1163,11 @@ class TBRMTrainer(ExactResume, GRPOTrainer):
         if counts[:, 0].any():
             process = int(counts[:, 0].argmax())
             raise RuntimeError(f"A reward function failed on process {process}, which says how in its output.")
-        if not raises:
+        if not raises and not self._judges_log:
             total, *lost_everywhere = counts[:, 1:].sum(dim=0).tolist()
-            for (name, reason), count in zip(kinds, lost_everywhere, strict=True):
-                self._metrics[self._mode][f"rewards/{name}/{reason}"].append(count / total)
+            names = tuple(f"rewards/{name}/{reason}" for name, reason in kinds)
+            pairs = torch.tensor([[count, total] for count in lost_everywhere], dtype=torch.float32)
+            self._recorder.keep(Totals(names, pairs.to(self.accelerator.device)), self._mode)
 
     def _get_per_token_logps_and_entropies(self, *args, **kwargs):
         return None, None, None  # TBRM has no old policy and scores the reference on trajectories
@@ -1169,7 +1183,8 @@ class TBRMTrainer(ExactResume, GRPOTrainer):
             return []
         given, ids = map(list, zip(*judged, strict=True))
         prompts, completions = map(list, zip(*(completion_of(row, self._tokenizer) for row in given), strict=True))
-        self._calculate_rewards(columns_for_rewards(given, some_logged=True), prompts, completions, ids)
+        with temporarily(self, _judges_log=True):
+            self._calculate_rewards(columns_for_rewards(given, some_logged=True), prompts, completions, ids)
         # Otherwise TRL would log what the functions logged here with the next rollouts.
         self._pending_metrics.clear()
         self._pending_extra_logs.clear()
@@ -1702,18 +1717,23 @@ class TBRMTrainer(ExactResume, GRPOTrainer):
             "num_generations": args.num_generations,
             "replay_buffer_size": args.replay_buffer_size,
             "logged trajectories per window": self._plan.mix.logged,
-            "seed of the data order": args.seed if self.shuffle_dataset else None,
+            "seed of the data order": args.data_order_seed if self.shuffle_dataset else None,
             "reference": "synced" if args.sync_ref_model else args.reference,
             "soft_value": [args.soft_value, *(getattr(args, name) for name in sorted(self._soft_value.options))],
             "soft_value_offset": args.soft_value_offset,
             "truncation": args.truncation,
             "rollout_pool": args.rollout_pool,
-            "what the pool cuts": [args.long_prompts, args.max_prompt_length] if args.rollout_pool else None,
+            "what the pool cuts": self._lengths_of_the_pool(),
             "rollouts": "drawn" if self._followed is None else "followed",
             "the reference's weights": self._initial_reference_weights,
             "the tokenizer": tokenizer_digest(self._tokenizer),
             **{f"the adapter's {name}": value for name, value in adapter_settings(policy).items()},
         }
+
+    def _lengths_of_the_pool(self) -> list[Any] | None:
+        """What cuts prompts and completions that the pool draws ahead."""
+        args = self.args
+        return [args.long_prompts, args.max_prompt_length, args.max_completion_length] if args.rollout_pool else None
 
     def run_settings(self) -> dict[str, Any]:
         def digests(sources: Mapping[str, Any]) -> dict[str, str]:

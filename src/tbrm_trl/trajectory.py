@@ -130,7 +130,7 @@ class UpdateRow:
     Attributes:
         trajectory: the same object as in the window or the log.
         origin: where the update has it from, one of `loss.metrics.ORIGINS`.
-        weight: factor on its squared residual.
+        weight: factor on its loss.
         age: updates since it was generated, if it is replayed.
         number: its number in the replay buffer, if it is replayed.
         staleness: updates between its first token and this update, if it comes from a rollout pool or another program.

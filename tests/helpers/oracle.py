@@ -113,15 +113,18 @@ def solve(
         subset: number of actions → the actions that are back-propagated through (from 0), each with the probability
             that it is among them.
     """
-    rewards = [reward_of(t, truncation, truncated_reward, reward_pessimism) for t in trajectories]
+    rewards = [
+        math.nan
+        if not t.loss_mask.any() or (truncation == "mask" and t.end.value == "length")
+        else reward_of(t, truncation, truncated_reward, reward_pessimism)
+        for t in trajectories
+    ]
     counted = [
         (trajectory, reward, baseline)
         for trajectory, reward, baseline in zip(
             trajectories, rewards, baselines(trajectories, rewards, reward_baseline), strict=True
         )
         if not math.isnan(reward - baseline)
-        and trajectory.loss_mask.any()
-        and not (truncation == "mask" and trajectory.end.value == "length")
     ]
     policy.zero_grad()
     loss, residuals = 0.0, []

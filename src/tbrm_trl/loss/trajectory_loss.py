@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ..batch import Batch, TrajectoryScores, float_tensor
 from ..options import TBRMOptions
-from ..trajectory import End, Trajectory, UpdateRow
+from ..trajectory import Trajectory, UpdateRow
 from .residual import bellman_residual, per_action, token_residuals, trajectory_log_ratio
 from .soft_value import SoftValue, ValueInputs
 from .terms import advantage_weighted_entropy, random_prefix, random_subset, subset_surrogate, success_nll
@@ -61,12 +61,8 @@ class TrajectoryLoss:
 
     def left_out(self, trajectory: Trajectory) -> str | None:
         """Why a trajectory does not count, or None if it does."""
-        if math.isnan(self.args.reward_of(trajectory)):
-            return "unscored"
-        if self.args.truncation == "mask" and trajectory.end is End.LENGTH:
-            return "truncated"
-        if not trajectory.loss_mask.any():
-            return "no_action"
+        if reason := self.args.left_out(trajectory):
+            return reason
         value = 0.0 if not self.soft_value.gives_constants else trajectory.value
         if value is None or math.isnan(value) or math.isnan(trajectory.baseline):
             return "no_value"

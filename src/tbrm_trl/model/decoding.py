@@ -145,7 +145,7 @@ class Slots:
 
     def has_ended(self, row: Row) -> bool:
         drawn = row.completion_ids
-        return bool(drawn) and (drawn[-1] in self.ends or len(drawn) == self.config.max_new_tokens)
+        return bool(drawn) and (drawn[-1] in self.ends or len(drawn) >= self.config.max_new_tokens)
 
     def run(self, more: Callable[[int], Sequence[Row]], is_done: Callable[[], bool]) -> None:
         """Draw tokens until `is_done()` on every process; `more(n)` returns at most n further rows."""

@@ -18,12 +18,14 @@ class Baselines:
 
     Args:
         kind: "none", "batch_mean" over the window of all processes, or "group_mean".
-        reward_of: returns R(τ), or NaN if no function scored it.
+        rewards_that_count: returns R(τ) of those trajectories that can enter the loss.
         remembered: number of prompts whose group means are kept, the latest ones; 0 if nothing is replayed.
     """
 
-    def __init__(self, kind: str, reward_of: Callable[[Trajectory], float], remembered: int = 0):
-        self.kind, self.reward_of, self.remembered = kind, reward_of, remembered
+    def __init__(
+        self, kind: str, rewards_that_count: Callable[[Sequence[Trajectory]], list[float]], remembered: int = 0
+    ):
+        self.kind, self.rewards_that_count, self.remembered = kind, rewards_that_count, remembered
         self.clear()
 
     def clear(self) -> None:
@@ -50,7 +52,7 @@ class Baselines:
         if self.kind == "batch_mean" and not learn and self._of_window is not None:
             self.renew(window)
         elif self.kind == "batch_mean":
-            given = [reward for t in window if not math.isnan(reward := self.reward_of(t))]
+            given = self.rewards_that_count(window)
             total, count = gather([sum(given), len(given)]).sum(dim=0).tolist()
             for trajectory in window:
                 trajectory.baseline = total / count if count > 1 else math.nan  # alone it would be its own baseline
@@ -59,7 +61,7 @@ class Baselines:
         elif self.kind == "group_mean":
             means: list[tuple[str, float]] = []
             for group in chunks(window, group_size):
-                given = [reward for t in group if not math.isnan(reward := self.reward_of(t))]
+                given = self.rewards_that_count(group)
                 mean = sum(given) / len(given) if len(given) > 1 else math.nan  # alone it would be its own baseline
                 for trajectory in group:
                     trajectory.baseline = mean

@@ -47,7 +47,7 @@ class LogMeanExpValue(ConstantValue):
     def on_window(self, trajectories: Sequence[Trajectory], rows: Sequence[Mapping[str, Any]], group_size: int) -> None:
         temperature = self.args.soft_value_beta or self.args.beta
         for group in chunks(trajectories, group_size):
-            rewards = [r for t in group if not math.isnan(r := self.args.reward_of(t))]
+            rewards = self.args.rewards_that_count(group)
             for trajectory in group:
                 alone = len(rewards) < 2  # its own reward would be its value
                 trajectory.value = (
