@@ -115,7 +115,6 @@ from .loss.metrics import (
     evaluation_loss,
     evaluation_metrics,
     microbatch_totals,
-    weighted_rewards,
 )
 from .loss.residual import mean_over_counted
 from .loss.soft_value import Run, SoftValue
@@ -1114,7 +1113,7 @@ class TBRMTrainer(ExactResume, GRPOTrainer):
         if self._given_rewards is not None:
             self._fill_extra_logs(len(prompts))
             given = self.accelerator.gather(self._given_rewards)
-            self._reward_totals = weighted_rewards(given, self.reward_weights)
+            self._reward_totals = total_reward(given, self.reward_weights)
             return given
         self.model.train(not self.evaluating)  # TRL's continuous batching leaves an evaluated model in training mode
         guarded = list(map(self._reward_calls.guarded, self.reward_funcs, self.reward_func_names))
@@ -1130,7 +1129,7 @@ class TBRMTrainer(ExactResume, GRPOTrainer):
         # An unknown verdict is not a wrong one.
         rewards_per_func[self._gather(unknown).flatten().bool() | no_number] = torch.nan
         check_magnitude(rewards_per_func, weights, self.reward_func_names, self.args.beta)
-        self._reward_totals = weighted_rewards(rewards_per_func, weights)
+        self._reward_totals = total_reward(rewards_per_func, weights)
         first = self.accelerator.process_index * len(prompts)
         local = rewards_per_func[first : first + len(prompts)]  # (B, F) NaN where there is no reward
         self._rewards = Rewards.of(
@@ -1659,7 +1658,7 @@ class TBRMTrainer(ExactResume, GRPOTrainer):
         }
 
     def counts(self, trajectory: Trajectory) -> bool:
-        return self._loss.left_out(trajectory) in (None, "no_value")
+        return self.args.left_out(trajectory) is None
 
     def logged_trajectories(self) -> Iterator[Trajectory]:
         if self._logged_rows is None or not self._logged_rows.scored:
@@ -1708,6 +1707,7 @@ class TBRMTrainer(ExactResume, GRPOTrainer):
 
     def run_identity(self) -> dict[str, Any]:
         args, policy = self.args, self.accelerator.unwrap_model(self.model, keep_torch_compile=False)
+        cuts = [args.long_prompts, args.max_prompt_length, args.max_completion_length]
         return {
             "processes": args.world_size,
             "data set": self._dataset_digest,
@@ -1723,17 +1723,12 @@ class TBRMTrainer(ExactResume, GRPOTrainer):
             "soft_value_offset": args.soft_value_offset,
             "truncation": args.truncation,
             "rollout_pool": args.rollout_pool,
-            "what the pool cuts": self._lengths_of_the_pool(),
+            "what the pool cuts": cuts if args.rollout_pool else None,
             "rollouts": "drawn" if self._followed is None else "followed",
             "the reference's weights": self._initial_reference_weights,
             "the tokenizer": tokenizer_digest(self._tokenizer),
             **{f"the adapter's {name}": value for name, value in adapter_settings(policy).items()},
         }
-
-    def _lengths_of_the_pool(self) -> list[Any] | None:
-        """What cuts prompts and completions that the pool draws ahead."""
-        args = self.args
-        return [args.long_prompts, args.max_prompt_length, args.max_completion_length] if args.rollout_pool else None
 
     def run_settings(self) -> dict[str, Any]:
         def digests(sources: Mapping[str, Any]) -> dict[str, str]:

@@ -121,18 +121,17 @@ def microbatch_totals(
     # TRL logs this estimator of KL(π‖π_ref) under the same name. It estimates the KL only on the policy's own data,
     # so trajectories that an earlier policy began, replayed and logged ones are left out.
     is_fresh = is_of[ORIGINS.index("fresh")].unsqueeze(1)  # (B, 1)
-    is_own = torch.tensor([[row.left_out != "repeated"] for row in rows], device=device)  # (B, 1)
-    actions = batch.action_mask & is_own  # (B, T)
+    own = [row.left_out != "repeated" for row in rows]  # others fill up a batch of an evaluation
+    actions = batch.action_mask & torch.tensor(own, device=device).unsqueeze(1)  # (B, T)
     tokens = [(behind.exp() - behind - 1, actions & is_fresh), (scores.entropy, actions)]
     by_token = [torch.stack([torch.where(mask, at_least_float32(of), 0.0).sum(), mask.sum()]) for of, mask in tokens]
 
-    own = [row for row in rows if row.left_out != "repeated"]  # others fill up a batch of an evaluation
     ages = [row.age for row in rows if row.age is not None]
     pooled = [row for row in rows if row.staleness is not None]
     left_out = Counter(row.left_out for row in rows)
     places = batch.input_ids.numel()
     shares: dict[str, tuple[float, float]] = {
-        **{f"left_out/{reason}": (left_out[reason], len(own)) for reason in LEFT_OUT_REASONS},
+        **{f"left_out/{reason}": (left_out[reason], sum(own)) for reason in LEFT_OUT_REASONS},
         "replay/age": (sum(ages), len(ages)),
         "staleness/mean": (sum(row.staleness or 0 for row in pooled), len(pooled)),
         "staleness/mixed": (sum(map(_is_mixed, pooled)), len(pooled)),
@@ -178,14 +177,6 @@ def evaluated_numbers(rows: Sequence[UpdateRow], reward_names: Sequence[str]) ->
     )
 
 
-def weighted_rewards(rewards: Tensor, weights: Tensor) -> Tensor:
-    """`(N, F)`, `(F,)` → `(N,)` weighted sums; NaN where no function with a weight applied."""
-    weights = weights.to(rewards)
-    total = (rewards * weights).nansum(dim=1)
-    total[rewards[:, weights != 0].isnan().all(dim=1)] = math.nan
-    return total
-
-
 def evaluation_metrics(
     numbers: Tensor, reward_names: Sequence[str], reward_weights: Tensor, group_size: int
 ) -> dict[str, float]:
@@ -200,7 +191,9 @@ def evaluation_metrics(
     repeated, length, cut, rewards = numbers.double().cpu().tensor_split([1, 2, 3], dim=1)
     own = repeated[:, 0] == 0
     length, ended, rewards = length[own, 0], cut[own, 0] == 0, rewards[own]  # (M,), (M,), (M, F)
-    total = weighted_rewards(rewards, reward_weights.double().cpu())  # (M,)
+    weights = reward_weights.double().cpu()
+    total = (rewards * weights).nansum(dim=1)  # (M,)
+    total[rewards[:, weights != 0].isnan().all(dim=1)] = math.nan
     if group_size > 1:
         whole = total[: len(total) // group_size * group_size]  # a stream may end within a group
         has_zero_std = nanstd(whole.view(-1, group_size), dim=1).abs() < 1e-8  # (M / group_size,)
