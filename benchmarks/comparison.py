@@ -100,6 +100,11 @@ METHODS = {
     "TBRM, V = 0, with replay": Method(
         "TBRM", {f"K = {k}": dict(num_iterations=k) for k in (4, 2, 3)}, dict(soft_value="zero")
     ),
+    "TBRM, V = b/β, with replay": Method(
+        "TBRM",
+        {f"K = {k}, b = {b}": dict(num_iterations=k, reward_baseline=b) for k, b in ((2, 0.1), (4, 0.1), (2, 0.2))},
+        dict(soft_value="zero"),
+    ),
 }
 
 

@@ -368,9 +368,9 @@ def test_two_processes(llama, tmp_path):
     assert first["drawn"] <= set(first["prompts"]) and second["drawn"] <= set(second["prompts"])
 
 
-@pytest.mark.parametrize(("kind", "group"), [("batch_mean", 1), ("group_mean", 2)])
+@pytest.mark.parametrize(("kind", "group"), [("batch_mean", 1), ("group_mean", 2), (0.25, 1)])
 def test_a_replayed_row_takes_the_latest_baseline(kind, group, llama, tmp_path):
-    """It is that of the window beside which it is replayed, or that of the last group of its prompt in any window.
+    """It is that of the window beside which it is replayed, of the last group of its prompt in any window, or a number.
 
     Rewards grow by 1 with every window, so that a stored baseline would be far off.
     """
@@ -404,6 +404,7 @@ def test_a_replayed_row_takes_the_latest_baseline(kind, group, llama, tmp_path):
                 mean[t.prompt_key if kind == "group_mean" else "window"] = sum(alike) / len(alike)
         seen = number
         for origin, prompt_key, baseline in rows:
-            assert baseline == pytest.approx(mean[prompt_key if kind == "group_mean" else "window"], abs=1e-5)
+            expected = mean[prompt_key if kind == "group_mean" else "window"]
+            assert baseline == pytest.approx(expected if isinstance(kind, str) else kind, abs=1e-5)
             renewed += origin == "replayed"
     assert renewed == 32 and seen == 8

@@ -182,6 +182,16 @@ def test_batch_mean_of_one():
     assert replayed.baseline == 0.75
 
 
+@pytest.mark.parametrize(("soft_value", "given"), [("zero", 0.3), ("calibrated", -2), ("zero", "1e-1")])
+def test_a_number_as_baseline(soft_value, given, qwen2, tmp_path):
+    """A command line gives it as text. It shifts every reward, and not the threshold of `sft_coef`."""
+    trainer = scripted_trainer(
+        qwen2, script(unscored=(3,)), tmp_path, soft_value=soft_value, reward_baseline=given, **SFT
+    )
+    _, trajectories = check(trainer)
+    assert [t.baseline for t in trajectories] == [float(given)] * 8
+
+
 @pytest.mark.parametrize("soft_value", ["policy", "zero"])
 def test_group_mean(soft_value, qwen2, tmp_path):
     """It is the mean of the prompt's rows, in any order and micro-batch. One has no reward, its partner no mean."""
@@ -542,13 +552,16 @@ def test_lora(qwen2, tmp_path, monkeypatch):
         ({"token_selection": "cut"}, "`token_selection='cut'` has no effect without `token_fraction`"),
         ({"sft_threshold": 0.5}, "`sft_threshold=0.5` has no effect without `sft_coef`"),
         ({"token_selection": "suffix"}, "`token_selection='suffix'` is unknown. Choose one of scatter, cut"),
-        ({"reward_baseline": "median"}, "Choose one of none, group_mean, batch_mean"),
+        *(({"reward_baseline": bad}, "Choose one of none, group_mean, batch_mean, or a finite number")
+          for bad in ("median", "inf", NAN)),
+        ({"reward_baseline": True}, "`reward_baseline=True` is refused: it must be str or float"),
         ({"residual": "token", "soft_value": "calibrated"}, "it needs `soft_value=\"policy\"`, and no bootstrap"),
         ({"token_fraction": 0.5, "residual": "token"}, "`token_fraction=0.5` with `residual='token'` is refused"),
         ({"token_fraction": 0.5, "sft_coef": 0.1}, "`token_fraction=0.5` with `sft_coef=0.1` is refused"),
         ({"token_fraction": 0.5, "entropy_advantage_coef": 0.1}, "with `entropy_advantage_coef=0.1` is refused"),
         ({"reward_pessimism": 1.0, "reward_weights": [1.0, 0.0]}, "`reward_weights` must be positive"),
-        ({"reward_baseline": "batch_mean", "soft_value": "optimal"}, "a baseline would be taken off twice. Use 'none'"),
+        *(({"reward_baseline": kind, "soft_value": "optimal"}, "a baseline would be taken off twice. Use 'none'")
+          for kind in ("batch_mean", 0.1)),
         ({"reward_baseline": "group_mean", "soft_value": "group", "num_generations": 2}, "be taken off twice"),
         ({"reward_baseline": "group_mean"}, "`reward_baseline='group_mean'` compares .* Use 2 or more"),
     ],

@@ -17,6 +17,7 @@ from .trajectory import End, Trajectory
 
 Options = TypeVar("Options", bound=type)
 
+BASELINES = ("none", "group_mean", "batch_mean")  # `reward_baseline` may also be a number
 _SAMPLING_FILTERS = ("top_p", "top_k", "min_p", "repetition_penalty")
 # Names in `generation_kwargs` that do not change the sampled distribution.
 HARMLESS = (
@@ -155,10 +156,11 @@ class TBRMOptions(GRPOConfig):
 
         > Parameters that shape the reward
 
-        reward_baseline (`"none"`, `"group_mean"` or `"batch_mean"`, *optional*, defaults to `"none"`):
-            Mean reward that is subtracted from R when a trajectory is trained on: the mean over its prompt's group, or
-            over the generation window. A replayed trajectory takes the latest baseline. Only the estimators `"policy"`,
-            `"calibrated"`, `"learned"` and `"zero"` allow one.
+        reward_baseline (`str` or `float`, *optional*, defaults to `"none"`):
+            What is subtracted from R when a trajectory is trained on: `"none"`, `"group_mean"`, the mean reward over
+            its prompt's group, `"batch_mean"`, that over the generation window, or a number. A replayed trajectory
+            takes the latest mean. A number b with `soft_value="zero"` makes V the constant b/β. Only the estimators
+            `"policy"`, `"calibrated"`, `"learned"` and `"zero"` allow a baseline.
         reward_pessimism (`float`, *optional*, defaults to `0.0`):
             Subtract this many standard errors from the sum of the reward functions, where several functions (or one
             listed several times) judge the same thing. R is then a lower confidence bound (after MICRO, arXiv
@@ -318,7 +320,7 @@ class TBRMOptions(GRPOConfig):
     """
 
     # Wider than the annotation, from which the command line's parser can take one type alone.
-    wider_types = MappingProxyType({"reward_on_error": str | float})
+    wider_types = MappingProxyType({"reward_baseline": str | float, "reward_on_error": str | float})
 
     beta: float = 0.002
     soft_value: str = "policy"
@@ -439,6 +441,11 @@ class TBRMOptions(GRPOConfig):
     def is_bootstrapped(self, trajectory: Trajectory) -> bool:
         """Whether V of the state at the cut replaces what a cut trajectory would have earned after it."""
         return self.truncation == "bootstrap" and trajectory.end is End.LENGTH
+
+    @property
+    def baseline(self) -> str | float:
+        """`reward_baseline`, as a number if it is one: a command line gives text."""
+        return self.reward_baseline if self.reward_baseline in BASELINES else float(self.reward_baseline)
 
     @property
     def reward_of_failure(self) -> float:

@@ -390,7 +390,7 @@ class TBRMTrainer(ExactResume, GRPOTrainer):
         self._recorder, self._stopwatch = Recorder(), Stopwatch()
         self._reward_calls = RewardCalls(args.reward_timeout, args.reward_of_failure)
         self._completions = CompletionsTable(args.generation_batch_size // args.world_size)
-        self._baselines = Baselines(args.reward_baseline, args.rewards_that_count, args.replay_buffer_size)
+        self._baselines = Baselines(args.baseline, args.rewards_that_count, args.replay_buffer_size)
         self._replay = self._make_replay_buffer()
         self._reference = self._make_reference()
         self._logged_rows = self._make_logged_rows(policy) if self._plan.mix.logged else None

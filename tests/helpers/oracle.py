@@ -69,7 +69,9 @@ def reward_of(trajectory, truncation: str, truncated_reward: float, reward_pessi
     return trajectory.reward
 
 
-def baselines(trajectories, rewards: list[float], reward_baseline: str) -> list[float]:
+def baselines(trajectories, rewards: list[float], reward_baseline: str | float) -> list[float]:
+    if reward_baseline not in ("none", "group_mean", "batch_mean"):
+        return [float(reward_baseline)] * len(trajectories)
     of = []
     for trajectory in trajectories:
         compared = [
@@ -99,7 +101,7 @@ def solve(
     loss_units: str = "reward",
     truncation: str = "terminal",
     truncated_reward: float = 0.0,
-    reward_baseline: str = "none",
+    reward_baseline: str | float = "none",
     reward_pessimism: float = 0.0,
     sft_coef: float = 0.0,
     sft_threshold: float = 1.0,

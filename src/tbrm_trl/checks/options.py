@@ -4,15 +4,16 @@ Each check yields its refusals one by one, so that `TBRMConfig` can name all of 
 """
 
 import math
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from threading import TIMEOUT_MAX
+from typing import Any
 
 from transformers import GenerationConfig
 
 from ..field_types import fits, in_words
 from ..loss.soft_value import SoftValue
 from ..loss.soft_value.sampled import SampledValue
-from ..options import HARMLESS, TBRMOptions
+from ..options import BASELINES, HARMLESS, TBRMOptions
 from ..sources.bounds import Bounds
 from ..trajectory import largest_return
 from .trl_options import REFUSED
@@ -23,7 +24,6 @@ CHOICES = {
     "reference": ("initial", "previous"),
     "replay_sampling": ("uniform", "prioritized"),
     "rollouts": ("sync", "async"),
-    "reward_baseline": ("none", "group_mean", "batch_mean"),
     "residual": ("trajectory", "token"),
     "soft_value_tracks": ("reward", "value"),
     "token_selection": ("scatter", "cut"),
@@ -91,6 +91,11 @@ def check_residual_options(args: TBRMOptions) -> Iterator[str]:
     for name, allowed in {**CHOICES, "soft_value": tuple(SoftValue.registry)}.items():
         if getattr(args, name) not in allowed:
             yield (f"`{name}={getattr(args, name)!r}` is unknown. Choose one of {', '.join(allowed)}.")
+    if not _is_among(BASELINES, args.reward_baseline):
+        yield (
+            f"`reward_baseline={args.reward_baseline!r}` is unknown. Choose one of {', '.join(BASELINES)}, or a finite "
+            "number."
+        )
     if args.num_generations < 1:
         yield (f"`num_generations={args.num_generations}` is refused: at least 1 rollout per prompt.")
 
@@ -169,12 +174,16 @@ def check_batch_arithmetic(args: TBRMOptions) -> Iterator[str]:
         )
 
 
-def check_reward_calls(args: TBRMOptions) -> Iterator[str]:
+def _is_among(words: Collection[str], value: Any) -> bool:
+    """Whether a value is one of the words, or a finite number, which may be written as text."""
     try:
-        is_known = args.reward_on_error in ("raise", "skip") or math.isfinite(args.reward_of_failure)
+        return value in words or math.isfinite(float(value))
     except (TypeError, ValueError, OverflowError):
-        is_known = False
-    if not is_known:
+        return False
+
+
+def check_reward_calls(args: TBRMOptions) -> Iterator[str]:
+    if not _is_among(("raise", "skip"), args.reward_on_error):
         yield (
             f"`reward_on_error={args.reward_on_error!r}` is unknown. Choose 'raise', 'skip', or a finite number, the "
             "reward of what failed."

@@ -1,4 +1,4 @@
-"""Mean rewards that are subtracted from R: of a prompt's group, or of a window."""
+"""What is subtracted from R: the mean reward of a prompt's group or of a window, or a number."""
 
 import math
 from collections.abc import Callable, Sequence
@@ -17,13 +17,13 @@ class Baselines:
     V learns `V* − b/β`. Trajectories of one prompt with different b would therefore pull it to different values.
 
     Args:
-        kind: "none", "batch_mean" over the window of all processes, or "group_mean".
+        kind: "none", "batch_mean" over the window of all processes, "group_mean", or a number.
         rewards_that_count: returns R(τ) of those trajectories that can enter the loss.
         remembered: number of prompts whose group means are kept, the latest ones; 0 if nothing is replayed.
     """
 
     def __init__(
-        self, kind: str, rewards_that_count: Callable[[Sequence[Trajectory]], list[float]], remembered: int = 0
+        self, kind: str | float, rewards_that_count: Callable[[Sequence[Trajectory]], list[float]], remembered: int = 0
     ):
         self.kind, self.rewards_that_count, self.remembered = kind, rewards_that_count, remembered
         self.clear()
@@ -39,7 +39,7 @@ class Baselines:
         gather: Callable[[Sequence[float]], Tensor],
         learn: bool,
     ) -> None:
-        """Set the baseline of each trajectory of a window: the mean reward that is subtracted from its own.
+        """Set the baseline of each trajectory of a window: what is subtracted from its reward.
 
         Args:
             window: this process's trajectories. Those of a group are adjacent.
@@ -49,7 +49,7 @@ class Baselines:
                 If not, it is an evaluation's batch, and its "batch_mean" is that of the latest window trained on, which
                 V follows; before the first one it is the batch's own.
         """
-        if self.kind == "batch_mean" and not learn and self._of_window is not None:
+        if isinstance(self.kind, float) or (self.kind == "batch_mean" and not learn and self._of_window is not None):
             self.renew(window)
         elif self.kind == "batch_mean":
             given = self.rewards_that_count(window)
@@ -75,9 +75,11 @@ class Baselines:
                     del self._of_prompts[prompt]
 
     def renew(self, replayed: Sequence[Trajectory]) -> None:
-        """Give replayed trajectories the latest mean: of the window, or of their prompt's last group."""
+        """Give replayed trajectories the number, or the latest mean: of the window, or of their prompt's last group."""
         for trajectory in replayed:
-            if self.kind == "batch_mean" and self._of_window is not None:
+            if isinstance(self.kind, float):
+                trajectory.baseline = self.kind
+            elif self.kind == "batch_mean" and self._of_window is not None:
                 trajectory.baseline = self._of_window
             elif self.kind == "group_mean":
                 trajectory.baseline = self._of_prompts.get(trajectory.prompt_key, trajectory.baseline)
