@@ -218,7 +218,7 @@ def result(run: Run, setting: Setting) -> dict[str, Any]:
         )  # fmt: skip
     logged = {
         name: [round(row[name], 4) for row in trainer.state.log_history if name in row]
-        for name in ("soft_value", "grad_norm", "kl")
+        for name in ("reward", "soft_value", "grad_norm", "kl")
     }
     return {"run": vars(run), "processor": processor(), "points": measure.points, "logged": logged}
 
