@@ -110,6 +110,29 @@ def test_no_final_run_sees_a_problem_of_the_search(name):
     assert of_search and of_final and not of_search & of_final
 
 
+def test_more_problems_to_train_on_keep_the_held_out_ones():
+    few, many = ([one["question"] for one in tasks.problems(name, 3, False)] for name in ("operations", "all-operations"))
+    assert many[:100] == few and len(many) == len(set(many)) == 263
+    assert len(tasks.problems("all-operations", 3, selection=True)) == 100
+
+
+def test_a_task_that_takes_the_search_of_another(tmp_path):
+    """Both tasks have runs of their own only among the final ones."""
+    search = searched(tmp_path, {"GRPO": 1e-5, "TBRM": 4e-5}, "operations")
+    setting = SETTINGS["all-operations"]
+    wider = Comparison("all-operations", setting, search.runs)
+    first = wider.wanted()
+    assert {(run.task, run.seed) for run in first} == {("all-operations", 0)}
+    assert [run.rate for run in first] == [search.selected(method)[1] for method in setting.methods]
+    assert "three operations*" in " ".join(comparison.selection(wider).split())
+
+
+def test_the_reward_of_the_last_quarter_of_the_rollouts():
+    runs = [{"logged": {"reward": [0.0] * 6 + [0.5, 1.0]}}, {"logged": {"reward": [0.0] * 3 + [0.25]}}]
+    assert comparison.trained_on(runs) == "0.500 ± 0.250"
+    assert comparison.trained_on([*runs, {"logged": {}}]) == comparison.trained_on([]) == ""
+
+
 def test_the_best_constant_answer():
     """Of seed 0's 40 held-out pairs of numbers, 13 have the divisor 1, 13 have 2, and no other has more."""
     held_out = tasks.problems("divisors", 0, selection=False)[: tasks.HELD_OUT]

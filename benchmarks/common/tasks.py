@@ -141,9 +141,11 @@ GYM_TASKS: dict[str, tuple[str, dict[str, Any]]] = {  # by name: reasoning-gym's
         dict(min_terms=2, max_terms=2, min_digits=1, max_digits=1, operators=["+", "-", "*"], allow_parentheses=False),
     ),
 }
-
+GYM_TASKS["all-operations"] = GYM_TASKS["operations"]
 
 HELD_OUT = 40  # problems
+SHARED = 200  # problems, of which the search and the final runs see one half each
+DISTINCT = {"all-operations": 363}  # all that there are: the final runs see those beyond SHARED, too
 
 
 def smollm2() -> str:
@@ -156,11 +158,12 @@ def smollm2() -> str:
 def problems(name: str, seed: int, selection: bool) -> list[dict[str, Any]]:
     """The problems of a run on a reasoning-gym task, the held-out ones first."""
     gym_task, settings = GYM_TASKS[name]
-    entries = gym.distinct_problems(gym_task, 200, **settings)
-    random.Random(0).shuffle(entries)
-    entries = entries[::2] if selection else entries[1::2]
-    random.Random(seed).shuffle(entries)
-    return entries
+    entries = gym.distinct_problems(gym_task, DISTINCT.get(name, SHARED), **settings)
+    shared, others = entries[:SHARED], entries[SHARED:]
+    random.Random(0).shuffle(shared)
+    half = shared[::2] if selection else shared[1::2]
+    random.Random(seed).shuffle(half)
+    return half if selection else half + others
 
 
 def best_constant(name: str, seed: int) -> float:
@@ -174,7 +177,8 @@ def of_gym(name: str, seed: int, selection: bool = False) -> Task:
 
     Args:
         name: "sums", of two one-digit numbers, as in `make demo`; "divisors", greatest common divisors of two numbers
-            up to 20; or "operations", sums, differences and products of two numbers up to 10.
+            up to 20; "operations", sums, differences and products of two numbers up to 10; or "all-operations", the
+            same held-out problems with more to train on, 223 instead of 60.
         seed: of the split of its problems into 40 held-out ones and the rest.
         selection: take the other half of the problems, which no final run sees.
     """
