@@ -111,7 +111,8 @@ def test_no_final_run_sees_a_problem_of_the_search(name):
 
 
 def test_more_problems_to_train_on_keep_the_held_out_ones():
-    few, many = ([one["question"] for one in tasks.problems(name, 3, False)] for name in ("operations", "all-operations"))
+    entries = (tasks.problems(name, 3, selection=False) for name in ("operations", "all-operations"))
+    few, many = ([one["question"] for one in of] for of in entries)
     assert many[:100] == few and len(many) == len(set(many)) == 263
     assert len(tasks.problems("all-operations", 3, selection=True)) == 100
 
