@@ -60,7 +60,7 @@ def test_options_without_meaning_are_refused(name):
         ({"disable_dropout": False}, "dropout biases the squared residual"),
         ({"soft_value": "critic"}, "Choose one of calibrated, .*policy"),
         ({"loss_units": "nats"}, "Choose one of reward, logits"),
-        ({"num_generations": 0}, "at least 1 rollout"),
+        ({"num_generations": 0}, "`num_generations=0` is refused: it must be at least 1"),
         ({"bf16_full_eval": True}, "`bf16_full_eval=True` is refused: .* half precision"),
         ({"fp16_full_eval": True}, "`fp16_full_eval=True` is refused: .* half precision"),
         ({"label_smoothing_factor": 0.1}, "`label_smoothing_factor=0.1` is refused"),
@@ -298,12 +298,21 @@ def test_generation_without_gathering(stage, gather, warned, recwarn):
 BUFFER = dict(replay_buffer_size=8, num_iterations=2)
 
 
+COUNTS = ("num_generations", "num_iterations", "max_completion_length")
+NUMBERS = ("temperature", "top_p", "adam_beta1", "num_train_epochs", "repetition_penalty")
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
         ({"learning_rate": -1e-6}, "`learning_rate=-1e-06` must be 0 or positive"),
         ({"learning_rate": math.inf}, "`learning_rate=inf` must be 0 or positive"),
         ({"beta": 10**400}, "`beta=10"),
+        *(({name: 0}, f"`{name}=0` is refused: it must be at least 1") for name in COUNTS),
+        ({"temperature": math.inf}, "`temperature=inf` is refused"),
+        *(({name: math.nan}, f"`{name}=nan` is refused: it is no number") for name in NUMBERS),
+        ({"soft_value": "zero", "reward_baseline": 1e30}, "`reward_baseline=1e.30` is refused: .* up to 2e.15"),
+        ({"soft_value": "zero", "reward_baseline": "-1e30"}, "`reward_baseline=-1e30` is refused: .* up to 2e.15"),
         ({"logged_fraction": 1.5}, r"`logged_fraction=1\.5` must lie between 0 and 1"),
         ({"max_prompt_length": 0}, "`max_prompt_length=0` must be at least 1"),
         ({"max_skipped_updates": 0}, "`max_skipped_updates=0` must be at least 1"),

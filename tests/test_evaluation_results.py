@@ -18,9 +18,19 @@ from common.tiny import model, tokenizer
 from datasets import Dataset
 from transformers import BitsAndBytesConfig
 
+from tbrm_trl.cli.evaluate import show_comparison
 from tbrm_trl.evaluation import benchmarks, sampling
 from tbrm_trl.evaluation.benchmarks import BENCHMARKS, SUITES, Benchmark, load_benchmark
-from tbrm_trl.evaluation.results import Result, Row, append, open_result, paired_results, read_result
+from tbrm_trl.evaluation.results import (
+    Result,
+    Row,
+    append,
+    file_of,
+    open_result,
+    paired_results,
+    read_result,
+    results_of,
+)
 from tbrm_trl.evaluation.run import Judge, ModelPolicy, Settings, evaluate
 from tbrm_trl.evaluation.sampling import Completion, Request, Sampling, draw, generate, prompt_ids_of
 from tbrm_trl.evaluation.statistics import Comparison, compare
@@ -328,6 +338,27 @@ def test_a_worker_that_cannot_start_says_why():
 
 
 @pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ("inf", r"gave \[inf\] for 1 completions: it must give a finite number"),
+        ("short", r"gave \[\] for 1 completions"),
+        ("raise", "raised KeyError: 'no judge'"),
+        ("a", "raised ValueError: could not convert"),
+    ],
+)
+def test_a_judge_that_is_a_coroutine_function(given, message):
+    """It is held to what other functions are."""
+
+    def judged(what: str) -> list[float | None]:
+        judge = Judge(Benchmark("sums", ["1+1="], {"given": [what]}, "helpers.reward_functions.later_in"))
+        return judge.verdicts(["1+1="], ["2"], None, [0])
+
+    assert judged("0.5") == [0.5] and judged("nan") == [None]
+    with pytest.raises(RewardError, match=message):
+        judged(given)
+
+
+@pytest.mark.parametrize(
     ("reward", "columns", "message"),
     [
         ("helpers.reward_functions.weighted_column", {}, "'weighted_column' needs 'weight', but the benchmark sums "),
@@ -394,6 +425,27 @@ def test_results_are_known_by_what_they_are_of(tmp_path):
     result_at(evaluated / "again.jsonl")
     with pytest.raises(ValueError, match=r"again\.jsonl and .*sums-avg2\.jsonl are both sums-avg2\. Name the file"):
         pairs(evaluated, file)
+
+
+def test_results_that_only_one_folder_holds(tmp_path, capsys):
+    first, second = tmp_path / "a", tmp_path / "b"
+    for folder in (first, second):
+        result_at(folder / "sums-avg2.jsonl")
+    result_at(first / "other-avg2.jsonl", "other")
+    show_comparison(str(first), str(second))
+    shown = capsys.readouterr().out
+    assert f"Not compared, since only {first} holds it: other-avg2." in shown and f"only {second}" not in shown
+
+
+def test_files_of_benchmarks_with_long_names_and_slashes(tmp_path):
+    """They stay in their folder, apart from each other, and are found by the name in their header."""
+    names = [f"gym:basic_arithmetic(operators=('+','{sign}'))" for sign in "/_\\"] + ["ä" * 200, "ä" * 201, "math500"]
+    files = [file_of(name) for name in names]
+    assert len(set(files)) == len(names) and all(len(file.encode()) < 255 for file in files)
+    assert files[-1] == "math500.jsonl" and not any("/" in file for file in files)
+    for name, file in zip(names, files, strict=True):
+        result_at(tmp_path / file, name)
+    assert set(results_of(tmp_path)) == {f"{name}-avg2" for name in names}
 
 
 @pytest.mark.parametrize("text", ["", "{}", "[1]\n", '{"format": "other"}\n', '{"format": "tbrm-evaluation-1"}\nx\n'])
@@ -522,6 +574,8 @@ def test_a_task_of_reasoning_gym():
         ("math-50", "Did you mean math500"),
         ("gym:chain_summ", "gym:chain_summ: "),
         ("gym:chain_sum(size)", "is written as gym:chain_sum"),
+        ("gym:chain_sum(size=2.5)", "size=2.5 must be a whole number of problems"),
+        ("gym:chain_sum(size=0)", "size=0 must be a whole number of problems"),
         ("aime24=none.parquet", "There is no file 'none.parquet'"),
         ("none.jsonl", "There is no file 'none.jsonl'"),
     ],
@@ -532,7 +586,14 @@ def test_what_is_no_benchmark(name, said):
     assert "\n" not in str(error.value)
 
 
-@pytest.mark.parametrize("question", [None, ""])
+@pytest.mark.parametrize("question", [0, 1, 2.5, {"a": "b"}, True])
+def test_questions_that_are_no_text(question):
+    rows = [{"question": "1+1=", "answer": "2"}, {"question": question, "answer": "3"}]
+    with pytest.raises(ValueError, match=r"mine: row 1: `question` is .* It must be text, or a list of messages"):
+        benchmarks.of_rows("mine", rows)
+
+
+@pytest.mark.parametrize("question", [None, "", []])
 def test_rows_without_a_question(question):
     rows = [{"question": "1+1=", "answer": "2"}, {"question": question, "answer": "3"}]
     with pytest.raises(ValueError, match=r"mine: row 1 has no `question`. Drop the row"):

@@ -360,6 +360,21 @@ def test_3_3_own_columns_of_prompts_reach_the_reward_functions(evaluated, folder
     assert asked == [{name: [value] * 2 for name, value in OWN.items()}]
 
 
+@pytest.mark.parametrize(("soft_value", "own"), [("calibrated", "reference_rewards"), ("quantile", "optimal_value")])
+def test_3_3_only_the_column_that_the_estimator_reads_is_hidden(soft_value, own, folder, tmp_path):
+    """Without `soft_value="optimal"` a column `optimal_value` is the user's own."""
+    asked = []
+
+    def reward(completions, **columns):
+        asked.append({name: columns.get(name) for name in ("reference_rewards", "optimal_value")})
+        return [0.0] * len(completions)
+
+    row = {"prompt": "a", "reference_rewards": [0.0, 1.0], "optimal_value": 0.5}
+    build(folder, tmp_path, reward, Dataset.from_list([row] * 2), soft_value=soft_value).train()
+    hidden = {"reference_rewards": None} if soft_value == "quantile" else {}
+    assert own in asked[0] and asked == [{name: [row[name]] * 2 for name in asked[0]} | hidden]
+
+
 def test_3_3_a_column_of_completions_without_any(folder, tmp_path):
     """No row is logged, so the column `reward` is the prompts' own."""
     asked = []

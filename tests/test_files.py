@@ -75,3 +75,33 @@ def test_rows_of_each_kind_of_file(tmp_path):
     rows_of_file(tmp_path / "a.csv").to_parquet(tmp_path / "a.parquet")
     for kind in ("jsonl", "json", "csv", "parquet"):
         assert rows_of_file(tmp_path / f"a.{kind}").to_list() == expected
+
+
+def test_dates_in_json_stay_text(tmp_path):
+    """pyarrow would read them as times, inside messages too."""
+    rows = [
+        {"day": f"2024-01-0{n}", "answer": n, "prompt": [{"role": "user", "content": f"2024-01-0{n}"}], "at": None}
+        for n in (1, 2)
+    ]
+    rows[1]["at"] = "2024-01-05 10:00:00"
+    (tmp_path / "a.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    (tmp_path / "a.json").write_text(json.dumps(rows))
+    for kind in ("jsonl", "json"):
+        assert rows_of_file(tmp_path / f"a.{kind}").to_list() == rows
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "message"),
+    [
+        ("a.csv", "question,answer\nWhat is 2, 3 summed?,5\nWhat is 4, 5 summed?,9\n", "more fields than its first"),
+        ("a.csv", "question,answer\n2,5,\n", "more fields than its first"),
+        ("a.csv", "question,answer\n", "it has no rows"),
+        ("a.json", "[]", "it has no rows"),
+        ("a.jsonl", "\n", "it has no rows"),
+        ("a.jsonl", "", "it is empty"),
+    ],
+)
+def test_files_that_have_no_rows_or_shifted_ones(tmp_path, name, text, message):
+    (tmp_path / name).write_text(text)
+    with pytest.raises(ValueError, match=message):
+        rows_of_file(tmp_path / name)

@@ -138,6 +138,7 @@ CLASS_ATTRIBUTES = {
     "gives_constants": False,
     "takes_baseline": False,
     "bootstraps": False,
+    "column": None,
 }
 ESTIMATORS = set("calibrated group learned log_mean_exp model optimal partition policy quantile tracked zero".split())
 RUN_ATTRIBUTES = set("accelerator train_dataset evaluating tokenizer reference_key rollout_settings".split())

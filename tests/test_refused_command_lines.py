@@ -21,6 +21,10 @@ MODEL = ("--model_name_or_path", "m")
         ([*MODEL, "--suite", "tbrm-paper", "--temperature", "0.5"], ["--suite sets samples and temperature"]),
         ([*MODEL, "--suite", "tbrm-paper", "--temperature", "1.0"], ["--suite sets samples and temperature"]),
         ([*MODEL, "--benchmarks", "math500", "--limit", "0"], ["--limit 0 must be at least 1"]),
+        (
+            [*MODEL, "--benchmarks", "x", "--limit", "0", "--temperature", "nan", "--top_p", "7", "--top_k", "-1"],
+            ["--limit 0", "--temperature=nan must be 0", "--top_p=7.0 must be in", "--top_k=-1 must be 0"],
+        ),
     ],
 )
 def test_evaluations(words, problems, capsys):
@@ -98,6 +102,14 @@ def test_the_command_line_overrides_a_recipes_launcher_options(first, tmp_path):
     )
     words = sorted_words(train.parser(), recipe + line if first else line + recipe, train.launcher_options())
     assert sorted(words.launcher) == sorted(["--num_processes", "4", "--accelerate_config", "zero2"])
+
+
+def test_variables_of_the_environment_in_a_recipe(tmp_path):
+    """TRL's `env`. Accelerate's option of that name is for TPUs."""
+    path = tmp_path / "recipe.yaml"
+    path.write_text("dataset_name: d\noutput_dir: o\nenv: {A_VARIABLE: b}\n")
+    words = sorted_words(train.parser(), ["--config", str(path)], train.launcher_options())
+    assert words.launcher == []
 
 
 def test_a_field_that_stands_twice(tmp_path, capsys):

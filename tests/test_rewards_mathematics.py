@@ -88,6 +88,35 @@ def test_conventions(gold, right, wrong):
 @pytest.mark.parametrize(
     ("gold", "right", "wrong"),
     [
+        # A prefix as written comes before lower case: mega is not milli.
+        ("5 μm", ["5", "5000 nm", "5 micrometers", "5 \\mu m", "5\\,\\mu\\text{m}", "5 \\text{µm}"], ["5 mm", "5 nm"]),
+        ("10", ["10 μm", "10\\ \\mu\\mathrm{m}", "10 Ω", "10\\ \\Omega", "10 GB"], ["11 μm"]),
+        ("5 Mm", ["5000 km"], ["5 mm"]), ("5 Mg", ["5 tonnes"], ["5 mg"]), ("5 mm", ["5 MM"], ["5 Mm"]),
+        ("5 hPa", ["500 Pa"], ["5 Pa"]), ("30 psi", ["30"], ["30 Pa"]), ("760 mmHg", ["1 atm"], ["760 Pa"]),
+        ("2 kcal", ["2000 cal", "8368 J"], ["2 cal", "2 J"]), ("5 kWh", ["18000 kJ", "5"], ["5 kJ"]),
+        ("5 dL", ["0.5 L", "50 cL"], ["5 L"]), ("5 dm", ["0.5 m"], ["5 m"]),
+        ("5 GB", ["5000 MB", "5"], ["5 MB", "5 Gbit"]), ("10 k\\Omega", ["10000 ohms", "10"], ["10 Ω"]),
+        ("£2", ["2 pounds", "200 pence"], ["2 kg", "2 pence"]), ("5 dimes", ["50 cents"], ["5 nickels"]),
+        ("5 h", ["300 min", "18000 s", "5"], ["5 s", "300 h"]),
+        # The punctuation after an upright answer.
+        ("18", ["\\text{18 dollars}.", "\\text{18 dollars}\\,"], ["\\text{19 dollars}."]),
+        ("4:9", ["\\text{4 to 9}."], ["\\text{9 to 4}."]), ("I, III", ["\\text{I and III}."], ["\\text{I and II}."]),
+        ("29", ["\\text{The answer is 29}."], []), ("3", ["\\text{3rd}."], []),
+        # A time of day may be a ratio.
+        ("9:16", ["9:16", "9 to 16", "18 to 32"], ["16 to 9", "9:17", "18:32"]),
+        ("12:00", ["12:00"], ["5:0", "5 to 0"]),
+        # Greek letters as characters.
+        ("\\omega", ["ω"], ["w"]), ("\\frac{\\mu}{2}", ["μ/2", "µ/2"], ["m/2"]), ("\\Delta x", ["Δx"], ["x"]),
+        ("\\mu g", ["μg", "gμ"], ["g"]), ("2\\pi\\epsilon", ["2πε", "2πϵ"], ["2\\pi e"]),
+    ],
+)  # fmt: skip
+def test_units_characters_and_punctuation(gold, right, wrong):
+    check_verdicts(gold, right, wrong)
+
+
+@pytest.mark.parametrize(
+    ("gold", "right", "wrong"),
+    [
         # Numbers that agree to more digits than are evaluated.
         ("2^{2021}-1", ["-1+2^{2021}"], ["2^{2021}", "2^{2021}+7"]),
         ("100!+1", ["1+100!"], ["100!"]),

@@ -117,6 +117,31 @@ def test_a_row_that_raises_ends_the_call_where_that_is_asked():
     infinite.close()
 
 
+@pytest.mark.parametrize(("option", "value"), [("time_limit", 0), ("time_limit", NAN), ("workers", 0), ("workers", -1)])
+def test_options_that_no_worker_can_have(option, value):
+    with pytest.raises(ValueError, match=f"{option} must be .*, not {value}"):
+        InWorkers(reward_functions.length, **{option: value})
+
+
+@pytest.mark.parametrize("limit", [math.inf, 1e10])
+def test_no_time_limit(limit):
+    """No system call waits for that long."""
+    workers = InWorkers(reward_functions.length, time_limit=limit, workers=1)
+    workers.start()
+    assert workers(["a", "bb"]) == [1.0, 2.0] and not workers.counts
+    workers.close()
+
+
+def test_a_script_that_leaves_its_workers_ends_without_a_word(tmp_path):
+    script = tmp_path / "script.py"
+    script.write_text(
+        "from tbrm_trl.rewards import InWorkers, correct\n\ndef own():\n    pass\n\n"
+        "workers = InWorkers(correct, workers=2)\nprint(workers(['1', '2'], solution=['1', '1']))\n"
+    )
+    ended = subprocess.run([sys.executable, script], capture_output=True, text=True, check=True)
+    assert ended.stdout == "[1.0, 0.0]\n" and "Traceback" not in ended.stderr and "ignored" not in ended.stderr
+
+
 def test_a_column_that_is_missing_is_found_before_training():
     """Workers take what their function takes, also after they were sent to another process."""
     for workers in load(["math", "reasoning_gym"])[0]:
@@ -262,6 +287,8 @@ def test_reasoning_beside_the_content(message, reward):
         ("helpers.reward_functions.none", "cannot be"),
         ("length", "limit"), ("length(2048)", "written as"), ("math(x=1)", "no arguments"),
         ("length(limit=1, free=2)", "free"),
+        ("helpers.reward_functions.Unloadable(b=2)", r"needs other arguments: \(\)"),
+        ("helpers.reward_functions.length(n=1)", r"needs other arguments: \(completions, \*\*columns\)"),
     ],
 )  # fmt: skip
 def test_unknown_names(name, message):

@@ -87,6 +87,20 @@ def test_window_composition(rows, fraction, result):
         assert window_mix(*rows, args, args.window_group_size) == WindowMix(*result)
 
 
+@pytest.mark.parametrize("seed", [None, 7])
+def test_rows_that_fill_no_group_take_turns(seed):
+    """Of three rows a prompt, two are compared in a pass. In three passes each is drawn twice, shuffled or not."""
+    numbers = np.array([0, 1, 0, 0, 1, 1, 2, 2])
+    rows = WindowSampler(np.ones(8, bool), WindowMix(0, 2), 1, 1, 1, lambda: 0, seed, 2, numbers)
+    assert rows.logged_per_pass == 6
+    groups = [rows.window(number) for number in range(9)]
+    assert all(numbers[a] == numbers[b] for a, b in groups)
+    drawn = Counter(row for group in groups for row in group)
+    assert drawn[6] == drawn[7] == 3
+    if seed is None:
+        assert groups[:3] == [[0, 2], [1, 4], [6, 7]] and [drawn[row] for row in range(6)] == [2] * 6
+
+
 def test_rollouts_come_in_groups():
     args = config(per_device_train_batch_size=16, num_generations=4, logged_fraction=0.4)
     with pytest.raises(ValueError, match=r"multiples of 4.*Nearest: 0.25 or 0.5"):

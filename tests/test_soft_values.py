@@ -517,6 +517,25 @@ def test_prompts_cut_otherwise_and_failures_rewarded_otherwise_are_sampled_again
         assert trainer.train_dataset["optimal_value"] == pytest.approx([failed] * 6)
 
 
+def test_failures_in_sampling_the_reference_are_not_those_of_training(llama, tmp_path):
+    """The function raises for every sample and for no rollout."""
+    asked = []
+
+    def flaky(completions, **kwargs):
+        asked.append(len(completions))
+        if len(asked) <= 6:
+            raise ConnectionError("the judge is away")
+        return [0.5] * len(completions)
+
+    trainer = build(
+        llama, tmp_path, flaky, PROMPTS, soft_value="optimal", soft_value_samples=4, reward_on_error=0.0,
+        per_device_train_batch_size=6, logging_steps=1, max_steps=1,
+    )  # fmt: skip
+    trainer.train()
+    assert asked == [4] * 6 + [6]  # a prompt's samples at a time, then the rollouts
+    assert trainer.state.log_history[0]["rewards/flaky/raised"] == 0.0
+
+
 def test_unsolved_prompts_can_be_dropped(llama, tmp_path):
     def only_some(prompts, **kwargs):
         return [float(prompt in ("c", "x y", "longer")) for prompt in prompts]
@@ -829,12 +848,12 @@ def test_options_that_an_estimator_cannot_work_with(options, message, tmp_path):
          "Use 9"),
         ([{**row, "optimal_value": 0.0} for row in log()], {"soft_value": "optimal", "soft_value_drop_unsolved": True},
          "`soft_value_drop_unsolved=True` has no effect: the training set brings"),
-        ([{**row, "optimal_value": i / 0.5 if i else math.nan} for i, row in enumerate(log())],
-         {"soft_value": "optimal"}, "Row 0 .*`optimal_value` is nan"),
+        ([{**row, "optimal_value": i / 0.5 if i else math.inf} for i, row in enumerate(log())],
+         {"soft_value": "optimal"}, "Row 0 .*`optimal_value` is inf"),
         ([*log(), {"prompt": "a"}], {"soft_value": "partition"}, "every row of the training set needs a `completion`"),
         (log(), {"soft_value": "quantile"}, "add a column `reference_rewards`"),
-        ([{**row, "reference_rewards": [0.0] * min(i, 1)} for i, row in enumerate(log())], {"soft_value": "quantile"},
-         r"Row 0 .*`reference_rewards` is \[\]. It must be a list"),
+        ([{**row, "reference_rewards": []} for row in log()], {"soft_value": "quantile"},
+         "`reference_rewards` is empty in every row of the training set. It holds a list: what samples"),
         (log(), {"soft_value": "tracked"}, "what the policy's own rollouts earn"),
         (log(unscored=(2,)), {"soft_value": "partition"}, r"Row \d of .*no `reward`"),
     ],

@@ -182,6 +182,40 @@ def test_batch_mean_of_one():
     assert replayed.baseline == 0.75
 
 
+def of_prompt(prompt: int, reward: float) -> Trajectory:
+    return Trajectory(torch.tensor([prompt]), torch.tensor([5]), torch.ones(1, dtype=torch.bool), reward, End.EOS)
+
+
+def test_group_means_of_a_prompt_with_several_groups():
+    """Rollouts of a prompt beside logged rows of it: all have one mean, also when they are replayed."""
+    baselines = Baselines("group_mean", lambda rows: [t.reward for t in rows if not math.isnan(t.reward)], remembered=9)
+    window = [of_prompt(1, 5.0), of_prompt(1, 6.0), of_prompt(2, 1.0), of_prompt(2, math.nan)]
+    window += [of_prompt(1, 0.0), of_prompt(1, 1.0)]
+    baselines.set(window, 2, lambda numbers: torch.tensor([numbers]), learn=True)
+    assert [t.baseline for t in window] == pytest.approx([3.0, 3.0, math.nan, math.nan, 3.0, 3.0], nan_ok=True)
+    replayed = [of_prompt(1, 5.0), of_prompt(1, 0.0)]
+    baselines.renew(replayed)
+    assert [t.baseline for t in replayed] == [3.0, 3.0]
+    baselines.set(window, 2, lambda numbers: torch.tensor([numbers]), learn=False)  # its groups stay apart
+    assert [t.baseline for t in window] == pytest.approx([5.5, 5.5, math.nan, math.nan, 0.5, 0.5], nan_ok=True)
+
+
+def test_a_run_that_is_resumed_without_its_baseline():
+    """What the checkpoint holds loses it: replayed and logged trajectories alike, also after a second resume."""
+    state = Baselines(0.5, lambda rows: []).state()
+    for _ in range(2):
+        resumed = Baselines("none", lambda rows: [])
+        resumed.restore(state)
+        kept = [replace(of_prompt(1, 1.0), baseline=0.5) for _ in range(2)]
+        resumed.renew(kept[:1])
+        resumed.set(kept[1:], 1, lambda numbers: torch.tensor([numbers]), learn=True)
+        assert [t.baseline for t in kept] == [0.0, 0.0]
+        state = resumed.state()
+    own = replace(of_prompt(1, 1.0), baseline=0.25)  # an estimator's own
+    Baselines("none", lambda rows: []).set([own], 1, lambda numbers: torch.tensor([numbers]), learn=True)
+    assert own.baseline == 0.25
+
+
 @pytest.mark.parametrize(("soft_value", "given"), [("zero", 0.3), ("calibrated", -2), ("zero", "1e-1")])
 def test_a_number_as_baseline(soft_value, given, qwen2, tmp_path):
     """A command line gives it as text. It shifts every reward, and not the threshold of `sft_coef`."""

@@ -215,9 +215,31 @@ def rows_of_file(path: str | Path) -> Dataset:
         if not Path(path).stat().st_size:
             raise ValueError("it is empty")
         as_written = dict(keep_default_na=False, na_values=[""]) if kind == "csv" else {}  # "None" may be an answer
-        return load_dataset(kind, data_files=str(path), split="train", **as_written)
+        dataset = load_dataset(kind, data_files=str(path), split="train", **as_written)
+        if kind == "csv" and "__index_level_0__" in dataset.column_names:  # pandas would shift every column
+            raise ValueError("its rows have more fields than its first line has names: quote text with commas")
+        return _with_dates_as_text(dataset, Path(path)) if kind == "json" else dataset
     except Exception as error:  # many classes: from the file format, from datasets, from the disk
-        raise ValueError(f"{path} cannot be read ({first_line(error.__cause__ or error)}).") from None
+        reason = first_line(error.__cause__ or error)
+        reason = "it has no rows" if "corresponds to no data" in reason else reason
+        raise ValueError(f"{path} cannot be read ({reason}).") from None
+
+
+def _with_dates_as_text(dataset: Dataset, path: Path) -> Dataset:
+    """The data set with the file's own text where pyarrow reads JSON text as a time, such as "2024-01-05"."""
+    dated = [field.name for field in dataset.features.arrow_schema if _holds_times(field.type)]
+    if not dated:
+        return dataset
+    text = path.read_text(encoding="utf-8-sig")
+    rows = json.loads(text) if text.startswith("[") else [json.loads(line) for line in text.split("\n") if line.strip()]
+    names = dataset.column_names
+    for name in dated:
+        dataset = dataset.remove_columns(name).add_column(name, [row.get(name) for row in rows])
+    return dataset.select_columns(names)
+
+
+def _holds_times(kind: pa.DataType) -> bool:
+    return pa.types.is_temporal(kind) or any(_holds_times(kind.field(at).type) for at in range(kind.num_fields))
 
 
 def rows_of_hub(name: str, config: str | None = None, split: str = "train") -> Dataset:

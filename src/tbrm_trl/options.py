@@ -157,8 +157,8 @@ class TBRMOptions(GRPOConfig):
         > Parameters that shape the reward
 
         reward_baseline (`str` or `float`, *optional*, defaults to `"none"`):
-            What is subtracted from R when a trajectory is trained on: `"none"`, `"group_mean"`, the mean reward over
-            its prompt's group, `"batch_mean"`, that over the generation window, or a number. A replayed trajectory
+            What is subtracted from R when a trajectory is trained on: `"none"`, `"batch_mean"`, the mean reward of the
+            generation window, `"group_mean"`, that of its prompt in the window, or a number. A replayed trajectory
             takes the latest mean. A number b with `soft_value="zero"` makes V the constant b/β. Only the estimators
             `"policy"`, `"calibrated"`, `"learned"` and `"zero"` allow a baseline.
         reward_pessimism (`float`, *optional*, defaults to `0.0`):
@@ -266,10 +266,10 @@ class TBRMOptions(GRPOConfig):
             Largest number of tokens in a prompt, with its chat template. None allows what `max_completion_length`
             leaves of the model's context.
         long_prompts (`"refuse"`, `"drop"` or `"cut"`, *optional*, defaults to `"refuse"`):
-            How to treat prompts longer than `max_prompt_length`, or too long for the model's context beside
-            `max_completion_length`. `"refuse"` stops with an error that names the first of them, before the model is
-            loaded. `"drop"` leaves their rows out of the data sets, and counts them. `"cut"` keeps the last tokens of
-            each.
+            How to treat prompts to roll out that are longer than `max_prompt_length`, or too long for the model's
+            context beside `max_completion_length`. `"refuse"` stops with an error that names the first of them, before
+            the model is loaded. `"drop"` leaves their rows out of the data sets, and counts them. `"cut"` keeps the
+            last tokens of each. A logged row is never dropped or cut, and must only fit the context.
 
         > Parameters that keep a run alive
 

@@ -513,7 +513,7 @@ class TBRMTrainer(ExactResume, GRPOTrainer):
                 bounds=Bounds(sampler.mix.rollouts, args.fresh_updates, per_window, args.max_staleness),
                 windows=range(-(-made // per_window), -(-updates // per_window)),
                 updates=updates,
-                some_logged=bool(self._plan.mix.logged),
+                hidden=self._hidden_columns(bool(self._plan.mix.logged)),
                 processing_class=self.processing_class,
                 prompt_limit=self._prompt_limit,
                 end_token_ids=list(self.eos_token_ids),
@@ -582,10 +582,14 @@ class TBRMTrainer(ExactResume, GRPOTrainer):
             has_logs = bool(self._plan.mix.logged) and dataset is train_dataset
             columns = columns_read(dataset, args.remove_unused_columns, is_formatted=not has_logs)
             if reward_funcs is not None and columns is not None:
-                given = [name for name in columns if name not in own_columns(has_logs)]
+                hidden = own_columns(has_logs, SoftValue.registry[args.soft_value].column)
+                given = [name for name in columns if name not in hidden]
                 check_reward_arguments(reward_funcs, title, given, more, environments=bool(environment_factory))
         if sets:
             start_workers(reward_funcs)
+
+    def _hidden_columns(self, some_logged: bool) -> frozenset[str]:
+        return own_columns(some_logged, self._soft_value.column)
 
     def _undo_trl(self) -> None:
         """Take back what TRL and vLLM set while they were built, where it is wrong for this trainer."""
@@ -1022,7 +1026,8 @@ class TBRMTrainer(ExactResume, GRPOTrainer):
 
     def _roll_out(self, rows: Sequence[Mapping[str, Any]]) -> list[Trajectory]:
         """Generate and reward a completion for every row. `trajectories_from_trl` reads TRL's dictionary."""
-        given = columns_for_rewards(rows, some_logged=bool(self._plan.mix.logged) and not self.evaluating)
+        some_logged = bool(self._plan.mix.logged) and not self.evaluating
+        given = columns_for_rewards(rows, self._hidden_columns(some_logged))
         was_checked = isinstance(self.train_dataset, Sized) and not self.evaluating  # `evaluate` accepts any set
         if not was_checked and self.environment_factories is None:
             with failing_together():
@@ -1096,7 +1101,7 @@ class TBRMTrainer(ExactResume, GRPOTrainer):
 
         def prompts_of(window: int) -> list[list[int]]:
             rows = [self.train_dataset[index] for index in sampler.rollouts(window, process)]
-            given = columns_for_rewards(rows, some_logged=bool(self._plan.mix.logged))
+            given = columns_for_rewards(rows, self._hidden_columns(bool(self._plan.mix.logged)))
             with temporarily(self, _prompts_are_rolled_out=True):
                 return list(map(list, self._tokenize_prompts([row["prompt"] for row in given])[0]))
 
@@ -1183,7 +1188,8 @@ class TBRMTrainer(ExactResume, GRPOTrainer):
         given, ids = map(list, zip(*judged, strict=True))
         prompts, completions = map(list, zip(*(completion_of(row, self._tokenizer) for row in given), strict=True))
         with temporarily(self, _judges_log=True):
-            self._calculate_rewards(columns_for_rewards(given, some_logged=True), prompts, completions, ids)
+            rows_given = columns_for_rewards(given, self._hidden_columns(some_logged=True))
+            self._calculate_rewards(rows_given, prompts, completions, ids)
         # Otherwise TRL would log what the functions logged here with the next rollouts.
         self._pending_metrics.clear()
         self._pending_extra_logs.clear()
@@ -1676,12 +1682,14 @@ class TBRMTrainer(ExactResume, GRPOTrainer):
                 "DeepSpeed and FSDP do not allow. Run the script once without them and with `max_steps=1`. "
                 "`trainer.train_dataset` then has a column of what was sampled: save it, and train on that."
             )
-        kept = copy.deepcopy((self._metrics, self._logs, self.state.num_input_tokens_seen))
+        kept = copy.deepcopy(
+            (self._metrics, self._logs, self.state.num_input_tokens_seen, self._recorder.since_log["train"])
+        )
         self.model.train()  # otherwise TRL would take this for an evaluation
         try:
             return self._roll_out(rows)
         finally:
-            self._metrics, self._logs, self.state.num_input_tokens_seen = kept
+            self._metrics, self._logs, self.state.num_input_tokens_seen, self._recorder.since_log["train"] = kept
 
     def replace_prompts(self, dataset: Dataset) -> None:
         self._plan = DataPlan(*check_dataset(dataset, self.args, self.args.window_group_size), None)

@@ -41,7 +41,7 @@ class Plan:
         bounds: which rows may start under which policy.
         windows: numbers of the windows that the run has not yet taken.
         updates: number of updates of the whole run.
-        some_logged: whether the data set has logged rows too.
+        hidden: columns of the data set that reward functions do not get.
         reward_funcs, reward_processing_classes, tools, environment_factory: as in the trainer.
         processing_class: the tokenizer.
         prompt_limit: how long a prompt may be.
@@ -62,7 +62,7 @@ class Plan:
     bounds: Bounds
     windows: range
     updates: int
-    some_logged: bool
+    hidden: frozenset[str]
     reward_funcs: Any
     reward_processing_classes: Any
     tools: Any
@@ -89,7 +89,7 @@ class Plan:
     def rows(self, window: int) -> list[dict[str, Any]]:
         """The rows of the data set that a window rolls out, process by process."""
         indices = [i for process in range(self.sampler.processes) for i in self.sampler.rollouts(window, process)]
-        return columns_for_rewards([self.dataset[index] for index in indices], self.some_logged)
+        return columns_for_rewards([self.dataset[index] for index in indices], self.hidden)
 
     def write(self, output_dir: Path) -> None:
         """Write the plan into the run's folder.

@@ -44,14 +44,15 @@ def startup_line(mix: WindowMix, args: TBRMOptions, sampler: WindowSampler | Non
     if sampler is None or not args.draws_prompts:
         return f"{line}; {args.max_steps} updates in all."
     prompts, logs, windows = len(sampler.prompts), len(sampler.logged), sampler.windows
+    left = logs - sampler.logged_per_pass
+    unfilled = f"; {left} of them fill no group of {args.num_generations}, others in each pass" if left else ""
     if mix.rollouts:
         tail = prompts - windows * mix.rollouts // args.num_generations
         epoch = f"{prompts} prompts give {windows * updates} updates per epoch, dropping {tail} tail prompts"
-        epoch += f", beside {logs} logged trajectories in turn" if logs else ""
+        epoch += f", beside {logs} logged trajectories in turn{unfilled}" if logs else ""
     else:
         epoch = f"{logs} logged trajectories give {windows * updates} updates per epoch; the tail opens the next"
-        if left := logs - sampler.logged_per_pass:
-            epoch += f"; {left} of them fill no group of {args.num_generations}, others in each epoch"
+        epoch += unfilled
     total = args.max_steps if args.max_steps > 0 else math.ceil(args.num_train_epochs * windows * updates)
     return f"{line}; {epoch}; {total} updates in all."
 

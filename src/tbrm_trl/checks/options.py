@@ -30,6 +30,8 @@ CHOICES = {
     "truncation": ("terminal", "mask", "bootstrap"),
 }
 
+_COUNTS = ("num_generations", "num_iterations", "steps_per_generation", "max_completion_length")
+
 # Generation options that both transformers and vLLM's server know.
 _OF_BOTH = frozenset(("length_penalty", "min_p", "repetition_penalty", "temperature", "top_k", "top_p"))
 
@@ -42,6 +44,10 @@ def check_types(args: TBRMOptions) -> Iterator[str]:
     for name, declared in (TBRMOptions.__annotations__ | TBRMOptions.wider_types).items():
         if not fits(value := getattr(args, name), declared):
             yield f"`{name}={value!r}` is refused: it must be {in_words(declared)}."
+    for name, value in vars(args).items():  # of TRL and transformers: their own options, most of them unchecked
+        is_own = name in TBRMOptions.__annotations__ or name in ("beta", "learning_rate")
+        if isinstance(value, float) and math.isnan(value) and not is_own:
+            yield f"`{name}=nan` is refused: it is no number."
 
 
 def check_meaning(args: TBRMOptions) -> Iterator[str]:
@@ -86,7 +92,7 @@ def check_residual_options(args: TBRMOptions) -> Iterator[str]:
         )
     if not 0 <= args.learning_rate < math.inf:
         yield f"`learning_rate={args.learning_rate}` must be 0 or positive, and finite."
-    if not args.temperature > 0:
+    if not 0 < args.temperature < math.inf:
         yield (f"`temperature={args.temperature}` is refused: the policy is softmax(logits / temperature).")
     for name, allowed in {**CHOICES, "soft_value": tuple(SoftValue.registry)}.items():
         if getattr(args, name) not in allowed:
@@ -96,8 +102,9 @@ def check_residual_options(args: TBRMOptions) -> Iterator[str]:
             f"`reward_baseline={args.reward_baseline!r}` is unknown. Choose one of {', '.join(BASELINES)}, or a finite "
             "number."
         )
-    if args.num_generations < 1:
-        yield (f"`num_generations={args.num_generations}` is refused: at least 1 rollout per prompt.")
+    for name in _COUNTS:
+        if (count := getattr(args, name)) is not None and count < 1:
+            yield f"`{name}={count}` is refused: it must be at least 1."
 
 
 def check_generation(args: TBRMOptions) -> Iterator[str]:
@@ -353,6 +360,8 @@ def check_terms(args: TBRMOptions) -> Iterator[str]:
     largest = largest_return(args.beta) if 0 < args.beta < math.inf else math.inf
     if not (math.isfinite(args.truncated_reward) and abs(args.truncated_reward) <= largest):
         yield f"`truncated_reward={args.truncated_reward}` must be a finite number, at most {largest:g} with this beta."
+    if _is_among(BASELINES, args.reward_baseline) and isinstance(b := args.baseline, float) and not abs(b) <= largest:
+        yield f"`reward_baseline={args.reward_baseline}` is refused: with this beta, numbers go up to {largest:g}."
     if not math.isfinite(args.sft_threshold):
         yield f"`sft_threshold={args.sft_threshold}` must be a finite number."
     if not 0 < args.token_fraction <= 1:

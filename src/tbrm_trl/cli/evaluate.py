@@ -34,7 +34,7 @@ from tbrm_trl.evaluation.benchmarks import (  # noqa: E402
     load_benchmark,
     require_distinct_names,
 )
-from tbrm_trl.evaluation.results import differing_settings, name_of, paired_results  # noqa: E402
+from tbrm_trl.evaluation.results import differing_settings, file_of, name_of, paired_results, unpaired  # noqa: E402
 from tbrm_trl.evaluation.run import Judge, ModelPolicy, Policy, Settings, evaluate  # noqa: E402
 from tbrm_trl.evaluation.sampling import Sampling, prompt_ids_of  # noqa: E402
 from tbrm_trl.evaluation.statistics import compare  # noqa: E402
@@ -140,6 +140,10 @@ def problems_of(arguments: EvaluationArguments, model: ModelConfig, chosen: Coll
     for name in ("limit", "samples", "batch_size"):
         if (value := getattr(a, name)) is not None and value < 1:
             problems.append(f"--{name} {value} must be at least 1.")
+    try:
+        Sampling(a.temperature, a.top_p, a.top_k, a.max_new_tokens)
+    except ValueError as error:
+        problems += [f"--{line}" for line in str(error).split("\n")]
     if a.prompt_template is not None:
         given = {"system_prompt": a.system_prompt != BOXED, "chat_template_kwargs": bool(a.chat_template_kwargs)}
         problems += [
@@ -282,16 +286,20 @@ def run(arguments: EvaluationArguments, model: ModelConfig) -> None:
         print(f"System prompt: {a.system_prompt!r}")
     for benchmark, settings, judge in planned:
         name = name_of(benchmark.name, settings.samples, settings.sampling.temperature)
-        result = evaluate(policy, benchmark, settings, folder / f"{name}.jsonl", judge)
+        result = evaluate(policy, benchmark, settings, folder / file_of(name), judge)
         print(result, flush=True)
     print(f"Every completion: {folder}")
 
 
 def show_comparison(first: str, second: str) -> None:
-    for name, (one, other) in paired_results(first, second).items():
+    pairs = paired_results(first, second)
+    for name, (one, other) in pairs.items():
         print(f"{name}: {mean(one):.4f} → {mean(other):.4f}, {compare(one.scores, other.scores)}")
         if differing := differing_settings(one, other):
             print(f"  The two differ in {', '.join(differing)} besides the model.")
+    for path in (first, second):
+        if alone := unpaired(path, pairs):
+            print(f"Not compared, since only {path} holds it: {', '.join(alone)}.")
 
 
 def mean(result: Any) -> float:

@@ -226,12 +226,14 @@ def _check_config(
             problems += _check_values(said, parser.fields[name], texts, whole=False) or _check_type(
                 said, parser.types[name], value, parser.from_yaml(name, value)
             )
+        elif name == "env":  # TRL's, variables of the environment; accelerate's option of this name is for TPUs
+            continue
         elif f"--{name}" in launcher and value is not None:
             words = [str(one) for one in (value if isinstance(value, list) else [value])]
             problems += _add_for_launcher(of_launcher, said, launcher[f"--{name}"], words)
         elif f"--{name}" in launcher:
             continue  # as if it were not there
-        elif name != "env":
+        else:
             problems.append(f"{path}: there is no field {name}.{_meant(str(name), parser.fields)}")
     return problems
 

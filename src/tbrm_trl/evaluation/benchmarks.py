@@ -146,8 +146,14 @@ def of_rows(name: str, rows: Any, reward: str | None = None, answer_column: str 
         raise ValueError(f"{name}: none of the columns {', '.join(columns)} is called {', '.join(PROMPT_COLUMNS)}.")
     kept = {one: [row[one] for row in rows] for one in columns if one != "prompt"}
     prompts = [row[question] for row in rows]
-    if (empty := next((place for place, prompt in enumerate(prompts) if not prompt), None)) is not None:
+    if (empty := next((at for at, one in enumerate(prompts) if one is None or one in ("", [])), None)) is not None:
         raise ValueError(f"{name}: row {empty} has no `{question}`. Drop the row.")
+    for place, prompt in enumerate(prompts):
+        if not isinstance(prompt, str | list):
+            raise ValueError(
+                f"{name}: row {place}: `{question}` is {prompt!r}, a {type(prompt).__name__}. It must be text, or a "
+                "list of messages."
+            )
     if gym.COLUMN in columns and reward is None:
         if answer_column is not None:
             raise ValueError(
@@ -201,6 +207,8 @@ def _from_hub(name: str) -> Dataset:
 def _gym(name: str) -> Benchmark:
     task, settings = with_arguments(name.removeprefix("gym:"), "gym:chain_sum(size=100, min_terms=2)")
     count, seed = settings.pop("size", GYM_PROBLEMS), settings.pop("seed", 0)
+    if not isinstance(count, int) or count < 1:
+        raise ValueError(f"{name}: size={count!r} must be a whole number of problems, at least 1.")
     try:
         _, rows = gym.train_and_test(task, train=0, test=count, seed=seed, **settings)
     except ImportError:

@@ -12,7 +12,7 @@ from transformers import TrainerCallback
 
 from ..processes import failing_together
 from .benchmarks import Benchmark, require_distinct_names
-from .results import append, open_result
+from .results import append, file_of, open_result
 from .run import Judge, ModelPolicy, Settings, drawn, header
 
 
@@ -88,7 +88,7 @@ class EvaluationCallback(TrainerCallback):
                 rows += some
                 bar.update(len(some))
         everywhere = gather_object(rows)
-        path = folder / f"{benchmark.name}.jsonl"
+        path = folder / file_of(benchmark.name)
         values: list[Any] = [None]
         with failing_together():
             if args.should_save:

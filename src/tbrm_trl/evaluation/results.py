@@ -4,10 +4,13 @@ Lines are appended as completions finish. A resumed evaluation reads the lines t
 """
 
 import json
+import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+
+import xxhash
 
 from ..files import appearing
 from .statistics import accuracy_from_scores, majority, mean_and_error, pass_at_k
@@ -17,6 +20,7 @@ FORMAT = "tbrm-evaluation-1"
 INCIDENTAL = ("versions", "batch_size")
 # Header fields that are absent unless given: an absent one means None.
 WHERE_GIVEN = ("chat_template_kwargs",)
+_LONGEST = 200  # bytes of a file's name; most file systems allow 255
 
 
 @dataclass(frozen=True)
@@ -126,6 +130,15 @@ def name_of(benchmark: str, samples: int, temperature: float) -> str:
     return f"{benchmark}-greedy" if temperature == 0 else f"{benchmark}-avg{samples}"
 
 
+def file_of(name: str) -> str:
+    """The file of a result or benchmark of this name: without slashes, and short enough for a file system."""
+    safe = re.sub(r"[/\\\0]", "_", name)
+    if safe == name and len(name.encode()) <= _LONGEST:
+        return f"{name}.jsonl"
+    start = safe.encode()[: _LONGEST - 20].decode(errors="ignore")
+    return f"{start}-{xxhash.xxh3_64_hexdigest(name.encode())}.jsonl"  # others may begin alike
+
+
 def ks(samples: int) -> list[int]:
     """The k for which pass@k is reported: the powers of two from 2 to n, and n."""
     return sorted({2**power for power in range(1, samples.bit_length()) if 2**power <= samples} | {samples})
@@ -218,7 +231,8 @@ def results_of(path: str | Path) -> dict[str, Result]:
 def paired_results(first: str | Path, second: str | Path) -> dict[str, tuple[Result, Result]]:
     """Pair the results in two files or folders that have the same benchmark and sampling, by result name.
 
-    If both hold exactly one result, of the same benchmark, the two are paired however they were sampled.
+    If both hold exactly one result, of the same benchmark, the two are paired however they were sampled. A result that
+    only one of them holds is left out; `unpaired` names it.
 
     Raises:
         ValueError: if nothing can be paired, or a pair differs in its problems, reward or judge.
@@ -243,6 +257,12 @@ def paired_results(first: str | Path, second: str | Path) -> dict[str, tuple[Res
                     "so they cannot be paired."
                 )
     return pairs
+
+
+def unpaired(path: str | Path, pairs: Mapping[str, tuple[Result, Result]]) -> list[str]:
+    """Names of the results in a file or folder that are in none of these pairs."""
+    paired = {result.path for pair in pairs.values() for result in pair}
+    return [name for name, result in results_of(path).items() if result.path not in paired]
 
 
 def differing_settings(first: Result, second: Result) -> list[str]:

@@ -4,7 +4,7 @@ import asyncio
 import inspect
 import json
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Coroutine, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -281,8 +281,22 @@ class Judge:
         except WorkerError as error:
             raise RewardError(f"The reward {self.benchmark.reward!r} cannot judge. {error}") from error
         if inspect.iscoroutine(found):
-            found = asyncio.run(found)
+            found = self._awaited(found, len(texts))
         return [None if one is None or math.isnan(one) else float(one) for one in found]
+
+    def _awaited(self, coroutine: Coroutine[Any, Any, Any], completions: int) -> list[float | None]:
+        """The rewards of a coroutine function, held to what the workers demand of other functions."""
+        try:
+            found = [None if one is None else float(one) for one in asyncio.run(coroutine)]
+        except Exception as error:  # a user's own code may raise anything
+            described = f"{type(error).__name__}: {first_line(error)}"
+            raise RewardError(f"The reward {self.benchmark.reward!r} raised {described}") from error
+        if len(found) != completions or any(one is not None and math.isinf(one) for one in found):
+            raise RewardError(
+                f"The reward {self.benchmark.reward!r} gave {found[:8]} for {completions} completions: it must give a "
+                "finite number, NaN or None for each."
+            )
+        return found
 
     def answer(self, text: str, problem: int) -> str | None:
         """The completion's answer in a normal spelling; None if no answer can be read."""

@@ -4,6 +4,7 @@ A completion is a function of the model, its prompt and its seed. Which rows sha
 was interrupted, changes only rounding.
 """
 
+import math
 from collections import deque
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -46,8 +47,8 @@ class Sampling:
 
     def __post_init__(self) -> None:
         problems = []
-        if self.temperature < 0:
-            problems.append(f"temperature={self.temperature} must be 0 (greedy) or positive.")
+        if not 0 <= self.temperature < math.inf:
+            problems.append(f"temperature={self.temperature} must be 0 (greedy) or positive, and finite.")
         if not 0 < self.top_p <= 1:
             problems.append(f"top_p={self.top_p} must be in (0, 1].")
         if self.top_k < 0:

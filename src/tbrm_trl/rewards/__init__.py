@@ -81,19 +81,16 @@ def reward_function(reward: str | Reward, **worker_options: Any) -> Reward:
     name, arguments = with_arguments(reward, "length(limit=2048)")
     if name in NAMES:
         function, in_workers = NAMES[name]
-        if inspect.isclass(function):
-            try:
-                function = function(**arguments)
-            except TypeError as error:
-                raise ValueError(
-                    f"The reward {reward!r} needs other arguments: {inspect.signature(function)}."
-                ) from error
-        elif arguments:
+        if arguments and not inspect.isclass(function):
             raise ValueError(f"The reward {name!r} takes no arguments.")
     else:
         function, in_workers = _imported(name), True
-        if inspect.isclass(function) or arguments:
-            function = function(**arguments)
+    if inspect.isclass(function) or arguments:
+        try:
+            inspect.signature(function).bind(**arguments)
+        except TypeError as error:
+            raise ValueError(f"The reward {reward!r} needs other arguments: {inspect.signature(function)}.") from error
+        function = function(**arguments)
     if not in_workers or inspect.iscoroutinefunction(function):
         return function
     return InWorkers(function, **{"raises": name not in NAMES, **worker_options})

@@ -3,18 +3,23 @@
 import re
 from typing import Any
 
+_GREEK = (
+    "alpha beta gamma delta epsilon zeta eta theta iota kappa lambda mu nu xi rho sigma sigma tau upsilon phi chi psi "
+    "omega Gamma Delta Theta Lambda Xi Sigma Phi Psi Omega mu phi epsilon"
+).split()
 _CHARACTERS = str.maketrans(
     {
         "−": "-", "–": "-", "—": "-", "‐": "-", "‑": "-", "﹣": "-", "＋": "+", "，": ",", "（": "(", "）": ")",
         "：": ":", "；": ";", "．": ".", "％": "%", "＝": "=", "×": r"\times ", "✕": r"\times ", "·": r"\cdot ",
         "⋅": r"\cdot ", "÷": r"\div ", "π": r"\pi ", "∞": r"\infty ", "≤": r"\le ", "≥": r"\ge ", "≠": r"\ne ",
         "⩽": r"\le ", "⩾": r"\ge ", "±": r"\pm ", "∪": r"\cup ", "∩": r"\cap ", "∈": r"\in ", "∅": r"\emptyset ",
-        "°": r"^\circ ", "ℝ": r"\mathbb{R}", "θ": r"\theta ", "α": r"\alpha ", "β": r"\beta ", "λ": r"\lambda ",
+        "°": r"^\circ ", "ℝ": r"\mathbb{R}",
         "⁄": "/", "。": ".", "、": ",", "？": "?", "’": "'", "‘": "'", "“": '"', "”": '"', "′": "'", "″": "''",
         "…": r"\ldots ", "½": r"\frac{1}{2}", "¼": r"\frac{1}{4}",
         "¾": r"\frac{3}{4}", "⅓": r"\frac{1}{3}", "⅔": r"\frac{2}{3}", "\u00a0": " ", "\u2009": " ", "\u202f": " ",
         "\u200b": "", "\ufeff": "", "∠": r"\angle ", "≈": r"\approx ", "⟨": r"\langle ", "⟩": r"\rangle ",
     }
+    | {letter: f"\\{name} " for letter, name in zip("αβγδεζηθικλμνξρςστυφχψωΓΔΘΛΞΣΦΨΩµϕϵ", _GREEK, strict=True)}
 )  # fmt: skip
 _SUPERSCRIPTS = str.maketrans("⁰¹²³⁴⁵⁶⁷⁸⁹⁻", "0123456789-")
 _TEXT = (
@@ -88,6 +93,8 @@ _RULES: list[tuple[str, Any]] = [
 # Rules that apply once every upright word is in \\text.
 _WORD_RULES: list[tuple[str, Any]] = [
     (r"\\text\{\\text\{([^{}]*)\}\}", r"\\text{\1}"),
+    (r"\\mu\s*\\text\{(?=[a-zA-Z])", r"\\text{\\mu "),  # 5 \mu\text{m}
+    (r"\\text\{([kMG])\}\s*\\Omega(?![a-zA-Z])", r"\\text{\1\\Omega }"),
     (r"\\text\{(\(?[A-Z]\)?|[.:])\}\s*\\text\{([).:]*)\}", r"\\text{\1\2}"),
     *(
         (rf"(?<=[\d}}])\s*(\\text\{{)?\s*{name}s?(?![a-zA-Z])", rf"\\cdot 10^{{{power}}} \1")
@@ -108,6 +115,7 @@ _WORD_RULES: list[tuple[str, Any]] = [
 _COMPILED, _COMPILED_FOR_WORDS = (
     [(re.compile(pattern), replacement) for pattern, replacement in rules] for rules in (_RULES, _WORD_RULES)
 )
+_MICRO = re.compile(r"(?<=\d)\s*[μµ]((?:mol|Hz|Pa|[msglLNJWVAFC])(?![a-zA-Z]))")  # else μ is a letter
 _WORDS = re.compile(_TEXT + r"\s*\{((?:[^{}]|\{[^{}]*\})*)\}")
 # \frac13, \frac{1}3, \frac1{3}, \frac 1 3; likewise roots.
 _ARGUMENT = r"(\{(?:[^{}]|\{(?:[^{}]|\{(?:[^{}]|\{[^{}]*\})*\})*\})*\}|\\[a-zA-Z]+(?:\{[^{}]*\})?|[a-zA-Z\d])"
@@ -128,9 +136,11 @@ _DOMAIN = [
 def normal(text: str) -> str:
     """The text in one spelling: no layout, `\\frac{a}{b}` with braces, `\\text{…}` for every upright word."""
     text = re.sub(r"[⁰¹²³⁴⁵⁶⁷⁸⁹⁻]+", lambda m: "^{" + m[0].translate(_SUPERSCRIPTS) + "}", text.strip())
+    text = _MICRO.sub(r"\\text{μ\1}", text)
     text = _lines(unwrap(text.translate(_CHARACTERS)))
     for pattern, replacement in _COMPILED:
         text = pattern.sub(replacement, text)
+    text = re.sub(r"(?<=\})[\s.,;]+$", "", text)
     text = re.sub(r"\{\s*\\(?:rm|it|bf)\s+([^{}]*)\}", r"\\text{\1}", text)
     for _ in range(3):  # nested, as \textbf{(\mathrm{C})}
         text = _WORDS.sub(lambda m: "\\text{" + m[1].strip() + "}", text)

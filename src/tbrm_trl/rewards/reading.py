@@ -69,7 +69,7 @@ _BY_CASES = re.compile(
     r"[\s,]*\b(?:if|when|for)\b[^.]*(?:,|;|\band|\bor)\s*(?:\$|-?\d)[^.]*\b(?:if|when|for|otherwise)\b"
 )
 _CLAUSE_END = re.compile(
-    r"(?<=[\w)\]}%$*°!])[.!?](?=\s|$|\*)|。|(?<!\s)\s+(?:because|since|which|where|as\s+(?:required|desired|needed)|when)\b|[,;]?\s+so\b",
+    r"(?<=[\w)\]}%$*°!])[.!?](?=\s|$|\*)|。|(?<!\s)\s+(?:because|since|which|where|as\s+(?:required|desired|needed)|when)\b|[,;]?\s+so\b|,\s+not\b",
     re.IGNORECASE,
 )
 # A minus right after a digit, a letter or a closing bracket subtracts. A minus with a space before its number is a sign
@@ -251,7 +251,9 @@ def last_mathematics(text: str) -> str | None:
     number = next(iter([*_NUMBER.finditer(text, last.end() if last else 0)][-1:]), None)
     stripped = _BOLD.sub(r"\1", text.strip()).strip("*`\"'").strip()
     short = "\n" not in stripped and len(stripped) <= 40 and last is None and len(stripped.split()) <= 4
-    if short and (number is None or not re.search(r"[a-zA-Z]{2,}\s", text[: number.start()])):
+    # The number's match may begin with the space before it.
+    after_words = number and re.search(r"[a-zA-Z]{2,}\s", text[: number.start()] + number[0][:1])
+    if short and not after_words:
         return stripped.rstrip(".") or None
     if number is not None:
         return number[0].strip()

@@ -10,7 +10,7 @@ from .quantities import number
 
 _MEASURES: dict[str, dict[str, int | str]] = {
     "length": {"m meter metre": 1, "cm centimeter centimetre": "1/100", "mm millimeter millimetre": "1/1000",
-               "km kilometer kilometre": 1000, "in inch inche": "254/10000", "ft foot feet": "3048/10000",
+               "km kilometer kilometre": 1000, "dm": "1/10", "in inch inche": "254/10000", "ft foot feet": "3048/10000",
                "yd yard": "9144/10000", "mi mile": "1609344/1000", "nm nanometer": "1/1000000000",
                "au": 149597870700, "lightyear": 9460730472580800, "parsec": 30856775814913673},
     "mass": {"g gram": 1, "kg kilogram": 1000, "mg milligram": "1/1000", "lb lbs pound": "45359237/100000",
@@ -18,21 +18,23 @@ _MEASURES: dict[str, dict[str, int | str]] = {
     "time": {"s sec second": 1, "min minute": 60, "h hr hour": 3600, "day": 86400, "week": 604800, "ms": "1/1000"},
     "month": {"month": 1, "year yr": 12, "decade": 120, "century centurie": 1200},  # no fixed number of days
     "length^2": {"hectare": 10000, "acre": "40468564224/10000000"},
-    "length^3": {"l liter litre": "1/1000", "gal gallon": "3785411784/1000000000000",
+    "length^3": {"l liter litre": "1/1000", "dl": "1/10000", "cl": "1/100000", "gal gallon": "3785411784/1000000000000",
                  "qt quart": "946352946/1000000000000", "pint": "473176473/1000000000000",
                  "cup": "2365882365/10000000000000"},
-    "dollar": {"dollar usd buck \\$": 1, "cent ¢ penny pennie": "1/100"},
-    "euro": {"€ euro eur": 1}, "pound sterling": {"£ gbp": 1}, "yen": {"¥ yen jpy yuan rmb": 1},
+    "dollar": {"dollar usd buck \\$": 1, "cent ¢ penny pennie": "1/100", "dime": "1/10", "nickel": "1/20"},
+    "euro": {"€ euro eur": 1}, "pound sterling": {"£ gbp": 1, "pence": "1/100"}, "yen": {"¥ yen jpy yuan rmb": 1},
     "rupee": {"₹ rupee rs": 1},
     "degree": {"degree deg": 1}, "radian": {"rad radian": 1}, "percent": {"% percent percentage": 1},
     "celsius": {"celsius": 1}, "fahrenheit": {"fahrenheit": 1}, "kelvin": {"k kelvin": 1},
     "newton": {"n newton": 1}, "watt": {"w watt": 1, "kw": 1000},
-    "joule": {"j joule": 1, "kj": 1000, "erg": "1/10000000",
+    "joule": {"j joule": 1, "kj": 1000, "erg": "1/10000000", "cal calorie": "4184/1000", "kcal": 4184, "wh": 3600,
+              "kwh": 3600000,
               "ev electronvolt": "1602176634/10000000000000000000000000000"},
     "volt": {"v volt": 1}, "ampere": {"a amp ampere": 1}, "hertz": {"hz hertz": 1}, "ohm": {"ohm": 1},
-    "pascal": {"pa pascal": 1, "bar": 100000, "atm atmosphere": 101325},
+    "pascal": {"pa pascal": 1, "hpa": 100, "bar": 100000, "atm atmosphere": 101325, "mmhg torr": "101325/760",
+               "psi": "6894757293168/1000000000"},
     "mole": {"mol mole": 1}, "coulomb": {"coulomb": 1}, "farad": {"farad": 1}, "tesla": {"tesla": 1},
-    "bit": {"bit": 1, "byte": 8},
+    "rotation": {"rpm": 1}, "bit": {"bit": 1, "byte": 8, "kb": 8000},
 }  # fmt: skip
 _UNITS = {
     name: (measure, Fraction(size))
@@ -41,13 +43,17 @@ _UNITS = {
     for name in spellings.split()
 }
 # Prefixes, before symbols in upper and lower case as written, and before names. What the table has comes first.
-_SYMBOLS = "m g s l L N J W V A Hz Pa mol eV bar bit".split()
-_PREFIXES = {"T": 12, "G": 9, "M": 6, "k": 3, "m": -3, "μ": -6, "µ": -6, "n": -9, "p": -12}
+_SYMBOLS = {name: name.lower() for name in "m g s l L N J W V A F C Hz Pa mol eV bar bit Wh cal ohm".split()}
+_SYMBOLS |= {"B": "byte", "F": "farad", "C": "coulomb"}
+_PREFIXES = {"T": 12, "G": 9, "M": 6, "k": 3, "m": -3, "μ": -6, "n": -9, "p": -12}
 _LONG_PREFIXES = dict(
     tera=12, giga=9, mega=6, kilo=3, hecto=2, deci=-1, centi=-2, milli=-3, micro=-6, nano=-9, pico=-12
 )
 _POWERS = {"square": 2, "sq": 2, "cubic": 3, "cu": 3}
-_LETTER = r"(?:[msghlLNJWVAKCF]|[TGMkmn]?(?:Pa|Hz|eV|[JWVN])|[kmn]?mol|kg|[kcmn]m|m[lLgsA])(?:\s*\^\s*\{?-?[1-4]\}?)?"
+_LETTER = (
+    r"(?:\\mu\s?[msglLNJWVAFC]|[msghlLNJWVAKCF]|[TGMkmn]?(?:Pa|Hz|eV|[JWVN])|[kmn]?mol|kg|[kcmn]m|m[lLgsA])"
+    r"(?:\s*\^\s*\{?-?[1-4]\}?)?"
+)
 _PAIRS = re.compile(r"(?<=[a-zA-Z])\s*(?:\sand\s+)?(?=\d)")  # between 3 hours and 20 minutes
 _LETTERS = rf"{_LETTER}(?:\s*(?:/|\\cdot|\s)\s*{_LETTER})*"  # m/s, kg m/s^2
 
@@ -118,6 +124,7 @@ def amount(text: str) -> tuple[Fraction, Unit] | None:
 def _words_of(text: str) -> list[str]:
     """Split a unit into names with powers, slashes, and currency signs."""
     text = re.sub(r"\^\\circ\s*([CF])(?![a-zA-Z])", lambda m: {"C": "celsius", "F": "fahrenheit"}[m[1]], upright(text))
+    text = re.sub(r"\\mu\s*(?=[a-zA-Z\\])", "μ", text).replace("\\Omega", "ohm")
     text = re.sub(r"\s*\^\s*\{?\s*(-?\d)\s*\}?", r"^\1", text.replace("^\\circ", " degree "))
     text = re.sub(
         r"\\cdot|\\times|-(?!\d)|\*|~|\\(?=%)",
@@ -125,19 +132,21 @@ def _words_of(text: str) -> list[str]:
         re.sub(r"\bmph\b", "mile/hour", re.sub(r"(?i)\blight[- ]years?\b", "lightyear", text)),
     )
     text = re.sub(r"(?<=\bsq)\.|(?<=\bcu)\.|(?<=[a-zA-Z])\.(?=\s*$)", "", text)  # sq. ft.
-    return re.findall(r"[a-zA-Z]+(?:\^-?\d)?|\\\$|\S", text)
+    return re.findall(r"μ?[a-zA-Z]+(?:\^-?\d)?|\\\$|\S", text)
 
 
 def _known(name: str, glued: bool) -> tuple[str, Fraction] | None:
     """A unit's measure and size, by its name as written, in lower case, or without its plural ending."""
+    if name in _UNITS:
+        return _UNITS[name]
+    for prefix, exponent in _PREFIXES.items():  # before the lower case: Mm is not mm
+        if (symbol := name.removeprefix(prefix)) in _SYMBOLS and symbol != name:
+            return None if glued else _prefixed(_SYMBOLS[symbol], exponent)
     small = name.lower()
     singular = [small.removesuffix("s"), small.removesuffix("es")] if len(name) > 2 else []
-    for one in (name, small, *singular):
+    for one in (small, *singular):
         if one in _UNITS:
             return _UNITS[one]
-    for prefix, exponent in () if glued else _PREFIXES.items():
-        if (symbol := name.removeprefix(prefix)) in _SYMBOLS and symbol != name:
-            return _prefixed(symbol.lower(), exponent)
     for prefix, exponent in _LONG_PREFIXES.items():
         for one in (small, *singular):
             if len(unit := one.removeprefix(prefix)) > 2 and unit != one and unit in _UNITS:
@@ -154,6 +163,7 @@ _END = re.compile(
     r"""^(?P<rest>.*?[\w)\]}!\s.])\s*(?P<unit>
         (?:\\text\{[^{}]*[a-zA-Z%][^{}]*\}(?:\s*\^\s*\{?-?\d\}?)?(?:\s*(?:/|\\cdot|\\times|-|per)?\s*))+
       | \^\\circ\s*(?:\\text\{)?[CF]?\}?
+      | (?<![a-zA-Z])[kMG]?\\Omega
       | \\?%
       | (?:square|sq\.?|cubic|cu\.?)?\s*(?<![a-zA-Z\\])[a-zA-Z]{2,}
         (?:\s*(?:/|per)\s*[a-zA-Z]+|[ ][a-zA-Z]+)*(?:\^\{?\d\}?)?

@@ -56,7 +56,7 @@ class InWorkers:
     Args:
         function: takes `(completions, **columns)` and returns one number for each completion, None where it does not
             apply, or NaN where its verdict is unknown.
-        time_limit: seconds that one row may take. Starting a worker does not count.
+        time_limit: seconds that one row may take; infinite for no limit. Starting a worker does not count.
         workers: number of processes; by default this process's share of the cores, at most eight.
         failed: reward of a row that was late, crashed or raised. NaN leaves it out of the loss, whatever other
             functions say of it, since an unknown verdict is not a wrong one.
@@ -65,7 +65,7 @@ class InWorkers:
 
     Raises:
         TypeError: if the function is a coroutine function.
-        ValueError: if `time_limit` is not positive.
+        ValueError: if `time_limit` is not positive, or `workers` is less than 1.
         WorkerError: at `start`, or else at the first call, if the function cannot run in a worker.
     """
 
@@ -80,8 +80,10 @@ class InWorkers:
     ) -> None:
         if inspect.iscoroutinefunction(function):
             raise TypeError("A coroutine function does not run in workers: pass it to the trainer as it is.")
-        if time_limit <= 0:
+        if not time_limit > 0:  # as NaN is not
             raise ValueError(f"time_limit must be positive, not {time_limit}.")
+        if workers is not None and workers < 1:
+            raise ValueError(f"workers must be at least 1, not {workers}.")
         self.function = function
         self._take_signature()
         self.__name__ = getattr(function, "__name__", type(function).__name__)
@@ -138,8 +140,7 @@ class InWorkers:
         """Start a worker, unless one is there, and wait until it can score. Raises WorkerError if none can."""
         with self._borrowed(1) as pool:
             while not pool[0].ready:
-                limit = max(0.0, pool[0].time_left(self.time_limit))
-                pool[0].start(bool(wait([pool[0].connection], timeout=limit)))
+                pool[0].start(bool(wait([pool[0].connection], timeout=_patience(pool, self.time_limit))))
 
     def close(self) -> None:
         """End the idle workers. A later call starts new ones."""
@@ -178,8 +179,7 @@ class InWorkers:
             if not batch.waiting and not any(worker.rows for worker in pool):
                 return
             active = [worker for worker in pool if worker.rows or not worker.ready]
-            first = min(worker.time_left(self.time_limit) for worker in active)
-            answered = wait([worker.connection for worker in active], timeout=max(0.0, first))
+            answered = wait([worker.connection for worker in active], timeout=_patience(active, self.time_limit))
             for at, worker in enumerate(pool):
                 if worker in active and self._has_ended(worker, worker.connection in answered, batch):
                     worker.end()
@@ -350,14 +350,21 @@ class _Worker:
         self.process.wait()
 
     def __del__(self) -> None:
-        with contextlib.suppress(Exception):
+        try:  # noqa: SIM105 - at the interpreter's exit `contextlib` may be gone
             self.end()
+        except Exception:
+            pass
 
 
 def _end(workers: list[_Worker]) -> None:
     for worker in workers:
         worker.end()
     workers.clear()
+
+
+def _patience(workers: list[_Worker], time_limit: float) -> float:
+    """Seconds until the first of these may be late, at most an hour, since the system refuses to wait for years."""
+    return min(max(0.0, min(worker.time_left(time_limit) for worker in workers)), 3600.0)
 
 
 def _is_column(values: Any, rows: int) -> bool:

@@ -7,7 +7,6 @@ from typing import Any
 from accelerate.utils import gather_object
 from torch import Tensor
 
-from ..batch import chunks
 from ..trajectory import Trajectory
 
 
@@ -29,6 +28,7 @@ class Baselines:
         self.clear()
 
     def clear(self) -> None:
+        self._was_another = False  # whether the run was resumed with another kind
         self._of_window: float | None = None
         self._of_prompts: dict[str, float] = {}  # ordered by their last groups, oldest first
 
@@ -49,7 +49,8 @@ class Baselines:
                 If not, it is an evaluation's batch, and its "batch_mean" is that of the latest window trained on, which
                 V follows; before the first one it is the batch's own.
         """
-        if isinstance(self.kind, float) or (self.kind == "batch_mean" and not learn and self._of_window is not None):
+        follows = self.kind == "batch_mean" and not learn and self._of_window is not None
+        if isinstance(self.kind, float) or self.kind == "none" or follows:
             self.renew(window)
         elif self.kind == "batch_mean":
             given = self.rewards_that_count(window)
@@ -59,26 +60,33 @@ class Baselines:
             if learn and count:
                 self._of_window = total / count
         elif self.kind == "group_mean":
-            means: list[tuple[str, float]] = []
-            for group in chunks(window, group_size):
-                given = self.rewards_that_count(group)
-                mean = sum(given) / len(given) if len(given) > 1 else math.nan  # alone it would be its own baseline
-                for trajectory in group:
-                    trajectory.baseline = mean
-                if len(given) > 1:
-                    means.append((group[0].prompt_key, mean))
+            # A prompt may have several groups in a window, such as rollouts and logged ones. An evaluation keeps groups
+            # apart, since some only fill up its last batch.
+            of = [t.prompt_key if learn else str(at // group_size) for at, t in enumerate(window)]
+            counted = [(key, self.rewards_that_count([t])) for key, t in zip(of, window, strict=True)]
+            rewards: dict[str, list[float]] = {}
+            for key, own in gather_object(counted) if learn else counted:
+                rewards.setdefault(key, []).extend(own)
+            means = {key: sum(some) / len(some) for key, some in rewards.items() if len(some) > 1}
+            for key, trajectory in zip(of, window, strict=True):
+                trajectory.baseline = means.get(key, math.nan)  # alone it would be its own baseline
             if learn and self.remembered:
-                for prompt, mean in gather_object(means):
+                for prompt, mean in means.items():
                     self._of_prompts.pop(prompt, None)
                     self._of_prompts[prompt] = mean
                 for prompt in list(self._of_prompts)[: -self.remembered]:
                     del self._of_prompts[prompt]
 
     def renew(self, replayed: Sequence[Trajectory]) -> None:
-        """Give replayed trajectories the number, or the latest mean: of the window, or of their prompt's last group."""
+        """Give replayed trajectories the number, or the latest mean: of the window, or of their prompt's last groups.
+
+        If the run was resumed without a baseline, those that were given one before lose it.
+        """
         for trajectory in replayed:
             if isinstance(self.kind, float):
                 trajectory.baseline = self.kind
+            elif self.kind == "none" and self._was_another:
+                trajectory.baseline = 0.0
             elif self.kind == "batch_mean" and self._of_window is not None:
                 trajectory.baseline = self._of_window
             elif self.kind == "group_mean":
@@ -86,8 +94,10 @@ class Baselines:
 
     def state(self) -> dict[str, Any]:
         """Plain values, for a checkpoint."""
-        return {"window": self._of_window, "prompts": self._of_prompts}
+        return {"kind": self.kind, "window": self._of_window, "prompts": self._of_prompts, "other": self._was_another}
 
     def restore(self, state: dict[str, Any]) -> None:
         """Continue from what `state` returned."""
         self._of_window, self._of_prompts = state["window"], dict(state["prompts"])
+        earlier = state.get("kind", self.kind)  # checkpoints from before it was kept
+        self._was_another = state.get("other", False) or earlier != self.kind

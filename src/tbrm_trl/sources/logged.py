@@ -20,15 +20,13 @@ from .parquet import from_row
 
 _COMPLETION_COLUMNS = ("completion_ids", "completion")
 _INDEX = "_row"  # column with the number of the row in the training set
-# Columns that this library adds. Reward functions do not get them.
-_ADDED_COLUMNS = frozenset(("optimal_value", "reference_rewards", _INDEX))
 # Columns that describe a logged row's own trajectory. All others go to the reward functions. In a data set without
 # logged rows they are ordinary columns.
-OWN_COLUMNS = _ADDED_COLUMNS | frozenset(
+OWN_COLUMNS = frozenset(
     """
     completion prompt_ids completion_ids loss_mask end reward ref_log_probs ref_soft_value ref_end_value ref_key
     """.split()
-)
+) | {_INDEX}
 
 _FEATURES = Features(
     {
@@ -413,24 +411,23 @@ def as_messages(prompt: Any, completion: Any) -> tuple[Any, Any]:
     return prompt, completion
 
 
-def own_columns(some_logged: bool) -> frozenset[str]:
-    """The columns that describe trajectories. Reward functions do not get them.
+def own_columns(some_logged: bool, of_estimator: str | None) -> frozenset[str]:
+    """The columns that reward functions do not get.
 
     Args:
         some_logged: whether the data set has logged rows. Without any, `reward`, `end`, … are ordinary columns.
+        of_estimator: the column that the estimator of the soft value reads, if it reads one.
     """
-    return OWN_COLUMNS if some_logged else _ADDED_COLUMNS
+    return (OWN_COLUMNS if some_logged else frozenset((_INDEX,))) | ({of_estimator} if of_estimator else set())
 
 
-def columns_for_rewards(rows: Sequence[Mapping[str, Any]], some_logged: bool) -> list[dict[str, Any]]:
+def columns_for_rewards(rows: Sequence[Mapping[str, Any]], hidden: Collection[str]) -> list[dict[str, Any]]:
     """The columns that generation and the reward functions get, independent of how the data set was stored.
 
     Args:
         rows: of a training set or an evaluation set.
-        some_logged: whether their data set has logged rows. A logged row's own columns (`reward`, `end`, …) are then
-            left out.
+        hidden: columns to leave out, those of `own_columns`.
     """
-    hidden = own_columns(some_logged)
     return [
         {
             name: normal_prompt(value) if name == "prompt" else without_none(value)

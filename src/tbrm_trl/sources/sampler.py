@@ -194,10 +194,24 @@ class WindowSampler(Sampler[int]):
         if not count:
             return self.logged[:0]
         first, last = start // self.logged_per_pass, (start + count - 1) // self.logged_per_pass
-        orders = [self._grouped(self._orders_of_logged(number)) for number in range(first, last + 1)]
+        orders = [self._grouped(self._order_of_logged(number)) for number in range(first, last + 1)]
         passes = np.concatenate(orders)
         offset = start - first * self.logged_per_pass
         return passes[offset : offset + count]
+
+    def _order_of_logged(self, number: int) -> np.ndarray:
+        """The logged rows in the order of the pass with this number.
+
+        Without shuffling, a prompt's rows take turns in its places, or the same ones would never fill a group.
+        """
+        rows = self._orders_of_logged(number)
+        if self.seed is not None or self.group_size == 1 or self.prompt_numbers is None:
+            return rows
+        of, turned = self.prompt_numbers[rows], rows.copy()
+        for places in np.split(np.argsort(of, kind="stable"), np.flatnonzero(np.diff(np.sort(of))) + 1):
+            whole = len(places) // self.group_size * self.group_size
+            turned[places] = np.roll(rows[places], -number * whole)
+        return turned
 
     def _grouped(self, rows: np.ndarray) -> np.ndarray:
         """The rows in groups of one prompt, each placed where it becomes full. Rows that fill no group are dropped."""

@@ -66,6 +66,7 @@ class SoftValue:
         gives_constants: whether V comes from `Trajectory.value`. A trajectory without one is left out of the loss.
         takes_baseline: whether `reward_baseline` may be used with it.
         bootstraps: whether it gives a value for any state, so that `truncation="bootstrap"` can use the last state's.
+        column: the column of the training set that it reads, if any. Reward functions do not get it.
     """
 
     name: ClassVar[str]
@@ -74,6 +75,7 @@ class SoftValue:
     gives_constants: ClassVar[bool] = False
     takes_baseline: ClassVar[bool] = False
     bootstraps: ClassVar[bool] = False
+    column: ClassVar[str | None] = None
 
     registry: ClassVar[dict[str, type["SoftValue"]]] = {}
 

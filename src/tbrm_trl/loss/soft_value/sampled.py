@@ -84,9 +84,12 @@ class SampledValue(ConstantValue):
                 "the training set without streaming."
             )
         if not self.samples(dataset):
-            for index, cell in enumerate(dataset[self.column]):
-                if problem := self.problem_of_cell(cell):
+            cells = list(dataset[self.column])
+            for index, cell in enumerate(cells):
+                if not _is_missing(cell) and (problem := self.problem_of_cell(cell)):
                     raise ValueError(f"Row {index} of the training set: `{self.column}` is {cell}. {problem}")
+            if all(map(_is_missing, cells)):
+                raise ValueError(f"`{self.column}` is empty in every row of the training set. It holds {self.content}.")
             for name in self.options:
                 if not self.args.is_default(name):
                     raise ValueError(
@@ -112,6 +115,10 @@ class SampledValue(ConstantValue):
 
     def prepare(self, run: Run) -> None:
         if not self.samples(run.train_dataset):
+            if lacking := sum(map(_is_missing, run.train_dataset[self.column])):
+                run.accelerator.print(
+                    f"TBRM: `{self.column}` is empty in {lacking} of {len(run.train_dataset)} rows, which are left out."
+                )
             return
         rewards = self._sampled_rewards(run)  # (prompts, N)
         if lacking := int(rewards.isnan().all(dim=1).sum()):
@@ -178,6 +185,11 @@ class SampledValue(ConstantValue):
             **({"rewards of failures": str(args.reward_on_error)} if args.reward_on_error != "raise" else {}),
         }
         return xxhash.xxh3_128_hexdigest(json.dumps(settings, sort_keys=True, default=str).encode())
+
+
+def _is_missing(cell: Any) -> bool:
+    """Whether a cell holds no value, as where none of a prompt's samples was scored."""
+    return cell is None or cell == [] or (isinstance(cell, float) and math.isnan(cell))
 
 
 def _rewards_in(file: Path) -> np.ndarray:

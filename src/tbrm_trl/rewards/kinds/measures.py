@@ -22,7 +22,10 @@ def minutes_of_arc(gold: str) -> Fraction | None:
 
 
 def same_time_of_day(gold: TimeOfDay, answer: str, same: Same) -> bool:
+    """Compare times. The gold may be a ratio, `9:16`: this is what an answer of the form `9 to 16` says."""
     given = time_of_day(answer)
+    if given is None and not gold[3] and gold[1] and re.search(r"\bto\b", answer):
+        return same_ratio([str(term) for term in gold[:3] if term], answer, same)
     return given is not None and same_time(gold, given)
 
 

@@ -6,7 +6,7 @@ from fractions import Fraction
 from .. import symbols
 from ..notation import OPENING, bracketed, cut, plain, squeezed
 from ..quantities import Number, in_base, number, rounds_to, same_number
-from ..units import Unit, amount, several_units, split_unit
+from ..units import Unit, amount, several_units, split_unit, unit
 from . import Same
 
 RELATION = r"\\le(?![a-zA-Z])|\\ge(?![a-zA-Z])|\\ne(?![a-zA-Z])|<|>"
@@ -20,6 +20,7 @@ _MEMBER = re.compile(r"(.{1,40}?)\s*\\in(?![a-zA-Z])\s*(\\\{.*)", re.DOTALL)
 _APPROXIMATELY = r"\\approx(?![a-zA-Z])"
 _LOG = re.compile(r"\\log(?!\s*_)(?![a-zA-Z])")
 _PERCENT, _DEGREE = (("percent", 1),), (("degree", 1),)
+_POUND, _STERLING = unit("pound"), unit("£")
 
 
 def equation(text: str) -> list[str] | None:
@@ -128,7 +129,7 @@ def _within_brackets(gold: str, answer: str, same: Same) -> bool | None:
 def _units_apart(gold: str, answer: str) -> tuple[str, Unit | None, str, Unit | None]:
     """Gold and answer without their units, and the units.
 
-    If only one has a unit, a single letter after the other may be its unit too.
+    If only one has a unit, a single letter after the other may be its unit too. So may one after a bare number.
     """
     gold_rest, gold_unit = split_unit(gold)
     answer_rest, answer_unit = split_unit(answer)
@@ -136,10 +137,12 @@ def _units_apart(gold: str, answer: str) -> tuple[str, Unit | None, str, Unit | 
         answer_rest, answer_unit = split_unit(answer, loose=True)
     elif answer_unit and not gold_unit:
         gold_rest, gold_unit = split_unit(gold, loose=True)
-    elif not answer_unit and number(gold) is not None and re.search(r"\s\S+$", answer):
-        loose_rest, loose_unit = split_unit(answer, loose=True)
-        if number(loose_rest) is not None:
-            answer_rest, answer_unit = loose_rest, loose_unit
+    elif not answer_unit:  # 5 and 5 m, 5 h and 18000 s: after a bare number and a space, a letter is a unit
+        apart = [split_unit(text, loose=bool(re.search(r"[\d})]\s+[^\d\s]", text))) for text in (gold, answer)]
+        if all(number(rest) is not None for rest, _ in apart):
+            (gold_rest, gold_unit), (answer_rest, answer_unit) = apart
+    if {gold_unit, answer_unit} == {_POUND, _STERLING}:  # `2 pounds` may be £2
+        gold_unit = answer_unit = _STERLING
     return gold_rest, gold_unit, answer_rest, answer_unit
 
 
