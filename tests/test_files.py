@@ -88,6 +88,8 @@ def test_dates_in_json_stay_text(tmp_path):
     (tmp_path / "a.json").write_text(json.dumps(rows))
     for kind in ("jsonl", "json"):
         assert rows_of_file(tmp_path / f"a.{kind}").to_list() == rows
+    (tmp_path / "columns.json").write_text(json.dumps({"day": ["2024-01-01"], "n": [1]}))
+    assert rows_of_file(tmp_path / "columns.json").to_list() == [{"day": ["2024-01-01"], "n": [1]}]  # one row of lists
 
 
 @pytest.mark.parametrize(

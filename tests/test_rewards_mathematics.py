@@ -95,7 +95,8 @@ def test_conventions(gold, right, wrong):
         ("5 hPa", ["500 Pa"], ["5 Pa"]), ("30 psi", ["30"], ["30 Pa"]), ("760 mmHg", ["1 atm"], ["760 Pa"]),
         ("2 kcal", ["2000 cal", "8368 J"], ["2 cal", "2 J"]), ("5 kWh", ["18000 kJ", "5"], ["5 kJ"]),
         ("5 dL", ["0.5 L", "50 cL"], ["5 L"]), ("5 dm", ["0.5 m"], ["5 m"]),
-        ("5 GB", ["5000 MB", "5"], ["5 MB", "5 Gbit"]), ("10 k\\Omega", ["10000 ohms", "10"], ["10 Ω"]),
+        ("5 GB", ["5000 MB", "5", "40 Gb"], ["5 MB", "5 Gb", "5 Gbit"]), ("8 kb", ["1 KB", "1 kB"], ["8 kB"]),
+        ("10 k\\Omega", ["10000 ohms", "10"], ["10 Ω"]),
         ("£2", ["2 pounds", "200 pence"], ["2 kg", "2 pence"]), ("5 dimes", ["50 cents"], ["5 nickels"]),
         ("5 h", ["300 min", "18000 s", "5"], ["5 s", "300 h"]),
         # The punctuation after an upright answer.

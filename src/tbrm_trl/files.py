@@ -230,8 +230,10 @@ def _with_dates_as_text(dataset: Dataset, path: Path) -> Dataset:
     dated = [field.name for field in dataset.features.arrow_schema if _holds_times(field.type)]
     if not dated:
         return dataset
-    text = path.read_text(encoding="utf-8-sig")
+    text = path.read_text(encoding="utf-8-sig").strip()
     rows = json.loads(text) if text.startswith("[") else [json.loads(line) for line in text.split("\n") if line.strip()]
+    if not all(isinstance(row, dict) for row in rows) or len(rows) != len(dataset):
+        raise ValueError(f"it has dates in {', '.join(dated)}, which are text only in a list of objects, or one a line")
     names = dataset.column_names
     for name in dated:
         dataset = dataset.remove_columns(name).add_column(name, [row.get(name) for row in rows])

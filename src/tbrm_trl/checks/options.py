@@ -44,9 +44,9 @@ def check_types(args: TBRMOptions) -> Iterator[str]:
     for name, declared in (TBRMOptions.__annotations__ | TBRMOptions.wider_types).items():
         if not fits(value := getattr(args, name), declared):
             yield f"`{name}={value!r}` is refused: it must be {in_words(declared)}."
-    for name, value in vars(args).items():  # of TRL and transformers: their own options, most of them unchecked
-        is_own = name in TBRMOptions.__annotations__ or name in ("beta", "learning_rate")
-        if isinstance(value, float) and math.isnan(value) and not is_own:
+    by_name = TBRMOptions.__annotations__.keys() | {"beta", "learning_rate"}  # other checks know them
+    for name, value in vars(args).items():
+        if name not in by_name and isinstance(value, float) and math.isnan(value):
             yield f"`{name}=nan` is refused: it is no number."
 
 

@@ -34,7 +34,7 @@ _MEASURES: dict[str, dict[str, int | str]] = {
     "pascal": {"pa pascal": 1, "hpa": 100, "bar": 100000, "atm atmosphere": 101325, "mmhg torr": "101325/760",
                "psi": "6894757293168/1000000000"},
     "mole": {"mol mole": 1}, "coulomb": {"coulomb": 1}, "farad": {"farad": 1}, "tesla": {"tesla": 1},
-    "rotation": {"rpm": 1}, "bit": {"bit": 1, "byte": 8, "kb": 8000},
+    "rotation": {"rpm": 1}, "bit": {"bit": 1, "byte": 8, "KB": 8000},
 }  # fmt: skip
 _UNITS = {
     name: (measure, Fraction(size))
@@ -43,8 +43,8 @@ _UNITS = {
     for name in spellings.split()
 }
 # Prefixes, before symbols in upper and lower case as written, and before names. What the table has comes first.
-_SYMBOLS = {name: name.lower() for name in "m g s l L N J W V A F C Hz Pa mol eV bar bit Wh cal ohm".split()}
-_SYMBOLS |= {"B": "byte", "F": "farad", "C": "coulomb"}
+_SYMBOLS = {name: name.lower() for name in "m g s l L N J W V A Hz Pa mol eV bar bit Wh cal ohm".split()}
+_SYMBOLS |= {"B": "byte", "b": "bit", "F": "farad", "C": "coulomb"}
 _PREFIXES = {"T": 12, "G": 9, "M": 6, "k": 3, "m": -3, "μ": -6, "n": -9, "p": -12}
 _LONG_PREFIXES = dict(
     tera=12, giga=9, mega=6, kilo=3, hecto=2, deci=-1, centi=-2, milli=-3, micro=-6, nano=-9, pico=-12
