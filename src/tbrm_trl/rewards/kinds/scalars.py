@@ -138,7 +138,10 @@ def _units_apart(gold: str, answer: str) -> tuple[str, Unit | None, str, Unit | 
     elif answer_unit and not gold_unit:
         gold_rest, gold_unit = split_unit(gold, loose=True)
     elif not answer_unit:  # 5 and 5 m, 5 h and 18000 s: after a bare number and a space, a letter is a unit
-        apart = [split_unit(text, loose=bool(re.search(r"[\d})]\s+[^\d\s]", text))) for text in (gold, answer)]
+        apart = [
+            split_unit(text, loose=bool(re.search(rf"{end}\s+[^\d\s]", text)))
+            for text, end in ((gold, r"\d"), (answer, r"[\d})]"))
+        ]
         if all(number(rest) is not None for rest, _ in apart):
             (gold_rest, gold_unit), (answer_rest, answer_unit) = apart
     if {gold_unit, answer_unit} == {_POUND, _STERLING}:  # `2 pounds` may be £2
