@@ -200,6 +200,16 @@ def test_group_means_of_a_prompt_with_several_groups():
     assert [t.baseline for t in window] == pytest.approx([5.5, 5.5, math.nan, math.nan, 0.5, 0.5], nan_ok=True)
 
 
+def test_group_means_of_a_prompt_on_two_processes(monkeypatch):
+    """Another process has a group of the prompt. `gather_object` gives what all have, process by process."""
+    others = [(of_prompt(1, 0.0).prompt_key, [8.0]), (of_prompt(3, 0.0).prompt_key, [])]
+    monkeypatch.setattr("tbrm_trl.sources.baselines.gather_object", lambda mine: [*mine, *others])
+    window = [of_prompt(1, 1.0), of_prompt(1, 3.0), of_prompt(2, 1.0), of_prompt(2, 0.0)]
+    baselines = Baselines("group_mean", lambda rows: [t.reward for t in rows])
+    baselines.set(window, 2, lambda numbers: torch.tensor([numbers]), learn=True)
+    assert [t.baseline for t in window] == [4.0, 4.0, 0.5, 0.5]
+
+
 def test_a_run_that_is_resumed_without_its_baseline():
     """What the checkpoint holds loses it: replayed and logged trajectories alike, also after a second resume."""
     state = Baselines(0.5, lambda rows: []).state()
