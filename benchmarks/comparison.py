@@ -446,8 +446,12 @@ def selection(comparison: Comparison) -> str:
 
 def draw(comparisons: Sequence[Comparison]) -> plt.Figure:
     shown = [one for one in comparisons if one.finished(PEER)]
-    figure, axes = plt.subplots(1, max(1, len(shown)), figsize=(5.5 * max(1, len(shown)), 4), squeeze=False)
-    for axis, one in zip(axes[0], shown, strict=False):
+    columns = min(3, max(1, len(shown)))
+    lines = max(1, math.ceil(len(shown) / columns))
+    figure, axes = plt.subplots(lines, columns, figsize=(5.5 * columns, 4 * lines), squeeze=False)
+    for axis in axes.flat[len(shown) :]:
+        axis.set_axis_off()
+    for axis, one in zip(axes.flat, shown, strict=False):
         for number, method in enumerate(METHODS):
             runs = one.finished(method) if method in one.setting.methods else []
             if not runs:
