@@ -7,6 +7,7 @@ from collections import Counter
 import numpy as np
 import pytest
 import torch
+from datasets import IterableDataset
 from helpers.runs import build, config
 
 from tbrm_trl.sources.sampler import Orders, WindowMix, WindowSampler, window_mix
@@ -114,3 +115,6 @@ def test_data_seed_orders_the_data(llama, tmp_path):
         for seeds in (dict(seed=3), dict(seed=4, data_seed=3), dict(seed=3, data_seed=4))
     ]
     assert orders[0] == orders[1] != orders[2]
+    stream = IterableDataset.from_generator(lambda: iter([{"prompt": "a"}]))
+    with pytest.raises(ValueError, match="`data_seed=3` has no effect on a stream, which TRL shuffles by `seed`"):
+        build(llama, tmp_path, train_dataset=stream, max_steps=1, data_seed=3)

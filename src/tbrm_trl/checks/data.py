@@ -44,6 +44,11 @@ def check_training_set(
             "`accelerator_config` with `dispatch_batches=True` is refused: it sends tensors from process to process, "
             "and rows are texts and messages. Leave it out."
         )
+    if dataset is not None and not isinstance(dataset, Sized) and args.data_seed is not None:
+        raise ValueError(
+            f"`data_seed={args.data_seed}` has no effect on a stream, which TRL shuffles by `seed`. Set `seed`, or "
+            "load the training set without streaming."
+        )
     logged, mix = check_dataset(dataset, args, group_size)
     check_sources(mix, args, group_size, rewarded, evaluated)
     check_prompts(dataset, "the training set", ~logged & (not environment), ~logged | _given_as_text(dataset, logged))
