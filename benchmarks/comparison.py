@@ -161,7 +161,7 @@ SETTINGS = {
         "SmolLM2-135M, three operations", "operations", 32, 16, 2, 8, (1e-5, 2e-5, 4e-5), 0.02, "float32", 64, (100,),
         _TEN,
     ),
-    # The same with more problems to train on, since policies came to know the 60 of "operations" by heart.
+    # The same with more problems to train on: policies might learn the 60 of "operations" by heart.
     "all-operations": Setting(
         "SmolLM2-135M, three operations, 223 problems", "all-operations", 32, 16, 2, 8, (1e-5, 2e-5, 4e-5), 0.02,
         "float32", 64, (100,), (0, 1, 2, 3, 4), ("GRPO", "TBRM", "TBRM, V = b/β, with replay"),
