@@ -161,18 +161,21 @@ SETTINGS = {
         "SmolLM2-135M, three operations", "operations", 32, 16, 2, 8, (1e-5, 2e-5, 4e-5), 0.02, "float32", 64, (100,),
         _TEN,
     ),
-    # The same with more problems to train on: policies might learn the 60 of "operations" by heart.
-    "all-operations": Setting(
-        "SmolLM2-135M, three operations, 223 problems", "all-operations", 32, 16, 2, 8, (1e-5, 2e-5, 4e-5), 0.02,
-        "float32", 64, (100,), (0, 1, 2, 3, 4), ("GRPO", "TBRM", "TBRM, V = b/β, with replay"),
-        searched_on="operations",
-    ),
     "sums-lora": Setting(
         "SmolLM2-135M with LoRA, one-digit sums", "sums", 32, 16, 2, 4, (1e-4, 2e-4, 4e-4), 0.02, "bfloat16 base", 64,
         (100,), (0, 1, 2, 3, 4), ("GRPO", "TBRM, V = 0, with replay"),
         LoraConfig(r=16, lora_alpha=32, target_modules="all-linear"),
     ),
 }  # fmt: skip
+# With more problems to train on: policies might learn the 60 of "operations" by heart.
+SETTINGS["all-operations"] = replace(
+    SETTINGS["operations"],
+    title="SmolLM2-135M, three operations, 223 problems",
+    task="all-operations",
+    final_seeds=(0, 1, 2, 3, 4),
+    methods=("GRPO", "TBRM", "TBRM, V = b/β, with replay"),
+    searched_on="operations",
+)
 QUICK = replace(
     SETTINGS["sorting"],
     updates=4,
