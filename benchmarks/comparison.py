@@ -100,6 +100,15 @@ METHODS = {
     "TBRM, V = 0, with replay": Method(
         "TBRM", {f"K = {k}": dict(num_iterations=k) for k in (4, 2, 3)}, dict(soft_value="zero")
     ),
+    "TBRM, V = b/β": Method(
+        "TBRM",
+        {
+            "b = mean reward": dict(reward_baseline="batch_mean"),
+            "b = 0.1": dict(reward_baseline=0.1),
+            "b = 0.3": dict(reward_baseline=0.3),
+        },
+        dict(soft_value="zero"),
+    ),
     "TBRM, V = b/β, with replay": Method(
         "TBRM",
         {f"K = {k}, b = {b}": dict(num_iterations=k, reward_baseline=b) for k, b in ((2, 0.1), (4, 0.1), (2, 0.2))},
@@ -173,7 +182,7 @@ SETTINGS["all-operations"] = replace(
     title="SmolLM2-135M, three operations, 223 problems",
     task="all-operations",
     final_seeds=(0, 1, 2, 3, 4),
-    methods=("GRPO", "TBRM", "TBRM, V = b/β, with replay"),
+    methods=("GRPO", "TBRM", "TBRM, V = b/β", "TBRM, V = b/β, with replay"),
     searched_on="operations",
 )
 QUICK = replace(
