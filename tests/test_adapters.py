@@ -11,7 +11,7 @@ from common.tiny import perturb, save, tokenizer
 from helpers import runs
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch import nn
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, TrainerCallback
 
 from tbrm_trl import TBRMTrainer
 from tbrm_trl.trajectory import End, Trajectory
@@ -47,6 +47,33 @@ def test_what_is_trained_beside_a_given_adapter_is_refused(name, llama, tmp_path
         weight.requires_grad_(weight.requires_grad or "norm" in one)
     with pytest.raises(ValueError, match=r"\d+ trainable parameters are not the adapter's .*norm.*modules_to_save"):
         build(model, tmp_path)
+
+
+class Weights(TrainerCallback):
+    """Keeps the adapter's weights of each evaluation, of which the first is the best."""
+
+    def __init__(self) -> None:
+        self.seen: list[dict[str, torch.Tensor]] = []
+
+    def on_evaluate(self, args, state, control, model, metrics, **kwargs):
+        self.seen.append({name: one.detach().clone() for name, one in model.named_parameters() if one.requires_grad})
+        metrics["eval_falling"] = -state.global_step
+
+
+@pytest.mark.parametrize("name", ["default", "policy"])
+def test_the_best_adapter_is_loaded_whatever_its_name(name, llama, tmp_path):
+    weights = Weights()
+    trainer = build(
+        adapted(llama, name), tmp_path, max_steps=3, callbacks=[weights], eval_dataset=runs.DATA.select([0, 1]),
+        eval_strategy="steps", eval_steps=1, save_strategy="steps", save_steps=1, load_best_model_at_end=True,
+        metric_for_best_model="eval_falling", greater_is_better=True, per_device_eval_batch_size=2,
+    )  # fmt: skip
+    trainer.train()
+    first, *_, last = weights.seen
+    loaded = dict(trainer.model.named_parameters())
+    assert trainer.state.best_model_checkpoint.endswith("checkpoint-1") and len(weights.seen) == 3
+    assert all(torch.equal(loaded[name], value) for name, value in first.items())
+    assert not all(torch.equal(loaded[name], value) for name, value in last.items())
 
 
 @pytest.mark.parametrize("sync", [False, True])

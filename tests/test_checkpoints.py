@@ -23,6 +23,7 @@ from datasets import Dataset, load_from_disk
 from helpers.resume import LOGGED, build
 from helpers.resume_processes import differing, printed, train
 from helpers.runs import config
+from transformers import GenerationConfig
 
 from tbrm_trl import TBRMConfig, load_rollouts, processes
 from tbrm_trl.files import require_writable, write_json
@@ -202,11 +203,44 @@ def test_another_tokenizer_is_refused(qwen2, out, tmp_path):
         again(str(other), out).train(resume_from_checkpoint=True)
 
 
+def test_other_end_tokens_are_said(qwen2, out, tmp_path):
+    """`optimal` samples the reference anew with them, since they are among the settings of rollouts."""
+    other = Path(shutil.copytree(qwen2, tmp_path / "other"))
+    (end,) = again(qwen2, out).rollout_settings["end tokens"]
+    GenerationConfig(eos_token_id=[end, 5]).save_pretrained(other)
+    trainer = again(str(other), out)
+    assert trainer.rollout_settings["end tokens"] == sorted([end, 5])
+    with pytest.warns(UserWarning, match=rf"end tokens was \[{end}\] and is \[{min(end, 5)}, {max(end, 5)}\]"):
+        trainer.train(resume_from_checkpoint=True)
+
+
 def test_another_adapter_on_the_same_weights_is_refused(qwen2, tmp_path):
     """PEFT would load the weights and scale them by the new numbers."""
     build("lora", qwen2, tmp_path / "out", max_steps=2, save_steps=2).train()
     with pytest.raises(ValueError, match="belongs to another run: the adapter's lora_alpha was 8 and is 16"):
         build("lora", qwen2, tmp_path / "out", lora=dict(lora_alpha=16)).train(resume_from_checkpoint=True)
+
+
+def test_a_full_model_and_an_adapter_are_two_runs(qwen2, tmp_path):
+    for kind, other, was in (("unlogged", "lora", "None and is 'LORA'"), ("lora", "unlogged", "'LORA' and is None")):
+        build(kind, qwen2, tmp_path / kind / "out", max_steps=1, save_steps=1).train()
+        with pytest.raises(ValueError, match=f"belongs to another run: .*the adapter was {was}; the reference's"):
+            build(other, qwen2, tmp_path / kind / "out").train(resume_from_checkpoint=True)
+
+
+def test_an_optimizer_with_other_state_is_refused(qwen2, tmp_path):
+    """transformers would end with a KeyError. A fused variant has the same state."""
+    run: dict[str, Any] = dict(eval_strategy="steps", eval_steps=1, save_steps=1)
+    build("fresh", qwen2, tmp_path / "out", max_steps=1, optim="adamw_torch", **run).train()
+    for option, was in (
+        ({"optim": "sgd"}, "optim was 'adamw_torch' and is 'sgd'"),
+        ({"lr_scheduler_type": "reduce_lr_on_plateau"}, "lr_scheduler_type was 'a function of the update' and is 're"),
+    ):
+        with pytest.raises(ValueError, match=f"belongs to another run: {was}"):
+            build("fresh", qwen2, tmp_path / "out", **run, **option).train(resume_from_checkpoint=True)
+    with pytest.warns(UserWarning, match="optim was 'adamw_torch' and is 'adamw_torch_fused'"):
+        fused = build("fresh", qwen2, tmp_path / "out", max_steps=2, optim="adamw_torch_fused", **run)
+        fused.train(resume_from_checkpoint=True)
 
 
 def test_other_settings_are_said_once(qwen2, out):

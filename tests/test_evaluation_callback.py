@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -12,13 +13,14 @@ from common.launch import launch
 from common.tiny import model, tokenizer
 from helpers.benchmark_runs import LETTERS, NAME, SETTINGS, train
 from helpers.runs import build
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, EarlyStoppingCallback
 
 from tbrm_trl import TBRMTrainer
 from tbrm_trl.evaluation.benchmarks import Benchmark
 from tbrm_trl.evaluation.callback import EvaluationCallback
 from tbrm_trl.evaluation.results import read_result
 from tbrm_trl.evaluation.run import ModelPolicy, evaluate
+from tbrm_trl.evaluation.sampling import Sampling
 
 
 def test_the_best_checkpoint_is_that_of_the_benchmark(llama, tmp_path):
@@ -91,12 +93,39 @@ def test_sharded_weights_are_refused(stage, plugin, fsdp, refused, monkeypatch):
     monkeypatch.setenv("ACCELERATE_USE_FSDP", fsdp)
     monkeypatch.setenv("FSDP_VERSION", "2")
     deepspeed = None if stage is None else SimpleNamespace(deepspeed_config={"zero_optimization": {"stage": stage}})
-    args = SimpleNamespace(deepspeed_plugin=deepspeed, fsdp_plugin_args=plugin)
+    args = SimpleNamespace(
+        deepspeed_plugin=deepspeed, fsdp_plugin_args=plugin, output_dir="out", chat_template_kwargs=None
+    )
     callback = EvaluationCallback([LETTERS], SETTINGS)
-    if not refused:
-        return callback.on_train_begin(args, None, None)
-    with pytest.raises(ValueError, match="ZeRO-3 and FSDP shard them"):
-        callback.on_train_begin(args, None, None)
+    with pytest.raises(ValueError, match="ZeRO-3 and FSDP shard them") if refused else nullcontext():
+        callback.on_train_begin(args, None, None, model=model(), processing_class=tokenizer())
+
+
+def test_completions_beyond_the_models_positions_are_refused_at_the_start(llama, tmp_path):
+    settings = replace(SETTINGS, sampling=Sampling(max_new_tokens=5000))
+    with pytest.raises(ValueError, match=r"letters: its longest prompt of \d+ tokens and max_new_tokens 5000 pass the"):
+        build(llama, tmp_path, trainer_class=TBRMTrainer, callbacks=[EvaluationCallback([LETTERS], settings)])
+
+
+def test_names_are_known_before_the_metrics(tmp_path):
+    for samples in (1, 3, 8):
+        callback = EvaluationCallback([LETTERS], replace(SETTINGS, samples=samples))
+        policy = ModelPolicy("start", model(), tokenizer())
+        metrics = evaluate(policy, LETTERS, callback.settings, tmp_path / f"{samples}.jsonl").metrics()
+        assert callback.metric_names == [f"eval_letters/{name}" for name in metrics]
+
+
+@pytest.mark.parametrize("first", [True, False])
+def test_early_stopping_sees_the_benchmark_wherever_it_is_listed(first, llama, tmp_path):
+    """With weights that stay, no evaluation is better than the first one."""
+    callbacks = [EarlyStoppingCallback(1), EvaluationCallback([LETTERS], SETTINGS)]
+    trainer = build(
+        llama, tmp_path, trainer_class=TBRMTrainer, callbacks=callbacks if first else callbacks[::-1], max_steps=4,
+        eval_strategy="steps", eval_steps=1, save_strategy="steps", save_steps=1, load_best_model_at_end=True,
+        metric_for_best_model=NAME, learning_rate=0.0,
+    )  # fmt: skip
+    trainer.train()
+    assert trainer.state.global_step == 2
 
 
 def test_the_judge_has_the_runs_time():

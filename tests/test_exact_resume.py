@@ -13,7 +13,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from torch import nn
-from transformers import TrainerCallback, TrainingArguments
+from transformers import EarlyStoppingCallback, TrainerCallback, TrainingArguments
 
 from tbrm_trl.resume.checkpoint import complete_checkpoints, damage, read_mark
 from tbrm_trl.resume.exact_resume import ExactResume, _as_said
@@ -203,6 +203,29 @@ def test_the_best_checkpoint_of_an_epochs_end_comes_after_its_log(tmp_path):
     resumed.train(resume_from_checkpoint=True)
     assert [step for step, _ in losses(whole)] == [4, 8, 10] and losses(resumed) == losses(whole)
     assert resumed.state.best_metric == whole.state.best_metric
+
+
+class Patience(EarlyStoppingCallback):
+    """Counts evaluations, of which none is better than another."""
+
+    def on_evaluate(self, args, state, control, **kwargs):
+        self.early_stopping_patience_counter += 1
+        if self.early_stopping_patience_counter == self.early_stopping_patience:
+            control.should_training_stop = True
+
+
+@pytest.mark.parametrize("number", [1, 2])
+def test_what_callbacks_count_goes_on(number, tmp_path):
+    """They are the run's own objects, with the options that they have now."""
+    options: dict[str, Any] = dict(eval_strategy="steps", eval_steps=1, save_steps=1, eval_dataset=ROWS) | dict(
+        load_best_model_at_end=True, metric_for_best_model="loss", label_names=["y"]
+    )
+    fit(tmp_path, *(Patience(7 + i) for i in range(number)), max_steps=3, **options).train()
+    callbacks = [Patience(5 + i) for i in range(number)]
+    resumed = fit(tmp_path, *callbacks, **options)
+    resumed.train(resume_from_checkpoint=True)
+    assert resumed.state.global_step == 5
+    assert [one.early_stopping_patience_counter for one in callbacks] == [5] * number
 
 
 def test_how_often_a_resumed_run_saves_and_logs_is_its_own(tmp_path):

@@ -6,7 +6,6 @@ import math
 import re
 import warnings
 from contextlib import nullcontext
-from types import SimpleNamespace
 
 import pandas
 import pytest
@@ -618,12 +617,16 @@ def test_4_3_no_loss_where_nothing_counts(options, folder, tmp_path):
 def test_4_3_metrics_that_no_evaluation_has(tmp_path):
     """They are refused before anything is loaded, not after the first evaluation."""
     benchmark = TrainerCallback()
-    benchmark.evaluates, benchmark.benchmarks = True, [SimpleNamespace(name="letters")]
+    benchmark.evaluates, benchmark.metric_names = True, ["eval_letters/avg@1", "eval_letters/truncated"]
     chosen = dict(load_best_model_at_end=True, eval_strategy="steps", save_strategy="steps")
-    message = "only the metrics of the benchmarks letters. Name one of those, such as 'eval_letters/avg@1'"
-    for metric in ({}, {"metric_for_best_model": "eval_lettres/avg@1"}):
+    message = "only the metrics of the benchmarks; name one of eval_letters/avg@1, eval_letters/truncated"
+    for metric in ({}, {"metric_for_best_model": "lettres/avg@1"}, {"metric_for_best_model": "eval_letters/avg@2"}):
         with pytest.raises(ValueError, match=message):
             build("no/such/model", tmp_path, callbacks=[benchmark], **chosen, **metric)
+    chosen["metric_for_best_model"] = "letters/avg@2"
+    with pytest.raises(ValueError, match="its benchmark has no such metric; name one of eval_letters/avg@1"):
+        build("no/such/model", tmp_path, callbacks=[benchmark], eval_dataset=runs.DATA, **chosen)
+    del chosen["metric_for_best_model"]
     with pytest.raises(ValueError, match="'loss'` with `soft_value=\"quantile\"` is refused: no evaluation set has"):
         build("no/such/model", tmp_path, eval_dataset=runs.DATA, soft_value="quantile", **chosen)
 

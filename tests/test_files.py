@@ -10,6 +10,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
+from transformers.training_args import OptimizerNames
 
 from tbrm_trl.files import plain, read_table, remove_folder, rows_of_file
 from tbrm_trl.run_log import append_line, read_lines
@@ -25,6 +26,7 @@ from tbrm_trl.run_log import append_line, read_lines
         (np.float32(0.5), 0.5),
         ((1, deque([True, "a"])), [1, [True, "a"]]),
         ({1: {"x": (math.nan,)}}, {"1": {"x": [None]}}),
+        (OptimizerNames.SGD, "sgd"),
         (print, str(print)),
     ],
 )

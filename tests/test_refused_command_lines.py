@@ -5,6 +5,7 @@ import pytest
 from tbrm_trl.cli import main, train
 from tbrm_trl.cli.parsing import sorted_words
 from tbrm_trl.evaluation.sampling import Sampling
+from tbrm_trl.rewards import reward_function
 
 MODEL = ("--model_name_or_path", "m")
 
@@ -176,3 +177,50 @@ def test_ways_to_sample():
         Sampling(temperature=0.0).require_distinct(2)
     Sampling(temperature=0.0).require_distinct(1)
     Sampling(temperature=0.5).require_distinct(2)
+
+
+@pytest.mark.parametrize(
+    ("words", "problem"),
+    [
+        (["--eval_samples", "4", "--eval_temperature", "1"], "--eval_samples, --eval_temperature without --eval_bench"),
+        (["--prompt_template", "{question}", "--system_prompt", "S"], "--system_prompt changes nothing beside"),
+        (["--generation_kwargs", "{min_new_tokens: 2}"], "--generation_kwargs takes a JSON object, such as"),
+        (["--model_init_kwargs", "bf16"], "--model_init_kwargs takes a JSON object, such as"),
+        (["--lr_scheduler_kwargs", "[1]"], "--lr_scheduler_kwargs takes a JSON object, such as"),
+        (["--model_init_kwargs", '{"torch_dtype": "bfloat16"}'], "with torch_dtype='bfloat16' is refused: TRL would"),
+        (
+            ["--reward_funcs", "length(limit='a')"],
+            "length needs whole numbers 0 ≤ free < limit, not free=0 and limit='a'",
+        ),
+        (["--reward_funcs", "helpers.reward_functions.Touchy(x=1)"], "needs other arguments"),
+    ],
+)
+def test_options_without_effect_or_meaning(words, problem, capsys):
+    with pytest.raises(SystemExit) as ended:
+        main(["train", *MODEL, "--dataset_name", "d", "--output_dir", "o", "--use_cpu", "true", *words])
+    said = capsys.readouterr().err.splitlines()[-1]
+    assert ended.value.code == 2 and said.startswith("tbrm train: ") and problem in said
+
+
+def test_a_reward_that_raises_when_it_is_made():
+    with pytest.raises(
+        ValueError, match=r"'helpers.reward_functions.Touchy\(limit=0\)' cannot be made: ZeroDivisionErr"
+    ):
+        reward_function("helpers.reward_functions.Touchy(limit=0)")
+
+
+def test_a_length_of_0_is_refused(capsys):
+    with pytest.raises(ValueError, match="max_new_tokens=0 must be at least 1"):
+        evaluations = ["--eval_benchmarks", "gym:chain_sum", "--eval_max_new_tokens", "0", "--eval_strategy", "steps"]
+        data, config, _ = train.parse(["--dataset_name", "d", "--output_dir", "o", "--use_cpu", "true", *evaluations])
+        train.evaluations(data, config)
+
+
+def test_options_of_the_hub_beside_a_file(tmp_path, capsys):
+    path = tmp_path / "rows.jsonl"
+    path.write_text('{"prompt": "1+1", "answer": "2"}\n')
+    data, _, _ = train.parse(
+        ["--dataset_name", str(path), "--output_dir", "o", "--use_cpu", "true", "--dataset_config", "en"]
+    )
+    assert len(train.load(data)) == 1
+    assert f"--dataset_config en is for data sets of the Hub: all 1 rows of {path} count." in capsys.readouterr().out

@@ -53,6 +53,8 @@ OVERRIDDEN = {
         "(self, tr_loss, grad_norm, model, trial, epoch, ignore_keys_for_eval, start_time, learning_rate=None)"
     ),
     "_load_rng_state": "(self, checkpoint)",
+    "_load_best_model": "(self)",
+    "_load_callback_state": "(self)",
     "_run_epoch": (
         "(self, model, epoch, train_dataloader, steps_in_epoch, num_update_steps_per_epoch, trial, "
         "ignore_keys_for_eval, start_time, resume_from_checkpoint, epochs_trained, steps_trained_in_current_epoch)"

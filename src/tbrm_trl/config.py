@@ -30,6 +30,7 @@ class TBRMConfig(TBRMOptions):
         derived = hasattr(self, "deepspeed_plugin") and self.steps_per_generation and self.generation_batch_size
         if derived and self.soft_value in SoftValue.registry:
             problems += [
+                *options.check_model_kwargs(self),
                 *options.check_padding(self),
                 *options.check_generation(self),
                 *options.check_batch_arithmetic(self),

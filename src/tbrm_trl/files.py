@@ -195,6 +195,8 @@ def plain(value: Any, digits: int | None = None) -> Any:
         if not math.isfinite(value):
             return None if math.isnan(value) else str(float(value))
         return float(value) if digits is None else float(f"{value:.{digits}g}")
+    if isinstance(value, Enum):  # of text or numbers, such as transformers' optimizer names
+        return plain(value.value, digits)
     if isinstance(value, (str, int, type(None))):
         return value
     return plain(plain_value(value), digits)

@@ -1661,6 +1661,7 @@ class TBRMTrainer(ExactResume, GRPOTrainer):
             "tools": [[source_of(tool) for tool in self.tools or ()], self.args.max_tool_calling_iterations],
             "rollouts": source_of(self.rollout_func),
             "environments": {name: source_of(one) for name, one in (self.environment_factories or {}).items()},
+            "end tokens": sorted(self.eos_token_ids),
         }
 
     def counts(self, trajectory: Trajectory) -> bool:
@@ -1716,6 +1717,7 @@ class TBRMTrainer(ExactResume, GRPOTrainer):
     def run_identity(self) -> dict[str, Any]:
         args, policy = self.args, self.accelerator.unwrap_model(self.model, keep_torch_compile=False)
         cuts = [args.long_prompts, args.max_prompt_length, args.max_completion_length]
+        plateau = "reduce_lr_on_plateau"
         return {
             "processes": args.world_size,
             "data set": self._dataset_digest,
@@ -1733,6 +1735,10 @@ class TBRMTrainer(ExactResume, GRPOTrainer):
             "rollout_pool": args.rollout_pool,
             "what the pool cuts": cuts if args.rollout_pool else None,
             "rollouts": "drawn" if self._followed is None else "followed",
+            # A fused or paged variant of an optimizer keeps the same state, any other another.
+            "optim": str(args.optim.value).removeprefix("paged_").removesuffix("_fused"),
+            "lr_scheduler_type": plateau if args.lr_scheduler_type == plateau else "a function of the update",
+            "the adapter": adapter_settings(policy).get("peft_type"),
             "the reference's weights": self._initial_reference_weights,
             "the tokenizer": tokenizer_digest(self._tokenizer),
             **{f"the adapter's {name}": value for name, value in adapter_settings(policy).items()},
@@ -1743,12 +1749,14 @@ class TBRMTrainer(ExactResume, GRPOTrainer):
             texts = {name: json.dumps(source, default=str) for name, source in sources.items()}
             return {name: xxhash.xxh3_64_hexdigest(text.encode()) for name, text in texts.items()}
 
+        ends = "end tokens"
         rewards = dict(zip(self.reward_func_names, map(source_of, self.reward_funcs), strict=True))
         return {
             "reference key": self._initial_reference_key,
             "precision": self.accelerator.mixed_precision,
             "reward functions": digests(rewards),
-            **digests({name: given for name, given in self.rollout_settings.items() if name != "rewards"}),
+            **digests({name: one for name, one in self.rollout_settings.items() if name not in ("rewards", ends)}),
+            ends: self.rollout_settings[ends],
             **self.args.settings(),
             "versions": {name: version(name) for name in ("tbrm-trl", "trl", "transformers", "accelerate", "torch")},
         }
@@ -1782,6 +1790,8 @@ class TBRMTrainer(ExactResume, GRPOTrainer):
             self._replay.clear()
 
     def before_training(self) -> None:
+        # Callbacks that read metrics, such as early stopping, come after those that add some.
+        self.callback_handler.callbacks.sort(key=lambda one: not getattr(one, "evaluates", False))
         step = updates_before(Path(self._resumed_from)) if self._resumed_from else 0
         output_dir, process = Path(self.args.output_dir), self.accelerator.process_index
         with failing_together():

@@ -85,3 +85,10 @@ def value_below_six(completions, **kwargs) -> list[float]:
     """Each completion as a number, or NaN from 6 on."""
     numbers = [float(completion[0]["content"]) for completion in completions]
     return [one if one < 6 else math.nan for one in numbers]
+
+
+class Touchy:
+    """A reward whose making fails."""
+
+    def __init__(self, limit: int) -> None:
+        self.share = 1 / limit

@@ -163,19 +163,20 @@ def check_best_metric(args: TBRMOptions, eval_dataset: Any, callbacks: Any, colu
     Args:
         args: the options.
         eval_dataset: an evaluation set, several by name, or None.
-        callbacks: the callbacks, some of which may evaluate on `benchmarks`.
+        callbacks: the callbacks, some of which may add metrics of their own (`metric_names`).
         column: the column from which the estimator reads a value, if it does.
     """
     metric = best_metric(args)
     if metric is None:
         return
-    benchmarks = [one.name for callback in callbacks or () for one in getattr(callback, "benchmarks", ())]
-    of_benchmarks = any(metric.startswith(f"eval_{name}/") for name in benchmarks)
-    if eval_dataset is None and benchmarks and not of_benchmarks:
+    names = [name for callback in callbacks or () for name in getattr(callback, "metric_names", ())]
+    meant = [name for name in names if name.startswith(metric.partition("/")[0] + "/")]  # of the same benchmark
+    if metric not in names and (meant or (names and eval_dataset is None)):
+        others = "" if eval_dataset is None else " its benchmark has no such metric;"
+        others = others or " without an evaluation set, there are only the metrics of the benchmarks;"
         raise ValueError(
-            f"`metric_for_best_model={args.metric_for_best_model!r}` is refused: without an evaluation set, there are "
-            f"only the metrics of the benchmarks {', '.join(benchmarks)}. Name one of those, such as "
-            f"'eval_{benchmarks[0]}/avg@1'."
+            f"`metric_for_best_model={args.metric_for_best_model!r}` is refused:{others} name one of "
+            f"{', '.join(meant or names)}."
         )
     columns = [getattr(one, "column_names", None) or () for one in titled_sets(eval_dataset).values()]
     if column is not None and metric.endswith("loss") and not any(column in names for names in columns):

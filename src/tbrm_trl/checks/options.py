@@ -84,6 +84,13 @@ def check_meaning(args: TBRMOptions) -> Iterator[str]:
         )
 
 
+def check_model_kwargs(args: TBRMOptions) -> Iterator[str]:
+    """Refuse a spelling that TRL ignores, since it adds a `dtype` of its own."""
+    if isinstance(args.model_init_kwargs, dict) and "torch_dtype" in args.model_init_kwargs:
+        dtype = args.model_init_kwargs["torch_dtype"]
+        yield f"`model_init_kwargs` with torch_dtype={dtype!r} is refused: TRL would ignore it. Write it as `dtype`."
+
+
 def check_residual_options(args: TBRMOptions) -> Iterator[str]:
     if not 0 < args.beta < math.inf:
         yield (

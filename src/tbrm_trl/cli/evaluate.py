@@ -35,8 +35,8 @@ from tbrm_trl.evaluation.benchmarks import (  # noqa: E402
     require_distinct_names,
 )
 from tbrm_trl.evaluation.results import differing_settings, file_of, name_of, paired_results, unpaired  # noqa: E402
-from tbrm_trl.evaluation.run import Judge, ModelPolicy, Policy, Settings, evaluate  # noqa: E402
-from tbrm_trl.evaluation.sampling import Sampling, prompt_ids_of  # noqa: E402
+from tbrm_trl.evaluation.run import Judge, ModelPolicy, Policy, Settings, evaluate, require_positions  # noqa: E402
+from tbrm_trl.evaluation.sampling import Sampling  # noqa: E402
 from tbrm_trl.evaluation.statistics import compare  # noqa: E402
 from tbrm_trl.evaluation.vllm import VllmPolicy  # noqa: E402
 from tbrm_trl.files import first_line, require_writable  # noqa: E402
@@ -248,21 +248,6 @@ def check_writable(folder: Path) -> None:
         raise ValueError(error.strerror) from error
 
 
-def check_length(policy: Policy, benchmark: Benchmark, settings: Settings) -> None:
-    """Refuse completions that could exceed the model's number of positions."""
-    model = getattr(policy, "model", None)
-    positions = getattr(getattr(model, "config", None), "max_position_embeddings", None)
-    variables = settings.chat_template_kwargs
-    longest = max(len(prompt_ids_of(policy.tokenizer, one, variables)) for one in settings.prompts(benchmark, policy))
-    asked = longest + settings.sampling.max_new_tokens
-    if positions is not None and asked > positions:
-        raise ValueError(
-            f"{benchmark.name}: its longest prompt of {longest} tokens and --max_new_tokens "
-            f"{settings.sampling.max_new_tokens} pass the model's {positions} positions. Give --max_new_tokens "
-            f"{max(1, positions - longest)} or less."
-        )
-
-
 def run(arguments: EvaluationArguments, model: ModelConfig) -> None:
     """Run all requested evaluations, after checking all of them."""
     a = arguments
@@ -280,7 +265,7 @@ def run(arguments: EvaluationArguments, model: ModelConfig) -> None:
     check_writable(folder)
     policy = policy_of(a, model)
     for benchmark, settings, _ in planned:
-        check_length(policy, benchmark, settings)
+        require_positions(policy, benchmark, settings)
     asks_in_text = any(isinstance(prompt, str) for benchmark, _, _ in planned for prompt in benchmark.prompts)
     if a.prompt_template is None and asks_in_text:
         print(f"System prompt: {a.system_prompt!r}")

@@ -2,6 +2,7 @@
 
 import argparse
 import difflib
+import json
 import os
 import re
 import sys
@@ -154,7 +155,7 @@ def sorted_words(
         elif name in parser.options:
             words.own += whole
             words.given.add(parser.options[name].dest)
-            problems += _check_values(name, parser.options[name], values)
+            problems += _check_values(name, parser.options[name], values) or _check_json(name, values)
         elif name in launcher:
             problems += _add_for_launcher(of_line, name, launcher[name], values)
         elif name.startswith("-"):
@@ -271,6 +272,17 @@ def _check_values(name: str, action: argparse.Action, values: Sequence[str], who
             choices = [str(one) for one in action.choices]
             problems.append(f"{name} takes {', '.join(choices)}, not {value!r}.{_meant(value, choices)}")
     return problems
+
+
+def _check_json(name: str, values: Sequence[str]) -> list[str]:
+    """The problem of an option that takes keyword arguments, as a JSON object."""
+    for value in values if name.endswith("_kwargs") else ():
+        try:
+            if not isinstance(json.loads(value), dict):
+                raise ValueError
+        except ValueError:
+            return [f"{name} takes a JSON object, such as '{{\"name\": 1}}', not {value!r}."]
+    return []
 
 
 def _meant(name: str, names: Iterable[str]) -> str:

@@ -14,7 +14,7 @@ import argparse
 import os
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import MappingProxyType
@@ -131,6 +131,11 @@ def load(arguments: DataArguments) -> Dataset:
         dataset = rows_of_file(path)
     else:
         dataset = rows_of_hub(arguments.dataset_name, arguments.dataset_config, arguments.dataset_train_split)
+    if path.is_dir() or path.is_file():
+        of_hub = {"config": arguments.dataset_config, "train_split": arguments.dataset_train_split}
+        for name, value in of_hub.items():
+            if value not in (None, "train"):
+                print(f"--dataset_{name} {value} is for data sets of the Hub: all {len(dataset)} rows of {path} count.")
 
     column = arguments.answer_column or (find_column(dataset) if "math" in arguments.reward_funcs else None)
     if column is not None:
@@ -205,6 +210,19 @@ def with_adapter_settled(words: Words) -> Words:
     return words
 
 
+def problems_of(data: DataArguments, chosen: Collection[str]) -> list[str]:
+    """The arguments that do not go together, one line each. `chosen` are the names of those given."""
+    problems = []
+    alone = [f"--{name}" for name in sorted(chosen) if name.startswith("eval_") and hasattr(data, name)]
+    if alone and not data.eval_benchmarks:
+        problems.append(f"{', '.join(alone)} without --eval_benchmarks changes nothing: name benchmarks, or leave out.")
+    if data.prompt_template is not None and data.system_prompt != BOXED:
+        problems.append(
+            "--system_prompt changes nothing beside --prompt_template, which says all that is asked: leave it out."
+        )
+    return problems
+
+
 class DryRun(TBRMTrainer):
     """A trainer that stops in `train` where rollouts would begin."""
 
@@ -276,9 +294,8 @@ def evaluations(data: DataArguments, config: TBRMConfig) -> list[Any]:
         raise ValueError(
             "--eval_benchmarks is given, but eval_strategy is no: set --eval_strategy steps and --eval_steps."
         )
-    sampling = Sampling(
-        temperature=data.eval_temperature, max_new_tokens=data.eval_max_new_tokens or config.max_completion_length
-    )
+    length = config.max_completion_length if data.eval_max_new_tokens is None else data.eval_max_new_tokens
+    sampling = Sampling(temperature=data.eval_temperature, max_new_tokens=length)
     template = with_line_breaks(data.prompt_template)
     settings = Settings(data.eval_samples, sampling, config.seed, data.system_prompt, template)
     benchmarks = [load_benchmark(name) for name in data.eval_benchmarks]
@@ -294,7 +311,10 @@ def main(arguments: list[str] | None = None) -> None:
         if not launched and (words.launcher or torch.cuda.device_count() > 1):
             launch(words)
         else:
-            run(*reader.parse(words))
+            data, config, model = reader.parse(words)
+            if problems := problems_of(data, words.given):
+                raise Refused(problems)
+            run(data, config, model)
     except Refused as refused:
         leave(PROG, refused)
 

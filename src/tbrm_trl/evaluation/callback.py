@@ -12,8 +12,8 @@ from transformers import TrainerCallback
 
 from ..processes import failing_together
 from .benchmarks import Benchmark, require_distinct_names
-from .results import append, file_of, open_result
-from .run import Judge, ModelPolicy, Settings, drawn, header
+from .results import append, file_of, metric_names, open_result
+from .run import Judge, ModelPolicy, Settings, drawn, header, require_positions
 
 
 class EvaluationCallback(TrainerCallback):
@@ -31,7 +31,8 @@ class EvaluationCallback(TrainerCallback):
 
     Raises:
         ValueError: in one line, if benchmarks share a name, or a reward is unknown or needs a package that is not
-            installed.
+            installed. Once it is in a trainer: if a completion could exceed the model's number of positions, or the
+            weights are sharded.
     """
 
     evaluates = True  # lets the Trainer evaluate without an evaluation set
@@ -46,6 +47,15 @@ class EvaluationCallback(TrainerCallback):
         self.judges = {one.name: Judge(one, time_limit) for one in benchmarks}
         self._found: tuple[Any, dict[str, float]] = (None, {})  # ((step, digest of weights), metrics)
 
+    @property
+    def metric_names(self) -> list[str]:
+        """The names of the metrics that it adds to the Trainer's."""
+        names = metric_names(self.settings.samples)
+        return [f"eval_{one.name}/{metric}" for one in self.benchmarks for metric in names]
+
+    def on_init_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.on_train_begin(args, state, control, **kwargs)  # as early as possible; it may also be added later
+
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         # Either may be set in the arguments or by the launcher. The launcher sets FSDP only in the environment. For
         # DeepSpeed, transformers turns the launcher's settings into a plugin.
@@ -57,14 +67,15 @@ class EvaluationCallback(TrainerCallback):
                 "Benchmarks in the course of training need whole weights on each process: ZeRO-3 and FSDP shard them. "
                 "Leave --eval_benchmarks out, and run `tbrm eval` on the checkpoints."
             )
+        policy = ModelPolicy(args.output_dir, kwargs["model"], kwargs["processing_class"], self.batch_size)
+        for benchmark in self.benchmarks:
+            require_positions(policy, benchmark, self._settings_of(args))
 
     def on_evaluate(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         name = f"{args.output_dir}, step {state.global_step}"
         policy = ModelPolicy(name, kwargs["model"], kwargs["processing_class"], self.batch_size)
         folder = Path(args.output_dir) / "evaluations" / f"step-{state.global_step}"
-        settings = self.settings
-        if settings.chat_template_kwargs is None:
-            settings = replace(settings, chat_template_kwargs=args.chat_template_kwargs)
+        settings = self._settings_of(args)
         which = (state.global_step, policy.weights())  # computed once, since it reads all weights
         if which != self._found[0]:  # with several evaluation sets, the Trainer calls once for each
             metrics: dict[str, float] = {}
@@ -73,6 +84,11 @@ class EvaluationCallback(TrainerCallback):
                 metrics |= {f"eval_{benchmark.name}/{metric}": value for metric, value in values.items()}
             self._found = (which, metrics)
         kwargs["metrics"].update(self._found[1])
+
+    def _settings_of(self, args: Any) -> Settings:
+        if self.settings.chat_template_kwargs is not None:
+            return self.settings
+        return replace(self.settings, chat_template_kwargs=args.chat_template_kwargs)
 
     def _evaluated(
         self, policy: ModelPolicy, weights: str, benchmark: Benchmark, settings: Settings, folder: Path, args: Any

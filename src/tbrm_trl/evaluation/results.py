@@ -125,6 +125,13 @@ class Result:
         return ", ".join([*parts, f"mean length {metrics['mean_length']:.1f}"])
 
 
+def metric_names(samples: int) -> list[str]:
+    """The names of `Result.metrics`."""
+    several = [*(f"pass@{k}" for k in ks(samples)), f"maj@{samples}"] if samples > 1 else []
+    accuracy = [f"avg@{samples}", f"avg@{samples}_error", *several]
+    return [*accuracy, "truncated", "unparseable", "unjudged", "mean_length", "mean_length_error"]
+
+
 def name_of(benchmark: str, samples: int, temperature: float) -> str:
     """A result's name: its benchmark and how it was sampled."""
     return f"{benchmark}-greedy" if temperature == 0 else f"{benchmark}-avg{samples}"

@@ -205,6 +205,20 @@ def drawn(
         yield judge.rows(finished, places, requests, prompts, policy.tokenizer)
 
 
+def require_positions(policy: Policy, benchmark: Benchmark, settings: Settings) -> None:
+    """Raise ValueError if a completion could exceed the model's number of positions."""
+    model = getattr(policy, "model", None)
+    positions = getattr(getattr(model, "config", None), "max_position_embeddings", None)
+    variables, tokens = settings.chat_template_kwargs, settings.sampling.max_new_tokens
+    longest = max(len(prompt_ids_of(policy.tokenizer, one, variables)) for one in settings.prompts(benchmark, policy))
+    if positions is not None and longest + tokens > positions:
+        raise ValueError(
+            f"{benchmark.name}: its longest prompt of {longest} tokens and max_new_tokens {tokens} pass the model's "
+            f"{positions} positions. Give {max(1, positions - longest)} new tokens or less (--max_new_tokens of "
+            "`tbrm eval`, --eval_max_new_tokens of `tbrm train`)."
+        )
+
+
 class Judge:
     """Judges completions with a benchmark's reward, and reads their answers.
 

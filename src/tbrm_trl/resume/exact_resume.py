@@ -12,6 +12,8 @@ from accelerate.utils import gather_object
 from torch import Tensor, nn
 from torch.distributed.fsdp import StateDictType
 from transformers import Trainer
+from transformers.trainer_callback import ExportableState
+from transformers.utils.peft_utils import ADAPTER_CONFIG_NAME
 
 from ..context import temporarily
 from ..files import first_line, require_writable, writing
@@ -54,10 +56,12 @@ class ExactResume(Trainer):
     - `_save_rng_state`, `_load_rng_state`: the Trainer calls them on every process; here they also write and read each
       process's own part;
     - `_init_training_state`: a resumed run's own options set how often it saves, evaluates and logs;
+    - `_load_callback_state`: what callbacks have counted, such as early stopping's patience, is restored;
     - `_maybe_log_save_evaluate`: called after every update, and once more at an epoch's end. It stops a run that was
       told to stop. What is due at an epoch's last update, a checkpoint or the stop, waits for the second call;
     - `_determine_best_metric`: in the first of these calls, a best checkpoint is noted and not yet saved;
     - `save_model`: writes the weights of a model that FSDP shards, even if its checkpoints stay sharded;
+    - `_load_best_model`: an adapter that is not named "default" is found, too;
     - `_run_epoch`, `_finalize_training`: a run resumed from the checkpoint of its last update makes no further one.
     """
 
@@ -230,6 +234,22 @@ class ExactResume(Trainer):
         self.state.compute_steps(self.args, max_steps)  # this run's intervals, not the checkpoint's
         return begun
 
+    def _load_callback_state(self) -> None:
+        if self.args.restore_callback_states_from_checkpoint:  # makes them anew, with the options that they had
+            super()._load_callback_state()
+            return
+        by_class: dict[str, list[Any]] = {}
+        for one in self.callback_handler.callbacks:
+            if isinstance(one, ExportableState):
+                by_class.setdefault(type(one).__name__, []).append(one)
+        for name, callbacks in by_class.items():
+            saved: Any = (self.state.stateful_callbacks or {}).get(name, [])
+            # Those of one class are a list, to which transformers adds with each checkpoint.
+            states = saved[-len(callbacks) :] if isinstance(saved, list) else [saved]
+            for callback, state in zip(callbacks, states, strict=False):
+                for attribute, value in state["attributes"].items():
+                    setattr(callback, attribute, value)
+
     def _maybe_log_save_evaluate(self, tr_loss: Any, grad_norm: Any, model: Any, trial: Any, *args: Any, **kwargs: Any):
         # After the last update of an epoch comes the epoch's end, which may evaluate, log and save once more. A
         # checkpoint saved before the end would be resumed after it.
@@ -258,6 +278,15 @@ class ExactResume(Trainer):
         )
         self.end()
         raise SystemExit(exit_code(signum))
+
+    def _load_best_model(self) -> None:
+        # PEFT saves an adapter with a name of its own in a folder of that name, where transformers does not look.
+        best, name = self.state.best_model_checkpoint, getattr(self.model, "active_adapter", None)
+        if isinstance(name, str) and not (self.is_deepspeed_enabled or self.is_fsdp_enabled):
+            own = Path(str(best), name)
+            best = str(own) if (own / ADAPTER_CONFIG_NAME).exists() else best
+        with temporarily(self.state, best_model_checkpoint=best):
+            super()._load_best_model()
 
     def _determine_best_metric(self, *args: Any, **kwargs: Any) -> bool:
         is_best = super()._determine_best_metric(*args, **kwargs)

@@ -90,7 +90,12 @@ def reward_function(reward: str | Reward, **worker_options: Any) -> Reward:
             inspect.signature(function).bind(**arguments)
         except TypeError as error:
             raise ValueError(f"The reward {reward!r} needs other arguments: {inspect.signature(function)}.") from error
-        function = function(**arguments)
+        try:
+            function = function(**arguments)
+        except ValueError:
+            raise
+        except Exception as error:  # the user's own may raise anything
+            raise ValueError(f"The reward {reward!r} cannot be made: {type(error).__name__}: {error}") from error
     if not in_workers or inspect.iscoroutinefunction(function):
         return function
     return InWorkers(function, **{"raises": name not in NAMES, **worker_options})

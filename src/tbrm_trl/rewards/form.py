@@ -38,14 +38,14 @@ class Length:
     The length is the number of completion tokens, or of characters if called without token ids.
 
     Raises:
-        ValueError: unless 0 ≤ free < limit.
+        ValueError: unless both are whole numbers and 0 ≤ free < limit.
     """
 
     __name__ = "length"
 
     def __init__(self, limit: int, free: int = 0) -> None:
-        if not 0 <= free < limit:
-            raise ValueError(f"length needs 0 ≤ free < limit, not free={free} and limit={limit}.")
+        if not all(isinstance(one, int) for one in (limit, free)) or not 0 <= free < limit:
+            raise ValueError(f"length needs whole numbers 0 ≤ free < limit, not free={free!r} and limit={limit!r}.")
         self.limit, self.free = limit, free
 
     def __call__(

@@ -9,7 +9,7 @@ import json
 import math
 import re
 import warnings
-from collections.abc import Callable, Iterable, Mapping, Sequence, Set
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Set
 from itertools import groupby
 from pathlib import Path
 from typing import Any
@@ -149,7 +149,6 @@ def _merge(files: Sequence[Path]) -> None:
     """Merge these files into one, then remove them."""
     parts = [part for file in files for part in _parts(file)]
     target = files[0].with_name(f"step-{_steps(files[0])[0]:08d}-to-{_steps(files[-1])[1]:08d}.parquet")
-    pieces = ((pq.ParquetFile(file), group) for file in files for group in range(len(_parts(file))))
     schemas = [pq.read_schema(file) for file in files]
     version = max(int((schema.metadata or {}).get(_VERSION.encode(), 1)) for schema in schemas)
     schemas = [schema.remove_metadata() for schema in schemas]
@@ -157,13 +156,18 @@ def _merge(files: Sequence[Path]) -> None:
     empty = [_with_json(schema.empty_table(), as_json) for schema in schemas]
     unified = pa.concat_tables(empty, promote_options="permissive")
     metadata = {_VERSION: str(version), _PARTS: json.dumps([part.name for part in parts])}
-    tables = (
-        _with_json(opened.read_row_group(group).replace_schema_metadata(None), as_json) for opened, group in pieces
-    )
+    tables = (_with_json(group, as_json) for file in files for group in _row_groups(file))
     alike = (pa.concat_tables([unified, table], promote_options="permissive").combine_chunks() for table in tables)
     _write(target, unified.schema, metadata, alike)
     for file in files:
         file.unlink()
+
+
+def _row_groups(file: Path) -> Iterator[pa.Table]:
+    """The tables of the windows in a file. It is opened once: opening reads what is known of all of its groups."""
+    with pq.ParquetFile(file) as opened:
+        for group in range(len(_parts(file))):
+            yield opened.read_row_group(group).replace_schema_metadata(None)
 
 
 def _take_apart(file: Path, parts: Sequence[Path], step: int) -> None:

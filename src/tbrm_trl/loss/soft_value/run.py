@@ -34,7 +34,7 @@ class Run(Protocol):
 
     @property
     def rollout_settings(self) -> dict[str, Any]:
-        """What rollouts and rewards depend on besides policy, data and options: functions, template, tools."""
+        """What rollouts and rewards depend on besides policy, data, options: functions, template, tools, end tokens."""
 
     def counts(self, trajectory: Trajectory) -> bool:
         """Whether the trajectory would enter the loss if it had a soft value."""
