@@ -118,7 +118,7 @@ def test_who_starts_the_launcher_on_a_machine_of_several_gpus(environment, optio
         monkeypatch.setenv(name, value)
     called: list[str] = []
     monkeypatch.setattr(train.torch.cuda, "device_count", lambda: 2)
-    monkeypatch.setattr(train.Parser, "parse", lambda self, words: ())
+    monkeypatch.setattr(train.Parser, "parse", lambda self, words: (train.DataArguments("d"), None, None))
     monkeypatch.setattr(train, "launch", lambda words: called.append("launch"))
     monkeypatch.setattr(train, "run", lambda *given: called.append("run"))
     train.main(["--dataset_name", "d", *options])
@@ -255,7 +255,7 @@ def test_what_training_cannot_use(options, expected, tmp_path, capsys, monkeypat
         ("--model_name_or_path none SUMS", "none cannot be loaded: "),
         ("MODEL SUMS --temperature 0 --samples 2", "2 greedy samples of a prompt are all the same"),
         ("MODEL SUMS --prompt_template Q:", "no {question} in it"),
-        ("MODEL SUMS", "Give --max_new_tokens 171 or less"),
+        ("MODEL SUMS", "Give 171 new tokens or less (--max_new_tokens of"),
         ("MODEL SUMS --reward_funcs no.reward", "The reward 'no.reward' cannot be imported"),
         ("MODEL SUMS --answer_column absent", "sums: There is no column 'absent'. Columns: "),
         ("MODEL SUMS --samples 0", "--samples 0 must be at least 1"),

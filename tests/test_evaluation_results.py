@@ -63,6 +63,32 @@ def test_a_completion_depends_on_its_seed_alone(selectable, monkeypatch):
     assert ids(6, [Request(one.prompt_ids, one.seed + 100) for one in requests]) != together
 
 
+def test_a_judge_is_given_no_logged_completion():
+    """A file of saved rollouts has such columns. `letters` counts the policy's own."""
+    columns = {"prompt": ["x"], "completion": ["zzz"], "completion_ids": [[5]], "solution": ["4"]}
+    for reward, score in (("format", 1.0), ("math", 1.0)):
+        judge = Judge(Benchmark("rollouts", ["2+2="], columns, reward))
+        assert judge.verdicts(["2+2="], [r"\boxed{4}"], [[7]], [0]) == [score]
+
+
+def test_a_template_takes_the_text_of_messages():
+    parts = [{"type": "text", "text": "2+"}, {"type": "image"}, {"type": "text", "text": "2"}]
+    asked = [{"role": "system", "content": None}, {"role": "user", "content": parts}]
+    assert benchmarks.in_template("Q: {question} A:", asked) == "Q: \n2+2 A:"
+
+
+def test_rows_do_not_rescale_one_another():
+    """With `longrope` a row beyond the original context changes the embeddings of the whole batch."""
+    rope = dict(rope_type="longrope", rope_theta=1e4, short_factor=[1.0] * 4, long_factor=[2.0] * 4, factor=2.0)
+    rope["original_max_position_embeddings"] = 16
+    policy = ModelPolicy("m", model("llama", rope_parameters=rope, max_position_embeddings=64), tokenizer())
+    requests, how = requests_of(policy.tokenizer), Sampling(max_new_tokens=8)
+    long = Request(policy.tokenizer("a" * 28)["input_ids"], 9)
+    alone = [one.ids for request in requests for one in policy.generate([request], how)]
+    together = sorted(policy.generate([*requests, long], how))
+    assert [one.ids for one in together[:-1]] == alone
+
+
 def test_the_batch_stays_full():
     """While requests wait, less than an eighth of the places is free on average; no pass is wider than a row."""
     policy, words = model(), tokenizer()

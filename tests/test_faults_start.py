@@ -20,8 +20,9 @@ from transformers import AutoConfig, AutoModelForCausalLM, TrainerCallback
 from trl.generation.vllm_client import VLLMClient
 
 from tbrm_trl import TBRMTrainer
-from tbrm_trl.checks.model import check_start, rotary_limit, warn_of_half_precision
+from tbrm_trl.checks.model import check_start, warn_of_half_precision
 from tbrm_trl.model.randomness import keep_weights_unpacked
+from tbrm_trl.model.rotary import rotary_limit
 
 PROMPTS = Dataset.from_list([{"prompt": f"{i}:"} for i in range(8)])
 build = functools.partial(runs.build, trainer_class=TBRMTrainer)  # which checks where a run starts

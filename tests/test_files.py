@@ -79,6 +79,12 @@ def test_rows_of_each_kind_of_file(tmp_path):
         assert rows_of_file(tmp_path / f"a.{kind}").to_list() == expected
 
 
+def test_a_files_name_is_no_pattern(tmp_path):
+    for name in ("d1", "d[1]", "q?", "qa", "[x]"):
+        (tmp_path / f"{name}.jsonl").write_text(json.dumps({"a": name}) + "\n")
+        assert rows_of_file(tmp_path / f"{name}.jsonl")["a"] == [name]
+
+
 def test_dates_in_json_stay_text(tmp_path):
     """pyarrow would read them as times, inside messages too."""
     rows = [

@@ -236,7 +236,9 @@ def test_what_a_recipe_and_the_launcher_say(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr("tbrm_trl.cli.estimate.estimate_memory", lambda *args, **sizes: sizes)
     launcher = ["--accelerate_config", str(ROOT / "examples/accelerate/zero3.yaml")]
     file, broken = tmp_path / "ds.json", tmp_path / "broken.yaml"
-    file.write_text('{"zero_optimization": {"stage": 1}}')
+    file.write_text('{"zero_optimization": {"stage": 1, "offload_optimizer": null}}')
+    without = tmp_path / "without.json"
+    without.write_text('{"zero_optimization": null}')
     broken.write_text("[1")
     for more, said in (
         ([], "'processes': 1, 'zero_stage': 0, 'fsdp': False"),
@@ -246,6 +248,10 @@ def test_what_a_recipe_and_the_launcher_say(tmp_path, capsys, monkeypatch):
         (["--accelerate_config", "fsdp2", "--fsdp2", "false"], "'processes': 8, 'zero_stage': 0, 'fsdp': False"),
         (["--use_deepspeed", "--num_processes", "4"], "'processes': 4, 'zero_stage': 2, 'fsdp': False"),
         (["--use_deepspeed", "--deepspeed_config_file", str(file)], "'processes': 1, 'zero_stage': 1, 'fsdp': False"),
+        (
+            ["--use_deepspeed", "--deepspeed_config_file", str(without)],
+            "'processes': 1, 'zero_stage': 0, 'fsdp': False",
+        ),
         (["--use_fsdp", "--fsdp_version", "2", "--num_processes", "2"], "'zero_stage': 0, 'fsdp': True"),
         ([], "'prompt_length': 512"),
         (["--max_prompt_length", "3000"], "'prompt_length': 3000"),
@@ -256,6 +262,8 @@ def test_what_a_recipe_and_the_launcher_say(tmp_path, capsys, monkeypatch):
     offload = str(ROOT / "examples/accelerate/zero3_offload.yaml")
     for wrong, said in (
         (["--config", "nowhere.yaml"], "--config nowhere.yaml cannot be read"),
+        (["--use_deepspeed", "--deepspeed_config_file", str(broken)], f"{broken} cannot be read: Expecting"),
+        (["--use_deepspeed", "--deepspeed_config_file", "no.json"], "no.json cannot be read: "),
         (["--config", str(recipe), "--device", "tpu"], "--device takes cuda, cpu, not 'tpu'"),
         (["--config", str(recipe), "--accelerate_config", offload], "to the host, which is not estimated"),
         (["--config", str(recipe), "--accelerate_config", str(broken)], "accelerate cannot read"),

@@ -53,6 +53,7 @@ def test_evaluations(words, problems, capsys):
         ("bf16: 1", "bf16 takes true or false or null, not 1"),
         ("lr_scheduler_kwargs: [1]", "lr_scheduler_kwargs takes a mapping or str or null, not [1]"),
         ("beta: null", "beta takes float, not None"),
+        ("optim: [adamw_torch]", "optim takes"),
         ("soft_value_beta: [1]", "soft_value_beta takes float or null, not [1]"),
         ("num_processes: four", "num_processes takes int, not 'four'"),
         ("num_processes: [2, 3]", "num_processes takes one value, not '2 3'"),
@@ -156,6 +157,20 @@ def test_a_demo_with_fewer_problems_than_it_asks_for(tmp_path):
     """There are 9·9 sums of two digits and as many differences: no thousand."""
     with pytest.raises(SystemExit, match="Lower --train-problems or --eval-problems"):
         main(["demo", "--model", "m", "--train-problems", "1000", "--output", str(tmp_path)])
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["--task", "nonsense"], "^Dataset 'nonsense' not registered$"),
+        (["--difficulty", "min_terms=5", "max_terms=2"], "^max_terms must be >= min_terms$"),
+        (["--difficulty", "foo=1"], "unexpected keyword argument 'foo'"),
+    ],
+)
+def test_a_demo_of_no_task(words, said, tmp_path):
+    with pytest.raises(SystemExit, match=said):
+        main(["demo", "--output", str(tmp_path), *words])
+    assert not list(tmp_path.iterdir())
 
 
 def test_version(capsys):

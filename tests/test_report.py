@@ -16,7 +16,7 @@ from helpers.runs import build
 from tbrm_trl import TBRMTrainer, load_rollouts, run_log
 from tbrm_trl.report import write_report
 from tbrm_trl.report.__main__ import main
-from tbrm_trl.report.charts import calibration, charts_of, log_mean_exp_by, quantiles_by_step
+from tbrm_trl.report.charts import calibration, charts_of, log_mean_exp_by, plain, quantiles_by_step
 from tbrm_trl.report.completions import completions_of, shortened, text_of
 from tbrm_trl.report.page import html
 from tbrm_trl.report.run import RunFolder, Updates, read_run
@@ -318,9 +318,17 @@ def test_the_chart_of_evaluations_shows_rewards_and_accuracies_alone():
     assert chart(RunFolder("r", [entry], NONE), "Evaluation")["lines"] == {name: [0.5] for name in shown}
 
 
+def test_whole_numbers_are_not_rounded():
+    assert plain([32768.0, 12345, 0.123456, math.nan, math.inf]) == [32768.0, 12345.0, 0.1235, None, None]
+
+
 def test_text_of_messages_and_long_texts():
     messages = [{"role": "user", "content": "2 + 2"}, {"role": "assistant", "content": None, "tool_calls": [{"n": 1}]}]
-    assert text_of(messages) == '[user] 2 + 2\n[assistant] null\n[{"n": 1}]'
+    assert text_of(messages) == '[user] 2 + 2\n[assistant] \n[{"n": 1}]'
+    assert (
+        text_of([{"role": "user", "content": [{"type": "text", "text": "日"}]}])
+        == '[user] [{"type": "text", "text": "日"}]'
+    )
     assert shortened("x" * 3000) == "x" * 3000
     assert "[… 2000 characters are not shown …]" in shortened("x" * 5000)
 

@@ -10,6 +10,7 @@ import copy
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -26,6 +27,11 @@ from tbrm_trl import TBRMConfig
 from tbrm_trl.batch import PER_TOKEN_INPUTS
 from tbrm_trl.checks.data import check_sources_of_vision
 from tbrm_trl.checks.model import VISION_MODEL_TYPES, check_vision
+from tbrm_trl.evaluation.benchmarks import Benchmark
+from tbrm_trl.evaluation.callback import EvaluationCallback
+from tbrm_trl.evaluation.results import read_result
+from tbrm_trl.evaluation.run import Settings
+from tbrm_trl.evaluation.sampling import Sampling, rendered
 from tbrm_trl.publishing import snippet
 from tbrm_trl.sources.sampler import WindowMix
 from tbrm_trl.trajectory import Trajectory
@@ -147,6 +153,29 @@ def save(model_type: str, config: dict, processor: hf.ProcessorMixin, folder: Pa
         return processor
     processor.save_pretrained(folder)
     return None
+
+
+def test_benchmarks_are_asked_in_text(tmp_path):
+    """The tokenizer reads them, by the template of the processor."""
+    config, make = MODELS["llava"]
+    processor = make()
+    save("llava", config, processor, tmp_path)
+    model = hf.AutoModelForImageTextToText.from_pretrained(tmp_path)
+    benchmark = Benchmark("words", [[{"role": "user", "content": "ab"}]], {}, "helpers.reward_functions.letters")
+    callback = EvaluationCallback([benchmark], Settings(1, Sampling(0.0, max_new_tokens=4)))
+    args = SimpleNamespace(
+        output_dir=str(tmp_path), chat_template_kwargs=None, process_index=0, world_size=1, disable_tqdm=True,
+        should_save=True,
+    )  # fmt: skip
+    metrics: dict[str, float] = {}
+    state = SimpleNamespace(global_step=1)
+    callback.on_evaluate(args, state, None, model=model, processing_class=processor, metrics=metrics)
+    header = read_result(tmp_path / "evaluations/step-1/words.jsonl").header
+    assert "eval_words/avg@1" in metrics and "ab" in header["template"] and processor.tokenizer.chat_template is None
+    tokenizer = processor.tokenizer
+    tokenizer.chat_template = "{{ messages[0].role }}"
+    with pytest.raises(ValueError, match="The chat template leaves out what is asked: 'ab' is not in 'user'"):
+        rendered(tokenizer, benchmark.prompts[0])
 
 
 def dataset(counts: tuple[int, ...]) -> list[dict]:

@@ -1,6 +1,6 @@
 """Whether a value is of a field's declared type. A dataclass does not check it, and a YAML file may hold anything."""
 
-from enum import EnumType
+from enum import Enum, EnumType
 from numbers import Integral, Real
 from types import NoneType, UnionType
 from typing import Any, Literal, Union, get_args, get_origin
@@ -18,7 +18,8 @@ def fits(value: Any, declared: Any) -> bool:
     if kind is dict:
         return isinstance(value, dict) and all(fits(one, of[1]) for one in value.values())
     if isinstance(declared, EnumType):
-        return isinstance(value, declared) or value in declared._value2member_map_
+        members: dict[str, Enum] = dict(declared.__members__)
+        return isinstance(value, declared) or value in [one.value for one in members.values()]
     if declared is int:
         return isinstance(value, Integral) and not isinstance(value, bool)
     if declared is float:

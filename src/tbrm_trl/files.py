@@ -2,6 +2,7 @@
 
 import errno
 import functools
+import glob
 import inspect
 import itertools
 import json
@@ -217,7 +218,8 @@ def rows_of_file(path: str | Path) -> Dataset:
         if not Path(path).stat().st_size:
             raise ValueError("it is empty")
         as_written = dict(keep_default_na=False, na_values=[""]) if kind == "csv" else {}  # "None" may be an answer
-        dataset = load_dataset(kind, data_files=str(path), split="train", **as_written)
+        literal = glob.escape(str(path))  # `data_files` are patterns
+        dataset = load_dataset(kind, data_files=literal, split="train", **as_written)
         if kind == "csv" and "__index_level_0__" in dataset.column_names:  # pandas would shift every column
             raise ValueError("its rows have more fields than its first line has names: quote text with commas")
         return _with_dates_as_text(dataset, Path(path)) if kind == "json" else dataset

@@ -97,7 +97,6 @@ from .checks.model import (
     check_trainable,
     check_vision,
     require_equal_weights,
-    rotary_limit,
     rows_of_text,
     warn_of_half_precision,
     warn_of_merging,
@@ -139,6 +138,7 @@ from .model.reference import (
     tokenizer_digest,
 )
 from .model.replicated import ReplicatedModules
+from .model.rotary import rotary_limit
 from .model.scoring import score
 from .model.value_head import Offset, ValueHead
 from .printing import printable

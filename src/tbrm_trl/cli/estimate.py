@@ -22,6 +22,7 @@ from trl import ModelConfig, get_peft_config  # noqa: E402
 from trl.cli.accelerate_config import resolve_accelerate_config_argument  # noqa: E402
 
 from ..config import TBRMConfig  # noqa: E402
+from ..files import first_line  # noqa: E402
 from ..memory.estimate import MemoryEstimate, estimate_memory  # noqa: E402
 from .parsing import Parser, Refused, leave, sorted_words  # noqa: E402
 from .train import DataArguments, launcher_options, with_adapter_settled  # noqa: E402
@@ -120,9 +121,13 @@ def with_launcher(machine: Machine, words: Sequence[str]) -> Machine:
         raise ValueError(f"accelerate cannot read {' '.join(words)}: {error}") from error
     stage, offloads = 0, str(options.fsdp_offload_params).lower() == "true" and options.use_fsdp
     if options.use_deepspeed and options.deepspeed_config_file:
-        zero = json.loads(Path(options.deepspeed_config_file).read_text()).get("zero_optimization", {})
+        try:
+            zero = json.loads(Path(options.deepspeed_config_file).read_text()).get("zero_optimization") or {}
+        except (OSError, ValueError) as error:
+            raise ValueError(f"{options.deepspeed_config_file} cannot be read: {first_line(error)}") from error
         stage = zero.get("stage", 0)
-        offloads = any(zero.get(f"offload_{what}", {}).get("device", "none") != "none" for what in _OFFLOADED)
+        devices = [(zero.get(f"offload_{what}") or {}).get("device") for what in _OFFLOADED]
+        offloads = any(device not in (None, "none") for device in devices)
     elif options.use_deepspeed:
         stage = int(_STAGE if options.zero_stage is None else options.zero_stage)
         offloads = any(getattr(options, f"offload_{what}_device") not in (None, "none") for what in _OFFLOADED)

@@ -13,6 +13,7 @@ from datasets import Dataset
 
 from ..files import ROW_FILES, first_line, rows_of_file, rows_of_hub
 from ..rewards import find_column, gym, read_golds, with_arguments
+from ..rewards.reading import content_text
 
 # Columns in which data sets keep the question; the first one present is used.
 PROMPT_COLUMNS = ("prompt", "problem", "question")
@@ -231,7 +232,7 @@ def _unknown(name: str) -> str:
 
 def in_template(template: str, prompt: Any) -> str:
     """The template with a question in place of `{question}`."""
-    text = prompt if isinstance(prompt, str) else "\n".join(message["content"] for message in prompt)
+    text = prompt if isinstance(prompt, str) else "\n".join(content_text(message.get("content")) for message in prompt)
     return template.replace("{question}", text)
 
 

@@ -1,5 +1,6 @@
 """Run the benchmarks of `tbrm eval` at each evaluation of the Trainer."""
 
+import copy
 import os
 from collections.abc import Sequence
 from dataclasses import replace
@@ -67,13 +68,13 @@ class EvaluationCallback(TrainerCallback):
                 "Benchmarks in the course of training need whole weights on each process: ZeRO-3 and FSDP shard them. "
                 "Leave --eval_benchmarks out, and run `tbrm eval` on the checkpoints."
             )
-        policy = ModelPolicy(args.output_dir, kwargs["model"], kwargs["processing_class"], self.batch_size)
+        policy = self._policy(args.output_dir, **kwargs)
         for benchmark in self.benchmarks:
             require_positions(policy, benchmark, self._settings_of(args))
 
     def on_evaluate(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         name = f"{args.output_dir}, step {state.global_step}"
-        policy = ModelPolicy(name, kwargs["model"], kwargs["processing_class"], self.batch_size)
+        policy = self._policy(name, **kwargs)
         folder = Path(args.output_dir) / "evaluations" / f"step-{state.global_step}"
         settings = self._settings_of(args)
         which = (state.global_step, policy.weights())  # computed once, since it reads all weights
@@ -84,6 +85,13 @@ class EvaluationCallback(TrainerCallback):
                 metrics |= {f"eval_{benchmark.name}/{metric}": value for metric, value in values.items()}
             self._found = (which, metrics)
         kwargs["metrics"].update(self._found[1])
+
+    def _policy(self, name: str, model: Any, processing_class: Any, **kwargs: Any) -> ModelPolicy:
+        tokenizer = getattr(processing_class, "tokenizer", processing_class)
+        if tokenizer is not processing_class and not tokenizer.chat_template:  # a processor, which has the template
+            tokenizer = copy.copy(tokenizer)
+            tokenizer.chat_template = processing_class.chat_template
+        return ModelPolicy(name, model, tokenizer, self.batch_size)
 
     def _settings_of(self, args: Any) -> Settings:
         if self.settings.chat_template_kwargs is not None:

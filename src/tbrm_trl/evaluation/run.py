@@ -17,8 +17,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenize
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from ..files import first_line, plain, plain_value, source_of
+from ..model.rotary import rotary_limit
 from ..rewards import NAMES, InWorkers, RewardError, gym, reading, reward_function, with_arguments
-from ..rewards.arguments import check_arguments, check_columns
+from ..rewards.arguments import NOT_GIVEN, check_arguments, check_columns
 from ..rewards.notation import normal, squeezed
 from ..rewards.quantities import number
 from ..rewards.workers import WorkerError
@@ -89,7 +90,11 @@ class ModelPolicy:
         return cls(name, model.eval(), tokenizer, batch_size, revision=options.get("revision"))
 
     def generate(self, requests: Sequence[Request], how: Sampling) -> Iterator[Completion]:
-        return sampling.generate(self.model, self.tokenizer, requests, how, self.batch_size)
+        longest = max((len(one.prompt_ids) for one in requests), default=0) + how.max_new_tokens
+        limit = rotary_limit(self.model)
+        # Beyond the limit one long row would change the rows beside it.
+        rows = self.batch_size if limit is None or longest <= limit else 1
+        return sampling.generate(self.model, self.tokenizer, requests, how, rows)
 
     def weights(self) -> str:
         """A digest of the weights from the sum of each parameter's bits, which needs no copy and has no rounding."""
@@ -235,8 +240,9 @@ class Judge:
         self.benchmark = benchmark
         self.reward = reward_function(benchmark.reward, time_limit=time_limit)
         title = f"the benchmark {benchmark.name}"
-        check_columns(title, benchmark.columns, _GIVEN)
-        check_arguments(self.reward, title, benchmark.columns, _GIVEN)
+        self.columns = {name: of for name, of in benchmark.columns.items() if name not in NOT_GIVEN}
+        check_columns(title, self.columns, _GIVEN)
+        check_arguments(self.reward, title, self.columns, _GIVEN)
         self.identity = _identity(benchmark.reward, self.reward)
 
     def rows(
@@ -290,7 +296,7 @@ class Judge:
                     for prompt, text in zip(prompts, texts, strict=True)
                 ],
                 **({} if ids is None else {"completion_ids": list(ids)}),
-                **{name: [values[p] for p in problems] for name, values in self.benchmark.columns.items()},
+                **{name: [values[p] for p in problems] for name, values in self.columns.items()},
             )
         except WorkerError as error:
             raise RewardError(f"The reward {self.benchmark.reward!r} cannot judge. {error}") from error

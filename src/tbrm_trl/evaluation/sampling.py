@@ -22,6 +22,7 @@ from ..context import in_evaluation, temporarily
 from ..files import first_line
 from ..model.caches import can_select_rows, empty_cache
 from ..model.decoding import Slots
+from ..rewards.reading import content_text
 
 REFILL = 1 / 8  # share of the places that must be free before new prompts are read into them
 
@@ -98,12 +99,18 @@ def rendered(tokenizer: PreTrainedTokenizerBase, prompt: Any, variables: dict[st
     """A prompt as text. The chat template renders messages, with the variables.
 
     Raises:
-        ValueError: in one line, if the template refuses the messages.
+        ValueError: in one line, if the template refuses the messages, or leaves the question out.
     """
     if isinstance(prompt, str):
         return prompt
+    question = content_text(prompt[-1].get("content")).strip()
+    parts = [{**one, "content": [{"type": "text", "text": content_text(one.get("content"))}]} for one in prompt]
     try:
-        return tokenizer.apply_chat_template(prompt, tokenize=False, add_generation_prompt=True, **(variables or {}))
+        for asked in (prompt, parts):  # the templates of some models with images pass over content that is text
+            text = tokenizer.apply_chat_template(asked, tokenize=False, add_generation_prompt=True, **(variables or {}))
+            if question in text:
+                return text
+        raise ValueError(f"The chat template leaves out what is asked: {question!r} is not in {text!r}.")
     except TemplateError as error:
         raise ValueError(
             f"The chat template refuses the prompt ({first_line(error)}). If it takes no system prompt, give "

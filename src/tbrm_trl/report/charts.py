@@ -240,5 +240,8 @@ def log_mean_exp_by(place: np.ndarray, values: np.ndarray, beta: np.ndarray) -> 
 
 
 def plain(values: Any) -> list[float | None]:
-    """Numbers to four significant digits, for JSON. NaN and infinity, which JSON lacks, become None."""
-    return [float(f"{value:.4g}") if math.isfinite(value) else None for value in values]
+    """Numbers for JSON: whole ones as they are, others to four significant digits. NaN and infinity become None."""
+    return [
+        None if not math.isfinite(value) else float(value if float(value).is_integer() else f"{value:.4g}")
+        for value in values
+    ]

@@ -77,7 +77,8 @@ def text_of(value: Any) -> str:
 
 
 def _message(message: dict[str, Any]) -> str:
-    said = [message["content"] if isinstance(message.get("content"), str) else json.dumps(message.get("content"))]
+    content = message.get("content") or ""
+    said = [content if isinstance(content, str) else json.dumps(content, ensure_ascii=False)]
     calls = message.get("tool_calls")
     return f"[{message['role']}] " + "\n".join(said + ([json.dumps(calls, ensure_ascii=False)] if calls else []))
 

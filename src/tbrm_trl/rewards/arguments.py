@@ -6,6 +6,8 @@ from typing import Any
 
 from trl.trainer.utils import get_callable_name
 
+NOT_GIVEN = ("prompt", "completion", "completion_ids")  # columns that no reward function is given
+
 
 def check_columns(title: str, columns: Collection[str], always: Collection[str]) -> None:
     """Refuse columns with the name of an argument that every reward function is given.
@@ -41,7 +43,7 @@ def check_arguments(
         ValueError: for a function that does not take an argument it is given, and one that needs a column that is
             missing.
     """
-    given = [*always, *(name for name in columns if name not in ("prompt", "completion", "completion_ids"))]
+    given = [*always, *(name for name in columns if name not in NOT_GIVEN)]
     try:
         parameters = inspect.signature(function).parameters.values()
     except (TypeError, ValueError):  # built-in: it has none

@@ -104,10 +104,14 @@ def completion_text(completion: Any) -> str:
     """The text of a completion: the string itself, or the policy's last message in a list of messages."""
     if isinstance(completion, str):
         return _SPECIAL.sub("", completion)
-    content = last_message(completion).get("content")
+    return _SPECIAL.sub("", content_text(last_message(completion).get("content")))
+
+
+def content_text(content: Any) -> str:
+    """The text of a message's content, which may be None or have several parts, such as text and images."""
     if isinstance(content, Sequence) and not isinstance(content, str):
         content = "".join(part.get("text") or "" for part in content if isinstance(part, Mapping))
-    return _SPECIAL.sub("", content or "")
+    return content or ""
 
 
 def last_message(completion: Any) -> Mapping[str, Any]:
