@@ -269,7 +269,8 @@ class TBRMOptions(GRPOConfig):
             How to treat prompts to roll out that are longer than `max_prompt_length`, or too long for the model's
             context beside `max_completion_length`. `"refuse"` stops with an error that names the first of them, before
             the model is loaded. `"drop"` leaves their rows out of the data sets, and counts them. `"cut"` keeps the
-            last tokens of each. A logged row is never dropped or cut, and must only fit the context.
+            last tokens of each. A logged row is never dropped or cut, and must only fit the context. Prompts that are
+            only known when they are drawn cannot be dropped; of them only those of streams can be cut.
 
         > Parameters that keep a run alive
 
