@@ -265,7 +265,7 @@ class Comparison:
 
     def area(self, runs: Sequence[Run]) -> float:
         """Accuracy averaged over the rollouts of each run and over runs. Raises KeyError while a run is missing."""
-        return statistics.mean(area(self.curve(run)) for run in runs)
+        return statistics.fmean(area(self.curve(run)) for run in runs)
 
     def candidates(self, method: str, knob: str, rates: Sequence[float]) -> dict[tuple[str, float], list[Run]]:
         return {
