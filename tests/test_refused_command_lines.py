@@ -54,6 +54,7 @@ def test_evaluations(words, problems, capsys):
         ("lr_scheduler_kwargs: [1]", "lr_scheduler_kwargs takes a mapping or str or null, not [1]"),
         ("beta: null", "beta takes float, not None"),
         ("optim: [adamw_torch]", "optim takes"),
+        ("generation_kwargs: '{min_new_tokens: 2}'", "generation_kwargs takes a JSON object, such as"),
         ("soft_value_beta: [1]", "soft_value_beta takes float or null, not [1]"),
         ("num_processes: four", "num_processes takes int, not 'four'"),
         ("num_processes: [2, 3]", "num_processes takes one value, not '2 3'"),

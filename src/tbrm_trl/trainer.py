@@ -1749,14 +1749,14 @@ class TBRMTrainer(ExactResume, GRPOTrainer):
             texts = {name: json.dumps(source, default=str) for name, source in sources.items()}
             return {name: xxhash.xxh3_64_hexdigest(text.encode()) for name, text in texts.items()}
 
-        ends = "end tokens"
+        rollouts, ends = self.rollout_settings, "end tokens"
         rewards = dict(zip(self.reward_func_names, map(source_of, self.reward_funcs), strict=True))
         return {
             "reference key": self._initial_reference_key,
             "precision": self.accelerator.mixed_precision,
             "reward functions": digests(rewards),
-            **digests({name: one for name, one in self.rollout_settings.items() if name not in ("rewards", ends)}),
-            ends: self.rollout_settings[ends],
+            **digests({name: one for name, one in rollouts.items() if name not in ("rewards", ends)}),
+            ends: rollouts[ends],
             **self.args.settings(),
             "versions": {name: version(name) for name in ("tbrm-trl", "trl", "transformers", "accelerate", "torch")},
         }

@@ -172,10 +172,10 @@ def check_best_metric(args: TBRMOptions, eval_dataset: Any, callbacks: Any, colu
     names = [name for callback in callbacks or () for name in getattr(callback, "metric_names", ())]
     meant = [name for name in names if name.startswith(metric.partition("/")[0] + "/")]  # of the same benchmark
     if metric not in names and (meant or (names and eval_dataset is None)):
-        others = "" if eval_dataset is None else " its benchmark has no such metric;"
-        others = others or " without an evaluation set, there are only the metrics of the benchmarks;"
+        only = "without an evaluation set, there are only the metrics of the benchmarks"
+        reason = only if eval_dataset is None else "its benchmark has no such metric"
         raise ValueError(
-            f"`metric_for_best_model={args.metric_for_best_model!r}` is refused:{others} name one of "
+            f"`metric_for_best_model={args.metric_for_best_model!r}` is refused: {reason}; name one of "
             f"{', '.join(meant or names)}."
         )
     columns = [getattr(one, "column_names", None) or () for one in titled_sets(eval_dataset).values()]

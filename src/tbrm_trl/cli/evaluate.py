@@ -42,7 +42,15 @@ from tbrm_trl.evaluation.vllm import VllmPolicy  # noqa: E402
 from tbrm_trl.files import first_line, require_writable  # noqa: E402
 from tbrm_trl.rewards import RewardError  # noqa: E402
 
-from .parsing import Parser, Refused, leave, quantization_of, sorted_words, with_line_breaks  # noqa: E402
+from .parsing import (  # noqa: E402
+    Parser,
+    Refused,
+    leave,
+    quantization_of,
+    sorted_words,
+    unused_beside_template,
+    with_line_breaks,
+)
 
 PROG = "tbrm eval"
 
@@ -101,16 +109,8 @@ class EvaluationArguments:
     use_cpu: bool = field(default=False, metadata={"help": "Generate on the CPU, even if there is a GPU."})
 
     def __post_init__(self) -> None:
-        given = self.chat_template_kwargs  # text on the command line, a mapping in a YAML file
-        try:
-            found = json.loads(given) if isinstance(given, str) else given
-        except ValueError:
-            found = given
-        if not isinstance(found, dict | None):
-            raise ValueError(
-                f"--chat_template_kwargs takes a JSON object, such as '{{\"enable_thinking\": false}}', not {given!r}."
-            )
-        self.chat_template_kwargs = found
+        if isinstance(self.chat_template_kwargs, str):  # the parser has checked it
+            self.chat_template_kwargs = json.loads(self.chat_template_kwargs)
 
 
 def problems_of(arguments: EvaluationArguments, model: ModelConfig, chosen: Collection[str]) -> list[str]:
@@ -146,11 +146,7 @@ def problems_of(arguments: EvaluationArguments, model: ModelConfig, chosen: Coll
         problems += [f"--{line}" for line in str(error).split("\n")]
     if a.prompt_template is not None:
         given = {"system_prompt": a.system_prompt != BOXED, "chat_template_kwargs": bool(a.chat_template_kwargs)}
-        problems += [
-            f"--{name} changes nothing beside --prompt_template, which says all that is asked: leave it out."
-            for name, one in given.items()
-            if one
-        ]
+        problems += unused_beside_template(name for name, one in given.items() if one)
     if a.answer_column is not None and a.reward_funcs not in (None, "math"):
         problems.append("--answer_column is for math, and other rewards are given all columns: leave it out.")
     elif a.answer_column is not None and (a.benchmarks or a.suite) and all(map(_has_answers, a.benchmarks)):

@@ -45,6 +45,14 @@ def with_line_breaks(template: str | None) -> str | None:
     return template if template is None or "\n" in template else template.replace("\\n", "\n")
 
 
+def unused_beside_template(names: Iterable[str]) -> list[str]:
+    """The problems of options that were given beside `--prompt_template`."""
+    return [
+        f"--{name} changes nothing beside --prompt_template, which says all that is asked: leave it out."
+        for name in names
+    ]
+
+
 def quantization_of(model: ModelConfig) -> Any:
     """TRL's quantization configuration.
 
@@ -155,7 +163,7 @@ def sorted_words(
         elif name in parser.options:
             words.own += whole
             words.given.add(parser.options[name].dest)
-            problems += _check_values(name, parser.options[name], values) or _check_json(name, values)
+            problems += _check_values(name, parser.options[name], values)
         elif name in launcher:
             problems += _add_for_launcher(of_line, name, launcher[name], values)
         elif name.startswith("-"):
@@ -271,18 +279,16 @@ def _check_values(name: str, action: argparse.Action, values: Sequence[str], who
         if action.choices is not None and converted not in action.choices:
             choices = [str(one) for one in action.choices]
             problems.append(f"{name} takes {', '.join(choices)}, not {value!r}.{_meant(value, choices)}")
+        elif name.endswith("_kwargs") and not _is_json_object(value):
+            problems.append(f"{name} takes a JSON object, such as '{{\"name\": 1}}', not {value!r}.")
     return problems
 
 
-def _check_json(name: str, values: Sequence[str]) -> list[str]:
-    """The problem of an option that takes keyword arguments, as a JSON object."""
-    for value in values if name.endswith("_kwargs") else ():
-        try:
-            if not isinstance(json.loads(value), dict):
-                raise ValueError
-        except ValueError:
-            return [f"{name} takes a JSON object, such as '{{\"name\": 1}}', not {value!r}."]
-    return []
+def _is_json_object(text: str) -> bool:
+    try:
+        return isinstance(json.loads(text), dict)
+    except ValueError:
+        return False
 
 
 def _meant(name: str, names: Iterable[str]) -> str:

@@ -48,7 +48,16 @@ from tbrm_trl.rewards import NAMES, find_column, read_golds  # noqa: E402
 from tbrm_trl.rewards import load as load_rewards  # noqa: E402
 from tbrm_trl.sources.logged import logged_rows, rewarded_rows  # noqa: E402
 
-from .parsing import Parser, Refused, Words, leave, quantization_of, sorted_words, with_line_breaks  # noqa: E402
+from .parsing import (  # noqa: E402
+    Parser,
+    Refused,
+    Words,
+    leave,
+    quantization_of,
+    sorted_words,
+    unused_beside_template,
+    with_line_breaks,
+)
 
 PROG = "tbrm train"
 ADAPTERS = ("use_rslora", "use_dora")  # options of adapters, besides lora_*
@@ -217,9 +226,7 @@ def problems_of(data: DataArguments, chosen: Collection[str]) -> list[str]:
     if alone and not data.eval_benchmarks:
         problems.append(f"{', '.join(alone)} without --eval_benchmarks changes nothing: name benchmarks, or leave out.")
     if data.prompt_template is not None and data.system_prompt != BOXED:
-        problems.append(
-            "--system_prompt changes nothing beside --prompt_template, which says all that is asked: leave it out."
-        )
+        problems += unused_beside_template(["system_prompt"])
     return problems
 
 

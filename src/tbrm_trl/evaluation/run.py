@@ -17,7 +17,6 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenize
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from ..files import first_line, plain, plain_value, source_of
-from ..model.rotary import rotary_limit
 from ..rewards import NAMES, InWorkers, RewardError, gym, reading, reward_function, with_arguments
 from ..rewards.arguments import NOT_GIVEN, check_arguments, check_columns
 from ..rewards.notation import normal, squeezed
@@ -90,11 +89,7 @@ class ModelPolicy:
         return cls(name, model.eval(), tokenizer, batch_size, revision=options.get("revision"))
 
     def generate(self, requests: Sequence[Request], how: Sampling) -> Iterator[Completion]:
-        longest = max((len(one.prompt_ids) for one in requests), default=0) + how.max_new_tokens
-        limit = rotary_limit(self.model)
-        # Beyond the limit one long row would change the rows beside it.
-        rows = self.batch_size if limit is None or longest <= limit else 1
-        return sampling.generate(self.model, self.tokenizer, requests, how, rows)
+        return sampling.generate(self.model, self.tokenizer, requests, how, self.batch_size)
 
     def weights(self) -> str:
         """A digest of the weights from the sum of each parameter's bits, which needs no copy and has no rounding."""

@@ -22,6 +22,7 @@ from ..context import in_evaluation, temporarily
 from ..files import first_line
 from ..model.caches import can_select_rows, empty_cache
 from ..model.decoding import Slots
+from ..model.rotary import rotary_limit
 from ..rewards.reading import content_text
 
 REFILL = 1 / 8  # share of the places that must be free before new prompts are read into them
@@ -138,6 +139,9 @@ def generate(
     # Longest prompts first, so that the peak of memory shows at once. Equal prompts are neighbours and are read once.
     order = sorted(range(len(requests)), key=lambda i: (-len(requests[i].prompt_ids), requests[i].prompt_ids))
     inside = model.get_base_model() if is_peft_model(model) else model
+    longest = max((len(one.prompt_ids) for one in requests), default=0) + sampling.max_new_tokens
+    if rotary_limit(inside, longest) is not None:
+        batch_size = 1  # one long row would change the rows beside it
     if can_select_rows(empty_cache(inside)):
         waiting = deque(_Row(index, requests[index], sampling) for index in order)
         yield from _in_places(inside, waiting, sampling, batch_size, ends)

@@ -7,12 +7,13 @@ import torch
 from transformers import PreTrainedModel
 
 
-def rotary_limit(model: PreTrainedModel, shortest: int = 8) -> int | None:
+def rotary_limit(model: PreTrainedModel, longest: int | None = None, shortest: int = 8) -> int | None:
     """The longest row for which rotary embeddings do not depend on the batch's length; None if they never depend on it.
 
     Some rotary embeddings (`dynamic`, `longrope`) rescale every position once a batch is longer than the original
     context. A row's log-probabilities then depend on the rows beside it. The rotary modules are run to find this: the
-    embedding of the first positions must be the same for every length.
+    embedding of the first positions must be the same for every length up to `longest`, by default twice the model's
+    number of positions.
     """
     limits = []
     for module in model.modules():
@@ -30,14 +31,14 @@ def rotary_limit(model: PreTrainedModel, shortest: int = 8) -> int | None:
             parts = [part[..., :shortest, :] for kind in kinds for part in rotary(states, positions, *kind)]
             return torch.cat(parts, dim=-1)
 
-        longest = 2 * int(model.config.get_text_config().max_position_embeddings)
+        most = max(shortest, longest or 2 * int(model.config.get_text_config().max_position_embeddings))
         try:
             expected = first_positions(shortest)
-            if torch.equal(first_positions(longest), expected):
+            if torch.equal(first_positions(most), expected):
                 continue
         except (TypeError, IndexError, KeyError, ValueError):
             continue  # it takes positions of another form, such as those of images
-        low, high = shortest, longest  # the embedding is the usual one at `low`, and another one at `high`
+        low, high = shortest, most  # the embedding is the usual one at `low`, and another one at `high`
         while high - low > 1:
             middle = (low + high) // 2
             low, high = (middle, high) if torch.equal(first_positions(middle), expected) else (low, middle)
