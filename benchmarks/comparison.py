@@ -337,8 +337,7 @@ class Comparison:
                 for run in runs
             ]
         yield [run for method in self.methods for runs in self.of_knob(method).values() for run in runs]
-        for runs in zip(*(self.final(method) for method in self.methods), strict=True):
-            yield list(runs)
+        yield [run for runs in zip(*(self.final(method) for method in self.methods), strict=True) for run in runs]
 
     def wanted(self) -> list[Run]:
         """The missing runs of the first unfinished stage."""

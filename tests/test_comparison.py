@@ -122,9 +122,12 @@ def test_a_task_that_takes_the_search_of_another(tmp_path):
     search = searched(tmp_path, {"GRPO": 1e-5, "TBRM": 4e-5}, "operations")
     setting = SETTINGS["all-operations"]
     wider = Comparison("all-operations", setting, search.runs)
-    first = wider.wanted()
-    assert {(run.task, run.seed) for run in first} == {("all-operations", 0)}
-    assert [run.rate for run in first] == [search.selected(method)[1] for method in setting.methods]
+    finals = wider.wanted()  # of every seed, those of the first one first
+    assert [(run.task, run.seed) for run in finals] == [
+        ("all-operations", seed) for seed in setting.final_seeds for _ in setting.methods
+    ]
+    rates = [search.selected(method)[1] for method in setting.methods]
+    assert [run.rate for run in finals] == rates * len(setting.final_seeds)
     assert "three operations*" in " ".join(comparison.selection(wider).split())
 
 
