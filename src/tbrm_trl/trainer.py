@@ -1131,8 +1131,8 @@ class TBRMTrainer(ExactResume, GRPOTrainer):
         is_model = torch.tensor([isinstance(one, nn.Module) for one in self.reward_funcs], device=weights.device)
         # (N,) A model has no None for what is not its to judge.
         no_number = rewards_per_func[:, is_model & (weights != 0)].isnan().any(dim=1)
-        # An unknown verdict is not a wrong one.
-        rewards_per_func[self._gather(unknown).flatten().bool() | no_number] = torch.nan
+        unknown_anywhere = self._gather(unknown).flatten().bool().to(no_number.device)  # (N,)
+        rewards_per_func[unknown_anywhere | no_number] = torch.nan  # an unknown verdict is not a wrong one
         check_magnitude(rewards_per_func, weights, self.reward_func_names, self.args.beta)
         self._reward_totals = total_reward(rewards_per_func, weights)
         first = self.accelerator.process_index * len(prompts)
