@@ -1,6 +1,7 @@
 """Rewards in worker processes: hangs, crashes and exceptions cost one row, from any thread."""
 
 import math
+import os
 import pickle
 import subprocess
 import sys
@@ -226,21 +227,42 @@ def test_a_worker_ends_by_itself_once_nothing_asks_it():
     assert worker.process.wait(timeout=60) == 0
 
 
-def test_throughput():
-    """Batches of 64 take about as long as in this process."""
-    workers, spent = InWorkers(mathematics.correct), {True: 0.0, False: 0.0}
-    workers(["\\boxed{1}"] * 8, solution=["1"] * 8)
-    for round_ in range(2):
-        letter = "kmn"[round_]  # new expressions, since earlier ones are remembered
-        golds = [f"\\frac{{{row}}}{{{letter}+{row % 7 + 1}}}" for row in range(64)]
-        completions = ["Let us see. " * 100 + f"\\boxed{{{row}/({row % 7 + 1}+{letter})}}" for row in range(64)]
-        for in_workers in (True, False):
-            started = time.perf_counter()
-            rewards = (workers if in_workers else mathematics.correct)(completions, solution=golds)
-            spent[in_workers] += time.perf_counter() - started
-            assert rewards == [1.0] * 64
-    workers.close()
-    assert spent[False] / spent[True] > 0.5, spent  # benchmarks/verdicts.py measures it; here other tests run beside
+def test_a_worker_in_a_long_call_ends_with_its_killed_parent(tmp_path):
+    """As after the kernel killed the run for its memory: nothing can tell the worker, and it may hold gigabytes."""
+    script = tmp_path / "script.py"
+    script.write_text(
+        textwrap.dedent("""
+        import threading, time
+        from helpers.reward_functions import misbehaving
+        from tbrm_trl.rewards import InWorkers
+
+        workers = InWorkers(misbehaving, time_limit=1000, workers=1)
+        workers.start()
+        print(workers._idle[0].process.pid, flush=True)
+        workers(["long call"])
+        """)
+    )
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(Path(__file__).parent), *sys.path[1:]])}
+    with subprocess.Popen([sys.executable, script], stdout=subprocess.PIPE, text=True, env=environment) as parent:
+        worker = Path(f"/proc/{parent.stdout.readline().strip()}")
+        assert worker.exists()
+        before = cpu_ticks(worker)
+        while cpu_ticks(worker) < before + 30:  # it is in the call
+            time.sleep(0.1)
+        parent.kill()
+    for _ in range(600):
+        if not worker.exists() or state(worker) == "Z":
+            return
+        time.sleep(0.1)
+    pytest.fail("The worker goes on.")
+
+
+def cpu_ticks(process: Path) -> int:
+    return int((process / "stat").read_text().rpartition(")")[2].split()[11])
+
+
+def state(process: Path) -> str:
+    return (process / "stat").read_text().rpartition(")")[2].split()[0]
 
 
 def test_by_name():

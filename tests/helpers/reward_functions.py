@@ -12,7 +12,7 @@ def length(completions, **columns):
 
 
 def misbehaving(completions, log_extra=None, log_metric=None, **columns):
-    """Hangs, sleeps, dies, raises, recurses or fills memory if the completion says so; else returns its length."""
+    """Does what the completion says, such as "hang" or "die"; else returns its length."""
     rewards = []
     for one in completions:
         if one == "hang":
@@ -20,6 +20,8 @@ def misbehaving(completions, log_extra=None, log_metric=None, **columns):
                 pass
         if one == "sleep":
             time.sleep(1000)
+        if one == "long call":
+            sum(range(10**13))  # in which no other thread of Python runs
         if one == "die":
             os._exit(3)
         if one == "raise":

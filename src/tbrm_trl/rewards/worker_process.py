@@ -4,15 +4,16 @@ It imports only the modules that the function needs. Importing all of `tbrm_trl`
 """
 
 import contextlib
+import fcntl
 import math
 import mmap
 import os
 import pickle
 import resource
 import runpy
+import select
 import signal
 import sys
-import threading
 import time
 import traceback
 import types
@@ -25,10 +26,10 @@ FAILED, UNKNOWN, LEFT_OUT = math.inf, -math.inf, math.nan
 
 
 def main() -> None:
-    connection, shared = Connection(int(sys.argv[1])), int(sys.argv[2])
+    connection, shared, parent = Connection(int(sys.argv[1])), int(sys.argv[2]), int(sys.argv[3])
     page = memoryview(mmap.mmap(shared, 0)).cast("d")
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent handles it and closes the connection
-    threading.Thread(target=_end_with, args=(os.getppid(),), daemon=True).start()
+    _end_with(parent)
     try:
         job = connection.recv()
         function, stops = _prepare(job), job["raises"]
@@ -107,10 +108,15 @@ def _described(error: BaseException, completion: Any) -> str:
     return f"{type(error).__name__}: {error}{where}. The completion: {str(completion)[:400]!r}"
 
 
-def _end_with(parent: int) -> None:
-    while os.getppid() == parent:
-        time.sleep(1)
-    os._exit(1)
+def _end_with(pipe: int) -> None:
+    """Have the system end this process when the pipe's other end is closed, as it is when the parent ends.
+
+    The signal's default action works also during a long call into C, in which no thread of Python runs.
+    """
+    fcntl.fcntl(pipe, fcntl.F_SETOWN, os.getpid())
+    fcntl.fcntl(pipe, fcntl.F_SETFL, os.O_ASYNC)
+    if select.select([pipe], [], [], 0)[0]:  # it was closed before
+        os._exit(1)
 
 
 if __name__ == "__main__":

@@ -293,17 +293,21 @@ class _Worker:
         self.connection, theirs = Pipe()
         self.rows: list[int] = []  # rows it is scoring
         self.ready = False  # whether it has imported its function
+        read, write = os.pipe()
+        self._life = os.fdopen(write, "wb")  # the worker ends when this end of the pipe is closed
         with tempfile.TemporaryFile() as file:
             file.truncate(8 * (VALUES + ROWS_AT_ONCE))
             self.page = memoryview(mmap.mmap(file.fileno(), 0)).cast("d")
+            given = (theirs.fileno(), file.fileno(), read)
             # Started by path, not forked: this is safe with threads and CUDA.
             self.process = subprocess.Popen(
-                [sys.executable, str(PROGRAM), str(theirs.fileno()), str(file.fileno())],
-                pass_fds=(theirs.fileno(), file.fileno()),
+                [sys.executable, str(PROGRAM), *map(str, given)],
+                pass_fds=given,
                 stdin=subprocess.DEVNULL,
                 env={**os.environ, "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"},
             )
         theirs.close()
+        os.close(read)
         self.page[STARTED] = time.monotonic()
         self.connection.send(job)
 
@@ -348,6 +352,7 @@ class _Worker:
         self.connection.close()
         self.process.kill()
         self.process.wait()
+        self._life.close()
 
     def __del__(self) -> None:
         try:  # noqa: SIM105 - at the interpreter's exit `contextlib` may be gone
