@@ -26,11 +26,14 @@ from peft import LoraConfig, PeftModel
 from transformers import AutoModelForCausalLM, TrainerCallback
 from trl.chat_template_utils import qwen3_chat_template
 
+from tbrm_trl.actor.__main__ import main
+from tbrm_trl.actor.child import ActorProcess
 from tbrm_trl.actor.ledger import Ledger, window_file
 from tbrm_trl.actor.plan import Plan
 from tbrm_trl.actor.server import Server, ServerError
 from tbrm_trl.actor.work import LOG_PROBS, Actor, describe
 from tbrm_trl.model.publisher import Version, read_latest
+from tbrm_trl.resume.checkpoint import mark_complete
 from tbrm_trl.sources.parquet import from_row
 from tbrm_trl.trajectory import End, Trajectory
 
@@ -434,6 +437,52 @@ def test_what_the_actor_said_last_is_in_the_error_of_who_waits_for_it(llama, ser
         run.trainer._followed.take(ROWS)
 
 
+def test_an_actor_that_leaves_early_is_started_again(tmp_path, monkeypatch):
+    """Also if it ends without an error. What it left behind is ended, and the error shows the latest actor's words."""
+    program = tmp_path / "program"
+    program.write_text(f"#!/bin/sh\necho Began.\nsleep 1000 &\necho $! >> {tmp_path}/left\n")
+    program.chmod(0o755)
+    monkeypatch.setattr(sys, "executable", str(program))
+    actor = ActorProcess(tmp_path, tmp_path / "records", lambda updates, made: None, starts=True)
+    actor.log.parent.mkdir()
+    actor.log.write_text("12:00:00 Of last week.\n")
+    actor.start()
+
+    def fails() -> bool:
+        try:
+            actor.check()
+        except RuntimeError as error:
+            raised.append(str(error))
+        return bool(raised)
+
+    raised: list[str] = []
+    until(fails)
+    assert "has ended (exit code 0)" in raised[0] and "\nBegan.\n" in raised[0] and "last week" not in raised[0]
+    left = [Path("/proc") / number for number in (tmp_path / "left").read_text().split()]
+    assert len(left) == 4
+    until(lambda: not any(one.exists() and "Z" not in (one / "stat").read_text().split()[2] for one in left))
+
+
+def leaving(completions, **columns):
+    sys.exit()
+
+
+def test_a_function_that_exits_is_an_error_of_the_actor(llama, server, tmp_path, capsys):
+    run = Run(llama, server, tmp_path, leaving)
+    assert main([str(run.output)]) == 1
+    assert "in leaving" in (said := capsys.readouterr().out) and "The actor stops: SystemExit" in said
+
+
+def test_an_environment_that_brings_the_prompts_has_an_actor(llama, tmp_path):
+    processing_class = tokenizer()
+    processing_class.chat_template = qwen3_chat_template
+    trainer = build(
+        llama, tmp_path, None, rollouts="async", async_server="http://localhost:1", max_steps=2, train_dataset=None,
+        environment_factory=Till, processing_class=processing_class,
+    )  # fmt: skip
+    assert trainer._actor is not None
+
+
 def test_an_error_of_the_users_shows_where_it_is():
     def reset() -> None:
         raise TypeError("unsupported operand")
@@ -505,6 +554,29 @@ def test_what_was_drawn_ahead_under_other_rewards_or_options_is_drawn_again(chan
     assert max(len(one.completion_ids) for one in trained) <= (5 if changed == "max_completion_length" else 6)
     kept = [(records / name).read_bytes() == content for name, content in ahead.items()]
     assert len(kept) >= 3 and set(kept) == {changed == "beta"}
+
+
+@pytest.mark.parametrize(
+    "changed",
+    [{"generation_kwargs": {"logit_bias": {"5": -100}}}, {"max_prompt_length": 4}, {"long_prompts": "drop"}],
+)
+def test_what_was_drawn_ahead_for_other_requests_is_dropped(changed, llama, tmp_path):
+    options: dict[str, Any] = dict(
+        rollouts="async", async_server="http://localhost:1", per_device_train_batch_size=ROWS, peft_config=LORA,
+        max_prompt_length=6, long_prompts="cut", max_steps=2,
+    )  # fmt: skip
+    checkpoint = tmp_path / "checkpoint-1"
+    for given in ({}, changed):
+        trainer = build(llama, tmp_path, **options | given)
+        trainer._described = {"identity": trainer.run_identity(), "settings": trainer.run_settings()}
+        window = Path(trainer.args.output_dir) / "records/window-00000001.parquet"
+        window.parent.mkdir(exist_ok=True)
+        window.touch()
+        if not given:
+            checkpoint.mkdir()
+            mark_complete(checkpoint, trainer._described)
+        trainer._redraw_what_changed(str(checkpoint), trainer._followed)
+        assert window.exists() is not bool(given)
 
 
 @pytest.mark.launch

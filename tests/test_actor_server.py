@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 import pytest
 from common.loopback import Answering, Loopback
@@ -81,17 +82,17 @@ class Handler(Answering):
         self.answer({"data": [{"id": "base"}]}, self.server.models_status, **closes)
 
     def do_POST(self) -> None:
-        status, body = self.server.reply(self.path, self.asked())
+        status, body = self.server.reply(urlsplit(self.path).path, self.asked())  # a proxy gets whole addresses
         self.answer(body, status)
 
 
 class Client:
     """A server's client, in a run that publishes when the test says so."""
 
-    def __init__(self, server: WeightsServer, folder: Path, patience: float = 10.0):
+    def __init__(self, server: WeightsServer, folder: Path, patience: float = 10.0, url: str = ""):
         self.said: list[str] = []
         self.publish(0)
-        self.server = Server(server.url, folder, lambda: self.latest, patience, "base", self.said.append)
+        self.server = Server(url or server.url, folder, lambda: self.latest, patience, "base", self.said.append)
 
     def publish(self, step: int) -> None:
         likeliest = {1: {9: float(-step)}, 2: {9: float(-step)}}
@@ -211,6 +212,18 @@ def test_a_server_that_was_started_again_gets_its_weights_again(looked, served, 
     assert client.draw().ids == [0, 0]
     assert served.loaded == ["step-0", "step-0"]
     assert served.drawn_with == ([0, BASE, 0] if looked else [0, 0])
+
+
+def test_behind_a_proxy_every_request_is_looked_at(served, tmp_path, monkeypatch):
+    """The connection to the proxy stays open when the server behind it is restarted."""
+    for name in ("NO_PROXY", "no_proxy"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("http_proxy", served.url)
+    client = Client(served, tmp_path, url="http://policy.test")
+    assert client.draw().ids == [0, 0]
+    served.weights = BASE
+    assert client.draw().ids == [0, 0]
+    assert served.loaded == ["step-0", "step-0"]
 
 
 def test_weights_are_not_loaded_under_a_request_that_has_yet_to_be_looked_at(served, tmp_path):

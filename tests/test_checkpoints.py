@@ -692,6 +692,16 @@ def test_rollouts_are_few_files_with_the_same_rows(processes, monkeypatch, tmp_p
     assert sorted(merged.iterdir()) == files
 
 
+def test_rollouts_of_a_branch_that_was_left_go_also_if_no_more_are_saved(qwen2, tmp_path):
+    folder = tmp_path / "out"
+    options = dict(save_steps=1, save_total_limit=None)
+    build("fresh", qwen2, folder, max_steps=6, save_rollouts=True, **options).train()
+    before = saved_rollouts.rollout_files(folder / "rollouts")
+    resumed = build("fresh", qwen2, folder, max_steps=6, save_rollouts=False, **options)
+    resumed.train(resume_from_checkpoint=str(folder / "checkpoint-1"))
+    assert saved_rollouts.rollout_files(folder / "rollouts") == before[:1] != before
+
+
 def write_window(folder: Path, step: int, answer: Any) -> None:
     one = Trajectory(
         prompt_ids=torch.tensor([2, step]), completion_ids=torch.tensor([5, 1]), loss_mask=torch.tensor([True, True]),

@@ -362,6 +362,9 @@ def test_a_replay_buffer_asks_for_ages(tmp_path):
         folder(tmp_path, needs_steps=True).take(4)
 
 
+ACTOR = dict(rollouts="async", async_server="http://localhost:1")
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
@@ -377,13 +380,10 @@ def test_a_replay_buffer_asks_for_ages(tmp_path):
         (dict(follow_rollouts=None, max_staleness=2), "`max_staleness=2` has no effect"),
         (dict(rollout_func=lambda prompts, trainer: {}), "`follow_rollouts` with a `rollout_func` is refused"),
         (dict(train_dataset=LOGGED), "every row of the training set is logged"),
+        (dict(ACTOR), "the run's actor writes to a folder of its own"),
+        (dict(ACTOR, follow_rollouts=None, publish_policy=False), "draws from the policy's published versions"),
         (
-            dict(
-                follow_rollouts=None,
-                rollouts="async",
-                async_server="http://localhost:1",
-                train_dataset=DATA.to_iterable_dataset(),
-            ),
+            dict(ACTOR, follow_rollouts=None, train_dataset=DATA.to_iterable_dataset()),
             "without streaming",
         ),
     ],

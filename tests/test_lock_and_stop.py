@@ -118,6 +118,20 @@ def test_a_file_system_without_locks(tmp_path, monkeypatch):
     assert (tmp_path / NAME).exists() and len(os.listdir("/proc/self/fd")) == open_files
 
 
+def test_a_folder_that_has_become_read_only_is_released(tmp_path, monkeypatch):
+    """The error of the write that failed there is the one to see, not one of the lock."""
+    lock = FolderLock(tmp_path)
+    lock.acquire()
+
+    def refused(path) -> None:
+        raise OSError(errno.EROFS, "Read-only file system")
+
+    with monkeypatch.context() as patched:
+        patched.setattr("pathlib.Path.unlink", refused)
+        lock.release()
+    FolderLock(tmp_path).acquire()
+
+
 def test_refusals_and_releases_leave_no_file_open(tmp_path):
     lock = FolderLock(tmp_path)
     open_files = len(os.listdir("/proc/self/fd"))

@@ -416,7 +416,7 @@ class TBRMOptions(GRPOConfig):
     @property
     def draws_prompts(self) -> bool:
         """Whether this run or its actor draws rollouts of the training set's prompts."""
-        return self.follow_rollouts is None or self.rollouts == "async"
+        return self.follow_rollouts is None
 
     @property
     def publishes_policy(self) -> bool:

@@ -302,14 +302,14 @@ class TBRMTrainer(ExactResume, GRPOTrainer):
             args = TBRMConfig(f"{name.split('/')[-1]}-TBRM")
         if not isinstance(args, TBRMConfig):
             raise TypeError(f"`args` must be a TBRMConfig, got {type(args).__name__}.")
+        if train_dataset is None and args.draws_prompts and callable(environment_factory) and args.max_steps > 0:
+            # The environment gives the prompts, as with TRL's placeholder.
+            empty = [{"role": "user", "content": ""}]
+            train_dataset = Dataset.from_dict({"prompt": [empty] * args.generation_batch_size})
         self._has_prompts = isinstance(train_dataset, Dataset)
         if train_dataset is None and not args.draws_prompts:
             # TRL's loader counts windows by this data set. Its rows are not used.
             train_dataset = Dataset.from_dict({"prompt": ["followed"] * args.generation_batch_size})
-        elif train_dataset is None and callable(environment_factory) and args.max_steps > 0:
-            # The environment gives the prompts, as with TRL's placeholder.
-            empty = [{"role": "user", "content": ""}]
-            train_dataset = Dataset.from_dict({"prompt": [empty] * args.generation_batch_size})
 
         # Check the arguments before anything is loaded.
         planned = partial(
@@ -471,7 +471,8 @@ class TBRMTrainer(ExactResume, GRPOTrainer):
         if self._actor is None:
             return
         before, now = read_mark(Path(checkpoint)).get("settings", {}), plain(self._described["settings"])
-        decisive = ("reward functions", *(name for name in self.rollout_settings if name != "rewards"), *OF_A_ROW)
+        rollouts = (name for name in self.rollout_settings if name != "rewards")
+        decisive = ("reward functions", *rollouts, *OF_A_ROW, "generation_kwargs", "max_prompt_length", "long_prompts")
         changed = [name for name in decisive if name in before and name in now and before[name] != now[name]]
         windows, unfinished = folder.untaken(), self._actor.unfinished
         if not changed or not (windows or unfinished):
@@ -1802,7 +1803,8 @@ class TBRMTrainer(ExactResume, GRPOTrainer):
                 # Before the actor starts, which does not draw a window that it sees.
                 self._followed.restore(load_values(process_folder(self._resumed_from, 0))["own"]["followed"])
                 self._redraw_what_changed(self._resumed_from, self._followed)
-            if process == 0 and self.args.save_rollouts:
+            goes_on = self._resumed_from and Path(self._resumed_from).resolve().parent == output_dir.resolve()
+            if process == 0 and (goes_on or self.args.save_rollouts):
                 rewind_rollouts(output_dir / "rollouts", step)
         self._soft_value.prepare(self)
         self._stopwatch.taken()

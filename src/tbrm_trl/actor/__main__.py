@@ -39,7 +39,7 @@ def main(arguments: list[str] | None = None) -> int:
         lock.acquire()
         actor = Actor(given.output_dir, given.server, given.concurrency, say)
         actor.run()
-    except Exception as error:
+    except (Exception, SystemExit) as error:  # a function of the user's may have called sys.exit
         say(describe(error, draws=actor is not None))
         return 1
     finally:

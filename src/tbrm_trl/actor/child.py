@@ -47,6 +47,8 @@ class ActorProcess(TrainerCallback):
         self.log = output_dir / FOLDER / LOG
         self.unfinished_folder = output_dir / FOLDER / UNFINISHED
         self.restarts = 0
+        self._left = False  # whether it was seen to have ended without an error
+        self._said_before = 0  # bytes of the log that are of earlier actors
         self._waited = 0.0
         self._process: subprocess.Popen[bytes] | None = None
 
@@ -57,6 +59,8 @@ class ActorProcess(TrainerCallback):
                 if self.starts:
                     (self.log.parent / STATUS).unlink(missing_ok=True)  # of an earlier actor
                     self.start()
+                else:
+                    self.waited()  # an actor started by hand may have waited before this run went on
 
     def _write_plan(self, state: TrainerState) -> None:
         try:
@@ -97,7 +101,9 @@ class ActorProcess(TrainerCallback):
         taken = {name: value for name, value in os.environ.items() if not _is_of_the_launch(name)}
         source = str(Path(__file__).parents[2])
         path = os.pathsep.join([source, *filter(None, [os.environ.get("PYTHONPATH")])])
+        self._left = False
         with self.log.open("ab") as log:
+            self._said_before = log.tell()
             self._process = subprocess.Popen(
                 [sys.executable, "-m", "tbrm_trl.actor", str(self.output_dir)],
                 env={**taken, "CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": path, PARENT: str(os.getpid())},
@@ -111,16 +117,19 @@ class ActorProcess(TrainerCallback):
             )
 
     def check(self) -> None:
-        """Start the actor again if it has died.
+        """Start the actor again if it has ended while rollouts are missing.
 
         Raises:
             RuntimeError: if it has already been started again `RESTARTS` times. The error shows its last lines.
         """
-        if self._process is None or not self._process.poll():
+        if self._process is None or not self._has_ended():
             return
-        self._end_group()
+        if not self._process.returncode and not self._left:
+            self._left = True  # the missing rollouts may be there by the next look
+            return
         died = (
-            f"The actor has died (exit code {self._process.returncode}). Its last lines, of {self.log}:\n{self.tail()}"
+            f"The actor has ended (exit code {self._process.returncode}). Its last lines, of {self.log}:\n"
+            f"{self.tail() or 'none'}"
         )
         if self.restarts == RESTARTS:
             raise RuntimeError(f"{died}\nIt was started again {RESTARTS} times before.")
@@ -139,10 +148,17 @@ class ActorProcess(TrainerCallback):
 
     def end(self) -> None:
         if self._process is not None:
-            if self._process.poll() is None:
+            if not self._has_ended():
                 self._end_group()  # nothing is lost: the rows it has drawn are on disk
             self._process.wait()
             self._process = None
+
+    def _has_ended(self) -> bool:
+        """Whether the actor has ended. The processes that it has left behind are ended when this is first seen."""
+        assert self._process is not None
+        if self._process.returncode is None and self._process.poll() is not None:
+            self._end_group()  # at once: later, its number may be another process's
+        return self._process.returncode is not None
 
     def _end_group(self) -> None:
         assert self._process is not None
@@ -155,7 +171,9 @@ class ActorProcess(TrainerCallback):
         return f" The actor said last, in {self.log}: {said[-1]}" if said else ""
 
     def tail(self) -> str:
-        return "\n".join(self.log.read_text(errors="replace").splitlines()[-SHOWN:])
+        """The last lines that the latest actor has written to its log."""
+        said = self.log.read_bytes()[self._said_before :].decode(errors="replace")
+        return "\n".join(said.splitlines()[-SHOWN:])
 
 
 def _is_of_the_launch(name: str) -> bool:

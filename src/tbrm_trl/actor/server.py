@@ -12,6 +12,7 @@ from typing import Any
 
 import requests
 from requests.adapters import HTTPAdapter
+from requests.utils import select_proxy
 
 from ..model.publisher import Version
 
@@ -372,6 +373,11 @@ class _Connections(HTTPAdapter):
     """Counts the connections it makes, reconnections of a closed one included, which urllib3 does not count."""
 
     made = 0
+
+    def send(self, request: Any, *args: Any, **options: Any) -> Any:
+        if select_proxy(request.url, options.get("proxies")):
+            self.made += 1  # a connection to a proxy outlives the server's restart
+        return super().send(request, *args, **options)
 
     def init_poolmanager(self, *args: Any, **kwargs: Any) -> None:
         super().init_poolmanager(*args, **kwargs)

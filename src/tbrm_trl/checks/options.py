@@ -496,6 +496,16 @@ def check_following(args: TBRMOptions) -> Iterator[str]:
             f"`{given}` needs `max_steps`: rollouts come as long as others draw them, so that an epoch has no "
             "end. Set max_steps to the number of updates; the schedule of the learning rate runs over them."
         )
+    if args.rollouts == "async" and args.follow_rollouts is not None:
+        yield (
+            f"`rollouts='async'` with `{given}` is refused: the run's actor writes to a folder of its own, "
+            "OUTPUT_DIR/records. Leave out follow_rollouts, or set rollouts='sync' to take the rollouts of that folder."
+        )
+    if args.rollouts == "async" and args.publish_policy is False:
+        yield (
+            "`rollouts='async'` with `publish_policy=False` is refused: the actor draws from the policy's published "
+            "versions. Leave publish_policy at its default."
+        )
     if args.rollouts == "async" and args.async_server is None:
         yield (
             "`rollouts='async'` needs `async_server`, the address of the server that rollouts are drawn from, such as "

@@ -5,6 +5,7 @@ import json
 import os
 import socket
 import warnings
+from contextlib import suppress
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -62,8 +63,9 @@ class FolderLock:
     def release(self) -> None:
         """Release the lock if it is held."""
         if self._descriptor is not None:
-            if self._is_current(self._descriptor):
-                self.file.unlink()
+            with suppress(OSError):  # a file left behind does no harm, and an error would hide the one that led here
+                if self._is_current(self._descriptor):
+                    self.file.unlink()
             os.close(self._descriptor)
             self._descriptor = None
 
