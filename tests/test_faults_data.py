@@ -16,9 +16,10 @@ from datasets import Dataset, DatasetDict, Features, IterableDataset, Json, load
 from tbrm_trl import TBRMConfig, TBRMTrainer, load_rollouts
 from tbrm_trl.checks.advice import warn_of_double_bos
 from tbrm_trl.files import source_of
+from tbrm_trl.rewards.returned import rewards_of
 from tbrm_trl.sources.parquet import to_row
 from tbrm_trl.sources.readers import read_verifiers_traces, read_verl_dump
-from tbrm_trl.sources.returns import rewards_of, unique_names
+from tbrm_trl.sources.returns import unique_names
 from tbrm_trl.sources.saved_rollouts import ROLLOUTS_VERSION
 from tbrm_trl.trajectory import End
 

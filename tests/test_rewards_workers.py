@@ -10,12 +10,14 @@ import threading
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 from helpers import reward_functions
 from helpers.runs import build
 
 from tbrm_trl.checks.rewards import check_reward_arguments
 from tbrm_trl.rewards import InWorkers, RewardError, load, mathematics
+from tbrm_trl.rewards.returned import NotRewardsError
 from tbrm_trl.rewards.workers import WorkerError
 
 NAN = math.nan
@@ -116,6 +118,26 @@ def test_a_row_that_raises_ends_the_call_where_that_is_asked():
     with pytest.raises(RewardError, match="the reward is inf, not a finite number"):
         infinite(["a"], weight=["inf"])
     infinite.close()
+
+
+@pytest.mark.parametrize(
+    ("returned", "message"),
+    [
+        (1.0, r"'giving' returned 1.0 \(a float\). Return a list of 1 number,"),
+        ({0: 1.0}, r"returned \{0: 1.0\} \(a dict\)"),
+        ([1.0, 2.0], "returned 2 rewards for 1 completions"),
+        (["1"], r"returned '1' \(a str\) for completion 0"),
+        (np.ones((1, 1)), r"returned an array of shape \(1, 1\)"),
+    ],
+)
+@pytest.mark.parametrize("raises", [False, True])
+def test_what_is_no_reward_ends_the_call(returned, message, raises):
+    """It is a mistake in the function, whatever is to happen if it raises."""
+    workers = InWorkers(reward_functions.giving, workers=1, raises=raises)
+    with pytest.raises(NotRewardsError, match=message):
+        workers(["a"], given=[returned])
+    assert workers(["a"], given=[np.ones(1)]) == [1.0] and not workers.counts
+    workers.close()
 
 
 @pytest.mark.parametrize(("option", "value"), [("time_limit", 0), ("time_limit", NAN), ("workers", 0), ("workers", -1)])

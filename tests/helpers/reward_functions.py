@@ -49,6 +49,10 @@ def weighted_column(completions, weight, **columns):
     return [float(one) for one in weight]
 
 
+def giving(completions, given, **columns):
+    return given[0]
+
+
 def of_completions_alone(completions):
     return [1.0] * len(completions)
 

@@ -21,6 +21,7 @@ from ..rewards import NAMES, InWorkers, RewardError, gym, reading, reward_functi
 from ..rewards.arguments import NOT_GIVEN, check_arguments, check_columns
 from ..rewards.notation import normal, squeezed
 from ..rewards.quantities import number
+from ..rewards.returned import rewards_of
 from ..rewards.workers import WorkerError
 from . import sampling
 from .benchmarks import BOXED, Benchmark, in_template, messages, require_question
@@ -282,6 +283,7 @@ class Judge:
 
         Raises:
             RewardError: if the user's own reward raises, or a worker cannot start.
+            NotRewardsError: if it returns something other than rewards.
         """
         try:
             found: Any = self.reward(
@@ -302,15 +304,13 @@ class Judge:
     def _awaited(self, coroutine: Coroutine[Any, Any, Any], completions: int) -> list[float | None]:
         """The rewards of a coroutine function, held to what the workers demand of other functions."""
         try:
-            found = [None if one is None else float(one) for one in asyncio.run(coroutine)]
+            returned = asyncio.run(coroutine)
         except Exception as error:  # a user's own code may raise anything
             described = f"{type(error).__name__}: {first_line(error)}"
             raise RewardError(f"The reward {self.benchmark.reward!r} raised {described}") from error
-        if len(found) != completions or any(one is not None and math.isinf(one) for one in found):
-            raise RewardError(
-                f"The reward {self.benchmark.reward!r} gave {found[:8]} for {completions} completions: it must give a "
-                "finite number, NaN or None for each."
-            )
+        found = rewards_of(returned, completions, self.benchmark.reward)
+        if any(one is not None and math.isinf(one) for one in found):
+            raise RewardError(f"The reward {self.benchmark.reward!r} returned an infinite number: {found[:8]}.")
         return found
 
     def answer(self, text: str, problem: int) -> str | None:

@@ -5,6 +5,7 @@ It imports only the modules that the function needs. Importing all of `tbrm_trl`
 
 import contextlib
 import fcntl
+import functools
 import math
 import mmap
 import os
@@ -23,6 +24,7 @@ from typing import Any
 
 STARTED, DONE, VALUES = 0, 1, 2  # in the shared page of doubles: start time of the row, rows done, one value per row
 FAILED, UNKNOWN, LEFT_OUT = math.inf, -math.inf, math.nan
+RAISED, WRONG = "raised", "wrong"  # what ended a call: an exception, or a return value that is no reward
 
 
 def main() -> None:
@@ -32,7 +34,7 @@ def main() -> None:
     _end_with(parent)
     try:
         job = connection.recv()
-        function, stops = _prepare(job), job["raises"]
+        function, name, stops = _prepare(job), job["name"], job["raises"]
     except BaseException as error:
         connection.send(f"{type(error).__name__}: {error}")
         return
@@ -40,7 +42,7 @@ def main() -> None:
     with contextlib.suppress(EOFError, OSError):
         while True:
             completions, columns = connection.recv()
-            connection.send(_score(function, completions, columns, page, stops))
+            connection.send(_score(function, name, completions, columns, page, stops))
 
 
 def _prepare(job: dict):
@@ -65,15 +67,16 @@ def _prepare(job: dict):
 
 
 def _score(
-    function, completions: list, columns: dict[str, list], page: Any, stops: bool
-) -> tuple[dict, dict, str | None]:
-    """Score rows one at a time; with `stops`, end at the first row that raises.
+    function, name: str, completions: list, columns: dict[str, list], page: Any, stops: bool
+) -> tuple[dict, dict, tuple[str, str] | None]:
+    """Score rows one at a time. End at the first row whose return value is no reward, and with `stops` if one raises.
 
     Returns:
-        The logged columns, with None for rows that logged nothing; the logged metrics; and a description of the error
-        that ended the scoring, else None.
+        The logged columns, with None for rows that logged nothing; the logged metrics; and what ended the scoring
+        (`RAISED` or `WRONG`, with a description), else None.
     """
     page[DONE] = 0
+    rewards_of, not_rewards = _of_returned()
     extra: dict[str, list] = {}
     metrics: dict[str, list] = {}
     for at, completion in enumerate(completions):
@@ -87,18 +90,27 @@ def _score(
 
         row = {name: [values[at]] for name, values in columns.items()}
         try:
-            (value,) = function([completion], **row, log_extra=log_extra, log_metric=log_metric)
-            number = LEFT_OUT if value is None else float(value)
+            given = function([completion], **row, log_extra=log_extra, log_metric=log_metric)
+            (value,) = rewards_of(given, 1, name)
+            number = LEFT_OUT if value is None else value
             if math.isinf(number):
                 raise ValueError(f"the reward is {value}, not a finite number")
             page[VALUES + at] = UNKNOWN if value is not None and math.isnan(number) else number
         except BaseException as error:
             page[VALUES + at] = FAILED
-            if stops:
+            wrong = isinstance(error, not_rewards)
+            if wrong or stops:
                 page[DONE] = at + 1
-                return extra, metrics, _described(error, completion)
+                return extra, metrics, (WRONG, str(error)) if wrong else (RAISED, _described(error, completion))
         page[DONE] = at + 1
     return extra, metrics, None
+
+
+@functools.cache
+def _of_returned() -> tuple[Any, Any]:
+    """`rewards_of` and `NotRewardsError`, without importing the package."""
+    names = runpy.run_path(str(Path(__file__).with_name("returned.py")))
+    return names["rewards_of"], names["NotRewardsError"]
 
 
 def _described(error: BaseException, completion: Any) -> str:

@@ -23,13 +23,14 @@ from typing import Any
 
 import dill
 
-from .worker_process import DONE, FAILED, STARTED, UNKNOWN, VALUES
+from .returned import NotRewardsError
+from .worker_process import DONE, FAILED, STARTED, UNKNOWN, VALUES, WRONG
 
 ROWS_AT_ONCE = 2048  # most rows in one message to a worker
 SMALLEST = 4  # rows; smaller messages cost more time than they save by balancing workers
 STARTUP_LIMIT = 300.0  # seconds for a worker's imports
 PROGRAM = Path(__file__).with_name("worker_process.py")
-_Logged = tuple[dict[str, list], dict[str, list], str | None]  # columns, metrics, and the error if there was one
+_Logged = tuple[dict[str, list], dict[str, list], tuple[str, str] | None]  # columns, metrics, and what ended the call
 
 
 class RewardError(RuntimeError):
@@ -67,6 +68,7 @@ class InWorkers:
         TypeError: if the function is a coroutine function.
         ValueError: if `time_limit` is not positive, or `workers` is less than 1.
         WorkerError: at `start`, or else at the first call, if the function cannot run in a worker.
+        NotRewardsError: at a call, if the function returned something other than a list of one reward.
     """
 
     def __init__(
@@ -189,7 +191,8 @@ class InWorkers:
         """Record the results of a worker that has answered, crashed or is late, and return whether to replace it.
 
         Raises:
-            RewardError: if the function raised and `raises` is set.
+            NotRewardsError: if the function returned something other than a reward.
+            RewardError: if it raised and `raises` is set.
         """
         if not worker.ready:
             worker.start(answered)
@@ -198,8 +201,11 @@ class InWorkers:
             return False
         logged = worker.answer() if answered else None
         if logged is not None and logged[2] is not None:
+            kind, said = logged[2]
+            if kind == WRONG:
+                raise NotRewardsError(said)
             batch.counts["raised"] += 1
-            raise RewardError(f"The reward {self.__name__} raised {logged[2]}")
+            raise RewardError(f"The reward {self.__name__} raised {said}")
         done = int(worker.page[DONE])
         values = list(map(float, worker.page[VALUES : VALUES + done]))
         raised = batch.write(worker.rows[:done], values, self.failed, logged)
@@ -228,6 +234,7 @@ class InWorkers:
         return _Worker(
             dict(
                 function=function,
+                name=self.__name__,
                 main=main,
                 ours=ours,
                 path=sys.path,

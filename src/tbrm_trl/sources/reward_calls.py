@@ -15,8 +15,8 @@ import torch
 from accelerate.logging import get_logger
 from trl.trainer.utils import is_async_callable
 
+from ..rewards.returned import NotRewardsError, rewards_of
 from ..rewards.workers import WorkerError
-from .returns import NotRewardsError, rewards_of
 
 logger = get_logger(__name__)
 
