@@ -203,6 +203,7 @@ def test_a_recipe_that_is_none(content, expected, tmp_path, capsys):
     assert f"--config {recipe} {expected}" in line
 
 
+TINY = ("--model_name_or_path", "TINY", "--max_completion_length", "8")
 ALMOST = ("train", "--model_name_or_path", "m", "--use_cpu", "true", "--bf16", "false", "--dataset_name")
 
 
@@ -215,6 +216,7 @@ ALMOST = ("train", "--model_name_or_path", "m", "--use_cpu", "true", "--bf16", "
         (["--reward_funcs", "math", "format", "--reward_weights", "1"], "--reward_weights has 1 numbers for 2"),
         (["--eval_benchmarks", "math500"], "but eval_strategy is no"),
         (["--eval_benchmarks", "aime24", "--eval_strategy", "steps", "--eval_steps", "1"], "cannot be loaded from the"),
+        ([*TINY, "--attn_implementation", "flash_attention_2"], "FlashAttention2"),
         (["--reward_funcs", "helpers.runs.PROMPTS"], "The reward 'helpers.runs.PROMPTS' is no function, but ["),
         (["--eval_benchmarks", "NOTES.jsonl", "--eval_strategy", "steps", "--eval_steps", "1"], "Call the one of the"),
         (["--answer_column", "absent"], "There is no column 'absent'. Columns: "),
@@ -225,11 +227,12 @@ ALMOST = ("train", "--model_name_or_path", "m", "--use_cpu", "true", "--bf16", "
         (["--dataset_name", "NOTES.jsonl"], "no column holds answers that can be read. Columns: prompt, note."),
         (["--dataset_name", "NOTES.jsonl", "--reward_funcs", "math", "format"], "no column holds answers"),
         (["--dataset_name", "FOLDER"], "No saved rollouts (step-*.parquet) in FOLDER"),
-        ([], "We couldn't connect to"),  # m is no model
+        ([], "The model 'm', no folder here, cannot be loaded: "),
     ],
 )  # fmt: skip
-def test_what_training_cannot_use(options, expected, tmp_path, capsys, monkeypatch):
+def test_what_training_cannot_use(options, expected, llama, tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
+    Path("TINY").symlink_to(llama)
     Path("FOLDER").mkdir()
     for name, text in {"EMPTY": "", "CUT": '{"prompt": "1', "NOTES": '{"prompt": "1+1=", "note": "a sum"}'}.items():
         Path(f"{name}.jsonl").write_text(text)

@@ -13,6 +13,7 @@ from transformers import HfArgumentParser
 from trl import GRPOConfig
 
 from tbrm_trl import TBRMConfig
+from tbrm_trl.checks.options import COUNTS
 from tbrm_trl.checks.trl_options import GIVEN_A_MEANING, KEPT, REFUSED
 
 
@@ -174,10 +175,16 @@ def test_a_top_k_of_none_is_0():
     assert config(top_k=None).sampling_filters() == {}
 
 
+@pytest.mark.parametrize("name", ["max_new_tokens", "max_length", "max_tokens"])
+def test_one_option_says_how_long_completions_are(name):
+    with pytest.raises(ValueError, match=f"`generation_kwargs` with {name} is refused: .* `max_completion_length`"):
+        config(generation_kwargs={name: 5})
+
+
 def test_no_warning_without_filters():
     with warnings.catch_warnings():
         warnings.simplefilter("error", UserWarning)
-        config(generation_kwargs={"top_p": 1.0, "do_sample": True, "max_new_tokens": 5})
+        config(generation_kwargs={"top_p": 1.0, "do_sample": True, "use_cache": True})
 
 
 def test_command_line():
@@ -298,7 +305,6 @@ def test_generation_without_gathering(stage, gather, warned, recwarn):
 BUFFER = dict(replay_buffer_size=8, num_iterations=2)
 
 
-COUNTS = ("num_generations", "num_iterations", "max_completion_length")
 NUMBERS = ("temperature", "top_p", "adam_beta1", "num_train_epochs", "repetition_penalty")
 
 

@@ -418,6 +418,10 @@ def test_results_are_compared_problem_by_problem(tmp_path, judge):
     evaluate(Scripted(["", "", ""]), other, SETTINGS, tmp_path / "other.jsonl", Judge(other))
     with pytest.raises(ValueError, match="differ in their data"):
         compared(tmp_path / "before.jsonl", tmp_path / "other.jsonl")
+    judged = Benchmark("sums", other.prompts, {}, "format")  # its digest differs too, without those answers
+    evaluate(Scripted(["", "", ""]), judged, SETTINGS, tmp_path / "judged.jsonl", Judge(judged))
+    with pytest.raises(ValueError, match="differ in their reward"):
+        compared(tmp_path / "other.jsonl", tmp_path / "judged.jsonl")
 
 
 def result_at(path, benchmark="sums", samples=2, temperature=1.0) -> Result:

@@ -8,6 +8,7 @@ from tbrm_trl.evaluation.sampling import Sampling
 from tbrm_trl.rewards import reward_function
 
 MODEL = ("--model_name_or_path", "m")
+BENCHMARK = ("--eval_benchmarks", "gym:chain_sum(size=4)")
 
 
 @pytest.mark.parametrize(
@@ -209,6 +210,15 @@ def test_ways_to_sample():
             "length needs whole numbers 0 ≤ free < limit, not free=0 and limit='a'",
         ),
         (["--reward_funcs", "helpers.reward_functions.Touchy(x=1)"], "needs other arguments"),
+        (["--eval_strategy", "steps", "--eval_steps", "1"], "nothing to evaluate on: name --eval_benchmarks"),
+        ([*BENCHMARK, "--eval_samples", "2"], "--eval_samples 2 would all be the same: give an --eval_temperature"),
+        ([*BENCHMARK, "--eval_samples", "0"], "--eval_samples 0 must be at least 1"),
+        ([*BENCHMARK, "--eval_max_new_tokens", "0"], "--eval_max_new_tokens 0 must be at least 1"),
+        (["--report_to", "clearml"], "`report_to` names clearml, which is not installed"),
+        (["--gradient_accumulation_steps", "0"], "`gradient_accumulation_steps=0` is refused: it must be at least 1"),
+        (["--model", "m"], "there is no option --model. Did you mean --model_name_or_path?"),
+        (["--torch_dtype", "bfloat16"], "there is no option --torch_dtype. Did you mean --dtype?"),
+        (["--eval_dataset", "d"], "there is no option --eval_dataset. Did you mean --eval_benchmarks?"),
     ],
 )
 def test_options_without_effect_or_meaning(words, problem, capsys):
@@ -225,11 +235,22 @@ def test_a_reward_that_raises_when_it_is_made():
         reward_function("helpers.reward_functions.Touchy(limit=0)")
 
 
-def test_a_length_of_0_is_refused(capsys):
-    with pytest.raises(ValueError, match="max_new_tokens=0 must be at least 1"):
-        evaluations = ["--eval_benchmarks", "gym:chain_sum", "--eval_max_new_tokens", "0", "--eval_strategy", "steps"]
-        data, config, _ = train.parse(["--dataset_name", "d", "--output_dir", "o", "--use_cpu", "true", *evaluations])
-        train.evaluations(data, config)
+def test_a_reward_that_judges_benchmarks_alone():
+    words = [*BENCHMARK, "--eval_reward", "format", "--eval_strategy", "steps", "--eval_steps", "1"]
+    data, config, _ = train.parse(["--dataset_name", "d", "--output_dir", "o", "--use_cpu", "true", *words])
+    (callback,) = train.evaluations(data, config)
+    assert [judge.benchmark.reward for judge in callback.judges.values()] == ["format"]
+
+
+def test_data_without_a_column_of_prompts(tmp_path):
+    path = tmp_path / "rows.jsonl"
+    path.write_text('{"promt": "1+1", "answer": "2"}\n')
+    data, _, _ = train.parse(["--dataset_name", str(path), "--output_dir", "o", "--use_cpu", "true"])
+    with pytest.raises(ValueError, match=r"columns, promt, answer.* is called prompt, problem or question\. Rename"):
+        train.load(data)
+    path.write_text('{"prompt": "1+1", "response": "2", "reward": 1.0}\n')
+    with pytest.raises(ValueError, match=r"In a log, completions stand in the column `completion`"):
+        train.load(data)
 
 
 def test_options_of_the_hub_beside_a_file(tmp_path, capsys):

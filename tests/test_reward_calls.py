@@ -164,10 +164,13 @@ def test_a_call_that_is_cancelled_from_outside_ends():
         asyncio.run(cancelled())
 
 
-def test_nonsense_ends_the_run_whatever_the_policy(tmp_path):
+def test_nonsense_ends_the_run_whatever_the_policy(tmp_path, caplog):
+    """It is said once, and not that the function returned None."""
     trainer = build(save(tmp_path / "model"), tmp_path, lambda completions, **kwargs: 1.0, reward_on_error="skip")
     with pytest.raises(ValueError, match=r"Reward function '<lambda>' returned 1.0 \(a float\)"):
         trainer.train()
+    (said,) = [one for one in caplog.messages if "eward function" in one]
+    assert said.endswith("where its verdict is unknown).") and "first of them" not in said
 
 
 def test_the_first_failures_are_logged_with_a_completion(caplog):

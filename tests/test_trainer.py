@@ -339,14 +339,12 @@ def test_chat_template_kwargs(llama, tmp_path):
     assert {prompt(t) for t in trajectories(trainer)} <= {f"brief:{p}" for p in PROMPTS}
 
 
-@pytest.mark.parametrize("options", [{"top_k": 1}, {"generation_kwargs": {"top_k": 1, "max_new_tokens": 3}}])
+@pytest.mark.parametrize("options", [{"top_k": 1}, {"generation_kwargs": {"top_k": 1}}])
 def test_sampling_options_reach_generation_with_a_warning(options, llama, tmp_path):
     """top_k=1 makes both rollouts of a prompt the same, and is warned of by either route."""
     with pytest.warns(UserWarning, match=r"\{'top_k': 1\} makes the sampler another policy"):
         trainer = train(llama, tmp_path, num_generations=2, **options)
     assert all(completion(first) == completion(second) for first, second in trainer.windows)
-    longest = options.get("generation_kwargs", {}).get("max_new_tokens", 8)
-    assert max(len(t.completion_ids) for t in trajectories(trainer)) == longest
 
 
 def test_continuous_batching(llama, tmp_path):

@@ -30,6 +30,7 @@ class TBRMConfig(TBRMOptions):
         derived = hasattr(self, "deepspeed_plugin") and self.steps_per_generation and self.generation_batch_size
         if derived and self.soft_value in SoftValue.registry:
             problems += [
+                *options.check_report_to(self),
                 *options.check_model_kwargs(self),
                 *options.check_padding(self),
                 *options.check_generation(self),
@@ -55,8 +56,8 @@ class TBRMConfig(TBRMOptions):
 
     def _derive(self) -> Iterator[str]:
         """Let transformers and TRL derive values from the options, and yield the problems they find."""
-        if self.num_generations < 1:
-            return  # already refused, and TRL divides by it
+        if any(count is not None and count < 1 for count in map(self.__dict__.get, options.COUNTS)):
+            return  # already refused, and TRL divides by some of them
         try:
             super().__post_init__()
         except ValueError as error:

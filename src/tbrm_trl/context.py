@@ -1,7 +1,8 @@
-"""Context managers that change settings inside a `with` block and undo the change after it."""
+"""Context managers: settings that hold inside a `with` block, and errors that name what was loaded in it."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 
@@ -30,3 +31,17 @@ def in_evaluation(module: Any) -> Iterator[None]:
         yield
     finally:
         module.train(was_training)
+
+
+@contextmanager
+def loading(what: str, name: str | None) -> Iterator[None]:
+    """Name what could not be loaded inside the block. Errors of the Hub do not always say it.
+
+    Raises:
+        OSError: for any OSError in the block.
+    """
+    try:
+        yield
+    except OSError as error:
+        absent = "" if Path(str(name)).exists() else ", no folder here,"
+        raise OSError(f"{what} {name!r}{absent} cannot be loaded: {error}") from error

@@ -21,8 +21,6 @@ BASELINES = ("none", "group_mean", "batch_mean")  # `reward_baseline` may also b
 _SAMPLING_FILTERS = ("top_p", "top_k", "min_p", "repetition_penalty")
 # Names in `generation_kwargs` that do not change the sampled distribution.
 HARMLESS = (
-    "max_new_tokens",
-    "max_length",
     "cache_implementation",
     "cache_config",
     "use_cache",

@@ -104,7 +104,7 @@ from .checks.model import (
 from .checks.rewards import check_reward_arguments, start_workers
 from .completions_table import CompletionsTable
 from .config import TBRMConfig
-from .context import temporarily
+from .context import loading, temporarily
 from .files import dataset_digest, plain, require_writable, source_of
 from .loss.finite import voided_unless
 from .loss.metrics import (
@@ -666,7 +666,8 @@ class TBRMTrainer(ExactResume, GRPOTrainer):
             if self.accelerator.distributed_type != DistributedType.NO:
                 settings["device_map"] = None  # TRL's default spreads a model over all GPUs
             of_policy = {name: v for name, v in (self.args.model_init_kwargs or {}).items() if name != "revision"}
-            model = create_model_from_path(given, **settings | of_policy)
+            with loading("`reference_model`", given):
+                model = create_model_from_path(given, **settings | of_policy)
         theirs, ours = (one.config.get_text_config().vocab_size for one in (model, self.model))
         if theirs != ours:
             raise ValueError(
@@ -1123,7 +1124,13 @@ class TBRMTrainer(ExactResume, GRPOTrainer):
             return given
         self.model.train(not self.evaluating)  # TRL's continuous batching leaves an evaluated model in training mode
         guarded = list(map(self._reward_calls.guarded, self.reward_funcs, self.reward_func_names))
-        with temporarily(self, reward_funcs=guarded), self._timed("rewards"):
+        # After a failure TRL would say that the functions returned None.
+        silent = [lambda record: not self._reward_calls.failures]
+        with (
+            temporarily(self, reward_funcs=guarded),
+            temporarily(grpo_trainer.logger.logger, filters=silent),
+            self._timed("rewards"),
+        ):
             rewards_per_func = super()._calculate_rewards(inputs, prompts, completions, completion_ids_list)  # (N, F)
         self._agree_on_failures(self._reward_calls.taken(), len(prompts))
         self._fill_extra_logs(len(prompts))

@@ -9,6 +9,8 @@ from threading import TIMEOUT_MAX
 from typing import Any
 
 from transformers import GenerationConfig
+from transformers.integrations import get_available_reporting_integrations
+from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
 
 from ..field_types import fits, in_words
 from ..loss.soft_value import SoftValue
@@ -30,7 +32,12 @@ CHOICES = {
     "truncation": ("terminal", "mask", "bootstrap"),
 }
 
-_COUNTS = ("num_generations", "num_iterations", "steps_per_generation", "max_completion_length")
+COUNTS = (
+    "num_generations", "num_generations_eval", "num_iterations", "steps_per_generation", "max_completion_length",
+    "generation_batch_size", "gradient_accumulation_steps", "per_device_train_batch_size",
+    "per_device_eval_batch_size",
+)  # fmt: skip
+_LENGTHS = ("max_new_tokens", "max_length", "max_tokens", "max_completion_tokens", "max_time")
 
 # Generation options that both transformers and vLLM's server know.
 _OF_BOTH = frozenset(("length_penalty", "min_p", "repetition_penalty", "temperature", "top_k", "top_p"))
@@ -84,6 +91,14 @@ def check_meaning(args: TBRMOptions) -> Iterator[str]:
         )
 
 
+def check_report_to(args: TBRMOptions) -> Iterator[str]:
+    named = [args.report_to] if isinstance(args.report_to, str) else args.report_to or []
+    absent = [name for name in named if name in INTEGRATION_TO_CALLBACK and name != "flyte"]
+    absent = [name for name in absent if name not in get_available_reporting_integrations()]
+    if absent:
+        yield f"`report_to` names {', '.join(absent)}, which is not installed. Install it, or leave it out."
+
+
 def check_model_kwargs(args: TBRMOptions) -> Iterator[str]:
     """Refuse a spelling that TRL ignores, since it adds a `dtype` of its own."""
     if isinstance(args.model_init_kwargs, dict) and "torch_dtype" in args.model_init_kwargs:
@@ -109,7 +124,7 @@ def check_residual_options(args: TBRMOptions) -> Iterator[str]:
             f"`reward_baseline={args.reward_baseline!r}` is unknown. Choose one of {', '.join(BASELINES)}, or a finite "
             "number."
         )
-    for name in _COUNTS:
+    for name in COUNTS:
         if (count := getattr(args, name)) is not None and count < 1:
             yield f"`{name}={count}` is refused: it must be at least 1."
 
@@ -125,6 +140,11 @@ def check_generation(args: TBRMOptions) -> Iterator[str]:
             f"`generation_kwargs` with {', '.join(ends)} is refused: completions would end where trajectories, "
             "truncation and logs do not know of an end. Set the end tokens in the model's `generation_config` "
             "(model.generation_config.eos_token_id, or the file beside the weights)."
+        )
+    if lengths := [name for name in given if name in _LENGTHS]:
+        yield (
+            f"`generation_kwargs` with {', '.join(lengths)} is refused: where completions end, and the room that they "
+            "leave for prompts, follow from `max_completion_length`. Set that one."
         )
     if returned := [n for n in given if n.startswith(("return_", "output_")) or n in ("num_return_sequences", "n")]:
         yield (

@@ -5,7 +5,9 @@ from collections.abc import Collection
 from typing import Any
 
 from torch import nn
+from transformers import AutoConfig
 
+from ..context import loading
 from ..rewards.arguments import check_arguments, check_columns
 from ..rewards.workers import InWorkers, WorkerError
 
@@ -26,12 +28,16 @@ def check_reward_arguments(
         environments: whether the functions are given the environments.
 
     Raises:
+        OSError: for a reward model that cannot be loaded.
         ValueError: for a column with the name of an argument that TRL gives, an entry that is not a function, a
             function that does not take an argument it is given, and one that needs a column that is missing.
     """
     check_columns(title, columns, _ALWAYS)
     always = [*_ALWAYS, "environments"] if environments else _ALWAYS
     for function in _listed(reward_funcs):
+        if isinstance(function, str):
+            with loading("The reward model", function):
+                AutoConfig.from_pretrained(function)
         if isinstance(function, (nn.Module, str)):
             continue
         if inspect.isclass(function) or not callable(function):

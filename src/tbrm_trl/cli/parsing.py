@@ -21,6 +21,15 @@ from ..field_types import fits, in_words
 _EXPONENT = re.compile(r"[-+]?\d+[eE][-+]?\d+")
 
 
+# Names that other commands and other versions of TRL have for an option, and its name here.
+_ELSEWHERE = {
+    "model": "model_name_or_path",
+    "model_name_or_path": "model",
+    "torch_dtype": "dtype",
+    "eval_dataset": "eval_benchmarks",
+}
+
+
 class Refused(Exception):
     """The problems of a command, one line each."""
 
@@ -292,7 +301,9 @@ def _is_json_object(text: str) -> bool:
 
 
 def _meant(name: str, names: Iterable[str]) -> str:
-    close = difflib.get_close_matches(name, list(names), 1)
+    known = {one.lstrip("-"): one for one in names}
+    here = known.get(_ELSEWHERE.get(name.lstrip("-"), ""))
+    close = [here] if here else difflib.get_close_matches(name, list(known.values()), 1)
     return f" Did you mean {close[0]}?" if close else ""
 
 

@@ -70,7 +70,8 @@ class DataArguments:
 
     dataset_name: str = field(
         metadata={
-            "help": "Hub id, a .json, .jsonl, .parquet or .csv file, or the output folder of a run that saved rollouts."
+            "help": "Hub id, a .json, .jsonl, .parquet or .csv file, or the output folder of a run that saved "
+            "rollouts. Prompts stand in the column `prompt`, `problem` or `question`."
         }
     )
     dataset_config: str | None = field(default=None, metadata={"help": "Configuration of a data set of the Hub."})
@@ -116,6 +117,13 @@ class DataArguments:
         default_factory=list,
         metadata={"help": "Benchmarks to evaluate on at each evaluation (eval_strategy), as `tbrm eval` takes them."},
     )
+    eval_reward: str | None = field(
+        default=None,
+        metadata={
+            "help": "Reward that judges there, by name or dotted path. By default each benchmark's own; of "
+            "a file, `math`."
+        },
+    )
     eval_samples: int = field(
         default=1,
         metadata={
@@ -126,7 +134,13 @@ class DataArguments:
     eval_max_new_tokens: int | None = field(
         default=None, metadata={"help": "Length limit there. By default that of training, max_completion_length."}
     )
-    dry_run: bool = field(default=False, metadata={"help": "Check everything up to the first rollout, and stop."})
+    dry_run: bool = field(
+        default=False,
+        metadata={
+            "help": "Check everything up to the first rollout, and stop. If all rows are logged, the reference scores "
+            "them before, and the scores are kept for the run."
+        },
+    )
 
     wider_types = MappingProxyType({"reward_funcs": list[str] | dict[str, float]})  # in a recipe, with their weights
 
@@ -154,9 +168,14 @@ def load(arguments: DataArguments) -> Dataset:
         raise ValueError(
             f"{arguments.dataset_name}: no column holds answers that can be read. Columns: "
             f"{', '.join(dataset.column_names)}. Name one by --answer_column, or give rewards of your own by "
-            "--reward_funcs."
+            "--reward_funcs. (In a log, completions stand in the column `completion` and rewards in `reward`.)"
         )
     prompt, logged = next((name for name in PROMPT_COLUMNS if name in dataset.column_names), None), logged_rows(dataset)
+    if prompt is None and not logged.all():
+        raise ValueError(
+            f"{arguments.dataset_name}: none of its columns, {', '.join(dataset.column_names)}, is called "
+            f"{', '.join(PROMPT_COLUMNS[:-1])} or {PROMPT_COLUMNS[-1]}. Rename the one that holds the prompts."
+        )
     template = with_line_breaks(arguments.prompt_template)
     require_question(template)
     if prompt is not None and not logged.any():
@@ -225,6 +244,14 @@ def problems_of(data: DataArguments, chosen: Collection[str]) -> list[str]:
     alone = [f"--{name}" for name in sorted(chosen) if name.startswith("eval_") and hasattr(data, name)]
     if alone and not data.eval_benchmarks:
         problems.append(f"{', '.join(alone)} without --eval_benchmarks changes nothing: name benchmarks, or leave out.")
+    if data.eval_samples < 1:
+        problems.append(f"--eval_samples {data.eval_samples} must be at least 1.")
+    if data.eval_samples > 1 and data.eval_temperature == 0:
+        problems.append(
+            f"--eval_samples {data.eval_samples} would all be the same: give an --eval_temperature above 0."
+        )
+    if data.eval_max_new_tokens is not None and data.eval_max_new_tokens < 1:
+        problems.append(f"--eval_max_new_tokens {data.eval_max_new_tokens} must be at least 1.")
     if data.prompt_template is not None and data.system_prompt != BOXED:
         problems += unused_beside_template(["system_prompt"])
     return problems
@@ -273,7 +300,8 @@ def run(data: DataArguments, config: TBRMConfig, model: ModelConfig) -> None:
             quantization_config=quantization_of(model),
             peft_config=get_peft_config(model),
         )
-    except (ValueError, OSError) as error:  # OSError: the model or the rollouts are missing
+    # OSError: the model or the rollouts are missing; ImportError: a package is
+    except (ValueError, OSError, ImportError) as error:
         raise Refused([str(error)]) from error
     try:
         trainer.train()
@@ -295,6 +323,11 @@ def run(data: DataArguments, config: TBRMConfig, model: ModelConfig) -> None:
 
 def evaluations(data: DataArguments, config: TBRMConfig) -> list[Any]:
     """The callback that evaluates on benchmarks, if any are named."""
+    if not data.eval_benchmarks and config.eval_strategy != "no":
+        raise ValueError(
+            f"eval_strategy is {config.eval_strategy}, but there is nothing to evaluate on: name --eval_benchmarks, or "
+            "leave --eval_strategy out."
+        )
     if not data.eval_benchmarks:
         return []
     if config.eval_strategy == "no":
@@ -305,7 +338,7 @@ def evaluations(data: DataArguments, config: TBRMConfig) -> list[Any]:
     sampling = Sampling(temperature=data.eval_temperature, max_new_tokens=length)
     template = with_line_breaks(data.prompt_template)
     settings = Settings(data.eval_samples, sampling, config.seed, data.system_prompt, template)
-    benchmarks = [load_benchmark(name) for name in data.eval_benchmarks]
+    benchmarks = [load_benchmark(name, reward=data.eval_reward) for name in data.eval_benchmarks]
     return [EvaluationCallback(benchmarks, settings, time_limit=data.reward_time_limit)]
 
 

@@ -256,7 +256,7 @@ def paired_results(first: str | Path, second: str | Path) -> dict[str, tuple[Res
             f"{', '.join(after)} here. Two files of one benchmark are compared however they were sampled."
         )
     for name, (one, other) in pairs.items():
-        for what in ("data", "reward", "judge"):
+        for what in ("reward", "judge", "data"):  # the digest of the data covers the reward's columns
             there, here = one.header, other.header
             if what in there and what in here and there[what] != here[what]:  # old results lack `judge`
                 raise ValueError(

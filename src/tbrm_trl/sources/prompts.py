@@ -13,6 +13,7 @@ from transformers import AutoConfig, AutoProcessor, PreTrainedTokenizerBase
 from trl.trainer.utils import get_config_model_id
 
 from ..batch import chunks
+from ..context import loading
 from ..files import column_parts, is_text
 from ..options import TBRMOptions
 from .logged import normal_prompt
@@ -82,12 +83,11 @@ class PromptRenderer:
             "revision": (args.model_init_kwargs or {}).get("revision") if named else None,
             "trust_remote_code": args.trust_remote_code,
         }
-        self.processing_class = processing_class or AutoProcessor.from_pretrained(
-            model if named else get_config_model_id(model.config),
-            truncation_side="left",
-            padding_side="left",
-            **self.settings,
-        )
+        name = model if named else get_config_model_id(model.config)
+        with loading("The model", name):
+            self.processing_class = processing_class or AutoProcessor.from_pretrained(
+                name, truncation_side="left", padding_side="left", **self.settings
+            )
         self.tokenizer = getattr(self.processing_class, "tokenizer", self.processing_class)
         self.is_exact = self.tokenizer is self.processing_class and not other
 
@@ -134,7 +134,8 @@ class PromptRenderer:
         if policy == "drop" and any(isinstance(one, IterableDataset) for one in sets):
             raise ValueError("`long_prompts='drop'` needs data sets, not a stream. Filter the stream, or use 'cut'.")
         named = isinstance(self.model, str)
-        config = AutoConfig.from_pretrained(self.model, **self.settings) if named else self.model.config
+        with loading("The model", str(self.model)):
+            config = AutoConfig.from_pretrained(self.model, **self.settings) if named else self.model.config
         context = getattr(config.get_text_config(), "max_position_embeddings", None)
         longest, completion = args.max_prompt_length, args.max_completion_length
         if generates and context is not None and context <= completion:

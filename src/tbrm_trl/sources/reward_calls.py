@@ -16,7 +16,7 @@ from accelerate.logging import get_logger
 from trl.trainer.utils import is_async_callable
 
 from ..rewards.returned import NotRewardsError, rewards_of
-from ..rewards.workers import WorkerError
+from ..rewards.workers import RewardError, WorkerError
 
 logger = get_logger(__name__)
 
@@ -135,9 +135,11 @@ class RewardCalls:
             self.failures.append(Failure(name, reason, error, len(completions)))
             if self._shown < SHOWN:
                 self._shown += 1
+                shows_it = isinstance(error, RewardError | NotRewardsError)
+                first = "" if shows_it else f" The first of them: {str(completions[0])[:400]!r}"
                 logger.warning(
                     f"Reward function {name!r} failed on {len(completions)} completions with {type(error).__name__}: "
-                    f"{error}. The first of them: {str(completions[0])[:400]!r}",
+                    f"{str(error).rstrip('.')}.{first}",
                     main_process_only=False,
                 )
         self._unknown[name] = [reward is not None and math.isnan(reward) for reward in rewards]

@@ -10,6 +10,7 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer
 from transformers.integrations import deepspeed as hf_deepspeed
 from transformers.integrations import is_deepspeed_zero3_enabled
 
+from ...context import loading
 from ...options import TBRMOptions
 from ...trajectory import Trajectory
 from .base import ConstantValue
@@ -35,13 +36,14 @@ class ModelValue(ConstantValue):
             )
 
     def attach(self, run: Run) -> None:
-        tokenizer = AutoTokenizer.from_pretrained(self.args.soft_value_model)
+        with loading("`soft_value_model`", self.args.soft_value_model):
+            tokenizer = AutoTokenizer.from_pretrained(self.args.soft_value_model)
         if tokenizer.get_vocab() != run.tokenizer.get_vocab():
             raise ValueError(
                 f"`soft_value_model={self.args.soft_value_model!r}` has another vocabulary than the policy, whose "
                 "tokens it is to score. Use a value model of the same family."
             )
-        with _whole():
+        with _whole(), loading("`soft_value_model`", self.args.soft_value_model):
             model = AutoModelForSequenceClassification.from_pretrained(self.args.soft_value_model)
         if model.config.num_labels != 1:
             raise ValueError(
