@@ -72,6 +72,7 @@ def test_the_best_adapter_is_loaded_whatever_its_name(name, llama, tmp_path):
     first, *_, last = weights.seen
     loaded = dict(trainer.model.named_parameters())
     assert trainer.state.best_model_checkpoint.endswith("checkpoint-1") and len(weights.seen) == 3
+    assert trainer._last_loaded_step == -1  # vLLM would be sent these weights
     assert all(torch.equal(loaded[name], value) for name, value in first.items())
     assert not all(torch.equal(loaded[name], value) for name, value in last.items())
 

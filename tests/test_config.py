@@ -175,6 +175,11 @@ def test_a_top_k_of_none_is_0():
     assert config(top_k=None).sampling_filters() == {}
 
 
+def test_loaders_are_not_kept_for_other_sets():
+    with pytest.raises(ValueError, match="keeps the loader of a first evaluation for later ones"):
+        config(dataloader_persistent_workers=True, dataloader_num_workers=1)
+
+
 @pytest.mark.parametrize("name", ["max_new_tokens", "max_length", "max_tokens"])
 def test_one_option_says_how_long_completions_are(name):
     with pytest.raises(ValueError, match=f"`generation_kwargs` with {name} is refused: .* `max_completion_length`"):

@@ -15,6 +15,7 @@ from datasets import Dataset, DatasetDict, Features, IterableDataset, Json, load
 
 from tbrm_trl import TBRMConfig, TBRMTrainer, load_rollouts
 from tbrm_trl.checks.advice import warn_of_double_bos
+from tbrm_trl.checks.data import check_evaluation_sets
 from tbrm_trl.files import source_of
 from tbrm_trl.rewards.returned import rewards_of
 from tbrm_trl.sources.parquet import to_row
@@ -294,6 +295,15 @@ def test_2_5_streams_are_looked_at_as_they_are_read(where, folder, tmp_path):
         assert not any("begin with" in str(one.message) for one in caught)
         trainer.train() if where == "trained" else trainer.evaluate()
     assert sum("1 of 2 prompts begin with '<bos>'" in str(one.message) for one in caught) == 1
+
+
+def test_streams_are_evaluated_by_one_process():
+    """accelerate fills up the last batches of several, and nothing tells those rows from the others."""
+    data = Dataset.from_list([{"prompt": "a"}] * 3)
+    check_evaluation_sets({"rows": data}, needs_prompts=True, processes=2)
+    check_evaluation_sets({"rows": data.to_iterable_dataset()}, needs_prompts=True, processes=1)
+    with pytest.raises(ValueError, match="is a stream, which several processes do not evaluate"):
+        check_evaluation_sets({"rows": data.to_iterable_dataset()}, needs_prompts=True, processes=2)
 
 
 @pytest.mark.parametrize("where", ["trained", "evaluated"])

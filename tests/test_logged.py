@@ -9,6 +9,7 @@ from functools import partial
 from pathlib import Path
 
 import pytest
+import tokenizers
 import torch
 from accelerate import Accelerator
 from common.launch import launch
@@ -17,9 +18,10 @@ from datasets import Dataset
 from helpers.oracle import TOLERANCE, distance, plain, solve
 from helpers.runs import CHATS, DATA, TOKENIZER, build, completion, differ, kept_returns, letters, logged, prompt, train
 from helpers.two_processes import in_each_of
-from transformers import AutoTokenizer
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from tbrm_trl import TBRMTrainer, load_rollouts
+from tbrm_trl.sources.logged import CompletionTokenizer
 from tbrm_trl.sources.reference_scores import precompute_scores
 from tbrm_trl.trajectory import End, Source
 
@@ -166,6 +168,24 @@ def test_bad_rows_are_named(rows, message, llama, tmp_path):
     bad = [{**empty, "prompt": "a", "reward": 0.0, **row} for row in rows]
     with pytest.raises(ValueError, match=message):
         build(llama, tmp_path, None, Dataset.from_list(good + bad))
+
+
+@pytest.mark.parametrize(
+    ("prompt", "completion", "tokens"),
+    [("a:", " yes", ["▁yes"]), ("a: ", "yes", ["yes"]), ("a:", "yes", ["yes"])],
+)
+def test_a_tokenizer_that_puts_a_space_before_any_text(prompt, completion, tokens):
+    """As Llama 2's and Mistral's do. A completion on its own would begin with a space that the log does not have."""
+    vocabulary = {token: i for i, token in enumerate(["<eos>", "▁", *"a:yes\n", "ye", "yes", "▁yes", "▁a"])}
+    merges = [("y", "e"), ("ye", "s"), ("▁", "yes"), ("▁", "a")]
+    model = tokenizers.Tokenizer(tokenizers.models.BPE(vocabulary, merges))
+    model.pre_tokenizer = tokenizers.pre_tokenizers.Metaspace(prepend_scheme="always")
+    model.decoder = tokenizers.decoders.Metaspace(prepend_scheme="always")
+    words = PreTrainedTokenizerFast(tokenizer_object=model, eos_token="<eos>")
+    read = CompletionTokenizer(words, {0}, lambda text: words(text=text)["input_ids"], lambda messages, opens: [])
+    prompt_ids, ids, _ = read(prompt, completion, End.EOS)
+    assert words.convert_ids_to_tokens(ids) == [*tokens, "<eos>"]
+    assert words.decode([*prompt_ids, *ids[:-1]]) == prompt + completion
 
 
 def test_structure_is_checked_before_anything_is_loaded(tmp_path):

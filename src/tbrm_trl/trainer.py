@@ -69,6 +69,7 @@ from .checks.data import (
     check_empty_prompts,
     check_evaluation_batches,
     check_evaluation_sets,
+    check_evaluation_stream,
     check_followed,
     check_sources_of_vision,
     check_training_set,
@@ -208,6 +209,7 @@ class TBRMTrainer(ExactResume, GRPOTrainer):
     - `_finalize_training`: refuses to end a run whose stream filled no window;
     - `evaluate`, `predict`: mark that an evaluation is under way;
     - `evaluation_loop`: averages metrics over the rows of the set, under the set's own name;
+    - `_load_best_model`: has vLLM take the weights anew;
     - `log`: adds the residual's metrics to TRL's, and `β δ` to its table of completions;
     - `create_model_card`: writes the card of `publishing.py`, and lists what is not pushed;
     - the methods of [`~resume.ExactResume`].
@@ -321,7 +323,7 @@ class TBRMTrainer(ExactResume, GRPOTrainer):
             environment=environment_factory is not None,
         )
         self._plan = planned(train_dataset)
-        check_evaluation_sets(eval_dataset, needs_prompts=environment_factory is None)
+        check_evaluation_sets(eval_dataset, environment_factory is None, args.world_size)
         self._check_reward_functions(reward_funcs, train_dataset, eval_dataset, args, environment_factory, rollout_func)
         if args.followed_folder is not None:
             check_followed(args, train_dataset, self._plan.mix, rollout_func)
@@ -1514,6 +1516,7 @@ class TBRMTrainer(ExactResume, GRPOTrainer):
     def evaluation_loop(self, dataloader: Any, *args: Any, metric_key_prefix: str = "eval", **kwargs: Any) -> Any:
         """Evaluate one set. Its metrics have its own prefix and are means over its rows, each counted once."""
         check_evaluation_batches(self.args, self.args.window_group_size)  # of a set that only this call brings
+        check_evaluation_stream(dataloader.dataset, "The evaluation set", self.args.world_size)
         self._metrics["eval"].clear()
         self._recorder.means("eval")
         self._evaluated, self._rows_to_evaluate = [], None
@@ -1796,6 +1799,13 @@ class TBRMTrainer(ExactResume, GRPOTrainer):
         self._skipped, self._skipped_before = SkippedUpdates(self.args.max_skipped_updates), 0
         if self._replay is not None:
             self._replay.clear()
+        self._last_loaded_step = -1  # TRL sends vLLM the weights of a step that it has not seen
+
+    def _load_best_model(self) -> None:
+        super()._load_best_model()
+        self._last_loaded_step = -1  # the same step, and other weights
+        if self._publisher is not None:
+            self._publisher.latest = None
 
     def before_training(self) -> None:
         # Callbacks that read metrics, such as early stopping, come after those that add some.

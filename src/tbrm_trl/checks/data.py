@@ -10,6 +10,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from datasets import Dataset, IterableDataset
 from transformers import PreTrainedTokenizerBase
+from transformers.trainer_utils import has_length
 
 from ..files import column_parts, is_text
 from ..options import TBRMOptions
@@ -139,16 +140,28 @@ def logged_stream() -> ValueError:
     )
 
 
-def check_evaluation_sets(given: Any, needs_prompts: bool) -> None:
+def check_evaluation_sets(given: Any, needs_prompts: bool, processes: int) -> None:
     """Refuse rows of evaluation sets that cannot be rolled out, by set and row. A stream is checked when it is drawn.
 
     Args:
         given: an evaluation set, several by name, or None.
         needs_prompts: whether a row without a prompt cannot be rolled out.
+        processes: how many share an evaluation. A stream is refused on several.
     """
     for title, dataset in titled_sets(given).items():
+        check_evaluation_stream(dataset, title, processes)
         every = np.ones(len(dataset) if isinstance(dataset, Dataset) else 0, dtype=bool)
         check_prompts(dataset, title, every & needs_prompts, every)
+
+
+def check_evaluation_stream(dataset: Any, title: str, processes: int) -> None:
+    """Refuse a stream on several processes: its last batches are filled up with rows that would count twice."""
+    if processes > 1 and not has_length(dataset):
+        raise ValueError(
+            f"{title} is a stream, which several processes do not evaluate: nothing tells the rows that fill up its "
+            "last batches from the others. Load it without streaming, or make a data set of it "
+            "(`Dataset.from_list(list(stream))`)."
+        )
 
 
 def best_metric(args: TBRMOptions) -> str | None:

@@ -79,6 +79,11 @@ def check_meaning(args: TBRMOptions) -> Iterator[str]:
                 f"`{name}=True` is refused: an evaluation would leave the weights in half precision, and small updates "
                 "are lost in it. Leave it out; `bf16=True` evaluates in bfloat16 too."
             )
+    if args.dataloader_persistent_workers:
+        yield (
+            "`dataloader_persistent_workers=True` is refused: transformers keeps the loader of a first evaluation for "
+            "later ones, of whatever set. Leave it out; loading rows takes no time beside rollouts."
+        )
     if args.label_smoothing_factor:
         yield (
             f"`label_smoothing_factor={args.label_smoothing_factor}` is refused: there are no labels to smooth. Leave "

@@ -1,7 +1,7 @@
 """Logged trajectories: rows of the data set that already have a completion, tokenized and rewarded."""
 
 import json
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -123,14 +123,24 @@ class CompletionTokenizer:
         joint = self.tokenizer(text=prompt + completion)["input_ids"]
         if joint[: len(prompt_ids)] == prompt_ids and len(joint) > len(prompt_ids):
             ids = joint[len(prompt_ids) :]
+            if self._decoded(joint).endswith(completion):
+                return ids
         else:  # a token spans the border: the policy, given the prompt's ids, cannot produce it
-            ids = self.tokenizer(text=completion, add_special_tokens=False)["input_ids"]
-        if not self._decoded([*prompt_ids, *ids]).endswith(completion):
-            raise ValueError(
-                f"the tokenizer does not give the completion {_short(completion)} back from its own ids. Give "
-                "`prompt_ids` and `completion_ids` instead."
-            )
-        return ids
+            whole = self._decoded(prompt_ids) + completion
+            for ids in self._alone(completion):
+                if self._decoded([*prompt_ids, *ids]) == whole:
+                    return ids
+        raise ValueError(
+            f"the tokenizer does not give the completion {_short(completion)} back from its own ids. Give "
+            "`prompt_ids` and `completion_ids` instead."
+        )
+
+    def _alone(self, text: str) -> Iterator[list[int]]:
+        """The ids of a text: as such, and within a line, since some tokenizers put a space before any text."""
+        as_such, line, both = self.tokenizer(text=[text, "\n", "\n" + text], add_special_tokens=False)["input_ids"]
+        yield as_such
+        if both[: len(line)] == line:
+            yield both[len(line) :]
 
     def _decoded(self, ids: list[int]) -> str:
         """The text of ids as it was tokenized. Some tokenizers would remove spaces before punctuation."""
