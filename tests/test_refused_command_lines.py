@@ -214,7 +214,6 @@ def test_ways_to_sample():
         ([*BENCHMARK, "--eval_samples", "2"], "--eval_samples 2 would all be the same: give an --eval_temperature"),
         ([*BENCHMARK, "--eval_samples", "0"], "--eval_samples 0 must be at least 1"),
         ([*BENCHMARK, "--eval_max_new_tokens", "0"], "--eval_max_new_tokens 0 must be at least 1"),
-        (["--report_to", "clearml"], "`report_to` names clearml, which is not installed"),
         (["--gradient_accumulation_steps", "0"], "`gradient_accumulation_steps=0` is refused: it must be at least 1"),
         (["--model", "m"], "there is no option --model. Did you mean --model_name_or_path?"),
         (["--torch_dtype", "bfloat16"], "there is no option --torch_dtype. Did you mean --dtype?"),

@@ -20,6 +20,7 @@ from helpers.runs import (
     TOKENIZER,
     build,
     completion,
+    config,
     differ,
     digits,
     letters,
@@ -330,6 +331,12 @@ def test_data_sets(dataset, options, llama, tmp_path):
     assert {prompt(t) for t in rows} <= set(known)
     assert len({prompt(t) for t in rows}) * trainer.num_generations == len(rows) == 6
     assert [t.reward for t in rows] == letters(map(completion, rows))
+
+
+def test_a_tracker_that_is_not_installed_is_refused_before_a_model_is_loaded(tmp_path):
+    with pytest.raises(ValueError, match="`report_to` names clearml, which is not installed"):
+        build("no/such/model", tmp_path, report_to=["clearml"])
+    assert config(report_to="clearml").report_to == ["clearml"]  # as for an estimate, made elsewhere
 
 
 def test_chat_template_kwargs(llama, tmp_path):

@@ -30,7 +30,6 @@ class TBRMConfig(TBRMOptions):
         derived = hasattr(self, "deepspeed_plugin") and self.steps_per_generation and self.generation_batch_size
         if derived and self.soft_value in SoftValue.registry:
             problems += [
-                *options.check_report_to(self),
                 *options.check_model_kwargs(self),
                 *options.check_padding(self),
                 *options.check_generation(self),

@@ -102,6 +102,7 @@ from .checks.model import (
     warn_of_half_precision,
     warn_of_merging,
 )
+from .checks.options import check_report_to
 from .checks.rewards import check_reward_arguments, start_workers
 from .completions_table import CompletionsTable
 from .config import TBRMConfig
@@ -142,6 +143,7 @@ from .model.replicated import ReplicatedModules
 from .model.rotary import rotary_limit
 from .model.scoring import score
 from .model.value_head import Offset, ValueHead
+from .options import refuse
 from .printing import printable
 from .processes import failing_together
 from .publishing import CardFacts, keep_at_home, model_card
@@ -337,6 +339,7 @@ class TBRMTrainer(ExactResume, GRPOTrainer):
         check_quantization(model, peft_config, quantization_config, args)
         samples = isinstance(self._soft_value, SampledValue) and self._soft_value.samples(train_dataset)
         check_reference_model(reference_model, model, peft_config, args, samples)
+        refuse(check_report_to(args))
         if args.should_save:
             require_writable(Path(args.output_dir), "`output_dir`")
         if isinstance(train_dataset, Dataset) and self._plan.mix.logged:

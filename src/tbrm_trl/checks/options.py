@@ -97,6 +97,7 @@ def check_meaning(args: TBRMOptions) -> Iterator[str]:
 
 
 def check_report_to(args: TBRMOptions) -> Iterator[str]:
+    """Refuse trackers that are not installed. A configuration may name them where no run is made."""
     named = [args.report_to] if isinstance(args.report_to, str) else args.report_to or []
     absent = [name for name in named if name in INTEGRATION_TO_CALLBACK and name != "flyte"]
     absent = [name for name in absent if name not in get_available_reporting_integrations()]
