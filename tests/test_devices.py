@@ -5,10 +5,13 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any
+from unittest.mock import patch
 
 import pytest
 import torch
+from accelerate.utils import send_to_device
 from common.tiny import letters, save_value_model, tokenizer
 from datasets import Dataset
 from helpers import benchmark_runs
@@ -18,10 +21,12 @@ from helpers.scripted import script, scripted_trainer
 from helpers.writers import made_rows, write_record
 from peft import LoraConfig
 from torch import Tensor, nn
-from transformers import AutoModelForSequenceClassification
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, GenerationConfig
 
 from tbrm_trl import TBRMTrainer
 from tbrm_trl.evaluation.callback import EvaluationCallback
+from tbrm_trl.evaluation.sampling import Sampling, draw
+from tbrm_trl.model.decoding import Slots
 
 ON_DEVICE: dict[str, Any] = dict(
     use_cpu=False, optim="adamw_torch", dataloader_pin_memory=False, max_completion_length=5
@@ -215,6 +220,35 @@ def test_evaluation_on_a_benchmark(device, llama, tmp_path):
                     eval_steps=1, **ON_DEVICE)  # fmt: skip
     trainer.train()
     assert all(map(math.isfinite, logged(trainer, benchmark_runs.NAME)))
+
+
+@pytest.mark.parametrize("sampling", [Sampling(), Sampling(top_p=0.5, top_k=3)])
+def test_draws_under_deterministic_algorithms(sampling, device):
+    """A GPU has no deterministic cumulative sum."""
+    logits = torch.randn(4, 9, generator=torch.Generator().manual_seed(0))  # (B, V)
+    numbers = torch.linspace(0, 0.9, 4, dtype=torch.float64)  # (B,)
+    drawn = draw(logits, numbers, sampling).tolist()
+    torch.use_deterministic_algorithms(True)
+    try:
+        assert draw(logits.to(DEVICE), numbers.to(DEVICE), sampling).tolist() == drawn
+    finally:
+        torch.use_deterministic_algorithms(False)
+
+
+def test_a_pool_of_a_model_whose_weights_lie_elsewhere(device, llama):
+    """Weights that FSDP2 offloads are on the CPU. It moves the inputs to the device, and the logits are there."""
+    model: Any = AutoModelForCausalLM.from_pretrained(llama).to(DEVICE).eval()
+    model.register_forward_pre_hook(lambda module, args, given: (args, send_to_device(given, DEVICE)), with_kwargs=True)
+    config = GenerationConfig(do_sample=False, max_new_tokens=3)
+    config._eos_token_tensor = torch.tensor([1])
+    rows: list[Any] = [SimpleNamespace(prompt_ids=one, completion_ids=[]) for one in ([5, 6, 7], [8], [8])]
+    waiting = list(rows)
+    with torch.no_grad(), patch.object(type(model), "device", torch.device("cpu")):
+        slots = Slots(model, config, 2, device=DEVICE)
+        slots.run(
+            lambda free: [waiting.pop() for _ in range(min(free, len(waiting)))], lambda: not waiting and not slots.rows
+        )
+    assert all(1 <= len(row.completion_ids) <= 3 for row in rows)
 
 
 @pytest.mark.parametrize(

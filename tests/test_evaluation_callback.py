@@ -13,6 +13,7 @@ from common.launch import launch
 from common.tiny import model, tokenizer
 from helpers.benchmark_runs import LETTERS, NAME, SETTINGS, train
 from helpers.runs import build
+from peft import LoraConfig
 from transformers import AutoModelForCausalLM, EarlyStoppingCallback
 
 from tbrm_trl import TBRMTrainer
@@ -40,6 +41,19 @@ def test_the_best_checkpoint_is_that_of_the_benchmark(llama, tmp_path):
     assert again["avg@3"] == seen["best"]
     kept = read_result(tmp_path / f"run/out/evaluations/step-{seen['best_step']}/letters.jsonl")
     assert kept.metrics() == again
+
+
+def test_an_adapter_is_evaluated_in_the_precision_of_its_training(llama, tmp_path):
+    """accelerate's autocast wraps the forward pass of the adapter, which the evaluation does not use."""
+    callback, seen = EvaluationCallback([LETTERS], SETTINGS), []
+    trainer = build(
+        llama, tmp_path, trainer_class=TBRMTrainer, max_steps=1, bf16=True, callbacks=[callback],
+        peft_config=LoraConfig(r=4, target_modules="all-linear"), eval_strategy="steps", eval_steps=1,
+    )  # fmt: skip
+    linear = trainer.model.get_base_model().model.layers[0].mlp.down_proj
+    linear.register_forward_hook(lambda module, given, output: seen.append((module.training, output.dtype)))
+    trainer.train()
+    assert {training for training, _ in seen} == {True, False} and {dtype for _, dtype in seen} == {torch.bfloat16}
 
 
 @pytest.mark.parametrize("pool", [0, 4])

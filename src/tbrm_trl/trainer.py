@@ -81,7 +81,7 @@ from .checks.data import (
     titled_sets,
 )
 from .checks.first_window import FirstWindow, Seen, advice
-from .checks.launch import check_sharding
+from .checks.launch import check_devices, check_sharding
 from .checks.model import (
     check_adapters,
     check_backend,
@@ -339,7 +339,7 @@ class TBRMTrainer(ExactResume, GRPOTrainer):
         check_quantization(model, peft_config, quantization_config, args)
         samples = isinstance(self._soft_value, SampledValue) and self._soft_value.samples(train_dataset)
         check_reference_model(reference_model, model, peft_config, args, samples)
-        refuse(check_report_to(args))
+        refuse([*check_devices(args), *check_report_to(args)])
         if args.should_save:
             require_writable(Path(args.output_dir), "`output_dir`")
         if isinstance(train_dataset, Dataset) and self._plan.mix.logged:
@@ -1094,7 +1094,7 @@ class TBRMTrainer(ExactResume, GRPOTrainer):
         assert self._pool is not None
         window = self._step // (self.args.steps_per_generation * self.args.num_iterations)
         anywhere = (lambda flags: (self._gather(flags) > 0).any(dim=0).tolist()) if synced else list
-        slots = Slots(model, generation_config, len(prompts), anywhere)
+        slots = Slots(model, generation_config, len(prompts), anywhere, input_ids.device)
         self._drawn = self._pool.draw(window, list(map(list, prompts)), self.state.global_step, slots)
         completions = [torch.tensor(row.completion_ids) for row in self._drawn]
         padded = pad_sequence(completions, batch_first=True, padding_value=self._tokenizer.pad_token_id)  # (B, C)

@@ -73,6 +73,12 @@ def _require_one_device(func: Any, args: tuple, kwargs: dict[str, Any]) -> None:
     """Raise unless a GPU would take these arguments, of which at least one is pretended."""
     if func.overloadpacket in _COPIES:
         return
+    if (
+        func.overloadpacket is _aten.cumsum
+        and args[0].is_floating_point()
+        and torch.are_deterministic_algorithms_enabled()
+    ):
+        raise RuntimeError("cumsum_cuda_kernel does not have a deterministic implementation")
     if func.overloadpacket in _INDEXED and isinstance(args[0], PretendedTensor):
         args = (args[0], None, *args[2:])
 

@@ -14,6 +14,15 @@ OFFLOADED_OPTIMIZERS = frozenset(
 )
 
 
+def check_devices(args: TBRMOptions) -> Iterator[str]:
+    """Refuse one process for several GPUs, over which TRL would spread a model that is given by its name."""
+    if args.n_gpu > 1:
+        yield (
+            f"This process sees {args.n_gpu} GPUs, and trains on one. For all of them, start it by `accelerate launch` "
+            "or `torchrun`; for one, set CUDA_VISIBLE_DEVICES."
+        )
+
+
 def check_launch(args: TBRMOptions) -> Iterator[str]:
     """Refuse or warn of ways to shard, offload or generate that keep an option from doing what it says."""
     deepspeed = {} if args.deepspeed_plugin is None else args.deepspeed_plugin.deepspeed_config

@@ -7,6 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import torch
 from accelerate.utils import gather_object
 from tqdm.auto import tqdm
 from transformers import TrainerCallback
@@ -68,13 +69,13 @@ class EvaluationCallback(TrainerCallback):
                 "Benchmarks in the course of training need whole weights on each process: ZeRO-3 and FSDP shard them. "
                 "Leave --eval_benchmarks out, and run `tbrm eval` on the checkpoints."
             )
-        policy = self._policy(args.output_dir, **kwargs)
+        policy = self._policy(args.output_dir, args, **kwargs)
         for benchmark in self.benchmarks:
             require_positions(policy, benchmark, self._settings_of(args))
 
     def on_evaluate(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         name = f"{args.output_dir}, step {state.global_step}"
-        policy = self._policy(name, **kwargs)
+        policy = self._policy(name, args, **kwargs)
         folder = Path(args.output_dir) / "evaluations" / f"step-{state.global_step}"
         settings = self._settings_of(args)
         which = (state.global_step, policy.weights())  # computed once, since it reads all weights
@@ -86,12 +87,16 @@ class EvaluationCallback(TrainerCallback):
             self._found = (which, metrics)
         kwargs["metrics"].update(self._found[1])
 
-    def _policy(self, name: str, model: Any, processing_class: Any, **kwargs: Any) -> ModelPolicy:
+    def _policy(self, name: str, args: Any, model: Any, processing_class: Any, **kwargs: Any) -> ModelPolicy:
         tokenizer = getattr(processing_class, "tokenizer", processing_class)
         if tokenizer is not processing_class and not tokenizer.chat_template:  # a processor, which has the template
             tokenizer = copy.copy(tokenizer)
             tokenizer.chat_template = processing_class.chat_template
-        return ModelPolicy(name, model, tokenizer, self.batch_size)
+        # As in training: DeepSpeed casts the weights themselves, and accelerate's autocast does not reach the model
+        # inside an adapter.
+        mixed = torch.bfloat16 if args.bf16 else torch.float16 if args.fp16 else None
+        autocast = mixed if args.deepspeed_plugin is None else None
+        return ModelPolicy(name, model, tokenizer, self.batch_size, autocast=autocast)
 
     def _settings_of(self, args: Any) -> Settings:
         if self.settings.chat_template_kwargs is not None:

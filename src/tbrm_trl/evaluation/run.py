@@ -62,6 +62,7 @@ class ModelPolicy:
     batch_size: int = 64
     backend: str = "transformers"
     revision: str | None = None
+    autocast: torch.dtype | None = None  # mixed precision of the forward passes
 
     @classmethod
     def load(cls, name: str, *, batch_size: int = 64, use_cpu: bool = False, **options: Any) -> "ModelPolicy":
@@ -90,7 +91,7 @@ class ModelPolicy:
         return cls(name, model.eval(), tokenizer, batch_size, revision=options.get("revision"))
 
     def generate(self, requests: Sequence[Request], how: Sampling) -> Iterator[Completion]:
-        return sampling.generate(self.model, self.tokenizer, requests, how, self.batch_size)
+        return sampling.generate(self.model, self.tokenizer, requests, how, self.batch_size, self.autocast)
 
     def weights(self) -> str:
         """A digest of the weights from the sum of each parameter's bits, which needs no copy and has no rounding."""

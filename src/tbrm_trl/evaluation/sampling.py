@@ -7,6 +7,7 @@ was interrupted, changes only rounding.
 import math
 from collections import deque
 from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, NamedTuple
@@ -21,7 +22,7 @@ from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList,
 from ..context import in_evaluation, temporarily
 from ..files import first_line
 from ..model.caches import can_select_rows, empty_cache
-from ..model.decoding import Slots
+from ..model.decoding import Slots, frozen_casts_kept
 from ..model.rotary import rotary_limit
 from ..rewards.reading import content_text
 
@@ -132,8 +133,12 @@ def generate(
     requests: Sequence[Request],
     sampling: Sampling,
     batch_size: int,
+    autocast: torch.dtype | None = None,
 ) -> Iterator[Completion]:
-    """Yield the completions of all requests as they finish. At each yield the model is back in its original mode."""
+    """Yield the completions of all requests as they finish. At each yield the model is back in its original mode.
+
+    With a dtype for `autocast`, forward passes are in this mixed precision.
+    """
     ends = end_ids_of(model, tokenizer)
 
     # Longest prompts first, so that the peak of memory shows at once. Equal prompts are neighbours and are read once.
@@ -144,9 +149,20 @@ def generate(
         batch_size = 1  # one long row would change the rows beside it
     if can_select_rows(empty_cache(inside)):
         waiting = deque(_Row(index, requests[index], sampling) for index in order)
-        yield from _in_places(inside, waiting, sampling, batch_size, ends)
+        yield from _in_places(inside, waiting, sampling, batch_size, ends, autocast)
     else:
-        yield from _in_batches(model, inside, tokenizer, requests, order, sampling, batch_size, ends)
+        yield from _in_batches(model, inside, tokenizer, requests, order, sampling, batch_size, ends, autocast)
+
+
+@contextmanager
+def _in_use(model: Any, autocast: torch.dtype | None) -> Iterator[None]:
+    """The model in evaluation mode and in its precision, until the block's end."""
+    with ExitStack() as stack:
+        stack.enter_context(in_evaluation(model))
+        if autocast is not None:
+            stack.enter_context(torch.autocast(model.device.type, autocast))
+            stack.enter_context(frozen_casts_kept(model))
+        yield
 
 
 class _Row:
@@ -185,7 +201,12 @@ class _SeededSlots(Slots):
 
 
 def _in_places(
-    model: Any, waiting: deque[_Row], sampling: Sampling, batch_size: int, ends: set[int]
+    model: Any,
+    waiting: deque[_Row],
+    sampling: Sampling,
+    batch_size: int,
+    ends: set[int],
+    autocast: torch.dtype | None,
 ) -> Iterator[Completion]:
     """Generate with a full batch: a row that ends gives its place to a waiting one. No row is kept after its end."""
     slots = _SeededSlots(model, sampling, batch_size, ends)
@@ -199,7 +220,7 @@ def _in_places(
         return some
 
     while waiting or slots.rows:
-        with in_evaluation(model):
+        with _in_use(model, autocast):
             slots.run(more, lambda: len(slots.rows) < len(started))
         under_way = set(map(id, slots.rows))
         ended = [row for row in started if id(row) not in under_way]
@@ -217,6 +238,7 @@ def _in_batches(
     sampling: Sampling,
     batch_size: int,
     ends: set[int],
+    autocast: torch.dtype | None,
 ) -> Iterator[Completion]:
     """Generate batch by batch, for a cache without selectable rows. Each batch waits for its longest row."""
     # The model's own generation config would fill in what is not set here, so it is replaced. That must be done on the
@@ -233,7 +255,7 @@ def _in_batches(
             {"input_ids": [requests[index].prompt_ids for index in chunk]}, padding_side="left", return_tensors="pt"
         ).to(model.device)
         draws = LogitsProcessorList([_Draw([requests[index].seed for index in chunk], sampling)])
-        with in_evaluation(model), temporarily(inside, generation_config=config):
+        with _in_use(model, autocast), temporarily(inside, generation_config=config):
             output = model.generate(**inputs, logits_processor=draws)[:, inputs["input_ids"].shape[1] :]
         for index, row in zip(chunk, output.tolist(), strict=True):
             length = next((at + 1 for at, token in enumerate(row) if token in ends), None)
@@ -270,7 +292,14 @@ def draw(logits: Tensor, numbers: Tensor, sampling: Sampling) -> Tensor:
     if sampling.top_p < 1:
         ordered, places = logits.sort(descending=True)
         chances = ordered.softmax(-1)
-        before = chances.cumsum(-1) - chances  # probability of all likelier tokens
+        before = _summed(chances) - chances  # probability of all likelier tokens
         logits = logits.masked_fill(torch.zeros_like(logits).scatter(1, places, before).ge(sampling.top_p), -torch.inf)
-    cumulative = logits.softmax(-1).double().cumsum(-1)  # summed in float64: it ends at 1
+    cumulative = _summed(logits.softmax(-1).double())  # in float64: it ends at 1
     return torch.searchsorted(cumulative, (numbers * cumulative[:, -1])[:, None], right=True)[:, 0]
+
+
+def _summed(chances: Tensor) -> Tensor:
+    """Cumulative sums over the vocabulary: `(B, V)` → `(B, V)`. On a GPU torch has no deterministic ones."""
+    if torch.are_deterministic_algorithms_enabled():
+        return chances.cpu().cumsum(-1).to(chances.device)
+    return chances.cumsum(-1)

@@ -123,6 +123,7 @@ class Slots:
         size: number of places.
         any_of: returns for each flag whether it is true on any process. A sharded model needs equally many forward
             passes on every process.
+        device: where the model computes; by default where its weights are.
     """
 
     def __init__(
@@ -131,6 +132,7 @@ class Slots:
         config: GenerationConfig,
         size: int,
         any_of: Callable[[list[bool]], list[bool]] = lambda flags: flags,
+        device: torch.device | None = None,
     ):
         self.model, self.config, self.size, self.any_of = model, config, size, any_of
         self.ends = set(config._eos_token_tensor.tolist()) if config._eos_token_tensor is not None else set()
@@ -138,8 +140,9 @@ class Slots:
         self.places: list[int] = []  # one per row
         self.processors: list[LogitsProcessorList] = []  # one list per row
         self.cache = empty_cache(model, size)
-        self.mask = torch.zeros(0, 0, dtype=torch.long, device=model.device)  # (n, W)
-        self.logits = torch.zeros(0, 0, device=model.device)  # (n, V)
+        self.device = model.device if device is None else device
+        self.mask = torch.zeros(0, 0, dtype=torch.long, device=self.device)  # (n, W)
+        self.logits = torch.zeros(0, 0, device=self.device)  # (n, V)
         self._takes_positions = "position_ids" in inspect.signature(model.forward).parameters
         self._keeps_logits = {"logits_to_keep": 1} if model._supports_logits_to_keep() else {}
 

@@ -25,6 +25,7 @@ from trl.trainer.utils import use_adapter
 from ..batch import Batch, TrajectoryScores
 from ..context import temporarily
 from ..trajectory import PREVIOUS, Trajectory
+from .partition import local_part, local_shard
 
 ADAPTER = "ref"  # TRL's name for it
 _OF_AN_ADAPTERS_ORIGIN = frozenset(
@@ -108,7 +109,7 @@ class Reference:
         for name, parameter in self._synced().items():
             with gathering(parameter):
                 if self.accelerator.is_main_process or isinstance(parameter, DTensor):
-                    tensors[name] = _local_shard(parameter).detach().to("cpu", copy=True).contiguous()
+                    tensors[name] = local_shard(parameter).detach().to("cpu", copy=True).contiguous()
         if tensors:
             save_file(tensors, _file(folder))
 
@@ -125,7 +126,7 @@ class Reference:
         with safe_open(_file(folder if sharded else main_folder), framework="pt") as saved:
             for name, parameter in parameters.items():
                 with gathering(parameter):
-                    _local_shard(parameter).copy_(saved.get_tensor(name))
+                    local_shard(parameter).copy_(saved.get_tensor(name))
         self.renew_key()
 
     def is_stale(self, trajectory: Trajectory) -> bool:
@@ -145,8 +146,8 @@ class Reference:
             policy = self._unwrapped(self.policy())
             others = [f".{name}." for name in policy.peft_config if name != ADAPTER]
             weights = [(n, p) for n, p in policy.named_parameters() if not any(o in f"{n}." for o in others)]
-        # A ZeRO-3 parameter is fingerprinted by this process's partition, without gathering it.
-        local = ((n, getattr(p, "ds_tensor", _local_shard(p)).detach().contiguous()) for n, p in weights)
+        # A divided parameter is fingerprinted by this process's part, without gathering it.
+        local = ((n, local_part(p).detach().contiguous()) for n, p in weights)
         # Processes with whole copies have equal digests. The digests of processes with shards make one key together.
         parts = sorted(set(gather_object([digest_of(local, xxhash.xxh3_128())])))
         self.key = xxhash.xxh3_128_hexdigest(json.dumps([parts, self.settings], sort_keys=True).encode())
@@ -201,11 +202,6 @@ def _adapter(policy: nn.Module, adapter: str) -> dict[str, nn.Parameter]:
 
 def _file(folder: Path) -> Path:
     return folder / "reference.safetensors"
-
-
-def _local_shard(parameter: Tensor) -> Tensor:
-    """What this process holds of a parameter: its FSDP2 shard, or all of it."""
-    return parameter.to_local() if isinstance(parameter, DTensor) else parameter
 
 
 def gathering(parameter: Tensor) -> AbstractContextManager[None]:

@@ -7,6 +7,8 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
+from ..model.partition import local_part
+
 
 def not_finite(tensors: Iterable[tuple[str, Tensor]]) -> list[str]:
     """Names of the tensors that hold a NaN or an infinity. Integer tensors are skipped."""
@@ -31,9 +33,9 @@ def not_finite(tensors: Iterable[tuple[str, Tensor]]) -> list[str]:
 
 
 def tensors_of_model(model: nn.Module, title: str) -> Iterator[tuple[str, Tensor]]:
-    """Yield what this process holds of a model's parameters; under ZeRO-3, its partition."""
+    """Yield what this process holds of a model's parameters."""
     for name, parameter in model.named_parameters():
-        yield f"{title} {name}", getattr(parameter, "ds_tensor", parameter)
+        yield f"{title} {name}", local_part(parameter)
 
 
 def tensors_of_optimizer(optimizer: Any) -> Iterator[tuple[str, Tensor]]:
