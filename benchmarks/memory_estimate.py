@@ -155,6 +155,9 @@ def measure(name: str) -> int:
     """Train two steps in this process, and return the peak in bytes."""
     run, on_gpu = SimpleNamespace(**RUNS[name]), torch.cuda.is_available()
     dtype = getattr(torch, run.dtype)
+    gc.collect()
+    alive = torch.cuda.memory_allocated if on_gpu else live_bytes
+    others = alive()  # what this process holds besides
     if run.fsdp and not on_gpu:
         allow_fsdp_on_cpu()
     rows, ids = run.rows * run.accumulation, range(FIRST_CHARACTER + 3, FIRST_CHARACTER + 3 + 1000)
@@ -191,7 +194,7 @@ def measure(name: str) -> int:
             quantization_config=quantization if run.quantization else None,
             rollout_func=None if run.generates else rollout,
         )  # fmt: skip
-    before = torch.cuda.memory_allocated() if on_gpu else live_bytes()
+    before = alive() - others
     with peak_memory("cuda" if on_gpu else "cpu") as above:
         trainer.train()
     assert trainer.state.global_step == 2 and trainer.accelerator.num_processes == run.processes
