@@ -23,6 +23,7 @@ from common.measure import QUIET, peak_memory
 from common.report import listed, parse, table, versions, wrapped, write
 from datasets import Dataset
 from peft import LoraConfig
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.distributed.tensor import DTensor
 from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig, PretrainedConfig, PreTrainedTokenizerFast
 
@@ -145,8 +146,9 @@ def save_model(model: str, dtype: torch.dtype, folder: Path) -> PreTrainedTokeni
 def live_bytes() -> int:
     """Bytes of all tensors that Python can reach."""
     gc.collect()
-    # A DTensor has no storage of its own: its local part is another tensor.
-    tensors = [it for it in gc.get_objects() if isinstance(it, torch.Tensor) and not isinstance(it, DTensor)]
+    # A DTensor has no storage of its own: its local part is another tensor. Tracing leaves tensors without any.
+    tensors = [it for it in gc.get_objects() if isinstance(it, torch.Tensor)]
+    tensors = [it for it in tensors if not isinstance(it, DTensor | FakeTensor)]
     storages = [it.untyped_storage() for it in tensors if it.device.type == "cpu" and it.layout is torch.strided]
     return sum({storage.data_ptr(): storage.nbytes() for storage in storages}.values())
 
@@ -155,7 +157,6 @@ def measure(name: str) -> int:
     """Train two steps in this process, and return the peak in bytes."""
     run, on_gpu = SimpleNamespace(**RUNS[name]), torch.cuda.is_available()
     dtype = getattr(torch, run.dtype)
-    gc.collect()
     alive = torch.cuda.memory_allocated if on_gpu else live_bytes
     others = alive()  # what this process holds besides
     if run.fsdp and not on_gpu:

@@ -83,11 +83,13 @@ class PromptRenderer:
             "revision": (args.model_init_kwargs or {}).get("revision") if named else None,
             "trust_remote_code": args.trust_remote_code,
         }
-        name = model if named else get_config_model_id(model.config)
-        with loading("The model", name):
-            self.processing_class = processing_class or AutoProcessor.from_pretrained(
-                name, truncation_side="left", padding_side="left", **self.settings
-            )
+        if processing_class is None:
+            name = model if named else get_config_model_id(model.config)
+            with loading("The model", name):
+                processing_class = AutoProcessor.from_pretrained(
+                    name, truncation_side="left", padding_side="left", **self.settings
+                )
+        self.processing_class = processing_class
         self.tokenizer = getattr(self.processing_class, "tokenizer", self.processing_class)
         self.is_exact = self.tokenizer is self.processing_class and not other
 
