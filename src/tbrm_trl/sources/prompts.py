@@ -135,9 +135,11 @@ class PromptRenderer:
             )
         if policy == "drop" and any(isinstance(one, IterableDataset) for one in sets):
             raise ValueError("`long_prompts='drop'` needs data sets, not a stream. Filter the stream, or use 'cut'.")
-        named = isinstance(self.model, str)
-        with loading("The model", str(self.model)):
-            config = AutoConfig.from_pretrained(self.model, **self.settings) if named else self.model.config
+        if isinstance(self.model, str):
+            with loading("The model", self.model):
+                config = AutoConfig.from_pretrained(self.model, **self.settings)
+        else:
+            config = self.model.config
         context = getattr(config.get_text_config(), "max_position_embeddings", None)
         longest, completion = args.max_prompt_length, args.max_completion_length
         if generates and context is not None and context <= completion:
