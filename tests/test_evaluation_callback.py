@@ -108,8 +108,9 @@ def test_sharded_weights_are_refused(stage, plugin, fsdp, refused, monkeypatch):
     monkeypatch.setenv("FSDP_VERSION", "2")
     deepspeed = None if stage is None else SimpleNamespace(deepspeed_config={"zero_optimization": {"stage": stage}})
     args = SimpleNamespace(
-        deepspeed_plugin=deepspeed, fsdp_plugin_args=plugin, output_dir="out", chat_template_kwargs=None
-    )
+        deepspeed_plugin=deepspeed, fsdp_plugin_args=plugin, output_dir="out", chat_template_kwargs=None, bf16=False,
+        fp16=False,
+    )  # fmt: skip
     callback = EvaluationCallback([LETTERS], SETTINGS)
     with pytest.raises(ValueError, match="ZeRO-3 and FSDP shard them") if refused else nullcontext():
         callback.on_train_begin(args, None, None, model=model(), processing_class=tokenizer())
@@ -158,7 +159,7 @@ def test_prompts_are_rendered_as_in_training(own, asked, tmp_path):
     callback = EvaluationCallback([benchmark], replace(SETTINGS, samples=1, chat_template_kwargs=own))
     args = SimpleNamespace(
         output_dir=str(tmp_path), chat_template_kwargs={"name": "the run's"}, process_index=0, world_size=1,
-        disable_tqdm=True, should_save=True,
+        disable_tqdm=True, should_save=True, bf16=False, fp16=False, deepspeed_plugin=None,
     )  # fmt: skip
     state = SimpleNamespace(global_step=1)
     callback.on_evaluate(args, state, None, model=model(), processing_class=words, metrics={})
