@@ -183,10 +183,10 @@ def test_why_vllm_is_refused_with_a_quantized_base(tmp_path):
     assert 0.01 < drift[0] < drift[-1]
 
 
-def test_data_parallel_is_refused(tmp_path):
-    """By TRL: one process that sees several GPUs would wrap the model in `nn.DataParallel`."""
+def test_one_process_for_several_gpus_is_refused(tmp_path):
+    """TRL would spread a model given by its name over them, or refuse to wrap it in `nn.DataParallel`."""
     rows = script()
     trainer = scripted_trainer(save(tmp_path / "model"), rows, tmp_path)
     trainer.args._n_gpu = 2  # as `torch.cuda.device_count()` sets it
-    with pytest.raises(ValueError, match=r"does not support `nn.DataParallel`.*`accelerate launch` or `torchrun`"):
+    with pytest.raises(ValueError, match="This process sees 2 GPUs, .* `accelerate launch` or `torchrun`"):
         type(trainer)(save(tmp_path / "model"), lambda prompts, **kwargs: [0.0], trainer.args, trainer.train_dataset)

@@ -339,13 +339,6 @@ def test_a_tracker_that_is_not_installed_is_refused_before_a_model_is_loaded(tmp
     assert config(report_to="clearml").report_to == ["clearml"]  # as for an estimate, made elsewhere
 
 
-def test_one_process_for_several_gpus_is_refused(tmp_path, monkeypatch):
-    """TRL would spread a model given by its name over them."""
-    monkeypatch.setattr("tbrm_trl.TBRMConfig.n_gpu", 2)
-    with pytest.raises(ValueError, match="This process sees 2 GPUs"):
-        build("no/such/model", tmp_path)
-
-
 def test_chat_template_kwargs(llama, tmp_path):
     words = tokenizer()
     words.chat_template = "{{ mood }}:{{ messages[0]['content'] }}"
