@@ -188,5 +188,5 @@ def test_one_process_for_several_gpus_is_refused(tmp_path):
     rows = script()
     trainer = scripted_trainer(save(tmp_path / "model"), rows, tmp_path)
     trainer.args._n_gpu = 2  # as `torch.cuda.device_count()` sets it
-    with pytest.raises(ValueError, match="This process sees 2 GPUs, .* `accelerate launch` or `torchrun`"):
+    with pytest.raises(ValueError, match=r"This process sees 2 GPUs, .* `accelerate launch` or `torchrun`"):
         type(trainer)(save(tmp_path / "model"), lambda prompts, **kwargs: [0.0], trainer.args, trainer.train_dataset)
