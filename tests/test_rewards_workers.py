@@ -254,7 +254,6 @@ def test_a_worker_in_a_long_call_ends_with_its_killed_parent(tmp_path):
     script = tmp_path / "script.py"
     script.write_text(
         textwrap.dedent("""
-        import threading, time
         from helpers.reward_functions import misbehaving
         from tbrm_trl.rewards import InWorkers
 

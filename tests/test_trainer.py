@@ -352,6 +352,7 @@ def test_sampling_options_reach_generation_with_a_warning(options, llama, tmp_pa
     with pytest.warns(UserWarning, match=r"\{'top_k': 1\} makes the sampler another policy"):
         trainer = train(llama, tmp_path, num_generations=2, **options)
     assert all(completion(first) == completion(second) for first, second in trainer.windows)
+    assert max(len(t.completion_ids) for t in trajectories(trainer)) == 8
 
 
 def test_continuous_batching(llama, tmp_path):

@@ -55,7 +55,7 @@ class TBRMConfig(TBRMOptions):
 
     def _derive(self) -> Iterator[str]:
         """Let transformers and TRL derive values from the options, and yield the problems they find."""
-        if any(count is not None and count < 1 for count in map(self.__dict__.get, options.COUNTS)):
+        if options.too_small(self):
             return  # already refused, and TRL divides by some of them
         try:
             super().__post_init__()

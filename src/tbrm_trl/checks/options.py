@@ -99,9 +99,8 @@ def check_meaning(args: TBRMOptions) -> Iterator[str]:
 def check_report_to(args: TBRMOptions) -> Iterator[str]:
     """Refuse trackers that are not installed. A configuration may name them where no run is made."""
     named = [args.report_to] if isinstance(args.report_to, str) else args.report_to or []
-    absent = [name for name in named if name in INTEGRATION_TO_CALLBACK and name != "flyte"]
-    absent = [name for name in absent if name not in get_available_reporting_integrations()]
-    if absent:
+    not_installed = INTEGRATION_TO_CALLBACK.keys() - {"flyte", *get_available_reporting_integrations()}
+    if absent := [name for name in named if name in not_installed]:
         yield f"`report_to` names {', '.join(absent)}, which is not installed. Install it, or leave it out."
 
 
@@ -110,6 +109,11 @@ def check_model_kwargs(args: TBRMOptions) -> Iterator[str]:
     if isinstance(args.model_init_kwargs, dict) and "torch_dtype" in args.model_init_kwargs:
         dtype = args.model_init_kwargs["torch_dtype"]
         yield f"`model_init_kwargs` with torch_dtype={dtype!r} is refused: TRL would ignore it. Write it as `dtype`."
+
+
+def too_small(args: TBRMOptions) -> dict[str, int]:
+    """The counts below 1, by option."""
+    return {name: count for name in COUNTS if (count := getattr(args, name)) is not None and count < 1}
 
 
 def check_residual_options(args: TBRMOptions) -> Iterator[str]:
@@ -130,9 +134,8 @@ def check_residual_options(args: TBRMOptions) -> Iterator[str]:
             f"`reward_baseline={args.reward_baseline!r}` is unknown. Choose one of {', '.join(BASELINES)}, or a finite "
             "number."
         )
-    for name in COUNTS:
-        if (count := getattr(args, name)) is not None and count < 1:
-            yield f"`{name}={count}` is refused: it must be at least 1."
+    for name, count in too_small(args).items():
+        yield f"`{name}={count}` is refused: it must be at least 1."
 
 
 def check_generation(args: TBRMOptions) -> Iterator[str]:

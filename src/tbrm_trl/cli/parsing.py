@@ -19,8 +19,6 @@ from ..field_types import fits, in_words
 
 # Numbers that PyYAML takes for text, since YAML 1.1 wants a point in them. YAML 1.2 has them as numbers.
 _EXPONENT = re.compile(r"[-+]?\d+[eE][-+]?\d+")
-
-
 # Names that other commands and other versions of TRL have for an option, and its name here.
 _ELSEWHERE = {
     "model": "model_name_or_path",

@@ -140,9 +140,9 @@ class Slots:
         self.places: list[int] = []  # one per row
         self.processors: list[LogitsProcessorList] = []  # one list per row
         self.cache = empty_cache(model, size)
-        self.device = model.device if device is None else device
-        self.mask = torch.zeros(0, 0, dtype=torch.long, device=self.device)  # (n, W)
-        self.logits = torch.zeros(0, 0, device=self.device)  # (n, V)
+        device = model.device if device is None else device
+        self.mask = torch.zeros(0, 0, dtype=torch.long, device=device)  # (n, W)
+        self.logits = torch.zeros(0, 0, device=device)  # (n, V)
         self._takes_positions = "position_ids" in inspect.signature(model.forward).parameters
         self._keeps_logits = {"logits_to_keep": 1} if model._supports_logits_to_keep() else {}
 

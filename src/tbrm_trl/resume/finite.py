@@ -5,16 +5,15 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 
-from ..model.partition import local_part
+from ..model.partition import local_part, local_shard
 
 
 def not_finite(tensors: Iterable[tuple[str, Tensor]]) -> list[str]:
     """Names of the tensors that hold a NaN or an infinity. Integer tensors are skipped."""
     names, flags = [], []
     for name, tensor in tensors:
-        local = tensor.to_local() if isinstance(tensor, DTensor) else tensor
+        local = local_shard(tensor)
         if local.is_floating_point() and local.numel():
             names.append(name)
             # Extremes, since a sum of finite numbers may overflow. `aminmax` is not defined for numbers of 8 bits.
