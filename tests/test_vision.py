@@ -165,7 +165,7 @@ def test_benchmarks_are_asked_in_text(tmp_path):
     callback = EvaluationCallback([benchmark], Settings(1, Sampling(0.0, max_new_tokens=4)))
     args = SimpleNamespace(
         output_dir=str(tmp_path), chat_template_kwargs=None, process_index=0, world_size=1, disable_tqdm=True,
-        should_save=True,
+        should_save=True, bf16=False, fp16=False, deepspeed_plugin=None,
     )  # fmt: skip
     metrics: dict[str, float] = {}
     state = SimpleNamespace(global_step=1)
