@@ -9,9 +9,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from common.launch import launch
 from common.tiny import save
 from datasets import Dataset
+from helpers.forked import launch
 from helpers.resume import build as build_resumable
 from helpers.runs import build, config
 from helpers.scripted import script, scripted_trainer

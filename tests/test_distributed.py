@@ -15,10 +15,12 @@ import pytest
 import torch
 import yaml
 from accelerate.utils import DeepSpeedPlugin, gather_object
-from common.launch import LAUNCH_FILES, ROOT, allow_fsdp_on_cpu, flat, launch
+from common.launch import LAUNCH_FILES, ROOT, allow_fsdp_on_cpu, flat
+from common.launch import launch as launch_command
 from common.tiny import save, save_value_model
 from helpers.examples import HOW, after, command_of
 from helpers.first_letter import prompts, save_start, trainer_of, words_of
+from helpers.forked import launch
 from helpers.oracle import distance
 from helpers.resume import build, outcome
 from helpers.runs import before_each_update
@@ -273,7 +275,11 @@ def do(out: str, jobs: dict[str, dict[str, Any]]) -> dict[str, Any]:
 
 def run(file: str, out: Path, jobs: dict[str, dict[str, Any]]) -> dict[str, Any]:
     """Run jobs under a launch file. Returns rank 0's result of each."""
-    return launch("test_distributed:do", file, processes=1 if file == "single" else 2, out=out, jobs=jobs)[0]
+    if file in ("single", "multi_node"):
+        return launch_command("test_distributed:do", file, processes=1 if file == "single" else 2, out=out, jobs=jobs)[
+            0
+        ]
+    return launch("test_distributed:do", file, out=out, jobs=jobs)[0]
 
 
 def check_how(file: str, held: dict[str, Any], quantised: bool = False, adam: bool = True) -> None:

@@ -16,9 +16,10 @@ import pytest
 import torch
 from accelerate import Accelerator
 from accelerate.utils import gather_object
-from common.launch import allow_fsdp_on_cpu, flat, launch
+from common.launch import allow_fsdp_on_cpu, flat
 from common.tiny import save_value_model
 from datasets import Dataset
+from helpers.forked import launch
 from helpers.oracle import TOLERANCE, distance, steps
 from helpers.resume import build as build_resumable
 from helpers.resume import outcome

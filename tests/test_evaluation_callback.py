@@ -9,9 +9,9 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from common.launch import launch
 from common.tiny import model, tokenizer
 from helpers.benchmark_runs import LETTERS, NAME, SETTINGS, train
+from helpers.forked import launch
 from helpers.runs import build
 from peft import LoraConfig
 from transformers import AutoModelForCausalLM, EarlyStoppingCallback

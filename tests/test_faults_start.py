@@ -10,10 +10,11 @@ from contextlib import nullcontext
 import pandas
 import pytest
 import torch
-from common.launch import allow_fsdp_on_cpu, launch
+from common.launch import allow_fsdp_on_cpu
 from common.tiny import ARCHITECTURES, model, perturb, save, tokenizer
 from datasets import Dataset
 from helpers import runs
+from helpers.forked import launch
 from peft import IA3Config, LoHaConfig, LoraConfig, OFTConfig, PeftModel, get_peft_model
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, TrainerCallback

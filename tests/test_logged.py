@@ -12,9 +12,9 @@ import pytest
 import tokenizers
 import torch
 from accelerate import Accelerator
-from common.launch import launch
 from common.tiny import VOCABULARY, perturb, save
 from datasets import Dataset
+from helpers.forked import launch
 from helpers.oracle import TOLERANCE, distance, plain, solve
 from helpers.runs import CHATS, DATA, TOKENIZER, build, completion, differ, kept_returns, letters, logged, prompt, train
 from helpers.two_processes import in_each_of

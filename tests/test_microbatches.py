@@ -8,9 +8,10 @@ from typing import Any
 import pytest
 import torch
 from accelerate.utils import gather_object
-from common.launch import allow_fsdp_on_cpu, launch
+from common.launch import allow_fsdp_on_cpu
 from common.tiny import save
 from helpers.examples import HOW
+from helpers.forked import launch
 from helpers.oracle import TOLERANCE, check, distance
 from helpers.runs import kept_returns, one_update
 from helpers.scripted import Row, script, scripted_trainer

@@ -11,8 +11,9 @@ from typing import Any
 import pytest
 import torch
 from accelerate.utils import DistributedType, gather_object
-from common.launch import allow_fsdp_on_cpu, free_port, launch
+from common.launch import allow_fsdp_on_cpu, free_port
 from common.tiny import perturb, save
+from helpers.forked import launch
 from helpers.oracle import TOLERANCE, plain, solve
 from helpers.runs import before_each_update, build
 from helpers.scripted import script, scripted_trainer

@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 import torch
-from common.launch import launch
 from datasets import Dataset
+from helpers.forked import launch
 from helpers.oracle import TOLERANCE, distance, plain, solve
 from helpers.runs import build, kept_returns, logged, prompt, train
 from transformers import TrainerCallback

@@ -12,9 +12,9 @@ from typing import Any
 import pytest
 import torch
 from accelerate.utils import gather_object
-from common.launch import launch
 from common.tiny import save
 from datasets import Dataset
+from helpers.forked import launch
 from helpers.runs import PROMPTS, build, letters, logged
 from torch.distributed import DistBackendError
 

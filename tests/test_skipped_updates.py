@@ -12,9 +12,10 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 from accelerate.utils import gather_object
-from common.launch import allow_fsdp_on_cpu, launch
+from common.launch import allow_fsdp_on_cpu
 from common.tiny import save
 from datasets import Dataset
+from helpers.forked import launch
 from helpers.runs import before_each_update, build, log, logged
 from helpers.scripted import RecordingTrainer, Row, script, scripted_trainer
 from helpers.sharded import whole

@@ -12,9 +12,9 @@ from typing import Any
 import pytest
 import torch
 from accelerate.utils import gather_object
-from common.launch import launch
 from common.tiny import perturb, save_value_model, tokenizer
 from datasets import Dataset
+from helpers.forked import launch
 from helpers.oracle import TOLERANCE, distance, logits_of, plain
 from helpers.runs import Update, build, kept_returns, letters, log, one_update
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForSequenceClassification

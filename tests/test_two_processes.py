@@ -7,8 +7,8 @@ from __future__ import annotations
 
 import pytest
 from accelerate import PartialState
-from common.launch import launch
 from common.tiny import perturb, save
+from helpers.forked import launch
 from helpers.oracle import TOLERANCE, distance, plain, solve
 from helpers.scripted import script, scripted_trainer
 from helpers.sharded import unwrapped

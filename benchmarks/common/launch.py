@@ -67,7 +67,7 @@ def import_once(module: str) -> None:
         forkserver.ensure_running()
 
 
-def become(log: str | Path, process: int, processes: int, port: int) -> None:
+def become(log: str | Path, process: int = 0, processes: int = 1, port: int = 0) -> None:
     """Make a forked process print into a file, and set the variables of its process group."""
     descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     os.dup2(descriptor, 1)
@@ -122,6 +122,18 @@ def run(command: Sequence[str | Path], timeout: float = 600, **environment: str)
     return printed
 
 
+def launchers(under: str | Sequence[str] | None, processes: int = 2) -> list[list[str]]:
+    """The module of each node's launcher and its options, for what `launch` takes; empty without a launcher."""
+    if under is None:
+        return [["torch.distributed.run", f"--nproc_per_node={processes}", f"--master_port={free_port()}"]]
+    if not isinstance(under, str):
+        return [list(under)]
+    nodes = yaml.safe_load((LAUNCH_FILES / f"{under}.yaml").read_text()).get("num_machines", 1)
+    number = [["--main_process_ip", "127.0.0.1", "--machine_rank", str(node)] for node in range(nodes)]
+    launcher = launcher_of(under, processes)
+    return [launcher + number[node] * (nodes > 1) for node in range(nodes)]
+
+
 def launch(
     function: str,
     under: str | Sequence[str] | None = None,
@@ -141,18 +153,10 @@ def launch(
         timeout: seconds that they may take.
         arguments: arguments of the function, passed as JSON.
     """
-    if isinstance(under, str):
-        nodes = yaml.safe_load((LAUNCH_FILES / f"{under}.yaml").read_text()).get("num_machines", 1)
-        number = [["--main_process_ip", "127.0.0.1", "--machine_rank", str(node)] for node in range(nodes)]
-        launcher = launcher_of(under, processes)
-        launchers = [launcher + number[node] * (nodes > 1) for node in range(nodes)]
-    elif under is None:
-        launchers = [["torch.distributed.run", f"--nproc_per_node={processes}", f"--master_port={free_port()}"]]
-    else:
-        launchers = [list(under)]
     with tempfile.TemporaryDirectory() as folder, ThreadPoolExecutor() as pool:
         called = ["-m", "common.launch", function, json.dumps(arguments, default=str), folder]
-        commands = [[sys.executable, *(["-m", *launcher] if launcher else []), *called] for launcher in launchers]
+        modules = [["-m", *launcher] if launcher else [] for launcher in launchers(under, processes)]
+        commands = [[sys.executable, *module, *called] for module in modules]
         list(pool.map(lambda command: run(command, timeout, **environment or {}), commands))
         returned = sorted(Path(folder).iterdir(), key=lambda file: int(file.stem))
         return [torch.load(file, weights_only=False) for file in returned]

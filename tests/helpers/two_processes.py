@@ -6,9 +6,9 @@ from pathlib import Path
 from typing import Any
 
 from accelerate.utils import gather_object
-from common.launch import launch
 from common.tiny import perturb, save
 
+from helpers.forked import launch
 from helpers.scripted import Row, script, scripted_trainer
 
 

@@ -1,0 +1,84 @@
+"""`common.launch.launch` in less time: the processes are forked from one that has imported everything.
+
+Importing torch, transformers and TRL takes a new interpreter longer than most tests compute. A launcher only sets
+variables and starts processes, so it is asked for the variables. `test_examples` starts the launch files by command.
+"""
+
+import json
+import os
+import tempfile
+import time
+from collections.abc import Sequence
+from multiprocessing.connection import wait
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import peft  # noqa: F401 (for the processes)
+import torch
+import torch.distributed.run
+from accelerate.commands.launch import launch_command, launch_command_parser
+from common.launch import PROCESSES, ROOT, become, import_once, launchers, main
+
+import tbrm_trl.trainer  # noqa: F401 (for the processes)
+
+
+def variables(launcher: Sequence[str]) -> list[dict[str, str]]:
+    """The environment that a launcher gives to each process which it would start by torchrun."""
+    asked: list[tuple[Any, dict[str, str]]] = []
+    module, *options = launcher
+    with (
+        mock.patch.dict(os.environ),
+        mock.patch("torch.distributed.run.run", lambda given: asked.append((given, {**os.environ}))),
+    ):
+        os.environ.pop("ACCELERATE_USE_CPU", None)  # left by a trainer in this process, it would mean "no DeepSpeed"
+        if module == "torch.distributed.run":
+            torch.distributed.run.main([*options, "script"])
+        else:
+            launch_command(launch_command_parser().parse_args([*options, "script"]))
+    (((given, environment)),) = asked
+    processes = int(given.nproc_per_node)
+    return [
+        environment
+        | dict(
+            RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(processes), LOCAL_WORLD_SIZE=str(processes),
+            MASTER_ADDR="127.0.0.1", MASTER_PORT=str(given.master_port),
+        )
+        for rank in range(processes)
+    ]  # fmt: skip
+
+
+def child(environment: dict[str, str], log: str, function: str, arguments: str, folder: str) -> None:
+    os.environ.clear()
+    os.environ.update(environment)
+    os.chdir(ROOT)
+    become(log)
+    main(function, arguments, folder)
+
+
+def launch(
+    function: str, under: str | Sequence[str] | None = None, processes: int = 2, timeout: float = 600, **arguments: Any
+) -> list[Any]:
+    """As `common.launch.launch`, on one node. If a process fails, the others are ended."""
+    import_once("helpers.forked")
+    with tempfile.TemporaryDirectory() as logs, tempfile.TemporaryDirectory() as folder:
+        (launcher,) = launchers(under, processes)
+        given = (function, json.dumps(arguments, default=str), folder)
+        started = [
+            PROCESSES.Process(target=child, args=(environment, f"{logs}/{rank}", *given), daemon=True)
+            for rank, environment in enumerate(variables(launcher))
+        ]
+        for process in started:
+            process.start()
+        running, deadline = started, time.monotonic() + timeout
+        while running and not any(process.exitcode for process in started) and time.monotonic() < deadline:
+            wait([process.sentinel for process in running], timeout=1)
+            running = [process for process in started if process.exitcode is None]
+        for process in running:
+            process.kill()
+            process.join()
+        codes = [process.exitcode for process in started]
+        assert not any(codes), f"Exit codes {codes}: " + "\n".join(
+            f"process {file.name}: {file.read_text()[-4000:]}" for file in sorted(Path(logs).iterdir())
+        )
+        return [torch.load(f"{folder}/{rank}.pt", weights_only=False) for rank in range(len(started))]
