@@ -94,12 +94,18 @@ def flat(value: Any, path: str = "") -> Iterator[tuple[str, Any]]:
         yield path, repr(value)
 
 
-def run(command: Sequence[str | Path], timeout: float = 600, **environment: str) -> str:
-    """Run a command in the repository's root. It must succeed in time. Returns its output."""
+def variables() -> dict[str, str]:
+    """The environment of a process that a launcher starts: this interpreter's programs first, such as ninja."""
     paths = {name: os.pathsep.join(filter(None, [first, os.environ.get(name)]))
              for name, first in (("PATH", str(Path(sys.executable).parent)), ("PYTHONPATH", SEARCHED))}  # fmt: skip
-    environment = {**os.environ, **paths, **environment}
+    environment = {**os.environ, **paths}
     environment.pop("ACCELERATE_USE_CPU", None)  # left by a trainer in this process, it would mean "no DeepSpeed"
+    return environment
+
+
+def run(command: Sequence[str | Path], timeout: float = 600, **environment: str) -> str:
+    """Run a command in the repository's root. It must succeed in time. Returns its output."""
+    environment = variables() | environment
     with tempfile.TemporaryFile("w+") as output:
         process = subprocess.Popen(
             list(map(str, command)),

@@ -18,20 +18,19 @@ import peft  # noqa: F401 (for the processes)
 import torch
 import torch.distributed.run
 from accelerate.commands.launch import launch_command, launch_command_parser
-from common.launch import PROCESSES, ROOT, become, import_once, launchers, main
+from common.launch import PROCESSES, ROOT, become, import_once, launchers, main, variables
 
 import tbrm_trl.trainer  # noqa: F401 (for the processes)
 
 
-def variables(launcher: Sequence[str]) -> list[dict[str, str]]:
+def variables_of(launcher: Sequence[str]) -> list[dict[str, str]]:
     """The environment that a launcher gives to each process which it would start by torchrun."""
     asked: list[tuple[Any, dict[str, str]]] = []
     module, *options = launcher
     with (
-        mock.patch.dict(os.environ),
+        mock.patch.dict(os.environ, variables(), clear=True),
         mock.patch("torch.distributed.run.run", lambda given: asked.append((given, {**os.environ}))),
     ):
-        os.environ.pop("ACCELERATE_USE_CPU", None)  # left by a trainer in this process, it would mean "no DeepSpeed"
         if module == "torch.distributed.run":
             torch.distributed.run.main([*options, "script"])
         else:
@@ -66,7 +65,7 @@ def launch(
         given = (function, json.dumps(arguments, default=str), folder)
         started = [
             PROCESSES.Process(target=child, args=(environment, f"{logs}/{rank}", *given), daemon=True)
-            for rank, environment in enumerate(variables(launcher))
+            for rank, environment in enumerate(variables_of(launcher))
         ]
         for process in started:
             process.start()
