@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from collections import Counter
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from datasets import IterableDataset
+from helpers.forked import launch
 from helpers.runs import build, config
 
+from tbrm_trl.resume import complete_checkpoints
 from tbrm_trl.sources.sampler import Orders, WindowMix, WindowSampler, window_mix
 
 
@@ -118,3 +121,36 @@ def test_data_seed_orders_the_data(llama, tmp_path):
     stream = IterableDataset.from_generator(lambda: iter([{"prompt": "a"}]))
     with pytest.raises(ValueError, match="`data_seed=3` has no effect on a stream, which TRL shuffles by `seed`"):
         build(llama, tmp_path, train_dataset=stream, max_steps=1, data_seed=3)
+
+
+def rows_of_files(files: list[tuple[str, int]]):
+    for name, rows in files:
+        yield from ({"prompt": f"{name}{row}"} for row in range(rows))
+
+
+def windows_of_files(folder: str, out: str) -> list[list[str]]:
+    """The prompts that this process rolls out, by window, from a stream of two files. A pass is three windows."""
+    stream = IterableDataset.from_generator(rows_of_files, gen_kwargs={"files": [("a", 18), ("b", 7)]})
+    assert stream.num_shards == 2
+    drawn: list[list[str]] = []
+
+    def reward(prompts, completions, **kwargs):
+        drawn.append(prompts)
+        return [0.0] * len(prompts)
+
+    build(
+        folder, Path(out), reward, stream, shuffle_dataset=False, per_device_train_batch_size=2, num_generations=2,
+        gradient_accumulation_steps=4, max_steps=6, save_strategy="epoch", max_completion_length=4,
+    ).train()  # fmt: skip
+    return drawn
+
+
+def test_two_processes_share_a_stream_of_several_files(llama, tmp_path):
+    """Every prompt is drawn once in a pass, as in a single file, and both end the pass together."""
+    prompts = [f"a{row}" for row in range(18)] + [f"b{row}" for row in range(7)]
+    first, second = launch("test_sampler:windows_of_files", folder=llama, out=tmp_path)
+    for seen in (first, second):
+        assert len(seen) == 6 and seen[:3] == seen[3:]
+    windows = [one + other for one, other in zip(first, second, strict=True)]
+    assert windows[:3] == [[prompt for prompt in prompts[at : at + 8] for _ in range(2)] for at in (0, 8, 16)]
+    assert len(complete_checkpoints(tmp_path / "out")) == 2

@@ -26,6 +26,9 @@ OVERRIDDEN = {
     "_tokenize_prompts": "(self, prompts)",
     "_generate_single_turn": "(self, prompt_ids, images, multimodal_fields, num_generations, has_tool_images=False)",
     "_get_train_sampler": "(self, dataset=None)",
+    "_get_dataloader": (
+        "(self, dataset, description, batch_size, sampler_fn=None, is_training=False, dataloader_key=None)"
+    ),
     "_calculate_rewards": "(self, inputs, prompts, completions, completion_ids_list)",
     "_get_per_token_logps_and_entropies": (
         "(self, model, input_ids, attention_mask, logits_to_keep, batch_size=None, compute_entropy=False, "

@@ -175,7 +175,7 @@ from .sources.replay import ReplayBuffer
 from .sources.returns import check_magnitude, total_reward, unique_names
 from .sources.reward_calls import REASONS, Failure, RewardCalls
 from .sources.rollout import Rewards, checked_rollouts, trajectories_from_trl
-from .sources.sampler import DataPlan, WindowSampler
+from .sources.sampler import DataPlan, WholeStream, WindowSampler
 from .sources.saved_rollouts import merge_rollouts, rewind_rollouts, rollout_files, rollouts_file, save_rollouts
 from .trajectory import End, Source, Trajectory, UpdateRow, check_scores, largest_return
 
@@ -201,6 +201,7 @@ class TBRMTrainer(ExactResume, GRPOTrainer):
     overridden methods are
 
     - `_get_train_sampler`: samples two streams of rows, prompts to roll out and logged trajectories;
+    - `_get_dataloader`: has every process read a training stream whole, also one of several files;
     - `_tokenize_prompts`: refuses prompts that are too long, or cuts them;
     - `_generate_single_turn`: decodes no row that has ended, and with a `rollout_pool` decodes others in its place;
     - `_calculate_rewards`: keeps the raw rewards, since TRL only returns normalised advantages;
@@ -813,6 +814,11 @@ class TBRMTrainer(ExactResume, GRPOTrainer):
         check_pool(policy, self.generation_config, self._is_vlm, self.train_dataset, self._plan.mix, uses)
 
     # ---- collect -----------------------------------------------------------------------------------------------
+
+    def _get_dataloader(self, dataset: Any, *args: Any, is_training: bool = False, **kwargs: Any) -> Any:
+        divided = is_training and self.args.world_size > 1 and isinstance(dataset, IterableDataset)
+        rows = WholeStream(dataset) if divided else dataset
+        return super()._get_dataloader(rows, *args, is_training=is_training, **kwargs)
 
     def _get_train_sampler(self, dataset: Any = None) -> WindowSampler:
         args = self.args

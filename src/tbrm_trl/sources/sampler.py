@@ -3,10 +3,11 @@
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import Any, Protocol
 
 import numpy as np
 import torch
-from torch.utils.data import Sampler
+from torch.utils.data import IterableDataset, Sampler
 
 from ..options import TBRMOptions
 
@@ -225,3 +226,31 @@ class WindowSampler(Sampler[int]):
             if len(group) == self.group_size:
                 groups.append(waiting.pop(prompt))
         return np.array(groups, dtype=rows.dtype).reshape(-1)
+
+
+class Stream(Protocol):
+    """What a `datasets.IterableDataset` offers to a loader."""
+
+    def __iter__(self) -> Iterator[Any]: ...
+    def set_epoch(self, epoch: int) -> None: ...
+
+
+class WholeStream(IterableDataset[Any]):
+    """A stream that every process reads whole, to take its part of every window from it.
+
+    If accelerate sees a `datasets.IterableDataset` of several files, it gives each process files of its own. But TRL
+    has already divided the stream into windows of all processes together. Of every window a process would then draw
+    only the first part, once for each process, and processes with fewer rows would end their pass earlier.
+
+    Args:
+        stream: gives the rows in the same order on every process.
+    """
+
+    def __init__(self, stream: Stream):
+        self.stream = stream
+
+    def __iter__(self) -> Iterator[Any]:
+        return iter(self.stream)
+
+    def set_epoch(self, epoch: int) -> None:
+        self.stream.set_epoch(epoch)
