@@ -9,8 +9,9 @@
 Each method has a learning rate and one knob of its own. A coordinate search selects both, on problems and seeds that no
 final run sees: first the rate at the knob's first value, then the knob at that rate. If the best rate is the lowest or
 the highest, the search tries the next one, and every method gets as many rates. The criterion is the area under the
-curve of accuracy against rollouts. The final runs are paired by seed, which sets the model's start, the problems and
-their order.
+curve of accuracy against rollouts. On some tasks the two best candidates of each method are then run with more seeds,
+since one seed may favour a rate at the edge of stability. The final runs are paired by seed, which sets the model's
+start, the problems and their order.
 
 Finished runs are kept in docs/benchmarks/comparison.json and are not repeated. Delete the file to start over.
 """
@@ -136,11 +137,16 @@ class Setting:
     beta: float  # TBRM's and A*-PO's
     precision: str  # a key of PRECISIONS
     buffer: int
-    selection_seeds: tuple[int, ...]
+    selection_seeds: tuple[int, ...]  # of every candidate
     final_seeds: tuple[int, ...]
     methods: tuple[str, ...] = tuple(METHODS)
     lora: LoraConfig | None = None
     searched_on: str = ""  # a key of SETTINGS: the search is taken from there
+    confirming_seeds: tuple[int, ...] = ()  # of the two best candidates
+
+    @property
+    def search_seeds(self) -> tuple[int, ...]:
+        return self.selection_seeds + self.confirming_seeds
 
 
 _BF16: dict[str, Any] = {"dtype": "bfloat16"}
@@ -184,6 +190,7 @@ SETTINGS["all-operations"] = replace(
     final_seeds=(0, 1, 2, 3, 4),
     methods=("GRPO", "TBRM", "TBRM, V = b/β", "TBRM, V = b/β, with replay"),
     searched_on="operations",
+    confirming_seeds=(101, 102),
 )
 QUICK = replace(
     SETTINGS["sorting"],
@@ -225,7 +232,7 @@ def result(run: Run, setting: Setting) -> dict[str, Any]:
     if "replay" in run.method:
         options["replay_buffer_size"] = setting.buffer
     uses = options.get("num_iterations", 1)
-    selection = run.seed in setting.selection_seeds
+    selection = run.seed in setting.search_seeds
     updates, every = uses * setting.updates, uses * (setting.of_selection if selection else setting.every)
     with tempfile.TemporaryDirectory() as folder:
         task = tasks.named(setting.task, run.seed, Path(folder), selection)
@@ -310,8 +317,18 @@ class Comparison:
             count = needed
         return count
 
+    def finalists(self, method: str) -> dict[tuple[str, float], list[Run]]:
+        """The two best candidates, with the runs of all seeds of the search. Raises KeyError while a run is missing."""
+        knob, rates = first_knob(method), self.rates(method, self.count)
+        found = self.candidates(method, knob, rates) | self.of_knob(method)
+        two = sorted(found, key=lambda choice: self.area(found[choice]), reverse=True)[:2]
+        return {
+            (knob, rate): [Run(self.search, method, knob, rate, seed) for seed in self.setting.search_seeds]
+            for knob, rate in two
+        }
+
     def selected(self, method: str) -> tuple[str, float]:
-        return self.best(self.of_knob(method))
+        return self.best(self.finalists(method))
 
     def final(self, method: str) -> list[Run]:
         """The final runs of a method. Raises KeyError until it is tuned."""
@@ -336,7 +353,8 @@ class Comparison:
                 for runs in self.candidates(method, first_knob(method), self.rates(method, count)).values()
                 for run in runs
             ]
-        yield [run for method in self.methods for runs in self.of_knob(method).values() for run in runs]
+        for stage in (self.of_knob, self.finalists):
+            yield [run for method in self.methods for runs in stage(method).values() for run in runs]
         yield [run for runs in zip(*(self.final(method) for method in self.methods), strict=True) for run in runs]
 
     def wanted(self) -> list[Run]:
@@ -441,7 +459,8 @@ def section(comparison: Comparison) -> str:
 def selection(comparison: Comparison) -> str:
     """A table of every candidate of the search and its area."""
     if comparison.search != comparison.task:
-        return wrapped(f"Rates and knobs are those of *{SETTINGS[comparison.search].title}*.") + "\n"
+        text = wrapped(f"Rates and knobs are those of *{SETTINGS[comparison.search].title}*.") + "\n"
+        return text + confirmed(comparison)
     made = [Run(**one["run"]) for one in comparison.runs.values() if one["run"]["task"] == comparison.task]
     areas: dict[str, set[tuple[str, float, float]]] = {method: set() for method in comparison.setting.methods}
     for run in made:
@@ -453,6 +472,28 @@ def selection(comparison: Comparison) -> str:
         for method, of in areas.items()
     ]
     return f"Areas of the selection:\n\n{table(['', 'knob, learning rate: area'], rows)}\n"
+
+
+def confirmed(comparison: Comparison) -> str:
+    """A table of the two best candidates of each method, if they were run with more seeds."""
+    setting, rows = comparison.setting, []
+    for method in setting.methods if setting.confirming_seeds else ():
+        try:
+            found = comparison.finalists(method)
+        except KeyError:  # the search is not finished
+            continue
+        cells = [
+            f"{knob}, {rate:g}: {show([comparison.area([run]) for run in runs])}"
+            for (knob, rate), runs in found.items()
+            if all(str(run) in comparison.runs for run in runs)
+        ]
+        rows.append([method, "; ".join(cells)])
+    if not rows:
+        return ""
+    seeds = (
+        f"The two best candidates of each were then run with {len(setting.confirming_seeds)} more seeds of the search:"
+    )
+    return f"\n{seeds}\n\n{table(['', 'knob, learning rate: area'], rows)}\n"
 
 
 def draw(comparisons: Sequence[Comparison]) -> plt.Figure:
