@@ -49,6 +49,7 @@ from common.runs import carry_out
 from peft import LoraConfig
 
 PEER, GAIN = "GRPO", 0.1
+COLOURS = [*(f"C{number}" for number in range(10)), "black"]  # of the methods
 
 
 # ---- what is compared ------------------------------------------------------------------------------------------------
@@ -328,7 +329,11 @@ class Comparison:
         }
 
     def selected(self, method: str) -> tuple[str, float]:
-        return self.best(self.finalists(method))
+        """The best of the finalists, or while runs of theirs are missing, the best on the selection seeds."""
+        try:
+            return self.best(self.finalists(method))
+        except KeyError:
+            return self.best(self.of_knob(method))
 
     def final(self, method: str) -> list[Run]:
         """The final runs of a method. Raises KeyError until it is tuned."""
@@ -340,6 +345,16 @@ class Comparison:
             return [run for run in self.final(method) if str(run) in self.runs]
         except KeyError:
             return []
+
+    def superseded(self) -> list[list[Run]]:
+        """Finished final runs of candidates that were selected once, and are no more."""
+        runs = [Run(**one["run"]) for one in self.runs.values() if one["run"]["task"] == self.task]
+        runs = [run for run in runs if run.method in self.setting.methods and run.seed in self.setting.final_seeds]
+        valid = [run for method in self.setting.methods for run in self.finished(method)]
+        others: dict[tuple[str, str, float], list[Run]] = {}
+        for run in sorted(set(runs) - set(valid), key=str):
+            others.setdefault((run.method, run.knob, run.rate), []).append(run)
+        return list(others.values())
 
     # -- execution
 
@@ -401,6 +416,8 @@ def trained_on(results: Sequence[dict[str, Any]]) -> str:
 def section(comparison: Comparison) -> str:
     setting, results = comparison.setting, comparison.runs
     finished = {method: comparison.finished(method) for method in setting.methods}
+    finished |= {f"{runs[0].method}, not selected ({number})": runs
+                 for number, runs in enumerate(comparison.superseded(), 1)}  # fmt: skip
     whole = [method for method, runs in finished.items() if runs]
     text = f"## {setting.title}\n\n"
     if precision := PRECISIONS[setting.precision][0]:
@@ -422,17 +439,17 @@ def section(comparison: Comparison) -> str:
             name: [f(np.array(mine[s])[:, 2]) - f(np.array(points[PEER][s])[:, 2]) for s in mine]
             for name, f in (("area", area), ("end", lambda of: of[-1]))
         }
-        knob, rate = comparison.selected(method)
+        run, areas = finished[method][0], [area(np.array(of)[:, 2]) for of in mine.values()]
         rows.append(
-            [method, f"{knob}, {rate:g}", str(len(mine)), show([area(np.array(of)[:, 2]) for of in mine.values()]),
-             show(ends[method]), trained_on([results[str(run)] for run in finished[method]]),
+            [method, f"{run.knob}, {run.rate:g}", str(len(mine)), show(areas), show(ends[method]),
+             trained_on([results[str(run)] for run in finished[method]]),
              *("" if method == PEER else interval(of) for of in differences.values())]
         )  # fmt: skip
         gained = [first_at(of, of[0][2] + GAIN, 1) for of in mine.values()]
         reached = [[first_at(of, target, place) for of in mine.values()] for place in (1, 4)]
         total = statistics.mean(of[-1][4] for of in mine.values())
         costs.append([method, medians(gained), *map(medians, reached), f"{total:,.0f}"])
-    names = ("selected", "seeds", "area", "final accuracy", "reward", f"area − {PEER}'s", f"final − {PEER}'s")
+    names = ("knob, rate", "seeds", "area", "final accuracy", "reward", f"area − {PEER}'s", f"final − {PEER}'s")
     header = ["", *names]
     drawn = points[PEER][seeds[0]][-1][1]
     text += wrapped(
@@ -487,7 +504,7 @@ def confirmed(comparison: Comparison) -> str:
             for (knob, rate), runs in found.items()
             if all(str(run) in comparison.runs for run in runs)
         ]
-        rows.append([method, "; ".join(cells)])
+        rows += [[method, "; ".join(cells)]] if cells else []
     if not rows:
         return ""
     seeds = (
@@ -510,7 +527,7 @@ def draw(comparisons: Sequence[Comparison]) -> plt.Figure:
                 continue
             points = np.array([one.runs[str(run)]["points"] for run in runs])  # (S, M, 5)
             drawn = points[0, :, 1] - points[0, 0, 1]
-            band(axis, drawn, points[:, :, 2].T.tolist(), color=f"C{number}", label=method)
+            band(axis, drawn, points[:, :, 2].T.tolist(), color=COLOURS[number], label=method)
         axis.set(title=one.setting.title, xlabel="rollouts", ylabel="accuracy")
         axis.legend()
     return figure

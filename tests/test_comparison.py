@@ -118,17 +118,37 @@ def test_more_problems_to_train_on_keep_the_held_out_ones():
 
 
 def test_a_task_that_takes_the_search_of_another(tmp_path):
-    """Both tasks have runs of their own only among the final ones."""
+    """Its two best candidates are run with more seeds. One that is best on the first seed alone is not selected."""
     search = searched(tmp_path, {"GRPO": 1e-5, "TBRM": 4e-5}, "operations")
     setting = SETTINGS["all-operations"]
     wider = Comparison("all-operations", setting, search.runs)
+    provisional = {method: search.selected(method) for method in setting.methods}
+    assert {method: wider.selected(method) for method in setting.methods} == provisional
+    more = wider.wanted()
+    assert {(run.task, run.seed) for run in more} == {("operations", 101), ("operations", 102)}
+    assert Counter(run.method for run in more) == dict.fromkeys(setting.methods, 4)
+    for run in more:
+        worse = run.method == "TBRM" and (run.knob, run.rate) == provisional["TBRM"]
+        points = [[0, 0, 0.1, 0, 0.0], [1, 64, 0.0 if worse else 0.9, 0, 1.0]]
+        search.runs[str(run)] = {"run": vars(run), "processor": "one", "points": points}
+    assert [method for method in setting.methods if wider.selected(method) != provisional[method]] == ["TBRM"]
+
     finals = wider.wanted()  # of every seed, those of the first one first
     assert [(run.task, run.seed) for run in finals] == [
         ("all-operations", seed) for seed in setting.final_seeds for _ in setting.methods
     ]
-    rates = [search.selected(method)[1] for method in setting.methods]
-    assert [run.rate for run in finals] == rates * len(setting.final_seeds)
+    assert [(run.knob, run.rate) for run in finals[: len(setting.methods)]] == list(
+        map(wider.selected, setting.methods)
+    )
     assert "three operations*" in " ".join(comparison.selection(wider).split())
+
+    earlier = [replace(run, rate=provisional["TBRM"][1], knob=provisional["TBRM"][0])
+               for run in finals if run.method == "TBRM"]  # fmt: skip
+    for run in [*earlier, *finals]:
+        search.runs[str(run)] = {"run": vars(run), "processor": "one", "points": points}
+    assert wider.superseded() == [earlier] and wider.wanted() == []
+    page = comparison.report([wider], "")
+    assert "| TBRM, not selected (1) |" in page and "2 more seeds" in page
 
 
 def test_the_reward_of_the_last_quarter_of_the_rollouts():
