@@ -92,11 +92,11 @@ types: $(VENV)/.installed
 .venv-oldest/.installed: pyproject.toml constraints.txt constraints-oldest.txt Makefile
 	$(PYTHON) -m venv .venv-oldest
 	.venv-oldest/bin/pip install -q -c constraints-oldest.txt torch setuptools wheel
-	.venv-oldest/bin/pip install -q -c constraints-oldest.txt --no-build-isolation -e ".[peft,quantization]" pytest
+	.venv-oldest/bin/pip install -q -c constraints-oldest.txt --no-build-isolation -e ".[peft,quantization]" pytest pytest-xdist
 	touch $@
 
 oldest: .venv-oldest/.installed
-	.venv-oldest/bin/pytest tests/test_residual.py tests/test_oracle.py tests/test_learning.py tests/test_trl_surface.py
+	.venv-oldest/bin/pytest -n 2 tests/test_residual.py tests/test_oracle.py tests/test_learning.py tests/test_trl_surface.py
 
 clean:
 	rm -rf .venv .venv-oldest .venv-vllm .venv-tools outputs site

@@ -1,10 +1,7 @@
 """The benchmarks of a step's cost run, and account for all the time they report."""
 
 import json
-import os
 import statistics
-import subprocess
-import sys
 from pathlib import Path
 
 import paired_steps
@@ -13,20 +10,22 @@ import pytest
 import step
 import torch
 from common.measure import peak_memory
+from helpers.forked import run_script
 
 BENCHMARKS = Path(__file__).resolve().parent.parent / "benchmarks"
 LIMIT = 1800  # seconds of a hung benchmark; none takes a tenth of it, but other programs may run beside it
 
 
+def quick(script: str, output: Path, *options: str | Path) -> str:
+    """What a benchmark prints."""
+    return run_script(BENCHMARKS / script, "--quick", "--output", output, *options, timeout=LIMIT)
+
+
 def run(script: str, output: Path, *options: str) -> dict:
     """The JSON that a benchmark writes."""
-    command = [sys.executable, str(BENCHMARKS / script), "--quick", "--threads", "1", "--repetitions", "1"]
-    done = subprocess.run(
-        [*command, "--output", str(output), *options], capture_output=True, text=True, env={**os.environ}, timeout=LIMIT
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
+    printed = quick(script, output, "--threads", "1", "--repetitions", "1", *options)
     name = script.replace(".py", "_cuda" if torch.cuda.is_available() else "")
-    assert (output / f"{name}.md").read_text() in done.stdout
+    assert (output / f"{name}.md").read_text() in printed
     assert (output / f"{name}.png").exists()
     return json.loads((output / f"{name}.json").read_text())
 
@@ -75,12 +74,10 @@ def test_growth_over_processes(tmp_path):
 @pytest.mark.launch
 def test_faults(tmp_path):
     """A quick run kills once with each signal. A second call continues it: finished cases are not repeated."""
-    command = [sys.executable, str(BENCHMARKS / "faults.py"), "--quick", "--output", str(tmp_path)]
     for _ in range(2):
-        done = subprocess.run(command, capture_output=True, text=True, timeout=LIMIT)
-        assert done.returncode == 0, done.stderr[-3000:]
-        assert (tmp_path / "faults.md").read_text() in done.stdout
-    assert "kill/" not in done.stdout
+        printed = quick("faults.py", tmp_path)
+        assert (tmp_path / "faults.md").read_text() in printed
+    assert "kill/" not in printed
     runs = json.loads((tmp_path / "faults.json").read_text())["runs"]
     outcomes = {name: one["outcome"] for name, one in runs.items()}
     assert [outcomes[f"kill/TBRM/fresh/{one}/0"] for one in ("SIGKILL", "SIGTERM")] == ["exact", "exact"]
@@ -110,8 +107,7 @@ def test_the_peak_is_counted_exactly():
 
 def test_long_run(tmp_path):
     """Every measurement is of a running process, and the page agrees with the numbers."""
-    command = [sys.executable, str(BENCHMARKS / "long_run.py"), "--quick", "--output", str(tmp_path)]
-    subprocess.run(command, check=True, capture_output=True, timeout=LIMIT)
+    quick("long_run.py", tmp_path)
     seen = json.loads((tmp_path / "long_run.json").read_text())["seen"]
     assert [one["update"] for one in seen] == list(range(3, 61, 3))
     assert all(one["resident"] > 100 and one["descriptors"] > 2 and one["seconds"] > 0 for one in seen)
@@ -120,8 +116,7 @@ def test_long_run(tmp_path):
 
 def test_update_cost(tmp_path):
     """This version compared with itself has the same operations."""
-    command = [sys.executable, str(BENCHMARKS / "update_cost.py"), "--quick", "--output", str(tmp_path)]
-    subprocess.run([*command, "--before", str(BENCHMARKS.parent)], check=True, capture_output=True, timeout=LIMIT)
+    quick("update_cost.py", tmp_path, "--before", BENCHMARKS.parent)
     raw = json.loads((tmp_path / "update_cost.json").read_text())
     assert raw["operations"]["now"] == raw["operations"]["before"] and len(raw["operations"]["now"]) > 50
     assert {name: len(ms) for name, ms in raw["ms"].items()} == {"now": 20, "before": 20}
@@ -129,8 +124,7 @@ def test_update_cost(tmp_path):
 
 def test_paired_steps(tmp_path):
     """Every method takes its turns with the planned lengths, and TBRM needs no more operations than GRPO."""
-    command = [sys.executable, str(BENCHMARKS / "paired_steps.py"), "--quick", "--output", str(tmp_path)]
-    subprocess.run(command, check=True, capture_output=True, timeout=LIMIT)
+    quick("paired_steps.py", tmp_path)
     measured = json.loads((tmp_path / "paired_steps.json").read_text())["runs"]
     for kind, methods in paired_steps.COMPARED.items():
         assert {name: len(seconds) for name, seconds in measured[kind]["seconds"].items()} == dict.fromkeys(methods, 2)
@@ -156,11 +150,9 @@ def test_counts_of_a_pool_by_hand(lengths, ahead, steps, rows, read_again, stale
 @pytest.mark.launch
 def test_staleness(tmp_path):
     """After the first ones, every window is exactly as old as its lag. Finished runs are not repeated."""
-    command = [sys.executable, str(BENCHMARKS / "staleness.py"), "--quick", "--output", str(tmp_path)]
     for again in (False, True):
-        done = subprocess.run(command, capture_output=True, text=True, timeout=LIMIT)
-        assert done.returncode == 0, done.stderr[-3000:]
-        assert (", lag 2, seed 1: " in done.stdout) is not again
+        printed = quick("staleness.py", tmp_path)
+        assert (", lag 2, seed 1: " in printed) is not again
     runs = json.loads((tmp_path / "staleness.json").read_text())["runs"].values()
     assert len(runs) == 16
     for run in runs:

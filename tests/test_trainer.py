@@ -7,12 +7,16 @@ from collections import Counter
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pandas
 import pytest
 import torch
+from accelerate import PartialState
+from common.launch import allow_fsdp_on_cpu
 from common.tiny import VOCABULARY, perturb, save, tokenizer
 from datasets import Dataset
+from helpers.forked import launch
 from helpers.runs import (
     CHATS,
     DATA,
@@ -41,6 +45,7 @@ from transformers import (
 )
 from trl import GRPOConfig
 from trl.chat_template_utils import qwen3_chat_template
+from trl.trainer import grpo_trainer
 
 from tbrm_trl import TBRMConfig, TBRMTrainer
 from tbrm_trl.model.randomness import disable_randomness
@@ -564,6 +569,59 @@ def test_a_tool_that_raises(caller, tmp_path):
     for row in trajectories(trainer):
         assert "no doubling today" in TOKENIZER.decode(row.completion_ids[~row.loss_mask])
     assert logged(trainer, "tools/failure_frequency") == [1, 1]
+
+
+def call_on_one_process(folder: str, out: str) -> list[tuple[list[int], list[bool]]]:
+    """Two updates in which rank 0 calls the tool twice for each row, and rank 1 not at all. Token ids and masks."""
+    allow_fsdp_on_cpu()
+    if PartialState(cpu=True).process_index == 1:
+        read = grpo_trainer.parse_response
+        grpo_trainer.parse_response = lambda *args, **kwargs: read(*args, **kwargs) | {"tool_calls": None}
+    options = CALLING | dict(max_tool_calling_iterations=2, max_completion_length=400, per_device_train_batch_size=2)
+    trainer = build(folder, Path(out), length, tools=[doubling(later=False)], **options)
+    trainer.train()
+    return [(row.completion_ids.tolist(), row.loss_mask.tolist()) for row in trajectories(trainer)]
+
+
+@pytest.mark.parametrize("file", ["ddp", "zero3", pytest.param("fsdp2", marks=pytest.mark.launch)])
+def test_one_of_two_processes_calls_tools(file, caller, tmp_path):
+    """Where weights are sharded, a turn takes all processes, also those whose rows have ended."""
+    calls, none = launch("test_trainer:call_on_one_process", file, folder=caller, out=tmp_path)
+    assert len(calls) == len(none) == 4
+    for ids, mask in calls:
+        assert [token for token, counts in zip(ids, mask, strict=True) if counts] == 3 * [CALL_ID, 1]
+    assert none == 4 * [([CALL_ID, 1], [True, True])]
+
+
+def turns_of_process(turns: list[list[list[int]]]) -> dict[str, Any]:
+    """The answers to this process's rows, by turn, and how many rows it drew for. Row [n] is answered by [10 n]."""
+    process, drawn = PartialState(cpu=True).process_index, []
+
+    class Trainer(TBRMTrainer):
+        def __init__(self):
+            self.accelerator, self._shares_turns = PartialState(), True
+
+        def _generate_single_turn(self, prompt_ids, *given, **named):
+            if self._shares_turns:
+                return super()._generate_single_turn(prompt_ids, *given, **named)
+            drawn.append(len(prompt_ids))
+            return [[10 * n] for (n,) in prompt_ids], [[n / 10] for (n,) in prompt_ids]
+
+    trainer, answers = Trainer(), []
+    for turn in turns[process]:
+        answers.append(trainer._generate_single_turn([[n] for n in turn], None, {}, 1))
+    while trainer._shared_turn([]) is not None:
+        pass
+    return {"answers": answers, "drawn": drawn}
+
+
+def test_rows_of_a_turn_are_divided_over_processes():
+    """Each row has its own answer, and each process draws for as many rows as the other, of those 3 and 1, 1 and 2."""
+    turns = [[[1, 2, 3], [4], [5], [6]], [[7], [8, 9]]]
+    seen = launch("test_trainer:turns_of_process", turns=turns)
+    for of_process, given in zip(seen, turns, strict=True):
+        assert of_process["answers"] == [([[10 * n] for n in turn], [[n / 10] for n in turn]) for turn in given]
+        assert of_process["drawn"] == [2, 2, 1, 1]
 
 
 # ---- saving ----------------------------------------------------------------------------------------------------------

@@ -25,6 +25,7 @@ OVERRIDDEN = {
     "_get_grad_norm": "(self, model, grad_norm=None)",
     "_tokenize_prompts": "(self, prompts)",
     "_generate_single_turn": "(self, prompt_ids, images, multimodal_fields, num_generations, has_tool_images=False)",
+    "_tool_call_loop": "(self, prompts, prompt_ids, completion_ids, completions, logprobs, images, multimodal_fields)",
     "_get_train_sampler": "(self, dataset=None)",
     "_get_dataloader": (
         "(self, dataset, description, batch_size, sampler_fn=None, is_training=False, dataloader_key=None)"

@@ -204,6 +204,7 @@ class TBRMTrainer(ExactResume, GRPOTrainer):
     - `_get_dataloader`: has every process read a training stream whole, also one of several files;
     - `_tokenize_prompts`: refuses prompts that are too long, or cuts them;
     - `_generate_single_turn`: decodes no row that has ended, and with a `rollout_pool` decodes others in its place;
+    - `_tool_call_loop`: has all processes take part in every turn, where one cannot generate alone;
     - `_calculate_rewards`: keeps the raw rewards, since TRL only returns normalised advantages;
     - `_get_per_token_logps_and_entropies`: returns nothing, so that TRL runs no old-policy pass;
     - `_prepare_inputs`: collects the trajectories of an optimizer step, and scores them with the reference;
@@ -402,6 +403,7 @@ class TBRMTrainer(ExactResume, GRPOTrainer):
         self._logged_rows = self._make_logged_rows(policy) if self._plan.mix.logged else None
         self._trained_modules: ReplicatedModules | None = None
         self._pool: RolloutPool | None = None
+        self._shares_turns = False  # whether the rows of a turn are divided among all processes
         self._drawn: list[PoolRow] | None = None  # rows that the pool drew for the window; None if it does not draw
         self._followed = self._make_followed(policy) if args.followed_folder is not None else None
         self._given_rewards: Tensor | None = None  # (B, F) rewards of followed rollouts
@@ -650,6 +652,12 @@ class TBRMTrainer(ExactResume, GRPOTrainer):
         check_vision(policy, self._is_vlm)
         if self._is_vlm:
             check_sources_of_vision(args, self._plan.mix)
+            if self.tools and self._turns_take_all_processes:
+                raise ValueError(
+                    "Tools of a model with images need a process that can generate alone: processes call tools "
+                    "different numbers of times. Use DDP or ZeRO-2, without vLLM or with one for each process "
+                    '(vllm_mode="colocate", vllm_tensor_parallel_size=1).'
+                )
         if args.padding_free:
             check_packing(policy)
         if not args.use_vllm:
@@ -1060,6 +1068,8 @@ class TBRMTrainer(ExactResume, GRPOTrainer):
 
     def _generate_single_turn(self, prompt_ids, images, multimodal_fields, num_generations, has_tool_images=False):
         given = prompt_ids, images, multimodal_fields, num_generations, has_tool_images
+        if self._shares_turns:
+            return self._shared_turn(prompt_ids)
         if self.use_vllm or self.use_transformers_continuous_batching:
             return super()._generate_single_turn(*given)
         policy = self.accelerator.unwrap_model(self.model_wrapped)
@@ -1072,6 +1082,48 @@ class TBRMTrainer(ExactResume, GRPOTrainer):
                 loop = partial(self._draw_from_pool, prompt_ids, synced)
             with temporarily(policy, generate=partial(policy.generate, custom_generate=loop)):
                 return super()._generate_single_turn(*given)
+
+    @property
+    def _turns_take_all_processes(self) -> bool:
+        """Whether no process can generate alone: weights are gathered, or one vLLM draws for several processes."""
+        if self.args.use_vllm:
+            together = self.args.vllm_mode == "server" or self.args.vllm_tensor_parallel_size > 1
+        else:
+            together = self._dist.is_zero3 or self._dist.is_fsdp
+        return together and self.accelerator.num_processes > 1
+
+    def _tool_call_loop(self, *args: Any, **kwargs: Any) -> Any:
+        """TRL's loop, whose turns are as many and as large as this process's rows need."""
+        if not self._turns_take_all_processes:
+            return super()._tool_call_loop(*args, **kwargs)
+        with temporarily(self, _shares_turns=True):
+            finished = super()._tool_call_loop(*args, **kwargs)
+            while self._shared_turn([]) is not None:
+                pass  # rows of other processes still call tools
+        return finished
+
+    def _shared_turn(self, prompts: list[list[int]]) -> tuple[list[list[int]], list[list[float]] | None] | None:
+        """Draw a completion for every row of all processes, of which each process takes as many.
+
+        Every process calls this for every turn of any process.
+
+        Args:
+            prompts: token ids of this process's rows; none if it has no more turn.
+
+        Returns:
+            Token ids and log-probabilities of the completions of `prompts`. None if no process has a row.
+        """
+        counts, rows = gather_object([len(prompts)]), gather_object(prompts)
+        if not rows:
+            return None
+        process, share = self.accelerator.process_index, -(-len(rows) // len(counts))
+        mine = rows[process * share :][:share]
+        mine += rows[:1] * (share - len(mine))  # drawn for nothing
+        with temporarily(self, _shares_turns=False):
+            drawn, log_probs = self._generate_single_turn(mine, None, {}, num_generations=1)
+        begin = sum(counts[:process])
+        own = slice(begin, begin + len(prompts))
+        return gather_object(drawn)[own], None if log_probs is None else gather_object(log_probs)[own]
 
     @contextmanager
     def _autocast_of_generation(self) -> Iterator[None]:

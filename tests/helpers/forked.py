@@ -1,4 +1,4 @@
-"""`common.launch.launch` in less time: the processes are forked from one that has imported everything.
+"""`common.launch.launch`, and scripts, in less time: processes are forked from one that has imported everything.
 
 Importing torch, transformers and TRL takes a new interpreter longer than most tests compute. A launcher only sets
 variables and starts processes, so it is asked for the variables. `test_examples` starts the launch files by command.
@@ -6,9 +6,11 @@ variables and starts processes, so it is asked for the variables. `test_examples
 
 import json
 import os
+import runpy
+import sys
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from multiprocessing.connection import wait
 from pathlib import Path
 from typing import Any
@@ -47,12 +49,41 @@ def variables_of(launcher: Sequence[str]) -> list[dict[str, str]]:
     ]  # fmt: skip
 
 
-def child(environment: dict[str, str], log: str, function: str, arguments: str, folder: str) -> None:
+def enter(environment: Mapping[str, str], log: str) -> None:
+    """Make a forked process one with this environment, in the repository's root, that prints into a file."""
     os.environ.clear()
     os.environ.update(environment)
     os.chdir(ROOT)
     become(log)
+
+
+def call(environment: Mapping[str, str], log: str, function: str, arguments: str, folder: str) -> None:
+    enter(environment, log)
     main(function, arguments, folder)
+
+
+def execute(environment: Mapping[str, str], log: str, file: str, words: list[str]) -> None:
+    enter(environment, log)
+    sys.argv = [file, *words]
+    sys.path[0] = str(Path(file).parent)
+    runpy.run_path(file, run_name="__main__")
+
+
+def run(processes: Sequence[Any], logs: str, timeout: float) -> None:
+    """Run processes to their end. If one fails, or the time is over, the others are killed, and it raises."""
+    running, deadline = list(processes), time.monotonic() + timeout
+    for process in processes:
+        process.start()
+    while running and not any(process.exitcode for process in processes) and time.monotonic() < deadline:
+        wait([process.sentinel for process in running], timeout=1)
+        running = [process for process in processes if process.exitcode is None]
+    for process in running:
+        process.kill()
+        process.join()
+    codes = [process.exitcode for process in processes]
+    assert not any(codes), f"Exit codes {codes}: " + "\n".join(
+        f"process {file.name}: {file.read_text()[-4000:]}" for file in sorted(Path(logs).iterdir())
+    )
 
 
 def launch(
@@ -64,20 +95,17 @@ def launch(
         (launcher,) = launchers(under, processes)
         given = (function, json.dumps(arguments, default=str), folder)
         started = [
-            PROCESSES.Process(target=child, args=(environment, f"{logs}/{rank}", *given), daemon=True)
+            PROCESSES.Process(target=call, args=(environment, f"{logs}/{rank}", *given))
             for rank, environment in enumerate(variables_of(launcher))
         ]
-        for process in started:
-            process.start()
-        running, deadline = started, time.monotonic() + timeout
-        while running and not any(process.exitcode for process in started) and time.monotonic() < deadline:
-            wait([process.sentinel for process in running], timeout=1)
-            running = [process for process in started if process.exitcode is None]
-        for process in running:
-            process.kill()
-            process.join()
-        codes = [process.exitcode for process in started]
-        assert not any(codes), f"Exit codes {codes}: " + "\n".join(
-            f"process {file.name}: {file.read_text()[-4000:]}" for file in sorted(Path(logs).iterdir())
-        )
+        run(started, logs, timeout)
         return [torch.load(f"{folder}/{rank}.pt", weights_only=False) for rank in range(len(started))]
+
+
+def run_script(file: Path, *words: str | Path, timeout: float = 600) -> str:
+    """Run a Python script, which must succeed, as the main program of a process. Returns what it prints."""
+    import_once("helpers.forked")
+    with tempfile.TemporaryDirectory() as logs:
+        given = (variables(), f"{logs}/0", str(file), list(map(str, words)))
+        run([PROCESSES.Process(target=execute, args=given)], logs, timeout)
+        return Path(f"{logs}/0").read_text()
