@@ -6,6 +6,7 @@ import inspect
 import math
 import re
 import warnings
+from types import SimpleNamespace
 
 import pytest
 from helpers.runs import config
@@ -13,7 +14,7 @@ from transformers import HfArgumentParser
 from trl import GRPOConfig
 
 from tbrm_trl import TBRMConfig
-from tbrm_trl.checks.options import COUNTS
+from tbrm_trl.checks.options import COUNTS, check_batch_arithmetic
 from tbrm_trl.checks.trl_options import GIVEN_A_MEANING, KEPT, REFUSED
 
 
@@ -68,6 +69,12 @@ def test_options_without_meaning_are_refused(name):
         ({"train_sampling_strategy": "sequential"}, "use `shuffle_dataset=False`"),
         ({"max_completion_length": None}, "`max_completion_length=None` is refused"),
         ({"accelerator_config": {"split_batches": True}}, "`split_batches=True` is refused: each process would get"),
+        (
+            {"accelerator_config": {"gradient_accumulation_kwargs": {"num_steps": 3}}},
+            "is refused: .* in place of gradient_accumulation_steps=.*Set gradient_accumulation_steps=3",
+        ),
+        ({"dataloader_in_order": False}, "would repeat some windows and lose others"),
+        ({"dataloader_drop_last": True}, "would leave out the rows of the last batch"),
         (
             {"per_device_train_batch_size": 5, "num_generations": 2},
             "Make it 4 or 6, or use num_generations=1",
@@ -346,3 +353,17 @@ NUMBERS = ("temperature", "top_p", "adam_beta1", "num_train_epochs", "repetition
 def test_numbers_out_of_range(options, message):
     with pytest.raises(ValueError, match=message):
         config(**dict(per_device_train_batch_size=4) | options)
+
+
+def test_rows_are_whole_and_evenly_divided_on_several_processes(monkeypatch):
+    """A process without its share of the rows, or with another's, would leave the others waiting."""
+    monkeypatch.setattr(TBRMConfig, "world_size", 2)
+    with pytest.raises(ValueError, match="`even_batches=False` is refused: a process with fewer rows would leave"):
+        config(accelerator_config={"even_batches": False})
+    monkeypatch.setattr(TBRMConfig, "world_size", 1)
+    config(accelerator_config={"even_batches": False})
+    args = config()
+    args.parallelism_config = SimpleNamespace(tp_size=2)
+    assert ["those that share tensors would need the same rows" in one for one in check_batch_arithmetic(args)] == [
+        True
+    ]

@@ -2,6 +2,7 @@
 
 import functools
 import json
+import os
 import warnings
 from pathlib import Path
 
@@ -12,6 +13,8 @@ import pytest
 import torch
 from common.tiny import VOCABULARY, save, tokenizer
 from datasets import Dataset, DatasetDict, Features, IterableDataset, Json, load_dataset
+from datasets.distributed import split_dataset_by_node
+from helpers.forked import launch
 
 from tbrm_trl import TBRMConfig, TBRMTrainer, load_rollouts
 from tbrm_trl.checks.advice import warn_of_double_bos
@@ -304,6 +307,39 @@ def test_streams_are_evaluated_by_one_process():
     check_evaluation_sets({"rows": data.to_iterable_dataset()}, needs_prompts=True, processes=1)
     with pytest.raises(ValueError, match="is a stream, which several processes do not evaluate"):
         check_evaluation_sets({"rows": data.to_iterable_dataset()}, needs_prompts=True, processes=2)
+
+
+def test_a_node_s_part_of_a_stream_is_refused(tmp_path):
+    stream = split_dataset_by_node(Dataset.from_list([{"prompt": "a"}] * 8).to_iterable_dataset(), 0, 2)
+    with pytest.raises(ValueError, match=r"one node's part of a stream .*pass the whole stream"):
+        build("no/such/model", tmp_path, train_dataset=stream)
+
+
+@pytest.mark.parametrize("where", ["train_dataset", "eval_dataset"])
+def test_formats_of_which_no_prompt_can_be_read(where, tmp_path):
+    data = Dataset.from_list([{"prompt": "a", "answer": 1}] * 8)
+    for given, problem in (
+        (data.with_format("arrow"), "has the format 'arrow', in which a row is a table"),
+        (data.with_format("torch", columns=["answer"]), "a format without the column `prompt`, but with answer"),
+    ):
+        with pytest.raises(ValueError, match=problem):
+            build("no/such/model", tmp_path, **{where: given})
+
+
+def train_on_own_rows(folder: str, out: str) -> str:
+    """What training says on a data set that each process shuffles for itself."""
+    rows = [{"prompt": text} for text in "abcdefgh"]
+    data = Dataset.from_list(rows).shuffle(seed=int(os.environ["RANK"]))
+    try:
+        build(folder, Path(out), train_dataset=data).train()
+    except ValueError as error:
+        return str(error)
+    return "trained"
+
+
+def test_processes_with_different_data_are_refused(folder, tmp_path):
+    seen = launch("test_faults_data:train_on_own_rows", folder=folder, out=tmp_path)
+    assert all("The processes differ in data set." in one and "with a `seed`" in one for one in seen)
 
 
 @pytest.mark.parametrize("where", ["trained", "evaluated"])

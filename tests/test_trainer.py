@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections import Counter
 from contextlib import nullcontext
@@ -540,6 +541,22 @@ def test_logged_rows_beside_environments(logged_row, problem, caller, tmp_path):
     trainer = train(caller, tmp_path, None, **options)
     drawn = trajectories(trainer)
     assert sorted(one.reward for one in drawn if one.source is Source.LOGGED) == [0.25] * (len(drawn) // 2)
+
+
+@pytest.mark.parametrize("soft_value", ["group", "log_mean_exp", "calibrated"])
+def test_an_environment_that_draws_another_task_for_each_rollout(soft_value, caller, tmp_path):
+    """Rollouts of different prompts are no group."""
+    starts = itertools.count()
+
+    class Random(Till):
+        def reset(self, **kwargs) -> str:
+            return super().reset(10 * next(starts))
+
+    trainer = build(caller, tmp_path, None, environment_factory=Random, soft_value=soft_value, num_generations=2,
+                    **CALLING)  # fmt: skip
+    refused = pytest.raises(ValueError, match="Rollouts of one row of the data set have different prompts")
+    with nullcontext() if soft_value == "calibrated" else refused:
+        trainer.train()
 
 
 def test_environments_by_name(caller, tmp_path):

@@ -177,7 +177,7 @@ from .sources.reward_calls import REASONS, Failure, RewardCalls
 from .sources.rollout import Rewards, checked_rollouts, trajectories_from_trl
 from .sources.sampler import DataPlan, WholeStream, WindowSampler
 from .sources.saved_rollouts import merge_rollouts, rewind_rollouts, rollout_files, rollouts_file, save_rollouts
-from .trajectory import End, Source, Trajectory, UpdateRow, check_scores, largest_return
+from .trajectory import End, Source, Trajectory, UpdateRow, check_groups, check_scores, largest_return
 
 logger = get_logger(__name__)
 
@@ -951,6 +951,9 @@ class TBRMTrainer(ExactResume, GRPOTrainer):
         if fresh and self._followed is not None:
             rollouts = self._follow(self._followed)
             fresh = list(self._rewards.rows)  # the rows of the followed rollouts
+        if self._soft_value.compares and fresh:
+            with failing_together():
+                check_groups(rollouts)
         if self.log_completions and rollouts:
             self._completions.add(rollouts, "train")
         rewards = self._rewards if rollouts else None  # kept here: rewarding logged rows replaces `_rewards`

@@ -103,6 +103,19 @@ class Trajectory:
         return digest.hexdigest()
 
 
+def check_groups(trajectories: Sequence[Trajectory]) -> None:
+    """Raise ValueError if trajectories of one group have different prompts."""
+    firsts: dict[int | None, Trajectory] = {}
+    for one in trajectories:
+        first = firsts.setdefault(one.group_id, one)
+        if not torch.equal(one.prompt_ids, first.prompt_ids):
+            raise ValueError(
+                "Rollouts of one row of the data set have different prompts, but are compared with each other. Make an "
+                "environment's `reset` depend on the row's columns alone, or choose an estimator that takes each "
+                'rollout for itself, such as soft_value="calibrated".'
+            )
+
+
 def check_scores(trajectories: Sequence[Trajectory], names: Sequence[str]) -> None:
     """Raise ValueError for reference scores that are not finite. `names` has each trajectory's name in the error."""
     log_probs = [one.ref_log_probs for one in trajectories if one.ref_log_probs is not None]

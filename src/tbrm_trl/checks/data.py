@@ -53,7 +53,9 @@ def check_training_set(
     logged, mix = check_dataset(dataset, args, group_size)
     check_sources(mix, args, group_size, rewarded, evaluated)
     check_prompts(dataset, "the training set", ~logged & (not environment), ~logged | _given_as_text(dataset, logged))
-    if mix.logged:
+    if not mix.logged:
+        check_format(dataset, "the training set")  # rows of others are read as plain values
+    else:
         largest = largest_return(args.beta)
         check_logged_rows(dataset, logged, rewarded, args.reference == "previous", largest, environment)
     return DataPlan(logged, mix, check_logged_groups(dataset, logged, mix, args, group_size))
@@ -74,6 +76,11 @@ def check_kind(dataset: Any) -> None:
         )
     if isinstance(dataset, Dataset) and not len(dataset):
         raise ValueError("`train_dataset` has no row. Was everything filtered out?")
+    if getattr(dataset, "_distributed", None) is not None:  # the only trace of `split_dataset_by_node`
+        raise ValueError(
+            "`train_dataset` is one node's part of a stream (`split_dataset_by_node`). Every window is divided among "
+            "the processes, so pass the whole stream to each of them."
+        )
 
 
 def check_dataset(dataset: Any, args: TBRMOptions, group_size: int) -> tuple[np.ndarray, WindowMix]:
@@ -150,8 +157,26 @@ def check_evaluation_sets(given: Any, needs_prompts: bool, processes: int) -> No
     """
     for title, dataset in titled_sets(given).items():
         check_evaluation_stream(dataset, title, processes)
+        check_format(dataset, title)
         every = np.ones(len(dataset) if isinstance(dataset, Dataset) else 0, dtype=bool)
         check_prompts(dataset, title, every & needs_prompts, every)
+
+
+def check_format(dataset: Any, title: str) -> None:
+    """Refuse a format in which a row is a table, or that leaves out the prompt."""
+    if not isinstance(dataset, Dataset):
+        return
+    kind, columns = dataset.format["type"], dataset.format["columns"]
+    if kind in ("arrow", "pandas", "polars"):
+        raise ValueError(
+            f"{title} has the format {kind!r}, in which a row is a table. Pass `dataset.with_format(None)`."
+        )
+    hidden = {"prompt"} & set(dataset.column_names) - set(columns or dataset.column_names)
+    if hidden and not dataset.format["output_all_columns"]:
+        raise ValueError(
+            f"{title} has a format without the column `prompt`, but with {', '.join(columns)}. Pass "
+            "`dataset.with_format(None)`, or name `prompt` in the format."
+        )
 
 
 def check_evaluation_stream(dataset: Any, title: str, processes: int) -> None:

@@ -84,6 +84,16 @@ def check_meaning(args: TBRMOptions) -> Iterator[str]:
             "`dataloader_persistent_workers=True` is refused: transformers keeps the loader of a first evaluation for "
             "later ones, of whatever set. Leave it out; loading rows takes no time beside rollouts."
         )
+    if not args.dataloader_in_order:
+        yield (
+            "`dataloader_in_order=False` is refused: the sampler names the rows of windows one after the other, and "
+            "another order would repeat some windows and lose others. Leave it at True."
+        )
+    if args.dataloader_drop_last:
+        yield (
+            "`dataloader_drop_last=True` is refused: evaluations would leave out the rows of the last batch. Leave it "
+            "at False; windows are always full."
+        )
     if args.label_smoothing_factor:
         yield (
             f"`label_smoothing_factor={args.label_smoothing_factor}` is refused: there are no labels to smooth. Leave "
@@ -204,6 +214,23 @@ def check_batch_arithmetic(args: TBRMOptions) -> Iterator[str]:
         yield (
             "`accelerator_config` with `split_batches=True` is refused: each process would get a part of the rows that "
             "the sampler names for it, and other rows would never be drawn. Leave it out."
+        )
+    if not args.accelerator_config.even_batches and args.world_size > 1:
+        yield (
+            "`accelerator_config` with `even_batches=False` is refused: a process with fewer rows would leave an "
+            "evaluation early, and the others would wait for it. Leave it out; rows that fill up count once."
+        )
+    steps = (args.accelerator_config.gradient_accumulation_kwargs or {}).get("num_steps", 1)
+    if steps != 1:  # transformers itself writes 1
+        yield (
+            f"`accelerator_config` with `gradient_accumulation_kwargs={{'num_steps': {steps}}}` is refused: "
+            f"transformers would take it in place of gradient_accumulation_steps={args.gradient_accumulation_steps} "
+            f"when windows are planned already. Set gradient_accumulation_steps={steps}."
+        )
+    if (parallelism := args.parallelism_config) is not None and parallelism.tp_size > 1:
+        yield (
+            f"`parallelism_config` with tp_size={parallelism.tp_size} is refused: windows are divided among all "
+            "processes, and those that share tensors would need the same rows. Use FSDP2 or ZeRO-3."
         )
     generation, accumulation = args.steps_per_generation, args.gradient_accumulation_steps
     if generation % accumulation:

@@ -44,6 +44,17 @@ RunState = tuple[dict[str, dict[str, Any]], dict[str, list[Trajectory]], dict[st
 _NO_EFFECT = ("learning_rate", "weight_decay", "adam_beta1", "adam_beta2", "adam_epsilon")
 
 
+def require_agreement(identity: dict[str, Any]) -> None:
+    """Refuse a run whose processes have different data or settings."""
+    first, *others = gather_object([identity])
+    differing = [name for name in first if any(other[name] != first[name] for other in others)]
+    if differing:
+        raise ValueError(
+            f"The processes differ in {', '.join(differing)}. They share the rows of every window, so each must make "
+            "the same: shuffle or split a data set with a `seed`."
+        )
+
+
 class ExactResume(Trainer):
     """Saves what transformers leaves out of a checkpoint, resumes only from sound ones, and locks the output folder.
 
@@ -114,7 +125,8 @@ class ExactResume(Trainer):
 
         Raises:
             ValueError: for a checkpoint that is incomplete, damaged, or of a run with another reference, tokenizer,
-                data, batches or number of processes; for a fresh start in a folder with checkpoints of another run.
+                data, batches or number of processes; for a fresh start in a folder with checkpoints of another run; if
+                processes have different data or settings.
             RuntimeError: if another run is under way in `output_dir`.
             OSError: if `output_dir` cannot be written to.
             SystemExit: with `enable_jit_checkpoint`, after SIGTERM (code 143) or SIGINT (code 130).
@@ -129,6 +141,7 @@ class ExactResume(Trainer):
             )
         output_dir = self._get_output_dir(args[0] if args else kwargs.get("trial"))
         self._described = {"identity": self.run_identity(), "settings": self.run_settings()}
+        require_agreement(self._described["identity"])
         with ExitStack() as held:
             held.enter_context(self._folder_held(output_dir))
             self._resumed_from = self._found(resume_from, output_dir)
