@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from datasets import IterableDataset
+from datasets import Dataset, IterableDataset
 from helpers.forked import launch
 from helpers.runs import build, config
 
@@ -154,3 +154,35 @@ def test_two_processes_share_a_stream_of_several_files(llama, tmp_path):
     windows = [one + other for one, other in zip(first, second, strict=True)]
     assert windows[:3] == [[prompt for prompt in prompts[at : at + 8] for _ in range(2)] for at in (0, 8, 16)]
     assert len(complete_checkpoints(tmp_path / "out")) == 2
+
+
+@pytest.mark.parametrize("strategy", ["steps", "epoch"])
+@pytest.mark.parametrize("shuffled", [False, True])
+def test_a_resumed_run_goes_on_in_the_pass_of_its_stream(strategy, shuffled, llama, tmp_path):
+    """A pass has four updates. The run is resumed from each checkpoint, within passes and at their ends."""
+    stream = Dataset.from_list([{"prompt": f"a{row}"} for row in range(8)]).to_iterable_dataset()
+
+    def run(resume: str | None) -> tuple[list[list[str]], list[int], list[torch.Tensor]]:
+        drawn: list[list[str]] = []
+
+        def reward(prompts, completions, **kwargs):
+            if not trainer.evaluating:
+                drawn.append(prompts)
+            return [len(text) / 8 for text in completions]
+
+        trainer = build(
+            llama, tmp_path, reward, stream, eval_dataset=stream.take(2), per_device_eval_batch_size=2, max_steps=10,
+            save_strategy=strategy, save_steps=1, eval_strategy="epoch", shuffle_dataset=shuffled,
+            gradient_accumulation_steps=2, per_device_train_batch_size=1,
+        )  # fmt: skip
+        trainer.train(resume_from_checkpoint=resume)
+        evaluated = [entry["step"] for entry in trainer.state.log_history if "eval_reward" in entry]
+        return drawn, evaluated, [p.detach().clone() for p in trainer.model.parameters()]
+
+    windows, evaluated, weights = run(None)
+    assert evaluated == [4, 8, 10] and len(windows) == 10
+    assert (windows[:4] == windows[4:8]) is not shuffled
+    for step in range(1, 10) if strategy == "steps" else (4, 8):
+        rest, evaluations, end = run(str(tmp_path / "out" / f"checkpoint-{step}"))
+        assert (rest, evaluations) == (windows[step:], evaluated)
+        assert all(torch.equal(a, b) for a, b in zip(weights, end, strict=True))

@@ -1,7 +1,7 @@
 """`ExactResume`: a trainer whose resumed run ends, bit for bit on CPU, where an uninterrupted one would."""
 
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sized
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any, TypeVar
@@ -29,6 +29,7 @@ from .checkpoint import (
     mark_complete,
     mark_incomplete,
     process_folder,
+    read_mark,
     remove_old_checkpoints,
     save_state,
 )
@@ -66,14 +67,16 @@ class ExactResume(Trainer):
     - `_save_checkpoint`: marks a checkpoint as complete, and removes old ones only after that;
     - `_save_rng_state`, `_load_rng_state`: the Trainer calls them on every process; here they also write and read each
       process's own part;
-    - `_init_training_state`: a resumed run's own options set how often it saves, evaluates and logs;
+    - `_init_training_state`: a resumed run's own options set how often it saves, evaluates and logs; in a stream it
+      goes on where the checkpoint's pass was;
     - `_load_callback_state`: what callbacks have counted, such as early stopping's patience, is restored;
     - `_maybe_log_save_evaluate`: called after every update, and once more at an epoch's end. It stops a run that was
       told to stop. What is due at an epoch's last update, a checkpoint or the stop, waits for the second call;
     - `_determine_best_metric`: in the first of these calls, a best checkpoint is noted and not yet saved;
     - `save_model`: writes the weights of a model that FSDP shards, even if its checkpoints stay sharded;
     - `_load_best_model`: an adapter that is not named "default" is found, too;
-    - `_run_epoch`, `_finalize_training`: a run resumed from the checkpoint of its last update makes no further one.
+    - `_run_epoch`, `_finalize_training`: a run resumed from the checkpoint of its last update makes no further one. The
+      first also notes where a pass over the data begins.
     """
 
     _resumed_from: str | None
@@ -82,6 +85,8 @@ class ExactResume(Trainer):
     _stop: StopRequest | None = None
     _last_saved: int | None = None  # the update after which the last checkpoint was written
     _last_update: int | None = None  # the update of the last call of `_maybe_log_save_evaluate`
+    _pass: tuple[int, int] = (0, 0)  # the number of this pass over the data, and of the updates before it
+    _pass_has_ended = False
     _saves_later = _best_is_due = False  # in that call: whether a second one follows; whether that must save the best
 
     def run_identity(self) -> dict[str, Any]:
@@ -232,10 +237,12 @@ class ExactResume(Trainer):
             )
         return results[0]
 
-    def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
+    def _run_epoch(self, model: Any, epoch: int, *args: Any, **kwargs: Any) -> None:
+        if self._pass[0] != epoch:
+            self._pass = epoch, self.state.global_step
         if self.state.global_step < self.state.max_steps:
             self._has_trained = True
-            super()._run_epoch(*args, **kwargs)
+            super()._run_epoch(model, epoch, *args, **kwargs)
 
     def _finalize_training(self, *args: Any, **kwargs: Any) -> Any:
         if not self._has_trained:
@@ -245,7 +252,16 @@ class ExactResume(Trainer):
     def _init_training_state(self, max_steps: int, *args: Any) -> tuple[int, int]:
         begun = super()._init_training_state(max_steps, *args)
         self.state.compute_steps(self.args, max_steps)  # this run's intervals, not the checkpoint's
-        return begun
+        self._pass = 0, 0
+        if self._resumed_from is None or isinstance(self.train_dataset, Sized):
+            return begun
+        # transformers takes all updates of a stream for one pass.
+        self._last_update = self.state.global_step
+        number, before, has_ended = read_mark(Path(self._resumed_from))["pass"]
+        if has_ended:
+            return number + 1, 0
+        self._pass = number, before
+        return number, (self.state.global_step - before) * self.args.gradient_accumulation_steps
 
     def _load_callback_state(self) -> None:
         if self.args.restore_callback_states_from_checkpoint:  # makes them anew, with the options that they had
@@ -268,7 +284,8 @@ class ExactResume(Trainer):
         # checkpoint saved before the end would be resumed after it.
         ends = self.control.should_training_stop or self.control.should_epoch_stop
         ends = ends or float(self.state.epoch or 0.5).is_integer()
-        before_epochs_end = ends and self._last_update != self.state.global_step  # a second call follows
+        self._pass_has_ended = self._last_update == self.state.global_step
+        before_epochs_end = ends and not self._pass_has_ended  # a second call follows
         self._last_update, self._last_saved = self.state.global_step, None
         self._saves_later, self._best_is_due = before_epochs_end, False
         saves_at_the_end = before_epochs_end and self.control.should_save
@@ -350,7 +367,7 @@ class ExactResume(Trainer):
         with failing_together():
             if self.args.should_save:
                 torch.save(self.args, folder / "training_args.bin")  # again, with both options as given
-                run = {**self._described, "step": self.state.global_step}
+                run = {**self._described, "step": self.state.global_step, "pass": [*self._pass, self._pass_has_ended]}
                 mark_complete(folder, run, model_only=self.args.save_only_model)
                 remove_old_checkpoints(folder, self.args.save_total_limit, self.state.best_model_checkpoint)
 
