@@ -356,6 +356,12 @@ class Comparison:
             others.setdefault((run.method, run.knob, run.rate), []).append(run)
         return list(others.values())
 
+    def shown(self) -> dict[str, list[Run]]:
+        """Finished final runs by name: of the selected candidates, and of those that were selected once."""
+        found = {method: self.finished(method) for method in self.setting.methods}
+        names = {f"{runs[0].method}, not selected ({n})": runs for n, runs in enumerate(self.superseded(), 1)}
+        return {name: runs for name, runs in (found | names).items() if runs}
+
     # -- execution
 
     def stages(self) -> Iterator[list[Run]]:
@@ -415,35 +421,33 @@ def trained_on(results: Sequence[dict[str, Any]]) -> str:
 
 def section(comparison: Comparison) -> str:
     setting, results = comparison.setting, comparison.runs
-    finished = {method: comparison.finished(method) for method in setting.methods}
-    finished |= {f"{runs[0].method}, not selected ({number})": runs
-                 for number, runs in enumerate(comparison.superseded(), 1)}  # fmt: skip
-    whole = [method for method, runs in finished.items() if runs]
+    finished = comparison.shown()
+    peer = next((name for name, runs in finished.items() if runs[0].method == PEER), None)
     text = f"## {setting.title}\n\n"
     if precision := PRECISIONS[setting.precision][0]:
         text += f"{precision}\n\n"
-    if PEER not in whole:
+    if peer is None:
         return text + wrapped("The selection is not finished.") + "\n\n" + selection(comparison)
-    seeds = [run.seed for run in finished[PEER]]
+    seeds = [run.seed for run in finished[peer]]
     points = {
-        method: {run.seed: results[str(run)]["points"] for run in finished[method] if run.seed in seeds}
-        for method in whole
+        name: {run.seed: results[str(run)]["points"] for run in runs if run.seed in seeds}
+        for name, runs in finished.items()
     }
     ends = {method: [of[-1][2] for of in by_seed.values()] for method, by_seed in points.items()}
-    target = statistics.mean(ends[PEER])
-    processors = sorted({results[str(run)]["processor"] for method in whole for run in finished[method]})
+    target = statistics.mean(ends[peer])
+    processors = sorted({results[str(run)]["processor"] for runs in finished.values() for run in runs})
     rows, costs = [], []
-    for method in whole:
+    for method in finished:
         mine = points[method]
         differences = {
-            name: [f(np.array(mine[s])[:, 2]) - f(np.array(points[PEER][s])[:, 2]) for s in mine]
+            name: [f(np.array(mine[s])[:, 2]) - f(np.array(points[peer][s])[:, 2]) for s in mine]
             for name, f in (("area", area), ("end", lambda of: of[-1]))
         }
         run, areas = finished[method][0], [area(np.array(of)[:, 2]) for of in mine.values()]
         rows.append(
             [method, f"{run.knob}, {run.rate:g}", str(len(mine)), show(areas), show(ends[method]),
              trained_on([results[str(run)] for run in finished[method]]),
-             *("" if method == PEER else interval(of) for of in differences.values())]
+             *("" if method == peer else interval(of) for of in differences.values())]
         )  # fmt: skip
         gained = [first_at(of, of[0][2] + GAIN, 1) for of in mine.values()]
         reached = [[first_at(of, target, place) for of in mine.values()] for place in (1, 4)]
@@ -451,9 +455,9 @@ def section(comparison: Comparison) -> str:
         costs.append([method, medians(gained), *map(medians, reached), f"{total:,.0f}"])
     names = ("knob, rate", "seeds", "area", "final accuracy", "reward", f"area − {PEER}'s", f"final − {PEER}'s")
     header = ["", *names]
-    drawn = points[PEER][seeds[0]][-1][1]
+    drawn = points[peer][seeds[0]][-1][1]
     text += wrapped(
-        f"{len(seeds)} of {len(setting.final_seeds)} final seeds of {PEER}, {drawn:,} rollouts in a run; *seeds* says "
+        f"{len(seeds)} of {len(setting.final_seeds)} final seeds of {peer}, {drawn:,} rollouts in a run; *seeds* says "
         "how many another method has so far. *Area* is the mean accuracy along the curve. *Reward* is the mean of the "
         "last quarter of the rollouts, on the problems trained on. Differences are paired by seed, with Student's 95% "
         "interval."
@@ -514,7 +518,7 @@ def confirmed(comparison: Comparison) -> str:
 
 
 def draw(comparisons: Sequence[Comparison]) -> plt.Figure:
-    shown = [one for one in comparisons if one.finished(PEER)]
+    shown = [one for one in comparisons if any(runs[0].method == PEER for runs in one.shown().values())]
     columns = min(3, max(1, len(shown)))
     lines = max(1, math.ceil(len(shown) / columns))
     figure, axes = plt.subplots(lines, columns, figsize=(5.5 * columns, 4 * lines), squeeze=False)
@@ -522,7 +526,7 @@ def draw(comparisons: Sequence[Comparison]) -> plt.Figure:
         axis.set_axis_off()
     for axis, one in zip(axes.flat, shown, strict=False):
         for number, method in enumerate(METHODS):
-            runs = one.finished(method) if method in one.setting.methods else []
+            runs = next((runs for runs in one.shown().values() if runs[0].method == method), [])
             if not runs:
                 continue
             points = np.array([one.runs[str(run)]["points"] for run in runs])  # (S, M, 5)
