@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+import torch.nn.functional as F
 
 from tbrm_trl.trajectory import End, Trajectory
 
@@ -20,6 +21,13 @@ def test_prompts_with_other_images_are_others():
     keys = [key([5]), key([6]), key([5], pixel_values=white), key([5], pixel_values=black)]
     assert len({*keys}) == 4
     assert key([5], pixel_values=white.clone(), token_type_ids=torch.tensor([0, 1])) == keys[2]
+
+    # Two tiles, with a channel of zeros, and padded to four.
+    tiles, mask = torch.tensor([1.0, 0.0, 2.0])[:, None, None].expand(1, 2, 3, 4, 4), torch.ones(1, 2, 4, 4).bool()
+    padded = dict(pixel_values=F.pad(tiles, (0,) * 7 + (2,)), pixel_attention_mask=F.pad(mask, (0,) * 5 + (2,)))
+    assert padded["pixel_values"].shape == (1, 4, 3, 4, 4) and padded["pixel_attention_mask"].shape == (1, 4, 4, 4)
+    assert key([5], **padded) == key([5], pixel_values=tiles, pixel_attention_mask=mask)
+    assert key([5], pixel_values=tiles.flip(2), pixel_attention_mask=mask) != key([5], **padded)
 
 
 def test_bad_trajectories_are_refused():

@@ -96,10 +96,18 @@ class Trajectory:
 
     @property
     def prompt_key(self) -> str:
-        """Digest of the prompt's tokens and images: equal for trajectories of one prompt, in every process and run."""
+        """Digest of the prompt's tokens and images: equal for trajectories of one prompt, in every process and run.
+
+        Tiles of zeros are left out: some processors add them, up to the most tiles that a prompt of the window has.
+        """
         digest = xxhash.xxh3_128(self.prompt_ids.numpy().tobytes())
         for name in sorted(name for name in self.vision if name.startswith(("pixel_", "image_"))):
-            digest.update(self.vision[name].flatten().contiguous().view(torch.uint8).numpy().tobytes())
+            values, dims = self.vision[name], 2 if name.endswith("mask") else 3  # of a tile: (H, W) or (C, H, W)
+            if values.ndim > dims:
+                tiles = values.flatten(end_dim=-dims - 1)
+                values = tiles[tiles.flatten(1).any(dim=1)]
+            digest.update(name.encode())
+            digest.update(values.flatten().contiguous().view(torch.uint8).numpy().tobytes())
         return digest.hexdigest()
 
 
