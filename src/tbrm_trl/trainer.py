@@ -951,9 +951,11 @@ class TBRMTrainer(ExactResume, GRPOTrainer):
         if fresh and self._followed is not None:
             rollouts = self._follow(self._followed)
             fresh = list(self._rewards.rows)  # the rows of the followed rollouts
-        if self._soft_value.compares and fresh:
+        served = self.args.use_vllm and self.args.vllm_mode == "server"  # which draws all from the first prompt
+        if (self._soft_value.compares or served) and fresh:
+            taken_by = "the vLLM server" if served else f'soft_value="{self.args.soft_value}"'
             with failing_together():
-                check_groups(rollouts)
+                check_groups(rollouts, taken_by)
         if self.log_completions and rollouts:
             self._completions.add(rollouts, "train")
         rewards = self._rewards if rollouts else None  # kept here: rewarding logged rows replaces `_rewards`

@@ -111,16 +111,15 @@ class Trajectory:
         return digest.hexdigest()
 
 
-def check_groups(trajectories: Sequence[Trajectory]) -> None:
-    """Raise ValueError if trajectories of one group have different prompts."""
+def check_groups(trajectories: Sequence[Trajectory], taken_by: str) -> None:
+    """Raise ValueError if trajectories of one group have different prompts. `taken_by` says what needs equal ones."""
     firsts: dict[int | None, Trajectory] = {}
     for one in trajectories:
         first = firsts.setdefault(one.group_id, one)
         if not torch.equal(one.prompt_ids, first.prompt_ids):
             raise ValueError(
-                "Rollouts of one row of the data set have different prompts, but are compared with each other. Make an "
-                "environment's `reset` depend on the row's columns alone, or choose an estimator that takes each "
-                'rollout for itself, such as soft_value="calibrated".'
+                f"Rollouts of one row of the data set have different prompts, but {taken_by} takes them for rollouts "
+                "of one. Make an environment's `reset` depend on the row's columns alone, or use num_generations=1."
             )
 
 
