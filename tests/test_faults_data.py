@@ -318,7 +318,9 @@ def test_a_node_s_part_of_a_stream_is_refused(tmp_path):
 @pytest.mark.parametrize("where", ["train_dataset", "eval_dataset"])
 def test_formats_of_which_no_prompt_can_be_read(where, tmp_path):
     data = Dataset.from_list([{"prompt": "a", "answer": 1}] * 8)
+    chats = Dataset.from_list([{"prompt": [{"role": "user", "content": "a"}]}] * 8)
     for given, problem in (
+        (chats.with_format("numpy"), "has the format 'numpy', in which a prompt of messages is an array"),
         (data.with_format("arrow"), "has the format 'arrow', in which a row is a table"),
         (data.with_format("torch", columns=["answer"]), "a format without the column `prompt`, but with answer"),
     ):

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
-from datasets import Dataset, IterableDataset
+from datasets import Dataset, IterableDataset, Value
 from transformers import PreTrainedTokenizerBase
 from transformers.trainer_utils import has_length
 
@@ -170,6 +170,12 @@ def check_format(dataset: Any, title: str) -> None:
     if kind in ("arrow", "pandas", "polars"):
         raise ValueError(
             f"{title} has the format {kind!r}, in which a row is a table. Pass `dataset.with_format(None)`."
+        )
+    prompt = (dataset.features or {}).get("prompt")
+    if kind == "numpy" and prompt is not None and not isinstance(prompt, Value):
+        raise ValueError(
+            f"{title} has the format 'numpy', in which a prompt of messages is an array. Pass "
+            "`dataset.with_format(None)`."
         )
     hidden = {"prompt"} & set(dataset.column_names) - set(columns or dataset.column_names)
     if hidden and not dataset.format["output_all_columns"]:
