@@ -29,9 +29,9 @@ test: $(VENV)/.installed
 	$(BIN)/pytest -m "not launch and not vllm" -n 2 --dist loadfile $(ARGS)
 
 # Every launch file and example by its own line, learning and saving under each: ten minutes. Two at a time, since each
-# of them waits for one process at its start and end.
+# of them waits for one process at its start and end. One file has half of the work.
 launch: $(VENV)/.installed
-	$(BIN)/pytest -m launch -n 2 --dist loadfile $(ARGS)
+	$(BIN)/pytest -m launch -n 2 --dist worksteal $(ARGS)
 
 # Lines and branches of src/ that the fast tests and the launched ones reach, in every process that they start. At
 # least 95% of them must be.
