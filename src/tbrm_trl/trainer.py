@@ -1081,7 +1081,7 @@ class TBRMTrainer(ExactResume, GRPOTrainer):
         with self._autocast_of_generation():
             if self._is_vlm or not draws_one_token(policy, self.generation_config):
                 return super()._generate_single_turn(*given)
-            synced = self.accelerator.num_processes > 1 and (self._dist.is_zero3 or self._dist.is_fsdp)
+            synced = self._turns_take_all_processes
             loop = partial(sample, synced_gpus=synced)
             if self._drawn is not None:
                 loop = partial(self._draw_from_pool, prompt_ids, synced)

@@ -3,8 +3,9 @@
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
+import datasets
 import numpy as np
 import torch
 from torch.utils.data import IterableDataset, Sampler
@@ -228,13 +229,6 @@ class WindowSampler(Sampler[int]):
         return np.array(groups, dtype=rows.dtype).reshape(-1)
 
 
-class Stream(Protocol):
-    """What a `datasets.IterableDataset` offers to a loader."""
-
-    def __iter__(self) -> Iterator[Any]: ...
-    def set_epoch(self, epoch: int) -> None: ...
-
-
 class WholeStream(IterableDataset[Any]):
     """A stream that every process reads whole, to take its part of every window from it.
 
@@ -246,7 +240,7 @@ class WholeStream(IterableDataset[Any]):
         stream: gives the rows in the same order on every process.
     """
 
-    def __init__(self, stream: Stream):
+    def __init__(self, stream: datasets.IterableDataset):
         self.stream = stream
 
     def __iter__(self) -> Iterator[Any]:
