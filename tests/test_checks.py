@@ -136,7 +136,7 @@ def test_half_precision_bases_under_vllm(dtype, deepspeed, warned, no_vllm, tmp_
     if deepspeed:
         warn_of_merging(
             trainer.model,
-            SimpleNamespace(use_vllm=True, vllm_mode="colocate", deepspeed_plugin=object(), bf16=True, fp16=False),
+            SimpleNamespace(draws_from_own_engine=True, deepspeed_plugin=object(), bf16=True, fp16=False),
         )
     warn_of_merging(trainer.model.get_base_model(), trainer.args)  # nothing to merge
     said = [str(w.message) for w in recwarn if "the base drifts" in str(w.message)]

@@ -18,10 +18,11 @@ from helpers.forked import launch
 from peft import IA3Config, LoHaConfig, LoraConfig, OFTConfig, PeftModel, get_peft_model
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, TrainerCallback
+from transformers.utils.import_utils import enable_tf32
 from trl.generation.vllm_client import VLLMClient
 
 from tbrm_trl import TBRMTrainer
-from tbrm_trl.checks.model import check_start, warn_of_half_precision
+from tbrm_trl.checks.model import check_start, computes_in_half, warn_of_half_precision
 from tbrm_trl.model.randomness import keep_weights_unpacked
 from tbrm_trl.model.rotary import rotary_limit
 
@@ -124,6 +125,24 @@ def test_the_start_has_a_tolerance():
         check_start(1.1e-3, dtype_is_half=False, of_adapter=False)
     with pytest.raises(ValueError, match=r"allowed: 0.1"):
         check_start(0.11, dtype_is_half=True, of_adapter=True)
+
+
+def tf32_seen(switch):
+    """In a process of its own, since PyTorch's old switches and its new one exclude each other."""
+    if switch == "precision":
+        torch.set_float32_matmul_precision("high")
+    elif switch == "flag":
+        torch.backends.cuda.matmul.allow_tf32 = True
+    else:
+        enable_tf32(True)  # as `tf32=True` does
+    return computes_in_half(nn.Linear(2, 2), "no")
+
+
+def test_tf32_is_seen_whoever_switches_it_on():
+    assert not computes_in_half(nn.Linear(2, 2), "no") and computes_in_half(nn.Linear(2, 2), "bf16")
+    assert computes_in_half(nn.Linear(2, 2, dtype=torch.bfloat16), "no")
+    for switch in ("precision", "flag", "transformers"):
+        assert launch("test_faults_start:tf32_seen", processes=1, switch=switch) == [True]
 
 
 def test_1_3_resized_embeddings_are_refused_by_name(folder, tmp_path):

@@ -421,6 +421,16 @@ class TBRMOptions(GRPOConfig):
         """Whether the run writes the policy for the programs that draw from it."""
         return self.rollouts == "async" if self.publish_policy is None else self.publish_policy
 
+    @property
+    def draws_from_server(self) -> bool:
+        """Whether a vLLM server generates, for all processes together."""
+        return self.use_vllm and self.vllm_mode == "server"
+
+    @property
+    def draws_from_own_engine(self) -> bool:
+        """Whether vLLM generates inside the training processes."""
+        return self.use_vllm and self.vllm_mode == "colocate"
+
     def reward_of(self, trajectory: Trajectory) -> float:
         """R(τ) before a baseline. `truncation="bootstrap"` ignores the reward functions' score of a cut completion."""
         return self.truncated_reward if self.is_bootstrapped(trajectory) else trajectory.reward

@@ -97,6 +97,7 @@ from .checks.model import (
     check_start,
     check_trainable,
     check_vision,
+    computes_in_half,
     require_equal_weights,
     rows_of_text,
     warn_of_half_precision,
@@ -408,7 +409,7 @@ class TBRMTrainer(ExactResume, GRPOTrainer):
         self._followed = self._make_followed(policy) if args.followed_folder is not None else None
         self._given_rewards: Tensor | None = None  # (B, F) rewards of followed rollouts
         self._reward_totals = torch.zeros(0)  # (N,) of the rollouts that TRL scored last, on all processes
-        served = args.publishes_policy or (args.use_vllm and args.vllm_mode == "server" and is_peft_model(self.model))
+        served = args.publishes_policy or (args.draws_from_server and is_peft_model(self.model))
         self._publisher = self._make_publisher() if served else None
         self._window_version: str | None = None  # `_policy_version` when the followed window was taken
 
@@ -447,7 +448,7 @@ class TBRMTrainer(ExactResume, GRPOTrainer):
     def _adapter_served(self, model: Any, peft_config: Any, args: TBRMConfig) -> AbstractContextManager[None]:
         """Inside the block, let TRL build a `ServedAdapter` if a vLLM server generates for a policy with an adapter."""
         has_adapter = peft_config is not None or (not isinstance(model, str) and is_peft_model(model))
-        if not (has_adapter and args.use_vllm and args.vllm_mode == "server"):
+        if not (has_adapter and args.draws_from_server):
             return nullcontext()
         from .model.served_adapter import ServedAdapter  # TRL's client needs vLLM
 
@@ -603,7 +604,7 @@ class TBRMTrainer(ExactResume, GRPOTrainer):
     def _undo_trl(self) -> None:
         """Take back what TRL and vLLM set while they were built, where it is wrong for this trainer."""
         args = self.args
-        if args.use_vllm and args.vllm_mode == "colocate":  # the engine has set every seed to its own, 0
+        if args.draws_from_own_engine:  # the engine has set every seed to its own, 0
             set_seed(args.seed + args.process_index // args.vllm_tensor_parallel_size)
         if self.is_fsdp_enabled:
             keep_precision_of_scores(self.accelerator)
@@ -951,7 +952,7 @@ class TBRMTrainer(ExactResume, GRPOTrainer):
         if fresh and self._followed is not None:
             rollouts = self._follow(self._followed)
             fresh = list(self._rewards.rows)  # the rows of the followed rollouts
-        served = self.args.use_vllm and self.args.vllm_mode == "server"  # which draws all from the first prompt
+        served = self.args.draws_from_server  # which draws all from the first prompt
         if (self._soft_value.compares or served) and fresh:
             taken_by = "the vLLM server" if served else f'soft_value="{self.args.soft_value}"'
             with failing_together():
@@ -1092,7 +1093,7 @@ class TBRMTrainer(ExactResume, GRPOTrainer):
     def _turns_take_all_processes(self) -> bool:
         """Whether no process can generate alone: weights are gathered, or one vLLM draws for several processes."""
         if self.args.use_vllm:
-            together = self.args.vllm_mode == "server" or self.args.vllm_tensor_parallel_size > 1
+            together = self.args.draws_from_server or self.args.vllm_tensor_parallel_size > 1
         else:
             together = self._dist.is_zero3 or self._dist.is_fsdp
         return together and self.accelerator.num_processes > 1
@@ -1374,6 +1375,7 @@ class TBRMTrainer(ExactResume, GRPOTrainer):
         """Check that the policy and the reference have the scores that their own logits give."""
         text = self._tokenizer(text=_SHORT_TEXT, add_special_tokens=False)["input_ids"][:32]
         rows = rows_of_text(text if len(text) > 3 else [0, 1, 0, 0, 1])  # a tokenizer may know none of its letters
+        precision = self.accelerator.mixed_precision
         for one in (self.model, self.ref_model):
             if one is None:
                 continue
@@ -1382,20 +1384,16 @@ class TBRMTrainer(ExactResume, GRPOTrainer):
             model.eval()  # some models require inputs for images while they are trained
             with self.accelerator.autocast():
                 scores = self._score(model, self._collate(rows))
-                check_logits(model, rows, scores, self.temperature, self._is_half(model))
+                check_logits(model, rows, scores, self.temperature, computes_in_half(model, precision))
             model.train(was_training)
         self._logits_are_checked = True
-
-    def _is_half(self, model: nn.Module) -> bool:
-        """Whether anything of a model is computed in half precision or TF32, or quantized."""
-        halved = self.accelerator.mixed_precision != "no" or bool(self.args.tf32)
-        return halved or any(parameter.itemsize < 4 for parameter in model.parameters())
 
     def _check_start(self, batch: Batch, log_probs: Tensor, of_adapter: bool = False) -> None:
         """Check before the first update that the reference's log-probabilities match another model's `(B, T)`."""
         difference = torch.where(batch.action_mask, (log_probs.detach() - batch.ref_log_probs).abs(), 0.0).sum()
         total, count = self._gather([difference.item(), int(batch.action_mask.sum())]).sum(dim=0).tolist()
-        check_start(total / max(count, 1), self._is_half(self.model), of_adapter)
+        in_half = computes_in_half(self.model, self.accelerator.mixed_precision)
+        check_start(total / max(count, 1), in_half, of_adapter)
 
     # ---- update ------------------------------------------------------------------------------------------------
 

@@ -229,7 +229,7 @@ def check_quantization(model: Any, peft_config: Any, quantization_config: Any, a
             f"`{name}` without an adapter is refused: quantized weights cannot be trained. Pass "
             "`peft_config=LoraConfig(lora_dropout=0.0)` (tbrm train: --use_peft true), or do not quantize."
         )
-    if args.use_vllm and args.vllm_mode != "server":
+    if args.draws_from_own_engine:
         raise ValueError(
             f"`{name}` with `use_vllm=True` is refused: for every sync TRL merges the adapter into the quantized "
             "weights and takes it out again, and rounds both times, so base model and reference drift; and vLLM gets "
@@ -245,7 +245,7 @@ def check_quantization(model: Any, peft_config: Any, quantization_config: Any, a
 
 def warn_of_merging(model: nn.Module, args: TBRMOptions) -> None:
     """Warn if every sync of vLLM would round an adapter's base, which is also the reference."""
-    if not args.use_vllm or args.vllm_mode == "server" or not is_peft_model(model):
+    if not args.draws_from_own_engine or not is_peft_model(model):
         return
     half = {p.dtype for p in model.parameters() if p.is_floating_point() and p.itemsize < 4 and not p.requires_grad}
     cast = args.deepspeed_plugin is not None and (args.bf16 or args.fp16)  # DeepSpeed casts frozen weights too
@@ -383,7 +383,7 @@ def check_backend(model: Any, args: TBRMOptions, has_reference_adapter: bool) ->
             f"casts the trained weights to {wanted} for good, and most updates are then lost to rounding. Turn mixed "
             "precision off, or generate without continuous batching."
         )
-    if is_peft_model(model) and (args.publishes_policy or (args.use_vllm and args.vllm_mode == "server")):
+    if is_peft_model(model) and (args.publishes_policy or args.draws_from_server):
         _check_served_adapter(model)
         return
     if not (args.use_vllm and is_peft_model(model)):
@@ -459,6 +459,18 @@ def check_length(length: int, limit: int | None) -> None:
             "rescaled for the whole batch: log-probabilities would depend on the rows beside it. Lower "
             f"max_completion_length, drop longer prompts and logged rows, or train within {limit} tokens."
         )
+
+
+def computes_in_half(model: nn.Module, mixed_precision: str) -> bool:
+    """Whether anything of a model is computed in half precision or TF32, or quantized.
+
+    Args:
+        model: its parameters count, also frozen ones.
+        mixed_precision: accelerate's "no", "fp16" or "bf16".
+    """
+    # TF32 may be on by `tf32=True`, or by any of PyTorch's own switches.
+    rounded = mixed_precision != "no" or torch.backends.cuda.matmul.fp32_precision == "tf32"
+    return rounded or any(parameter.itemsize < 4 for parameter in model.parameters())
 
 
 def check_start(difference: float, dtype_is_half: bool, of_adapter: bool) -> None:

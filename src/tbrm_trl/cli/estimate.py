@@ -69,7 +69,7 @@ def estimate_of_run(config: TBRMConfig, model: ModelConfig, machine: Machine) ->
     rows, accumulation = config.per_device_train_batch_size, config.gradient_accumulation_steps
     generated = rows * config.steps_per_generation
     generates = not (config.use_vllm or machine.only_logs or config.followed_folder is not None)
-    merges = config.use_vllm and config.vllm_mode == "colocate" and get_peft_config(model) is not None
+    merges = config.draws_from_own_engine and get_peft_config(model) is not None
     if tokens := config.max_tokens_per_microbatch:
         held = min(rows, max(1, tokens // (prompt_length + config.max_completion_length)))
         rows, accumulation = held, math.ceil(rows / held)

@@ -153,7 +153,7 @@ class SampledValue(ConstantValue):
                 mine = [min(first + process * size + i, len(prompts) - 1) for i in range(size)]  # then the last again
                 rows = [prompts[index] for index in mine for _ in range(args.soft_value_samples)]
                 # Processes that share an engine must draw alike.
-                engine = args.vllm_tensor_parallel_size if args.use_vllm and args.vllm_mode == "colocate" else 1
+                engine = args.vllm_tensor_parallel_size if args.draws_from_own_engine else 1
                 with _random_state_of(args.seed, first + process // engine):
                     sampled = [t.reward for some in chunks(rows, most) for t in run.sample(some)]
                 by_prompt = np.array(sampled).reshape(size, -1).tolist()
