@@ -245,11 +245,15 @@ def test_what_vllm_could_not_be_sent(tied, given, name, changes, message, monkey
 @pytest.mark.parametrize(
     ("changes", "problem"),
     [
-        (dict(modules_to_save=["lm_head"]), "it has modules_to_save"),
-        (dict(trainable_token_indices=[5]), "it has trainable_token_indices"),
-        (dict(use_dora=True), r"it uses DoRA \(use_dora\)"),
-        (dict(rank_pattern={"q_proj": 4}), r"it gives modules ranks of their own \(rank_pattern\)"),
+        (dict(modules_to_save=["lm_head"]), "it sets `modules_to_save`"),
+        (dict(trainable_token_indices=[5]), "it sets `trainable_token_indices`"),
+        (dict(use_dora=True), "it sets `use_dora`"),
+        (dict(rank_pattern={"q_proj": 4}), "it sets `rank_pattern`"),
+        (dict(alpha_pattern={"q_proj": 64}), "it sets `alpha_pattern`"),  # vLLM would scale all layers alike
+        (dict(layer_replication=[(0, 1), (0, 2)]), "it sets `layer_replication`"),
+        (dict(lora_bias=True), "it sets `lora_bias`"),
         ({}, None),
+        (dict(use_rslora=True, init_lora_weights="gaussian", layers_to_transform=[0]), None),
     ],
 )
 def test_what_a_server_could_not_load_is_refused(changes, problem, tmp_path: Path):

@@ -14,6 +14,7 @@ import torch
 from common.launch import ROOT, free_port, run
 from common.tiny import save
 from helpers.examples import RECIPES, sums
+from helpers.own_code import give_code
 from trl import ModelConfig
 
 from tbrm_trl.cli import COMMANDS, evaluate, main, train
@@ -422,6 +423,25 @@ def test_evaluated_compared_and_evaluated_again(llama, qwen2, tmp_path, capsys):
     shown = capsys.readouterr().out
     assert f"{first.metrics()['avg@2']:.4f} → {second.metrics()['avg@2']:.4f}" in shown
     assert "paired over 4 problems" in shown
+
+
+def test_a_model_with_code_of_its_own(tmp_path, capsys):
+    """Its code is run if that is asked for, by `tbrm train` and by `tbrm eval`."""
+    folder, file = give_code(save(tmp_path / "model", "qwen2")), str(sums(tmp_path / "sums.json"))
+    train = [
+        "train", "--config", str(RECIPES / "tbrm.yaml"), "--model_name_or_path", folder, "--dataset_name", file,
+        "--output_dir", str(tmp_path / "out"), "--use_cpu", "true", "--bf16", "false", "--max_completion_length", "4",
+        "--per_device_train_batch_size", "4", "--gradient_accumulation_steps", "1", "--dry_run", "true",
+    ]  # fmt: skip
+    evaluate = [
+        "eval", "--model_name_or_path", folder, "--benchmarks", file, "--limit", "1", "--max_new_tokens", "4",
+        "--output_dir", str(tmp_path / "results"), "--use_cpu", "true", "--reward_funcs",
+        "helpers.reward_functions.letters",
+    ]  # fmt: skip
+    for command, shown in ((train, "everything up to the first rollout is in order"), (evaluate, "first1: avg@1")):
+        assert "trust_remote_code" in said(capsys, *command)[-1]
+        main([*command, "--trust_remote_code", "true"])
+        assert shown in capsys.readouterr().out
 
 
 def test_a_reward_that_raises_ends_an_evaluation(llama, tmp_path, capsys):

@@ -224,7 +224,8 @@ def test_unsolved_prompts_are_dropped():
     two = dict(num_generations=2, per_device_train_batch_size=2, soft_value_drop_unsolved=True)
     assert of("optimal", **two | {"soft_value_drop_unsolved": False}).kept(data, rewards, run) is data and not said
     assert of("optimal", **two, steps_per_generation=2).kept(data, rewards, run)["prompt"] == ["b", "d"]
-    assert said == ["TBRM: 3 of 5 prompts dropped: no reference sample was rewarded."]
+    dropped = "TBRM: 3 of 5 prompts dropped: no reference sample was rewarded."
+    assert said == [f"{dropped} 1 of these have no scored sample."]
     with pytest.raises(ValueError, match="leaves 2 of 5 prompts, fewer than the 3 of one generation window"):
         of("optimal", **two, steps_per_generation=3).kept(data, rewards, run)
 
@@ -333,12 +334,17 @@ def test_what_was_unscored_is_sampled_again(tmp_path, capsys):
     run.sample = lambda rows: [row(0, NAN if one.reward >= 0.2 else one.reward) for one in sample(rows)]
     first = sampled(tmp_path, run)
     assert first.train_dataset["reference_rewards"] == [[0.0] * 2, [0.1] * 2, [], [], []]
-    assert "none of the samples of 3 of 5 prompts was scored" in capsys.readouterr().out
+    assert "6 of 10 samples of the reference are unscored. 3 of 5 prompts have no other" in capsys.readouterr().out
     brought = SamplingRun()
     brought.train_dataset = first.train_dataset  # saved, and given to another run
     of("quantile").check_data(brought.train_dataset, np.zeros(5, bool))
     assert not sampled(tmp_path / "brought", brought).asked
     assert "`reference_rewards` is empty in 3 of 5 rows" in capsys.readouterr().out
+    resumed = sampled(tmp_path)  # as it began: which prompts it trains on may depend on them
+    assert not resumed.asked and resumed.train_dataset["reference_rewards"] == first.train_dataset["reference_rewards"]
+    [file] = (tmp_path / "optimal_values").glob("*.parquet")
+    assert f"remove {file} and start a new run" in capsys.readouterr().out
+    file.unlink()
     again = sampled(tmp_path)
     assert (again.asked, again.seeds) == (first.asked[1:], first.seeds[1:])
     assert again.train_dataset["reference_rewards"] == [[i / 10] * 2 for i in range(5)]
@@ -348,6 +354,7 @@ def test_what_was_unscored_is_sampled_again(tmp_path, capsys):
     sample_half = half.sample
     half.sample = lambda rows: [row(0, NAN if i % 2 else 7.0) for i, _ in enumerate(sample_half(rows))]
     sampled(tmp_path / "half", half)
+    next((tmp_path / "half/optimal_values").glob("*.parquet")).unlink()
     assert sampled(tmp_path / "half").train_dataset["reference_rewards"] == [[7.0, i / 10] for i in range(5)]
 
 

@@ -317,6 +317,14 @@ def test_columns_that_cannot_be_read_are_refused(row, message, reader, tmp_path)
         reader(tmp_path)
 
 
+def test_a_column_that_is_there_twice_is_refused(reader, tmp_path):
+    file = write_record(tmp_path, "other", 0, [ROW] * 4)
+    table = pq.read_table(file)
+    pq.write_table(table.append_column("reward", table["reward"]), file, write_page_checksum=True)
+    with pytest.raises(ValueError, match=r"other-000000\.parquet: it has the column `reward` twice"):
+        reader(tmp_path)
+
+
 @pytest.mark.parametrize(
     ("spoil", "message"),
     [

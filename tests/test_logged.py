@@ -463,6 +463,8 @@ def test_unrewarded_rollouts_are_left_out_aloud(llama, tmp_path):
         assert load_rollouts([tmp_path / "out"])["reward"] == [1.0, 1.0]
     with pytest.raises(ValueError, match="holds rollouts of another run, and no checkpoint to go on from"):
         train(llama, tmp_path, save_rollouts=True)
+    with pytest.raises(ValueError, match="holds rollouts of another run"):
+        train(llama, tmp_path)  # whose report would show them
     with pytest.raises(FileNotFoundError, match="save_rollouts=True"):
         load_rollouts(tmp_path)
 

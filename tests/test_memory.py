@@ -11,6 +11,7 @@ from typing import Any
 import memory_estimate
 import pytest
 from common.tiny import ARCHITECTURES, model
+from helpers.own_code import give_code
 from peft import LoraConfig, get_peft_model
 from transformers import AutoConfig, Qwen2Config
 
@@ -282,6 +283,14 @@ def test_lengths_that_are_none():
     for wrong in (dict(prompt_length=-5), dict(completion_length=0), dict(device="tpu")):
         with pytest.raises(ValueError, match=next(iter(wrong))):
             estimate_memory(TINY, **{**LENGTHS, **wrong})
+
+
+def test_a_model_with_code_of_its_own(tmp_path, capsys):
+    folder = give_code(save_sizes(tmp_path / "model", TINY.to_dict()))
+    main(["--model", folder, "--trust_remote_code", "true"])
+    assert f"{N:,} parameters" in capsys.readouterr().out
+    with pytest.raises(ValueError, match="trust_remote_code"):
+        estimate_memory(folder, **LENGTHS)
 
 
 def test_the_documents_tables_are_what_the_command_prints(tmp_path, capsys):

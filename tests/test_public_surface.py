@@ -47,7 +47,7 @@ NAMES = {
             "accumulation=1, dtype='float32', mixed_precision='bfloat16', attn_implementation=None, "
             "gradient_checkpointing=True, optimizer='adamw_torch_fused', peft_config=None, quantization=None, "
             "double_quantization=False, reference=True, values_per_row=1, processes=1, zero_stage=0, fsdp=False, "
-            "device='cuda')"
+            "device='cuda', revision=None, trust_remote_code=False)"
         ),
     },
     report: {"write_report": "(runs, output=None)"},

@@ -83,6 +83,16 @@ def test_lines_of_a_run_that_was_in_the_folder_before_are_dropped(tmp_path):
     assert [line["step"] for line in read_lines(tmp_path / "updates/process-1.jsonl")] == [1]
 
 
+def test_a_new_run_has_no_line_of_an_earlier_evaluation_at_the_start(tmp_path):
+    """A resumed run at step 0 keeps it."""
+    append_line(tmp_path / "log.jsonl", {"step": 0, "eval_reward": 0.25})
+    go_back(tmp_path, process=0, processes=1, step=0)
+    assert read_lines(tmp_path / "log.jsonl") == [{"step": 0, "eval_reward": 0.25}]
+    go_back(tmp_path, process=0, processes=1, step=None)
+    append_line(tmp_path / "log.jsonl", {"step": 0, "eval_loss": 1.0})
+    assert read_lines(tmp_path / "log.jsonl") == [{"step": 0, "eval_loss": 1.0}]
+
+
 def test_a_stopwatch_counts_each_second_once(monkeypatch):
     now = iter([0.0, 1.0, 4.0, 5.0, 10.0, 12.0])
     monkeypatch.setattr(run_log.time, "perf_counter", lambda: next(now))

@@ -260,6 +260,11 @@ def first_line(error: BaseException) -> str:
     return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
+def in_one_line(error: BaseException) -> str:
+    """All lines of an error as one. Those of transformers say in the second line what to do."""
+    return " ".join(str(error).split()) or type(error).__name__
+
+
 _CHUNK = 1 << 20  # bytes per read: few enough to stay in a core's cache until they are digested
 _LISTED = 1000  # largest number of array values that are listed; a longer array is represented by its digest
 

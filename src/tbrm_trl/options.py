@@ -422,6 +422,12 @@ class TBRMOptions(GRPOConfig):
         return self.rollouts == "async" if self.publish_policy is None else self.publish_policy
 
     @property
+    def hub_options(self) -> dict[str, Any]:
+        """Which files and code a model, named by its id or folder, is loaded from."""
+        revision = (self.model_init_kwargs or {}).get("revision")
+        return {"revision": revision, "trust_remote_code": self.trust_remote_code}
+
+    @property
     def draws_from_server(self) -> bool:
         """Whether a vLLM server generates, for all processes together."""
         return self.use_vllm and self.vllm_mode == "server"

@@ -37,8 +37,8 @@ def append_line(file: Path, values: dict[str, Any], digits: int | None = DIGITS)
         lines.write("\n" + json.dumps(plain(values, digits)))
 
 
-def go_back(output_dir: Path, process: int, processes: int, step: int) -> None:
-    """Before training, append a line of this step, which discards the later lines of an earlier run.
+def go_back(output_dir: Path, process: int, processes: int, step: int | None) -> None:
+    """Before training, append a line which discards the lines of an earlier run: those after this step, or all if None.
 
     Each process does this for its own files. The main process also does it for the log, and for the files of processes
     that this run does not have.
@@ -48,7 +48,7 @@ def go_back(output_dir: Path, process: int, processes: int, step: int) -> None:
     mine = [f for f, number in zip(files, numbers, strict=True) if (number if number < processes else 0) == process]
     log = output_dir / LOG
     for file in [log, *mine] if process == 0 and log.exists() else mine:
-        append_line(file, {"step": step})
+        append_line(file, {"step": -1 if step is None else step})
 
 
 def whole_lines(file: Path) -> Iterator[dict[str, Any]]:

@@ -594,7 +594,8 @@ class TBRMTrainer(ExactResume, GRPOTrainer):
             if reward_funcs is not None and columns is not None:
                 hidden = own_columns(has_logs, SoftValue.registry[args.soft_value].column)
                 given = [name for name in columns if name not in hidden]
-                check_reward_arguments(reward_funcs, title, given, more, environments=bool(environment_factory))
+                environments = bool(environment_factory)
+                check_reward_arguments(reward_funcs, title, given, more, environments, args.hub_options)
         if sets:
             start_workers(reward_funcs)
 
@@ -1845,7 +1846,7 @@ class TBRMTrainer(ExactResume, GRPOTrainer):
 
     def require_own_folder(self, output_dir: Path, others: list[Path], anew: bool) -> None:
         super().require_own_folder(output_dir, others, anew)
-        if self.args.save_rollouts and not anew and rollout_files(output_dir / "rollouts"):
+        if not anew and rollout_files(output_dir / "rollouts"):
             raise ValueError(
                 f"{output_dir / 'rollouts'} holds rollouts of another run, and no checkpoint to go on from is beside "
                 'it. `resume_from_checkpoint="auto"` starts that run anew and drops them. To keep them, move them, or '
@@ -1875,17 +1876,17 @@ class TBRMTrainer(ExactResume, GRPOTrainer):
         # Callbacks that read metrics, such as early stopping, come after those that add some.
         self.callback_handler.callbacks.sort(key=lambda one: not getattr(one, "evaluates", False))
         step = updates_before(Path(self._resumed_from)) if self._resumed_from else 0
+        last = step if self._resumed_from else None
         output_dir, process = Path(self.args.output_dir), self.accelerator.process_index
         with failing_together():
-            go_back(output_dir, process, self.args.world_size, step)
+            go_back(output_dir, process, self.args.world_size, last)
             if process == 0 and self._actor is not None and self._resumed_from is None:
                 self._actor.drop(self._actor.records.glob("window-*.parquet") if self._actor.starts else ())
             if process == 0 and self._followed is not None and self._resumed_from:
                 # Before the actor starts, which does not draw a window that it sees.
                 self._followed.restore(load_values(process_folder(self._resumed_from, 0))["own"]["followed"])
                 self._redraw_what_changed(self._resumed_from, self._followed)
-            goes_on = self._resumed_from and Path(self._resumed_from).resolve().parent == output_dir.resolve()
-            if process == 0 and (goes_on or self.args.save_rollouts):
+            if process == 0:
                 rewind_rollouts(output_dir / "rollouts", step)
         self._soft_value.prepare(self)
         self._stopwatch.taken()

@@ -59,7 +59,7 @@ def check_adapters(model: Any, peft_config: Any, args: TBRMOptions) -> None:
     if given:
         _check_given_adapter(model)
     if args.cast_lm_head_to_fp32 and (given or peft_config is not None):
-        _check_head_of_adapted(model, args.trust_remote_code)
+        _check_head_of_adapted(model, args)
     configs = list(model.peft_config.values()) if given else []
     for config in [*configs, *([peft_config] if peft_config is not None else [])]:
         for name, rate in vars(config).items():
@@ -85,10 +85,9 @@ def check_adapters(model: Any, peft_config: Any, args: TBRMOptions) -> None:
             )
 
 
-def _check_head_of_adapted(model: Any, trust_remote_code: bool) -> None:
+def _check_head_of_adapted(model: Any, args: TBRMOptions) -> None:
     """Refuse `cast_lm_head_to_fp32` if the head is also the embedding, which TRL looks for in the bare model."""
-    is_name = isinstance(model, str)
-    config = AutoConfig.from_pretrained(model, trust_remote_code=trust_remote_code) if is_name else model.config
+    config = AutoConfig.from_pretrained(model, **args.hub_options) if isinstance(model, str) else model.config
     if config.get_text_config().tie_word_embeddings:
         raise ValueError(
             "`cast_lm_head_to_fp32=True` with an adapter is refused for a model whose head shares the weights of its "
@@ -102,7 +101,7 @@ def check_float32_head(model: Any, args: TBRMOptions) -> None:
         return
     bare = model
     if isinstance(model, str):
-        config = AutoConfig.from_pretrained(model, trust_remote_code=args.trust_remote_code)
+        config = AutoConfig.from_pretrained(model, **args.hub_options)
         if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
             return  # a vision-language model, or code of its own
         with torch.device("meta"):
@@ -407,20 +406,33 @@ def check_backend(model: Any, args: TBRMOptions, has_reference_adapter: bool) ->
     check_tied_layers(model)
 
 
+# Options of a LoraConfig that say where an adapter is, how large, and how it begins. With these alone a server that
+# knows rank, alpha and weights computes the same: it adds α/r B A to each weight, or α/√r B A.
+_PLAIN_LORA = frozenset(
+    """
+    task_type peft_type auto_mapping peft_version base_model_name_or_path revision inference_mode runtime_config
+    r lora_alpha use_rslora target_modules exclude_modules layers_to_transform layers_pattern fan_in_fan_out
+    lora_dropout bias init_lora_weights loftq_config eva_config corda_config lora_ga_config qalora_group_size
+    megatron_core ensure_weight_tying
+    """.split()
+)
+
+
+def _beyond_lora(config: Any) -> list[str]:
+    """The options of a LoRA adapter that change more than plain LoRA has, or that are not known to be harmless."""
+    defaults = vars(type(config)(r=config.r))
+    options = {name: value for name, value in vars(config).items() if name in defaults and name not in _PLAIN_LORA}
+    return [name for name, value in options.items() if value and value != defaults[name]]
+
+
 def _check_served_adapter(model: Any) -> None:
     """Refuse an adapter that a server could not load beside others."""
     config = model.peft_config[model.active_adapter]
     kind = getattr(config.peft_type, "value", config.peft_type)
-    problems = {
-        f"it is of type {kind}": kind != "LORA",
-        "it has modules_to_save": bool(getattr(config, "modules_to_save", None)),
-        "it has trainable_token_indices": bool(getattr(config, "trainable_token_indices", None)),
-        "it uses DoRA (use_dora)": bool(getattr(config, "use_dora", False)),
-        "it gives modules ranks of their own (rank_pattern)": bool(getattr(config, "rank_pattern", None)),
-    }
-    if problem := next((text for text, holds in problems.items() if holds), None):
+    problems = [f"it is of type {kind}"] if kind != "LORA" else [f"it sets `{name}`" for name in _beyond_lora(config)]
+    if problems:
         raise ValueError(
-            f"The adapter cannot be served: {problem}, and a server loads plain LoRA weights by their name. Use a "
+            f"The adapter cannot be served: {problems[0]}, and a server loads plain LoRA weights by their name. Use a "
             "LoraConfig without that, train the full model, or generate without a server."
         )
 

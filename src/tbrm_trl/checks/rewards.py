@@ -1,7 +1,8 @@
 """Checks of reward functions before anything is loaded: they must take what they are given, and get what they need."""
 
 import inspect
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
+from types import MappingProxyType
 from typing import Any
 
 from torch import nn
@@ -16,7 +17,12 @@ _ALWAYS = ("prompts", "completions", "completion_ids", "trainer_state", "log_ext
 
 
 def check_reward_arguments(
-    reward_funcs: Any, title: str, columns: Collection[str], more: bool, environments: bool = False
+    reward_funcs: Any,
+    title: str,
+    columns: Collection[str],
+    more: bool,
+    environments: bool = False,
+    hub_options: Mapping[str, Any] = MappingProxyType({}),
 ) -> None:
     """Refuse reward functions that cannot be called with what they will be given.
 
@@ -26,6 +32,7 @@ def check_reward_arguments(
         columns: columns of the data set, without those that no reward function gets.
         more: whether unknown arguments may be added (by environments, a rollout function).
         environments: whether the functions are given the environments.
+        hub_options: with which TRL loads a reward model named by its id or folder.
 
     Raises:
         OSError: for a reward model that cannot be loaded.
@@ -37,7 +44,7 @@ def check_reward_arguments(
     for function in _listed(reward_funcs):
         if isinstance(function, str):
             with loading("The reward model", function):
-                AutoConfig.from_pretrained(function)
+                AutoConfig.from_pretrained(function, **hub_options)
         if isinstance(function, (nn.Module, str)):
             continue
         if inspect.isclass(function) or not callable(function):

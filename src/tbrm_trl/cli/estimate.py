@@ -96,6 +96,8 @@ def estimate_of_run(config: TBRMConfig, model: ModelConfig, machine: Machine) ->
         zero_stage=machine.zero_stage or 0,
         fsdp=machine.fsdp2 or False,
         device=machine.device,
+        revision=(config.model_init_kwargs or {}).get("revision", model.model_revision),
+        trust_remote_code=config.trust_remote_code,
     )
 
 

@@ -107,6 +107,7 @@ class EvaluationArguments:
         default="transformers", metadata={"help": "What generates.", "choices": ["transformers", "vllm"]}
     )
     use_cpu: bool = field(default=False, metadata={"help": "Generate on the CPU, even if there is a GPU."})
+    trust_remote_code: bool = field(default=False, metadata={"help": "Run the code that comes with the model."})
 
     def __post_init__(self) -> None:
         if isinstance(self.chat_template_kwargs, str):  # the parser has checked it
@@ -217,7 +218,11 @@ def loaded(name: str, arguments: EvaluationArguments) -> Benchmark:
 def policy_of(arguments: EvaluationArguments, model: ModelConfig) -> Policy:
     """The policy to evaluate."""
     name: Any = model.model_name_or_path
-    options: dict[str, Any] = {"revision": model.model_revision, "dtype": model.dtype}
+    options: dict[str, Any] = {
+        "revision": model.model_revision,
+        "dtype": model.dtype,
+        "trust_remote_code": arguments.trust_remote_code,
+    }
     if arguments.backend == "vllm":
         return VllmPolicy.load(name, seed=arguments.seed, **options)
     if arguments.batch_size is not None:

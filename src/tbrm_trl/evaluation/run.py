@@ -16,7 +16,7 @@ from tqdm.auto import tqdm
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from ..files import first_line, plain, plain_value, source_of
+from ..files import first_line, in_one_line, plain, plain_value, source_of
 from ..rewards import NAMES, InWorkers, RewardError, gym, reading, reward_function, with_arguments
 from ..rewards.arguments import NOT_GIVEN, check_arguments, check_columns
 from ..rewards.notation import normal, squeezed
@@ -78,14 +78,15 @@ class ModelPolicy:
             ValueError: in one line, if it cannot be loaded.
         """
         try:
-            tokenizer = AutoTokenizer.from_pretrained(name, revision=options.get("revision"))
+            of_files = {name: options[name] for name in ("revision", "trust_remote_code") if name in options}
+            tokenizer = AutoTokenizer.from_pretrained(name, **of_files)
             if tokenizer.pad_token is None:
                 tokenizer.pad_token = tokenizer.eos_token
             # This also loads an adapter on its base. PEFT's own class would resize the base's embeddings to the
             # tokenizer, with random values for new tokens.
             model: Any = AutoModelForCausalLM.from_pretrained(name, **{"dtype": "auto", **options})
         except (OSError, ValueError, ImportError) as error:  # ImportError: no bitsandbytes or attention kernel
-            raise ValueError(f"{name} cannot be loaded: {first_line(error)}") from error
+            raise ValueError(f"{name} cannot be loaded: {in_one_line(error)}") from error
         if torch.cuda.is_available() and not use_cpu and options.get("quantization_config") is None:
             model.to("cuda")
         return cls(name, model.eval(), tokenizer, batch_size, revision=options.get("revision"))

@@ -9,7 +9,7 @@ import xxhash
 from huggingface_hub import snapshot_download
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-from ..files import first_line, sizes_and_digests
+from ..files import first_line, in_one_line, sizes_and_digests
 from .sampling import Completion, Request, Sampling
 
 AT_ONCE = 1024  # requests given to vLLM together; an interrupted evaluation loses at most this many completions
@@ -43,6 +43,7 @@ class VllmPolicy:
         *,
         revision: str | None = None,
         dtype: str | None = "auto",
+        trust_remote_code: bool = False,
         **options: Any,
     ) -> "VllmPolicy":
         """Load a checkpoint from the Hub or a folder.
@@ -51,20 +52,22 @@ class VllmPolicy:
             name: id on the Hub, or a folder.
             revision: revision on the Hub.
             dtype: the dtype to compute in. "auto" takes the files' dtype.
+            trust_remote_code: whether code beside the model may be run.
             options: keyword arguments for vLLM's `LLM`.
 
         Raises:
             ValueError: in one line, if vLLM is not installed, or the tokenizer or the weight files are not found.
         """
+        of_files = {"revision": revision, "trust_remote_code": trust_remote_code}
         try:
             from vllm import LLM
         except ImportError as error:
             raise ValueError(f'--backend vllm needs vLLM ({error}): pip install "tbrm-trl[vllm]"') from None
         try:
-            tokenizer = AutoTokenizer.from_pretrained(name, revision=revision)
+            tokenizer = AutoTokenizer.from_pretrained(name, **of_files)
         except (OSError, ValueError, ImportError) as error:
-            raise ValueError(f"{name} cannot be loaded: {first_line(error)}") from error
-        engine = LLM(model=name, generation_config="vllm", revision=revision, dtype=dtype, **options)
+            raise ValueError(f"{name} cannot be loaded: {in_one_line(error)}") from error
+        engine = LLM(model=name, generation_config="vllm", dtype=dtype, **of_files, **options)
         return cls(name, engine, tokenizer, digest_of_files(name, revision), revision, dtype)
 
     def weights(self) -> str:

@@ -14,6 +14,7 @@ import torch
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
+from ..files import in_one_line
 from .live_bytes import Trace, quantize
 
 # By `optim`: state tensors per trained tensor; whether they have 8 bits; whether they are in pages that may go to the
@@ -104,6 +105,8 @@ def estimate_memory(
     zero_stage: int = 0,
     fsdp: bool = False,
     device: str = "cuda",
+    revision: str | None = None,
+    trust_remote_code: bool = False,
 ) -> MemoryEstimate:
     """Estimate the memory that [`TBRMTrainer`] takes on each process's device. Only the configuration is loaded.
 
@@ -128,6 +131,8 @@ def estimate_memory(
         zero_stage: 1, 2 or 3 under DeepSpeed with its own defaults, else 0.
         fsdp: FSDP2; parameters, gradients and states are sharded over all processes.
         device: "cuda" or "cpu". On the CPU, TRL's head takes several copies of a tile.
+        revision: revision of a model on the Hub.
+        trust_remote_code: whether code beside a model may be run.
 
     Raises:
         ValueError: for a model that is missing or cannot be run without values, an optimizer with unknown states, and
@@ -140,7 +145,7 @@ def estimate_memory(
             raise ValueError(f"`{name}={number}` must be at least 1.")
     if device not in ("cuda", "cpu"):
         raise ValueError(f"`device={device!r}` is not among those whose memory is known: 'cuda' and 'cpu'.")
-    config = _configuration(model)
+    config = _configuration(model, revision=revision, trust_remote_code=trust_remote_code)
     loaded = (config.dtype or torch.float32) if dtype == "auto" else getattr(torch, dtype)
     computed = getattr(torch, mixed_precision) if mixed_precision else loaded
     sharded = bool(zero_stage or fsdp)
@@ -151,7 +156,7 @@ def estimate_memory(
         gradients="reduced" if zero_stage > 1 or fsdp else "kept" if zero_stage or accumulation > 1 else "made",
     )  # fmt: skip
     with torch.device("meta"):
-        policy = _policy(config, computed if sharded else loaded, attn_implementation)
+        policy = _policy(config, computed if sharded else loaded, attn_implementation, trust_remote_code)
         if peft_config is not None:
             _add_adapters(policy, peft_config, computed if zero_stage else torch.float32 if quantization else None)
     packed = quantize(policy, quantization, double_quantization) if quantization else {}
@@ -238,23 +243,24 @@ def _check(optimizer: str, zero_stage: int, fsdp: bool, quantization: str | None
         raise ValueError(f"`quantization={quantization!r}`: '4bit' or '8bit', and with an adapter: bare, it is frozen.")
 
 
-def _configuration(model: str | PretrainedConfig) -> PretrainedConfig:
+def _configuration(model: str | PretrainedConfig, **options: Any) -> PretrainedConfig:
     if isinstance(model, PretrainedConfig):
         return deepcopy(model)
     try:
-        return AutoConfig.from_pretrained(model)
+        return AutoConfig.from_pretrained(model, **options)
     except (OSError, ValueError) as error:
         raise ValueError(
             f"No configuration of a model at {model!r}. Give the id of a model on the Hub, or a folder with its "
-            f"config.json ({str(error).splitlines()[0]})"
+            f"config.json ({in_one_line(error)})"
         ) from error
 
 
-def _policy(config: PretrainedConfig, dtype: torch.dtype, attention: str | None) -> PreTrainedModel:
-    if attention not in TAKES_MASKS:
-        attention = "sdpa"
+def _policy(
+    config: PretrainedConfig, dtype: torch.dtype, attention: str | None, trust_remote_code: bool
+) -> PreTrainedModel:
+    options = dict(dtype=dtype, attn_implementation=attention if attention in TAKES_MASKS else "sdpa")
     try:
-        return AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation=attention).train()
+        return AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code, **options).train()
     except ValueError as error:
         raise ValueError(f"{config.model_type!r} does not load as a causal language model: {error}") from error
 

@@ -79,10 +79,7 @@ class PromptRenderer:
     def __init__(self, model: Any, processing_class: Any, args: TBRMOptions, tools: Any, other: Any):
         self.args, self.tools, self.model = args, tools, model
         named = isinstance(model, str)
-        self.settings = {
-            "revision": (args.model_init_kwargs or {}).get("revision") if named else None,
-            "trust_remote_code": args.trust_remote_code,
-        }
+        self.settings = args.hub_options if named else {**args.hub_options, "revision": None}
         if processing_class is None:
             name = model if named else get_config_model_id(model.config)
             with loading("The model", name):

@@ -9,6 +9,7 @@ import json
 import math
 import os
 import time
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import count, takewhile
@@ -386,6 +387,8 @@ def _versions_of(trajectory: Trajectory) -> list[tuple[int | None, str | None]]:
 
 def _with_types(table: pa.Table) -> pa.Table:
     """Cast the columns that are read to the types that this library writes. Other programs may write others."""
+    if twice := [name for name, times in Counter(table.column_names).items() if times > 1]:
+        raise ValueError(f"it has the column `{twice[0]}` twice.")
     for name in ("prompt_ids", "completion_ids"):
         if name not in table.column_names:
             raise ValueError(f"it has no column `{name}`. A rollout is made of the ids that were drawn.")

@@ -40,8 +40,10 @@ class OptimalValue(SampledValue):
         if not self.args.soft_value_drop_unsolved:
             return dataset
         solved = torch.nonzero((rewards > 0).any(dim=1)).flatten().tolist()
+        dropped, unscored = len(dataset) - len(solved), int(rewards.isnan().all(dim=1).sum())
+        of_these = f" {unscored} of these have no scored sample." if unscored else ""
         run.accelerator.print(
-            f"TBRM: {len(dataset) - len(solved)} of {len(dataset)} prompts dropped: no reference sample was rewarded."
+            f"TBRM: {dropped} of {len(dataset)} prompts dropped: no reference sample was rewarded.{of_these}"
         )
         needed = self.args.generation_batch_size // self.args.num_generations
         if len(solved) < needed:

@@ -33,8 +33,9 @@ class SampledValue(ConstantValue):
     column `train` begins by sampling, through the same generation and rewards as training. The sampled rewards are kept
     in `output_dir/optimal_values`, under a digest of the reference, the data and the sampling settings. An interrupted
     run continues with the next block. Another run with the same digest reads them all, also with another of these
-    estimators. Blocks with unscored samples are sampled once more, since a reward function may only have been down,
-    and what they lack is filled in.
+    estimators. The file stays as it is, so that a resumed run goes on with the values that it began with. If samples
+    are unscored, since a reward function was down, remove the file: a new run samples their blocks once more and fills
+    in what they lack.
 
     Class attributes:
         column: name of that column.
@@ -120,11 +121,14 @@ class SampledValue(ConstantValue):
                     f"TBRM: `{self.column}` is empty in {lacking} of {len(run.train_dataset)} rows, which are left out."
                 )
             return
-        rewards = self._sampled_rewards(run)  # (prompts, N)
-        if lacking := int(rewards.isnan().all(dim=1).sum()):
+        file = Path(self.args.output_dir) / FOLDER / f"{self._key(run)}.parquet"
+        rewards = self._sampled_rewards(run, file)  # (prompts, N)
+        unscored = rewards.isnan()  # (prompts, N)
+        if lacking := int(unscored.sum()):
             run.accelerator.print(
-                f"TBRM: none of the samples of {lacking} of {len(rewards)} prompts was scored. They have no value, and "
-                "are left out."
+                f"TBRM: {lacking} of {unscored.numel()} samples of the reference are unscored. "
+                f"{int(unscored.all(dim=1).sum())} of {len(rewards)} prompts have no other, so no value, and are left "
+                f"out. To have the rest sampled again, remove {file} and start a new run."
             )
         dataset = run.train_dataset.add_column(self.column, self.cells([row[~row.isnan()] for row in rewards]))
         run.replace_prompts(self.kept(dataset, rewards, run))
@@ -133,11 +137,10 @@ class SampledValue(ConstantValue):
         """The rows to train on, given the sampled rewards `(prompts, N)`."""
         return dataset
 
-    def _sampled_rewards(self, run: Run) -> torch.Tensor:
+    def _sampled_rewards(self, run: Run, file: Path) -> torch.Tensor:
         """`(prompts, N)` rewards of the reference's samples, NaN if unscored. Whole blocks on disk are not repeated."""
         accelerator, args, prompts = run.accelerator, self.args, run.train_dataset
-        file = Path(args.output_dir) / FOLDER / f"{self._key(run)}.parquet"
-        if not all(gather_object([_is_whole(file)])):
+        if not all(gather_object([file.exists()])):
             process, processes = accelerator.process_index, accelerator.num_processes
             rollouts = args.per_device_train_batch_size * args.steps_per_generation
             size = max(1, rollouts // args.soft_value_samples)  # prompts of a block, on each process
