@@ -1875,11 +1875,10 @@ class TBRMTrainer(ExactResume, GRPOTrainer):
     def before_training(self) -> None:
         # Callbacks that read metrics, such as early stopping, come after those that add some.
         self.callback_handler.callbacks.sort(key=lambda one: not getattr(one, "evaluates", False))
-        step = updates_before(Path(self._resumed_from)) if self._resumed_from else 0
-        last = step if self._resumed_from else None
+        step = updates_before(Path(self._resumed_from)) if self._resumed_from else None
         output_dir, process = Path(self.args.output_dir), self.accelerator.process_index
         with failing_together():
-            go_back(output_dir, process, self.args.world_size, last)
+            go_back(output_dir, process, self.args.world_size, step)
             if process == 0 and self._actor is not None and self._resumed_from is None:
                 self._actor.drop(self._actor.records.glob("window-*.parquet") if self._actor.starts else ())
             if process == 0 and self._followed is not None and self._resumed_from:
@@ -1887,7 +1886,7 @@ class TBRMTrainer(ExactResume, GRPOTrainer):
                 self._followed.restore(load_values(process_folder(self._resumed_from, 0))["own"]["followed"])
                 self._redraw_what_changed(self._resumed_from, self._followed)
             if process == 0:
-                rewind_rollouts(output_dir / "rollouts", step)
+                rewind_rollouts(output_dir / "rollouts", step or 0)
         self._soft_value.prepare(self)
         self._stopwatch.taken()
         self._pool = self._make_pool()
