@@ -189,7 +189,7 @@ SETTINGS["all-operations"] = replace(
     title="SmolLM2-135M, three operations, 223 problems",
     task="all-operations",
     final_seeds=(0, 1, 2, 3, 4),
-    methods=("GRPO", "TBRM", "TBRM, V = b/β", "TBRM, V = b/β, with replay"),
+    methods=("GRPO", "TBRM", "TBRM, V = 0, with replay", "TBRM, V = b/β", "TBRM, V = b/β, with replay"),
     searched_on="operations",
     confirming_seeds=(101, 102),
 )
@@ -423,7 +423,11 @@ def section(comparison: Comparison) -> str:
     setting, results = comparison.setting, comparison.runs
     finished = comparison.shown()
     peer = next((name for name, runs in finished.items() if runs[0].method == PEER), None)
-    text = f"## {setting.title}\n\n"
+    text = f"## {setting.title}\n\n" + wrapped(
+        f"{setting.updates} updates of {setting.rows} trajectories, β = {setting.beta:g}; a replay buffer holds "
+        f"{setting.buffer}."
+    )
+    text += "\n\n"
     if precision := PRECISIONS[setting.precision][0]:
         text += f"{precision}\n\n"
     if peer is None:
@@ -480,7 +484,7 @@ def section(comparison: Comparison) -> str:
 def selection(comparison: Comparison) -> str:
     """A table of every candidate of the search and its area."""
     if comparison.search != comparison.task:
-        text = wrapped(f"Rates and knobs are those of *{SETTINGS[comparison.search].title}*.") + "\n"
+        text = wrapped(f"The search is that of *{SETTINGS[comparison.search].title}*.") + "\n"
         return text + confirmed(comparison)
     made = [Run(**one["run"]) for one in comparison.runs.values() if one["run"]["task"] == comparison.task]
     areas: dict[str, set[tuple[str, float, float]]] = {method: set() for method in comparison.setting.methods}
@@ -511,8 +515,9 @@ def confirmed(comparison: Comparison) -> str:
         rows += [[method, "; ".join(cells)]] if cells else []
     if not rows:
         return ""
-    seeds = (
-        f"The two best candidates of each were then run with {len(setting.confirming_seeds)} more seeds of the search:"
+    seeds = wrapped(
+        f"The two best candidates of each were then run with {len(setting.confirming_seeds)} more seeds. The better "
+        "one over all seeds is selected:"
     )
     return f"\n{seeds}\n\n{table(['', 'knob, learning rate: area'], rows)}\n"
 

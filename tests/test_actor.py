@@ -20,10 +20,10 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 from common.policy_server import PolicyServer
-from common.tiny import VOCABULARY, perturb, save, tokenizer
+from common.tiny import VOCABULARY, perturb, save, save_value_model, tokenizer
 from helpers.runs import CHATS, DATA, TOKENIZER, before_each_update, build, digits, kept_returns, letters, logged
 from peft import LoraConfig, PeftModel
-from transformers import AutoModelForCausalLM, TrainerCallback
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, TrainerCallback
 from trl.chat_template_utils import qwen3_chat_template
 
 from tbrm_trl.actor.__main__ import main
@@ -303,6 +303,18 @@ def test_rewards_that_fail(on_error, reward, llama, server, tmp_path):
     rows = run.rows()
     assert {row["reward"] for row in rows} == {reward}
     assert {(row["metrics/rewards/failing/raised"], row["metrics/rewards/failing/late"]) for row in rows} == {(1, 0)}
+
+
+@pytest.mark.parametrize("weight", [1.0, 0.0])
+def test_a_reward_model_that_gives_no_number(weight, llama, server, tmp_path):
+    """Its NaN is an unknown verdict, whatever the other function says, unless it only watches."""
+    judge = AutoModelForSequenceClassification.from_pretrained(save_value_model(tmp_path / "judge"))
+    torch.nn.init.constant_(judge.score.weight, float("nan"))
+    options = dict(reward_processing_classes=[TOKENIZER, None], reward_weights=[weight, 1.0])
+    run = Run(llama, server, tmp_path, [judge, letters], max_staleness=UPDATES, **options)
+    with run.drawing():
+        pass
+    assert {row["reward"] is None for row in run.rows()} == {bool(weight)}
 
 
 def test_what_rewards_log_and_know(llama, server, tmp_path):

@@ -233,6 +233,7 @@ def test_command_line():
         ({"reference": "next"}, "one of initial, previous"),
         ({"reference": "previous", "sync_ref_model": True}, "the previous policy is the reference already"),
         ({"precompute_ref_log_probs": True, "sync_ref_model": True}, "would go stale at the first sync"),
+        ({"save_on_each_node": True, "sync_ref_model": True}, "saved on the first machine alone"),
         ({"sync_ref_model": True, "ref_model_mixup_alpha": 1.5}, r"must lie in \(0, 1\]"),
         ({"sync_ref_model": True, "ref_model_sync_steps": 0}, "must be at least 1"),
     ],

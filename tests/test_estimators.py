@@ -12,6 +12,7 @@ import torch
 from accelerate import Accelerator
 from common.tiny import save_value_model
 from datasets import Dataset, IterableDataset
+from helpers.own_code import give_code
 from helpers.runs import config
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
@@ -394,6 +395,17 @@ def test_a_value_model_has_one_label(tmp_path):
         .save_pretrained(folder)  # fmt: skip
     with pytest.raises(ValueError, match="has 2 labels"):
         of("model", soft_value_model=folder).attach(SimpleNamespace(tokenizer=AutoTokenizer.from_pretrained(folder)))
+
+
+def test_a_value_model_with_code_of_its_own(tmp_path):
+    folder = give_code(save_value_model(tmp_path / "value"))
+    run = SimpleNamespace(tokenizer=AutoTokenizer.from_pretrained(folder, trust_remote_code=True))
+    with pytest.raises(ValueError, match="trust_remote_code"):
+        of("model", soft_value_model=folder).attach(run)
+    estimator = of("model", soft_value_model=folder, trust_remote_code=True)
+    run.accelerator = Accelerator(cpu=True)
+    estimator.attach(run)
+    assert type(estimator.model).__name__ == "Classifier"
 
 
 def test_an_estimator_says_what_it_lacks():

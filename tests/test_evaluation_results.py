@@ -18,7 +18,7 @@ from common.tiny import model, tokenizer
 from datasets import Dataset
 from transformers import BitsAndBytesConfig
 
-from tbrm_trl.cli.evaluate import show_comparison
+from tbrm_trl.cli.evaluate import main, show_comparison
 from tbrm_trl.evaluation import benchmarks, sampling
 from tbrm_trl.evaluation.benchmarks import BENCHMARKS, SUITES, Benchmark, load_benchmark
 from tbrm_trl.evaluation.results import (
@@ -456,6 +456,27 @@ def test_results_are_known_by_what_they_are_of(tmp_path):
     result_at(evaluated / "again.jsonl")
     with pytest.raises(ValueError, match=r"again\.jsonl and .*sums-avg2\.jsonl are both sums-avg2\. Name the file"):
         pairs(evaluated, file)
+
+
+def test_every_file_is_compared_before_anything_is_drawn(tmp_path, capsys, monkeypatch):
+    """The second benchmark's file is of another evaluation, and the error says in which setting."""
+    lines = [
+        json.dumps({"question": prompt, "answer": answer})
+        for prompt, answer in zip(SUMS.prompts, SUMS.columns["solution"], strict=True)
+    ]
+    for name in ("first", "second"):
+        (tmp_path / f"{name}.jsonl").write_text("\n".join(lines))
+    policy = Scripted(["2", "4", "6"])
+    monkeypatch.setattr("tbrm_trl.cli.evaluate.policy_of", lambda *given: policy)
+    words = ["--model_name_or_path", "m", "--output_dir", str(tmp_path / "out"), "--prompt_template", "{question}"]
+    main([*words, "--benchmarks", str(tmp_path / "second.jsonl"), "--max_new_tokens", "4"])
+    asked = policy.asked
+    both = [str(tmp_path / f"{name}.jsonl") for name in ("first", "second")]
+    with pytest.raises(SystemExit):
+        main([*words, "--benchmarks", *both, "--max_new_tokens", "5"])
+    assert policy.asked == asked and not (tmp_path / "out/first-greedy.jsonl").exists()
+    said = capsys.readouterr().err
+    assert "differs in sampling.max_new_tokens (there 4, here 5). Give another --output_dir" in said
 
 
 def test_results_that_only_one_folder_holds(tmp_path, capsys):

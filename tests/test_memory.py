@@ -293,6 +293,30 @@ def test_a_model_with_code_of_its_own(tmp_path, capsys):
         estimate_memory(folder, **LENGTHS)
 
 
+def test_an_evaluation_on_benchmarks(tmp_path, capsys, monkeypatch):
+    """16 completions of 188 tokens beside prompts of 12: 16 rows · 200 tokens · 2 layers · keys and values of 4."""
+    estimate = estimate_memory(
+        TINY, rows=1, prompt_length=12, completion_length=20, evaluated_rows=16, evaluated_length=188,
+    )  # fmt: skip
+    generation, evaluation = (estimate.phases[name] for name in ("generation", "evaluation"))
+    assert evaluation["generation"] > 16 * 200 * 2 * 2 * 4 * 2 > generation["generation"]
+    assert {**evaluation, "generation": 0} == {**generation, "generation": 0}
+    assert "evaluation" in str(estimate) and "evaluation" not in estimate_memory(TINY, **LENGTHS).phases
+    words = ["--model", save_sizes(tmp_path / "model", TINY.to_dict()), "--eval_benchmarks", "math500"]
+    monkeypatch.setattr("tbrm_trl.cli.estimate.estimate_memory", lambda *args, **sizes: sizes)
+    main([*words, "--eval_strategy", "steps", "--eval_steps", "5", "--eval_max_new_tokens", "3000"])
+    assert "'evaluated_rows': 64, 'evaluated_length': 3000" in capsys.readouterr().out
+
+
+def test_what_model_init_kwargs_say(tmp_path, capsys, monkeypatch):
+    """They go before the options of their own, as in `tbrm train`."""
+    words = ["--model", save_sizes(tmp_path / "model", TINY.to_dict()), "--dtype", "float32"]
+    monkeypatch.setattr("tbrm_trl.cli.estimate.estimate_memory", lambda *args, **sizes: sizes)
+    main([*words, "--model_init_kwargs", '{"dtype": "bfloat16", "attn_implementation": "eager", "revision": "v2"}'])
+    said = capsys.readouterr().out
+    assert "'dtype': 'bfloat16'" in said and "'attn_implementation': 'eager'" in said and "'revision': 'v2'" in said
+
+
 def test_the_documents_tables_are_what_the_command_prints(tmp_path, capsys):
     text = (ROOT / "docs/memory.md").read_text()
     blocks = re.findall(r"```bash\ntbrm estimate (.*?)\n```\n\n(\|.*?\n\n.*?)\n\n", text, flags=re.S)

@@ -44,10 +44,10 @@ NAMES = {
         "MemoryEstimate": "(phases, parameters, trained, paged=0)",
         "estimate_memory": (
             "(model, *, rows, prompt_length, completion_length, generated_rows=None, gathered_to_generate=None, "
-            "accumulation=1, dtype='float32', mixed_precision='bfloat16', attn_implementation=None, "
-            "gradient_checkpointing=True, optimizer='adamw_torch_fused', peft_config=None, quantization=None, "
-            "double_quantization=False, reference=True, values_per_row=1, processes=1, zero_stage=0, fsdp=False, "
-            "device='cuda', revision=None, trust_remote_code=False)"
+            "evaluated_rows=0, evaluated_length=None, accumulation=1, dtype='float32', mixed_precision='bfloat16', "
+            "attn_implementation=None, gradient_checkpointing=True, optimizer='adamw_torch_fused', peft_config=None, "
+            "quantization=None, double_quantization=False, reference=True, values_per_row=1, processes=1, "
+            "zero_stage=0, fsdp=False, device='cuda', revision=None, trust_remote_code=False)"
         ),
     },
     report: {"write_report": "(runs, output=None)"},

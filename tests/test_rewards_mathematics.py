@@ -473,6 +473,49 @@ FOUND = [
     (r"h^{-1}(x)=\frac{(-2x+4)^3}{4}", [r"h^{-1}(x)=\frac{(4-2x)^3}{4}"], [r"h^{-1}(t)=\frac{(-2x+4)^3}4"]),
     (r"f^{-1}(x)=2x+1", [r"f^{-1}(y)=2y+1", "2x+1"], []),
     (r"\binom{2n}{n}", [r"{2n \choose n}", r"\frac{(2n)!}{(n!)^2}"], []),
+    # signs and commas in an index
+    ("F_{n+1}", ["F_{n + 1}"], ["F_{n-1}"]),
+    ("F_{n+2}-1", ["-1+F_{n+2}"], ["F_{n-2}-1"]),
+    ("F_{n+1}F_{n-1}", ["F_{n-1} F_{n+1}"], ["F_{n+1}^2"]),
+    (r"2\alpha_{i+1}", [r"\alpha_{i+1}\cdot 2"], [r"2\alpha_{i-1}"]),
+    (r"\lambda_{+}+1", [r"1+\lambda_+"], [r"\lambda_{-}+1"]),
+    ("A_{1,2}+1", ["1+A_{1, 2}"], ["A_{12}+1"]),
+    # an index that is a word or a command
+    (
+        r"\lambda_{\text {red}} / \sqrt{2}",
+        [r"\frac{\lambda_{\text{red}}}{\sqrt{2}}", r"\frac{\lambda_{red}}{\sqrt2}"],
+        [r"\frac{\lambda_{\text{blue}}}{\sqrt{2}}"],
+    ),
+    (r"2M_{\odot}", [r"2M_\odot"], [r"2M_\oplus"]),
+    (r"\frac{3\mu_{\alpha}}{2}", [r"\frac{3}{2}\mu_\alpha"], [r"\frac{3}{2}\mu_\beta"]),
+    (r"\frac{v_{\max}}{2}", [r"\frac{1}{2}v_\max", r"\frac12 v_{\text{max}}"], [r"\frac12 v_{\min}"]),
+    (r"v_{\text{avg}} = \frac{d}{t}", [r"\frac{d}{t}"], [r"\frac{t}{d}"]),
+    (r"\frac{v_{CM}}{2}", [r"0.5 v_{\mathrm{CM}}"], [r"0.5 v_{Cm}"]),
+    (r"2R_{\text{final state}}", [r"R_{\text{final state}}\cdot 2"], [r"2R_{\text{first state}}"]),
+    # units after π
+    (r"36\pi", [r"36\pi cm^2", r"36\pi \, cm^3", r"36\pi square units"], [r"36\pi r", r"35\pi cm^2"]),
+    (r"36\pi cm^2", [r"36\pi", r"36\pi\text{ cm}^2"], [r"36\pi m^2"]),
+    (r"2\pi r", [], [r"2\pi"]),
+    # moduli
+    (
+        r"n \equiv 1 \pmod 3",
+        [
+            r"n \equiv 1 \ (\text{mod } 3)",
+            r"n \equiv 1 \text{ (mod } 3)",
+            r"n \equiv 1 (\mathrm{mod}\ 3)",
+            r"n \equiv 1 \bmod 3",
+            r"n \equiv 1 \mod{3}",
+            "n ≡ 1 (mod 3)",
+            r"(n \equiv 1 \mod 3)",
+        ],
+        [r"n \equiv 1 \mod 5", r"n \equiv 2 \pmod{3}"],
+    ),
+    # binomials, which math-verify adds if they stand side by side
+    ("60", [r"\binom{5}{2}\binom{4}{2}", r"C_5^2C_4^2", r"\mathrm{C}_5^2 \mathrm{C}_4^2", r"6\binom{5}{2}"], ["16"]),
+    ("16", [r"\binom{5}{2} + \binom{4}{2}"], [r"\binom{5}{2}\binom{4}{2}", r"6\binom{5}{2}"]),
+    ("3", [r"\frac{1}{2}\binom{4}{2}", r"\binom{4}{2}\frac{1}{2}", r"\frac{C_4^2}{2}"], []),
+    (r"C_{400}^{40} \cdot C_{200}^{20}", [r"\binom{400}{40} \binom{200}{20}"], [r"C_{400}^{20} C_{200}^{40}"]),
+    (r"C_1^2 + C_2", [r"C_2 + C_1^2"], [r"C_1 + C_2"]),
 ]
 
 

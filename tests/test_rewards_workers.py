@@ -1,5 +1,6 @@
 """Rewards in worker processes: hangs, crashes and exceptions cost one row, from any thread."""
 
+import json
 import math
 import os
 import pickle
@@ -16,6 +17,7 @@ from helpers import reward_functions
 from helpers.runs import build
 
 from tbrm_trl.checks.rewards import check_reward_arguments
+from tbrm_trl.files import source_of
 from tbrm_trl.rewards import InWorkers, RewardError, load, mathematics
 from tbrm_trl.rewards.returned import NotRewardsError
 from tbrm_trl.rewards.workers import WorkerError
@@ -104,6 +106,30 @@ def test_environments_stay_here():
     assert workers(["\\boxed{4}"], solution=["4"], environments=[threading.Lock()]) == [1.0]
     assert workers.counts["crashed"] == 0
     workers.close()
+
+
+def test_its_source_is_what_decides_a_verdict(misbehaving):
+    """A second process, run or machine finds the samples and windows of the first: no id, count or core is in it."""
+    program = """
+        import json
+        from helpers import reward_functions
+        from tbrm_trl.files import source_of
+        from tbrm_trl.rewards import InWorkers
+        print(json.dumps(source_of(InWorkers(reward_functions.misbehaving, time_limit=0.5, workers=1))))
+    """
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
+    elsewhere = subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(program)], env=environment, text=True, stdout=subprocess.PIPE, check=True
+    )
+    misbehaving(["a"])
+    here = json.loads(json.dumps(source_of(misbehaving)))
+    assert here == json.loads(elsewhere.stdout) and "fill memory" in str(here)
+    for other in (
+        InWorkers(reward_functions.misbehaving, time_limit=1.0),
+        InWorkers(reward_functions.misbehaving, time_limit=0.5, failed=0.0),
+        InWorkers(reward_functions.length, time_limit=0.5),
+    ):
+        assert json.loads(json.dumps(source_of(other))) != here
 
 
 def test_a_row_that_raises_ends_the_call_where_that_is_asked():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 from collections import defaultdict
 from dataclasses import dataclass
 from pathlib import Path
@@ -224,6 +225,18 @@ def test_variance_with_gradient_in_the_mean(llama, tmp_path):
     assert distance(seen.gradient, expected) <= TOLERANCE
 
 
+class OfItsProcess:
+    """A reward with a value that differs from process to process, as a connection or a folder of its own would."""
+
+    __name__ = "letters"
+
+    def __init__(self):
+        self.process = os.getpid()
+
+    def __call__(self, completions, **columns):
+        return letters(completions)
+
+
 def group_and_sample(folder: str, out: str) -> dict[str, Any]:
     """Train on groups of logged pairs, then sample optimal values. Returns what both processes saw."""
     options = dict(beta=0.1, learning_rate=0.0, max_steps=1, max_grad_norm=0.0)
@@ -237,7 +250,7 @@ def group_and_sample(folder: str, out: str) -> dict[str, Any]:
     rows, losses = gather_object(updates[0]), gather_object([grouped.state.log_history[0]["loss"]])
 
     sampled = build(
-        folder, Path(out) / "optimal", letters, PROMPTS, soft_value="optimal", soft_value_samples=4,
+        folder, Path(out) / "optimal", OfItsProcess(), PROMPTS, soft_value="optimal", soft_value_samples=4,
         per_device_train_batch_size=2, max_steps=1,
     )  # fmt: skip
     sampled.train()
@@ -835,6 +848,23 @@ def test_with_the_policys_value_it_is_not(llama, tmp_path):
 def test_options_that_an_estimator_cannot_work_with(options, message, tmp_path):
     with pytest.raises(ValueError, match=message):
         TBRMConfig(str(tmp_path), use_cpu=True, bf16=False, **options)
+
+
+def test_an_option_that_the_configuration_lacks(tmp_path, monkeypatch):
+    """One's own estimator may read an option of a subclass of TBRMConfig."""
+
+    @dataclass
+    class Wider(TBRMConfig):
+        kept_share: float = 0.5
+
+    monkeypatch.setattr(SoftValue, "registry", dict(SoftValue.registry))
+
+    class Mine(SoftValue):
+        name, options = "mine", frozenset({"kept_share"})
+
+    with pytest.raises(ValueError, match=r"'mine'` reads kept_share, which TBRMConfig does not have\. Add"):
+        TBRMConfig(str(tmp_path), use_cpu=True, bf16=False, soft_value="mine")
+    assert Wider(str(tmp_path), use_cpu=True, bf16=False, soft_value="mine").kept_share == 0.5
 
 
 @pytest.mark.parametrize(

@@ -317,6 +317,8 @@ def source_of(thing: Any) -> Any:
     the code names. Among these, numbers, text, None, lists, sets, dictionaries, NumPy arrays and tensors are described
     by value. Functions and classes are described in the same way as the first one.
 
+    An object with a method `source_parts` is described by its type and by what that method returns alone.
+
     A list that the function itself fills is described by value too. So a function that counts or caches in a list has
     a new description after each call. It should use an object of another kind for that.
 
@@ -353,6 +355,8 @@ def _describe(thing: Any, seen: dict[int, Any]) -> Any:
         return _describe_function(thing, seen)
     if isinstance(thing, type):
         return _describe_class(thing, seen)
+    if parts := getattr(type(thing), "source_parts", None):
+        return [kind, *(_describe(part, seen) for part in parts(thing))]
     if name := getattr(getattr(thing, "config", None), "_name_or_path", None):
         return name
     if hasattr(thing, "tolist") and hasattr(thing, "dtype"):

@@ -173,7 +173,7 @@ from .sources.prompts import PromptRenderer, fitting_prompts, text_of
 from .sources.records import EXTRA_PREFIX, METRIC_PREFIX, Record, RecordFolder, Taken
 from .sources.reference_scores import precompute_scores
 from .sources.replay import ReplayBuffer
-from .sources.returns import check_magnitude, total_reward, unique_names
+from .sources.returns import check_magnitude, lacking_number, total_reward, unique_names
 from .sources.reward_calls import REASONS, Failure, RewardCalls
 from .sources.rollout import Rewards, checked_rollouts, trajectories_from_trl
 from .sources.sampler import DataPlan, WholeStream, WindowSampler
@@ -1206,9 +1206,7 @@ class TBRMTrainer(ExactResume, GRPOTrainer):
         self._fill_extra_logs(len(prompts))
         weights = self.reward_weights.to(rewards_per_func.device)  # (F,)
         unknown = self._reward_calls.unknown(len(prompts), self.reward_func_names, weights.tolist())
-        is_model = torch.tensor([isinstance(one, nn.Module) for one in self.reward_funcs], device=weights.device)
-        # (N,) A model has no None for what is not its to judge.
-        no_number = rewards_per_func[:, is_model & (weights != 0)].isnan().any(dim=1)
+        no_number = lacking_number(rewards_per_func, weights, self.reward_funcs)  # (N,)
         unknown_anywhere = self._gather(unknown).flatten().bool().to(no_number.device)  # (N,)
         rewards_per_func[unknown_anywhere | no_number] = torch.nan  # an unknown verdict is not a wrong one
         check_magnitude(rewards_per_func, weights, self.reward_func_names, self.args.beta)

@@ -15,7 +15,7 @@ from trl import GRPOTrainer
 from ..config import TBRMConfig
 from ..context import temporarily
 from ..sources.records import EXTRA_PREFIX, METRIC_PREFIX
-from ..sources.returns import unique_names
+from ..sources.returns import lacking_number, unique_names
 from ..sources.reward_calls import REASONS, RewardCalls
 from ..sources.rollout import Rewards, trajectories_from_trl
 from ..trajectory import Trajectory
@@ -162,7 +162,8 @@ class RowDrawer(GRPOTrainer):
         for failure in failures:
             if self.args.reward_on_error == "raise" or failure.reason == "wrong":
                 raise failure.error
-        if any(self._reward_calls.unknown(1, self.reward_func_names, self.reward_weights.tolist())):
+        unknown = self._reward_calls.unknown(1, self.reward_func_names, self.reward_weights.tolist())
+        if any(unknown) or lacking_number(rewards_per_func, self.reward_weights, self.reward_funcs).any():
             rewards_per_func[:] = math.nan
         failed = {(failure.function, failure.reason) for failure in failures}
         if self.args.reward_on_error != "raise":

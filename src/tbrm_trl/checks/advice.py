@@ -131,7 +131,7 @@ def warn_of_drawing_ahead(args: TBRMOptions) -> None:
         warnings.warn(
             f"`{drawn_ahead(args)}` with `soft_value={args.soft_value!r}`: rollouts that run ahead are drawn by "
             "earlier policies. This value is a constant, and the optimum is its target on the policy's own rollouts "
-            "alone (docs/theory.md). Use policy, calibrated or group, or draw each window by itself.",
+            "alone (docs/theory.md). Use calibrated or group, or draw each window by itself.",
             stacklevel=4,
         )
 

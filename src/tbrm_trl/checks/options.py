@@ -309,6 +309,12 @@ def check_soft_value(args: TBRMOptions) -> Iterator[str]:
                     f"`{name}={getattr(args, name)!r}` has no effect with `soft_value={args.soft_value!r}`; it "
                     f"belongs to {', '.join(n for n, one in SoftValue.registry.items() if name in one.options)}."
                 )
+    if absent := sorted(name for name in estimator.options if not hasattr(args, name)):
+        yield (
+            f"`soft_value={args.soft_value!r}` reads {', '.join(absent)}, which {type(args).__name__} does not have. "
+            "Add the field to a dataclass that subclasses TBRMConfig."
+        )
+        return
     if args.reward_baseline != "none" and not estimator.takes_baseline:
         yield (
             f"`reward_baseline={args.reward_baseline!r}` with `soft_value={args.soft_value!r}` is refused: it takes no "
@@ -481,6 +487,11 @@ def check_reference(args: TBRMOptions) -> Iterator[str]:
             "`precompute_ref_log_probs=True` with `sync_ref_model=True` is refused: scores that were computed once "
             "would go stale at the first sync. Use one of the two."
         )
+    if args.save_on_each_node:
+        yield (
+            "`save_on_each_node=True` with `sync_ref_model=True` is refused: the moved reference is saved on the first "
+            "machine alone, and the others could not resume. Write to a shared folder, and leave it at False."
+        )
     if not (0 < args.ref_model_mixup_alpha <= 1 and args.ref_model_sync_steps >= 1):
         yield (
             f"`ref_model_mixup_alpha={args.ref_model_mixup_alpha}` must lie in (0, 1], and "
@@ -582,7 +593,7 @@ def check_following(args: TBRMOptions) -> Iterator[str]:
     if issubclass(SoftValue.registry[args.soft_value], SampledValue):
         yield (
             f"`{given}` with `soft_value={args.soft_value!r}` is refused: its constant belongs to a row of the "
-            "training set, and a followed rollout does not name one. Use policy, calibrated or group."
+            "training set, and a followed rollout does not name one. Use calibrated or group."
         )
     if args.world_size > 1 and args.follow_timeout >= args.ddp_timeout:
         yield (

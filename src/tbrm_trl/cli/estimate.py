@@ -55,7 +55,7 @@ class Machine:
     only_logs: bool = field(default=False, metadata={"help": "The training set holds logged rows alone."})
 
 
-def estimate_of_run(config: TBRMConfig, model: ModelConfig, machine: Machine) -> MemoryEstimate:
+def estimate_of_run(config: TBRMConfig, model: ModelConfig, machine: Machine, data: DataArguments) -> MemoryEstimate:
     """The estimate for a run of `tbrm train`."""
     name = machine.model or model.model_name_or_path
     if name is None:
@@ -73,6 +73,12 @@ def estimate_of_run(config: TBRMConfig, model: ModelConfig, machine: Machine) ->
     if tokens := config.max_tokens_per_microbatch:
         held = min(rows, max(1, tokens // (prompt_length + config.max_completion_length)))
         rows, accumulation = held, math.ceil(rows / held)
+    chosen = {  # as in `tbrm train`
+        "dtype": model.dtype,
+        "attn_implementation": model.attn_implementation,
+        "revision": model.model_revision,
+        **(config.model_init_kwargs or {}),
+    }
     return estimate_memory(
         name,
         rows=rows,
@@ -81,10 +87,12 @@ def estimate_of_run(config: TBRMConfig, model: ModelConfig, machine: Machine) ->
         generated_rows=generated if generates else 0,
         # For colocated vLLM TRL merges the adapter into the whole policy; all else gathers one parameter at a time.
         gathered_to_generate=generates or (merges and not machine.only_logs),
+        evaluated_rows=data.eval_batch_size if data.eval_benchmarks else 0,
+        evaluated_length=data.eval_max_new_tokens,
         accumulation=accumulation,
-        dtype=model.dtype,
+        dtype=chosen["dtype"],
         mixed_precision="bfloat16" if config.bf16 else "float16" if config.fp16 else None,
-        attn_implementation=model.attn_implementation,
+        attn_implementation=chosen["attn_implementation"],
         gradient_checkpointing=config.gradient_checkpointing,
         optimizer=str(getattr(config.optim, "value", config.optim)),
         peft_config=get_peft_config(model),
@@ -96,7 +104,7 @@ def estimate_of_run(config: TBRMConfig, model: ModelConfig, machine: Machine) ->
         zero_stage=machine.zero_stage or 0,
         fsdp=machine.fsdp2 or False,
         device=machine.device,
-        revision=(config.model_init_kwargs or {}).get("revision", model.model_revision),
+        revision=chosen["revision"],
         trust_remote_code=config.trust_remote_code,
     )
 
@@ -158,12 +166,12 @@ def main(arguments: list[str] | None = None) -> None:
         if machine.processes < 0:
             raise ValueError(f"`processes={machine.processes}` must be at least 1.")
         machine = with_launcher(machine, words.launcher)
-        _, config, model, *_ = parser(machine.processes).parse(words)
+        _, config, model, data = parser(machine.processes).parse(words)
         if config.deepspeed or config.fsdp:
             raise ValueError(
                 "`deepspeed` and `fsdp` among the options of training are not read here. Say --zero_stage or --fsdp2."
             )
-        print(estimate_of_run(config, model, machine))
+        print(estimate_of_run(config, model, machine, data))
         if config.cast_lm_head_to_fp32:
             print("Not in it: the head's weights in float32 (cast_lm_head_to_fp32), and copies of them.")
     except ValueError as error:

@@ -34,8 +34,23 @@ from tbrm_trl.evaluation.benchmarks import (  # noqa: E402
     load_benchmark,
     require_distinct_names,
 )
-from tbrm_trl.evaluation.results import differing_settings, file_of, name_of, paired_results, unpaired  # noqa: E402
-from tbrm_trl.evaluation.run import Judge, ModelPolicy, Policy, Settings, evaluate, require_positions  # noqa: E402
+from tbrm_trl.evaluation.results import (  # noqa: E402
+    differing_settings,
+    file_of,
+    name_of,
+    paired_results,
+    require_same,
+    unpaired,
+)
+from tbrm_trl.evaluation.run import (  # noqa: E402
+    Judge,
+    ModelPolicy,
+    Policy,
+    Settings,
+    evaluate,
+    header,
+    require_positions,
+)
 from tbrm_trl.evaluation.sampling import Sampling  # noqa: E402
 from tbrm_trl.evaluation.statistics import compare  # noqa: E402
 from tbrm_trl.evaluation.vllm import VllmPolicy  # noqa: E402
@@ -265,14 +280,19 @@ def run(arguments: EvaluationArguments, model: ModelConfig) -> None:
     folder = Path(a.output_dir or Path("evaluations") / Path(str(model.model_name_or_path)).name)
     check_writable(folder)
     policy = policy_of(a, model)
-    for benchmark, settings, _ in planned:
+    files = {
+        benchmark.name: folder / file_of(name_of(benchmark.name, settings.samples, settings.sampling.temperature))
+        for benchmark, settings, _ in planned
+    }
+    weights = policy.weights()
+    for benchmark, settings, judge in planned:
         require_positions(policy, benchmark, settings)
+        require_same(files[benchmark.name], header(policy, benchmark, settings, weights, judge))
     asks_in_text = any(isinstance(prompt, str) for benchmark, _, _ in planned for prompt in benchmark.prompts)
     if a.prompt_template is None and asks_in_text:
         print(f"System prompt: {a.system_prompt!r}")
     for benchmark, settings, judge in planned:
-        name = name_of(benchmark.name, settings.samples, settings.sampling.temperature)
-        result = evaluate(policy, benchmark, settings, folder / file_of(name), judge)
+        result = evaluate(policy, benchmark, settings, files[benchmark.name], judge)
         print(result, flush=True)
     print(f"Every completion: {folder}")
 

@@ -134,6 +134,7 @@ class DataArguments:
     eval_max_new_tokens: int | None = field(
         default=None, metadata={"help": "Length limit there. By default that of training, max_completion_length."}
     )
+    eval_batch_size: int = field(default=64, metadata={"help": "Completions generated at once there, on each process."})
     dry_run: bool = field(
         default=False,
         metadata={
@@ -250,6 +251,8 @@ def problems_of(data: DataArguments, chosen: Collection[str]) -> list[str]:
         problems.append(
             f"--eval_samples {data.eval_samples} would all be the same: give an --eval_temperature above 0."
         )
+    if data.eval_batch_size < 1:
+        problems.append(f"--eval_batch_size {data.eval_batch_size} must be at least 1.")
     if data.eval_max_new_tokens is not None and data.eval_max_new_tokens < 1:
         problems.append(f"--eval_max_new_tokens {data.eval_max_new_tokens} must be at least 1.")
     if data.prompt_template is not None and data.system_prompt != BOXED:
@@ -339,7 +342,7 @@ def evaluations(data: DataArguments, config: TBRMConfig) -> list[Any]:
     template = with_line_breaks(data.prompt_template)
     settings = Settings(data.eval_samples, sampling, config.seed, data.system_prompt, template)
     benchmarks = [load_benchmark(name, reward=data.eval_reward) for name in data.eval_benchmarks]
-    return [EvaluationCallback(benchmarks, settings, time_limit=data.reward_time_limit)]
+    return [EvaluationCallback(benchmarks, settings, data.eval_batch_size, data.reward_time_limit)]
 
 
 def main(arguments: list[str] | None = None) -> None:

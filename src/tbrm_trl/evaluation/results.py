@@ -5,7 +5,7 @@ Lines are appended as completions finish. A resumed evaluation reads the lines t
 
 import json
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -161,19 +161,32 @@ def open_result(path: Path, header: Mapping[str, Any]) -> Result:
         with appearing(path) as partial:
             partial.write_text(json.dumps({"format": FORMAT, **header}, ensure_ascii=False) + "\n", encoding="utf-8")
         return Result(path, dict(header))
-    found = _read(path, mend=True)
+    require_same(path, header)
+    return _read(path, mend=True)
+
+
+def require_same(path: Path, header: Mapping[str, Any]) -> None:
+    """Raise ValueError if there is a file at `path` with another evaluation. The error names what differs."""
+    if not path.exists():
+        return
     # A field that the file lacks, such as `judge`, is not compared, since an older version wrote the file.
-    differing = [
-        f"{name} (there {_short(there)}, here {_short(header.get(name))})"
-        for name, there in {**dict.fromkeys(WHERE_GIVEN), **found.header}.items()
-        if name not in INCIDENTAL and there != header.get(name)
-    ]
+    there = {**dict.fromkeys(WHERE_GIVEN), **_read(path).header}
+    differing = [one for name in there if name not in INCIDENTAL for one in _differences(name, there, header)]
     if differing:
         raise ValueError(
             f"{path} holds another evaluation. It differs in {'; '.join(differing)}. Give another --output_dir, or "
             "move the file."
         )
-    return found
+
+
+def _differences(name: str, there: Mapping[str, Any], here: Mapping[str, Any], within: str = "") -> Iterator[str]:
+    """What differs in a field of two headers, part by part if it is a mapping in both."""
+    first, second = there.get(name), here.get(name)
+    if isinstance(first, Mapping) and isinstance(second, Mapping):
+        for part in {**first, **second}:
+            yield from _differences(part, first, second, f"{within}{name}.")
+    elif first != second:
+        yield f"{within}{name} (there {_short(first)}, here {_short(second)})"
 
 
 def append(result: Result, rows: Iterable[Row]) -> None:

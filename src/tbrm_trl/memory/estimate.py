@@ -49,7 +49,7 @@ class MemoryEstimate:
     tiles, soft values, the head's own gradient before it is added), `generation` (KV cache and one step).
 
     Attributes:
-        phases: `generation`, `update`, `optimizer step` → part → bytes.
+        phases: `generation`, `update`, `optimizer step`, and `evaluation` if there is one → part → bytes.
         parameters: number of the policy's parameters, adapters included.
         trained: number of those that are trained.
         paged: bytes of optimizer states that go to the host if the device has no room. The phases leave them out.
@@ -90,6 +90,8 @@ def estimate_memory(
     completion_length: int,
     generated_rows: int | None = None,
     gathered_to_generate: bool | None = None,
+    evaluated_rows: int = 0,
+    evaluated_length: int | None = None,
     accumulation: int = 1,
     dtype: str = "float32",
     mixed_precision: str | None = "bfloat16",
@@ -117,6 +119,8 @@ def estimate_memory(
         generated_rows: rows rolled out at a time on one process; 0 if no model here generates. By default `rows`.
         gathered_to_generate: whether each process gathers a sharded policy to draw rollouts. By default it does if rows
             are generated.
+        evaluated_rows: completions that an evaluation on benchmarks draws at a time on one process; 0 without one.
+        evaluated_length: the longest of them, in tokens. By default `completion_length`.
         accumulation: micro-batches per optimizer step.
         dtype: dtype in which the weights are loaded; "auto" is the configuration's.
         mixed_precision: "bfloat16", "float16" or None: dtype of autocast, or of the weights themselves under DeepSpeed.
@@ -167,7 +171,8 @@ def estimate_memory(
     try:
         update = trace.update(policy)
         generated = rows if generated_rows is None else generated_rows
-        rollout = trace.generation(policy, generated)
+        rollout = trace.generation(policy, generated, completion_length)
+        evaluation = trace.generation(policy, evaluated_rows, evaluated_length or completion_length)
     except RuntimeError as error:
         raise ValueError(
             f"{config.model_type!r} cannot be run without values ({str(error).splitlines()[0]}), as where "
@@ -226,6 +231,12 @@ def estimate_memory(
         },
         "optimizer step": {"gradients": (reduced or gradients) + foreach, "communication": bucket},
     }
+    if evaluated_rows:
+        phases["evaluation"] = {
+            **phases["generation"],
+            "communication": 0 if sharded else bucket,
+            "generation": evaluation,
+        }
     return MemoryEstimate(
         {name: {**dict.fromkeys(PARTS, 0), **always, **parts} for name, parts in phases.items()},
         elements,

@@ -148,13 +148,13 @@ class Trace:
         )[0]
 
     @torch.no_grad()
-    def generation(self, policy: PreTrainedModel, rows: int) -> int:
+    def generation(self, policy: PreTrainedModel, rows: int, completion: int) -> int:
         """Bytes of the KV cache at its longest and one step, or of the pass over the prompts if that takes more."""
         if not rows:
             return 0
         policy.eval()  # in training mode, gradient checkpointing switches the cache off
         peaks = []
-        for given, new in ((0, max(self.prompt, 1)), (self.prompt + self.completion - 1, 1)):
+        for given, new in ((0, max(self.prompt, 1)), (self.prompt + completion - 1, 1)):
             live = _Live([*policy.parameters(), *policy.buffers()])
             with self.mode, live, self.mixed_precision(), frozen_casts_kept(policy):
                 cache = None

@@ -13,7 +13,7 @@ _CHARACTERS = str.maketrans(
         "：": ":", "；": ";", "．": ".", "％": "%", "＝": "=", "×": r"\times ", "✕": r"\times ", "·": r"\cdot ",
         "⋅": r"\cdot ", "÷": r"\div ", "π": r"\pi ", "∞": r"\infty ", "≤": r"\le ", "≥": r"\ge ", "≠": r"\ne ",
         "⩽": r"\le ", "⩾": r"\ge ", "±": r"\pm ", "∪": r"\cup ", "∩": r"\cap ", "∈": r"\in ", "∅": r"\emptyset ",
-        "°": r"^\circ ", "ℝ": r"\mathbb{R}",
+        "°": r"^\circ ", "ℝ": r"\mathbb{R}", "≡": r"\equiv ",
         "⁄": "/", "。": ".", "、": ",", "？": "?", "’": "'", "‘": "'", "“": '"', "”": '"', "′": "'", "″": "''",
         "…": r"\ldots ", "½": r"\frac{1}{2}", "¼": r"\frac{1}{4}",
         "¾": r"\frac{3}{4}", "⅓": r"\frac{1}{3}", "⅔": r"\frac{2}{3}", "\u00a0": " ", "\u2009": " ", "\u202f": " ",
@@ -36,6 +36,11 @@ def _ordinal(match: re.Match) -> str:
     """The number of 3rd; 2st stays a product."""
     of_ten = {"1": "st", "2": "nd", "3": "rd"}.get(match[1][-1], "th")
     return match[1] if match[3] == ("th" if match[1][-2:-1] == "1" else of_ten) else match[0]
+
+
+def _index(match: re.Match) -> str:
+    """An index of words as letters: x_{max} for x_{\\text{max}} and x_\\max."""
+    return "_{" + re.sub(r"[^\w+\-]", "", match[1] or match[2] or "") + "}"
 
 
 _RULES: list[tuple[str, Any]] = [
@@ -93,6 +98,9 @@ _RULES: list[tuple[str, Any]] = [
 # Rules that apply once every upright word is in \\text.
 _WORD_RULES: list[tuple[str, Any]] = [
     (r"\\text\{\\text\{([^{}]*)\}\}", r"\\text{\1}"),
+    (r"_\s*(?:\{\s*\\text\{([^{}]*)\}\s*\}|\\text\{([^{}]*)\})", _index),
+    (r"_\s*(?:\{\s*\\(max|min|sup)\s*\}|\\(max|min|sup)(?![a-zA-Z]))", _index),
+    (r"_\s*(\\(?!text)[a-zA-Z]+|[-+])(?![a-zA-Z{])", r"_{\1}"),
     (r"\\mu\s*\\text\{(?=[a-zA-Z])", r"\\text{\\mu "),  # 5 \mu\text{m}
     (r"\\text\{([kMG])\}\s*\\Omega(?![a-zA-Z])", r"\\text{\1\\Omega }"),
     (r"\\text\{(\(?[A-Z]\)?|[.:])\}\s*\\text\{([).:]*)\}", r"\\text{\1\2}"),
@@ -121,6 +129,10 @@ _WORDS = re.compile(_TEXT + r"\s*\{((?:[^{}]|\{[^{}]*\})*)\}")
 _ARGUMENT = r"(\{(?:[^{}]|\{(?:[^{}]|\{(?:[^{}]|\{[^{}]*\})*\})*\})*\}|\\[a-zA-Z]+(?:\{[^{}]*\})?|[a-zA-Z\d])"
 _FRACTION = re.compile(r"\\frac\s*" + _ARGUMENT + r"\s*" + _ARGUMENT)
 _ROOT = re.compile(r"\\sqrt\s*(\[[^\[\]]*\])?\s*([a-zA-Z\d]|\\[a-zA-Z]+)")
+_MODULUS = re.compile(  # \pmod{3}, \bmod 3, (\text{mod } 3), mod 3
+    r"(\(\s*)?(?:\\[pb]?mod(?![a-zA-Z])|\\text\{\s*(\(\s*)?mod\s*\}|(?<![a-zA-Z\\])mod(?![a-zA-Z]))"
+    r"\s*(\{\s*)?(\w+)(?(3)\s*\})(?(1)\s*\)|(?(2)\s*\)))"
+)
 # A last remark on what a letter stands for: k \in \mathbb{Z}, for all x.
 _FOR_ALL = (
     r"\\text\{\s*\(?(?:where|for|with)\s*(?:all|any|every|each|some)?\s*(?:real|integers?|natural)?\s*"
@@ -146,6 +158,8 @@ def normal(text: str) -> str:
         text = _WORDS.sub(lambda m: "\\text{" + m[1].strip() + "}", text)
         for pattern, replacement in _COMPILED_FOR_WORDS:
             text = pattern.sub(replacement, text)
+    if "\\equiv" in text:
+        text = _MODULUS.sub(r" \\pmod{\4}", text)
     text = re.sub(r"\{\s+", "{", re.sub(r"\s+\}", "}", text)) if "\\text" not in text else text
     for _ in range(4):
         fixed = _FRACTION.sub(_braces, _ROOT.sub(lambda m: f"\\sqrt{m[1] or ''}{{{m[2]}}}", text))

@@ -112,8 +112,15 @@ def _named(match: re.Match) -> str:
     if letter == "Gamma" and match[6]:
         return match[0]
     at = 200 + _CAPITALS.index(letter) if match[3] else ord(letter)
-    index = re.sub(r"\W", "", match[4] or match[5] or "")
+    index = re.sub(r"[\s\\{}]", "", match[4] or match[5] or "")
+    index = re.sub(r"\W", lambda sign: f"y{ord(sign[0])}y", index)  # F_{n+1} is not F_{n-1}
     return f" x_{{9{at:03d}{index}}}" + (r"\cdot (" if match[6] else "")
+
+
+def _chosen(match: re.Match) -> str:
+    """C_5^2 as a binomial. With an index of 1 or 2, or an exponent above the index, it is a constant's power."""
+    top, bottom = int(match[1]), int(match[2] or match[3])
+    return f"\\binom{{{top}}}{{{bottom}}}" if 3 <= top >= bottom > 0 else match[0]
 
 
 def _primed(match: re.Match) -> str:
@@ -148,9 +155,11 @@ _RULES: list[tuple[str, Any]] = [
         r"\1(\2)",
     ),
     (r"\\sqrt\s*\[\s*(\d*[13579])\s*\]\s*\{\s*-\s*([^{}+\-]*)\}", r"(-\\sqrt[\1]{\2})"),  # real, for odd roots
-    (r"\\text\{\s*([a-zA-Z])\s*\}", r" \1 "),  # an upright letter is a letter here
+    (r"\\text\{\s*([a-zA-Z])\s*\}\s*(?=_)", r" \1"),  # an upright letter is a letter here
+    (r"\\text\{\s*([a-zA-Z])\s*\}", r" \1 "),
     (r"\\text\{([^{}]*)\}", r"\\mathrm{\1}"),
     (r"(?<![\w.\\])(\d+)\.(?=\s*/)", r"\1"),  # -1./3
+    (r"(?<![a-zA-Z\\])C_\{?(\d{1,3})\}?\s*\^\s*(?:\{(\d{1,3})\}|(\d))", _chosen),
     (r"(\d*\.?\d+)\s*\^\\circ", r"{(\1\\cdot\\frac{\\pi}{180})}"),
     # Decimals as fractions: exact, and 1e-5 is no product with Euler's number.
     (r"(?<![\w.\\])(\d+\.?\d*|\.\d+)[eE]([-+]?\d+)(?![\w^])", r"{\1\\cdot 10^{\2}}"),
@@ -158,7 +167,9 @@ _RULES: list[tuple[str, Any]] = [
     (r"(?<![\w.])(\d*)\.(\d+)\b", _as_fraction),
     (r"(\d)\.(?!\d)", r"\1"),
     (r"(?<![\d}\w)^_])\s*(\d+)\s*\\frac\{(\d+)\}\{(\d+)\}", _mixed),
-    (r"(?<![_^\d.])(\d+)\s*(?=\(|\\frac)", r"\1\\cdot "),
+    (r"(?<![_^\d.])(\d+)\s*(?=\(|\\frac|\\binom)", r"\1\\cdot "),
+    (r"(\)|\\(?:frac|binom)\{[^{}]*\}\{[^{}]*\})\s*(?=\\binom)", r"\1\\cdot "),
+    (r"(\\binom\{[^{}]*\}\{[^{}]*\})\s*(?=\d|\(|\\frac)", r"\1\\cdot "),
     (r"(\)|\\pi|\\frac\{[^{}]*\}\{[^{}]*\}|\\sqrt\{[^{}]*\}|\d\}\})\s*(?=\()", r"\1\\cdot "),
     (r"(\))\s*(?=\d|\\frac)", r"\1\\cdot "),
     (r"((?:[)}\d]|(?<![a-zA-Z\\])[a-zA-Z])\^\d)\s*(?=\\frac)", r"\1\\cdot "),

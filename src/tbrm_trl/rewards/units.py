@@ -202,5 +202,6 @@ def _unit_at_end(match: re.Match) -> Unit | None:
     if found is None or not re.search(r"[\w})]", match["rest"]):
         return None
     # Words that do not follow a number may be a product of letters or part of a sentence.
-    after_number = number(match["rest"]) or (found.powers and re.search(r"[\d})]\s*$", match["rest"]))
+    measures = found.powers or re.match(r"(?:square|cubic|sq|cu)(?![a-zA-Z])", match["unit"])
+    after_number = number(match["rest"]) or (measures and re.search(r"(?:[\d})]|\\pi)\s*$", match["rest"]))
     return found if not is_word or after_number else None

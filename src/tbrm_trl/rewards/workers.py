@@ -138,6 +138,10 @@ class InWorkers:
         with contextlib.suppress(TypeError, ValueError):  # a built-in may have none
             self.__signature__ = inspect.signature(self.function)
 
+    def source_parts(self) -> list[Any]:
+        """What decides a verdict, for `files.source_of`: no process ids, counts or sizes of a machine."""
+        return [self.function, self.time_limit, self.failed, self.memory_limit, self.raises]
+
     def start(self) -> None:
         """Start a worker, unless one is there, and wait until it can score. Raises WorkerError if none can."""
         with self._borrowed(1) as pool:

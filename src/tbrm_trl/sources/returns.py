@@ -1,9 +1,10 @@
 """Turns raw rewards into the return of the residual: checks their size, sums them by weight, takes lower bounds."""
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..trajectory import largest_return
 
@@ -29,6 +30,21 @@ def check_magnitude(rewards: Tensor, weights: Tensor, names: Sequence[str], beta
             f"{len(rewards)}. With beta={beta} a reward may reach {largest_return(beta):g}: the residual divides it by "
             "beta, and float32 could not sum its square. Return a number of ordinary size, or None to leave it out."
         )
+
+
+def lacking_number(rewards: Tensor, weights: Tensor, functions: Sequence[Any]) -> Tensor:
+    """Whether a reward model with a weight gave no number, which is an unknown verdict: it has no None.
+
+    Args:
+        rewards: `(N, F)`.
+        weights: `(F,)`.
+        functions: the F functions, some of them models.
+
+    Returns:
+        `(N,)` bool.
+    """
+    is_model = torch.tensor([isinstance(one, nn.Module) for one in functions], device=weights.device)  # (F,)
+    return rewards[:, is_model & (weights != 0)].isnan().any(dim=1)
 
 
 def unique_names(names: Sequence[str]) -> list[str]:

@@ -36,15 +36,16 @@ class ModelValue(ConstantValue):
             )
 
     def attach(self, run: Run) -> None:
+        trusted = dict(trust_remote_code=self.args.trust_remote_code)
         with loading("`soft_value_model`", self.args.soft_value_model):
-            tokenizer = AutoTokenizer.from_pretrained(self.args.soft_value_model)
+            tokenizer = AutoTokenizer.from_pretrained(self.args.soft_value_model, **trusted)
         if tokenizer.get_vocab() != run.tokenizer.get_vocab():
             raise ValueError(
                 f"`soft_value_model={self.args.soft_value_model!r}` has another vocabulary than the policy, whose "
                 "tokens it is to score. Use a value model of the same family."
             )
         with _whole(), loading("`soft_value_model`", self.args.soft_value_model):
-            model = AutoModelForSequenceClassification.from_pretrained(self.args.soft_value_model)
+            model = AutoModelForSequenceClassification.from_pretrained(self.args.soft_value_model, **trusted)
         if model.config.num_labels != 1:
             raise ValueError(
                 f"`soft_value_model={self.args.soft_value_model!r}` has {model.config.num_labels} labels. A value "

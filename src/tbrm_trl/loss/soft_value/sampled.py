@@ -121,7 +121,8 @@ class SampledValue(ConstantValue):
                     f"TBRM: `{self.column}` is empty in {lacking} of {len(run.train_dataset)} rows, which are left out."
                 )
             return
-        file = Path(self.args.output_dir) / FOLDER / f"{self._key(run)}.parquet"
+        key, *_ = gather_object([self._key(run)])  # the main process's: a user's function may hold what differs
+        file = Path(self.args.output_dir) / FOLDER / f"{key}.parquet"
         rewards = self._sampled_rewards(run, file)  # (prompts, N)
         unscored = rewards.isnan()  # (prompts, N)
         if lacking := int(unscored.sum()):
