@@ -264,7 +264,7 @@ def test_a_full_disk_leaves_no_result(tmp_path, monkeypatch):
 def test_another_evaluation_is_not_mixed_in(tmp_path, judge):
     evaluate(Scripted(["", "", ""]), SUMS, SETTINGS, tmp_path / "a.jsonl", judge)
     other = Settings(samples=2, sampling=Sampling(temperature=0.6, max_new_tokens=4))
-    with pytest.raises(ValueError, match=r"differs in sampling \(there .*1\.0.*, here .*0\.6"):
+    with pytest.raises(ValueError, match=r"differs in sampling\.temperature \(there 1\.0, here 0\.6\)\. Give"):
         evaluate(Scripted(["", "", ""]), SUMS, other, tmp_path / "a.jsonl", judge)
 
 
