@@ -389,6 +389,17 @@ def test_a_value_model_scores_the_last_token_whatever_it_is(tmp_path):
     assert not any(parameter.requires_grad for parameter in model.parameters()) and not model.training
 
 
+def test_a_value_model_in_half_precision_gives_values_in_float32(tmp_path):
+    """V is its value over β: at β = 0.002, neighbours of bfloat16 near 0.7 are 2 nats apart."""
+    folder = save_value_model(tmp_path / "value")
+    AutoModelForSequenceClassification.from_pretrained(folder, dtype=torch.bfloat16).save_pretrained(folder)
+    estimator = of("model", soft_value_model=folder)
+    estimator.attach(
+        SimpleNamespace(tokenizer=AutoTokenizer.from_pretrained(folder), accelerator=Accelerator(cpu=True))
+    )
+    assert {parameter.dtype for parameter in estimator.model.parameters()} == {torch.float32}
+
+
 def test_a_value_model_has_one_label(tmp_path):
     folder = save_value_model(tmp_path / "value")
     AutoModelForSequenceClassification.from_pretrained(folder, num_labels=2, ignore_mismatched_sizes=True)\

@@ -1,10 +1,18 @@
 """Faults of data, by their number in the list of faults: what is refused by row, warned about, or handled right."""
 
+import copy
 import functools
 import json
 import os
+import re
+import subprocess
+import sys
 import warnings
+from datetime import date
+from decimal import Decimal
+from enum import Enum
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import pyarrow as pa
@@ -15,11 +23,12 @@ from common.tiny import VOCABULARY, save, tokenizer
 from datasets import Dataset, DatasetDict, Features, IterableDataset, Json, load_dataset
 from datasets.distributed import split_dataset_by_node
 from helpers.forked import launch
+from helpers.runs import TOKENIZER
 
 from tbrm_trl import TBRMConfig, TBRMTrainer, load_rollouts
 from tbrm_trl.checks.advice import warn_of_double_bos
 from tbrm_trl.checks.data import check_evaluation_sets
-from tbrm_trl.files import source_of
+from tbrm_trl.files import _is_installed, source_of
 from tbrm_trl.rewards.returned import rewards_of
 from tbrm_trl.sources.parquet import to_row
 from tbrm_trl.sources.readers import read_verifiers_traces, read_verl_dump
@@ -532,6 +541,104 @@ def test_3_6_values_that_the_source_does_not_say(monkeypatch):
     before = digest(reward_of_defaults)
     monkeypatch.setattr(reward_of_defaults, "__defaults__", (2.0,))
     assert before != digest(reward_of_defaults)
+
+
+class Kind(Enum):
+    ONE, TWO, THREE, FOUR = functools.partial(helper, 1), "two", 3, 4
+
+
+class SlotObject:
+    __slots__ = ("scale",)
+
+    def __init__(self, scale):
+        self.scale = scale
+
+    def __call__(self, completions, **kwargs):
+        return [self.scale * len(c) for c in completions]
+
+
+class TupleObject(NamedTuple):
+    scale: float
+
+    def __call__(self, completions, **kwargs):
+        return [self.scale * len(c) for c in completions]
+
+
+class CachedObject(RewardObject):
+    @functools.cached_property
+    def doubled(self):
+        return 2 * self.scale
+
+
+def rewards_of_many_kinds():
+    """Rewards whose values have an address, an order of hashes or this process's surroundings in them."""
+    kinds = set(Kind)
+    words = np.array([f"word {number}" for number in range(2000)], dtype=object)
+    unnamed: dict = {}
+    exec(
+        "def reward(completions, **kwargs):\n    return [float(c in {'a', 'b', 'c', 'd'}) for c in completions]",
+        unnamed,
+    )
+    variables = os.environ
+    return [
+        lambda completions, **kwargs: [Kind.ONE in kinds for _ in completions],
+        lambda completions, **kwargs: [c in words for c in completions],
+        lambda completions, **kwargs: [c == variables["HOME"] for c in completions],
+        unnamed["reward"],
+        lambda completions, **kwargs: [Kind.ONE.value(c) for c in completions],
+        TOKENIZER,
+    ]
+
+
+def print_digests():
+    print(json.dumps([digest(one) for one in rewards_of_many_kinds()]))
+
+
+def test_3_6_every_process_has_the_same_digest():
+    program = "import test_faults_data; test_faults_data.print_digests()"
+    printed = [
+        subprocess.run(
+            [sys.executable, "-c", program], text=True, stdout=subprocess.PIPE, check=True,
+            env=os.environ | {"PYTHONHASHSEED": seed, "PYTHONPATH": os.pathsep.join(sys.path), "LOCAL_RANK": seed},
+        ).stdout.splitlines()[-1]
+        for seed in ("1", "2")
+    ]  # fmt: skip
+    assert printed[0] == printed[1] and "HOME" not in json.loads(printed[0])[2].replace('"HOME', "")
+
+
+def test_3_6_what_a_description_tells_apart(monkeypatch):
+    long = "x" * 300
+    for first, second in (
+        (SlotObject(1.0), SlotObject(2.0)),
+        (TupleObject(1.0), TupleObject(2.0)),
+        (reward_of_closure(re.compile(long + "1")), reward_of_closure(re.compile(long + "2"))),
+        (reward_of_closure(re.compile("a")), reward_of_closure(re.compile("a", re.IGNORECASE))),
+        (reward_of_closure(Decimal("0.5")), reward_of_closure(Decimal("0.25"))),
+        (reward_of_closure(date(2026, 1, 1)), reward_of_closure(date(2026, 1, 2))),
+        *(
+            tuple(reward_of_closure(np.arange(start, start + size).astype("datetime64[D]")) for start in (0, 1))
+            for size in (3, 3000)
+        ),
+    ):
+        assert digest(first) != digest(second)
+    before = digest(TupleObject(1.0)), digest(CachedObject(1))
+    monkeypatch.setattr(TupleObject, "__call__", RewardObject.method)
+    monkeypatch.setattr(CachedObject.doubled, "func", RewardObject.method)
+    assert before[0] != digest(TupleObject(1.0)) and before[1] != digest(CachedObject(1))
+
+
+def test_3_6_a_package_in_a_users_folder_is_named_and_not_read():
+    """With every constant of sympy in it, the description of a verifier took longer than a test may."""
+    assert _is_installed("/home/me/.local/lib/python3.11/site-packages/sympy/core.py")
+    assert _is_installed("/usr/lib/python3/dist-packages/sympy/core.py")
+    assert not _is_installed("/home/me/rewards/mine.py")
+
+
+def test_3_6_a_tokenizer_that_was_used():
+    used = copy.deepcopy(TOKENIZER)
+    before = digest(used)
+    used("a" * (used.model_max_length + 1) if used.model_max_length < 10**6 else "a")
+    assert digest(used) == before
 
 
 def test_3_6_what_refers_to_itself_and_what_is_installed():

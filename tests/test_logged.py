@@ -8,6 +8,7 @@ from collections import Counter
 from functools import partial
 from pathlib import Path
 
+import pyarrow.parquet as pq
 import pytest
 import tokenizers
 import torch
@@ -401,7 +402,10 @@ def test_scores_of_a_log_are_kept_block_by_block(tmp_path):
     result = scores(score)
     assert scored == [10, 11, 12, 13]
     assert result["ref_soft_value"][:] == [row["prompt_ids"][1] for row in IDS]
-    assert [path.suffix for path in tmp_path.iterdir()] == [".parquet"]  # the blocks are gone
+    assert {path.suffix for path in tmp_path.iterdir()} == {".parquet", ".arrow"}  # the blocks are gone
+    (file,) = tmp_path.glob("*.parquet")
+    assert pq.ParquetFile(file).num_row_groups == 4  # one for each block: Arrow reads a group's list as one array
+    assert result.cache_files[-1]["filename"] == str(file.with_suffix(".arrow"))  # mapped, and not in memory
     assert scores(score)["ref_soft_value"][:] == result["ref_soft_value"][:] and scored == [10, 11, 12, 13]
 
 

@@ -264,6 +264,16 @@ def test_so_many_are_kept(limit, best, left, tmp_path):
     assert names(numbered_checkpoints(tmp_path)) == [f"checkpoint-{step}" for step in left]
 
 
+def test_the_best_is_kept_however_its_folder_is_spelled(tmp_path, monkeypatch):
+    """A run that began with `output_dir="out"` may go on with the whole path."""
+    for age, step in enumerate((1, 2, 3)):
+        folder = write(tmp_path, step)
+        os.utime(folder, (age, age))
+    monkeypatch.chdir(tmp_path)
+    remove_old_checkpoints(tmp_path / "checkpoint-3", 2, "checkpoint-1")
+    assert names(numbered_checkpoints(tmp_path)) == ["checkpoint-1", "checkpoint-3"]
+
+
 def test_a_checkpoint_loses_its_mark_before_its_files(tmp_path, monkeypatch):
     """An interrupted removal leaves no checkpoint that seems complete."""
     monkeypatch.setattr(shutil, "rmtree", lambda folder, ignore_errors: None)

@@ -19,10 +19,12 @@ from helpers.runs import before_each_update, build
 from helpers.scripted import script, scripted_trainer
 from helpers.sharded import whole
 from peft import LoraConfig, get_peft_model
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 from torch.distributed.fsdp import MixedPrecisionPolicy
 from torch.distributed.tensor import DTensor
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
+from tbrm_trl.model.publisher import _published
 from tbrm_trl.model.reference import keep_precision_of_scores
 from tbrm_trl.trajectory import Trajectory
 
@@ -43,6 +45,26 @@ def test_scores_under_fsdp2_keep_their_precision():
         plugin = SimpleNamespace(mixed_precision_policy=given)
         keep_precision_of_scores(SimpleNamespace(state=SimpleNamespace(fsdp_plugin=plugin)))
         assert plugin.mixed_precision_policy == expected
+
+
+@pytest.mark.parametrize("lora", [False, True])
+def test_layers_wrapped_for_activation_checkpointing(lora, qwen2, tmp_path):
+    """FSDP2's `activation_checkpointing` wraps the policy's layers alone, which gives their weights other names."""
+    trainer = build(
+        qwen2, tmp_path, **SYNC, ref_model_mixup_alpha=1.0, **({"peft_config": lora_config()} if lora else {}),
+    )  # fmt: skip
+    policy = trainer.model.get_base_model() if lora else trainer.model
+    key, names = trainer._reference.key, _published(trainer.model).keys()
+    for name, layer in list(policy.named_modules()):
+        if type(layer).__name__.endswith("DecoderLayer"):
+            policy.set_submodule(name, checkpoint_wrapper(layer))
+    trainer._reference.renew_key()
+    assert trainer._reference.key == key and _published(trainer.model).keys() == names
+    perturb(torch.nn.ParameterList([p for p in trainer.model.parameters() if p.requires_grad]))
+    trainer._reference.sync(1.0)
+    trained, synced = trainer._reference._trained(), trainer._reference._synced()
+    assert synced and all(torch.equal(trained[name], parameter) for name, parameter in synced.items())
+    assert trainer._reference.key != key
 
 
 @pytest.mark.parametrize(("distributed", "given"), [("NO", {}), ("MULTI_GPU", {"device_map": None})])

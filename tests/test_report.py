@@ -329,7 +329,7 @@ def test_the_chart_of_evaluations_shows_rewards_and_accuracies_alone():
 
 
 def test_whole_numbers_are_not_rounded():
-    assert plain([32768.0, 12345, 0.123456, math.nan, math.inf]) == [32768.0, 12345.0, 0.1235, None, None]
+    assert plain([32768.0, 12345.67, 0.1234567, math.nan, math.inf]) == [32768.0, 12345.7, 0.123457, None, None]
 
 
 def test_text_of_messages_and_long_texts():

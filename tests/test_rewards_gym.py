@@ -14,7 +14,7 @@ reasoning_gym = pytest.importorskip("reasoning_gym")
 
 from tbrm_trl.rewards import load  # noqa: E402
 from tbrm_trl.rewards.gym import decode, distinct_problems, encode, judge, solved, train_and_test  # noqa: E402
-from tbrm_trl.rewards.gym_faults import is_answered  # noqa: E402
+from tbrm_trl.rewards.gym_faults import is_allowed, is_answered  # noqa: E402
 
 SUMS = dict(min_terms=2, max_terms=2, min_digits=1, max_digits=1)
 
@@ -142,12 +142,42 @@ def test_own_answer(task):
         ("word_sorting", "\\boxed{%s, further}"),
         ("letter_jumble", "\\boxed{%s further}"),
         ("gsm_symbolic", "\\boxed{-%s}"),
+        ("polynomial_multiplication", "\\boxed{%s or 7}"),
+        ("polynomial_multiplication", "\\boxed{expand(%s)}"),
+        ("simple_integration", "\\boxed{%s or 7}"),
     ],
 )
 def test_wrong_answers(task, completion):
     entry = problem(task)
     verdict, score = judge(task, entry, completion.replace("%s", str(entry["answer"])))
     assert verdict == 0.0 and 0.0 <= score <= 1.0
+
+
+def test_moves_that_are_not_possible():
+    """reasoning-gym passes over them: whatever else is in a text, the car that can leave does."""
+    entry = {
+        "answer": "",
+        "metadata": {"board_config": "oooooo" * 2 + "oAAooo" + "oooooo" * 2 + "BBoooo"},
+        "question": "",
+    }
+    entry["metadata"] |= {"source_dataset": "rush_hour", "source_index": 0, "min_moves": 1}
+    assert judge("rush_hour", entry, "\\boxed{A+3}")[0] == 1.0
+    assert judge("rush_hour", entry, "\\boxed{B+4 B-1 A+3}")[0] == 1.0
+    assert judge("rush_hour", entry, "\\boxed{A+5}")[0] == judge("rush_hour", entry, "\\boxed{B-1 A+3}")[0] == 0.0
+
+
+def test_digits_and_shapes():
+    """reasoning-gym allows an error of a thousandth and of a hundredth, and takes a row for a column."""
+    decimal = {"answer": "8.27243551523", "metadata": {}, "question": ""}
+    assert is_allowed("decimal_arithmetic", "8.27243551523", decimal)
+    assert is_allowed("decimal_arithmetic", "8.272435515234", decimal)
+    assert not is_allowed("decimal_arithmetic", "8.2724", decimal)
+    pooled = {"answer": "2.5 2.17\n3.0 4.0", "metadata": {}, "question": ""}
+    assert is_allowed("pool_matrix", "2.5 2.17\n3 4", pooled) and is_allowed(
+        "pool_matrix", "2.50 2.1667\n3.0 4.0", pooled
+    )
+    assert not is_allowed("pool_matrix", "2.52 2.17\n3.0 4.0", pooled)
+    assert not is_allowed("pool_matrix", "2.5\n2.17\n3.0\n4.0", pooled)
 
 
 def test_sorted_numbers_are_those_of_the_question():

@@ -46,6 +46,18 @@ def test_the_logged_stream_goes_on():
     assert drawn[:18] != drawn[18:]
 
 
+def test_a_pass_over_the_log_is_put_in_order_once(monkeypatch):
+    """Its windows share the order. Otherwise a log of a million rows in groups costs seconds before each window."""
+    made, grouped = [], WindowSampler._grouped
+    rows = WindowSampler(
+        np.ones(40, bool), WindowMix(0, 4), 1, 1, 1, lambda: 0, seed=3, group_size=2, prompt_numbers=np.arange(40) // 4
+    )
+    monkeypatch.setattr(WindowSampler, "_grouped", lambda self, rows: made.append(1) or grouped(self, rows))
+    passes = [[row for window in range(first, first + 10) for row in rows.window(window)] for first in (0, 10)]
+    assert len(made) == 2 and sorted(passes[0]) == sorted(passes[1]) == list(range(40)) and passes[0] != passes[1]
+    assert all(a // 4 == b // 4 for one in passes for a, b in zip(one[::2], one[1::2], strict=True))
+
+
 @pytest.mark.parametrize("seed", [None, 5])
 def test_the_order_of_a_pass_does_not_depend_on_what_was_asked_before(seed, monkeypatch):
     """Forwards, a pass or two back as a pool and its run ask for them, and far back."""

@@ -13,11 +13,14 @@ import shutil
 import sys
 import sysconfig
 from collections import deque
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from datetime import date, time, timedelta
+from decimal import Decimal
 from enum import Enum
-from pathlib import Path
+from fractions import Fraction
+from pathlib import Path, PurePath
 from types import BuiltinFunctionType, CellType, CodeType, FunctionType, MethodType, ModuleType
 from typing import Any
 
@@ -28,12 +31,37 @@ import torch
 import xxhash
 from datasets import Dataset, load_dataset
 from safetensors import SafetensorError
+from transformers import PreTrainedTokenizerBase
 
 
 def write_table(path: Path, table: pa.Table) -> None:
     """Write a Parquet file."""
-    with appearing(path) as partial:
-        pq.write_table(table, partial, write_page_checksum=True)
+    write_tables(path, table.schema, [table])
+
+
+def write_tables(path: Path, schema: pa.Schema, tables: Iterable[pa.Table]) -> None:
+    """Write a Parquet file with one row group per table. One table is in memory at a time.
+
+    Arrow reads a row group's lists as one array, which may hold 2^31 values at most.
+    """
+    with appearing(path) as partial, pq.ParquetWriter(partial, schema, write_page_checksum=True) as writer:
+        for table in tables:
+            writer.write_table(table.replace_schema_metadata(schema.metadata), row_group_size=max(len(table), 1))
+
+
+def map_table(path: Path, columns: list[str]) -> Path:
+    """Decode columns of a Parquet file into an Arrow file beside it, which is mapped into memory instead of read.
+
+    Raises:
+        ValueError: if the file is damaged, or is not a Parquet file.
+    """
+    target = path.with_suffix(".arrow")
+    with _damage_named(path), pq.ParquetFile(path, page_checksum_verification=True) as stored:
+        schema = pa.schema([stored.schema_arrow.field(name) for name in columns])
+        with appearing(target) as partial, pa.ipc.new_stream(str(partial), schema) as writer:
+            for group in range(stored.num_row_groups):
+                writer.write_table(stored.read_row_group(group, columns).select(columns))
+    return target
 
 
 def read_table(path: str | Path, columns: list[str] | None = None, rows: range | None = None) -> pa.Table:
@@ -48,7 +76,7 @@ def read_table(path: str | Path, columns: list[str] | None = None, rows: range |
         ValueError: if the file is damaged, or is not a Parquet file.
         FileNotFoundError: if the file does not exist.
     """
-    try:
+    with _damage_named(path):
         if rows is None:
             return pq.read_table(path, columns=columns, page_checksum_verification=True)
         with pq.ParquetFile(path, page_checksum_verification=True) as file:
@@ -59,6 +87,13 @@ def read_table(path: str | Path, columns: list[str] | None = None, rows: range |
             ]
             table = file.read_row_groups(groups, columns)
             return table.slice(rows.start - begins[groups[0]] if groups else 0, len(rows))
+
+
+@contextmanager
+def _damage_named(path: str | Path) -> Iterator[None]:
+    """Say which Parquet file cannot be read, and what to do."""
+    try:
+        yield
     except FileNotFoundError:
         raise
     except (pa.ArrowException, OSError) as error:
@@ -266,6 +301,8 @@ def in_one_line(error: BaseException) -> str:
 
 
 _CHUNK = 1 << 20  # bytes per read: few enough to stay in a core's cache until they are digested
+# Values that their repr tells apart.
+_SHOWN = (bytes, complex, Decimal, Fraction, date, time, timedelta, PurePath, range, slice)
 _LISTED = 1000  # largest number of array values that are listed; a longer array is represented by its digest
 
 
@@ -330,21 +367,22 @@ def source_of(thing: Any) -> Any:
 
 
 def _describe(thing: Any, seen: dict[int, Any]) -> Any:
-    """Describe a value. `seen` has the objects described so far, by id. Each is described once, even inside itself."""
+    """Describe a value. `seen` has what was described so far, by id, each with its number. Nothing is described twice.
+
+    No description has an address or an order of hashes in it, which differ from process to process.
+    """
     if thing is None or isinstance(thing, (bool, int, float, str)):
         return thing
     if id(thing) in seen:
-        return f"described as number {list(seen).index(id(thing))}"
-    seen[id(thing)] = thing
+        return f"described as number {seen[id(thing)][0]}"
+    seen[id(thing)] = len(seen), thing
     kind = f"{type(thing).__module__}.{type(thing).__qualname__}"
-    if isinstance(thing, (bytes, complex, re.Pattern, Enum)):
-        return repr(thing)
-    if isinstance(thing, Mapping):
-        return [kind, *([_describe(name, seen), _describe(value, seen)] for name, value in thing.items())]
-    if isinstance(thing, (set, frozenset)):
-        return [kind, *sorted(json.dumps(_describe(value, seen)) for value in thing)]
-    if isinstance(thing, (list, tuple, deque)):
-        return [kind, *(_describe(value, seen) for value in thing)]
+    if isinstance(thing, Enum):
+        return [kind, thing.name, _describe(thing.value, seen)]
+    if isinstance(thing, re.Pattern):  # whose repr is cut
+        return [kind, _describe(thing.pattern, seen), thing.flags]
+    if isinstance(thing, _SHOWN):
+        return [kind, repr(thing)]
     if isinstance(thing, ModuleType):
         return thing.__name__
     if isinstance(thing, functools.partial):
@@ -359,17 +397,45 @@ def _describe(thing: Any, seen: dict[int, Any]) -> Any:
         return [kind, *(_describe(part, seen) for part in parts(thing))]
     if name := getattr(getattr(thing, "config", None), "_name_or_path", None):
         return name
+    if isinstance(thing, PreTrainedTokenizerBase):  # calls change its attributes
+        return [kind, thing.name_or_path, len(thing), _describe(thing.chat_template, seen)]
     if hasattr(thing, "tolist") and hasattr(thing, "dtype"):
-        return [kind, str(thing.dtype), thing.tolist() if math.prod(thing.shape) <= _LISTED else _digest(thing)]
+        is_short = math.prod(thing.shape) <= _LISTED
+        return [kind, str(thing.dtype), _describe(thing.tolist(), seen) if is_short else _digest(thing)]
+    content = _content(thing, seen)
     if callable(thing) and not isinstance(thing, BuiltinFunctionType):
-        return [_describe(type(thing), seen), _describe(getattr(thing, "__dict__", {}), seen)]
-    return getattr(thing, "__qualname__", kind)
+        attributes = {name: getattr(thing, name) for name in _slots(type(thing)) if hasattr(thing, name)}
+        attributes |= getattr(thing, "__dict__", {})
+        return [_describe(type(thing), seen), _describe(attributes, seen), content]
+    return getattr(thing, "__qualname__", kind) if content is None else [kind, *content]
+
+
+def _content(thing: Any, seen: dict[int, Any]) -> list[Any] | None:
+    """What a collection holds; None for anything else, and for the variables of the environment."""
+    if isinstance(thing, os._Environ):
+        return None
+    if isinstance(thing, Mapping):
+        return [[_describe(name, seen), _describe(value, seen)] for name, value in thing.items()]
+    if isinstance(thing, (set, frozenset)):  # each as if it were the only one: their order is that of hashes
+        return sorted(json.dumps(_describe(value, dict(seen))) for value in thing)
+    if isinstance(thing, (list, tuple, deque)):
+        return [_describe(value, seen) for value in thing]
+    return None
+
+
+def _slots(kind: type) -> Iterator[str]:
+    for base in kind.__mro__:
+        slots = vars(base).get("__slots__", ())
+        yield from (slots,) if isinstance(slots, str) else slots
 
 
 def _digest(array: Any) -> list[Any]:
+    shape = list(array.shape)
     if isinstance(array, torch.Tensor):
         array = array.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
-    return [list(array.shape), xxhash.xxh3_128_hexdigest(np.ascontiguousarray(array).data)]
+    array = np.ascontiguousarray(array)
+    content = json.dumps(_describe(array.tolist(), {})).encode() if array.dtype.hasobject else array.tobytes()
+    return [shape, xxhash.xxh3_128_hexdigest(content)]
 
 
 def _describe_function(function: FunctionType, seen: dict[int, Any]) -> Any:
@@ -404,12 +470,14 @@ def _describe_class(one: type, seen: dict[int, Any]) -> Any:
         except (TypeError, OSError):
             return f"{one.__module__}.{one.__qualname__}"
     members = {}
-    for base in reversed(one.__mro__[:-1]):
+    for base in reversed([base for base in one.__mro__ if base.__module__ != "builtins"]):
         for name, value in vars(base).items():
             if isinstance(value, (classmethod, staticmethod)):
                 value = value.__func__
             if isinstance(value, property):
                 value = value.fget
+            if isinstance(value, functools.cached_property):
+                value = value.func
             if not name.startswith("__") or isinstance(value, FunctionType):
                 members[f"{base.__qualname__}.{name}"] = _describe(value, seen)
     return [f"{one.__module__}.{one.__qualname__}", members]
@@ -425,11 +493,21 @@ def _text_of(code: CodeType) -> str:
     try:
         return inspect.getsource(code)
     except (TypeError, OSError):  # typed interactively: use the bytecode, without addresses of inner functions
-        constants = [_text_of(part) if isinstance(part, CodeType) else repr(part) for part in code.co_consts]
-        return f"{code.co_code.hex()} {code.co_names} {constants}"
+        return f"{code.co_code.hex()} {code.co_names} {[*map(_text_of_constant, code.co_consts)]}"
 
 
+def _text_of_constant(part: Any) -> Any:
+    if isinstance(part, CodeType):
+        return _text_of(part)
+    return sorted(map(repr, part)) if isinstance(part, frozenset) else repr(part)
+
+
+@functools.cache
 def _is_installed(file: str) -> bool:
-    """Whether a file belongs to Python or to an installed package, which a run does not change."""
+    """Whether a file belongs to Python or to an installed package, which a run does not change.
+
+    Packages may also lie in a user's folder, or in one that the interpreter does not know as its own.
+    """
     folders = {sysconfig.get_path(name) for name in ("stdlib", "platstdlib", "purelib", "platlib")}
-    return any(file.startswith(folder + os.sep) for folder in folders if folder) or file.startswith("<frozen")
+    is_own = any(file.startswith(folder + os.sep) for folder in folders if folder) or file.startswith("<frozen")
+    return is_own or not {"site-packages", "dist-packages"}.isdisjoint(Path(file).parts)

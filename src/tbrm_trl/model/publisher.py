@@ -29,7 +29,7 @@ from transformers import PreTrainedTokenizerBase, TrainerCallback
 
 from ..files import appearing_folder, remove_folder, write_json
 from ..processes import failing_together
-from .reference import digest_of, gathering
+from .reference import digest_of, gathering, own_names
 
 logger = get_logger(__name__)
 
@@ -219,13 +219,13 @@ def say_base(folder: Path) -> None:
 def _published(policy: Any) -> dict[str, Tensor]:
     """The tensors of a version: the trained adapter's, or every weight and saved buffer."""
     if is_peft_model(policy):
-        return {name: parameter for name, parameter in policy.named_parameters() if parameter.requires_grad}
-    return {**dict(policy.named_parameters()), **_saved_buffers(policy)}
+        return {name: parameter for name, parameter in own_names(policy.named_parameters()) if parameter.requires_grad}
+    return {**dict(own_names(policy.named_parameters())), **_saved_buffers(policy)}
 
 
 def _saved_buffers(policy: nn.Module) -> dict[str, Tensor]:
     saved = policy.state_dict().keys()
-    return {name: buffer for name, buffer in policy.named_buffers() if name in saved and _is_plain(name)}
+    return {name: buffer for name, buffer in own_names(policy.named_buffers()) if name in saved and _is_plain(name)}
 
 
 def _is_plain(name: str) -> bool:

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import xxhash
@@ -28,6 +28,8 @@ from ..trajectory import PREVIOUS, Trajectory
 from .partition import local_part, local_shard
 
 ADAPTER = "ref"  # TRL's name for it
+_WRAPPER = "_checkpoint_wrapped_module."
+_Tensor = TypeVar("_Tensor", bound=Tensor)
 _OF_AN_ADAPTERS_ORIGIN = frozenset(
     ("task_type", "auto_mapping", "peft_version", "base_model_name_or_path", "revision", "inference_mode")
 )
@@ -141,11 +143,12 @@ class Reference:
         Call this after every change of the weights, or of how they are sharded.
         """
         if self.frozen_copy is not None:
-            weights = list(self._unwrapped(self.frozen_copy).named_parameters())
+            weights = list(own_names(self._unwrapped(self.frozen_copy).named_parameters()))
         else:
             policy = self._unwrapped(self.policy())
             others = [f".{name}." for name in policy.peft_config if name != ADAPTER]
-            weights = [(n, p) for n, p in policy.named_parameters() if not any(o in f"{n}." for o in others)]
+            named = own_names(policy.named_parameters())
+            weights = [(n, p) for n, p in named if not any(o in f"{n}." for o in others)]
         # A divided parameter is fingerprinted by this process's part, without gathering it.
         local = ((n, local_part(p).detach().contiguous()) for n, p in weights)
         # Processes with whole copies have equal digests. The digests of processes with shards make one key together.
@@ -160,14 +163,14 @@ class Reference:
     def _synced(self) -> dict[str, nn.Parameter]:
         """The parameters that a sync changes, by the names of the policy's own parameters."""
         if self.frozen_copy is not None:
-            return dict(self._unwrapped(self.frozen_copy).named_parameters())
+            return dict(own_names(self._unwrapped(self.frozen_copy).named_parameters()))
         return _adapter(self._unwrapped(self.policy()), ADAPTER)
 
     def _trained(self) -> dict[str, nn.Parameter]:
         policy = self._unwrapped(self.policy())
-        return (
-            dict(policy.named_parameters()) if self.frozen_copy is not None else _adapter(policy, policy.active_adapter)
-        )
+        if self.frozen_copy is not None:
+            return dict(own_names(policy.named_parameters()))
+        return _adapter(policy, policy.active_adapter)
 
 
 class PreviousPolicy:
@@ -197,7 +200,13 @@ class PreviousPolicy:
 def _adapter(policy: nn.Module, adapter: str) -> dict[str, nn.Parameter]:
     """The parameters of one adapter, by names that are the same for every adapter."""
     inside = f".{adapter}."
-    return {f"{n}.".replace(inside, ".")[:-1]: p for n, p in policy.named_parameters() if inside in f"{n}."}
+    named = own_names(policy.named_parameters())
+    return {f"{n}.".replace(inside, ".")[:-1]: p for n, p in named if inside in f"{n}."}
+
+
+def own_names(named: Iterable[tuple[str, _Tensor]]) -> Iterator[tuple[str, _Tensor]]:
+    """Tensors by the model's own names: FSDP2's activation checkpointing puts the names of its wrappers into them."""
+    return ((name.replace(_WRAPPER, ""), tensor) for name, tensor in named)
 
 
 def _file(folder: Path) -> Path:

@@ -240,8 +240,8 @@ def log_mean_exp_by(place: np.ndarray, values: np.ndarray, beta: np.ndarray) -> 
 
 
 def plain(values: Any) -> list[float | None]:
-    """Numbers for JSON: whole ones as they are, others to four significant digits. NaN and infinity become None."""
+    """Numbers for JSON: whole ones as they are, others to six significant digits. NaN and infinity become None."""
     return [
-        None if not math.isfinite(value) else float(value if float(value).is_integer() else f"{value:.4g}")
+        None if not math.isfinite(value) else float(value if float(value).is_integer() else f"{value:.6g}")
         for value in values
     ]

@@ -10,7 +10,7 @@
     return made;
   };
   const shown = runs.map(() => true);
-  const number = (value) => (value === null || value === undefined ? "–" : Number.isInteger(+value) ? String(+value) : String(+(+value).toPrecision(4)));
+  const number = (value) => (value === null || value === undefined ? "–" : Number.isInteger(+value) ? String(+value) : String(+(+value).toPrecision(6)));
   const whole = (value) => value.toLocaleString("en");
   // What a CSS variable comes to under the theme that holds.
   const probe = document.body.appendChild(make("i"));

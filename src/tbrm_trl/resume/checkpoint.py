@@ -420,12 +420,12 @@ def remove_old_checkpoints(written: Path, limit: int | None, best: str | None) -
     """
     if limit is None or limit <= 0:
         return
-    kept = {str(written), str(Path(best or written))}
+    kept = {written.resolve(), Path(best or written).resolve()}  # an earlier run may have spelled its folder otherwise
     numbered = set(map(str, numbered_checkpoints(written.parent)))  # a user's own copies have other names
     others = [
         folder
         for folder in sort_checkpoints(str(written.parent), use_mtime=True)
-        if folder in numbered and folder not in kept
+        if folder in numbered and Path(folder).resolve() not in kept
     ]
     others.sort(key=_counts)  # unmarked ones go first
     for folder in others[: max(len(others) - max(limit - len(kept), 0), 0)]:

@@ -179,8 +179,43 @@ def _is_its_grid(answer: str, entry: Entry) -> bool:
 
 
 def _is_integrated(answer: str, entry: Entry) -> bool:
-    """`simple_integration` and `intermediate_integration` accept the integral itself, not computed."""
-    return not re.search(r"Integral|Derivative|integrate", answer)
+    """`simple_integration` and `intermediate_integration` accept the integral itself, not computed, and `F or 7`."""
+    return not re.search(r"Integral|Derivative|integrate|\b(?:or|and|not|if|else|lambda)\b", answer)
+
+
+def _is_polynomial(answer: str, entry: Entry) -> bool:
+    """`polynomial_multiplication` accepts `expand(question)`, which has sympy do the task, and `answer or 7`."""
+    return re.search(r"[a-zA-Z]{2}", answer) is None
+
+
+def _moves_in_full(answer: str, entry: Entry) -> bool:
+    """`rush_hour` passes over moves that are not possible, so that one long text of moves solves many boards."""
+    from reasoning_gym.games.rush_hour import Board
+
+    board = Board(entry["metadata"]["board_config"])
+    for name, sign, steps in re.findall(r"([A-Z])([+-])(\d+)", answer):
+        if ord(name) - ord("A") >= len(board._pieces):
+            return False
+        piece, by = board._pieces[ord(name) - ord("A")], int(sign + steps)
+        wanted = piece.position + piece.stride * by
+        board.move(name, by)
+        if piece.position != wanted:
+            return False
+    return True
+
+
+def _has_its_digits(answer: str, entry: Entry) -> bool:
+    """`decimal_arithmetic` asks for twelve digits, and allows an error of a thousandth."""
+    stored = Decimal(entry["answer"])
+    exponent = stored.as_tuple().exponent
+    return isinstance(exponent, int) and abs(Decimal(answer) - stored) <= Decimal(10) ** exponent
+
+
+def _is_its_matrix(answer: str, entry: Entry) -> bool:
+    """`pool_matrix` allows an error of a hundredth of each cell, and takes a row for a column."""
+    given, stored = ([row.split() for row in text.strip().splitlines()] for text in (answer, entry["answer"]))
+    rows = zip(given, stored, strict=True) if [*map(len, given)] == [*map(len, stored)] else None
+    return rows is not None and all(abs(float(a) - float(b)) < 0.01 for row in rows for a, b in zip(*row, strict=True))
 
 
 def _has_its_sign(answer: str, entry: Entry) -> bool:
@@ -191,13 +226,17 @@ def _has_its_sign(answer: str, entry: Entry) -> bool:
 _ALLOWED: dict[str, Callable[[str, Entry], bool]] = {
     "coin_flip": _is_close,
     "countdown": _uses_its_numbers,
+    "decimal_arithmetic": _has_its_digits,
     "game_of_life": _is_its_grid,
     "game_of_life_halting": _is_stored,
     "gsm_symbolic": _has_its_sign,
     "intermediate_integration": _is_integrated,
     "letter_jumble": _has_as_many_words,
     "number_sorting": _has_its_numbers,
+    "polynomial_multiplication": _is_polynomial,
+    "pool_matrix": _is_its_matrix,
     "puzzle24": _uses_its_numbers,
+    "rush_hour": _moves_in_full,
     "simple_integration": _is_integrated,
     "spell_backward": _is_stored,
     "word_sorting": _has_as_many_words,

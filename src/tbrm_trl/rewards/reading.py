@@ -52,14 +52,18 @@ _HEDGE = re.compile(
 _MINUS = re.compile(r"(?<![\d)}$]\s)\b(?:negative|minus)\s+(\$|\\\()?(?=\s*[\d.])", re.IGNORECASE)  # as a word
 # Words after which a number is only a part of the answer.
 _PART = re.compile(
-    r"\b(?:twice|double|triple|(?:half|multiples?|square|cube|root)\s+of|divisible\s+by|up\s+to|between)\s*$",
+    r"\b(?:twice|double|triple|(?:half|thirds?|quarters?|multiples?|square|cube|root|reciprocal|inverse|negative"
+    r"|opposite|logarithm)\s+of|divisible\s+by|up\s+to|between|plus|minus|times|and|or|except|besides|below|above"
+    r"|log|ln|sin|cos|tan|to\s+the(?:\s+power(?:\s+of)?)?)\s*$",
     re.IGNORECASE,
 )
 _SCALE = r"(?:hundred|thousand|million|billion|trillion)\b"
 _DENIED = re.compile(r"\b(?:not|cannot|never|but|least|most|more|less|over|under|than)\b|n't\b", re.IGNORECASE)
 # What may follow mathematics and belongs to the answer: `$1.5$ million`, `$3$ or 4`, `$3$ hours and $20$ minutes`.
 _GOES_ON = re.compile(
-    rf"\s*(?:{_SCALE}|(?:squared|cubed|factorial)\b"
+    rf"\s*(?:{_SCALE}|(?:squared|cubed|factorial)\b|\$|\\\(|\|"
+    r"|(?:divided\s+by|over|choose|mod(?:ulo)?|to\s+the(?:\s+power(?:\s+of)?)?)\s+(?:\$|\\\(|-?\d|[a-z]\b)"
+    r"|,?\s*(?:but|as\s+well\s+as|and|or)\s+(?:also\s+|possibly\s+|maybe\s+|perhaps\s+|even\s+)?(?:\$|\\\(|-?\d)"
     r"|(?:[a-zA-Z]+\s+)?(?:and|or|to|plus|minus|times)\s+(?:an?\s+(?:half|third|quarter)\b|\$|\\\(|-?\d|[A-Za-z]\b(?!\s[a-z]))"
     r"|[-+*/^]\s*[\d$\\])",
     re.IGNORECASE,
@@ -220,7 +224,8 @@ def _clause(rest: str, named: bool = False) -> str | None:
         if said and _BARE_NAME.fullmatch(_inside(first)) and (value := _clause(line[said.end() :], named=True)):
             return f"{_inside(first)} = {value}"
         # Several pieces of mathematics with only separators between them are one list.
-        pieces, end, joined = [_inside(first)], first.end(), ", "
+        sign = "-" if re.search(r"(?<!\w)(?:[-–]|−\s*)$", before) else ""  # "- " begins an item of a list
+        pieces, end, joined = [sign + _inside(first)], first.end(), ", "
         while more := re.match(r"((?:,|;|and\b|or\b|\s)*)", line[end:]):
             piece = _MATHEMATICS.match(line, end + more.end())
             if piece is None or not more[1].strip():

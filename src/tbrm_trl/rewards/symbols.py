@@ -24,6 +24,7 @@ from .quantities import EXACT, Number, rounds_to
 _LONGEST = 600
 _POINTS = 4
 # Expressions with too many digits to evaluate: towers of powers, and exponents and factorials of five or more digits.
+_SIDE_BY_SIDE = re.compile(r"(?<![\w^_.{])\d[\d.]*\s+\d")  # math-verify would add 5 6
 _SMALL_TOWER = re.compile(r"(?<![\d.^{])([1-4])\s*\^\s*\{?\s*([1-4])\s*\^\s*\{?\s*([1-4])\s*\}*(?![\d^!.}])")
 _TOO_LARGE = re.compile(
     r"""\^\s*\{?\s*-?\s*(?:\d{5,} | [\d.]+[eE]\+?\d) | \d[eE][-+]?\d{5,}
@@ -58,7 +59,7 @@ def _is_large(match: re.Match) -> bool:
 @lru_cache(maxsize=4096)
 def expression(text: str) -> Any | None:
     """The sympy object for a text in normal spelling; None if it cannot be read."""
-    fits = len(text) <= _LONGEST and not _is_too_large(text)
+    fits = len(text) <= _LONGEST and not _is_too_large(text) and not _SIDE_BY_SIDE.search(text)
     if not fits or not re.search(r"\w", text) or ":" in text:
         return None
     from math_verify import parse
@@ -144,6 +145,7 @@ def _mixed(match: re.Match) -> str:
     return match[0].replace(match[0].lstrip(), f"{{\\frac{{{whole * bottom + top}}}{{{bottom}}}}}")
 
 
+_PRODUCT = re.compile(r"(?<![\w)}/^.])(\d+)\s*/\s*(\d+)(?=[a-zA-Z])")
 _FUNCTIONS = r"(?:arc)?(?:sin|cos|tan)h?|cot|sec|csc|ln|log"
 # The order matters. math-verify reads adjacent letters as one symbol, a mixed number as a product, and 2(3) as a sum.
 _RULES: list[tuple[str, Any]] = [
@@ -154,6 +156,12 @@ _RULES: list[tuple[str, Any]] = [
         r"|\{(?:[^{}]|\{[^{}]*\})*\}|[\^_/]|\s)+?)\s*(?=\\cdot|\\times|\*)",
         r"\1(\2)",
     ),
+    (  # \ln 2/2 and \sin x / x: the argument ends before the slash. In \cos x/2 it may not.
+        rf"(\\(?:{_FUNCTIONS})(?![a-zA-Z])(?:\s*[\^_]\s*(?:\{{[^{{}}]*\}}|\w))*)\s*"
+        rf"(\d+|[a-zA-Z](?=\s+/|/\s*\\(?:{_FUNCTIONS})(?![a-zA-Z])))\s*(?=/)",
+        r"\1(\2)",
+    ),
+    (r"(?<![\w)}/^.])(\d+)\s*/\s*(\d+)\s+(?=[a-zA-Z\\])", r"\\frac{\1}{\2} "),  # 1/3 x is x/3
     (r"\\sqrt\s*\[\s*(\d*[13579])\s*\]\s*\{\s*-\s*([^{}+\-]*)\}", r"(-\\sqrt[\1]{\2})"),  # real, for odd roots
     (r"\\text\{\s*([a-zA-Z])\s*\}\s*(?=_)", r" \1"),  # an upright letter is a letter here
     (r"\\text\{\s*([a-zA-Z])\s*\}", r" \1 "),
@@ -196,7 +204,11 @@ def _same_letters(parsed: Any) -> Any:
 
 
 def same_value(gold: str, answer: str) -> bool:
-    """Whether two texts in normal spelling stand for equal expressions."""
+    """Whether two texts in normal spelling stand for equal expressions. In the answer, 1/3x may be x/3 or 1/(3x)."""
+    return any(_same_value(gold, reading) for reading in {answer, _PRODUCT.sub(r"\\frac{\1}{\2} ", answer)})
+
+
+def _same_value(gold: str, answer: str) -> bool:
     first, second = expression(gold), expression(answer)
     if first is None or second is None:
         return False

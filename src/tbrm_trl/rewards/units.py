@@ -71,7 +71,8 @@ _ARITHMETIC = frozenset(
     "and squared cubed factorial half halves thirds fourths fifths sixths sevenths eighths ninths tenths elevenths "
     "twelfths hundredths thousandths tens dozen dozens lakh crore".split()
 )
-_JOINING = frozenset("plus minus times over point than".split())  # words between two numbers
+_JOINING = frozenset("plus minus times over point than choose versus maybe".split())  # words between two numbers
+_NUMBERS = frozenset("two three four five six seven eight nine ten eleven twelve hundred thousand million".split())
 
 
 def unit(text: str, glued: bool = False) -> Unit | None:
@@ -81,6 +82,8 @@ def unit(text: str, glued: bool = False) -> Unit | None:
     """
     words = _words_of(text)
     if not 0 < len(words) <= 8 or words[0].lower() in _ARITHMETIC or _JOINING.intersection(map(str.lower, words[:-1])):
+        return None
+    if _NUMBERS.intersection(map(str.lower, words)):
         return None
     powers: dict[str, int] = {}
     size, sign, power = Fraction(1), 1, 1

@@ -1,5 +1,6 @@
 """Reference scores of a log, computed once, kept on disk and shared by all runs on it."""
 
+import itertools
 import shutil
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -13,7 +14,7 @@ from accelerate.utils import gather_object
 from datasets import Dataset, concatenate_datasets
 from tqdm.auto import tqdm
 
-from ..files import column_parts, read_table, write_table
+from ..files import column_parts, map_table, read_table, write_tables
 from ..processes import failing_together
 from ..trajectory import Trajectory, check_scores
 from .logged import logged_trajectory
@@ -75,9 +76,14 @@ def precompute_scores(
                 bar.update(min(size, len(dataset) - first))
         with failing_together():
             if accelerator.is_main_process:
-                write_table(file, pa.concat_tables(map(_in_turn, parts.values())))
-                shutil.rmtree(file.with_suffix(""))
-    scores = Dataset(read_table(file, list(_SCORES)))
+                tables = map(_in_turn, parts.values())
+                first_table = next(tables)
+                write_tables(file, first_table.schema, itertools.chain([first_table], tables))
+    with failing_together():
+        if accelerator.is_main_process:
+            map_table(file, list(_SCORES))
+            shutil.rmtree(file.with_suffix(""), ignore_errors=True)
+    scores = Dataset.from_file(str(file.with_suffix(".arrow")))
     _check_stored(scores, file)
     kept = dataset.remove_columns([name for name in _SCORES if name in dataset.column_names])
     return concatenate_datasets([kept, scores], axis=1)

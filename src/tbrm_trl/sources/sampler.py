@@ -155,6 +155,7 @@ class WindowSampler(Sampler[int]):
         self.mix, self.generations, self.processes, self.repeats = mix, generations, processes, repeats
         self.epoch, self.seed = epoch, seed
         self._prompts: dict[int, np.ndarray] = {}  # by epoch
+        self._passes: dict[int, np.ndarray] = {}  # over the logged rows, by number
         self._orders_of_prompts, self._orders_of_logged = (Orders(rows, seed) for rows in (self.prompts, self.logged))
         self.windows = (
             len(self.prompts) * generations // mix.rollouts if mix.rollouts else self.logged_per_pass // mix.logged
@@ -196,10 +197,17 @@ class WindowSampler(Sampler[int]):
         if not count:
             return self.logged[:0]
         first, last = start // self.logged_per_pass, (start + count - 1) // self.logged_per_pass
-        orders = [self._grouped(self._order_of_logged(number)) for number in range(first, last + 1)]
-        passes = np.concatenate(orders)
+        passes = np.concatenate([self._pass_of_logged(number) for number in range(first, last + 1)])
         offset = start - first * self.logged_per_pass
         return passes[offset : offset + count]
+
+    def _pass_of_logged(self, number: int) -> np.ndarray:
+        """The logged rows that a pass draws, in order. The last two passes asked for are cached."""
+        rows = self._passes.get(number)
+        if rows is None:
+            rows = self._grouped(self._order_of_logged(number))
+            self._passes = {**dict(list(self._passes.items())[-1:]), number: rows}  # threads may be reading it
+        return rows
 
     def _order_of_logged(self, number: int) -> np.ndarray:
         """The logged rows in the order of the pass with this number.

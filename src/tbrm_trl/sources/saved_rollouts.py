@@ -18,7 +18,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from datasets import Dataset
 
-from ..files import appearing, plain_value, read_table
+from ..files import plain_value, read_table, write_tables
 from ..trajectory import Trajectory
 from .parquet import REWARD_PREFIX, SCHEMA, write_trajectories
 
@@ -158,7 +158,7 @@ def _merge(files: Sequence[Path]) -> None:
     metadata = {_VERSION: str(version), _PARTS: json.dumps([part.name for part in parts])}
     tables = (_with_json(group, as_json) for file in files for group in _row_groups(file))
     alike = (pa.concat_tables([unified, table], promote_options="permissive").combine_chunks() for table in tables)
-    _write(target, unified.schema, metadata, alike)
+    write_tables(target, unified.schema.with_metadata(metadata), alike)
     for file in files:
         file.unlink()
 
@@ -184,18 +184,11 @@ def _take_apart(file: Path, parts: Sequence[Path], step: int) -> None:
             _take_apart(file, inner, step)
         elif ends < step and size > 1:
             named = {**metadata, _PARTS: json.dumps([part.name for part in inner])}
-            _write(file.with_name(f"step-{begins:08d}-to-{ends:08d}.parquet"), opened.schema_arrow, named, tables)
+            schema = opened.schema_arrow.with_metadata(named)
+            write_tables(file.with_name(f"step-{begins:08d}-to-{ends:08d}.parquet"), schema, tables)
         elif ends < step:
             for part, table in zip(inner, tables, strict=True):
-                _write(part, opened.schema_arrow, metadata, [table])
-
-
-def _write(path: Path, schema: pa.Schema, metadata: Mapping[Any, Any], tables: Iterable[pa.Table]) -> None:
-    """Write a file with one row group per table. One table is in memory at a time."""
-    whole = schema.with_metadata(metadata)
-    with appearing(path) as partial, pq.ParquetWriter(partial, whole, write_page_checksum=True) as writer:
-        for table in tables:
-            writer.write_table(table.replace_schema_metadata(metadata), row_group_size=len(table))
+                write_tables(part, opened.schema_arrow.with_metadata(metadata), [table])
 
 
 def column_of(values: Sequence[Any]) -> pa.Array:

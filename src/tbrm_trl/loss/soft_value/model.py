@@ -45,7 +45,11 @@ class ModelValue(ConstantValue):
                 "tokens it is to score. Use a value model of the same family."
             )
         with _whole(), loading("`soft_value_model`", self.args.soft_value_model):
-            model = AutoModelForSequenceClassification.from_pretrained(self.args.soft_value_model, **trusted)
+            model = AutoModelForSequenceClassification.from_pretrained(
+                self.args.soft_value_model,
+                dtype=torch.float32,  # V is the value over β: a step of bfloat16 near 1 is nats
+                **trusted,
+            )
         if model.config.num_labels != 1:
             raise ValueError(
                 f"`soft_value_model={self.args.soft_value_model!r}` has {model.config.num_labels} labels. A value "

@@ -63,7 +63,11 @@ def _of_member(text: str) -> Region | None:
 
 def _of_union(text: str) -> Region | None:
     pieces = cut(text, _UNION)
-    regions = [region(piece) for piece in pieces] if len(pieces) > 1 else [None]
+    if len(pieces) == 1 and "\\infty" in text:  # (-\infty, 2) or (5, \infty)
+        pieces = cut(text, _ALTERNATIVE + "|" + _TOGETHER)
+        regions = [_interval(piece) if "\\infty" in piece else None for piece in pieces] if len(pieces) > 1 else [None]
+    else:
+        regions = [region(piece) for piece in pieces] if len(pieces) > 1 else [None]
     return None if None in regions else ([interval for one in regions if one for interval in one[0]], "")
 
 

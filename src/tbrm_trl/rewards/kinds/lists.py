@@ -15,8 +15,9 @@ _MOST = 60  # parts that are compared in every order
 _EQUATION = re.compile(r"-?\d+\s*[a-zA-Z]\s*=")
 _IN_ALPHABETICAL_ORDER = [{*names} for names in ("xy", "xyz", "ab", "abc", "abcd", "mn", "hk", "pq", "uv")]
 _POINT = re.compile(r"^[A-Z]'?\s*(?=\()")  # P(3,-2)
+_LABELLED = re.compile(r"(?:\\text\{)?\s*\(?([A-Z])[).:]\s*\}?\s*([^\s)].*)", re.DOTALL)  # A: 3
 _MATRIX = re.compile(
-    r"(?P<factor>[^&]*?)\s*(?:\\[{}]|[(\[|{])?\s*\\begin\{(?P<kind>[bpvBV]?(?:small)?matrix|array)\}\s*(?:\{[^{}]*\})?"
+    r"(?P<factor>[^&]*?)\s*(?:\\[{}]|[(\[|{])?\s*\\begin\{(?P<kind>[bpB]?(?:small)?matrix|array)\}\s*(?:\{[^{}]*\})?"
     r"(?P<body>.*?)\\end\{(?P=kind)\}\s*(?:\\[{}]|[)\]|}])?",
     re.DOTALL,
 )
@@ -44,7 +45,10 @@ def in_order(gold: Sequence[str], answer: Sequence[str], same: Same) -> bool:
 
 
 def _same_part(gold: str, answer: str, same: Same) -> bool:
-    """Whether two parts of a collection are the same. Here {2} is not 2."""
+    """Whether two parts of a collection are the same. Here {2} is not 2, and in `A: 3` both letter and value count."""
+    labels = [_LABELLED.fullmatch(part) for part in (gold, answer)]
+    if labels[0] and labels[1]:
+        return labels[0][1] == labels[1][1] and same(labels[0][2], labels[1][2])
     return (gold[:2] == "\\{") == (answer[:2] == "\\{") and same(gold, answer)
 
 
@@ -91,8 +95,11 @@ def same_list(gold: list[str], answer: str, same: Same) -> bool:
     given_names, given = _names_and_values(parts or set_(answer) or items(answer))
     if len(set(names)) > 1 and sorted(names) == sorted(given_names):
         return in_order(_by_name(names, values), _by_name(given_names, given), same)
-    if len(set(names)) == len(names) > 1 and all(names) and all(given_names):
-        return False  # c₁ and c₂ are not c₁ and c₅
+    if len(set(names)) == len(names) > 1 and all(names):
+        if all(given_names):
+            return False  # c₁ and c₂ are not c₁ and c₅
+        if not any(given_names):  # n = 15, r = 7 is 15, 7 and not 7, 15
+            return set_(answer) is None and in_order(values, given, same)
     if len({*map(_letter, names)}) == 1 and all(names) and {*map(_letter, given_names)} - {"", _letter(names[0])}:
         return False  # x = ±1 is not y = ±1
     if any(_EQUATION.match(one) for one in given) and not any("=" in one for one in values):
@@ -187,6 +194,8 @@ def same_named(gold: list[str], answer: str, same: Same) -> bool:
     given_names, given = _names_and_values(one_by_one(answer) or items(answer))
     if sorted(names) == sorted(given_names):
         return in_order(_by_name(names, values), _by_name(given_names, given), same)
+    if all(given_names) and names_of(cut(answer, "=")[0]) is None:
+        return False  # other names
     return same_tuple(values, answer, same)
 
 

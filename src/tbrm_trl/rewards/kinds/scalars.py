@@ -16,6 +16,10 @@ NAME = re.compile(
     r"\{?(?:\\(?!frac|sqrt|log|sin|cos|tan|ln|binom)[a-zA-Z]+|[a-zA-Z][a-zA-Z ]*)\}?"
     r"'*(?:_\{?[^{}=<>]*\}?)?'*(?:\^\{?-1\}?)?\s*(?:\(\s*[a-zA-Z](?:\s*,\s*[a-zA-Z])*\s*\))?"
 )
+_CONDITION = re.compile(
+    r"(.*\d.*?)[,\s]*(?:\\text\{[^{}]*\b(?:at|when|for|if|with)\b[^{}]*\}|(?<![a-zA-Z\\])(?:at|when|for|if|with)(?![a-zA-Z]))"
+    rf"\s*{NAME.pattern}"
+)
 _MEMBER = re.compile(r"(.{1,40}?)\s*\\in(?![a-zA-Z])\s*(\\\{.*)", re.DOTALL)
 _APPROXIMATELY = r"\\approx(?![a-zA-Z])"
 _LOG = re.compile(r"\\log(?!\s*_)(?![a-zA-Z])")
@@ -82,6 +86,8 @@ def _equation_for_value(gold: str, answer: str, same: Same) -> bool | None:
     if several_equations(answer):
         return False
     first, last = sides[0], sides[-1]
+    if condition := _CONDITION.fullmatch(sides[-2]):  # 8 when x = 2
+        return same(gold, condition[1])
     if NAME.fullmatch(last):
         return same_scalar(gold, first, same) or same_scalar(gold, last, same)
     value = number(gold)

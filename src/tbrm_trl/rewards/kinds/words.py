@@ -10,9 +10,11 @@ _CHOICE = re.compile(
     r"(?![\s).:]*(?:[\^_=(+/<>]|\\cu[pa]))"  # part of a formula
 )
 _SEVERAL = re.compile(r"\(?[A-Z]\)?(?:(?: ?[,;/&] ?| (?=and|or))(?:(?:and|or) )?\(?[A-Z]\)?)+")  # (B) and (C)
+_SECOND = re.compile(r"(?<=[\s,;:).])(?:\([A-K]\)|[A-K]\)|[A-K][.:]\s+\S)")  # B) 3 C) 4
 _LABELLED = re.compile(r"(?:\\text\{)?\s*(?:\([A-K]\)|[A-K][).:])\s*\}?\s*(.+)")
 _ORDER = re.compile(r"[A-Z]{3,}")
 _EITHER = re.compile(r"(?:(?:yes|no|true|false)(?:\W+(?:and|or)\W+|\W+|$)){2,}")  # yes / no
+_OPPOSITE = {"yes": "no", "no": "yes", "true": "false", "false": "true"}
 _CONDITION = re.compile(r"(?<![\\a-zA-Z])(?:otherwise|where|when|if|for|such that)(?![a-zA-Z])|\\begin\{cases\}")
 _WHOLE_LINE = {"(-\\infty,\\infty)", "(-\\infty,+\\infty)", "\\mathbbR", "\\mathbb{R}", "\\mathbb R"}
 EVERYTHING = {
@@ -60,10 +62,11 @@ def same_choice(gold: tuple[str, str | None], answer: str, same: Same) -> bool:
         return False
     given = choice(answer)
     if given is not None:
-        return given == letter
+        return given == letter and _SECOND.search(upright(answer).strip()) is None
     if value is not None:
         return same(value, answer)
-    return "=" in answer and squeezed(answer.rpartition("=")[2]).strip("()") == letter
+    name, _, named = answer.rpartition("=")
+    return squeezed(named).strip("()") == letter and bool(name) and not re.fullmatch(r"[A-E]", squeezed(name))
 
 
 def without_label(answer: str) -> str | None:
@@ -100,7 +103,7 @@ def same_words(gold: str, answer: str, same: Same) -> bool:
         return True
     wanted, given = gold.casefold(), upright(answer).strip().casefold()
     if wanted in ("yes", "no", "true", "false"):
-        if _EITHER.fullmatch(given):
+        if _EITHER.fullmatch(given) or re.search(rf"\b(?:but|or|actually|otherwise)\b.*\b{_OPPOSITE[wanted]}\b", given):
             return False
         return re.match(rf"{wanted}(?![a-z]|\w* \w)", given) is not None
     for names in _SYNONYMS:
