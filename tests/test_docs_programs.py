@@ -298,7 +298,8 @@ def test_a_wrong_command_would_be_noticed(words, monkeypatch):
 def test_the_forge_does_what_ci_does():
     (workflow,) = yaml.safe_load_all((ROOT / ".github/workflows/ci.yml").read_text())
     targets = workflow["jobs"]["check"]["strategy"]["matrix"]["target"]
-    here = re.findall(r"^make (\w+)$", (ROOT / ".ci/run").read_text(), flags=re.M)
+    calls = re.findall(r"^make (.+)$", (ROOT / ".ci/run").read_text(), flags=re.M)
+    here = [word for call in calls for word in call.split() if word.isalpha()]
     assert sorted(targets) == sorted([*here, "vllm"])
 
 

@@ -56,12 +56,19 @@ def map_table(path: Path, columns: list[str]) -> Path:
         ValueError: if the file is damaged, or is not a Parquet file.
     """
     target = path.with_suffix(".arrow")
-    with _damage_named(path), pq.ParquetFile(path, page_checksum_verification=True) as stored:
-        schema = pa.schema([stored.schema_arrow.field(name) for name in columns])
-        with appearing(target) as partial, pa.ipc.new_stream(str(partial), schema) as writer:
-            for group in range(stored.num_row_groups):
-                writer.write_table(stored.read_row_group(group, columns).select(columns))
+    with _damage_named(path):
+        stored = pq.read_schema(path)
+    schema = pa.schema([stored.field(name) for name in columns])
+    with appearing(target) as partial, pa.ipc.new_stream(str(partial), schema) as writer:
+        for table in _row_groups(path, columns):
+            writer.write_table(table)
     return target
+
+
+def _row_groups(path: Path, columns: list[str]) -> Iterator[pa.Table]:
+    with _damage_named(path), pq.ParquetFile(path, page_checksum_verification=True) as stored:
+        for group in range(stored.num_row_groups):
+            yield stored.read_row_group(group, columns).select(columns).replace_schema_metadata(None)
 
 
 def read_table(path: str | Path, columns: list[str] | None = None, rows: range | None = None) -> pa.Table:

@@ -197,9 +197,9 @@ class WindowSampler(Sampler[int]):
         if not count:
             return self.logged[:0]
         first, last = start // self.logged_per_pass, (start + count - 1) // self.logged_per_pass
-        passes = np.concatenate([self._pass_of_logged(number) for number in range(first, last + 1)])
+        passes = [self._pass_of_logged(number) for number in range(first, last + 1)]
         offset = start - first * self.logged_per_pass
-        return passes[offset : offset + count]
+        return (passes[0] if first == last else np.concatenate(passes))[offset : offset + count]
 
     def _pass_of_logged(self, number: int) -> np.ndarray:
         """The logged rows that a pass draws, in order. The last two passes asked for are cached."""
