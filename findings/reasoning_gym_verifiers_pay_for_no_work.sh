@@ -8,7 +8,8 @@
 # reward is paid for all three.
 #
 # Seen, with seed 0: one text of 3,000 random moves solves 31 of 60 boards of at most five moves. `expand(…)` is right
-# for 60 of 60 products, the product itself for none. 60 of 60 stored decimals may be off by 0.0009.
+# for 60 of 60 questions, what they show as it stands for 5, in which nothing is left to do. 60 of 60 stored decimals may
+# be off by 0.0009.
 set -euo pipefail
 folder=$(mktemp -d)
 trap 'rm -rf "$folder"' EXIT
@@ -43,5 +44,5 @@ print("polynomial_multiplication:", expanded, "of", N, "are right as expand(…)
 made, decimals = problems("decimal_arithmetic")
 off = sum(made.score_answer(str(Decimal(one["answer"]) + Decimal("0.0009")), one) == 1 for one in decimals)
 print("decimal_arithmetic:", off, "of", N, "may be off by 0.0009")
-assert solved >= 5 and expanded == N and unchanged == 0 and off == N
+assert solved >= 5 and expanded == N and unchanged < 10 and off == N
 PYTHON
