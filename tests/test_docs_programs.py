@@ -269,7 +269,7 @@ def parsed_by_tbrm(words: list[str], monkeypatch) -> None:
             patch.setattr(module, "run", lambda asked, model: done.append(name))
             patch.setattr(module, "show_comparison", lambda *folders: done.append(name))
         elif name == "estimate":
-            patch.setattr(module, "estimate_of_run", lambda config, model, machine: done.append(name))
+            patch.setattr(module, "estimate_of_run", lambda config, model, machine, data: done.append(name))
         elif name == "report":
             patch.setattr(module, "write_report", lambda runs, output: done.append(name))
         main([name, *rest])
