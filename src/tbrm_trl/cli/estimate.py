@@ -25,7 +25,7 @@ from ..config import TBRMConfig  # noqa: E402
 from ..files import first_line  # noqa: E402
 from ..memory.estimate import MemoryEstimate, estimate_memory  # noqa: E402
 from .parsing import Parser, Refused, leave, sorted_words  # noqa: E402
-from .train import DataArguments, launcher_options, with_adapter_settled  # noqa: E402
+from .train import DataArguments, init_kwargs, launcher_options, with_adapter_settled  # noqa: E402
 
 PROG = "tbrm estimate"
 _STAGE = 2  # DeepSpeed's under accelerate, if nothing says another
@@ -73,12 +73,7 @@ def estimate_of_run(config: TBRMConfig, model: ModelConfig, machine: Machine, da
     if tokens := config.max_tokens_per_microbatch:
         held = min(rows, max(1, tokens // (prompt_length + config.max_completion_length)))
         rows, accumulation = held, math.ceil(rows / held)
-    chosen = {  # as in `tbrm train`
-        "dtype": model.dtype,
-        "attn_implementation": model.attn_implementation,
-        "revision": model.model_revision,
-        **(config.model_init_kwargs or {}),
-    }
+    chosen = init_kwargs(config, model)
     return estimate_memory(
         name,
         rows=rows,

@@ -292,7 +292,7 @@ def run(arguments: EvaluationArguments, model: ModelConfig) -> None:
     if a.prompt_template is None and asks_in_text:
         print(f"System prompt: {a.system_prompt!r}")
     for benchmark, settings, judge in planned:
-        result = evaluate(policy, benchmark, settings, files[benchmark.name], judge)
+        result = evaluate(policy, benchmark, settings, files[benchmark.name], judge, weights)
         print(result, flush=True)
     print(f"Every completion: {folder}")
 

@@ -270,6 +270,16 @@ class DryRun(TBRMTrainer):
         raise DryRun.Passed
 
 
+def init_kwargs(config: TBRMConfig, model: ModelConfig) -> dict[str, Any]:
+    """How the model is loaded: what `model_init_kwargs` says goes before the options of their own."""
+    return {
+        "revision": model.model_revision,
+        "attn_implementation": model.attn_implementation,
+        "dtype": model.dtype,
+        **(config.model_init_kwargs or {}),
+    }
+
+
 def run(data: DataArguments, config: TBRMConfig, model: ModelConfig) -> None:
     """Train and save a model, and push it to the Hub if asked."""
     if model.model_name_or_path is None:
@@ -278,12 +288,7 @@ def run(data: DataArguments, config: TBRMConfig, model: ModelConfig) -> None:
         raise Refused(
             [f"--reward_weights has {len(config.reward_weights)} numbers for {len(data.reward_funcs)} reward_funcs."]
         )
-    config.model_init_kwargs = {
-        "revision": model.model_revision,
-        "attn_implementation": model.attn_implementation,
-        "dtype": model.dtype,
-        **(config.model_init_kwargs or {}),
-    }
+    config.model_init_kwargs = init_kwargs(config, model)
     try:
         # Workers know which row raised, so only that row is passed over.
         passed_over = config.reward_on_error != "raise"

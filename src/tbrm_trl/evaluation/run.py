@@ -161,7 +161,12 @@ class Settings:
 
 
 def evaluate(
-    policy: Policy, benchmark: Benchmark, settings: Settings, path: Path, judge: "Judge | None" = None
+    policy: Policy,
+    benchmark: Benchmark,
+    settings: Settings,
+    path: Path,
+    judge: "Judge | None" = None,
+    weights: str | None = None,
 ) -> Result:
     """Evaluate a policy on a benchmark, or finish an interrupted evaluation.
 
@@ -171,12 +176,14 @@ def evaluate(
         settings: how problems are asked.
         path: the result's file, new or unfinished.
         judge: judges completions; by default the benchmark's own reward.
+        weights: the digest of the policy's weights, if it is known; computing it reads all of them.
 
     Raises:
         ValueError: if the policy has no chat template and no template is given, or the file holds another evaluation.
     """
     judge = judge or Judge(benchmark)
-    result = open_result(path, header(policy, benchmark, settings, policy.weights(), judge))
+    digest = policy.weights() if weights is None else weights
+    result = open_result(path, header(policy, benchmark, settings, digest, judge))
     places = result.missing
     total = len(places) + len(result.rows)
     with tqdm(total=total, initial=len(result.rows), desc=benchmark.name, unit="completion") as bar:
