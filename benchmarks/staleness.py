@@ -78,7 +78,7 @@ SETTINGS = {
     "sorting": Setting("Tiny model, sorting letters", SORTING, 128, 64, 16, 1e-3, (0, 1, 2, 4, 8, 16), (0, 1, 2, 3, 4)),
     "sums": Setting("SmolLM2-135M, one-digit sums", SUMS, 40, 16, 8, 2e-5, (0, 4, 16), (0, 1, 2)),
 }
-QUICK = replace(SETTINGS["sorting"], updates=4, rows=8, every=2, lags=(0, 2), seeds=(0, 1))
+QUICK = replace(SETTINGS["sorting"], updates=4, rows=8, every=2, lags=(0, 2), seeds=(0,))
 
 
 # ---- windows of an exact age -----------------------------------------------------------------------------------------

