@@ -188,7 +188,6 @@ SETTINGS["all-operations"] = replace(
     SETTINGS["operations"],
     title="SmolLM2-135M, three operations, 223 problems",
     task="all-operations",
-    final_seeds=(0, 1, 2, 3, 4),
     methods=("GRPO", "TBRM", "TBRM, V = 0, with replay", "TBRM, V = b/β", "TBRM, V = b/β, with replay"),
     searched_on="operations",
     confirming_seeds=(101, 102),

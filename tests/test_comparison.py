@@ -154,7 +154,7 @@ def test_a_task_that_takes_the_search_of_another(tmp_path):
             del search.runs[str(run)]
             other = replace(run, rate=2e-5)
             search.runs[str(other)] = {"run": vars(other), "processor": "one", "points": points}
-    assert "5 of 5 final seeds of GRPO, not selected (1)" in " ".join(comparison.report([wider], "").split())
+    assert "10 of 10 final seeds of GRPO, not selected (1)" in " ".join(comparison.report([wider], "").split())
 
 
 def test_the_reward_of_the_last_quarter_of_the_rollouts():
