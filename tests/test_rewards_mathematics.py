@@ -516,6 +516,35 @@ FOUND = [
     ("3", [r"\frac{1}{2}\binom{4}{2}", r"\binom{4}{2}\frac{1}{2}", r"\frac{C_4^2}{2}"], []),
     (r"C_{400}^{40} \cdot C_{200}^{20}", [r"\binom{400}{40} \binom{200}{20}"], [r"C_{400}^{20} C_{200}^{40}"]),
     (r"C_1^2 + C_2", [r"C_2 + C_1^2"], [r"C_1 + C_2"]),
+    # products of letters that look like words or units
+    ("6abc", [r"abc\cdot 6", "6acb"], ["6", "6abd", r"6 \text{ cm}"]),
+    (r"\frac34xyz", [r"\frac{3xyz}{4}"], [r"\frac34"]),
+    ("24", ["24 men", "24cm", "24apples"], ["24xyz"]),
+    ("8x^2yz", ["8yzx^2"], ["8x^2y"]),
+    (r"\pi r^2+2rh", [r"\pi r^2+2hr"], [r"\pi r^2+2"]),
+    (r"\pi r^2+2", [], [r"\pi r^2+2hr"]),
+    ("k^2+m^2+2km", ["(k+m)^2"], ["k^2+m^2+2"]),
+    (r"2\pi hr", [r"2\pi rh"], [r"2\pi"]),
+    (r"5\sqrt{2}", [r"5\sqrt{2}cm", r"5\sqrt2 cm"], [r"5\sqrt{2}ab"]),
+    ("abcd+1", ["1+abcd"], ["abc+1"]),
+    ("a+(n-1)d", ["a+dn-d", "d(n-1)+a"], ["a+dn"]),
+    ("ad-bc", ["da-cb"], ["ab-cd"]),
+    (r"\frac{dL}{c}", [r"\frac{Ld}{c}"], [r"\frac{L}{c}"]),
+    (r"\frac{dy}{dx}=2x", [r"2x=\frac{dy}{dx}"], [r"\frac{dx}{dy}=2x", "y=2x"]),
+    (r"x\,dy+y\,dx=0", [r"y\,dx+x\,dy=0"], [r"x\,dx+y\,dy=0"]),
+    ("Prt", ["Ptr", "rPt"], ["Pr"]),
+    # a difference is no mixed number
+    ("2-1/3", ["5/3"], ["7/3"]),
+    ("3.5", ["3 1/2", "3 and 1/2"], ["3-1/2"]),
+    # ratios of nothing
+    ("3:2", ["6:4"], ["0:0"]),
+    ("3:2:1", ["6:4:2"], ["0:0:0"]),
+    # the element of a set
+    (
+        r"(2,\infty)",
+        [r"\{x \mid x>2\}", r"\{x \in \mathbb{R} : x>2\}"],
+        [r"\{x+5 \mid x>2\}", r"\{-x \mid x>2\}", r"\{y \mid x>2\}", r"\{(x,y) : x>2\}"],
+    ),
 ]
 
 

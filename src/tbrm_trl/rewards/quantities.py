@@ -12,7 +12,7 @@ _LONGEST = 2000  # characters of a number; a longer one is compared as text
 _APART = re.compile(r"\d\s*,\s+\d|\d\.\s+\d|\d\s+\.\d|[eE]\s+[-+]|[eE][-+]\s")  # two numbers; a letter and a difference
 _DECIMAL = r"(?:\d{1,3}(?:,\d{3})+(?:\.\d+)?|\d+(?:\.\d*)?|\.\d+)"
 _THOUSANDS = re.compile(r"\d{1,3}(?: \d{3})+(?:\.\d+)?")  # 1 234 567, as in French
-_MIXED = re.compile(r"(\d+) ?\\frac\{(\d+)\}\{(\d+)\}|(\d+)(?: |-| and )(\d+) ?/ ?(\d+)")
+_MIXED = re.compile(r"(\d+) ?\\frac\{(\d+)\}\{(\d+)\}|(\d+)(?: | and )(\d+) ?/ ?(\d+)")
 _WORD_BASES = dict(two=2, three=3, four=4, five=5, six=6, seven=7, eight=8, nine=9, ten=10, twelve=12, sixteen=16)
 
 

@@ -91,6 +91,8 @@ def _extraction() -> Any:
 
 def _readable(text: str) -> str:
     """Rewrite a text in normal spelling so that math-verify reads it correctly."""
+    if not _DIFFERENTIALS.search(text):
+        text = re.sub(r"(?<![a-zA-Z\\])(?<!\\text\{)d\s*(?=[a-qA-Zw(*]|\\(?!theta|phi))", "{d}", text)
     for pattern, replacement in _RULES:
         text = re.sub(pattern, replacement, text)
     return text
@@ -145,11 +147,14 @@ def _mixed(match: re.Match) -> str:
     return match[0].replace(match[0].lstrip(), f"{{\\frac{{{whole * bottom + top}}}{{{bottom}}}}}")
 
 
+# In other texts dn is a product, n d, but dx, dy, dz, dt, du, dv, dr and the like remain differentials.
+_DIFFERENTIALS = re.compile(r"\\(?:int|iint|oint|partial)|\\frac\s*\{\s*d[^{}]*\}\s*\{[^{}]*d|d\w*\s*/\s*d")
 _PRODUCT = re.compile(r"(?<![\w)}/^.])(\d+)\s*/\s*(\d+)(?=[a-zA-Z])")
 _FUNCTIONS = r"(?:arc)?(?:sin|cos|tan)h?|cot|sec|csc|ln|log"
 # The order matters. math-verify reads adjacent letters as one symbol, a mixed number as a product, and 2(3) as a sum.
 _RULES: list[tuple[str, Any]] = [
     (r"([_^])\s+", r"\1"),
+    (r"(?<![a-z\\{])tr(?![a-zA-Z(])", "t r"),  # else the trace of a matrix
     (  # \ln 2 \cdot 3: the argument ends before the dot
         rf"(\\(?:{_FUNCTIONS})(?![a-zA-Z])(?:\s*[\^_]\s*(?:\{{[^{{}}]*\}}|\w))*)\s*"
         rf"((?:\d|\.(?=\d)|[a-zA-Z]|\\(?!cdot|times|(?:{_FUNCTIONS})(?![a-zA-Z]))[a-zA-Z]+(?![a-zA-Z])"

@@ -200,11 +200,21 @@ def split_unit(text: str, loose: bool = False) -> tuple[str, Unit | None]:
 
 def _unit_at_end(match: re.Match) -> Unit | None:
     is_word = not match["unit"].lstrip().startswith(("\\", "^", "%", "€", "£", "¥", "₹", "¢"))
-    glued = is_word and not re.search(r"\d\s$", match.string[: match.start("unit")])
-    found = unit(match["unit"], glued)
+    before = match.string[: match.start("unit")]
+    found = unit(match["unit"], glued=is_word and not re.search(r"\d\s$", before))
     if found is None or not re.search(r"[\w})]", match["rest"]):
         return None
-    # Words that do not follow a number may be a product of letters or part of a sentence.
-    measures = found.powers or re.match(r"(?:square|cubic|sq|cu)(?![a-zA-Z])", match["unit"])
-    after_number = number(match["rest"]) or (measures and re.search(r"(?:[\d})]|\\pi)\s*$", match["rest"]))
-    return found if not is_word or after_number else None
+    return found if not is_word or _is_unit_after(before, match["unit"], found) else None
+
+
+def _is_unit_after(before: str, word: str, found: Unit) -> bool:
+    """Whether a word is a unit: it may be a product of letters (6abc, r^2 + 2hr, 2\\pi hr) or part of a sentence."""
+    rest, apart = before.rstrip(), before[-1:].isspace()
+    if number(rest):
+        return bool(found.powers) or apart or not re.match(r"[a-zA-Z]{2,4}(?![a-zA-Z])", word)
+    if not found.powers and not re.match(r"(?:square|cubic|sq|cu)(?![a-zA-Z])", word):
+        return False
+    if rest.endswith("\\pi"):
+        return len(word) > 2 or {name for name, _ in found.powers} <= {"length", "mass"}
+    has_letters = re.search(r"(?<![a-zA-Z\\])[a-zA-Z]", rest)
+    return re.search(r"[\d})]$", rest) is not None if apart else not has_letters and rest[-1:] in ("}", ")")

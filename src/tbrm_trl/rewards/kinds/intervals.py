@@ -46,8 +46,11 @@ def _of_condition(text: str) -> Region | None:
     parts = re.split(r"\||(?<!\\):", whole[1], maxsplit=1)
     if len(parts) == 2:
         inner = region(re.sub(rf",\s*{_VARIABLE.pattern}{_REAL}", "", parts[1]).strip())
+        element = re.sub(r"\\in(?![a-zA-Z]).*|\\text\{[^{}]*\}", "", parts[0], flags=re.DOTALL).strip()
+        if inner is None or not _VARIABLE.fullmatch(element) or squeezed(element) != squeezed(inner[1] or element):
+            return None  # {x + 5 | x > 2} and {x | y > 2} are other sets
         domain = _DISCRETE.search(parts[0])
-        return (inner[0], f"{inner[1]}{_OF}{domain[1]}") if inner and domain else inner
+        return (inner[0], f"{inner[1]}{_OF}{domain[1]}") if domain else inner
     if re.search(RELATION, whole[1]) or whole[0] == "{":
         return None
     points = [part for cutting in cut(whole[1], "[,;]") if (part := trimmed(cutting))]

@@ -2,6 +2,7 @@
 
 import re
 from fractions import Fraction
+from string import ascii_lowercase
 
 from .. import symbols
 from ..notation import OPENING, bracketed, cut, plain, squeezed
@@ -199,5 +200,6 @@ def _same_value(gold: str, answer: str, scale: Fraction = Fraction(1)) -> bool:
 
 
 def _could_be_formula(text: str) -> bool:
-    """Whether a text has no words and so may be a formula."""
-    return not re.search(r"(?<![\\a-zA-Z{_])[a-zA-Z]{4,}(?![a-zA-Z}])|\\text\{[^{}]*[a-zA-Z]{2,}", text)
+    """Whether a text has no words, so that it may be a formula. Letters in alphabetical order, abcd, are a product."""
+    words = re.findall(r"(?<![\\a-zA-Z{_])[a-zA-Z]{4,}(?![a-zA-Z}])", text)
+    return all(word in ascii_lowercase for word in words) and not re.search(r"\\text\{[^{}]*[a-zA-Z]{2,}", text)
