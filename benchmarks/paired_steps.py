@@ -1,7 +1,7 @@
 """A step of TBRM, without and with a pool of rollouts, compared with one of TRL's GRPO: processes that take turns.
 
     python benchmarks/paired_steps.py              # SmolLM2-135M; about an hour, on the cores that it may use
-    python benchmarks/paired_steps.py --quick      # a tiny model, to a temporary folder
+    python benchmarks/paired_steps.py --quick      # a tiny model and the long tail alone, to a temporary folder
 
 Every step generates its rollouts, with planned lengths. `benchmarks/step.py` times the parts of a step, and
 `benchmarks/pool.py` counts what a pool saves. Finished measurements are kept in docs/benchmarks/paired_steps.json and
@@ -145,7 +145,7 @@ def floor(work: step.Work, seconds: dict[str, list[float]], decoding: dict[str, 
 
 def report(runs: dict[str, Any], environment: dict[str, Any], works: dict[str, step.Work]) -> str:
     rows = []
-    for kind in COMPARED:
+    for kind in filter(runs.__contains__, COMPARED):
         found = runs[kind]
         peer, operations = found["seconds"][step.PEER], found["operations"]
         for name, took in found["seconds"].items():
@@ -197,13 +197,13 @@ def report(runs: dict[str, Any], environment: dict[str, Any], works: dict[str, s
 def main() -> None:
     options: dict[str, Any] = {
         "model": dict(help="folder of a causal language model (default: SmolLM2-135M)"),
-        "equal": dict(type=int, help="pairs on equal lengths; default: 40, with --quick 2"),
+        "equal": dict(type=int, help="pairs on equal lengths; default: 40, with --quick none"),
         "long-tail": dict(type=int, help="pairs on the long tail; default: 16, with --quick 2"),
     }
-    arguments = parse(__doc__, quick="a tiny model and few tokens", **options)
+    arguments = parse(__doc__, quick="a tiny model and few tokens of the long tail", **options)
     quick, threads = arguments.quick, len(os.sched_getaffinity(0))
     pairs = {
-        "equal": arguments.equal or (2 if quick else 40),
+        "equal": arguments.equal or 40,
         "long_tail": arguments.long_tail or (2 if quick else 16),
     }
     with tempfile.TemporaryDirectory() as folder:
@@ -211,9 +211,9 @@ def main() -> None:
         works = step.works(model, 16, 4, 8 if quick else 32, 16 if quick else 64, None)
         environment = step.environment(threads)
         runs = Store(arguments.output / "paired_steps.json", environment=environment)
-        for kind, methods in COMPARED.items():
+        for kind in ["long_tail"] if quick else COMPARED:
             if kind not in runs:
-                runs[kind] = measure(works[kind], methods, pairs[kind])
+                runs[kind] = measure(works[kind], COMPARED[kind], pairs[kind])
         if "decoding" not in runs:
             set_up(threads)
             runs["decoding"] = decoding(works["long_tail"])
