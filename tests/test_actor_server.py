@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import socket
 import threading
+import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -136,6 +137,32 @@ def test_a_request_that_is_lost_loads_no_weights_under_others(served, tmp_path):
     assert (kept.version.step, kept.ids) == (0, [0, 0])
     assert (again.version.step, again.ids) == (1, [1, 1])
     assert served.loaded == ["step-0", "step-1"]
+
+
+def test_versions_that_were_published_meanwhile_are_not_loaded_one_after_another(served, tmp_path):
+    """While a request keeps its weights on the server, three versions are published. The next request has the last."""
+    client, begun, ends = Client(served, tmp_path), threading.Event(), threading.Event()
+
+    def during(seed: int) -> int:
+        if seed == 0:
+            begun.set()
+            ends.wait(5)
+        return 200
+
+    served.during = during
+    with ThreadPoolExecutor(3) as threads:
+        early = threads.submit(client.draw, 0)
+        assert begun.wait(5)
+        late = []
+        for step in (1, 2):
+            client.publish(step)
+            late.append(threads.submit(client.draw, step))
+            time.sleep(SOON)  # it waits for the early one
+        client.publish(3)
+        ends.set()
+        assert early.result().version.step == 0
+        assert [one.result().version.step for one in late] == [3, 3]
+    assert served.loaded == ["step-0", "step-3"]
 
 
 def test_weights_that_were_loaded_in_part_are_not_taken_for_the_old_ones(served, tmp_path):

@@ -4,6 +4,7 @@ import asyncio
 import functools
 import logging
 import math
+import sys
 import threading
 import time
 from pathlib import Path
@@ -59,6 +60,19 @@ async def cancels_a_task(completions, **kwargs):
 
 def cancels_a_loop(completions, **kwargs):
     asyncio.run(cancels_a_task(completions))
+
+
+def exits(completions, **kwargs):
+    sys.exit(3)
+
+
+async def exits_async(completions, **kwargs):
+    sys.exit()
+
+
+async def blocks_the_loop(completions, **kwargs):
+    time.sleep(1)
+    return [1.0] * len(completions)
 
 
 FAILING = {"raised": (broken, broken_async), "late": (slow, slow_async)}
@@ -132,6 +146,9 @@ def test_a_function_of_weight_0_scores_nothing(scored, tmp_path):
         (broken_async, KeyError, "no such answer"),
         (slow, LateError, r"'slow' took longer than reward_timeout=0.5 seconds for 4 completions"),
         (slow_async, LateError, r"'slow_async' took longer than reward_timeout=0.5 seconds"),
+        (blocks_the_loop, LateError, r"'blocks_the_loop' took longer than reward_timeout=0.5 seconds"),
+        (exits, RuntimeError, r"it called sys.exit\(3\)"),
+        (exits_async, RuntimeError, r"it called sys.exit\(\)"),
         (times_out_itself, TimeoutError, "the judge did not answer"),
     ],
 )
@@ -143,10 +160,10 @@ def test_by_default_the_run_ends_with_the_functions_own_error(function, error, m
     assert trainer.state.global_step == 0
 
 
-@pytest.mark.parametrize("function", [cancels_a_task, cancels_a_loop])
+@pytest.mark.parametrize("function", [cancels_a_task, cancels_a_loop, exits, exits_async])
 @pytest.mark.parametrize("limit", [None, 30.0])
-def test_a_task_that_is_cancelled_inside_is_a_failure(function, limit, tmp_path):
-    """`asyncio.CancelledError` is no `Exception`: it would end only this process."""
+def test_an_exit_and_a_task_that_is_cancelled_inside_are_failures(function, limit, tmp_path):
+    """`CancelledError` and `SystemExit` are no `Exception`: they would end only this process, or TRL's event loop."""
     trainer = build(save(tmp_path / "model"), tmp_path, [function, letters], reward_on_error="skip", max_steps=1,
                     reward_timeout=limit)  # fmt: skip
     trainer.train()

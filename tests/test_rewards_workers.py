@@ -304,6 +304,17 @@ def test_a_worker_in_a_long_call_ends_with_its_killed_parent(tmp_path):
     pytest.fail("The worker goes on.")
 
 
+def test_what_a_late_function_has_started_ends_with_its_worker(tmp_path):
+    workers = InWorkers(reward_functions.starts_a_program, time_limit=2, workers=1)
+    assert math.isnan(workers(["a"], path=[str(tmp_path / "pid")])[0])
+    program = Path("/proc") / (tmp_path / "pid").read_text()
+    for _ in range(600):
+        if not program.exists() or state(program) == "Z":
+            return
+        time.sleep(0.1)
+    pytest.fail("The program goes on.")
+
+
 def cpu_ticks(process: Path) -> int:
     return int((process / "stat").read_text().rpartition(")")[2].split()[11])
 

@@ -274,9 +274,9 @@ class TBRMOptions(GRPOConfig):
 
         reward_timeout (`float` or `None`, *optional*):
             Seconds that one call of a reward function, with a batch of completions, may take. None waits for ever. With
-            a limit, a synchronous function runs in a thread, and a late call is left behind in that thread.
-            `tbrm_trl.rewards.InWorkers` runs the function in processes that can be ended, with a limit for each
-            completion. A reward model has no limit.
+            a limit, a synchronous function runs in a thread, and a late call is left behind in that thread. An
+            asynchronous one is cancelled where it awaits. `tbrm_trl.rewards.InWorkers` runs the function in processes
+            that can be ended, with a limit for each completion. A reward model has no limit.
         reward_on_error (`str` or `float`, *optional*, defaults to `"raise"`):
             How to treat the completions of a reward call that raised or was late. `"raise"` ends the run, on every
             process alike. `"skip"` leaves them out of the loss, whatever other functions say of them, and a number

@@ -2,6 +2,7 @@
 
 import math
 import os
+import subprocess
 import time
 from pathlib import Path
 
@@ -42,6 +43,13 @@ def both_there(completions, folder, **columns):
     (Path(folder[0]) / completions[0]).touch()
     while len(os.listdir(folder[0])) < 2:
         time.sleep(0.01)
+    return [1.0]
+
+
+def starts_a_program(completions, path, **columns):
+    """Start a program that does not end, write its process number to a file, and wait for it."""
+    with subprocess.Popen(["sleep", "1000"]) as program:
+        Path(path[0]).write_text(str(program.pid))
     return [1.0]
 
 

@@ -22,6 +22,7 @@ LOG = "log.txt"  # in the actor's folder
 STATUS = "status.json"  # beside it
 RESTARTS = 3  # how often an actor that has died is started again
 SHOWN = 15  # how many of the log's last lines an error shows
+READ_AT_MOST = 65536  # bytes at the log's end: a week's log may be longer than the memory
 PARENT = "TBRM_TRL_ACTOR_PARENT"  # environment variable: the id of the process with which the actor ends
 # Environment variables by which a launcher tells a process that it belongs to a launch.
 _OF_THE_LAUNCH = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "GROUP_RANK",
@@ -172,7 +173,9 @@ class ActorProcess(TrainerCallback):
 
     def tail(self) -> str:
         """The last lines that the latest actor has written to its log."""
-        said = self.log.read_bytes()[self._said_before :].decode(errors="replace")
+        with self.log.open("rb") as log:
+            log.seek(max(self._said_before, log.seek(0, os.SEEK_END) - READ_AT_MOST))
+            said = log.read().decode(errors="replace")
         return "\n".join(said.splitlines()[-SHOWN:])
 
 

@@ -34,6 +34,10 @@ class _Lost(Exception):
     """The server does not answer, or does not serve what it should. It may come back."""
 
 
+class _Superseded(Exception):
+    """While a request waited for its version to be loaded, a later one was published."""
+
+
 @dataclass
 class Drawn:
     """A completion.
@@ -137,6 +141,8 @@ class Server:
                         "--concurrency, or look at the server."
                     ) from error
                 self.say(f"{self.url} is late with a completion ({late} of {TRIES}); asked again.")
+            except _Superseded:
+                continue
             except _Lost as lost:
                 if lost_at:  # the request was lost again though the server seemed back
                     pause = self._pause(str(lost), lost_at, pause)
@@ -165,7 +171,13 @@ class Server:
         """A context in which the server has this version loaded; yields the model name for requests."""
         with self._changed:
             if not version.adapter:  # to replace other weights, wait until no request is in flight
-                self._changed.wait_for(lambda: version.name in self._loaded or not self._in_flight)
+
+                def is_old() -> bool:
+                    return version.name not in self._loaded and self.latest().name != version.name
+
+                self._changed.wait_for(lambda: version.name in self._loaded or not self._in_flight or is_old())
+                if is_old():
+                    raise _Superseded
                 self._loaded = self._loaded & {version.name}
             is_loaded = version.name in self._loaded
             self._in_flight[version.name] += 1

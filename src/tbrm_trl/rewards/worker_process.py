@@ -121,11 +121,11 @@ def _described(error: BaseException, completion: Any) -> str:
 
 
 def _end_with(pipe: int) -> None:
-    """Have the system end this process when the pipe's other end is closed, as it is when the parent ends.
+    """Have the system end this process's group when the pipe's other end is closed, as it is when the parent ends.
 
     The signal's default action works also during a long call into C, in which no thread of Python runs.
     """
-    fcntl.fcntl(pipe, fcntl.F_SETOWN, os.getpid())
+    fcntl.fcntl(pipe, fcntl.F_SETOWN, -os.getpgrp())
     fcntl.fcntl(pipe, fcntl.F_SETFL, os.O_ASYNC)
     if select.select([pipe], [], [], 0)[0]:  # it was closed before
         os._exit(1)

@@ -10,6 +10,7 @@ import math
 import mmap
 import os
 import pickle
+import signal
 import subprocess
 import sys
 import tempfile
@@ -314,6 +315,7 @@ class _Worker:
             self.process = subprocess.Popen(
                 [sys.executable, str(PROGRAM), *map(str, given)],
                 pass_fds=given,
+                process_group=0,  # with the processes that the function starts
                 stdin=subprocess.DEVNULL,
                 env={**os.environ, "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"},
             )
@@ -361,8 +363,10 @@ class _Worker:
 
     def end(self) -> None:
         self.connection.close()
-        self.process.kill()
-        self.process.wait()
+        if self.process.returncode is None:  # later, its number may be another process's
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(self.process.pid, signal.SIGKILL)
+            self.process.wait()
         self._life.close()
 
     def __del__(self) -> None:

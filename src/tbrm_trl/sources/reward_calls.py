@@ -56,7 +56,8 @@ class RewardCalls:
 
     Args:
         limit: seconds that one call may take, or None. A late synchronous function continues in its thread, and nothing
-            waits for it. Only a worker process can be ended (`tbrm_trl.rewards.InWorkers`).
+            waits for it. An asynchronous one is cancelled where it awaits. Only a worker process can be ended
+            (`tbrm_trl.rewards.InWorkers`).
         failed: reward of each completion in a failed call; NaN is an unknown verdict.
     """
 
@@ -85,6 +86,8 @@ class RewardCalls:
                             if scope.expired():
                                 raise LateError from None
                             raise
+                        if self.limit is not None and asyncio.get_running_loop().time() > scope.when():
+                            raise LateError  # it has not awaited since, so nothing could cancel it
                     rewards[:] = rewards_of(returned, len(completions), name)
                 return rewards
 
@@ -122,7 +125,7 @@ class RewardCalls:
     def _kept(self, name: str, completions: Sequence[Any]) -> Iterator[list[float | None]]:
         rewards: list[float | None] = [self.failed] * len(completions)
         try:
-            with _said_if_slow(name, len(completions)), _cancelled_within():
+            with _said_if_slow(name, len(completions)), _ended_within():
                 yield rewards
         except Exception as error:
             reason = "wrong" if isinstance(error, NotRewardsError | WorkerError) else "raised"
@@ -173,13 +176,15 @@ def _within(limit: float, run: Callable[..., Any], kwargs: dict[str, Any]) -> An
 
 
 @contextmanager
-def _cancelled_within() -> Iterator[None]:
-    """Turn a cancellation that began in the function into a RuntimeError.
+def _ended_within() -> Iterator[None]:
+    """Turn an exit of the function, and a cancellation that began in it, into a RuntimeError.
 
-    `CancelledError` is not an `Exception`, so it would end this process alone.
+    Neither is an `Exception`, so it would end this process alone, or TRL's event loop, for which all would wait.
     """
     try:
         yield
+    except SystemExit as error:
+        raise RuntimeError(f"it called sys.exit({'' if error.code is None else repr(error.code)})") from error
     except asyncio.CancelledError as error:
         with suppress(RuntimeError):  # outside of an event loop, nothing can cancel the call
             if (task := asyncio.current_task()) is not None and task.cancelling():
