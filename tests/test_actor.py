@@ -482,7 +482,7 @@ def leaving(completions, **columns):
 def test_a_function_that_exits_is_an_error_of_the_actor(llama, server, tmp_path, capsys):
     run = Run(llama, server, tmp_path, leaving)
     assert main([str(run.output)]) == 1
-    assert "in leaving" in (said := capsys.readouterr().out) and "The actor stops: SystemExit" in said
+    assert "in leaving" in (said := capsys.readouterr().out) and "it called sys.exit()" in said
 
 
 def test_an_environment_that_brings_the_prompts_has_an_actor(llama, tmp_path):
