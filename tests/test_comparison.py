@@ -88,8 +88,8 @@ def test_some_methods_first(tmp_path):
 
 
 def test_adapters_of_two_methods(tmp_path):
-    setting = SETTINGS["sums-lora"]
-    search = searched(tmp_path, dict.fromkeys(METHODS, 2e-4), "sums-lora")
+    setting = SETTINGS["operations-lora"]
+    search = searched(tmp_path, dict.fromkeys(METHODS, 2e-4), "operations-lora")
     assert {one["run"]["method"] for one in search.runs.values()} == set(setting.methods)
     assert len(setting.methods) == 2
     assert "SmolLM2-135M with LoRA" in comparison.report([search], "")
