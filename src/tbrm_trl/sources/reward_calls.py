@@ -86,7 +86,8 @@ class RewardCalls:
                             if scope.expired():
                                 raise LateError from None
                             raise
-                        if self.limit is not None and asyncio.get_running_loop().time() > scope.when():
+                        ends = scope.when()
+                        if ends is not None and asyncio.get_running_loop().time() > ends:
                             raise LateError  # it has not awaited since, so nothing could cancel it
                     rewards[:] = rewards_of(returned, len(completions), name)
                 return rewards
