@@ -173,12 +173,15 @@ SETTINGS = {
         "SmolLM2-135M, three operations", "operations", 32, 16, 2, 8, (1e-5, 2e-5, 4e-5), 0.02, "float32", 64, (100,),
         _TEN,
     ),
-    "operations-lora": Setting(
-        "SmolLM2-135M with LoRA, three operations", "operations", 32, 16, 2, 8, (1e-4, 2e-4, 4e-4), 0.02, "float32", 64,
-        (100,), (0, 1, 2, 3, 4), ("GRPO", "TBRM, V = b/β, with replay"),
-        LoraConfig(r=16, lora_alpha=32, target_modules="all-linear"),
-    ),
 }  # fmt: skip
+SETTINGS["operations-lora"] = replace(
+    SETTINGS["operations"],
+    title="SmolLM2-135M with LoRA, three operations",
+    rates=(1e-4, 2e-4, 4e-4),
+    final_seeds=(0, 1, 2, 3, 4),
+    methods=("GRPO", "TBRM, V = b/β, with replay"),
+    lora=LoraConfig(r=16, lora_alpha=32, target_modules="all-linear"),
+)
 # With more problems to train on: policies might learn the 60 of "operations" by heart.
 SETTINGS["all-operations"] = replace(
     SETTINGS["operations"],

@@ -203,7 +203,7 @@ def main() -> None:
     arguments = parse(__doc__, quick="a tiny model and few tokens of the long tail", **options)
     quick, threads = arguments.quick, len(os.sched_getaffinity(0))
     pairs = {
-        "equal": arguments.equal or 40,
+        "equal": arguments.equal or (0 if quick else 40),
         "long_tail": arguments.long_tail or (2 if quick else 16),
     }
     with tempfile.TemporaryDirectory() as folder:
@@ -211,9 +211,9 @@ def main() -> None:
         works = step.works(model, 16, 4, 8 if quick else 32, 16 if quick else 64, None)
         environment = step.environment(threads)
         runs = Store(arguments.output / "paired_steps.json", environment=environment)
-        for kind in ["long_tail"] if quick else COMPARED:
-            if kind not in runs:
-                runs[kind] = measure(works[kind], COMPARED[kind], pairs[kind])
+        for kind, methods in COMPARED.items():
+            if pairs[kind] and kind not in runs:
+                runs[kind] = measure(works[kind], methods, pairs[kind])
         if "decoding" not in runs:
             set_up(threads)
             runs["decoding"] = decoding(works["long_tail"])

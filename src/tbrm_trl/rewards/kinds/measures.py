@@ -40,10 +40,9 @@ def ratio(text: str) -> list[str] | None:
 
 def same_ratio(gold: list[str], answer: str, same: Same) -> bool:
     given = ratio(answer) or [answer, "1"]
-    if all(same_scalar("0", term, same) for term in given):
-        return False
     # a : b = c : d if and only if ad = bc, unless both terms are 0.
-    return len(given) == len(gold) and all(
+    proportional = len(given) == len(gold) and all(
         same_scalar(f"({gold[0]})\\cdot({theirs})", f"({given[0]})\\cdot({ours})", same)
         for ours, theirs in zip(gold[1:], given[1:], strict=True)
     )
+    return proportional and not all(same_scalar("0", term, same) for term in given)
