@@ -514,8 +514,8 @@ def confirmed(comparison: Comparison) -> str:
     if not rows:
         return ""
     seeds = wrapped(
-        f"The two best candidates of each were then run with {len(setting.confirming_seeds)} more seeds. The better "
-        "one over all seeds is selected:"
+        f"The two best candidates of these methods were then run with {len(setting.confirming_seeds)} more seeds. The "
+        "better one over all seeds is selected:"
     )
     return f"\n{seeds}\n\n{table(['', 'knob, learning rate: area'], rows)}\n"
 

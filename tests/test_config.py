@@ -182,6 +182,11 @@ def test_a_top_k_of_none_is_0():
     assert config(top_k=None).sampling_filters() == {}
 
 
+def test_a_signal_must_not_end_the_loader_before_the_checkpoint():
+    with pytest.raises(ValueError, match="also end the data loader's processes"):
+        config(enable_jit_checkpoint=True, dataloader_num_workers=1)
+
+
 def test_loaders_are_not_kept_for_other_sets():
     with pytest.raises(ValueError, match="keeps the loader of a first evaluation for later ones"):
         config(dataloader_persistent_workers=True, dataloader_num_workers=1)

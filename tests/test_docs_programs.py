@@ -17,7 +17,7 @@ from common.launch import ROOT
 from common.tiny import save
 from datasets import Dataset
 from peft import LoraConfig, get_peft_model
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from tbrm_trl import TBRMConfig, TBRMTrainer
 from tbrm_trl.actor.__main__ import command_line as actor_command_line
@@ -110,10 +110,18 @@ def launching(model: str) -> None:
     """An adapter in `out` whose B is not 0 changes the merged weights."""
     adapted = get_peft_model(AutoModelForCausalLM.from_pretrained(model), LoraConfig(init_lora_weights=False))
     adapted.save_pretrained("out")
+    AutoTokenizer.from_pretrained(model).save_pretrained("out")
     (program,) = blocks("docs/launching.md", "python")
     run(program, model)
     before, after = (AutoModelForCausalLM.from_pretrained(folder).state_dict() for folder in (model, "merged"))
     assert any(not before[name].equal(after[name]) for name in before)
+    assert AutoTokenizer.from_pretrained("merged").get_vocab() == AutoTokenizer.from_pretrained(model).get_vocab()
+
+
+def memory(model: str) -> None:
+    (program,) = blocks("docs/memory.md", "python")
+    estimate = run(program, model)["estimate"]
+    assert estimate.total > 0 and list(estimate.phases) == ["generation", "update", "optimizer step"]
 
 
 def publishing(model: str) -> None:
@@ -158,6 +166,7 @@ RUN: dict[str, Callable[[str], None]] = {
     "docs/data.md": data,
     "docs/rewards.md": rewards,
     "docs/launching.md": launching,
+    "docs/memory.md": memory,
     "docs/publishing.md": publishing,
     "docs/asynchronous.md": asynchronous,
     "docs/theory.md": theory,

@@ -155,6 +155,25 @@ def test_a_resumed_run_ends_as_an_uninterrupted_one(stopped, resume, whole, tmp_
     assert not (tmp_path / NAME).exists()
 
 
+class EndPass(TrainerCallback):
+    """Ends a pass over the data after the second update."""
+
+    def on_step_end(self, args, state, control, **kwargs):
+        control.should_epoch_stop = state.global_step == 2
+
+
+def test_a_pass_that_a_callback_ends_is_followed_by_the_next_one(tmp_path):
+    """The next pass has its own order, also in a run that is resumed in it: 2 + 4 + 4 of the 12 updates are made."""
+    whole = fit(tmp_path / "whole", EndPass(), max_steps=12)
+    whole.train()
+    with pytest.raises(KeyboardInterrupt):
+        fit(tmp_path / "out", EndPass(), Act(4, interrupt), max_steps=12).train()
+    resumed = fit(tmp_path / "out", EndPass(), max_steps=12)
+    resumed.train(resume_from_checkpoint=True)
+    assert resumed.state.global_step == whole.state.global_step == 10
+    assert resumed.losses == whole.losses[3:]
+
+
 def test_from_its_last_update_a_run_ends_at_once(whole, tmp_path):
     """It has the random state of its end, whatever was drawn before."""
     fit(tmp_path).train()

@@ -1117,6 +1117,16 @@ def test_reader_of_verifiers_traces(folder, tmp_path):
     }  # fmt: skip
 
 
+def test_integers_beyond_64_bits_are_text_in_json(folder, tmp_path):
+    """`datasets` could not read them back, and would say in no file or row."""
+    (trace, *_) = (json.loads(line) for line in (DATA / "verifiers/traces.jsonl").read_text().splitlines())
+    trace["traces"][0]["task"]["data"] |= {"factors": [2**64 - 1, -(2**63), 2**64, -(2**63) - 1, True]}
+    (tmp_path / "traces.jsonl").write_text(json.dumps(trace))
+    (row,) = read_verifiers_traces(tmp_path)
+    read = [18446744073709551615, -9223372036854775808, "18446744073709551616", "-9223372036854775809", True]
+    assert row["task"]["factors"] == read
+
+
 def test_reader_of_verifiers_traces_of_another_schema(tmp_path):
     (tmp_path / "traces.jsonl").write_text(json.dumps({"traces": [{"version": 2}]}) + "\n")
     with pytest.raises(ValueError, match="line 1: a trace of schema 2"):

@@ -4,6 +4,7 @@ import json
 import math
 import shutil
 from collections import deque
+from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
@@ -65,6 +66,11 @@ def test_a_folder_that_a_kill_leaves_half_removed_has_another_name(tmp_path, mon
 def test_the_log_has_six_digits_and_no_nan(tmp_path):
     append_line(tmp_path / "log.jsonl", {"step": 1, "loss": 1 / 3, "reward": math.nan, "grad_norm": math.inf})
     assert read_lines(tmp_path / "log.jsonl") == [{"step": 1, "loss": 0.333333, "reward": None, "grad_norm": "inf"}]
+
+
+def test_a_full_disk_is_named_by_the_log():
+    with pytest.raises(OSError, match=r"Cannot write to /dev/full: No space left on device\. .* choose another folder"):
+        append_line(Path("/dev/full"), {"step": 1})
 
 
 def test_rows_of_each_kind_of_file(tmp_path):

@@ -22,6 +22,7 @@ from helpers.two_processes import in_each_of
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from tbrm_trl import TBRMTrainer, load_rollouts
+from tbrm_trl.resume.folder_lock import FolderLock
 from tbrm_trl.sources.logged import CompletionTokenizer
 from tbrm_trl.sources.reference_scores import precompute_scores
 from tbrm_trl.trajectory import End, Source
@@ -407,6 +408,16 @@ def test_scores_of_a_log_are_kept_block_by_block(tmp_path):
     assert pq.ParquetFile(file).num_row_groups == 4  # one for each block: Arrow reads a group's list as one array
     assert result.cache_files[-1]["filename"] == str(file.with_suffix(".arrow"))  # mapped, and not in memory
     assert scores(score)["ref_soft_value"][:] == result["ref_soft_value"][:] and scored == [10, 11, 12, 13]
+
+
+def test_two_runs_do_not_score_one_log_at_once(llama, tmp_path):
+    """They would write and remove the same files."""
+    lock = FolderLock(tmp_path / "out")
+    lock.acquire()
+    with pytest.raises(RuntimeError, match="belongs to a run that is under way"):
+        build(llama, tmp_path, train_dataset=Dataset.from_list(IDS))
+    lock.release()
+    build(llama, tmp_path, train_dataset=Dataset.from_list(IDS))
 
 
 def test_streams_cannot_be_divided(tmp_path):

@@ -11,6 +11,7 @@ import torch
 from datasets import Dataset, IterableDataset
 from helpers.forked import launch
 from helpers.runs import build, config
+from transformers import TrainerCallback
 
 from tbrm_trl.resume import complete_checkpoints
 from tbrm_trl.sources.sampler import Orders, WindowMix, WindowSampler, window_mix
@@ -198,3 +199,34 @@ def test_a_resumed_run_goes_on_in_the_pass_of_its_stream(strategy, shuffled, lla
         rest, evaluations, end = run(str(tmp_path / "out" / f"checkpoint-{step}"))
         assert (rest, evaluations) == (windows[step:], evaluated)
         assert all(torch.equal(a, b) for a, b in zip(weights, end, strict=True))
+
+
+class EndPass(TrainerCallback):
+    """Ends a pass over the data after the second update."""
+
+    def on_step_end(self, args, state, control, **kwargs):
+        control.should_epoch_stop = state.global_step == 2
+
+
+def test_a_pass_that_a_callback_ends_is_followed_by_a_whole_one(llama, tmp_path):
+    """A pass has four updates of two prompts. After two updates the second pass begins, also in a resumed run."""
+    rows = Dataset.from_list([{"prompt": f"a{row}"} for row in range(8)])
+
+    def run(resume: str | None) -> list[str]:
+        drawn: list[str] = []
+
+        def reward(prompts, completions, **kwargs):
+            drawn.extend(prompts)
+            return [0.0] * len(prompts)
+
+        trainer = build(
+            llama, tmp_path, reward, rows, num_train_epochs=3, max_steps=-1, save_strategy="steps", save_steps=1
+        )
+        trainer.add_callback(EndPass())
+        trainer.train(resume_from_checkpoint=resume)
+        return drawn
+
+    drawn = run(None)
+    assert len(drawn) == 20 and sorted(drawn[4:12]) == sorted(drawn[12:]) == sorted(rows["prompt"])
+    for step in (1, 2, 3, 7):
+        assert run(str(tmp_path / "out" / f"checkpoint-{step}")) == drawn[2 * step :]

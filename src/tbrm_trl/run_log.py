@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import xxhash
 
-from .files import plain
+from .files import plain, writing
 from .trajectory import UpdateRow
 
 LOG = "log.jsonl"  # in the output directory
@@ -31,10 +31,14 @@ def append_line(file: Path, values: dict[str, Any], digits: int | None = DIGITS)
     """Append one line of JSON with numbers rounded to `digits` significant digits, or unrounded if None.
 
     NaN becomes null. The line break is written first, so that a line cut short by a kill does not spoil the next one.
+
+    Raises:
+        OSError: if the file cannot be written. The message names it and says what to do.
     """
-    file.parent.mkdir(parents=True, exist_ok=True)
-    with file.open("a", encoding="utf-8") as lines:
-        lines.write("\n" + json.dumps(plain(values, digits)))
+    with writing(file):
+        file.parent.mkdir(parents=True, exist_ok=True)
+        with file.open("a", encoding="utf-8") as lines:
+            lines.write("\n" + json.dumps(plain(values, digits)))
 
 
 def go_back(output_dir: Path, process: int, processes: int, step: int | None) -> None:

@@ -256,6 +256,7 @@ class TBRMTrainer(ExactResume, GRPOTrainer):
         TypeError: if `args` is not a `TBRMConfig`.
         ValueError: for a data set smaller than one generation, a logged row that cannot be trained on, an adapter with
             dropout, and options that do not go together.
+        RuntimeError: if logged rows are to be scored while another run is under way in `output_dir`.
     """
 
     _tag_names: ClassVar = ["trl", "tbrm"]
@@ -775,14 +776,15 @@ class TBRMTrainer(ExactResume, GRPOTrainer):
             wanted = not (self._plan.mix.rollouts or self.args.sync_ref_model or wrapped_later)
         if not (wanted and isinstance(self._reference, Reference)):
             return False
-        self.train_dataset = precompute_scores(
-            self.train_dataset,
-            Path(self.args.output_dir) / "reference_scores",
-            self._reference.key,
-            self.accelerator,
-            self._score_stale,
-            show_progress=not self.args.disable_tqdm,
-        )
+        with self._folder_held(self.args.output_dir):
+            self.train_dataset = precompute_scores(
+                self.train_dataset,
+                Path(self.args.output_dir) / "reference_scores",
+                self._reference.key,
+                self.accelerator,
+                self._score_stale,
+                show_progress=not self.args.disable_tqdm,
+            )
         if self.eval_dataset is None and self.ref_model is not None:
             self._reference = self.ref_model = None
             self.accelerator.free_memory()  # the accelerator lists the models it prepared
@@ -838,7 +840,7 @@ class TBRMTrainer(ExactResume, GRPOTrainer):
             args.num_generations,
             args.world_size,
             args.num_iterations * args.steps_per_generation,
-            epoch=lambda: int(self.state.epoch or 0),
+            epoch=lambda: self._pass[0],
             seed=args.data_order_seed if self.shuffle_dataset else None,
             group_size=args.window_group_size,
             prompt_numbers=self._plan.prompt_numbers,

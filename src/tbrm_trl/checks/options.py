@@ -472,6 +472,12 @@ def check_stop(args: TBRMOptions) -> Iterator[str]:
         yield (f"`stop_timeout={args.stop_timeout}` must be a positive number of seconds, at most {TIMEOUT_MAX:.0f}.")
     if not (args.enable_jit_checkpoint or args.is_default("stop_timeout")):
         yield (f"`stop_timeout={args.stop_timeout}` has no effect without `enable_jit_checkpoint=True`. Set that too.")
+    if args.enable_jit_checkpoint and args.dataloader_num_workers:
+        yield (
+            f"`enable_jit_checkpoint=True` with `dataloader_num_workers={args.dataloader_num_workers}` is refused: "
+            "Ctrl-C, and a scheduler's SIGTERM, also end the data loader's processes, and the run would fail before "
+            "its checkpoint. Leave dataloader_num_workers at 0; loading rows takes no time beside rollouts."
+        )
 
 
 def check_reference(args: TBRMOptions) -> Iterator[str]:

@@ -1,6 +1,6 @@
 """inspect-ai beside `tbrm eval`: it draws from a checkpoint with this sampler, and runs these benchmarks as tasks.
 
-    inspect eval inspect_evals/gsm8k --model tbrm/outputs/run        # a task of inspect-ai, a checkpoint or adapter
+    inspect eval inspect_evals/gsm8k --model tbrm/outputs/run        # a task of inspect-evals, a checkpoint or adapter
     inspect eval tbrm_trl/benchmark -T name=gsm8k --model tbrm/outputs/run
     inspect eval tbrm_trl/benchmark -T name=gsm8k --model openai/gpt-5  # a benchmark of this library, any model
 

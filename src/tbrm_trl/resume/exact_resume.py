@@ -1,7 +1,7 @@
 """`ExactResume`: a trainer whose resumed run ends, bit for bit on CPU, where an uninterrupted one would."""
 
 import warnings
-from collections.abc import Callable, Iterator, Sized
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any, TypeVar
@@ -67,8 +67,8 @@ class ExactResume(Trainer):
     - `_save_checkpoint`: marks a checkpoint as complete, and removes old ones only after that;
     - `_save_rng_state`, `_load_rng_state`: the Trainer calls them on every process; here they also write and read each
       process's own part;
-    - `_init_training_state`: a resumed run's own options set how often it saves, evaluates and logs; in a stream it
-      goes on where the checkpoint's pass was;
+    - `_init_training_state`: a resumed run's own options set how often it saves, evaluates and logs; it goes on where
+      the checkpoint's pass was, also in a stream or after a pass that a callback has ended;
     - `_load_callback_state`: what callbacks have counted, such as early stopping's patience, is restored;
     - `_maybe_log_save_evaluate`: called after every update, and once more at an epoch's end. It stops a run that was
       told to stop. What is due at an epoch's last update, a checkpoint or the stop, waits for the second call;
@@ -253,9 +253,9 @@ class ExactResume(Trainer):
         begun = super()._init_training_state(max_steps, *args)
         self.state.compute_steps(self.args, max_steps)  # this run's intervals, not the checkpoint's
         self._pass = 0, 0
-        if self._resumed_from is None or isinstance(self.train_dataset, Sized):
+        if self._resumed_from is None:
             return begun
-        # transformers takes all updates of a stream for one pass.
+        # transformers takes all updates of a stream for one pass, and every pass over other sets for a whole one.
         self._last_update = self.state.global_step
         number, before, has_ended = read_mark(Path(self._resumed_from))["pass"]
         if has_ended:

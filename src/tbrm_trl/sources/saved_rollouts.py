@@ -192,7 +192,10 @@ def _take_apart(file: Path, parts: Sequence[Path], step: int) -> None:
 
 
 def column_of(values: Sequence[Any]) -> pa.Array:
-    """A column of plain values, or of JSON where they are nested, of several types, or text that is not Unicode."""
+    """A column of plain values, or of JSON where they are nested, of several types, or text that is not Unicode.
+
+    JSON holds integers of more than 64 bits as text.
+    """
     if not any(map(_is_nested, values)):
         try:
             return pa.array(values)
@@ -202,8 +205,17 @@ def column_of(values: Sequence[Any]) -> pa.Array:
 
 
 def _as_json(values: Iterable[Any]) -> pa.Array:
-    texts = [None if value is None else json.dumps(value, default=plain_value) for value in values]
+    texts = [None if value is None else json.dumps(_readable(value), default=plain_value) for value in values]
     return pa.ExtensionArray.from_storage(pa.json_(), pa.array(texts, pa.string()))
+
+
+def _readable(value: Any) -> Any:
+    """The value with text in place of integers which `datasets` cannot read from JSON: below -2^63, from 2^64 on."""
+    if isinstance(value, Mapping):
+        return {name: _readable(one) for name, one in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_readable(one) for one in value]
+    return str(value) if isinstance(value, int) and not -(2**63) <= value < 2**64 else value
 
 
 def _is_nested(value: Any) -> bool:
