@@ -348,7 +348,10 @@ DESCRIPTION = "Double a number.\n\nArgs:\n    x: the number."
 
 
 class Till:
-    """An environment that owns its reward: its start plus what its tool added. No two begin alike."""
+    """An environment that owns its reward: its start plus what its tool added. No two begin alike.
+
+    Where it starts at an odd number, the tool exits.
+    """
 
     numbers = itertools.count()
 
@@ -357,6 +360,8 @@ class Till:
         return f" from {start}, {next(self.numbers)}"
 
     def double(self, x: int) -> int:
+        if self.total % 2:
+            sys.exit()
         self.total += 2 * x
         return 2 * x
 
@@ -370,7 +375,8 @@ def test_environments_and_their_tools(tmp_path):
     """Many rows run at once, each with an environment of its own. A row's last call is not made.
 
     The server has room for a prompt and a completion, but not for tokens that a later turn may not write. The
-    environment's reward is added to those of the functions, without changing the user's list.
+    environment's reward is added to those of the functions, without changing the user's list. A tool's exit is an error
+    that the policy reads.
     """
     words = tokenizer()
     words.chat_template = qwen3_chat_template
@@ -399,10 +405,11 @@ def test_environments_and_their_tools(tmp_path):
     starts = [CHATS[i]["start"] for window in range(UPDATES) for i in sampler.window(window)]
     for row, start in zip(run.rows(), starts, strict=True):
         drawn: Trajectory = from_row(row)
-        assert drawn.rewards.keys() == {"letters", "Till"} and drawn.rewards["Till"] == start + 42
+        added, said = (0, "{'error': 'it called sys.exit()'}") if start % 2 else (42, "42")
+        assert drawn.rewards.keys() == {"letters", "Till"} and drawn.rewards["Till"] == start + added
         assert drawn.end is End.TOOL_LIMIT
         assert drawn.completion_ids[drawn.loss_mask].tolist() == [CALL_ID, 1, CALL_ID, 1]
-        assert "<tool_response>\n42\n</tool_response>" in TOKENIZER.decode(drawn.completion_ids[~drawn.loss_mask])
+        assert f"<tool_response>\n{said}\n</tool_response>" in TOKENIZER.decode(drawn.completion_ids[~drawn.loss_mask])
         assert f"from {start}, " in TOKENIZER.decode(drawn.prompt_ids)
         assert [one != 0 for one in row[LOG_PROBS]] == drawn.loss_mask.tolist()
 

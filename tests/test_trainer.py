@@ -575,16 +575,22 @@ def test_environments_by_name(caller, tmp_path):
         assert row.reward == (start + 42 if names[start] == "till" else 0.0)
 
 
-def test_a_tool_that_raises(caller, tmp_path):
-    """The error is the tool's answer, which is no action, and it is counted."""
+@pytest.mark.parametrize("later", [False, True], ids=["sync", "async"])
+@pytest.mark.parametrize(("error", "said"), [(RuntimeError("no"), "no"), (SystemExit(3), "it called sys.exit(3)")])
+def test_a_tool_that_fails(error, said, later, caller, tmp_path):
+    """The error is the tool's answer, which is no action, and it is counted. A tool may execute the policy's code."""
 
     def double(x: int) -> int:
-        raise RuntimeError("no doubling today")
+        raise error
 
-    double.__doc__ = DESCRIPTION
-    trainer = train(caller, tmp_path, length, tools=[double], **CALLING)
+    async def double_later(x: int) -> int:
+        raise error
+
+    tool = double_later if later else double
+    tool.__name__, tool.__doc__ = "double", DESCRIPTION
+    trainer = train(caller, tmp_path, length, tools=[tool], **CALLING)
     for row in trajectories(trainer):
-        assert "no doubling today" in TOKENIZER.decode(row.completion_ids[~row.loss_mask])
+        assert f"{{'error': '{said}'}}" in TOKENIZER.decode(row.completion_ids[~row.loss_mask])
     assert logged(trainer, "tools/failure_frequency") == [1, 1]
 
 

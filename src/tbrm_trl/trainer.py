@@ -178,6 +178,7 @@ from .sources.reward_calls import REASONS, Failure, RewardCalls
 from .sources.rollout import Rewards, checked_rollouts, trajectories_from_trl
 from .sources.sampler import DataPlan, WholeStream, WindowSampler
 from .sources.saved_rollouts import merge_rollouts, rewind_rollouts, rollout_files, rollouts_file, save_rollouts
+from .sources.tool_calls import exits_raise
 from .trajectory import End, Source, Trajectory, UpdateRow, check_groups, check_scores, largest_return
 
 logger = get_logger(__name__)
@@ -205,7 +206,8 @@ class TBRMTrainer(ExactResume, GRPOTrainer):
     - `_get_dataloader`: has every process read a training stream whole, also one of several files;
     - `_tokenize_prompts`: refuses prompts that are too long, or cuts them;
     - `_generate_single_turn`: decodes no row that has ended, and with a `rollout_pool` decodes others in its place;
-    - `_tool_call_loop`: has all processes take part in every turn, where one cannot generate alone;
+    - `_tool_call_loop`: has a tool's exit count as an error, and all processes take part in every turn where one cannot
+      generate alone;
     - `_calculate_rewards`: keeps the raw rewards, since TRL only returns normalised advantages;
     - `_get_per_token_logps_and_entropies`: returns nothing, so that TRL runs no old-policy pass;
     - `_prepare_inputs`: collects the trajectories of an optimizer step, and scores them with the reference;
@@ -282,6 +284,8 @@ class TBRMTrainer(ExactResume, GRPOTrainer):
     reward_func_names: list[str]
     _metrics: Any
     _logs: Any
+    _sync_tool_dicts: list[dict[str, Callable[..., Any]]]
+    _async_tool_dicts: list[dict[str, Callable[..., Any]]]
 
     def __init__(
         self,
@@ -1103,6 +1107,8 @@ class TBRMTrainer(ExactResume, GRPOTrainer):
 
     def _tool_call_loop(self, *args: Any, **kwargs: Any) -> Any:
         """TRL's loop, whose turns are as many and as large as this process's rows need."""
+        self._sync_tool_dicts = list(map(exits_raise, self._sync_tool_dicts))
+        self._async_tool_dicts = list(map(exits_raise, self._async_tool_dicts))
         if not self._turns_take_all_processes:
             return super()._tool_call_loop(*args, **kwargs)
         with temporarily(self, _shares_turns=True):

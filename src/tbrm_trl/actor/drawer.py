@@ -3,7 +3,7 @@
 import copy
 import math
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from itertools import product
 from typing import Any
@@ -18,6 +18,7 @@ from ..sources.records import EXTRA_PREFIX, METRIC_PREFIX
 from ..sources.returns import lacking_number, unique_names
 from ..sources.reward_calls import REASONS, RewardCalls
 from ..sources.rollout import Rewards, trajectories_from_trl
+from ..sources.tool_calls import exits_raise
 from ..trajectory import Trajectory
 from .plan import Plan
 from .server import Drawn, Places, Server
@@ -50,6 +51,7 @@ class RowDrawer(GRPOTrainer):
 
     - `_tokenize_prompts`: refuses prompts that are too long, or cuts them;
     - `_generate_single_turn`: asks the server;
+    - `_tool_call_loop`: has a tool's exit count as an error;
     - `_calculate_rewards`: keeps the raw rewards and the logged values, and fails as the run's options say;
     - `_get_per_token_logps_and_entropies`: returns nothing, so that no model is run.
 
@@ -61,6 +63,8 @@ class RowDrawer(GRPOTrainer):
     """
 
     reward_func_names: list[str]
+    _sync_tool_dicts: list[dict[str, Callable[..., Any]]]
+    _async_tool_dicts: list[dict[str, Callable[..., Any]]]
 
     def __init__(self, plan: Plan, server: Server, places: Places, workspace: str):
         args = TBRMConfig(
@@ -153,6 +157,11 @@ class RowDrawer(GRPOTrainer):
         self._drawn.append(drawn)
         self.state.global_step = drawn.version.step
         return [list(drawn.ids)], [list(drawn.log_probs)]
+
+    def _tool_call_loop(self, *args, **kwargs):
+        self._sync_tool_dicts = list(map(exits_raise, self._sync_tool_dicts))
+        self._async_tool_dicts = list(map(exits_raise, self._async_tool_dicts))
+        return super()._tool_call_loop(*args, **kwargs)
 
     def _calculate_rewards(self, inputs, prompts, completions, completion_ids_list):
         guarded = list(map(self._reward_calls.guarded, self.reward_funcs, self.reward_func_names))

@@ -126,7 +126,7 @@ class RewardCalls:
     def _kept(self, name: str, completions: Sequence[Any]) -> Iterator[list[float | None]]:
         rewards: list[float | None] = [self.failed] * len(completions)
         try:
-            with _said_if_slow(name, len(completions)), _ended_within():
+            with _said_if_slow(name, len(completions)), ended_within():
                 yield rewards
         except Exception as error:
             reason = "wrong" if isinstance(error, NotRewardsError | WorkerError) else "raised"
@@ -177,7 +177,7 @@ def _within(limit: float, run: Callable[..., Any], kwargs: dict[str, Any]) -> An
 
 
 @contextmanager
-def _ended_within() -> Iterator[None]:
+def ended_within() -> Iterator[None]:
     """Turn an exit of the function, and a cancellation that began in it, into a RuntimeError.
 
     Neither is an `Exception`, so it would end this process alone, or TRL's event loop, for which all would wait.
