@@ -174,6 +174,17 @@ def test_a_pass_that_a_callback_ends_is_followed_by_the_next_one(tmp_path):
     assert resumed.losses == whole.losses[3:]
 
 
+@pytest.mark.parametrize("before", [2, 4, 5])
+def test_a_run_with_more_updates_goes_on_in_the_pass(before, tmp_path):
+    """The first run ended within its first pass, at its end, or within the second."""
+    fit(tmp_path, max_steps=before, save_steps=before, lr_scheduler_type="constant").train()
+    longer = fit(tmp_path, lr_scheduler_type="constant")
+    longer.train(resume_from_checkpoint=True)
+    unbroken = fit(tmp_path / "unbroken", lr_scheduler_type="constant")
+    unbroken.train()
+    assert longer.losses == unbroken.losses[before:] and len(longer.losses) == 10 - before
+
+
 def test_from_its_last_update_a_run_ends_at_once(whole, tmp_path):
     """It has the random state of its end, whatever was drawn before."""
     fit(tmp_path).train()

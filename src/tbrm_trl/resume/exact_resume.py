@@ -1,7 +1,7 @@
 """`ExactResume`: a trainer whose resumed run ends, bit for bit on CPU, where an uninterrupted one would."""
 
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sized
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any, TypeVar
@@ -249,8 +249,8 @@ class ExactResume(Trainer):
             self._load_rng_state(self._resumed_from)
         return super()._finalize_training(*args, **kwargs)
 
-    def _init_training_state(self, max_steps: int, *args: Any) -> tuple[int, int]:
-        begun = super()._init_training_state(max_steps, *args)
+    def _init_training_state(self, max_steps: int, updates_of_pass: int, *args: Any) -> tuple[int, int]:
+        begun = super()._init_training_state(max_steps, updates_of_pass, *args)
         self.state.compute_steps(self.args, max_steps)  # this run's intervals, not the checkpoint's
         self._pass = 0, 0
         if self._resumed_from is None:
@@ -258,10 +258,11 @@ class ExactResume(Trainer):
         # transformers takes all updates of a stream for one pass, and every pass over other sets for a whole one.
         self._last_update = self.state.global_step
         number, before, has_ended = read_mark(Path(self._resumed_from))["pass"]
-        if has_ended:
+        made = self.state.global_step - before
+        if has_ended or made == updates_of_pass:
             return number + 1, 0
         self._pass = number, before
-        return number, (self.state.global_step - before) * self.args.gradient_accumulation_steps
+        return number, made * self.args.gradient_accumulation_steps
 
     def _load_callback_state(self) -> None:
         if self.args.restore_callback_states_from_checkpoint:  # makes them anew, with the options that they had
@@ -284,8 +285,11 @@ class ExactResume(Trainer):
         # checkpoint saved before the end would be resumed after it.
         ends = self.control.should_training_stop or self.control.should_epoch_stop
         ends = ends or float(self.state.epoch or 0.5).is_integer()
-        self._pass_has_ended = self._last_update == self.state.global_step
-        before_epochs_end = ends and not self._pass_has_ended  # a second call follows
+        second_call = self._last_update == self.state.global_step
+        before_epochs_end = ends and not second_call
+        # Where training ends, a run with more updates goes on in the pass. Nobody knows whether a stream's has ended.
+        within = self.control.should_training_stop and not self.control.should_epoch_stop
+        self._pass_has_ended = second_call and not (within and isinstance(self.train_dataset, Sized))
         self._last_update, self._last_saved = self.state.global_step, None
         self._saves_later, self._best_is_due = before_epochs_end, False
         saves_at_the_end = before_epochs_end and self.control.should_save
