@@ -426,6 +426,9 @@ def section(comparison: Comparison) -> str:
         f"{setting.buffer}."
     )
     text += "\n\n"
+    if lora := setting.lora:
+        modules = str(lora.target_modules).replace("-", " ")
+        text += f"The trained weights are LoRA's, of rank {lora.r} with α = {lora.lora_alpha}, on {modules} layers.\n\n"
     if precision := PRECISIONS[setting.precision][0]:
         text += f"{precision}\n\n"
     if peer is None:
