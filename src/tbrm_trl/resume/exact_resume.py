@@ -257,7 +257,10 @@ class ExactResume(Trainer):
             return begun
         # transformers takes all updates of a stream for one pass, and every pass over other sets for a whole one.
         self._last_update = self.state.global_step
-        number, before, has_ended = read_mark(Path(self._resumed_from))["pass"]
+        number, place = begun
+        counted = [number, self.state.global_step - place // self.args.gradient_accumulation_steps, False]
+        # Checkpoints of earlier versions do not name their pass.
+        number, before, has_ended = read_mark(Path(self._resumed_from)).get("pass", counted)
         made = self.state.global_step - before
         if has_ended or made == updates_of_pass:
             return number + 1, 0
