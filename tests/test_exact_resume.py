@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import warnings
@@ -183,6 +184,17 @@ def test_a_run_with_more_updates_goes_on_in_the_pass(before, tmp_path):
     unbroken = fit(tmp_path / "unbroken", lr_scheduler_type="constant")
     unbroken.train()
     assert longer.losses == unbroken.losses[before:] and len(longer.losses) == 10 - before
+
+
+def test_a_checkpoint_of_an_earlier_version_names_no_pass(tmp_path):
+    """Its pass follows from the updates. The checkpoint that the resumed run writes in the same pass names it."""
+    fit(tmp_path, max_steps=6).train()
+    marker = tmp_path / "checkpoint-6/tbrm/complete.json"
+    written = json.loads(marker.read_text())
+    assert written.pop("pass") == [1, 4, False]
+    marker.write_text(json.dumps(written))
+    fit(tmp_path, max_steps=7, save_steps=1).train(resume_from_checkpoint=True)
+    assert read_mark(tmp_path / "checkpoint-7")["pass"] == [1, 4, False]
 
 
 def test_from_its_last_update_a_run_ends_at_once(whole, tmp_path):
