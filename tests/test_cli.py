@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import os
 import subprocess
@@ -134,12 +135,15 @@ def test_who_starts_the_launcher_on_a_machine_of_several_gpus(environment, optio
         ({"ACCELERATE_MIXED_PRECISION": "no", "LOCAL_RANK": "0"}, "2,3"),
     ],
 )
-def test_who_was_launched_alone_sees_one_gpu(environment, seen):
+def test_who_was_launched_alone_sees_one_gpu(environment, seen, monkeypatch):
     """The import restricts it, before a library can use CUDA. The Trainer would spread the model over all GPUs."""
-    program = "import os, tbrm_trl.cli.train; print(os.environ['CUDA_VISIBLE_DEVICES'])"
-    given = {**os.environ, "CUDA_VISIBLE_DEVICES": "2,3", **environment}
-    printed = subprocess.run([sys.executable, "-c", program], env=given, capture_output=True, text=True, check=True)
-    assert printed.stdout.splitlines()[-1] == seen
+    for name in ("ACCELERATE_MIXED_PRECISION", "LOCAL_RANK"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in {"CUDA_VISIBLE_DEVICES": "2,3", **environment}.items():
+        monkeypatch.setenv(name, value)
+    imported = importlib.util.find_spec(train.__name__)
+    imported.loader.exec_module(importlib.util.module_from_spec(imported))  # as its first import does
+    assert os.environ["CUDA_VISIBLE_DEVICES"] == seen
 
 
 @pytest.mark.parametrize("code", [2, 143])

@@ -19,8 +19,7 @@ def accuracy(trainer: TBRMTrainer, words: list[str]) -> Accuracy:
     )  # fmt: skip
 
 
-@pytest.mark.parametrize("soft_value", ["policy", "calibrated"])
-@pytest.mark.parametrize("seed", [0, 1])
+@pytest.mark.parametrize(("seed", "soft_value"), [(0, "calibrated"), (1, "policy")])
 def test_copying_the_first_letter(seed, soft_value, tmp_path):
     """Say the prompt's first letter, then stop. Chance is about 1/7 for the letter, times 1/7 for the stop: 0.02.
 

@@ -121,6 +121,7 @@ class TBRMOptions(GRPOConfig):
             The estimator `"tracked"` halves a prompt's counts when the policy has moved by this KL, in nats per token,
             since the prompt's last window. It keeps at least 0.875 of the counts from one window to the next, or
             `soft_value_kept` if that is less. A new prompt starts from the mean of all prompts, counted as one reward.
+            That mean itself begins with one reward of 0.
         soft_value_kept (`float`, *optional*, defaults to `0.96`):
             The estimator `"tracked"` keeps at most this share of a prompt's counts from one window to the next. With a
             smaller share, V follows the policy sooner and is noisier.

@@ -26,7 +26,7 @@ class TrackedValue(ConstantValue):
     least KL that the two distances allow. The distance is known after updates on fresh rollouts; where there are none
     (logs, rollouts of an earlier policy), counts are multiplied by `soft_value_kept` alone. A window's own rewards are
     counted when the next one begins, so the value of a fresh trajectory does not contain its reward. A new prompt
-    starts from the mean of all prompts, which counts as one reward.
+    starts from the mean of all prompts, which counts as one reward. That mean itself begins with one reward of 0.
 
     With `soft_value_tracks="value"` s is the sum of `R − β log-ratio` over the trajectories of all updates. Each term
     is a trajectory's estimate of β V. With V free, their mean is the β V that minimises the prompt's squared
