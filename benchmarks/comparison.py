@@ -187,10 +187,12 @@ SETTINGS["all-operations"] = replace(
     SETTINGS["operations"],
     title="SmolLM2-135M, three operations, 223 problems",
     task="all-operations",
-    methods=("GRPO", "TBRM", "TBRM, V = 0, with replay", "TBRM, V = b/β", "TBRM, V = b/β, with replay"),
+    methods=(
+        "GRPO", "RLOO", "A*-PO", "TBRM", "TBRM, V = 0, with replay", "TBRM, V = b/β", "TBRM, V = b/β, with replay",
+    ),
     searched_on="operations",
     confirming_seeds=(101, 102),
-)
+)  # fmt: skip
 QUICK = replace(
     SETTINGS["sorting"],
     updates=4,
