@@ -8,6 +8,7 @@ from dataclasses import replace
 import comparison
 import pytest
 from common import tasks
+from common.launch import ROOT
 from common.report import Store
 from comparison import METHODS, SETTINGS, Comparison, area, first_at, interval
 from numpy import array
@@ -169,3 +170,15 @@ def test_the_best_constant_answer():
     pairs = [[int(n) for n in re.findall(r"\d+", one["question"])] for one in held_out]
     counts = Counter(math.gcd(*pair) for pair in pairs)
     assert counts.most_common(2) == [(1, 13), (2, 13)] and tasks.best_constant("divisors", 0) == 13 / 40
+
+
+@pytest.mark.parametrize("document", ["README.md", "docs/method.md"])
+def test_the_documents_intervals_are_the_pages(document):
+    """Each with its mean: "+0.030 (-0.002 to +0.063)" on the page, "+0.030, −0.002 to +0.063" in running text."""
+
+    def intervals(file: str) -> set[tuple[str, ...]]:
+        text = " ".join((ROOT / file).read_text().replace("−", "-").split())
+        return set(re.findall(r"([+-]\d\.\d+)(?:,| \() ?([+-]\d\.\d+) to ([+-]\d\.\d+)", text))
+
+    assert intervals(document)
+    assert intervals(document) <= intervals("docs/benchmarks/comparison.md")
